@@ -1,0 +1,61 @@
+# tc-ray: `make demo` runs the whole job on a fresh machine, `make test` installs what is missing and runs the tests.
+# PYTHON=python3.12 chooses the interpreter of .venv; TC_RAY_PIP_FLAGS is handed to every pip call.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo "$$p" && break; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check $(TC_RAY_PIP_FLAGS)
+RECIPE ?= jobs/recipes/demo.yaml
+RUN ?= outputs/demo
+
+.PHONY: help install demo test test-slow test-gpu lint format serve-demo clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+install: $(VENV)/.installed  ## venv and all packages (again only when pyproject.toml or constraints.txt changed)
+
+# DeepSpeed comes as source only and imports torch in its setup: so torch first, then DeepSpeed without build
+# isolation, then the rest.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10, 3.11 or 3.12 with venv found; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "make: no g++ found; DeepSpeed compiles an operator with it (apt install g++)" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "installing PyTorch, then DeepSpeed (built from source), then the rest: 2 to 5 minutes"
+	$(PIP) install -qq -c constraints.txt torch numpy 'setuptools>=77' wheel ninja py-cpuinfo psutil packaging pydantic tqdm hjson einops msgpack
+	$(PIP) install -qq -c constraints.txt --no-build-isolation deepspeed
+	$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## the main job on small real data: train, choose lambda, evaluate, export
+	$(BIN)/tc-ray train $(RECIPE)
+
+test: install  ## unit, cluster and fault tests that take seconds
+	$(BIN)/python -m pytest
+
+test-slow: install  ## everything that needs no GPU
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: install  ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve-demo: install  ## answer over HTTP with the model that `make demo` made
+	$(BIN)/tc-ray serve $(RUN)
+
+clean:  ## remove the venv and caches; outputs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

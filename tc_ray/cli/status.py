@@ -1,0 +1,73 @@
+"""`tc-ray status`: what a run is doing, read from its folder. Needs no Ray; works on a finished or dead run too."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BARS = "▁▂▃▄▅▆▇█"
+TREND_WIDTH = 40
+
+
+def status(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a run, for instance outputs/demo.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
+) -> None:
+    """Show both losses, rounds, log backlog and lag, tokens/s, restarts and ETA of a run."""
+    from rich.console import Console
+
+    from tc_ray.tracking.progress import ProgressView, facts, panel, silence
+    from tc_ray.tracking.statusfile import read_status
+
+    now = read_status(run_folder)
+    if follow:
+        ProgressView().follow(lambda: read_status(run_folder), threading.Event())
+        return
+    if as_json:
+        typer.echo(json.dumps(now, indent=1))
+        return
+    console = Console()
+    if console.is_terminal:
+        console.print(panel(now))
+    else:
+        lines = [("run", now["run"]), ("phase", now["phase"]), ("state", now["state"]), *facts(now)]
+        for name, value in lines:
+            if value:
+                typer.echo(f"{name:<13} {value}")
+        if silence(now):
+            typer.echo(silence(now))
+    for name, text in trends(run_folder):
+        typer.echo(f"{name:<13} {text}")
+    for name, value in (("folder", str(run_folder)), ("mlflow", (now["mlflow"] or {}).get("command"))):
+        if value:
+            typer.echo(f"{name:<13} {value}")
+
+
+def trends(folder: Path) -> list[tuple[str, str]]:
+    """Each loss from first to last round as a row of bars, with its first and last mean."""
+    from tc_ray.tracking.points import METRICS_FILE, read_points
+
+    series: dict[str, list[float]] = {"pilot loss": [], "copilot rmse": []}
+    for point in read_points(folder / METRICS_FILE):
+        for name, values in series.items():
+            kind, metric = name.split()
+            if point["kind"] == kind and point["metrics"].get(metric) is not None:
+                values.append(point["metrics"][metric])
+    return [(name, sparkline(values)) for name, values in series.items() if values]
+
+
+def sparkline(values: list[float]) -> str:
+    """Means of at most TREND_WIDTH equal parts as bars, between the first and the last mean as numbers."""
+    parts = min(TREND_WIDTH, len(values))
+    cuts = [len(values) * i // parts for i in range(parts + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    bars = "".join(BARS[round((mean - low) * scale)] for mean in means)
+    return f"{means[0]:.4f} {bars} {means[-1]:.4f}"

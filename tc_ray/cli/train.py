@@ -1,0 +1,45 @@
+"""`tc-ray train`: run the main job of a recipe, or print what it would do. `jobs/train.py` calls `start` too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tc_ray.cli.errors import EXIT_INTERRUPTED
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change fields, e.g. pilot.epochs=2.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the resolved plan and start nothing.")] = False,
+) -> None:
+    """Train Pilot and Copilot, evaluate, export. Starts a local Ray or joins RAY_ADDRESS; an existing run is resumed."""
+    start(recipe, overrides or [], only_plan=plan)
+
+
+def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> None:
+    """Load the config, then print its plan or run it.
+
+    Raises:
+        ConfigError: recipe or overrides cannot be used; and whatever the job raises.
+    """
+    from tc_ray.config.load import load_config
+
+    config = load_config(recipe, overrides)
+    if only_plan:
+        from tc_ray.plan import make_plan
+
+        typer.echo(str(make_plan(config)))
+        return
+    from tc_ray.job import run_job
+
+    try:
+        run_job(config)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the same command goes on from the last checkpoint in {config.run.path}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -1,0 +1,1 @@
+"""Configuration: strict typed sections and how they are loaded."""

@@ -1,0 +1,297 @@
+"""Load a `RunConfig` from YAML and dotted overrides, and write one back.
+
+Invariant: every refusal is a ConfigError of readable lines that name where the value stands (file and line, or the
+override), the key, and what is allowed instead; nothing unknown is ever ignored. Called by the command line, the job
+entry scripts and the tests. Imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from tc_ray.config.schema import EMBEDDED, RunConfig
+
+_Path = tuple[str, ...]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says where and what to write instead."""
+
+
+@dataclass(frozen=True)
+class FieldDoc:
+    """One field for the documentation: dotted path, allowed values, default and meaning, all as text."""
+
+    path: str
+    allowed: str
+    default: str
+    description: str
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4` in order, and check it all.
+
+    Values of overrides are YAML: numbers, true/false, null, lists. Relative data paths are looked up from the current
+    folder, then from the root of the repository that holds the recipe. Raises ConfigError.
+    """
+    origins: dict[_Path, str] = {}
+    values = _read_file(path, origins) if path else {}
+    for override in overrides:
+        _apply(override, values, origins)
+    unknown = [_unknown_message(key, origins) for key in _unknown_keys(values, RunConfig)]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_validation_message(error, origins, path)) from None
+    _place_data_paths(config, path)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole config as YAML, every default written out; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write `dump_config` to `path` in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def describe_fields() -> list[FieldDoc]:
+    """Every field of the config in the order of the schema, for `docs/` and the command line."""
+    return [
+        FieldDoc(".".join(path), _allowed(info.annotation, info.metadata), _default(info), info.description or "")
+        for path, info in _fields(RunConfig)
+    ]
+
+
+# Reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first_line: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in first_line:
+                raise ConfigError(
+                    f"{key.start_mark.name}, line {line}: {key.value} stands already in line {first_line[key.value]}; "
+                    f"keep one of them"
+                )
+            first_line[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_file(path: Path, origins: dict[_Path, str]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    loader = _Loader(text)
+    loader.name = str(path)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), each with its fields")
+        _note_lines(node, (), path, origins)
+        values: dict[str, Any] = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    # An empty section ("pilot:" with all fields commented out) means its defaults.
+    return {key: {} if value is None else value for key, value in values.items()}
+
+
+def _note_lines(node: yaml.MappingNode, above: _Path, path: Path, origins: dict[_Path, str]) -> None:
+    for key, value in node.value:
+        here = (*above, str(key.value))
+        origins[here] = f"{path}, line {key.start_mark.line + 1}"
+        if isinstance(value, yaml.MappingNode):
+            _note_lines(value, here, path, origins)
+
+
+def _apply(override: str, values: dict[str, Any], origins: dict[_Path, str]) -> None:
+    name, equals, text = override.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: write section.field=value, for instance pilot.learning_rate=1e-4")
+    try:
+        value = yaml.load(text, _Loader) if text.strip() else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it if it is text") from None
+    place: Any = values
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {key} is a single value and has no field {keys[-1]}")
+    place[keys[-1]] = value
+    for stale in [key for key in origins if key[: len(keys)] == keys]:
+        del origins[stale]
+    origins[keys] = f"override {override!r}"
+
+
+# Checking
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _fields(model: type[BaseModel], above: _Path = ()) -> Iterator[tuple[_Path, Any]]:
+    for name, info in model.model_fields.items():
+        section = _section(info.annotation)
+        if section:
+            yield from _fields(section, (*above, name))
+        else:
+            yield (*above, name), info
+
+
+def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], above: _Path = ()) -> Iterator[_Path]:
+    for key, value in values.items():
+        here = (*above, str(key))
+        if key not in model.model_fields:
+            yield here
+            continue
+        section = _section(model.model_fields[key].annotation)
+        if section and isinstance(value, Mapping):
+            yield from _unknown_keys(value, section, here)
+
+
+def _unknown_message(key: _Path, origins: dict[_Path, str]) -> str:
+    where = _origin(key, origins)
+    nearest = _nearest(key)
+    advice = f"did you mean {' or '.join(nearest)}?" if nearest else f"valid here: {', '.join(_valid_at(key[:-1]))}"
+    return f"{where}: unknown key {'.'.join(key)}; {advice}"
+
+
+def _valid_at(section: _Path) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for name in section:
+        model = _section(model.model_fields[name].annotation) or model
+    return list(model.model_fields)
+
+
+def _nearest(key: _Path) -> list[str]:
+    """Up to three valid dotted names: close ones of the same section, else the same or a close name in any section."""
+    here, leaf = key[:-1], key[-1]
+    same_section = difflib.get_close_matches(leaf, _valid_at(here), n=2, cutoff=0.6)
+    if same_section:
+        return [".".join((*here, name)) for name in same_section]
+    paths = [path for path, _ in _fields(RunConfig)]
+    exact = [".".join(path) for path in paths if path[-1] == leaf]
+    if exact:
+        return exact[:3]
+    close = difflib.get_close_matches(leaf, {path[-1] for path in paths}, n=2, cutoff=0.7)
+    return [".".join(path) for name in close for path in paths if path[-1] == name][:3]
+
+
+def _validation_message(error: ValidationError, origins: dict[_Path, str], path: Path | None) -> str:
+    infos = dict(_fields(RunConfig))
+    lines = []
+    for problem in error.errors(include_url=False):
+        text = str(problem["msg"]).removeprefix("Value error, ")
+        location = tuple(str(part) for part in problem["loc"])
+        known = next((location[:size] for size in range(len(location), 0, -1) if location[:size] in infos), None)
+        if known is None:  # a rule over several fields, or a value where a section should stand
+            where = _origin(location, origins) if location else str(path or "config")
+            prefix = f"{'.'.join(location)}: " if location else ""
+            if problem["type"] == "model_type":
+                text = f"is {problem['input']!r}, but it is a section with the fields {', '.join(_valid_at(location))}"
+            lines.append(f"{where}: {prefix}{text}")
+            continue
+        info = infos[known]
+        meaning = f" ({info.description})" if info.description else ""
+        lines.append(
+            f"{_origin(known, origins)}: {'.'.join(known)} is {problem['input']!r}, "
+            f"allowed: {_allowed(info.annotation, info.metadata)}{meaning}"
+        )
+    return "\n".join(dict.fromkeys(lines))  # the members of a union each complain
+
+
+def _origin(key: _Path, origins: dict[_Path, str]) -> str:
+    for size in range(len(key), 0, -1):
+        if key[:size] in origins:
+            return origins[key[:size]]
+    below = (where for other, where in origins.items() if other[: len(key)] == key)
+    return next(below, "config")
+
+
+def _place_data_paths(config: RunConfig, recipe: Path | None) -> None:
+    """Make data paths absolute, looking from the current folder and then from the recipe's repository."""
+    roots = [Path.cwd()]
+    if recipe:
+        folders = recipe.absolute().parents
+        roots += [top for top in folders if (top / "pyproject.toml").is_file() or (top / ".git").exists()][:1]
+    for name in ("train", "validation", "test"):
+        source = getattr(config.data, name)
+        if source is None or source == EMBEDDED:
+            continue
+        found = (root / Path(source).expanduser() for root in roots)
+        place = next((os.path.normpath(path) for path in found if path.exists()), None)
+        if place:
+            setattr(config.data, name, place)
+
+
+# Describing
+
+
+def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _allowed(arguments[0], arguments[1:])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_allowed(argument) for argument in arguments))
+    if origin is Literal:
+        return ", ".join(str(argument) for argument in arguments)
+    if origin is list:
+        return f"a list of {_allowed(arguments[0])}"
+    if origin is dict:
+        return "a mapping of names to values"
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+        type(None): "null",
+    }
+    bounds = "".join(_bounds(item) for item in metadata)
+    return names.get(annotation, str(annotation)) + bounds
+
+
+def _bounds(item: Any) -> str:
+    nested = getattr(item, "metadata", None)  # a pydantic Field inside Annotated
+    if nested:
+        return "".join(_bounds(part) for part in nested)
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    told = [f" {word} {getattr(item, name):g}" for name, word in words.items() if getattr(item, name, None) is not None]
+    pattern = getattr(item, "pattern", None)
+    return " and".join(told) + (f" matching {pattern}" if pattern else "")
+
+
+def _default(info: Any) -> str:
+    value = info.default_factory() if info.default_factory else info.default
+    return "required" if value is PydanticUndefined else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]

@@ -1,0 +1,1 @@
+"""Asynchronous training of the Copilot from the Mistake Log while it grows."""

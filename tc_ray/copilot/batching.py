@@ -1,0 +1,47 @@
+"""From log records to a Copilot training batch. Called by the learner workers for every step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tc_ray.mistakelog.records import Records
+from tc_ray.models.copilot import CopilotBatch
+
+
+def batch_from_records(records: Records) -> CopilotBatch:
+    """Pad records with pooled rationale (`rationale_layers == 1`) into tensors."""
+    if records.rationale_layers != 1:
+        raise ValueError(f"the Copilot reads pooled rationales, the log holds {records.rationale_layers} layers")
+    count, width, entries = len(records), records.rationale_dim, records.error_ids.shape[1]
+    lengths = np.diff(records.seq_offsets)
+    starts = records.target_start.astype(np.int64)
+    states = np.diff(records.rationale_offsets)
+    rows = np.diff(records.target_offsets)
+    question_ids = np.zeros((count, int(starts.max())), np.int64)
+    state_bits = np.zeros((count, int(states.max()), width), np.uint16)
+    state_position = np.full((count, int(states.max())), -1, np.int64)
+    row_position = np.full((count, int(rows.max())), -1, np.int64)
+    error_ids = np.zeros((count, int(rows.max()), entries), np.int64)
+    error_values = np.zeros((count, int(rows.max()), entries), np.float32)
+    flat = records.rationale.reshape(-1, width)
+    for b in range(count):
+        first = records.seq_offsets[b]
+        question_ids[b, : starts[b]] = records.input_ids[first : first + starts[b]]
+        span = slice(records.rationale_offsets[b], records.rationale_offsets[b + 1])
+        state_bits[b, : states[b]] = flat[span]
+        # the last state stored is the one that predicts the last token: position length - 2
+        state_position[b, : states[b]] = np.arange(lengths[b] - 1 - states[b], lengths[b] - 1)
+        span = slice(records.target_offsets[b], records.target_offsets[b + 1])
+        row_position[b, : rows[b]] = np.arange(starts[b] - 1, starts[b] - 1 + rows[b])
+        error_ids[b, : rows[b]] = records.error_ids[span]
+        error_values[b, : rows[b]] = records.error_values[span]
+    return CopilotBatch(
+        torch.from_numpy(question_ids),
+        torch.arange(question_ids.shape[1]) < torch.from_numpy(starts)[:, None],
+        torch.from_numpy(state_bits.view(np.int16)).view(torch.bfloat16).float(),
+        torch.from_numpy(state_position),
+        torch.from_numpy(row_position),
+        torch.from_numpy(error_ids),
+        torch.from_numpy(error_values),
+    )

@@ -1,0 +1,149 @@
+"""The Copilot's learner: one RMSE step (equation 7) with AdamW and a cosine schedule. Plain torch, no Ray.
+
+Invariant: with W workers each rank sees its slice of the same draw; sums of squares, token counts and gradients are
+added over ranks before the root is taken, so W workers do exactly what one does on the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from tc_ray.config.schema import CopilotSection
+from tc_ray.models.copilot import Copilot, CopilotBatch
+from tc_ray.models.losses import squared_error
+
+_ADAPTER_EXTRAS = ("error_projection", "start", "state_projection", "output", "question_norm", "state_norm", "memory_projection")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step: loss is the RMSE, error_size the root mean square of the logged errors (f = 0 would score it)."""
+
+    loss: float
+    error_size: float
+    tokens: int
+    learning_rate: float
+
+
+class Learner:
+    """Trains a Copilot on batches.
+
+    Args:
+        copilot: the model, fp32. config: the run's copilot section. total_steps: length of the cosine schedule.
+        world_size: ranks that step together through torch.distributed; 1 needs no process group.
+    """
+
+    def __init__(
+        self, copilot: Copilot, config: CopilotSection, *, total_steps: int, device: str = "cpu", world_size: int = 1
+    ) -> None:
+        self.config, self.world_size, self.device = config, world_size, torch.device(device)
+        self.model: Any = with_adapters(copilot, config).to(self.device).train()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        warmup = max(1, round(config.warmup_ratio * total_steps))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda i: (
+                (i + 1) / warmup
+                if i < warmup
+                else 0.5 * (1 + math.cos(math.pi * min(1.0, (i - warmup) / max(1, total_steps - warmup))))
+            ),
+        )
+        self.step_count = 0
+
+    def step(self, batch: CopilotBatch) -> StepResult:
+        """One optimizer step on this rank's part of the batch (collective over ranks)."""
+        batch = batch.to(self.device)
+        rate = self.scheduler.get_last_lr()[0]
+        rows = batch.row_mask
+        ids, values = batch.error_ids[rows], batch.error_values[rows]
+        bf16 = self.config.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            f = self.model(batch)
+        total = squared_error(f, ids, values)
+        self.optimizer.zero_grad(set_to_none=False)
+        total.backward()
+        sums = torch.stack(
+            [total.detach().double(), values.double().square().sum(), torch.tensor(float(len(ids)), device=self.device).double()]
+        )
+        self._add_over_ranks(sums)
+        squares, size, tokens = (float(x) for x in sums)
+        # d sqrt(S / N) = dS / (2 sqrt(S N)): the root is taken once, over all ranks
+        factor = 0.5 / math.sqrt(max(squares, 1e-30) * tokens)
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step_count += 1
+        return StepResult(math.sqrt(squares / tokens), math.sqrt(size / tokens), int(tokens), rate)
+
+    def _add_over_ranks(self, sums: torch.Tensor) -> None:
+        if self.world_size == 1:
+            return
+        dist.all_reduce(sums)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        at = 0
+        for gradient in gradients:
+            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+            at += gradient.numel()
+
+    def save(self, folder: Path) -> None:
+        """Write trainable weights (safetensors), optimizer and schedule; the caller makes it atomic."""
+        save_file({n: p.detach().contiguous() for n, p in self.parameters.items()}, folder / "trainable.safetensors")
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "step": self.step_count}
+        torch.save(state, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote."""
+        weights = load_file(folder / "trainable.safetensors", device=str(self.device))
+        if weights.keys() != self.parameters.keys():
+            raise ValueError(f"{folder} holds other trainable weights than the configured Copilot; use a new run.folder")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+        state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step_count = state["step"]
+
+    def export(self, folder: Path) -> None:
+        """Write the trained Copilot, adapters merged, as a plain PreTrainedModel folder."""
+        model = self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
+        model.save_pretrained(folder)
+
+
+def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
+    """The Copilot with LoRA in its decoder layers when configured; what no pretrained decoder brings stays trainable."""
+    copilot.freeze_embeddings()
+    if config.method == "full":
+        return copilot
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    model = get_peft_model(
+        copilot,  # type: ignore[arg-type]
+        LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+            layers_to_transform=list(range(lora.first_layer, len(copilot.layers))), layers_pattern="layers",
+        ),
+    )
+    # what no pretrained decoder brings must be trained in full
+    for name in _ADAPTER_EXTRAS:
+        module = getattr(copilot, name)
+        if module is not None:
+            module.requires_grad_(True)
+    return model

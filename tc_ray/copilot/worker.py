@@ -1,0 +1,172 @@
+"""A Copilot learner worker: a Ray actor that tails the log and steps in time with its peers.
+
+Invariant: rank 0 alone asks the Ledger how far the log is and broadcasts the answer, so every rank reads the same
+table version and takes the same steps. The actor asks, never tells: nothing here can make the Pilot wait.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.copilot import checkpoint
+from tc_ray.copilot.batching import batch_from_records
+from tc_ray.copilot.buffer import RoundBuffer
+from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.learner import Learner, StepResult
+from tc_ray.mistakelog.reader import LogTail
+from tc_ray.models.copilot import Copilot, CopilotBatch
+from tc_ray.models.copilot.decoder_only import choose_layers
+
+IDLE_SECONDS = 0.1
+_DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
+
+
+@dataclass(frozen=True)
+class CopilotJob:
+    """All a learner worker needs; handles are Ray actors."""
+
+    config: RunConfig
+    pilot_path: Path | str
+    base_path: Path | str
+    rounds: int
+    ledger: Any
+    tracker: Any
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.rounds * self.config.copilot.steps_per_round
+
+
+class CopilotWorker:
+    """One rank of the learner group. Methods are called in order: address (rank 0), join, run."""
+
+    def __init__(self, job: CopilotJob, rank: int, world_size: int) -> None:
+        torch.set_num_threads(job.config.resources.copilot_threads)
+        self.job, self.config, self.rank, self.world_size = job, job.config, rank, world_size
+        self.folder = job.config.run.path / "copilot"
+
+    def address(self) -> str:
+        """host:port that the process group meets at."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def join(self, address: str) -> int:
+        """Form the learners' own process group; returns this worker's pid."""
+        if self.world_size > 1:
+            backend = "nccl" if self.config.resources.gpus else "gloo"
+            dist.init_process_group(
+                backend, init_method=f"tcp://{address}", rank=self.rank, world_size=self.world_size
+            )
+        return os.getpid()
+
+    def run(self) -> Position:
+        """Train until every step of the run is done, then export to `copilot/final` (rank 0)."""
+        self.job.tracker.process.remote(f"copilot-{self.rank}", os.getpid())
+        learner = Learner(
+            build_copilot(self.config, self.job.pilot_path, self.job.base_path),
+            self.config.copilot,
+            total_steps=self.job.total_steps,
+            device="cuda" if self.config.resources.gpus else "cpu",
+            world_size=self.world_size,
+        )
+        at = checkpoint.restore(learner, self.folder / "checkpoints") or Position(0, 0, -1)
+        self._report(at, None)
+        tail = LogTail(self.config.run.path / "log")
+        buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
+        seen_version = -1
+        while at.step < self.job.total_steps:
+            version, committed, _ = self._log_position()
+            if version > seen_version:
+                # rounds that already left the window are not worth reading
+                update = tail.poll(version, min_round=at.round - self.config.copilot.buffer_rounds)
+                for name in update.removed:
+                    buffer.remove(name)
+                for name, records in update.new:
+                    buffer.add(name, records)
+                seen_version = version
+            due = min(committed * self.config.copilot.steps_per_round, self.job.total_steps)
+            if at.step >= due or not len(buffer):
+                self._report(at, None)  # again and again: a restarted Ledger has forgotten it
+                time.sleep(IDLE_SECONDS)
+                continue
+            result = learner.step(self._batch(buffer, at.step))
+            at = Position(at.step + 1, (at.step + 1) // self.config.copilot.steps_per_round, version)
+            self._report(at, result)
+            if at.step % self.config.copilot.checkpoint_every_steps == 0 or at.step == self.job.total_steps:
+                self._save(learner, at)
+        if self.rank == 0:
+            learner.export(self.folder / "final")
+        return at
+
+    def _log_position(self) -> tuple[int, int, int]:
+        """(table version, round committed, rows), the same on every rank."""
+        import ray
+
+        position = torch.zeros(3, dtype=torch.int64)
+        if self.rank == 0:
+            state = ray.get(self.job.ledger.state.remote())
+            position = torch.tensor([state.version, state.round, state.rows], dtype=torch.int64)
+        if self.world_size > 1:
+            position = position.cuda() if self.config.resources.gpus else position
+            dist.broadcast(position, 0)
+        version, committed, rows = position.tolist()
+        return version, committed, rows
+
+    def _batch(self, buffer: RoundBuffer, step: int) -> CopilotBatch:
+        size = self.config.copilot.batch_size
+        drawn = buffer.draw(size, (self.config.run.seed, _DRAW, step))
+        part = size // self.world_size
+        return batch_from_records(drawn.select(np.arange(self.rank * part, (self.rank + 1) * part)))
+
+    def _report(self, at: Position, result: StepResult | None) -> None:
+        if self.rank:
+            return
+        self.job.ledger.report_copilot.remote(at.round, at.step)
+        if result is not None:
+            metrics = {
+                "rmse": result.loss,
+                "error_size": result.error_size,
+                "learning_rate": result.learning_rate,
+                "tokens": float(result.tokens),
+            }
+            self.job.tracker.copilot.remote(at.round, at.step, metrics)
+
+    def _save(self, learner: Learner, at: Position) -> None:
+        if self.rank == 0:
+            checkpoint.save(learner, self.folder / "checkpoints", at)
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def build_copilot(config: RunConfig, pilot_path: Path | str, base_path: Path | str) -> Copilot:
+    """The Copilot a run starts from; the same weights on every rank."""
+    from transformers import AutoConfig
+
+    from tc_ray.models.pilot import load_causal_lm
+
+    torch.manual_seed(config.run.seed)
+    pilot = load_causal_lm(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
+    embedding = pilot.get_input_embeddings().weight.data.clone()
+    del pilot
+    available = AutoConfig.from_pretrained(base_path).num_hidden_layers
+    return Copilot.from_decoder(
+        base_path,
+        choose_layers(config.copilot.layers, config.copilot.every, available),
+        pilot_embedding=embedding,
+        producing_state=config.copilot.producing_state,
+        random_weights=config.model.random_weights,
+    )

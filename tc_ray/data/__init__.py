@@ -1,0 +1,1 @@
+"""Examples: read, checked, split, tokenised, put in order and in batches."""

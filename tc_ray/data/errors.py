@@ -1,0 +1,7 @@
+"""The one error of the data package. Raised by prepare and what it calls; shown to the user as it is."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Training data cannot be used; the message names file, place and field, and what to do."""

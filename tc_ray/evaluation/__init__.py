@@ -1,0 +1,1 @@
+"""Pilot against fused model on held-out data."""

@@ -1,0 +1,61 @@
+"""Evaluate a run whose Pilot and Copilot are trained: the job's task, and `tc-ray eval` on other data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.evaluation.heldout import read_held_out
+from tc_ray.evaluation.report import Report
+from tc_ray.evaluation.run import evaluate
+
+
+def evaluate_finished(
+    config: RunConfig,
+    source: str,
+    tracker: Any,
+    *,
+    test_file: Path | None = None,
+    seen_error_size: float | None = None,
+) -> Report:
+    """Load `pilot/final` and `copilot/final`, choose lambda on the validation rows and measure the test rows.
+
+    Args:
+        source: what the test rows are, for the report.
+        tracker: Tracker actor that hears of progress, or None.
+        test_file: prepared test.parquet; default the run's own.
+        seen_error_size: mean squared logged error of the log's last rounds, for the report.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tc_ray.models.copilot import Copilot
+    from tc_ray.models.fusion import FusedModel
+
+    folder, resources = config.run.path, config.resources
+    torch.set_num_threads(max(1, resources.pilot_threads * resources.pilot_workers
+                              + resources.copilot_threads * resources.copilot_workers))
+    device = "cuda" if resources.gpus else "cpu"
+    dtype = torch.bfloat16 if resources.gpus else torch.float32
+    pilot = AutoModelForCausalLM.from_pretrained(folder / "pilot" / "final", dtype=dtype)
+    copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
+    fused = FusedModel(pilot, copilot, feedback=config.fusion.feedback).to(device)
+
+    def heard(line: str) -> None:
+        if tracker is not None:
+            tracker.event.remote("evaluate", line)
+
+    fusion = config.fusion
+    return evaluate(
+        fused,
+        AutoTokenizer.from_pretrained(folder / "pilot" / "final"),
+        fusion,
+        validation=read_held_out(folder / "data" / "validation.parquet", fusion.max_validation_rows),
+        test=read_held_out(test_file or folder / "data" / "test.parquet", fusion.max_test_rows),
+        data=source,
+        positions=config.log.positions,
+        seen_error_size=seen_error_size,
+        on_progress=heard,
+    )
+

@@ -1,0 +1,39 @@
+"""Held-out examples: the prepared validation or test file as token ids, prompts and gold answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out example. `answer` is what a completion is scored against; `input_ids[target_start:]` the gold tokens."""
+
+    sample_id: int
+    input_ids: list[int]
+    target_start: int
+    answer: str
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt as the model is asked at inference."""
+        return self.input_ids[: self.target_start]
+
+
+def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:
+    """Rows of a prepared Parquet file; a row without `answer` is scored against its completion.
+
+    Raises:
+        ValueError: a row has neither.
+    """
+    rows = pq.read_table(file).slice(0, limit).to_pylist()
+    examples = []
+    for number, row in enumerate(rows):
+        answer = row["answer"] if row["answer"] is not None else row["completion"]
+        if answer is None:
+            raise ValueError(f"{file} row {number}: neither `answer` nor `completion`; there is nothing to score against")
+        examples.append(HeldOut(row["sample_id"], row["input_ids"], row["target_start"], answer))
+    return examples

@@ -1,0 +1,72 @@
+"""Uncertainty of accuracies and of the difference between two models on the same rows.
+
+All functions are exact or score methods that hold for small counts, need no library, and are called by the evaluation
+report. `wins` are rows that only the second model has right, `losses` rows that only the first has right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Z_95 = 1.959963984540054
+"""Two-sided 95% point of the normal distribution."""
+
+
+def wilson_interval(successes: int, rows: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson score interval (low, high) of a proportion, as fractions; (0, 1) for no rows."""
+    if not 0 <= successes <= rows:
+        raise ValueError(f"successes {successes} must lie between 0 and rows {rows}")
+    if rows == 0:
+        return 0.0, 1.0
+    share = successes / rows
+    middle = share + z * z / (2 * rows)
+    reach = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    scale = 1 + z * z / rows
+    # At the ends the formula gives 0 and 1 up to rounding; say so exactly.
+    low = 0.0 if successes == 0 else (middle - reach) / scale
+    high = 1.0 if successes == rows else (middle + reach) / scale
+    return low, high
+
+
+def mcnemar_p(wins: int, losses: int) -> float:
+    """Exact two-sided McNemar p value: chance of so uneven a split if wins and losses were equally likely."""
+    if wins < 0 or losses < 0:
+        raise ValueError(f"wins {wins} and losses {losses} must not be negative")
+    changed = wins + losses
+    tail = sum(math.comb(changed, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def paired_difference_interval(wins: int, losses: int, rows: int, z: float = Z_95) -> tuple[float, float]:
+    """Tango's score interval (low, high) of the accuracy difference (wins - losses) / rows of paired answers.
+
+    Tango 1998, Statistics in Medicine 17: the differences that a score test would not refuse. It agrees with
+    McNemar's test without continuity correction at difference 0 and holds where wins + losses is small.
+    """
+    if wins < 0 or losses < 0 or rows < 1 or wins + losses > rows:
+        raise ValueError(f"wins {wins} and losses {losses} must not exceed rows {rows}, and rows must be positive")
+    estimate = (wins - losses) / rows
+
+    def statistic(difference: float) -> float:
+        a = 2 * rows
+        b = (2 * rows - wins + losses) * difference - wins - losses
+        c = -losses * difference * (1 - difference)
+        losing = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+        variance = rows * (2 * losing + difference * (1 - difference))
+        return (wins - losses - rows * difference) / math.sqrt(variance) if variance > 0 else 0.0
+
+    low = _root(lambda d: statistic(d) - z, -1.0, estimate)
+    high = _root(lambda d: statistic(d) + z, estimate, 1.0)
+    return low, high
+
+
+def _root(falling: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function crosses 0 between `low` and `high`, by bisection."""
+    for _ in range(80):
+        middle = (low + high) / 2
+        if falling(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

@@ -1,0 +1,84 @@
+"""Teacher-forced measures of Pilot and fused model: squared error, NLL and token accuracy on the gold tokens.
+
+The Copilot reads the Pilot's true errors on the gold prefix, as in training, so one pass gives every lambda. The ratio
+E||p - p~||^2 / E||p - p^||^2 (theorem 4.1) below 1 says that the Copilot works; it is no proxy for accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.models.copilot import CopilotBatch
+from tc_ray.models.fusion import FusedModel, fuse
+from tc_ray.models.pilot import PilotStep
+
+NLL_FLOOR = 1e-8
+"""Probability below which a token's NLL stops growing: a clamped p~ can be exactly 0, and says so here."""
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """Means over gold tokens of one (space, lam): squared error of the distribution, its ratio to the Pilot's, NLL in
+    nats, share of tokens ranked first."""
+
+    squared_error: float
+    error_ratio: float
+    nll: float
+    token_accuracy: float
+    tokens: int
+
+
+@torch.no_grad()
+def teacher_forced(
+    fused: FusedModel,
+    examples: Sequence[HeldOut],
+    choices: Sequence[tuple[str, float]],
+    *,
+    batch_size: int,
+    positions: str,
+) -> dict[tuple[str, float], TeacherForced]:
+    """Measures of every (space, lam) in `choices`; examples without gold tokens are left out.
+
+    Args:
+        positions: `log.positions` the Copilot was trained with.
+    """
+    examples = [e for e in examples if len(e.input_ids) > e.target_start]
+    if not examples:
+        return {}
+    device = fused.pilot.device
+    step = PilotStep(fused.pilot, top_k=fused.vocab_size - 1 if fused.vocab_size < 1024 else 256).eval()
+    sums = {choice: np.zeros(3) for choice in choices}
+    base, tokens = 0.0, 0
+    for at in range(0, len(examples), batch_size):
+        part = examples[at : at + batch_size]
+        width = max(len(e.input_ids) for e in part)
+        ids = torch.zeros(len(part), width, dtype=torch.long)
+        for row, example in enumerate(part):
+            ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+        lengths = torch.tensor([len(e.input_ids) for e in part])
+        starts = torch.tensor([e.target_start for e in part])
+        out = step.measure(ids.to(device), lengths.to(device), starts.to(device))
+        assert out.record is not None
+        batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=positions).to(device)
+        f = fused.copilot(batch).float()
+        truth = torch.zeros_like(f).scatter_(1, out.targets[:, None], 1.0)
+        base += float((truth - out.log_probs.exp()).square().sum())
+        tokens += len(f)
+        for space, lam in choices:
+            log_p = fuse(out.log_probs, f, torch.full((len(f),), lam, device=device), space).log_softmax(-1)
+            p = log_p.exp()
+            true_p = p.gather(1, out.targets[:, None])[:, 0]
+            sums[space, lam] += [
+                float((truth - p).square().sum()),
+                float(-true_p.clamp_min(NLL_FLOOR).log().sum()),
+                float((p.argmax(-1) == out.targets).sum()),
+            ]
+    return {
+        choice: TeacherForced(total[0] / tokens, total[0] / base, total[1] / tokens, total[2] / tokens, tokens)
+        for choice, total in sums.items()
+    }

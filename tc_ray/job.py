@@ -1,0 +1,291 @@
+"""The composition root: one run from data to exported fused model, every part started, watched and ended here.
+
+Phases: prepare (models, data, plan) -> train (Pilot and Copilot side by side) -> catch-up (the Copilot's last steps) ->
+evaluate -> export. Each phase leaves its result in the run folder; a run started again on the same folder skips what is
+done and goes on from the last checkpoints. Called by the command line and by jobs/train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tc_ray.config.load import dump_config, load_config, save_config
+from tc_ray.config.schema import RunConfig
+from tc_ray.session import ray_session
+
+LOG_POLL_SECONDS = 1.0
+ERROR_SIZE_ROUNDS = 16
+"""Rounds at the end of the log whose mean squared error is set beside that of held-out data."""
+FREE_TO_CHANGE = ("resources.copilot_threads", "resources.pilot_threads", "resources.pilot_cpus", "resources.copilot_cpus",
+                  "tracking", "fusion", "run.folder", "model.cache", "pilot.max_failures", "copilot.max_restarts",
+                  "pilot.keep_checkpoints", "pilot.checkpoint_every_rounds", "copilot.checkpoint_every_steps")
+"""Settings that may differ when a run is resumed: they change nothing that was already written."""
+
+
+class JobError(RuntimeError):
+    """The run cannot start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Where the run's results are. report is None when the log is off (plain fine-tuning)."""
+
+    folder: Path
+    export: Path | None
+    report: Any
+    mlflow_command: str | None
+
+
+def run_job(config: RunConfig) -> JobResult:
+    """Run (or resume) the whole job; blocks until it is done and prints progress.
+
+    Raises:
+        JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
+    """
+    folder = config.run.path
+    _check_resume(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    with ray_session(config):
+        return _Job(config, folder).run()
+
+
+def _check_resume(config: RunConfig, folder: Path) -> None:
+    """Refuse to go on in a folder whose run was another one."""
+    earlier_file = folder / "config.yaml"
+    if not earlier_file.is_file():
+        return
+    earlier, now = _flat(load_config(earlier_file, []).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key}: {earlier.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(earlier.keys() | now.keys())
+        if earlier.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise JobError(
+            f"{folder} holds a run with other settings ({'; '.join(changed[:5])}). "
+            "Use another run.folder, or the same settings to resume it."
+        )
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return out
+
+
+class _Job:
+    """The parts of one run while it lasts."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.stop_watching = threading.Event()
+        self.ledger: Any = None
+        self.tracker: Any = None
+        self.view: threading.Thread | None = None
+
+    def run(self) -> JobResult:
+        from tc_ray.tracking.tracker import start_tracker
+
+        self._prepare()
+        self.tracker = start_tracker(self.config, self.folder)
+        status = "failed"
+        watchers = [threading.Thread(target=self._show, name="progress", daemon=True)]
+        try:
+            self._start_ledger()
+            self.tracker.plan.remote(self.rounds, self.rounds * self.config.copilot.steps_per_round)
+            watchers.append(threading.Thread(target=self._watch_log, name="log-watch", daemon=True))
+            for watcher in watchers:
+                watcher.start()
+            result = self._phases()
+            status = "done"
+            return result
+        except KeyboardInterrupt:
+            status = "stopped"
+            raise
+        finally:
+            self.stop_watching.set()
+            self._finish(status)
+            for watcher in watchers:
+                if watcher.is_alive():
+                    watcher.join(10)
+
+    def _prepare(self) -> None:
+        from transformers import AutoTokenizer
+
+        from tc_ray.data.batches import RoundOrder
+        from tc_ray.data.prepare import prepare
+        from tc_ray.models.source import resolve_model
+
+        model = self.config.model
+        self.pilot_path = resolve_model(model.pilot, model.cache)
+        self.base_path = resolve_model(model.copilot, model.cache) if model.copilot else self.pilot_path
+        self.tokenizer = AutoTokenizer.from_pretrained(self.pilot_path)
+        self.data = prepare(self.config.data, self.tokenizer, self.folder / "data", seed=self.config.run.seed)
+        for line in self.data.describe():
+            print(line, flush=True)
+        pilot = self.config.pilot
+        order = RoundOrder(self.data.rows["train"], pilot.batch_size, pilot.epochs, self.config.run.seed)
+        self.rounds = min(order.rounds, pilot.max_rounds or order.rounds)
+
+    def _start_ledger(self) -> None:
+        if not self.config.log.enabled:
+            return
+        from transformers import AutoConfig
+
+        from tc_ray.mistakelog.ledger import start_ledger
+        from tc_ray.mistakelog.schema import LogMetadata
+        from tc_ray.models.source import tokenizer_hash
+        from tc_ray.models.taps import TAP_DEFINITION
+
+        shape = AutoConfig.from_pretrained(self.pilot_path)
+        metadata = LogMetadata(
+            run=self.config.run.name,
+            pilot=self.config.model.pilot,
+            tokenizer_hash=tokenizer_hash(self.tokenizer),
+            vocab_size=shape.vocab_size,
+            rationale_dim=shape.hidden_size,
+            rationale_layers=1,
+            pooling="mean",
+            tap=TAP_DEFINITION,
+            positions=self.config.log.positions,
+            top_k=min(self.config.log.top_k, shape.vocab_size - 1),
+        )
+        self.ledger = start_ledger(
+            self.folder / "log", metadata, writers=self.config.resources.pilot_workers, run=self.config.run.name
+        )
+
+    def _phases(self) -> JobResult:
+        self.tracker.phase.remote("train")
+        self._train()
+        if not self.config.log.enabled:
+            return JobResult(self.folder, None, None, self._mlflow_command())
+        self.tracker.phase.remote("evaluate")
+        report = self._evaluate()
+        self.tracker.phase.remote("export")
+        export = self._export(report)
+        return JobResult(self.folder, export, report, self._mlflow_command())
+
+    def _train(self) -> None:
+        """Pilot and Copilot side by side. The Copilot's room is reserved first: Ray Train takes what it needs after."""
+        from tc_ray.pilot.loop import PilotJob
+        from tc_ray.pilot.trainer import fit_pilot
+
+        group = self._start_copilot()
+        try:
+            if not self._pilot_is_done():
+                job = PilotJob(
+                    self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker
+                )
+                fit_pilot(job)
+            if group is not None:
+                self.tracker.phase.remote("catch-up")
+                group.wait()
+        finally:
+            if group is not None:
+                group.stop()
+
+    def _pilot_is_done(self) -> bool:
+        import ray
+
+        if not (self.folder / "pilot" / "final" / "config.json").is_file():
+            return False
+        return self.ledger is None or ray.get(self.ledger.state.remote()).pilot_done
+
+    def _start_copilot(self) -> Any:
+        if not self.config.log.enabled or (self.folder / "copilot" / "final" / "config.json").is_file():
+            return None
+        from tc_ray.copilot.group import CopilotGroup
+        from tc_ray.copilot.worker import CopilotJob
+
+        group = CopilotGroup(
+            CopilotJob(self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker)
+        )
+        group.start()
+        return group
+
+    def _evaluate(self) -> Any:
+        """In a task of its own, with the CPUs (and GPU) that training has given back."""
+        import ray
+
+        from tc_ray.evaluation.finished import evaluate_finished
+
+        resources = self.config.resources
+        task = ray.remote(evaluate_finished).options(
+            num_cpus=max(resources.pilot_cpus, resources.copilot_cpus), num_gpus=1 if resources.gpus else 0
+        )
+        size = logged_error_size(self.folder / "log")
+        report = ray.get(task.remote(self.config, self.data.source, self.tracker, seen_error_size=size))
+        report.save(self.folder)
+        self.tracker.evaluation.remote(report.to_dict(), report.markdown())
+        return report
+
+    def _export(self, report: Any) -> Path:
+        from tc_ray.evaluation.export import export_fused
+
+        export = export_fused(self.config, report, rounds=self.rounds)
+        if self.config.tracking.log_model:
+            self.tracker.artifact.remote(export, "export")
+        return export
+
+    def _finish(self, status: str) -> None:
+        import ray
+
+        ray.get(self.tracker.finish.remote(status))
+
+    def _mlflow_command(self) -> str | None:
+        if not self.config.tracking.enabled:
+            return None
+        from tc_ray.tracking.mlflow_writer import mlflow_command, resolve_uri
+
+        return mlflow_command(resolve_uri(self.config))
+
+    def _watch_log(self) -> None:
+        """Once a second, tell the tracker how far the log and the Copilot are."""
+        import ray
+
+        while self.ledger is not None and not self.stop_watching.wait(LOG_POLL_SECONDS):
+            state = ray.get(self.ledger.state.remote())
+            self.tracker.log.remote(
+                {
+                    "bytes": state.bytes,
+                    "rows": state.rows,
+                    "files": state.files,
+                    "round": state.round,
+                    "version": state.version,
+                    "lag_rounds": max(0, state.round - state.copilot_round),
+                }
+            )
+
+    def _show(self) -> None:
+        import ray
+
+        from tc_ray.tracking.progress import ProgressView
+
+        ProgressView().follow(lambda: ray.get(self.tracker.status.remote()), self.stop_watching)
+
+
+def logged_error_size(log: Path) -> float:
+    """Mean squared error a target token (sum over V of l^2) in the last rounds of the log."""
+    from tc_ray.mistakelog.reader import MistakeLog
+
+    mistakes = MistakeLog(log)
+    last = max(file.round_max for file in mistakes.files)
+    records = mistakes.records(rounds=(max(1, last - ERROR_SIZE_ROUNDS + 1), last))
+    return float(np.square(records.error_values, dtype=np.float64).sum(1).mean())
+
+
+def write_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Keep the printed plan in the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
+
+
+__all__ = ["JobError", "JobResult", "dump_config", "run_job", "write_plan"]

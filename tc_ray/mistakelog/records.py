@@ -1,0 +1,339 @@
+"""Records: the rows of the Mistake Log in memory, as flat ragged arrays.
+
+One record is one training example of one round. Variable lengths are kept as one flat array and offsets, so that a
+micro-batch goes to Arrow and Parquet without a copy and comes back as views. Invariant (`validate`): offsets, lengths and
+widths agree, there is one target token for each of `input_ids[target_start:]`, and the stored hidden states belong to
+consecutive positions that end at position S-2, the one that predicts the last token. Made by the Pilot's step, read by the Copilot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogSchemaError
+
+Array = npt.NDArray[Any]
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "round": np.int64,
+    "rank": np.int32,
+    "attempt": np.int32,
+    "sample_id": np.int64,
+    "seen": np.int16,
+    "input_ids": np.int32,
+    "seq_offsets": np.int64,
+    "target_start": np.int32,
+    "rationale": np.uint16,
+    "rationale_offsets": np.int64,
+    "error_ids": np.int32,
+    "error_values": np.float32,
+    "error_rest": np.float32,
+    "token_loss": np.float32,
+    "token_correct": np.bool_,
+    "target_offsets": np.int64,
+}
+_PER_RECORD = ("round", "rank", "attempt", "sample_id", "seen", "target_start")
+_RAGGED = {
+    "seq_offsets": ("input_ids",),
+    "rationale_offsets": ("rationale",),
+    "target_offsets": ("error_ids", "error_values", "error_rest", "token_loss", "token_correct"),
+}
+# Arrow's plain list and binary arrays, the only ones Delta knows, count with 32 bits: longer columns become chunks
+_CHUNK_LIMIT = 2**31 - 1
+
+
+@dataclass
+class Records:
+    """N records. `sum S`, `positions` and `sum n` are totals over the records; record i owns `offsets[i]:offsets[i+1]`."""
+
+    round: Array
+    """int64 [N], 1-based Pilot optimizer step."""
+    rank: Array
+    """int32 [N], Pilot worker."""
+    attempt: Array
+    """int32 [N]."""
+    sample_id: Array
+    """int64 [N]."""
+    seen: Array
+    """int16 [N], how often the Pilot had trained on this sample before."""
+    input_ids: Array
+    """int32 [sum S], prompt and completion."""
+    seq_offsets: Array
+    """int64 [N+1] into `input_ids`."""
+    target_start: Array
+    """int32 [N]; targets of a record are its `input_ids[target_start:]`."""
+    rationale: Array
+    """uint16 [positions, layers, dim], bf16 bits, C order (a flat array of that size is accepted and reshaped)."""
+    rationale_offsets: Array
+    """int64 [N+1] in positions. The P states of a record belong to its positions S-1-P .. S-2."""
+    rationale_layers: int
+    rationale_dim: int
+    error_ids: Array
+    """int32 [sum n, k+1], true token first."""
+    error_values: Array
+    """float32 [sum n, k+1], `onehot(truth) - p` at `error_ids`."""
+    error_rest: Array
+    """float32 [sum n], predicted mass of the tokens not listed."""
+    token_loss: Array
+    """float32 [sum n], negative log-likelihood in nats."""
+    token_correct: Array
+    """bool [sum n], the true token was ranked first."""
+    target_offsets: Array
+    """int64 [N+1] into the arrays of target tokens."""
+
+    def __post_init__(self) -> None:
+        for name, dtype in _DTYPES.items():
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype:
+                found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+                raise ValueError(f"records.{name}: expected a numpy array of {np.dtype(dtype)}, got {found}")
+            setattr(self, name, np.ascontiguousarray(array))
+        width = self.rationale_layers * self.rationale_dim
+        if width <= 0 or self.rationale.size % width:
+            raise ValueError(
+                f"records.rationale: {self.rationale.size} values are no whole number of positions of "
+                f"{self.rationale_layers} layers x {self.rationale_dim}"
+            )
+        self.rationale = self.rationale.reshape(-1, self.rationale_layers, self.rationale_dim)
+
+    def __len__(self) -> int:
+        return len(self.round)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(getattr(self, name).nbytes for name in _DTYPES)
+
+    @property
+    def top_k(self) -> int:
+        """Errors listed a target token besides the true token."""
+        return int(self.error_ids.shape[1]) - 1
+
+    def validate(self) -> None:
+        """Check the invariant of this module.
+
+        Raises:
+            ValueError: names the field, and the record where there is one.
+        """
+        count = len(self)
+        for name in _PER_RECORD:
+            if getattr(self, name).shape != (count,):
+                raise ValueError(f"records.{name}: shape {getattr(self, name).shape}, expected ({count},)")
+        if self.error_ids.ndim != 2 or self.error_ids.shape[1] < 1 or self.error_ids.shape != self.error_values.shape:
+            raise ValueError(
+                f"records.error_ids {self.error_ids.shape} and error_values {self.error_values.shape}: "
+                "expected the same shape [target tokens, k+1]"
+            )
+        for offsets_name, arrays in _RAGGED.items():
+            offsets = getattr(self, offsets_name)
+            if offsets.shape != (count + 1,):
+                raise ValueError(f"records.{offsets_name}: shape {offsets.shape}, expected ({count + 1},)")
+            if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+                raise ValueError(f"records.{offsets_name}: must start at 0 and never fall")
+            for name in arrays:
+                array = getattr(self, name)
+                if name not in ("rationale", "error_ids", "error_values") and array.ndim != 1:
+                    raise ValueError(f"records.{name}: expected one dimension, got shape {array.shape}")
+                if len(array) != offsets[-1]:
+                    raise ValueError(f"records.{name}: length {len(array)}, but {offsets_name} ends at {offsets[-1]}")
+        sequence, positions, targets = (np.diff(getattr(self, name)) for name in _RAGGED)
+        _check(sequence >= 1, "input_ids: empty sequence", self)
+        start = self.target_start.astype(np.int64)
+        _check((start >= 1) & (start <= sequence), "target_start: outside 1..len(input_ids)", self)
+        _check(
+            targets == sequence - start, "target_offsets: target tokens differ from len(input_ids) - target_start", self
+        )
+        _check(
+            (positions <= sequence - 1) & (positions >= targets),
+            "rationale_offsets: states must end at position len(input_ids) - 2 and reach every target token",
+            self,
+        )
+
+    def select(self, indices: Array | Sequence[int]) -> Records:
+        """A copy of the records at `indices`, in that order, repeats allowed."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"record index outside 0..{len(self) - 1}: {chosen.min()}..{chosen.max()}")
+        parts: dict[str, Array] = {name: getattr(self, name)[chosen] for name in _PER_RECORD}
+        for offsets_name, arrays in _RAGGED.items():
+            offsets = getattr(self, offsets_name)
+            starts, lengths = offsets[chosen], np.diff(offsets)[chosen]
+            parts[offsets_name] = _offsets(lengths)
+            # flat source index of every element: its record's start plus its place in the record
+            flat = np.repeat(starts - parts[offsets_name][:-1], lengths) + np.arange(lengths.sum())
+            parts.update({name: getattr(self, name)[flat] for name in arrays})
+        return replace(self, **parts)  # type: ignore[arg-type]
+
+    @classmethod
+    def concat(cls, parts: Sequence[Records]) -> Records:
+        """One Records with the records of all parts, in order (a copy, except of a single part).
+
+        Raises:
+            ValueError: no part, or parts of different layers, width or k.
+        """
+        if not parts:
+            raise ValueError("Records.concat needs at least one part")
+        if len(parts) == 1:
+            return parts[0]
+        shapes = {(part.rationale_layers, part.rationale_dim, part.top_k) for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"records differ in (rationale_layers, rationale_dim, top_k): {sorted(shapes)}")
+        joined = {
+            name: _offsets(np.concatenate([np.diff(getattr(part, name)) for part in parts]))
+            if name in _RAGGED
+            else np.concatenate([getattr(part, name) for part in parts])
+            for name in _DTYPES
+        }
+        return replace(parts[0], **joined)  # type: ignore[arg-type]
+
+    def to_arrow(self, run: str) -> pa.Table:
+        """Rows of `ROW_SCHEMA`. Large columns are views: leave the arrays unchanged while the table lives.
+
+        The table has several chunks where a column would pass 2 GiB. Its schema metadata holds what `from_arrow` needs.
+        """
+        self.validate()
+        limits = (
+            self.rationale_offsets * (self.rationale_layers * self.rationale_dim * 2),
+            self.target_offsets * (self.top_k + 1),
+        )
+        batches, first = [], 0
+        while first < len(self):
+            ends = [int(np.searchsorted(limit, limit[first] + _CHUNK_LIMIT, side="right")) - 1 for limit in limits]
+            last = min(*ends, len(self))
+            if last <= first:
+                raise ValueError(f"record {first} (sample_id {self.sample_id[first]}) alone passes 2 GiB in one column")
+            batches.append(self._batch(run, first, last))
+            first = last
+        return pa.Table.from_batches(batches, schema=ROW_SCHEMA).replace_schema_metadata(self.arrow_metadata())
+
+    def arrow_metadata(self) -> dict[str, str]:
+        """The widths that rows alone do not tell, keyed as in the table's configuration."""
+        values = {"rationale_layers": self.rationale_layers, "rationale_dim": self.rationale_dim, "top_k": self.top_k}
+        return {PREFIX + key: str(value) for key, value in values.items()}
+
+    def _batch(self, run: str, first: int, last: int) -> pa.RecordBatch:
+        rows = last - first
+        width = self.top_k + 1
+        seq, target = self.seq_offsets[first : last + 1], self.target_offsets[first : last + 1]
+        position = self.rationale_offsets[first : last + 1]
+        states = self.rationale[position[0] : position[-1]].reshape(-1)
+        state_bytes = self.rationale_layers * self.rationale_dim * 2
+        state_offsets = ((position - position[0]) * state_bytes).astype(np.int32)
+        columns = {name: pa.array(getattr(self, name)[first:last]) for name in _PER_RECORD}
+        columns["run"] = pa.repeat(run, rows)
+        columns["input_ids"] = _list_array(self.input_ids, seq)
+        columns["question"] = pa.nulls(rows, pa.binary())
+        columns["rationale"] = pa.Array.from_buffers(
+            pa.binary(), rows, [None, pa.py_buffer(state_offsets), pa.py_buffer(states)]
+        )
+        columns["rationale_layers"] = pa.array(np.full(rows, self.rationale_layers, np.int16))
+        for name in ("error_ids", "error_values"):
+            columns[name] = _list_array(getattr(self, name).reshape(-1), target * width)
+        for name in ("error_rest", "token_loss", "token_correct"):
+            columns[name] = _list_array(getattr(self, name), target)
+        return pa.RecordBatch.from_arrays([columns[name] for name in ROW_SCHEMA.names], schema=ROW_SCHEMA)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table, metadata: Mapping[str, str] | None = None) -> Records:
+        """Inverse of `to_arrow`; views of the table where it has one chunk.
+
+        Args:
+            table: rows of `ROW_SCHEMA`, in any column order.
+            metadata: the table's configuration; default: the schema metadata that `to_arrow` set.
+
+        Raises:
+            LogSchemaError: a width is unknown, a column is missing, or a cell does not fit the widths.
+        """
+        if metadata is None:
+            metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        widths = [metadata.get(PREFIX + key) for key in ("rationale_layers", "rationale_dim", "top_k")]
+        absent = [name for name in ROW_SCHEMA.names if name not in table.column_names]
+        if None in widths or absent:
+            raise LogSchemaError(
+                f"these rows lack {absent}: read all columns"
+                if absent
+                else "these rows came without tc_ray.* widths: read them with MistakeLog.records, or pass metadata="
+            )
+        layers, dim, top_k = (int(width) for width in widths if width is not None)
+        table = table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+        ragged = {name: _flat(table.column(name)) for name in ROW_SCHEMA.names if not _is_scalar(name)}
+        state_offsets = ragged["rationale"][1]
+        # an error list of another length than (k+1) times its targets would shift every later record
+        for name in ("error_ids", "error_values", "token_loss", "token_correct"):
+            per_target = top_k + 1 if name.startswith("error_") else 1
+            if not np.array_equal(ragged[name][1], ragged["error_rest"][1] * per_target):
+                raise LogSchemaError(f"column {name}: list lengths do not fit error_rest and top_k={top_k}")
+        if (state_offsets % (layers * dim * 2)).any():
+            raise LogSchemaError(f"column rationale: a cell is no whole number of {layers} x {dim} bf16 states")
+        scalars = {name: _numpy(table.column(name), name) for name in _PER_RECORD}
+        return cls(
+            **scalars,
+            input_ids=ragged["input_ids"][0],
+            seq_offsets=ragged["input_ids"][1],
+            rationale=ragged["rationale"][0].view(np.uint16),
+            rationale_offsets=state_offsets // (layers * dim * 2),
+            rationale_layers=layers,
+            rationale_dim=dim,
+            error_ids=ragged["error_ids"][0].reshape(-1, top_k + 1),
+            error_values=ragged["error_values"][0].reshape(-1, top_k + 1),
+            error_rest=ragged["error_rest"][0],
+            token_loss=ragged["token_loss"][0],
+            token_correct=ragged["token_correct"][0],
+            target_offsets=ragged["error_rest"][1],
+        )
+
+
+def _check(good: Array, message: str, records: Records) -> None:
+    bad = np.flatnonzero(~good)
+    if len(bad):
+        raise ValueError(
+            f"records.{message} (record {bad[0]}, sample_id {records.sample_id[bad[0]]}, {len(bad)} in all)"
+        )
+
+
+def _offsets(lengths: Array) -> Array:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _list_array(values: Array, offsets: Array) -> pa.ListArray:
+    flat = pa.array(values[offsets[0] : offsets[-1]])
+    return pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), flat)
+
+
+def _is_scalar(name: str) -> bool:
+    return name == "question" or not (pa.types.is_list(ROW_SCHEMA.field(name).type) or name == "rationale")
+
+
+def _numpy(column: pa.ChunkedArray, name: str) -> Array:
+    if column.null_count:
+        raise LogSchemaError(f"column {name}: {column.null_count} null values")
+    return np.asarray(column.to_numpy()).astype(_DTYPES[name], copy=False)
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[Array, Array]:
+    """Flat values and int64 offsets [N+1] of a list or binary column."""
+    if column.null_count:
+        raise LogSchemaError(f"{column.null_count} null cells in a list or binary column")
+    values, lengths = [], []
+    for chunk in column.chunks:
+        if pa.types.is_binary(chunk.type):
+            _, offset_buffer, data = chunk.buffers()
+            offsets = np.frombuffer(offset_buffer, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            flat = np.frombuffer(data if data is not None else b"", np.uint8)[offsets[0] : offsets[-1]]
+        else:
+            offsets = chunk.offsets.to_numpy()
+            flat = chunk.values[int(offsets[0]) : int(offsets[-1])].to_numpy(zero_copy_only=False)
+        values.append(flat)
+        lengths.append(np.diff(offsets))
+    if not values:
+        empty = np.uint8 if pa.types.is_binary(column.type) else column.type.value_type.to_pandas_dtype()
+        return np.zeros(0, empty), np.zeros(1, np.int64)
+    return values[0] if len(values) == 1 else np.concatenate(values), _offsets(np.concatenate(lengths))

@@ -1,0 +1,122 @@
+"""Row schema and table metadata of the Mistake Log.
+
+One row is one training example of one round. Invariant: shapes and meanings that a row alone does not tell (widths, k,
+which hidden states) stand in the table's configuration under `tc_ray.`, and a reader that meets another schema version
+stops. Used by every other module of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+PREFIX = "tc_ray."
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("run", pa.string()),
+        ("attempt", pa.int32()),
+        ("round", pa.int64()),
+        ("rank", pa.int32()),
+        ("sample_id", pa.int64()),
+        # how often the Pilot had trained on this sample before this round
+        ("seen", pa.int16()),
+        ("input_ids", pa.list_(pa.int32())),
+        # targets are input_ids[target_start:]
+        ("target_start", pa.int32()),
+        # null where it follows from the ids and a frozen embedding (decoder-only)
+        ("question", pa.binary()),
+        # bf16 bits, C order [positions, layers, dim]; the last position is len(input_ids) - 2
+        ("rationale", pa.binary()),
+        ("rationale_layers", pa.int16()),
+        # top_k + 1 entries a target token, row after row
+        ("error_ids", pa.list_(pa.int32())),
+        ("error_values", pa.list_(pa.float32())),
+        # one entry a target token
+        ("error_rest", pa.list_(pa.float32())),
+        ("token_loss", pa.list_(pa.float32())),
+        ("token_correct", pa.list_(pa.bool_())),
+    ]
+)
+"""Arrow schema of a row. Delta knows neither fixed-size lists nor half floats nor unsigned integers."""
+
+
+class LogSchemaError(ValueError):
+    """The table is no Mistake Log, was made by an incompatible version, or differs from what this run would write."""
+
+
+@dataclass(frozen=True)
+class LogMetadata:
+    """What holds for every row of a log."""
+
+    run: str
+    """Run that the log belongs to."""
+    pilot: str
+    """Model id or folder of the Pilot."""
+    tokenizer_hash: str
+    """Identifies the tokenizer that made `input_ids`."""
+    vocab_size: int
+    """Width V of the Pilot's logits."""
+    rationale_dim: int
+    """Width d of one stored hidden state."""
+    rationale_layers: int
+    """Hidden states stored a position: 1 when pooled."""
+    pooling: Literal["mean", "none"]
+    """mean: one state a position, averaged over layers; none: every stored layer by itself."""
+    tap: str
+    """Which hidden states, before or after the final norm, in words; compared verbatim."""
+    positions: Literal["all", "target"]
+    """Positions with stored states: every one before the last, or those that predict a target token."""
+    top_k: int
+    """Errors listed a target token besides the true token."""
+    rationale_dtype: str = "bfloat16"
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.pooling == "mean" and self.rationale_layers != 1:
+            raise LogSchemaError(
+                f"pooling 'mean' stores 1 state a position, not rationale_layers={self.rationale_layers}"
+            )
+
+    def to_configuration(self) -> dict[str, str]:
+        """Keys and values for the Delta table's configuration."""
+        return {PREFIX + key: str(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_configuration(cls, configuration: Mapping[str, str | None], where: str) -> LogMetadata:
+        """Inverse of `to_configuration`.
+
+        Args:
+            configuration: the table's configuration; keys of others are ignored.
+            where: path of the table, for messages.
+
+        Raises:
+            LogSchemaError: not a Mistake Log, an unknown schema version, or a key is missing or malformed.
+        """
+        version = configuration.get(PREFIX + "schema_version")
+        if version is None:
+            raise LogSchemaError(f"{where}: no {PREFIX}schema_version in the table's configuration: not a Mistake Log")
+        if version != str(SCHEMA_VERSION):
+            raise LogSchemaError(
+                f"{where}: Mistake Log schema version {version}, but this tc-ray reads version {SCHEMA_VERSION}; "
+                "read it with the tc-ray that wrote it"
+            )
+        values: dict[str, str | int] = {}
+        for field in fields(cls):
+            raw = configuration.get(PREFIX + field.name)
+            if raw is None:
+                raise LogSchemaError(f"{where}: {PREFIX}{field.name} is missing in the table's configuration")
+            try:
+                values[field.name] = int(raw) if field.type == "int" else raw
+            except ValueError:
+                raise LogSchemaError(f"{where}: {PREFIX}{field.name} is {raw!r}, not an integer") from None
+        return cls(**values)  # type: ignore[arg-type]
+
+    def differences(self, other: LogMetadata) -> list[str]:
+        """Human-readable differences from another log's metadata; empty when rows of both may share a table."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{key}: {theirs[key]!r} in the table, {mine[key]!r} here" for key in mine if mine[key] != theirs[key]]

@@ -1,0 +1,45 @@
+"""Configuration of a Copilot, saved as config.json beside its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class CopilotConfig(PreTrainedConfig):
+    """Shape of a decoder-only Copilot.
+
+    Args:
+        decoder: `to_dict()` of the decoder family's config, with the Copilot's own number of layers.
+        pilot_hidden_size: width d_P of the Pilot's states and embeddings.
+        vocab_size: V, token ids common to Pilot and Copilot.
+        producing_state: add the state that produced p^_i to input row i.
+        tap: definition of the hidden states the Copilot was trained on.
+        source: where the weights were initialised from (provenance).
+    """
+
+    model_type = "tc_ray_copilot"
+
+    def __init__(
+        self,
+        decoder: dict[str, Any] | None = None,
+        pilot_hidden_size: int = 0,
+        vocab_size: int = 0,
+        producing_state: bool = True,
+        tap: str = "",
+        source: str = "",
+        **kwargs: Any,
+    ) -> None:
+        self.decoder = decoder or {}
+        self.pilot_hidden_size = pilot_hidden_size
+        self.vocab_size = vocab_size
+        self.producing_state = producing_state
+        self.tap = tap
+        self.source = source
+        super().__init__(**kwargs)
+
+    def decoder_config(self) -> PreTrainedConfig:
+        """The family's own config object."""
+        fields = dict(self.decoder)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)

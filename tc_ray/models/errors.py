@@ -1,0 +1,70 @@
+"""Token-level errors of the Pilot: `l = onehot(truth) - softmax(logits)` (paper section 2.2), kept sparse.
+
+A sparse error of one target token has k + 1 entries: the true token first, then the k largest predicted probabilities
+among the other tokens, each with its exact value; `rest` is the probability mass not listed. Made by the Pilot step,
+read by the Copilot.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+_BLOCK = 64
+
+
+class SparseErrors(NamedTuple):
+    """Errors of N target tokens.
+
+    ids: int64 [N, k+1], true token first. values: fp32 [N, k+1], first in [0, 1], others in [-1, 0].
+    rest: fp32 [N], predicted mass of the tokens not listed, so that values.sum(-1) - rest == 0.
+    """
+
+    ids: torch.Tensor
+    values: torch.Tensor
+    rest: torch.Tensor
+
+
+def sparse_errors(log_probs: torch.Tensor, targets: torch.Tensor, top_k: int) -> SparseErrors:
+    """Sparse errors from the Pilot's log-probabilities.
+
+    Args:
+        log_probs: fp32 [N, V], log softmax of the Pilot's logits.
+        targets: int64 [N], true tokens.
+        top_k: largest other probabilities kept; capped at V - 1.
+    """
+    top_k = min(top_k, log_probs.shape[1] - 1)
+    others = log_probs.detach().exp()
+    others.scatter_(1, targets[:, None], 0.0)
+    # 1 - p(true) summed from the others: the difference would lose every digit as p(true) approaches 1
+    mass = others.sum(-1)
+    values, ids = _top_k(others, top_k)
+    rest = (mass - values.sum(-1)).clamp_min_(0.0)
+    return SparseErrors(
+        torch.cat([targets[:, None], ids], 1), torch.cat([mass[:, None], -values], 1), rest
+    )
+
+
+def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exactly `torch.topk(values, k)` of non-negative rows [N, V], in one cheap pass over V.
+
+    The k largest entries stand in the k blocks with the largest maxima, so only those blocks are searched.
+    """
+    rows, vocab = values.shape
+    if vocab < 4 * k * _BLOCK:
+        return torch.topk(values, k)
+    blocks = vocab // _BLOCK
+    body = values[:, : blocks * _BLOCK].view(rows, blocks, _BLOCK)
+    chosen = torch.topk(body.amax(-1), k, sorted=False).indices
+    ids = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=values.device)).view(rows, -1)
+    tail = torch.arange(blocks * _BLOCK, vocab, device=values.device).expand(rows, -1)
+    ids = torch.cat([ids, tail], 1)
+    found, at = torch.topk(values.gather(1, ids), k)
+    return found, ids.gather(1, at)
+
+
+def dense_errors(ids: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Dense fp32 [N, V] from sparse [N, k+1]; unlisted tokens are zero (`rest` is not spread, method.md)."""
+    dense = torch.zeros(ids.shape[0], vocab_size, device=ids.device)
+    return dense.scatter_add_(1, ids, values.float())

@@ -1,0 +1,101 @@
+"""DeepSpeed engine of the Pilot: ZeRO stage 0 to 3, precision, clipping, cosine schedule with warm-up.
+
+Called by the loop on every worker, once an attempt. The optimizer is torch's AdamW, which runs on any device, so that
+no DeepSpeed kernel has to be compiled for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_causal_lm
+
+STALE_LOCK_SECONDS = 90.0
+
+
+def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) -> float:
+    """Factor on the learning rate of the 0-based round: linear warm-up, then cosine to zero."""
+    warmup = max(1, round(warmup_ratio * rounds))
+    if round_index < warmup:
+        return (round_index + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (round_index - warmup) / max(1, rounds - warmup)))
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's own configuration for this run."""
+    pilot = config.pilot
+    return {
+        "train_batch_size": pilot.batch_size,
+        "train_micro_batch_size_per_gpu": pilot.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_clipping": pilot.max_grad_norm,
+        "zero_optimization": {"stage": pilot.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": pilot.dtype == "bf16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
+    """Load the Pilot and wrap its training forward (`PilotStep`) in a DeepSpeed engine.
+
+    Every rank builds the same weights: the seed is set before adapters (or random weights) are made.
+    """
+    import deepspeed
+
+    if config.resources.pilot_workers > 1 and not config.resources.gpus:
+        clear_stale_build_locks()
+    torch.manual_seed(config.run.seed)
+    model = load_causal_lm(
+        model_path, dtype=DTYPES[config.pilot.dtype], random_weights=config.model.random_weights
+    )
+    model.config.use_cache = False
+    if config.pilot.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model = add_adapters(model, config.pilot)
+    step = PilotStep(model, top_k=config.log.top_k, record=config.log.enabled)
+    step.train()
+    trainable = [p for p in step.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.pilot.learning_rate, weight_decay=config.pilot.weight_decay, betas=(0.9, 0.999)
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio),
+    )
+    engine, *_ = deepspeed.initialize(
+        model=step,
+        model_parameters=trainable,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(config),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def clear_stale_build_locks() -> list[Path]:
+    """Remove compile locks that a killed process left; they block every later start (pytorch#189245).
+
+    A lock is stale when it is older than STALE_LOCK_SECONDS and nothing in its build folder changed since.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    removed = []
+    for lock in root.glob("**/lock") if root.is_dir() else ():
+        try:
+            newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
+            if time.time() - newest > STALE_LOCK_SECONDS:
+                lock.unlink()
+                removed.append(lock)
+        except FileNotFoundError:
+            continue  # its owner finished in this moment
+    return removed

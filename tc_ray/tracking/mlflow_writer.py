@@ -1,0 +1,258 @@
+"""The one writer of MLflow: opens or continues a run, then logs in batches from a background thread.
+
+Invariant: callers never wait for MLflow and never see its errors after `open_run`; errors are counted and handed to
+`on_error`. Points carry the time they were measured at, so sending one again changes nothing.
+Used by `tracker.Tracker` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.tracking.points import Point
+from tc_ray.tracking.statusfile import replace_json
+
+RUN_ID_FILE = "mlflow.json"
+PARAM_CHARACTERS = 500
+BATCH_METRICS = 1000
+BATCH_PARAMS = 100
+BATCH_SECONDS = 1.0
+ENV_URI = "MLFLOW_TRACKING_URI"
+
+log = logging.getLogger(__name__)
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be used with this configuration."""
+
+
+def resolve_uri(config: RunConfig) -> str:
+    """Tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
+    return config.tracking.uri or os.environ.get(ENV_URI) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
+
+
+def mlflow_command(uri: str) -> str:
+    """The shell command that shows the runs of a tracking URI in a browser; for a server, its address."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def flat_params(config: RunConfig) -> dict[str, str]:
+    """The config as dotted keys; values longer than PARAM_CHARACTERS are cut and end in '...'."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            yield prefix, text if len(text) <= PARAM_CHARACTERS else text[: PARAM_CHARACTERS - 3] + "..."
+
+    return dict(walk("", config.model_dump(mode="json")))
+
+
+def to_mlflow(point: Point) -> list[Metric]:
+    """The MLflow metrics of one point: key `kind/name`, step = round. Events and starts have none."""
+    time_ms = round(point["time"] * 1000)
+    return [
+        Metric(f"{point['kind']}/{name}", float("nan") if value is None else value, time_ms, point.get("round", 0))
+        for name, value in point.get("metrics", {}).items()
+    ]
+
+
+class MlflowWriter:
+    """Queue and thread in front of one MLflow run.
+
+    Args:
+        run_id: from `open_run`.
+        uri: tracking URI of that run.
+        on_error: told the first line of each MLflow error, from the writer's thread.
+    """
+
+    def __init__(self, run_id: str, uri: str, on_error: Callable[[str], None]) -> None:
+        self.run_id = run_id
+        self.uri = uri
+        self.errors = 0
+        self._client = MlflowClient(tracking_uri=uri)
+        self._on_error = on_error
+        self._queue: queue.Queue[Metric | Callable[[], None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
+        self._thread.start()
+
+    def log_point(self, point: Point) -> None:
+        """Queue the metrics of a point."""
+        for metric in to_mlflow(point):
+            self._queue.put(metric)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Queue a text artifact."""
+        self._queue.put(lambda: self._client.log_text(self.run_id, text, name))
+
+    def log_path(self, path: Path, name: str | None) -> None:
+        """Queue a file (into artifact folder `name`) or a folder (as artifact folder `name`)."""
+        log_it = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        self._queue.put(lambda: log_it(self.run_id, str(path), name))
+
+    def fill_gaps(self, points: Iterable[Point]) -> None:
+        """Queue what MLflow lacks of these points (a process died between the file and MLflow)."""
+        wanted: dict[str, list[Metric]] = {}
+        for point in points:
+            for metric in to_mlflow(point):
+                wanted.setdefault(metric.key, []).append(metric)
+
+        def send(key: str, metrics: list[Metric]) -> None:
+            present = {(m.step, m.timestamp) for m in self._client.get_metric_history(self.run_id, key)}
+            self._send([m for m in metrics if (m.step, m.timestamp) not in present])
+
+        for key, metrics in wanted.items():
+            self._queue.put(lambda key=key, metrics=metrics: send(key, metrics))  # type: ignore[misc]
+
+    def finish(self, mlflow_status: str, timeout_s: float) -> bool:
+        """Send what is queued, set the run's status, stop the thread. False: not done within timeout_s."""
+        self._queue.put(lambda: self._client.set_terminated(self.run_id, mlflow_status))
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        """Collect metrics for BATCH_SECONDS, send them; run other work in its place in the queue."""
+        batch: list[Metric] = []
+        deadline = 0.0
+        while True:
+            try:
+                item = self._queue.get(timeout=max(0.0, deadline - time.monotonic()) if batch else None)
+            except queue.Empty:
+                self._guard(self._send, batch)
+                batch = []
+                continue
+            if isinstance(item, Metric):
+                if not batch:
+                    deadline = time.monotonic() + BATCH_SECONDS
+                batch.append(item)
+                if len(batch) < BATCH_METRICS and time.monotonic() < deadline:
+                    continue
+            if batch:
+                self._guard(self._send, batch)
+                batch = []
+            if item is None:
+                return
+            if not isinstance(item, Metric):
+                self._guard(item)
+
+    def _send(self, metrics: list[Metric]) -> None:
+        for first in range(0, len(metrics), BATCH_METRICS):
+            self._client.log_batch(self.run_id, metrics=metrics[first : first + BATCH_METRICS])
+
+    def _guard(self, work: Callable[..., None], *args: Any) -> None:
+        try:
+            work(*args)
+        except Exception as error:  # noqa: BLE001 - tracking must not end a run, whatever the store raises
+            self.errors += 1
+            log.warning("MLflow: %s", error)
+            self._on_error(first_line(error))
+
+
+def open_run(config: RunConfig, folder: Path, uri: str) -> str:
+    """Continue the MLflow run named in the run folder's mlflow.json, or start one. Returns the MLflow run id.
+
+    Params that changed since the first start keep their first value in MLflow (it refuses a change); the new one goes into
+    a tag `changed.<key>`.
+
+    Raises:
+        TrackingError: the tracking URI is unknown, unreachable or not writable.
+    """
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)  # a new database tells of each of its migrations
+    try:
+        with _few_retries(uri):
+            client = MlflowClient(tracking_uri=uri)
+            run_id = _known_run(client, folder, uri) or _new_run(client, config, folder, uri)
+            known = client.get_run(run_id).data.params
+            wanted = flat_params(config)
+            params = [Param(k, v) for k, v in wanted.items() if k not in known]
+            for first in range(0, len(params), BATCH_PARAMS):
+                client.log_batch(run_id, params=params[first : first + BATCH_PARAMS])
+            changed = [RunTag(f"changed.{k}", v) for k, v in wanted.items() if known.get(k, v) != v]
+            client.log_batch(run_id, tags=changed)
+            client.update_run(run_id, status="RUNNING")
+    except Exception as error:
+        raise TrackingError(
+            f"MLflow cannot be used at {uri!r}: {first_line(error)}. Correct tracking.uri or {ENV_URI}, "
+            "or switch MLflow off with tracking.enabled=false"
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_json(folder / RUN_ID_FILE, {"run_id": run_id, "uri": uri, "experiment": config.tracking.experiment})
+    return run_id
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type when it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _known_run(client: MlflowClient, folder: Path, uri: str) -> str | None:
+    path = folder / RUN_ID_FILE
+    if not path.exists():
+        return None
+    known = json.loads(path.read_text())
+    if known["uri"] != uri:
+        return None  # another store: the whole run is copied there from metrics.jsonl
+    try:
+        run = client.get_run(known["run_id"])
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
+
+
+def _new_run(client: MlflowClient, config: RunConfig, folder: Path, uri: str) -> str:
+    name = config.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # Without it, a local store puts artifacts under the working directory of whoever writes them.
+        location = f"file://{config.run.path.parent / 'mlartifacts'}" if uri.startswith("sqlite") else None
+        try:
+            experiment_id = client.create_experiment(name, artifact_location=location)
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)  # another run made it in the meantime
+            if experiment is None:
+                raise
+    if experiment is not None:
+        if experiment.lifecycle_stage != "active":
+            raise TrackingError(f"experiment {name!r} is deleted there; restore it or set tracking.experiment")
+        experiment_id = experiment.experiment_id
+    tags = {"tc_ray.folder": str(folder)}
+    return str(client.create_run(experiment_id, run_name=config.run.name, tags=tags).info.run_id)
+
+
+@contextlib.contextmanager
+def _few_retries(uri: str) -> Iterator[None]:
+    """At the start a wrong address shall be told in seconds; MLflow's own defaults retry for minutes."""
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise TrackingError(f"{path} is not writable")
+        path.touch()
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

@@ -1,0 +1,123 @@
+"""metrics.jsonl: every point a run has measured, one JSON object a line, append only.
+
+Invariant: for one kind and metric the axis (Pilot: round; Copilot: its own step) only grows, over restarts of workers and
+of the whole run: a replayed round or step is dropped. This file is the truth; MLflow is filled from it.
+Written by `tracker.Tracker`, read by `plot.draw_losses` and `tc-ray status`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+Point = dict[str, Any]
+"""One line: `kind` ("start", "pilot", "copilot", "log", "evaluation" or "event"), `time` (unix seconds), `round` (Pilot
+round known at that time), for "copilot" also `step`, and `metrics` (name -> number or null for NaN) or, for an event,
+`event` and `text`."""
+
+
+def read_points(path: Path) -> Iterator[Point]:
+    """Yield the complete lines of a metrics.jsonl; an absent file yields nothing.
+
+    A last line without a newline is a write that was cut off (a killed process) and is left out.
+
+    Raises:
+        ValueError: a complete line is not a JSON object; names file and line.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                point = json.loads(line)
+                point["kind"], point["time"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: not a metrics point ({error}); remove the line to go on") from None
+            yield point
+
+
+class PointFile:
+    """Append-only writer of metrics.jsonl that drops what is there already.
+
+    Args:
+        path: the file; created with its folder. A cut-off last line is removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._highest: dict[tuple[str, str], int] = {}
+        self.event_counts: dict[str, int] = {}
+        self.last: dict[str, Point] = {}
+        for point in read_points(path):
+            self._remember(point)
+        self.is_resumed = bool(self.last)
+        self._file = path.open("ab")
+        self._cut_partial_line()
+
+    def append(self, kind: str, point: Point, axis: int | None = None) -> Point | None:
+        """Write one point and return it as written, or None if nothing in it is new.
+
+        Args:
+            kind: see `Point`.
+            point: its other keys; `metrics` values are turned into plain numbers (NaN and infinities into null).
+            axis: position on the axis that the metrics of this kind grow along; None: always written.
+        """
+        point = {"kind": kind, **point}
+        if "metrics" in point:
+            metrics = plain_numbers(point["metrics"])
+            if axis is not None:
+                metrics = {k: v for k, v in metrics.items() if axis > self._highest.get((kind, k), -1)}
+                if not metrics:
+                    return None
+            point["metrics"] = metrics
+        self._file.write(json.dumps(point, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        self._remember(point)
+        return point
+
+    def close(self) -> None:
+        """Close the file; `append` fails after it."""
+        self._file.close()
+
+    def _remember(self, point: Point) -> None:
+        kind = point["kind"]
+        axis = point.get("step" if kind == "copilot" else "round", 0)
+        for name in point.get("metrics", ()):
+            key = (kind, name)
+            self._highest[key] = max(axis, self._highest.get(key, -1))
+        if kind == "event":
+            self.event_counts[point["event"]] = self.event_counts.get(point["event"], 0) + 1
+        self.last[kind] = point
+
+    def _cut_partial_line(self) -> None:
+        size = self._file.tell()
+        if not size:
+            return
+        with self.path.open("rb+") as file:
+            content = file.read()
+            if not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+
+
+def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Turn Python, numpy and torch scalars into JSON numbers; NaN and infinities become None.
+
+    Raises:
+        TypeError: a value is not a number; names the metric.
+    """
+    plain: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"metric {name!r} is not a number: {value!r}") from None
+        plain[name] = number if math.isfinite(number) else None
+    return plain

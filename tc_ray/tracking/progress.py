@@ -1,0 +1,184 @@
+"""ProgressView: what a run is doing, as a live panel on a terminal and as plain lines elsewhere.
+
+Invariant: it only reads status dicts (`tracker.Tracker.status`, status.json); a source that fails for a moment is asked again.
+`tc-ray train` follows the Tracker actor with it, `tc-ray status --follow` the run folder.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tc_ray.tracking.statusfile import HEARTBEAT_SECONDS, Status
+
+LINE_SECONDS = 10.0
+REFRESH_SECONDS = 1.0
+EVENTS_IN_PANEL = 4
+STALE_SECONDS = 4 * HEARTBEAT_SECONDS
+"""A running run whose status is older than this is called dead."""
+
+
+class ProgressView:
+    """Shows status dicts.
+
+    Args:
+        console: where to; default standard output. Not a terminal: plain lines.
+        line_seconds: least time between two plain lines within a phase.
+    """
+
+    def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS) -> None:
+        self._console = console or Console()
+        self._line_seconds = line_seconds
+        self._live: Live | None = None
+        self._shown: tuple[str, float] = ("", float("-inf"))
+        self._last_event = 0.0
+
+    def show(self, status: Status) -> None:
+        """Show one status: redraw the panel, or print a line when one is due and each event once."""
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, auto_refresh=False)
+                self._live.start()
+            self._live.update(panel(status), refresh=True)
+            return
+        for event in status["events"]:
+            if event["time"] > self._last_event:
+                self._last_event = event["time"]
+                self._print(f"[{event['kind']}] {event['text']}")
+        key = f"{status['phase']}/{status['state']}"
+        if key != self._shown[0] or time.monotonic() - self._shown[1] >= self._line_seconds:
+            self._shown = (key, time.monotonic())
+            self._print(line(status))
+
+    def close(self) -> None:
+        """Leave the last panel on the screen and give the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def follow(self, source: Callable[[], Status | None], stop: threading.Event) -> None:
+        """Show what `source` returns about once a second until `stop` is set or the run has ended.
+
+        Args:
+            source: returns a status, or None when there is none at the moment.
+            stop: ends the view; the status is shown once more.
+        """
+        try:
+            while True:
+                stopping = stop.is_set()
+                status = source()
+                if status is not None:
+                    self.show(status)
+                    if status["state"] != "running":
+                        return
+                if stopping:
+                    return
+                stop.wait(REFRESH_SECONDS)
+        finally:
+            self.close()
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def line(status: Status) -> str:
+    """One plain line: phase, rounds, losses, lag, speed, ETA."""
+    parts = [f"{clock(status['updated'] - status['started'])} {status['phase']}"]
+    parts += [f"{name} {value}" for name, value in facts(status) if value]
+    return " | ".join(filter(None, [*parts, silence(status)]))
+
+
+def silence(status: Status) -> str:
+    """What to say of a run that calls itself running but has not written its status for long; else empty."""
+    age_s = time.time() - status["updated"]
+    if status["state"] != "running" or age_s < STALE_SECONDS:
+        return ""
+    return f"no sign of life for {clock(age_s)}: it was killed; `tc-ray train` with the same recipe goes on"
+
+
+def facts(status: Status) -> list[tuple[str, str]]:
+    """Names and texts of what is worth showing; the text is empty where the run has no such number yet."""
+    plan, pilot, copilot = status["plan"], status["pilot"], status["copilot"]
+    log = status["log"].get("metrics", {})
+    backlog = [
+        _number(log.get("backlog_rounds"), "{:.0f} rounds"),
+        size(log["backlog_bytes"]) if log.get("backlog_bytes") is not None else "",
+    ]
+    speed = [
+        _number(status["tokens_per_second"], "{:.0f} tokens/s"),
+        _number(status["rounds_per_minute"], "{:.1f} rounds/min"),
+    ]
+    return [
+        ("round", _of(pilot.get("round"), plan.get("rounds_total"))),
+        ("pilot loss", _number(pilot.get("metrics", {}).get("loss"), "{:.4f}")),
+        ("copilot step", _of(copilot.get("step"), plan.get("copilot_steps_total"))),
+        ("copilot rmse", _number(copilot.get("metrics", {}).get("rmse"), "{:.4f}")),
+        ("lag", _number(log.get("lag_rounds"), "{:.0f} rounds")),
+        ("log", size(log["bytes"]) if log.get("bytes") is not None else ""),
+        ("backlog", ", ".join(filter(None, backlog))),
+        ("speed", ", ".join(filter(None, speed))),
+        ("restarts", str(status["restarts"] or "")),
+        ("eta", clock(status["eta_seconds"]) if status["eta_seconds"] is not None else ""),
+    ]
+
+
+def panel(status: Status) -> RenderableType:
+    """The live panel of a status."""
+    plan, texts = status["plan"], dict(facts(status))
+    bars = Table.grid(padding=(0, 2))
+    for label, now, total, loss in (
+        ("Pilot", status["pilot"].get("round", 0), plan.get("rounds_total"), texts.pop("pilot loss")),
+        ("Copilot", status["copilot"].get("step", 0), plan.get("copilot_steps_total"), texts.pop("copilot rmse")),
+    ):
+        unit, name = ("round", "loss") if label == "Pilot" else ("step", "rmse")
+        bar = ProgressBar(total=max(total or 1, 1), completed=min(now, total or 1), width=32)
+        bars.add_row(Text(label, "bold"), bar, f"{unit} {_of(now, total)}", f"{name} {loss or '-'}")
+    texts.pop("round")
+    texts.pop("copilot step")
+    rest = Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in texts.items() if value)
+    lines: list[RenderableType] = [bars, rest]
+    for event in status["events"][-EVENTS_IN_PANEL:]:
+        when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        lines.append(Text(f"{when} {event['kind']}: {event['text']}", "yellow", overflow="ellipsis", no_wrap=True))
+    if silence(status):
+        lines.append(Text(silence(status), "bold red"))
+    colour = {"done": "green", "failed": "red", "stopped": "yellow"}.get(status["state"], "blue")
+    title = Text.assemble((status["run"], "bold"), "  ", (status["phase"], f"bold {colour}"))
+    elapsed = clock(status["updated"] - status["started"])
+    return Panel(
+        Group(*lines), title=title, title_align="left", subtitle=elapsed, subtitle_align="right", border_style=colour
+    )
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    whole = max(0, int(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that leaves at most four digits."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _of(now: float | None, total: float | None) -> str:
+    if now is None:
+        return ""
+    return f"{now}/{total}" if total else str(now)
+
+
+def _number(value: float | None, pattern: str) -> str:
+    return "" if value is None else pattern.format(value)

@@ -1,0 +1,315 @@
+"""The Tracker: the one place where a run's metrics meet, and the one writer of MLflow.
+
+Invariant: a (metric, round) or (Copilot metric, step) is written once, over worker crashes and resumed runs; nothing here
+waits for MLflow before `finish`, and after the start no MLflow error reaches the run: they are counted and shown as events.
+The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer.
+Metric names the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `rmse`; log
+`bytes`, `rows`, `backlog_rounds`, `backlog_bytes`, `lag_rounds`. Any other name is written too.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.tracking.mlflow_writer import MlflowWriter, first_line, mlflow_command, open_run, resolve_uri
+from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
+from tc_ray.tracking.points import METRICS_FILE, Point, PointFile, plain_numbers, read_points
+from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
+
+PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
+ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+"""Ways a run ends, and MLflow's words for them."""
+EVENTS_SHOWN = 20
+LOG_SECONDS = 5.0
+"""A log point is written when the round has moved on, or after this time (catch-up: the round stands still)."""
+RATE_WINDOW = 64
+
+
+class Tracker:
+    """Writes metrics.jsonl, status.json, MLflow and, at the end, losses.png.
+
+    Args:
+        config: the run's config.
+        folder: run folder; what stands in it from an earlier start is continued.
+        uri: MLflow tracking URI; default by `resolve_uri` in this process.
+
+    Raises:
+        TrackingError: MLflow is enabled and cannot be used.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, uri: str | None = None) -> None:
+        self._lock = threading.RLock()
+        self._folder = folder
+        self._name = config.run.name
+        self._points = PointFile(folder / METRICS_FILE)
+        self._latest_time = 0.0
+        resumed = self._points.is_resumed
+        before = read_status(folder) if resumed and (folder / STATUS_FILE).exists() else {}
+        self._phase, self._phase_since = "prepare", time.time()
+        self._state = "running"
+        self._plan: dict[str, Any] = before.get("plan", {})
+        self._evaluation: dict[str, Any] = before.get("evaluation", {})
+        self._events: deque[dict[str, Any]] = deque(before.get("events", []), maxlen=EVENTS_SHOWN)
+        self._pilot = _latest(self._points.last.get("pilot"))
+        self._copilot = _latest(self._points.last.get("copilot"))
+        self._log = _latest(self._points.last.get("log"))
+        self._log_written: tuple[int, float] = (-1, float("-inf"))
+        self._pilot_rate, self._copilot_rate, self._token_rate = Rate(), Rate(), Rate()
+        self._tokens = 0.0
+        self._processes: dict[str, int] = {}
+        self._status_file = StatusFile(folder, self.status)
+        self._mlflow: MlflowWriter | None = None
+        if config.tracking.enabled:
+            uri = uri or resolve_uri(config)
+            self._mlflow = MlflowWriter(open_run(config, folder, uri), uri, self._mlflow_failed)
+            if resumed:
+                self._mlflow.fill_gaps(read_points(folder / METRICS_FILE))
+        start = self._points.append("start", {"time": self._now(), "round": self._round})
+        assert start is not None
+        self._started = before.get("started") or start["time"]
+        self._status_file.write()
+
+    def pilot(self, round: int, metrics: Mapping[str, Any]) -> None:
+        """A Pilot round ended (1-based). A replayed round is not written again."""
+        with self._lock:
+            now = self._now()
+            self._write("pilot", {"time": now, "round": round, "metrics": metrics}, axis=round)
+            self._pilot = {"round": round, "metrics": dict(metrics)}
+            self._pilot_rate.add(now, round)
+            self._tokens += float(metrics.get("tokens", 0))
+            self._token_rate.add(now, self._tokens)
+        self._status_file.touch()
+
+    def copilot(self, round: int, step: int, metrics: Mapping[str, Any]) -> None:
+        """A Copilot step ended (1-based), trained on the log up to Pilot round `round`. A replayed step is not written again."""
+        with self._lock:
+            now = self._now()
+            self._write("copilot", {"time": now, "round": round, "step": step, "metrics": metrics}, axis=step)
+            self._copilot = {"round": round, "step": step, "metrics": dict(metrics)}
+            self._copilot_rate.add(now, step)
+        self._status_file.touch()
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """State of the Mistake Log: bytes, rows, backlog, lag in rounds. Written at most once a round or LOG_SECONDS."""
+        with self._lock:
+            now = self._now()
+            self._log = {"metrics": dict(metrics)}
+            written_round, written_at = self._log_written
+            if self._round > written_round or now - written_at >= LOG_SECONDS:
+                self._write("log", {"time": now, "round": self._round, "metrics": metrics})
+                self._log_written = (self._round, now)
+        self._status_file.touch()
+
+    def event(self, kind: str, text: str) -> None:
+        """Something worth telling happened. `kind` "restart" is shown as the count of restarts."""
+        with self._lock:
+            now = self._now()
+            self._points.append("event", {"time": now, "round": self._round, "event": kind, "text": text})
+            self._events.append({"time": now, "kind": kind, "text": text})
+        self._status_file.touch()
+
+    def process(self, name: str, pid: int) -> None:
+        """A worker process (`pilot-0`, `copilot-1`) runs as `pid` on its node; shown in the status."""
+        with self._lock:
+            self._processes[name] = pid
+        self._status_file.write()
+
+    def plan(self, rounds_total: int, copilot_steps_total: int, **more: Any) -> None:
+        """What the run will do: bounds of the progress bars and of the ETA. `more`: JSON values shown in the status."""
+        with self._lock:
+            self._plan = {"rounds_total": rounds_total, "copilot_steps_total": copilot_steps_total, **more}
+        self._status_file.touch()
+
+    def phase(self, name: str) -> None:
+        """The run enters a phase, one of PHASES."""
+        if name not in PHASES:
+            raise ValueError(f"unknown phase {name!r}; phases are {', '.join(PHASES)}")
+        with self._lock:
+            self._phase, self._phase_since = name, time.time()
+        self._status_file.write()
+
+    def evaluation(self, table: Mapping[str, Any], markdown: str) -> None:
+        """Results on held-out data: `table` a JSON tree whose numbers become metrics, `markdown` the report."""
+        with self._lock:
+            self._evaluation = json.loads(json.dumps(table, default=float))
+            metrics = dict(_numbers("", table))
+            self._write("evaluation", {"time": self._now(), "round": self._round, "metrics": metrics}, axis=self._round)
+            if self._mlflow is not None:
+                self._mlflow.log_text(markdown, "evaluation.md")
+        self._status_file.write()
+
+    def artifact(self, path: Path | str, name: str | None = None) -> None:
+        """Keep a file or folder in MLflow, under artifact folder `name`. Returns at once; `finish` waits for the copy."""
+        path = Path(path)
+        if not path.exists():
+            self.event("tracking", f"artifact {path} does not exist")
+        elif self._mlflow is not None:
+            self._mlflow.log_path(path, name)
+
+    def finish(self, status: str, timeout_s: float = 120.0) -> Status:
+        """End: draw losses.png, send everything to MLflow, write the last status and return it.
+
+        Args:
+            status: "done", "failed" or "stopped".
+            timeout_s: longest wait for MLflow.
+        """
+        if status not in ENDS:
+            raise ValueError(f"unknown end {status!r}; a run ends {', '.join(ENDS)}")
+        picture = self._folder / LOSSES_FILE
+        try:
+            draw_losses(self._folder / METRICS_FILE, picture)
+        except Exception as error:  # noqa: BLE001 - a picture must not end a run
+            self.event("tracking", f"{LOSSES_FILE} could not be drawn: {first_line(error)}")
+        if self._mlflow is not None:
+            if picture.exists():
+                self._mlflow.log_path(picture, None)
+            if self._mlflow.errors:
+                self._mlflow.fill_gaps(read_points(self._folder / METRICS_FILE))
+            if not self._mlflow.finish(ENDS[status], timeout_s):
+                self.event("mlflow", f"not everything reached MLflow within {timeout_s:.0f} s")
+        with self._lock:
+            self._state = status
+            if status in PHASES and self._phase != status:
+                self._phase, self._phase_since = status, time.time()
+        self._status_file.close()
+        return self.status()
+
+    def status(self) -> Status:
+        """What the run is doing, as JSON values.
+
+        Keys: run, folder, state (running, done, failed, stopped), phase, phase_since, started, updated (unix seconds), plan, pilot
+        {round, metrics}, copilot {round, step, metrics}, log {metrics}, tokens_per_second, rounds_per_minute, eta_seconds
+        (null when unknown), restarts, events (last 20), event_counts, processes (pid by name), evaluation, mlflow (null when off).
+        """
+        with self._lock:
+            counts = self._points.event_counts
+            return {
+                "run": self._name,
+                "folder": str(self._folder),
+                "state": self._state,
+                "phase": self._phase,
+                "phase_since": self._phase_since,
+                "started": self._started,
+                "updated": time.time(),
+                "plan": self._plan,
+                "pilot": _jsonable(self._pilot),
+                "copilot": _jsonable(self._copilot),
+                "log": _jsonable(self._log),
+                "tokens_per_second": self._token_rate.per_second(),
+                "rounds_per_minute": self._pilot_rate.per_second(60.0),
+                "eta_seconds": self._eta_seconds(),
+                "restarts": counts.get("restart", 0),
+                "events": list(self._events),
+                "event_counts": dict(counts),
+                "processes": dict(self._processes),
+                "evaluation": self._evaluation,
+                "mlflow": self._mlflow
+                and {
+                    "uri": self._mlflow.uri,
+                    "run_id": self._mlflow.run_id,
+                    "command": mlflow_command(self._mlflow.uri),
+                    "errors": self._mlflow.errors,
+                },
+            }
+
+    @property
+    def _round(self) -> int:
+        return int(self._pilot.get("round", 0))
+
+    def _now(self) -> float:
+        """Unix time, at least a millisecond after the last one: MLflow tells points of one round apart by it alone."""
+        self._latest_time = max(time.time(), self._latest_time + 0.001)
+        return self._latest_time
+
+    def _write(self, kind: str, point: Point, axis: int | None = None) -> None:
+        written = self._points.append(kind, point, axis)
+        if written is not None and self._mlflow is not None:
+            self._mlflow.log_point(written)
+
+    def _eta_seconds(self) -> float | None:
+        """Time until the slower of the two models is through its plan; None outside training."""
+        if self._state != "running" or self._phase not in ("train", "catch-up"):
+            return None
+        waits = []
+        for rate, now, total in (
+            (self._pilot_rate, self._round, self._plan.get("rounds_total")),
+            (self._copilot_rate, self._copilot.get("step", 0), self._plan.get("copilot_steps_total")),
+        ):
+            speed = rate.per_second()
+            if total and total > now:
+                if not speed:
+                    return None
+                waits.append((total - now) / speed)
+        return max(waits, default=0.0)
+
+    def _mlflow_failed(self, text: str) -> None:
+        self.event("mlflow", text)
+
+
+class Rate:
+    """Speed of a growing number over its last RATE_WINDOW readings."""
+
+    def __init__(self) -> None:
+        self._readings: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
+
+    def add(self, at: float, value: float) -> None:
+        """Add a reading; one that went back (a replay after a crash) starts the window anew."""
+        if self._readings and value < self._readings[-1][1]:
+            self._readings.clear()
+        self._readings.append((at, value))
+
+    def per_second(self, scale: float = 1.0) -> float | None:
+        """Growth a second times scale; None before two readings."""
+        if len(self._readings) < 2:
+            return None
+        (t0, v0), (t1, v1) = self._readings[0], self._readings[-1]
+        return scale * (v1 - v0) / (t1 - t0) if t1 > t0 else None
+
+
+def start_tracker(config: RunConfig, folder: Path) -> Any:
+    """Start the Tracker as a Ray actor on the caller's node and wait until it is ready. Returns the actor handle.
+
+    The actor takes no CPU. It is restarted if it dies: all it knows stands in the run folder.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # The URI is resolved here: a worker process on a cluster does not see the caller's environment.
+    uri = resolve_uri(config)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": here}
+    if config.tracking.enabled:
+        # An error in an actor's constructor reaches the caller only as a dead actor: so MLflow is opened here first.
+        open_run(config, folder, uri)
+    tracker = ray.remote(Tracker).options(**options).remote(config, folder, uri)
+    ray.get(tracker.status.remote())
+    return tracker
+
+
+def _latest(point: Point | None) -> dict[str, Any]:
+    """The part of a point that the status shows."""
+    return {k: v for k, v in (point or {}).items() if k in ("round", "step", "metrics")}
+
+
+def _jsonable(latest: dict[str, Any]) -> dict[str, Any]:
+    return {**latest, "metrics": plain_numbers(latest["metrics"])} if "metrics" in latest else latest
+
+
+def _numbers(prefix: str, tree: Mapping[str, Any]) -> Any:
+    """Numeric leaves of a JSON tree as dotted names (lists and texts are left to the report)."""
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            yield from _numbers(name, value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value

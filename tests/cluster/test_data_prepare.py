@@ -1,0 +1,156 @@
+"""`prepare` on a real local Ray: files in, Parquet out, bad rows counted, work reused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tc_ray.config.schema import DataSection
+from tc_ray.data.errors import DataError
+from tc_ray.data.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary | {"[eos]": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[eos]", pad_token="[eos]")
+
+
+def section(**values: Any) -> DataSection:
+    return DataSection(template="plain", plain_template="{prompt}>", **values)
+
+
+def write_rows(path: Path, first: int, count: int) -> Path:
+    rows = [{"prompt": f"prompt {n}", "completion": f"answer {n}", "answer": n} for n in range(first, first + count)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(prepared: PreparedData) -> dict[str, list[dict[str, Any]]]:
+    return {part: pq.read_table(getattr(prepared, part)).to_pylist() for part in ("train", "validation", "test")}
+
+
+def test_a_folder_of_all_kinds_is_read_in_order(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_rows(data / "a.parquet", 0, 20)
+    write_rows(data / "b.jsonl", 20, 20)
+    write_rows(data / "c.json", 40, 20)
+    prepared = prepare(section(train=str(data)), tokenizer, tmp_path / "out", seed=1)
+    parts = read(prepared)
+    assert prepared.rows == {"train": 48, "validation": 6, "test": 6}
+    assert pq.read_schema(prepared.train) == SCHEMA
+    numbers = [int(row["answer"]) for row in parts["train"]]
+    assert numbers == sorted(numbers)
+    assert sorted(int(row["answer"]) for rows in parts.values() for row in rows) == list(range(60))
+    assert [row["sample_id"] for row in parts["train"]] == list(range(48))
+    row = parts["train"][5]
+    assert tokenizer.decode(row["input_ids"][: row["target_start"]]) == row["prompt"] + ">"
+    assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["completion"] + "[eos]"
+    assert prepared.tokens["train"] == sum(len(row["input_ids"]) for row in parts["train"])
+    assert any("train: 48 rows" in line for line in prepared.describe())
+
+
+def test_bad_rows_are_quarantined_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "x.jsonl", 0, 50)
+    lines = path.read_text().splitlines()
+    lines[6] = "{broken"
+    lines[9] = json.dumps({"prompt": "p"})
+    path.write_text("\n".join(lines))
+    out = tmp_path / "out"
+    prepared = prepare(section(train=str(path), max_bad_fraction=0.05), tokenizer, out, seed=1)
+    assert prepared.quarantined == 2 and sum(prepared.rows.values()) == 48
+    bad = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    assert [(row["file"], row["unit"], row["place"], row["field"]) for row in bad] == [
+        (str(path), "line", 7, ""),
+        (str(path), "line", 10, "completion"),
+    ]
+    assert bad[0]["raw"] == "{broken"
+    with pytest.raises(DataError) as caught:
+        prepare(section(train=str(path)), tokenizer, out, seed=1)
+    message = str(caught.value)
+    assert "2 of 50" in message and f"{path}, line 7" in message and "field completion" in message
+    assert not (out / "data.json").exists()  # what stands there is not whole for these settings
+
+
+def test_prepared_rows_are_reused_until_something_changes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "x.jsonl", 0, 40)
+    out, config = tmp_path / "out", section(train=str(path))
+
+    def reused(config: DataSection = config, seed: int = 1) -> bool:
+        return prepare(config, tokenizer, out, seed=seed).reused
+
+    assert not reused()
+    first = read(prepare(config, tokenizer, out, seed=1))
+    assert reused()
+    assert not reused(seed=2) and not reused()
+    assert read(prepare(config, tokenizer, out, seed=1)) == first
+    assert not reused(config.model_copy(update={"cutoff_tokens": 32})) and not reused()
+    os.utime(path, ns=(1, 1))
+    assert not reused()
+    (out / "test.parquet").unlink()
+    assert not reused()
+    (out / "data.json").write_text("{half")
+    assert not reused()
+
+
+def test_held_out_files_and_long_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    train = write_rows(tmp_path / "train.jsonl", 0, 30)
+    with train.open("a") as file:
+        file.write(json.dumps({"prompt": "long " * 20, "completion": "c"}) + "\n")
+        file.write(json.dumps({"prompt": "short", "completion": "c" * 100}) + "\n")
+    test = tmp_path / "test.jsonl"
+    test.write_text(json.dumps({"prompt": "prompt 3", "answer": 3}) + "\n")
+    config = section(train=str(train), test=str(test), cutoff_tokens=50, validation_size=5, max_train_rows=20)
+    prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
+    assert prepared.rows == {"train": 20, "validation": 5, "test": 1}
+    assert prepared.too_long == 1 and prepared.cut_completions == 1
+    row = read(prepared)["test"][0]
+    assert row["completion"] is None and row["target_start"] == len(row["input_ids"])
+    assert any("1 training rows have a prompt that also stands in data.test" in line for line in prepared.notes)
+
+    other = prepare_test_file(str(test), config, tokenizer, tmp_path / "other", seed=1)
+    assert pq.read_table(other.test).to_pylist() == [row]
+
+
+def test_absent_files_are_an_error_or_the_embedded_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    absent = str(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"data\.train: no .* at .*none\.jsonl.*data\.fallback=embedded"):
+        prepare(section(train=absent), tokenizer, tmp_path / "out", seed=1)
+    config = section(train=absent, test=absent, fallback="embedded", embedded_rows=40)
+    prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
+    assert sum(prepared.rows.values()) == 40
+    assert "chain_sum" in prepared.describe()[0] and "is absent" in prepared.describe()[1]
+    assert prepare(config, tokenizer, tmp_path / "out", seed=1).reused
+
+
+def test_unreadable_file_is_one_plain_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "x.parquet", 0, 10)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"^.*x\.parquet: not a readable Parquet file"):
+        prepare(section(train=str(path)), tokenizer, tmp_path / "out", seed=1)

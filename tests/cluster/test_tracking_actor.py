@@ -1,0 +1,51 @@
+"""The Tracker as an actor: one writer, killed and restarted without doubled points, and a wrong store told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.tracking.mlflow_writer import TrackingError, resolve_uri
+from tc_ray.tracking.points import read_points
+from tc_ray.tracking.tracker import start_tracker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def make_config(folder: Path, **sections: object) -> RunConfig:
+    return RunConfig.model_validate({"run": {"name": "trial", "folder": folder / "trial"}, **sections})
+
+
+def test_killed_tracker_comes_back_and_goes_on(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    config = make_config(tmp_path)
+    tracker = start_tracker(config, config.run.path)
+    for round in (1, 2, 3):
+        tracker.pilot.remote(round, {"loss": 1.0 / round})
+    run_id = ray.get(tracker.status.remote())["mlflow"]["run_id"]
+    ray.kill(tracker, no_restart=False)
+    for round in (3, 4):
+        tracker.pilot.remote(round, {"loss": 1.0 / round})
+    status = ray.get(tracker.finish.remote("done"), timeout=60)
+    assert status["mlflow"]["run_id"] == run_id
+    points = [p for p in read_points(config.run.path / "metrics.jsonl") if p["kind"] == "pilot"]
+    assert [p["round"] for p in points] == [1, 2, 3, 4]
+    history = MlflowClient(tracking_uri=resolve_uri(config)).get_metric_history(run_id, "pilot/loss")
+    assert [p.step for p in history] == [1, 2, 3, 4]
+    ray.kill(tracker)
+
+
+def test_wrong_store_is_a_clear_error_of_the_caller(tmp_path: Path) -> None:
+    config = make_config(tmp_path, tracking={"uri": "nonsense://x"})
+    with pytest.raises(TrackingError, match="nonsense://x"):
+        start_tracker(config, config.run.path)

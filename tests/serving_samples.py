@@ -1,0 +1,93 @@
+"""A tiny exported fused model (random weights, a real byte-level tokenizer) and a way to collect an engine's events."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tc_ray.models.copilot import Copilot
+from tc_ray.models.fusion import FusedModel
+from tc_ray.serving.engine import Engine, Failed, Finished, Generation, GenerationRequest, Piece
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "a"), ("Ġa", "n"), ("Ġ", "3"), ("l", "e"), ("p", "le"), ("ð", "Ł")]
+"""Ġ is the blank; ðŁ are the first two bytes of an emoji, so that characters break at odd places."""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with SmolLM2's special tokens, the same in every process."""
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [first + second for first, second in MERGES]
+    inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=MERGES))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(names[:3])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_export(folder: Path, *, positions: int = 4096, lam: float = 0.5) -> Path:
+    """Write an export folder (pilot/ with tokenizer, copilot/, fusion.json) and return it."""
+    torch.manual_seed(5)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pilot = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        # The end token is out of reach, so that the tests decide where a text ends.
+        pilot.lm_head.weight[tokenizer.eos_token_id] = 0.0
+    pilot.save_pretrained(folder / "base")
+    copilot = Copilot.from_decoder(
+        folder / "base", [0, 1], pilot_embedding=pilot.get_input_embeddings().weight.detach(), random_weights=True
+    )
+    with torch.no_grad():
+        copilot.output.weight.normal_(std=0.3)
+        copilot.output.weight[tokenizer.eos_token_id] = 0.0
+    export = folder / "export"
+    FusedModel(pilot, copilot, lam=lam).save_pretrained(export)
+    tokenizer.save_pretrained(export / "pilot")
+    return export
+
+
+class Collector:
+    """Submits one generation and waits for its events."""
+
+    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+        self._events: queue.Queue[Any] = queue.Queue()
+        self.generation: Generation = engine.submit(request, self._events.put)
+
+    def next(self, timeout_s: float = 30) -> Piece | Finished | Failed:
+        """The next event."""
+        event: Piece | Finished | Failed = self._events.get(timeout=timeout_s)
+        return event
+
+    def all(self) -> tuple[list[str], Finished | Failed]:
+        """All pieces and the last event."""
+        pieces: list[str] = []
+        while isinstance(event := self.next(), Piece):
+            pieces.append(event.text)
+        return pieces, event
+
+    def nothing_more(self) -> bool:
+        """Whether no event waits."""
+        return self._events.empty()

@@ -1,0 +1,138 @@
+"""Loading of configurations: values, refusals, round trip, and every recipe."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tc_ray.config.load import ConfigError, describe_fields, dump_config, load_config, save_config
+from tc_ray.config.schema import RunConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "jobs").rglob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "pilot:\n  learning_rate: 5e-5\n  epochs: 2\ncopilot:\n")
+    config = load_config(
+        path,
+        [
+            "pilot.learning_rate=1e-4",
+            "copilot.layers=[4, 9]",
+            "run.folder=null",
+            "tracking.enabled=false",
+            "data.embedded_task_options.max_terms=4",
+        ],
+    )
+    assert config.pilot.learning_rate == 1e-4
+    assert config.pilot.epochs == 2
+    assert config.copilot.layers == [4, 9]
+    assert config.tracking.enabled is False
+    assert config.data.embedded_task_options == {"max_terms": 4}
+    assert load_config(path).pilot.learning_rate == 5e-5  # YAML 1.1 alone reads text here
+
+
+def test_no_file_gives_the_defaults() -> None:
+    assert load_config(None) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("pilot:\n  lerning_rate: 1\n", [], ["recipe.yaml, line 2", "pilot.lerning_rate", "pilot.learning_rate"]),
+        ("learning_rate: 1\n", [], ["line 1", "pilot.learning_rate", "copilot.learning_rate"]),
+        ("data:\n  lam_grid: [0]\n", [], ["data.lam_grid", "fusion.lam_grid"]),
+        ("", ["pilt.epochs=3"], ["override 'pilt.epochs=3'", "pilot"]),
+        ("pilot:\n  epochs: three\n", [], ["line 2", "pilot.epochs", "'three'", "whole number above 0"]),
+        ("pilot:\n  dtype: fp16\n", [], ["pilot.dtype", "'fp16'", "bf16, fp32"]),
+        ("", ["data.max_bad_fraction=2"], ["override", "data.max_bad_fraction", "at most 1"]),
+        (
+            "pilot:\n  batch_size: 10\n  micro_batch_size: 4\n",
+            [],
+            ["recipe.yaml", "multiple of pilot.micro_batch_size"],
+        ),
+        ("pilot: 3\n", [], ["line 1", "pilot", "section with the fields method, lora"]),
+        ("", ["data.plain_template=x"], ["override", "data: plain_template must contain {prompt}"]),
+        ("pilot:\n  epochs: 1\n  epochs: 2\n", [], ["line 3", "epochs", "line 2"]),
+        ("pilot: [\n", [], ["not YAML"]),
+        ("- 1\n", [], ["sections", "pilot"]),
+        ("", ["pilot.epochs"], ["section.field=value"]),
+        ("", ["pilot.epochs=1", "pilot.epochs.more=1"], ["pilot.epochs"]),
+    ],
+)
+def test_refusals_are_readable(tmp_path: Path, text: str, overrides: list[str], expected: list[str]) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert all(part in message for part in expected), message
+    assert "pydantic" not in message
+
+
+def test_all_unknown_keys_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "pilot:\n  epoch: 1\nfusion:\n  lamda_grid: [0.0]\n"))
+    assert "pilot.epochs" in str(caught.value) and "fusion.lam_grid" in str(caught.value)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_dump_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(None, ["pilot.learning_rate=1e-5", "run.folder=/tmp/x", "copilot.layers=[1]"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert "description" not in dump_config(config)
+
+
+def test_data_path_from_current_folder_then_from_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = tmp_path / "repo" / "jobs"
+    recipes.mkdir(parents=True)
+    (tmp_path / "repo" / "pyproject.toml").touch()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = write(recipes, "data:\n  train: ../given/train.jsonl\n")
+    assert load_config(path).data.train == "../given/train.jsonl"  # absent: kept as written
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "train.jsonl").touch()
+    assert load_config(path).data.train == str(tmp_path / "given" / "train.jsonl")
+    path = write(recipes, "data:\n  train: mine.jsonl\n")
+    (tmp_path / "repo" / "mine.jsonl").touch()
+    assert load_config(path).data.train == str(tmp_path / "repo" / "mine.jsonl")
+    (tmp_path / "elsewhere" / "mine.jsonl").touch()
+    assert load_config(path).data.train == str(tmp_path / "elsewhere" / "mine.jsonl")
+
+
+def test_fields_are_described() -> None:
+    fields = {field.path: field for field in describe_fields()}
+    assert fields["pilot.zero_stage"].allowed == "0, 1, 2, 3"
+    assert fields["pilot.lora.rank"].default == "16"
+    assert fields["copilot.lora.rank"].default == "32"
+    assert fields["data.validation_size"].allowed == "a number above 0"
+    assert fields["run.folder"].allowed == "a path or null"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_loads(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert config.run.name == recipe.stem
+
+
+def test_there_are_recipes() -> None:
+    assert {"demo", "smollm2-mawps", "smollm2-svamp"} <= {path.stem for path in RECIPES}
+
+
+def test_config_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, tc_ray.config.load; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

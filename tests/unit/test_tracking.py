@@ -1,0 +1,182 @@
+"""The Tracker against a real MLflow in sqlite, without Ray: resumed runs, replays, errors, the picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.tracking.mlflow_writer import TrackingError, flat_params, resolve_uri
+from tc_ray.tracking.tracker import Rate, Tracker
+
+
+def make_config(folder: Path, **sections: Any) -> RunConfig:
+    return RunConfig.model_validate({"run": {"name": "trial", "folder": folder / "trial"}, **sections})
+
+
+def run_part(config: RunConfig, rounds: range, steps: range) -> Tracker:
+    tracker = Tracker(config, config.run.path)
+    tracker.plan(rounds_total=6, copilot_steps_total=9)
+    tracker.phase("train")
+    for round in rounds:
+        tracker.pilot(round, {"loss": 3.0 / round, "tokens": 100})
+        tracker.log({"bytes": 1000 * round, "rows": 16 * round, "backlog_rounds": 1, "lag_rounds": 2})
+    for step in steps:
+        tracker.copilot((step + 2) // 3, step, {"rmse": 1.0 / step})
+    return tracker
+
+
+def history(config: RunConfig, key: str) -> list[tuple[int, float]]:
+    run_id = json.loads((config.run.path / "mlflow.json").read_text())["run_id"]
+    points = MlflowClient(tracking_uri=resolve_uri(config)).get_metric_history(run_id, key)
+    return [(p.step, p.value) for p in sorted(points, key=lambda p: (p.timestamp, p.step))]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+    """A run that was cut off after round 4, goes on from its checkpoint of round 2, and ends."""
+    config = make_config(tmp_path_factory.mktemp("resumed"))
+    killed = run_part(config, range(1, 5), range(1, 6))
+    assert killed._mlflow is not None
+    killed._mlflow._queue.put(None)  # its thread ends, like a killed process: no finish, no terminated run
+    killed._mlflow._thread.join()
+    first_id = (config.run.path / "mlflow.json").read_text()
+    config = make_config(config.run.path.parent, pilot={"learning_rate": 9e-4})
+    tracker = run_part(config, range(3, 7), range(4, 10))
+    tracker.event("restart", "the Pilot's workers were restarted from round 2")
+    tracker.evaluation({"pilot": {"accuracy": 0.5}, "fused": {"accuracy": 0.625}, "lam": 0.5}, "| a | b |")
+    (config.run.path / "export").mkdir()
+    (config.run.path / "export" / "fusion.json").write_text("{}")
+    tracker.artifact(config.run.path / "export", "export")
+    status = tracker.finish("done")
+    assert (config.run.path / "mlflow.json").read_text() == first_id
+    return config, status
+
+
+def test_both_models_have_each_round_and_step_once(resumed: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, _ = resumed
+    assert history(config, "pilot/loss") == [(r, pytest.approx(3.0 / r)) for r in range(1, 7)]
+    assert [value for _, value in history(config, "copilot/rmse")] == [pytest.approx(1.0 / s) for s in range(1, 10)]
+    assert [step for step, _ in history(config, "copilot/rmse")] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    lines = [json.loads(text) for text in (config.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [p["round"] for p in lines if p["kind"] == "pilot"] == [1, 2, 3, 4, 5, 6]
+    assert [p["kind"] for p in lines].count("start") == 2
+
+
+def test_changed_param_does_not_stop_a_resumed_run(resumed: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, status = resumed
+    run = MlflowClient(tracking_uri=resolve_uri(config)).get_run(status["mlflow"]["run_id"])
+    assert run.data.params["pilot.learning_rate"] == "0.0003"
+    assert run.data.tags["changed.pilot.learning_rate"] == "0.0009"
+    assert run.info.status == "FINISHED"
+
+
+def test_evaluation_picture_and_export_are_in_mlflow(resumed: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, status = resumed
+    assert history(config, "evaluation/fused.accuracy") == [(6, 0.625)]
+    client = MlflowClient(tracking_uri=resolve_uri(config))
+    names = {a.path for a in client.list_artifacts(status["mlflow"]["run_id"])}
+    assert names == {"evaluation.md", "losses.png", "export"}
+    assert (config.run.path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_last_status(resumed: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, status = resumed
+    written = json.loads((config.run.path / "status.json").read_text())
+    written.pop("updated"), status.pop("updated")
+    assert written == status
+    assert (status["state"], status["phase"], status["restarts"]) == ("done", "done", 1)
+    assert (status["pilot"]["round"], status["copilot"]["step"]) == (6, 9)
+    assert status["mlflow"]["errors"] == 0
+    assert status["evaluation"]["lam"] == 0.5
+
+
+def test_points_that_never_reached_mlflow_are_filled_in(tmp_path: Path) -> None:
+    config = make_config(tmp_path, tracking={"enabled": False})
+    run_part(config, range(1, 4), range(1, 4)).finish("stopped")
+    config = make_config(tmp_path)
+    run_part(config, range(3, 5), range(3, 5)).finish("done")
+    assert [step for step, _ in history(config, "pilot/loss")] == [1, 2, 3, 4]
+    assert len(history(config, "copilot/rmse")) == 4
+
+
+def test_mlflow_error_is_told_and_does_not_reach_the_run(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    tracker = Tracker(config, config.run.path)
+    MlflowClient(tracking_uri=resolve_uri(config)).delete_run(tracker.status()["mlflow"]["run_id"])
+    tracker.pilot(1, {"loss": 1.0})
+    status = tracker.finish("done")
+    assert status["mlflow"]["errors"] > 0
+    assert any(e["kind"] == "mlflow" for e in status["events"])
+    assert status["state"] == "done"
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:////proc/none/mlflow.db", "http://127.0.0.1:9"])
+def test_wrong_uri_is_a_clear_error_at_once(tmp_path: Path, uri: str) -> None:
+    config = make_config(tmp_path, tracking={"uri": uri})
+    began = time.monotonic()
+    with pytest.raises(TrackingError, match=r"tracking\.uri") as error:
+        Tracker(config, config.run.path)
+    assert uri in str(error.value)
+    assert time.monotonic() - began < 60
+
+
+def test_environment_names_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_uri(make_config(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere:5000")
+    assert resolve_uri(make_config(tmp_path)) == "http://somewhere:5000"
+    assert resolve_uri(make_config(tmp_path, tracking={"uri": "sqlite:///x.db"})) == "sqlite:///x.db"
+
+
+def test_calls_do_not_wait_for_mlflow(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    tracker = Tracker(config, config.run.path)
+    began = time.monotonic()
+    for round in range(1, 501):
+        tracker.pilot(round, {"loss": 1.0, "learning_rate": 0.1})
+    assert time.monotonic() - began < 2.0
+    tracker.finish("done")
+    assert len(history(config, "pilot/learning_rate")) == 500
+
+
+def test_long_params_are_cut_and_all_fields_are_there(tmp_path: Path) -> None:
+    params = flat_params(make_config(tmp_path, data={"system": "x" * 900}))
+    assert len(params["data.system"]) == 500 and params["data.system"].endswith("...")
+    assert params["pilot.lora.rank"] == "16" and params["fusion.lam_grid"].startswith("[0.0")
+
+
+def test_phase_and_end_are_checked(tmp_path: Path) -> None:
+    tracker = Tracker(make_config(tmp_path, tracking={"enabled": False}), tmp_path)
+    with pytest.raises(ValueError, match="catch-up"):
+        tracker.phase("training")
+    with pytest.raises(ValueError, match="stopped"):
+        tracker.finish("ok")
+
+
+def test_eta_waits_for_the_slower_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("tc_ray.tracking.tracker.time.time", lambda: now[0])
+    tracker = Tracker(make_config(tmp_path, tracking={"enabled": False}), tmp_path)
+    tracker.plan(rounds_total=10, copilot_steps_total=100)
+    tracker.phase("train")
+    assert tracker.status()["eta_seconds"] is None
+    for round in range(1, 6):
+        now[0] += 2.0
+        tracker.pilot(round, {"loss": 1.0, "tokens": 50})
+        tracker.copilot(round, 2 * round, {"rmse": 1.0})
+    status = tracker.status()
+    assert status["eta_seconds"] == pytest.approx(90.0)  # 90 Copilot steps at 1 a second; 5 rounds would take 10 s
+    assert status["tokens_per_second"] == pytest.approx(25.0)
+    assert status["rounds_per_minute"] == pytest.approx(30.0)
+
+
+def test_rate_starts_anew_after_a_replay() -> None:
+    rate = Rate()
+    for at, value in ((0, 1), (10, 11), (40, 5), (50, 6)):
+        rate.add(at, value)
+    assert rate.per_second() == pytest.approx(0.1)

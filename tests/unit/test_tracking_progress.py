@@ -1,0 +1,98 @@
+"""ProgressView: plain lines where there is no terminal, a panel where there is one, and the end of both."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.tracking.progress import ProgressView, clock, size
+from tc_ray.tracking.tracker import Tracker
+
+
+@pytest.fixture
+def tracker(tmp_path: Path) -> Tracker:
+    config = RunConfig.model_validate({"run": {"name": "trial", "folder": tmp_path}, "tracking": {"enabled": False}})
+    return Tracker(config, tmp_path)
+
+
+def view(is_terminal: bool = False, **options: Any) -> tuple[ProgressView, io.StringIO]:
+    out = io.StringIO()
+    return ProgressView(Console(file=out, force_terminal=is_terminal, width=100), **options), out
+
+
+def test_lines_come_at_phase_changes_and_when_due(tracker: Tracker) -> None:
+    shown, out = view()
+    for _ in range(5):
+        shown.show(tracker.status())
+    tracker.phase("train")
+    shown.show(tracker.status())
+    shown.show(tracker.status())
+    lines = out.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["prepare", "train"]
+    always, out = view(line_seconds=0.0)
+    always.show(tracker.status())
+    always.show(tracker.status())
+    assert len(out.getvalue().splitlines()) == 2
+
+
+def test_an_event_is_printed_once_and_as_it_is(tracker: Tracker) -> None:
+    shown, out = view()
+    tracker.event("restart", "[red] worker 3")
+    for _ in range(3):
+        shown.show(tracker.status())
+    assert out.getvalue().count("[restart] [red] worker 3") == 1
+
+
+def test_line_tells_what_there_is(tracker: Tracker) -> None:
+    shown, out = view()
+    tracker.plan(rounds_total=10, copilot_steps_total=30)
+    tracker.pilot(1, {"loss": 2.5})
+    tracker.log({"lag_rounds": 4})
+    shown.show(tracker.status())
+    assert "round 1/10 | pilot loss 2.5000 | lag 4 rounds" in out.getvalue()
+    assert "rmse" not in out.getvalue() and "None" not in out.getvalue()
+
+
+def test_panel_on_a_terminal(tracker: Tracker) -> None:
+    shown, out = view(is_terminal=True)
+    tracker.plan(rounds_total=10, copilot_steps_total=30)
+    tracker.phase("train")
+    shown.show(tracker.status())
+    tracker.pilot(3, {"loss": 2.5})
+    tracker.event("restart", "worker 3")
+    shown.show(tracker.status())
+    shown.close()
+    for text in ("trial", "round 3/10", "loss 2.5000", "step 0/30", "restart: worker 3"):
+        assert text in out.getvalue()
+
+
+def test_follow_stops_when_told_and_shows_the_last_status(tracker: Tracker) -> None:
+    shown, out = view(line_seconds=0.0)
+    stop = threading.Event()
+    follower = threading.Thread(target=shown.follow, args=(tracker.status, stop))
+    follower.start()
+    time.sleep(0.2)
+    tracker.phase("evaluate")
+    stop.set()
+    follower.join(5)
+    assert not follower.is_alive()
+    assert out.getvalue().splitlines()[-1].split()[1] == "evaluate"
+
+
+def test_follow_ends_with_the_run(tracker: Tracker) -> None:
+    tracker.finish("failed")
+    shown, out = view()
+    shown.follow(tracker.status, threading.Event())
+    assert out.getvalue().splitlines()[-1].split()[1] == "failed"
+
+
+def test_units() -> None:
+    assert [clock(s) for s in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
+    assert [size(b) for b in (999, 1500, 2.5e9, 3e12)] == ["999 B", "1.5 KB", "2.5 GB", "3.0 TB"]
