@@ -7,7 +7,6 @@ done and goes on from the last checkpoints. Called by the command line and by jo
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.config.load import dump_config, load_config, save_config
+from tc_ray.config.load import load_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.session import ray_session
 
@@ -280,12 +279,3 @@ def logged_error_size(log: Path) -> float:
     last = max(file.round_max for file in mistakes.files)
     records = mistakes.records(rounds=(max(1, last - ERROR_SIZE_ROUNDS + 1), last))
     return float(np.square(records.error_values, dtype=np.float64).sum(1).mean())
-
-
-def write_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Keep the printed plan in the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
-
-
-__all__ = ["JobError", "JobResult", "dump_config", "run_job", "write_plan"]

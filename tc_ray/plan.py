@@ -1,38 +1,53 @@
 """The plan of a run: topology, batch arithmetic, sizes and predicted log bytes, computed without starting anything.
 
-Rows and tokens are measured where the data was prepared before, estimated from a sample of the files otherwise, and
-said to be unknown where neither is possible. Called by `tc-ray train --plan`.
+Invariant: no Ray, no weights, no download of a builtin model, nothing written. What cannot be known that way is None
+("unknown") and a note says why; only a setting that no run could start with raises. Called by `tc-ray train --plan`.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tc_ray.config.schema import EMBEDDED, RunConfig
+from tc_ray.config.load import load_config
+from tc_ray.config.schema import RunConfig
+from tc_ray.data.estimate import DataEstimate, estimate, is_embedded
+from tc_ray.session import cpus_needed
 
-ROW_OVERHEAD_BYTES = 64
-"""Key columns and offsets of one record."""
-SAMPLE_ROWS = 200
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE_ROWS = 400
+_ROW_BYTES = 64
+"""Key columns, lengths and null maps of one record in Parquet."""
+_FILE_BYTES = 2500
+"""Parquet header, footer and metadata of one data file."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Widths and parameter counts, from the models' configs. The Copilot's count includes the Pilot's frozen embedding."""
+
+    hidden_size: int
+    vocab_size: int
+    pilot: int
+    pilot_trainable: int
+    copilot: int
+    copilot_trainable: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a plan; None is 'cannot be known without the model or the data'."""
+    """What a run would do. None is 'cannot be known here', explained in `notes`."""
 
-    config: dict[str, Any]
-    rows: int | None
-    mean_tokens: float | None
-    mean_target_tokens: float | None
+    config: RunConfig
+    sizes: ModelSizes | None
+    data: DataEstimate | None
     rounds: int | None
     copilot_steps: int | None
-    hidden_size: int | None
-    pilot_parameters: int | None
-    pilot_trainable: int | None
-    copilot_parameters: int | None
-    copilot_trainable: int | None
     log_bytes_per_round: int | None
     log_bytes: int | None
     free_bytes: int
@@ -40,136 +55,262 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return asdict(self)
+        return {**asdict(self), "config": self.config.model_dump(mode="json")}
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
         """The plan as lines for a terminal."""
-        config = RunConfig.model_validate(self.config)
-        r, p, c = config.resources, config.pilot, config.copilot
-        device = "GPU" if r.gpus else "CPU"
-        precision = f"{p.method}, ZeRO stage {p.zero_stage}, {p.dtype}"
-        lines = [
-            f"run        {config.run.name} in {config.run.path}",
-            f"pilot      {config.model.pilot}: {_count(self.pilot_parameters)} parameters, {_count(self.pilot_trainable)} trained ({precision})",
-            f"           {r.pilot_workers} worker(s) x {r.pilot_cpus:g} CPU, {r.pilot_threads} thread(s), on {device}",
-            f"copilot    {config.model.copilot or config.model.pilot}, {'layers ' + str(c.layers) if c.layers else f'every {c.every} layer(s)'}: "
-            f"{_count(self.copilot_parameters)} parameters, {_count(self.copilot_trainable)} trained ({c.method}, {c.dtype})",
-            f"           {r.copilot_workers} worker(s) x {r.copilot_cpus:g} CPU, {r.copilot_threads} thread(s), {c.schedule}, "
-            f"buffer of {c.buffer_rounds} rounds",
-            f"data       {config.data.train}: {_count(self.rows)} training rows, mean {_number(self.mean_tokens)} tokens, "
-            f"{_number(self.mean_target_tokens)} of them targets",
-            f"batch      {p.batch_size} a round = {r.pilot_workers} worker(s) x {p.micro_batch_size} x {config.accumulation_steps} accumulation step(s)",
-            f"rounds     {_count(self.rounds)} in {p.epochs} epoch(s); Copilot steps {_count(self.copilot_steps)} "
-            f"({c.steps_per_round} a round, {c.batch_size} records each)",
-            f"log        {_bytes(self.log_bytes_per_round)} a round, {_bytes(self.log_bytes)} for the run; free disk {_bytes(self.free_bytes)}",
+        told = [*self._pilot_lines(), *self._copilot_lines(), *self._work_lines(), *self._log_lines()]
+        told += [("note" if index == 0 else "", note) for index, note in enumerate(self.notes)]
+        return [f"{name:<10} {text}".rstrip() for name, text in told]
+
+    def _pilot_lines(self) -> list[tuple[str, str]]:
+        config, pilot, resources = self.config, self.config.pilot, self.config.resources
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"joins the cluster at {address}" if address else f"a local one is started ({os.cpu_count()} cores here)"
+        method = f"LoRA rank {pilot.lora.rank}" if pilot.method == "lora" else "all weights"
+        sizes = self.sizes
+        return [
+            ("run", f"{config.run.name} in {config.run.path}"),
+            ("ray", f"{where}; the run asks for {cpus_needed(config):g} CPUs{self._gpus()}"),
+            ("pilot", f"{config.model.pilot}: {_count(sizes and sizes.pilot)} parameters"),
+            ("", f"{method}, {_count(sizes and sizes.pilot_trainable)} trained; ZeRO stage {pilot.zero_stage}, {pilot.dtype}"),
+            ("", _workers(resources.pilot_workers, resources.pilot_cpus, resources.pilot_threads, resources.gpus)),
         ]
-        return lines + [f"note       {note}" for note in self.notes]
+
+    def _gpus(self) -> str:
+        resources = self.config.resources
+        copilots = resources.copilot_workers if self.config.log.enabled else 0
+        return f" and {resources.pilot_workers + copilots} GPUs" if resources.gpus else ""
+
+    def _copilot_lines(self) -> list[tuple[str, str]]:
+        config, copilot, resources = self.config, self.config.copilot, self.config.resources
+        if not config.log.enabled:
+            return [("copilot", "none: log.enabled is false")]
+        layers = f"layers {', '.join(map(str, copilot.layers))}" if copilot.layers else f"every {copilot.every}. layer"
+        method = f"LoRA rank {copilot.lora.rank}" if copilot.method == "lora" else "full training"
+        sizes = self.sizes
+        return [
+            ("copilot", f"{layers} of {config.model.copilot or config.model.pilot}: {_count(sizes and sizes.copilot)} parameters"),
+            ("", f"{method}, {_count(sizes and sizes.copilot_trainable)} trained; {copilot.schedule}, {copilot.dtype}"),
+            ("", _workers(resources.copilot_workers, resources.copilot_cpus, resources.copilot_threads, resources.gpus)),
+        ]
+
+    def _work_lines(self) -> list[tuple[str, str]]:
+        config, pilot, copilot, data = self.config, self.config.pilot, self.config.copilot, self.data
+        source = "the embedded data set" if is_embedded(config.data) else config.data.train
+        lines = [
+            ("data", source),
+            (
+                "",
+                f"{_count(data and data.rows)} training rows, mean {_number(data and data.mean_tokens)} tokens, "
+                f"{_number(data and data.mean_target_tokens)} of them targets",
+            ),
+            (
+                "batch",
+                f"{pilot.batch_size} examples a round = {config.resources.pilot_workers} worker(s) x "
+                f"{pilot.micro_batch_size} x {config.accumulation_steps} accumulation step(s)",
+            ),
+            ("rounds", f"{_count(self.rounds)} ({pilot.epochs} epoch(s)), a checkpoint every {pilot.checkpoint_every_rounds}"),
+        ]
+        if config.log.enabled:
+            lines.append(
+                (
+                    "",
+                    f"{_count(self.copilot_steps)} Copilot steps: {copilot.steps_per_round} a round, {copilot.batch_size} records "
+                    f"each, drawn from the last {copilot.buffer_rounds} rounds",
+                )
+            )
+        return lines
+
+    def _log_lines(self) -> list[tuple[str, str]]:
+        if not self.config.log.enabled:
+            return []
+        compressed = " before compression" if self.config.log.compression != "none" else ""
+        told = f"{_bytes(self.log_bytes_per_round)} a round, {_bytes(self.log_bytes)} for the run{compressed}"
+        return [("log", f"{told}; free disk {_bytes(self.free_bytes)}")]
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Plan of a run. Reads configs and data files; starts no Ray, loads no weights, writes nothing."""
+    """Plan of a run.
+
+    Raises:
+        ModelSourceError: a model folder is not there. ValueError: layers that the model does not have.
+        DataError: data that cannot be read.
+    """
     notes: list[str] = []
-    shapes = _model_shapes(config, notes)
-    rows, tokens, targets = _data_shape(config, notes)
-    rounds = None
-    if rows is not None:
-        rounds = config.pilot.epochs * rows // config.pilot.batch_size
-    if config.pilot.max_rounds is not None:
-        rounds = min(rounds or config.pilot.max_rounds, config.pilot.max_rounds)
+    pilot, base = _model_path(config.model.pilot, config, notes), None
+    if pilot is not None:
+        base = _model_path(config.model.copilot, config, notes) if config.model.copilot else pilot
+    sizes = _model_sizes(config, pilot, base, notes) if pilot is not None and base is not None else None
+    data = _data(config, pilot, notes)
+    rounds = _rounds(config, data, notes)
     per_round = None
-    hidden = shapes.get("hidden_size")
-    if tokens is not None and targets is not None and hidden and config.log.enabled:
-        per_round = log_bytes_per_round(config, hidden_size=hidden, mean_tokens=tokens, mean_target_tokens=targets)
+    if sizes is not None and data is not None and config.log.enabled:
+        per_round = log_bytes_per_round(
+            config,
+            hidden_size=sizes.hidden_size,
+            vocab_size=sizes.vocab_size,
+            mean_tokens=data.mean_tokens,
+            mean_target_tokens=data.mean_target_tokens,
+        )
     total = per_round * rounds if per_round is not None and rounds is not None else None
-    free = shutil.disk_usage(_existing(config.run.path)).free
+    free = shutil.disk_usage(next(p for p in (config.run.path, *config.run.path.parents) if p.exists())).free
     if total is not None and total > free:
-        notes.append("the predicted log does not fit on the disk: free space, or lower pilot.epochs, log.top_k, or set log.positions=target")
-    return Plan(
-        config=config.model_dump(mode="json"), rows=rows, mean_tokens=tokens, mean_target_tokens=targets, rounds=rounds,
-        copilot_steps=rounds * config.copilot.steps_per_round if rounds is not None and config.log.enabled else None,
-        hidden_size=hidden, pilot_parameters=shapes.get("pilot"), pilot_trainable=shapes.get("pilot_trainable"),
-        copilot_parameters=shapes.get("copilot"), copilot_trainable=shapes.get("copilot_trainable"),
-        log_bytes_per_round=per_round, log_bytes=total, free_bytes=free, notes=notes,
-    )
+        notes.append(
+            "the predicted log does not fit on the disk: free space, lower pilot.epochs or log.top_k, or set log.positions=target"
+        )
+    steps = rounds * config.copilot.steps_per_round if rounds is not None and config.log.enabled else None
+    return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes)
 
 
-def log_bytes_per_round(config: RunConfig, *, hidden_size: int, mean_tokens: float, mean_target_tokens: float) -> int:
-    """Bytes of one round's records: bf16 states, int32 + fp32 error entries, ids and per-token numbers."""
+def log_bytes_per_round(
+    config: RunConfig, *, hidden_size: int, vocab_size: int, mean_tokens: float, mean_target_tokens: float
+) -> int:
+    """Bytes that one round of all workers adds to the log's data files, uncompressed.
+
+    A record is bf16 states, int32 token ids, and a target token's k + 1 errors (int32 + fp32), rest, loss and a bit; the
+    share of a file's own bytes follows from how often files are cut.
+    """
     states = mean_tokens - 1 if config.log.positions == "all" else mean_target_tokens
-    per_target = (config.log.top_k + 1) * 8 + 4 + 4 + 1
-    record = states * hidden_size * 2 + mean_tokens * 4 + mean_target_tokens * per_target + ROW_OVERHEAD_BYTES
-    return int(record * config.pilot.batch_size)
+    entries = min(config.log.top_k, vocab_size - 1) + 1
+    record = states * hidden_size * 2 + mean_tokens * 4 + mean_target_tokens * (entries * 8 + 4 + 4 + 1 / 8) + _ROW_BYTES
+    records = record * config.pilot.batch_size
+    workers = config.resources.pilot_workers
+    flush_rounds = 1 if config.copilot.schedule == "lockstep" else config.log.flush_rounds
+    rounds_a_file = min(flush_rounds, max(1.0, config.log.file_bytes / (records / workers)))
+    return int(records + workers * _FILE_BYTES / rounds_a_file)
 
 
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.parents) if p.exists())
+def _model_path(name: str, config: RunConfig, notes: list[str]) -> Path | str | None:
+    """Where the model's files are, None when a builtin one has yet to be fetched."""
+    from tc_ray.models.source import BUILTIN_MODELS, default_cache, resolve_model
+
+    cache = config.model.cache
+    if name in BUILTIN_MODELS and not ((cache or default_cache()).expanduser() / name).is_dir():
+        notes.append(f"{name} is not on this machine yet: the first run fetches it, then its sizes are known")
+        return None
+    return resolve_model(name, cache)
 
 
-def _model_shapes(config: RunConfig, notes: list[str]) -> dict[str, int]:
-    """Parameter counts, from the models' configs alone (meta device)."""
+def _model_sizes(config: RunConfig, pilot_path: Path | str, base_path: Path | str, notes: list[str]) -> ModelSizes | None:
+    """Sizes from the models' configs alone: modules are built on the meta device, without memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tc_ray.models.copilot.config import CopilotConfig
-    from tc_ray.models.copilot.decoder_only import Copilot, choose_layers
+    from tc_ray.copilot.learner import with_adapters
+    from tc_ray.models.copilot import Copilot, CopilotConfig
+    from tc_ray.models.copilot.decoder_only import choose_layers
     from tc_ray.models.pilot import add_adapters
-    from tc_ray.models.source import resolve_model
 
+    name = config.model.pilot
     try:
-        path = resolve_model(config.model.pilot, config.model.cache)
-        base = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else path
-        pilot_config, base_config = AutoConfig.from_pretrained(path), AutoConfig.from_pretrained(base)
-    except Exception as error:
-        # a hub id without the hub is no reason to refuse a plan; the run itself will
-        reason = str(error).strip().splitlines()[0]
-        notes.append(f"model sizes unknown: the config of {config.model.pilot} cannot be read here ({reason[:120]})")
-        return {}
+        pilot_config = AutoConfig.from_pretrained(pilot_path)
+        name = config.model.copilot or name
+        base_config = AutoConfig.from_pretrained(base_path)
+    except (OSError, ValueError) as error:  # a hub id without the hub is no reason to refuse a plan; the run itself will
+        notes.append(f"model sizes unknown: the config of {name} cannot be read here ({_first_line(error)})")
+        return None
+    layers = choose_layers(config.copilot.layers, config.copilot.every, base_config.num_hidden_layers)
+    missing = [layer for layer in layers if not 0 <= layer < base_config.num_hidden_layers]
+    if missing:
+        raise ValueError(f"copilot.layers {missing} are not layers of {name}, which has {base_config.num_hidden_layers}")
+    fields = base_config.to_dict() | {"num_hidden_layers": len(layers)}
+    if fields.get("layer_types"):
+        fields["layer_types"] = [fields["layer_types"][layer] for layer in layers]
     with torch.device("meta"):
         pilot = add_adapters(AutoModelForCausalLM.from_config(pilot_config), config.pilot)
-        layers = choose_layers(config.copilot.layers, config.copilot.every, base_config.num_hidden_layers)
-        fields = base_config.to_dict() | {"num_hidden_layers": len(layers)}
-        if fields.get("layer_types"):
-            fields["layer_types"] = fields["layer_types"][: len(layers)]
         copilot = Copilot(
             CopilotConfig(
-                decoder=fields, pilot_hidden_size=pilot_config.hidden_size, vocab_size=pilot_config.vocab_size,
+                decoder=fields,
+                pilot_hidden_size=pilot_config.hidden_size,
+                vocab_size=pilot_config.vocab_size,
                 producing_state=config.copilot.producing_state,
             )
         )
-        own = sum(p.numel() for p in copilot.parameters())
-        if config.copilot.method == "lora":
-            from tc_ray.copilot.learner import with_adapters
-
-            copilot = with_adapters(copilot, config.copilot)
-    return {
-        "hidden_size": pilot_config.hidden_size,
-        "pilot": sum(p.numel() for n, p in pilot.named_parameters() if "lora_" not in n),
-        "pilot_trainable": sum(p.numel() for p in pilot.parameters() if p.requires_grad),
-        "copilot": own,
-        "copilot_trainable": sum(p.numel() for p in copilot.parameters() if p.requires_grad),
-    }
+        copilot_size = sum(p.numel() for p in copilot.parameters())
+        trained = with_adapters(copilot, config.copilot)
+    return ModelSizes(
+        hidden_size=pilot_config.hidden_size,
+        vocab_size=pilot_config.vocab_size,
+        pilot=sum(p.numel() for key, p in pilot.named_parameters() if "lora_" not in key),
+        pilot_trainable=sum(p.numel() for p in pilot.parameters() if p.requires_grad),
+        copilot=copilot_size,
+        copilot_trainable=sum(p.numel() for p in trained.parameters() if p.requires_grad),
+    )
 
 
-def _data_shape(config: RunConfig, notes: list[str]) -> tuple[int | None, float | None, float | None]:
-    """(training rows, mean tokens, mean target tokens): as prepared in the run folder, else estimated."""
-    prepared = config.run.path / "data" / "train.parquet"
-    if prepared.is_file():
-        import numpy as np
-
-        from tc_ray.data.train_table import TrainTable
-
-        table = TrainTable(prepared)
-        rows = np.arange(len(table))
-        return len(table), table.tokens(rows) / len(table), table.target_tokens(rows) / len(table)
-    from tc_ray.data.estimate import estimate
-
-    found = estimate(config.data, config.model, sample_rows=SAMPLE_ROWS, seed=config.run.seed)
+def _data(config: RunConfig, pilot_path: Path | str | None, notes: list[str]) -> DataEstimate | None:
+    """As prepared in the run folder by the same settings, else estimated."""
+    prepared = _prepared(config)
+    if prepared is not None:
+        return prepared
+    tokenizer = _tokenizer(config, pilot_path, notes)
+    if tokenizer is None:
+        return None
+    found = estimate(config.data, tokenizer, sample_rows=SAMPLE_ROWS, seed=config.run.seed)
     if found is None:
-        what = "it is generated when the run starts" if config.data.train == EMBEDDED else "its tokenizer or files cannot be read here"
-        notes.append(f"data size unknown: {what}")
-        return None, None, None
-    notes.append(f"data size estimated from {found.sampled} rows; `tc-ray train` measures it")
-    return found.rows, found.mean_tokens, found.mean_target_tokens
+        notes.append(f"data size unknown: no usable rows at data.train {config.data.train} on this machine")
+        return None
+    notes.append(f"rows and lengths are estimated from {found.sampled} rows; the run measures them")
+    return found
+
+
+def _prepared(config: RunConfig) -> DataEstimate | None:
+    folder = config.run.path
+    if not (folder / "data" / "data.json").is_file() or not (folder / "config.yaml").is_file():
+        return None
+    earlier = load_config(folder / "config.yaml")
+    if (earlier.data, earlier.model.pilot, earlier.run.seed) != (config.data, config.model.pilot, config.run.seed):
+        return None
+    import numpy as np
+
+    from tc_ray.data.train_table import TrainTable
+
+    table = TrainTable(folder / "data" / "train.parquet")
+    count, rows = len(table), np.arange(len(table))
+    return DataEstimate(count, table.tokens(rows) / count, table.target_tokens(rows) / count, count, exact=True)
+
+
+def _tokenizer(config: RunConfig, path: Path | str | None, notes: list[str]) -> PreTrainedTokenizerBase | None:
+    if path is None:  # _model_path has told why
+        return None
+    from transformers import AutoTokenizer
+
+    from tc_ray.data.prompts import check_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        notes.append(f"data size unknown: the tokenizer of {config.model.pilot} cannot be read here ({_first_line(error)})")
+        return None
+    check_template(config.data, tokenizer)
+    return tokenizer
+
+
+def _rounds(config: RunConfig, data: DataEstimate | None, notes: list[str]) -> int | None:
+    limit = config.pilot.max_rounds
+    if data is None:
+        if limit is not None:
+            notes.append("rounds are pilot.max_rounds; the data may hold fewer")
+        return limit
+    if data.rows < config.pilot.batch_size:
+        notes.append(
+            f"{data.rows} training rows cannot fill a round of pilot.batch_size {config.pilot.batch_size}: the run will stop there"
+        )
+    rounds = config.pilot.epochs * data.rows // config.pilot.batch_size
+    return rounds if limit is None else min(rounds, limit)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _workers(workers: int, cpus: float, threads: int, gpus: bool) -> str:
+    return f"{workers} worker(s) x {cpus:g} CPU(s){' and 1 GPU' if gpus else ''}, {threads} torch thread(s) each"
 
 
 def _count(value: int | None) -> str:
@@ -186,6 +327,6 @@ def _bytes(value: int | None) -> str:
     size = float(value)
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"

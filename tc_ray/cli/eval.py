@@ -15,6 +15,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Choose lambda on the run's validation split, apply it once to the data, and print Pilot against fused."""
-    from tc_ray.evaluation.run import evaluate_run
+    from tc_ray.reevaluation import evaluate_run
 
-    typer.echo(evaluate_run(run_folder, data).markdown())
+    report, where = evaluate_run(run_folder, data)
+    typer.echo("\n".join([*report.lines(), "", f"report: {where}"]))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tc_ray.cli.errors import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from tc_ray.job import JobResult
 
 
 def train(
@@ -39,7 +42,22 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     from tc_ray.job import run_job
 
     try:
-        run_job(config)
+        result = run_job(config)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the last checkpoint in {config.run.path}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    typer.echo("\n".join(summary(result)))
+
+
+def summary(result: JobResult) -> list[str]:
+    """What a run leaves and how to go on from it, as lines."""
+    if result.report is None or result.export is None:
+        return [f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
+    lines = ["", *result.report.lines(), ""]
+    lines += [
+        f"report    {result.folder / 'evaluation.md'}",
+        f"losses    {result.folder / 'losses.png'}",
+        f"exported  {result.export} (pilot/ loads with plain AutoModelForCausalLM)",
+        f"serve     tc-ray serve {result.folder}",
+    ]
+    return lines + ([f"mlflow    {result.mlflow_command}"] if result.mlflow_command else [])

@@ -86,8 +86,8 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _template_has_prompt(self) -> DataSection:
-        if "{prompt}" not in self.plain_template:
-            raise ValueError("plain_template must contain {prompt}")
+        if self.plain_template.count("{prompt}") != 1:
+            raise ValueError("plain_template must contain {prompt} once")
         try:
             re.compile(self.completion_pattern or "")
         except re.error as error:

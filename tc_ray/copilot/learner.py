@@ -78,12 +78,12 @@ class Learner:
         )
         self._add_over_ranks(sums)
         squares, size, tokens = (float(x) for x in sums)
-        # d sqrt(S / N) = dS / (2 sqrt(S N)): the root is taken once, over all ranks
+        # d sqrt(S / N) = dS / (2 sqrt(S N)): the root is taken once, over all ranks; clipping joins the same pass
         factor = 0.5 / math.sqrt(max(squares, 1e-30) * tokens)
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
-        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = factor * float(torch.nn.utils.get_total_norm(gradients))
+        factor *= min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        torch._foreach_mul_(gradients, factor)
         self.optimizer.step()
         self.scheduler.step()
         self.step_count += 1

@@ -112,16 +112,17 @@ def _encode_file(
     try:
         while chunk := list(islice(records, _CHUNK_ROWS)):
             place = chunk[-1].place
-            rows = [_encode_record(record, config, tokenizer, seed, held_out) | {"file": file} for record in chunk]
+            rows = [encode_record(record, config, tokenizer, seed, held_out) | {"file": file} for record in chunk]
             yield pa.Table.from_pylist(rows, schema=_SCHEMA)
     except DataError as error:  # as a row: Ray would wrap the exception in its own traceback
         rows = [{"file": file, "place": place + 1, "kind": "fatal", "problem": str(error)}]
         yield pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
-def _encode_record(
+def encode_record(
     record: Record, config: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool
 ) -> dict[str, Any]:
+    """One record as a row of _SCHEMA (without `file`); Ray is not needed."""
     example = record.value if isinstance(record.value, BadRow) else to_example(record.value, held_out=held_out)
     row: dict[str, Any] = {"place": record.place, "unit": record.unit}
     if isinstance(example, BadRow):

@@ -1,55 +1,95 @@
-"""Rows and mean lengths of training data, from a sample of its files; for plans, without Ray."""
+"""Rows and mean lengths of training data, from a sample of its files; for plans, without Ray.
+
+The files are read once to count their records; a seeded sample of them is checked and tokenised exactly as `prepare`
+would do it. Embedded data is generated into a temporary folder. Called by `tc_ray.plan`; nothing is left on disk.
+"""
 
 from __future__ import annotations
 
+import random
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tc_ray.config.schema import EMBEDDED, DataSection, ModelSection
-from tc_ray.data.shapes import to_example
-from tc_ray.data.sources import BadRow, find_files, iter_records
-from tc_ray.data.tokenize import encode
+from tc_ray.config.schema import EMBEDDED, DataSection
+from tc_ray.data.embedded import write_embedded
+from tc_ray.data.encode import encode_record
+from tc_ray.data.sources import Record, find_files, iter_records
+from tc_ray.data.split import row_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class DataEstimate:
-    """rows: readable rows left for training after the cuts. Means are over `sampled` rows, in tokens."""
+    """rows: training rows after the cuts. Means are tokens a row over `sampled` rows; `exact`: counted, not estimated."""
 
     rows: int
     mean_tokens: float
     mean_target_tokens: float
     sampled: int
+    exact: bool = False
 
 
-def estimate(config: DataSection, model: ModelSection, *, sample_rows: int, seed: int) -> DataEstimate | None:
-    """Estimate, or None where the files are absent or generated, or the tokenizer cannot be read here."""
-    from transformers import AutoTokenizer
+def is_embedded(config: DataSection) -> bool:
+    """The run will use the embedded data set: it says so, or its files are absent and it may fall back."""
+    return config.train == EMBEDDED or (config.fallback == EMBEDDED and not find_files(config.train))
 
-    from tc_ray.models.source import resolve_model
 
-    files = [] if config.train == EMBEDDED else find_files(config.train)
-    if not files:
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model.pilot, model.cache))
-    except (OSError, ValueError):  # a hub id without the hub
-        return None
-    rows, lengths, targets = 0, [], []
-    for file in files:
-        for record in iter_records(file):
-            rows += 1
-            if len(lengths) >= sample_rows or isinstance(record.value, BadRow):
-                continue
-            example = to_example(record.value, held_out=False)
-            tokens = None if isinstance(example, BadRow) else encode(example, config, tokenizer)
-            if tokens is not None:
-                lengths.append(len(tokens.input_ids))
-                targets.append(len(tokens.input_ids) - tokens.target_start)
+def estimate(
+    config: DataSection, tokenizer: PreTrainedTokenizerBase, *, sample_rows: int, seed: int
+) -> DataEstimate | None:
+    """Estimate; None where the files are absent or hold no usable row.
+
+    Raises:
+        DataError: a file cannot be read at all, or the embedded task is unknown.
+    """
+    if is_embedded(config):
+        # the mean over part of a generated set is as good as over all of it, and its length is known
+        part = config.model_copy(update={"embedded_rows": min(config.embedded_rows, sample_rows)})
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "embedded.jsonl"
+            write_embedded(part, file, seed)
+            records = list(iter_records(file))
+        own_files, total = False, config.embedded_rows
+    else:
+        own_files = True
+        files = find_files(config.train)
+        records, total = _sample((r for file in files for r in iter_records(file)), sample_rows, seed)
+    lengths, targets = [], []
+    for record in records:
+        row = encode_record(record, config, tokenizer, seed, held_out=False)
+        if row["kind"] == "row":
+            lengths.append(len(row["input_ids"]))
+            targets.append(len(row["input_ids"]) - row["target_start"])
     if not lengths:
         return None
-    left = rows
-    for size, own_file in ((config.validation_size, config.validation), (config.test_size, config.test)):
-        if own_file is None:
-            left -= int(size * rows) if size < 1 else int(size)
+    readable = round(total * len(lengths) / len(records))
+    rows = readable - _held_out(config, readable, own_files)
     if config.max_train_rows is not None:
-        left = min(left, config.max_train_rows)
-    return DataEstimate(max(0, left), sum(lengths) / len(lengths), sum(targets) / len(targets), len(lengths))
+        rows = min(rows, config.max_train_rows)
+    count = len(lengths)
+    return DataEstimate(max(0, rows), sum(lengths) / count, sum(targets) / count, count)
+
+
+def _sample(records: Iterable[Record], size: int, seed: int) -> tuple[list[Record], int]:
+    """`size` records drawn uniformly (algorithm R), and how many there are."""
+    draw = random.Random(seed)
+    kept: list[Record] = []
+    total = 0
+    for record in records:
+        total += 1
+        if len(kept) < size:
+            kept.append(record)
+        elif (at := draw.randrange(total)) < size:
+            kept[at] = record
+    return kept, total
+
+
+def _held_out(config: DataSection, rows: int, own_files: bool) -> int:
+    """Rows cut from the training data; `own_files`: data.validation and data.test are used where they are named."""
+    cuts = ((config.validation_size, config.validation), (config.test_size, config.test))
+    return sum(max(1, row_count(size, rows)) for size, file in cuts if size and not (own_files and file))

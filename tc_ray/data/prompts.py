@@ -6,6 +6,7 @@ Called by `tokenize` and by serving.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,3 +48,26 @@ def readable_prompt(turns: Sequence[Turn]) -> str:
     if len(turns) == 1:
         return turns[0].content
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
+def serving_template(config: DataSection) -> str | None:
+    """Chat template (Jinja) that asks an exported model as it was trained; None: the tokenizer's own already does.
+
+    For `template: plain` it renders what `render_prompt` does. For `template: chat` with `data.system` nothing is changed:
+    the caller of the model sends the system message.
+    """
+    if config.template == "chat":
+        return None
+    before, after = config.plain_template.split("{prompt}", 1)
+    system = json.dumps(config.system) if config.system else "none"
+    return (
+        f"{{%- set system = {system} -%}}"
+        "{%- set turns = messages -%}"
+        "{%- if system and messages[0]['role'] != 'system' -%}"
+        "{%- set turns = [{'role': 'system', 'content': system}] + messages -%}{%- endif -%}"
+        f"{{{{- {json.dumps(before)} -}}}}"
+        "{%- if turns | length == 1 -%}{{- turns[0]['content'] -}}"
+        "{%- else -%}{%- for turn in turns -%}{{- turn['role'] + ': ' + turn['content'] -}}"
+        "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+        f"{{{{- {json.dumps(after)} -}}}}"
+    )

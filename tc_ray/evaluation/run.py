@@ -76,8 +76,9 @@ def evaluate(
     pilot_right = [matches(text, e.answer) for text, e in zip(pilot_texts, test, strict=True)]
     fused_right = [matches(text, e.answer) for text, e in zip(fused_texts, test, strict=True)]
     # test files often hold answers only; then the gold tokens of the validation rows are measured
-    measured = teacher_forced(fused, test, [pilot_choice, shown], batch_size=config.eval_batch_size, positions=positions)
-    measured = measured or {choice: forced[choice] for choice in (pilot_choice, shown) if choice in forced}
+    both = list(dict.fromkeys([pilot_choice, shown]))
+    measured = teacher_forced(fused, test, both, batch_size=config.eval_batch_size, positions=positions)
+    measured = measured or {choice: forced[choice] for choice in both if choice in forced}
     fused.space = shown[0]
     changed = [i for i in range(len(test)) if pilot_right[i] != fused_right[i]][:MAX_EXAMPLES_SHOWN]
     return Report(

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from tc_ray.config.schema import RunConfig
+from tc_ray.data.prompts import serving_template
 
-def save_merged(engine: Any, model_path: Path | str, folder: Path, *, rank: int) -> None:
+
+def save_merged(engine: Any, config: RunConfig, model_path: Path | str, folder: Path, *, rank: int) -> None:
     """Merge and write model and tokenizer to `folder` (collective; rank 0 writes, atomically by a rename).
 
     Weights are gathered parameter by parameter and merged in fp32 on a copy, so the trained model stays as it is; the
@@ -45,6 +48,9 @@ def save_merged(engine: Any, model_path: Path | str, folder: Path, *, rank: int)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     merged.to(torch.bfloat16 if engine.bfloat16_enabled() else torch.float32).save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(model_path).save_pretrained(temporary)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    # served chats must be asked as the training rows were
+    tokenizer.chat_template = serving_template(config.data) or tokenizer.chat_template
+    tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)

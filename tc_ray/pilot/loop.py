@@ -84,7 +84,7 @@ class Worker:
                 self._wait_for_copilot(number)
             if last or number % self.config.pilot.checkpoint_every_rounds == 0:
                 self._checkpoint(number)
-        save_merged(self.engine, self.job.model_path, self.folder / "pilot" / "final", rank=self.rank)
+        save_merged(self.engine, self.config, self.job.model_path, self.folder / "pilot" / "final", rank=self.rank)
         if self.writer is not None:
             self.writer.close()
             if self.rank == 0:

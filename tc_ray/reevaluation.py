@@ -1,0 +1,61 @@
+"""Evaluate a finished run again, on its own test rows or on other data; the work behind `tc-ray eval`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tc_ray.config.load import load_config
+from tc_ray.config.schema import RunConfig
+from tc_ray.evaluation.report import Report
+from tc_ray.session import ray_session
+
+NEEDED = ("config.yaml", "pilot/final/config.json", "copilot/final/config.json", "data/validation.parquet")
+
+
+class NotFinishedError(RuntimeError):
+    """The folder is no run that can be evaluated; the message says what is missing."""
+
+
+def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
+    """Choose lambda on the run's validation rows, apply it once to the test rows; returns the report and its file.
+
+    Args:
+        folder: run folder. data: JSON, JSONL or Parquet file; None takes the run's own test rows.
+
+    Raises:
+        NotFinishedError: parts of the run are missing. DataError: `data` cannot be read.
+    """
+    folder = folder.expanduser().absolute()
+    missing = [part for part in NEEDED if not (folder / part).is_file()]
+    if missing:
+        raise NotFinishedError(f"{folder} cannot be evaluated: {', '.join(missing)} missing (has `tc-ray train` ended?)")
+    config = load_config(folder / "config.yaml", [])
+    config.run.folder = folder
+    report, stem = _evaluate(config, data)
+    report.save(folder, stem)
+    return report, folder / f"{stem}.md"
+
+
+def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
+    import ray
+    from transformers import AutoTokenizer
+
+    from tc_ray.data.prepare import prepare_test_file
+    from tc_ray.evaluation.finished import evaluate_finished
+
+    folder = config.run.path
+    with ray_session(config):
+        test_file, source, stem = None, "the run's own test split", "evaluation"
+        if data is not None:
+            stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
+            tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final")
+            prepared = prepare_test_file(str(data), config.data, tokenizer, folder / "data" / stem, seed=config.run.seed)
+            for line in prepared.notes:
+                print(line, flush=True)
+            test_file, source = prepared.test, str(data)
+        resources = config.resources
+        task = ray.remote(evaluate_finished).options(
+            num_cpus=max(resources.pilot_cpus, resources.copilot_cpus), num_gpus=1 if resources.gpus else 0
+        )
+        return ray.get(task.remote(config, source, None, test_file=test_file)), stem
