@@ -21,9 +21,21 @@ from tc_ray.session import ray_session
 LOG_POLL_SECONDS = 1.0
 ERROR_SIZE_ROUNDS = 16
 """Rounds at the end of the log whose mean squared error is set beside that of held-out data."""
-FREE_TO_CHANGE = ("resources.copilot_threads", "resources.pilot_threads", "resources.pilot_cpus", "resources.copilot_cpus",
-                  "tracking", "fusion", "run.folder", "model.cache", "pilot.max_failures", "copilot.max_restarts",
-                  "pilot.keep_checkpoints", "pilot.checkpoint_every_rounds", "copilot.checkpoint_every_steps")
+FREE_TO_CHANGE = (
+    "resources.copilot_threads",
+    "resources.pilot_threads",
+    "resources.pilot_cpus",
+    "resources.copilot_cpus",
+    "tracking",
+    "fusion",
+    "run.folder",
+    "model.cache",
+    "pilot.max_failures",
+    "copilot.max_restarts",
+    "pilot.keep_checkpoints",
+    "pilot.checkpoint_every_rounds",
+    "copilot.checkpoint_every_steps",
+)
 """Settings that may differ when a run is resumed: they change nothing that was already written."""
 
 
@@ -50,7 +62,6 @@ def run_job(config: RunConfig) -> JobResult:
     folder = config.run.path
     _check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
     with ray_session(config):
         return _Job(config, folder).run()
 
@@ -94,6 +105,8 @@ class _Job:
         from tc_ray.tracking.tracker import start_tracker
 
         self._prepare()
+        # saved only now: a run refused for its model or data has made nothing, and its settings may be put right
+        save_config(self.config, self.folder / "config.yaml")
         self.tracker = start_tracker(self.config, self.folder)
         status = "failed"
         watchers = [threading.Thread(target=self._show, name="progress", daemon=True)]
@@ -180,9 +193,7 @@ class _Job:
         group = self._start_copilot()
         try:
             if not self._pilot_is_done():
-                job = PilotJob(
-                    self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker
-                )
+                job = PilotJob(self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker)
                 fit_pilot(job)
             if group is not None:
                 self.tracker.phase.remote("catch-up")

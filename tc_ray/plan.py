@@ -16,6 +16,7 @@ from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.estimate import DataEstimate, estimate, is_embedded
 from tc_ray.session import cpus_needed
+from tc_ray.sizes import ModelSizes, first_line, model_configs, model_path, model_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,18 +26,6 @@ _ROW_BYTES = 64
 """Key columns, lengths and null maps of one record in Parquet."""
 _FILE_BYTES = 2500
 """Parquet header, footer and metadata of one data file."""
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Widths and parameter counts, from the models' configs. The Copilot's count includes the Pilot's frozen embedding."""
-
-    hidden_size: int
-    vocab_size: int
-    pilot: int
-    pilot_trainable: int
-    copilot: int
-    copilot_trainable: int
 
 
 @dataclass(frozen=True)
@@ -69,14 +58,17 @@ class Plan:
     def _pilot_lines(self) -> list[tuple[str, str]]:
         config, pilot, resources = self.config, self.config.pilot, self.config.resources
         address = os.environ.get("RAY_ADDRESS")
-        where = f"joins the cluster at {address}" if address else f"a local one is started ({os.cpu_count()} cores here)"
+        where = (
+            f"joins the cluster at {address}" if address else f"a local one is started ({os.cpu_count()} cores here)"
+        )
         method = f"LoRA rank {pilot.lora.rank}" if pilot.method == "lora" else "all weights"
         sizes = self.sizes
+        trained = _count(sizes.pilot_trainable if sizes else None)
         return [
             ("run", f"{config.run.name} in {config.run.path}"),
             ("ray", f"{where}; the run asks for {cpus_needed(config):g} CPUs{self._gpus()}"),
-            ("pilot", f"{config.model.pilot}: {_count(sizes and sizes.pilot)} parameters"),
-            ("", f"{method}, {_count(sizes and sizes.pilot_trainable)} trained; ZeRO stage {pilot.zero_stage}, {pilot.dtype}"),
+            ("pilot", f"{config.model.pilot}: {_count(sizes.pilot if sizes else None)} parameters"),
+            ("", f"{method}, {trained} trained; ZeRO stage {pilot.zero_stage}, {pilot.dtype}"),
             ("", _workers(resources.pilot_workers, resources.pilot_cpus, resources.pilot_threads, resources.gpus)),
         ]
 
@@ -89,40 +81,37 @@ class Plan:
         config, copilot, resources = self.config, self.config.copilot, self.config.resources
         if not config.log.enabled:
             return [("copilot", "none: log.enabled is false")]
-        layers = f"layers {', '.join(map(str, copilot.layers))}" if copilot.layers else f"every {copilot.every}. layer"
+        layers = f"layers {', '.join(map(str, copilot.layers))}" if copilot.layers else f"one layer in {copilot.every}"
         method = f"LoRA rank {copilot.lora.rank}" if copilot.method == "lora" else "full training"
-        sizes = self.sizes
+        base, sizes = config.model.copilot or config.model.pilot, self.sizes
+        trained = _count(sizes.copilot_trainable if sizes else None)
         return [
-            ("copilot", f"{layers} of {config.model.copilot or config.model.pilot}: {_count(sizes and sizes.copilot)} parameters"),
-            ("", f"{method}, {_count(sizes and sizes.copilot_trainable)} trained; {copilot.schedule}, {copilot.dtype}"),
-            ("", _workers(resources.copilot_workers, resources.copilot_cpus, resources.copilot_threads, resources.gpus)),
+            ("copilot", f"{layers} of {base}: {_count(sizes.copilot if sizes else None)} parameters"),
+            ("", f"{method}, {trained} trained; {copilot.schedule}, {copilot.dtype}"),
+            (
+                "",
+                _workers(resources.copilot_workers, resources.copilot_cpus, resources.copilot_threads, resources.gpus),
+            ),
         ]
 
     def _work_lines(self) -> list[tuple[str, str]]:
         config, pilot, copilot, data = self.config, self.config.pilot, self.config.copilot, self.data
         source = "the embedded data set" if is_embedded(config.data) else config.data.train
+        rows = f"{_count(data.rows if data else None)} training rows, mean {_number(data.mean_tokens if data else None)} tokens"
+        split = f"{config.resources.pilot_workers} worker(s) x {pilot.micro_batch_size} x {config.accumulation_steps}"
         lines = [
             ("data", source),
+            ("", f"{rows}, {_number(data.mean_target_tokens if data else None)} of them targets"),
+            ("batch", f"{pilot.batch_size} examples a round = {split} accumulation step(s)"),
             (
-                "",
-                f"{_count(data and data.rows)} training rows, mean {_number(data and data.mean_tokens)} tokens, "
-                f"{_number(data and data.mean_target_tokens)} of them targets",
+                "rounds",
+                f"{_count(self.rounds)} ({pilot.epochs} epoch(s)), a checkpoint every {pilot.checkpoint_every_rounds}",
             ),
-            (
-                "batch",
-                f"{pilot.batch_size} examples a round = {config.resources.pilot_workers} worker(s) x "
-                f"{pilot.micro_batch_size} x {config.accumulation_steps} accumulation step(s)",
-            ),
-            ("rounds", f"{_count(self.rounds)} ({pilot.epochs} epoch(s)), a checkpoint every {pilot.checkpoint_every_rounds}"),
         ]
         if config.log.enabled:
-            lines.append(
-                (
-                    "",
-                    f"{_count(self.copilot_steps)} Copilot steps: {copilot.steps_per_round} a round, {copilot.batch_size} records "
-                    f"each, drawn from the last {copilot.buffer_rounds} rounds",
-                )
-            )
+            steps = f"{_count(self.copilot_steps)} Copilot steps: {copilot.steps_per_round} a round"
+            drawn = f"{copilot.batch_size} records each, drawn from the last {copilot.buffer_rounds} rounds"
+            lines.append(("", f"{steps}, {drawn}"))
         return lines
 
     def _log_lines(self) -> list[tuple[str, str]]:
@@ -141,11 +130,12 @@ def make_plan(config: RunConfig) -> Plan:
         DataError: data that cannot be read.
     """
     notes: list[str] = []
-    pilot, base = _model_path(config.model.pilot, config, notes), None
+    pilot, base = model_path(config.model.pilot, config, notes), None
     if pilot is not None:
-        base = _model_path(config.model.copilot, config, notes) if config.model.copilot else pilot
-    sizes = _model_sizes(config, pilot, base, notes) if pilot is not None and base is not None else None
-    data = _data(config, pilot, notes)
+        base = model_path(config.model.copilot, config, notes) if config.model.copilot else pilot
+    configs = model_configs(config, pilot, base, notes) if pilot is not None and base is not None else None
+    data = _data(config, pilot if configs is not None else None, notes)
+    sizes = model_sizes(config, *configs, data) if configs is not None else None
     rounds = _rounds(config, data, notes)
     per_round = None
     if sizes is not None and data is not None and config.log.enabled:
@@ -176,70 +166,14 @@ def log_bytes_per_round(
     """
     states = mean_tokens - 1 if config.log.positions == "all" else mean_target_tokens
     entries = min(config.log.top_k, vocab_size - 1) + 1
-    record = states * hidden_size * 2 + mean_tokens * 4 + mean_target_tokens * (entries * 8 + 4 + 4 + 1 / 8) + _ROW_BYTES
+    record = (
+        states * hidden_size * 2 + mean_tokens * 4 + mean_target_tokens * (entries * 8 + 4 + 4 + 1 / 8) + _ROW_BYTES
+    )
     records = record * config.pilot.batch_size
     workers = config.resources.pilot_workers
     flush_rounds = 1 if config.copilot.schedule == "lockstep" else config.log.flush_rounds
     rounds_a_file = min(flush_rounds, max(1.0, config.log.file_bytes / (records / workers)))
     return int(records + workers * _FILE_BYTES / rounds_a_file)
-
-
-def _model_path(name: str, config: RunConfig, notes: list[str]) -> Path | str | None:
-    """Where the model's files are, None when a builtin one has yet to be fetched."""
-    from tc_ray.models.source import BUILTIN_MODELS, default_cache, resolve_model
-
-    cache = config.model.cache
-    if name in BUILTIN_MODELS and not ((cache or default_cache()).expanduser() / name).is_dir():
-        notes.append(f"{name} is not on this machine yet: the first run fetches it, then its sizes are known")
-        return None
-    return resolve_model(name, cache)
-
-
-def _model_sizes(config: RunConfig, pilot_path: Path | str, base_path: Path | str, notes: list[str]) -> ModelSizes | None:
-    """Sizes from the models' configs alone: modules are built on the meta device, without memory."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tc_ray.copilot.learner import with_adapters
-    from tc_ray.models.copilot import Copilot, CopilotConfig
-    from tc_ray.models.copilot.decoder_only import choose_layers
-    from tc_ray.models.pilot import add_adapters
-
-    name = config.model.pilot
-    try:
-        pilot_config = AutoConfig.from_pretrained(pilot_path)
-        name = config.model.copilot or name
-        base_config = AutoConfig.from_pretrained(base_path)
-    except (OSError, ValueError) as error:  # a hub id without the hub is no reason to refuse a plan; the run itself will
-        notes.append(f"model sizes unknown: the config of {name} cannot be read here ({_first_line(error)})")
-        return None
-    layers = choose_layers(config.copilot.layers, config.copilot.every, base_config.num_hidden_layers)
-    missing = [layer for layer in layers if not 0 <= layer < base_config.num_hidden_layers]
-    if missing:
-        raise ValueError(f"copilot.layers {missing} are not layers of {name}, which has {base_config.num_hidden_layers}")
-    fields = base_config.to_dict() | {"num_hidden_layers": len(layers)}
-    if fields.get("layer_types"):
-        fields["layer_types"] = [fields["layer_types"][layer] for layer in layers]
-    with torch.device("meta"):
-        pilot = add_adapters(AutoModelForCausalLM.from_config(pilot_config), config.pilot)
-        copilot = Copilot(
-            CopilotConfig(
-                decoder=fields,
-                pilot_hidden_size=pilot_config.hidden_size,
-                vocab_size=pilot_config.vocab_size,
-                producing_state=config.copilot.producing_state,
-            )
-        )
-        copilot_size = sum(p.numel() for p in copilot.parameters())
-        trained = with_adapters(copilot, config.copilot)
-    return ModelSizes(
-        hidden_size=pilot_config.hidden_size,
-        vocab_size=pilot_config.vocab_size,
-        pilot=sum(p.numel() for key, p in pilot.named_parameters() if "lora_" not in key),
-        pilot_trainable=sum(p.numel() for p in pilot.parameters() if p.requires_grad),
-        copilot=copilot_size,
-        copilot_trainable=sum(p.numel() for p in trained.parameters() if p.requires_grad),
-    )
 
 
 def _data(config: RunConfig, pilot_path: Path | str | None, notes: list[str]) -> DataEstimate | None:
@@ -271,11 +205,12 @@ def _prepared(config: RunConfig) -> DataEstimate | None:
 
     table = TrainTable(folder / "data" / "train.parquet")
     count, rows = len(table), np.arange(len(table))
-    return DataEstimate(count, table.tokens(rows) / count, table.target_tokens(rows) / count, count, exact=True)
+    tokens, targets = table.tokens(rows) / count, table.target_tokens(rows) / count
+    return DataEstimate(count, tokens, targets, len(table.target_ids()), count, exact=True)
 
 
 def _tokenizer(config: RunConfig, path: Path | str | None, notes: list[str]) -> PreTrainedTokenizerBase | None:
-    if path is None:  # _model_path has told why
+    if path is None:  # a note has told why the model cannot be read
         return None
     from transformers import AutoTokenizer
 
@@ -284,7 +219,9 @@ def _tokenizer(config: RunConfig, path: Path | str | None, notes: list[str]) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        notes.append(f"data size unknown: the tokenizer of {config.model.pilot} cannot be read here ({_first_line(error)})")
+        notes.append(
+            f"data size unknown: the tokenizer of {config.model.pilot} cannot be read here ({first_line(error)})"
+        )
         return None
     check_template(config.data, tokenizer)
     return tokenizer
@@ -302,11 +239,6 @@ def _rounds(config: RunConfig, data: DataEstimate | None, notes: list[str]) -> i
         )
     rounds = config.pilot.epochs * data.rows // config.pilot.batch_size
     return rounds if limit is None else min(rounds, limit)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 def _workers(workers: int, cpus: float, threads: int, gpus: bool) -> str:

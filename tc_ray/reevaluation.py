@@ -29,7 +29,9 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
     folder = folder.expanduser().absolute()
     missing = [part for part in NEEDED if not (folder / part).is_file()]
     if missing:
-        raise NotFinishedError(f"{folder} cannot be evaluated: {', '.join(missing)} missing (has `tc-ray train` ended?)")
+        raise NotFinishedError(
+            f"{folder} cannot be evaluated: {', '.join(missing)} missing (has `tc-ray train` ended?)"
+        )
     config = load_config(folder / "config.yaml", [])
     config.run.folder = folder
     report, stem = _evaluate(config, data)
@@ -50,7 +52,9 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
         if data is not None:
             stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
             tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final")
-            prepared = prepare_test_file(str(data), config.data, tokenizer, folder / "data" / stem, seed=config.run.seed)
+            prepared = prepare_test_file(
+                str(data), config.data, tokenizer, folder / "data" / stem, seed=config.run.seed
+            )
             for line in prepared.notes:
                 print(line, flush=True)
             test_file, source = prepared.test, str(data)

@@ -37,7 +37,9 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         cores = os.cpu_count() or 1
         count = max(cores, int(-(-cpus_needed(config) // 1)))
         if count > cores:
-            print(f"ray: the run asks for {count} CPUs, this machine has {cores}: processes will share cores", flush=True)
+            print(
+                f"ray: the run asks for {count} CPUs, this machine has {cores}: processes will share cores", flush=True
+            )
         ray.init(address="local", num_cpus=count, log_to_driver=False, logging_level="warning")
     try:
         yield

@@ -154,7 +154,12 @@ def copilot_f(
             x = x + attention(layer, normed(x), normed(memory), sees_memory, None)
         x = x + layer.mlp(rms_normalised(x, layer.post_attention_layernorm.weight, eps))
     x = rms_normalised(x, copilot.norm.weight, eps)
-    return (x / math.sqrt(x.shape[-1])) @ copilot.output.weight.T
+    reached = (x / math.sqrt(x.shape[-1])) @ copilot.output.weight.T
+    columns = []
+    for token in range(config.vocab_size):  # f is 0 for tokens that W_out has no row for
+        places = (copilot.output_ids == token).nonzero()[:, 0].tolist()
+        columns.append(reached[:, places[0]] if places else torch.zeros(len(x)))
+    return torch.stack(columns, 1)
 
 
 def rmse(f: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:

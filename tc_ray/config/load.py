@@ -294,4 +294,7 @@ def _bounds(item: Any) -> str:
 
 def _default(info: Any) -> str:
     value = info.default_factory() if info.default_factory else info.default
-    return "required" if value is PydanticUndefined else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+    if value is PydanticUndefined:
+        return "required"
+    style = '"' if isinstance(value, str) and "\n" in value else None  # one line, whatever is in it
+    return yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6).split("\n")[0]

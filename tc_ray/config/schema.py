@@ -73,7 +73,8 @@ class DataSection(Section):
         "### Instruction:\n{prompt}\n\n### Response:\n", description="used by template: plain; {prompt} is replaced"
     )
     completion_pattern: str | None = Field(
-        None, description="regular expression; only the first match in the completion is trained on (its last group, if any)"
+        None,
+        description="regular expression; only the first match in the completion is trained on (its last group, if any)",
     )
     system: str | None = Field(None, description="system message put first when a record has none (chat template)")
     cutoff_tokens: Positive = Field(256, description="longest sequence; longer completions are cut and counted")
@@ -160,6 +161,9 @@ class CopilotSection(Section):
     every: Positive = Field(1, description="take every k-th layer, counted so that the last layer is among them")
     method: Literal["lora", "full"] = "full"
     lora: CopilotLoraSection = Field(default_factory=CopilotLoraSection)
+    output_tokens: Literal["targets", "all"] = Field(
+        "targets", description="tokens the Copilot can correct: those that occur in training completions, or all of V"
+    )
     producing_state: bool = Field(
         True, description="add the Pilot's hidden state that produced token i to input row i (method.md)"
     )

@@ -62,9 +62,7 @@ class RoundBuffer:
             self._drop_old_files()
             self._names = sorted(self._files)
             keys = [
-                np.stack(
-                    [r.round, r.rank, r.sample_id, np.full(len(r), file), np.arange(len(r))], axis=1
-                )
+                np.stack([r.round, r.rank, r.sample_id, np.full(len(r), file), np.arange(len(r))], axis=1)
                 for file, r in ((i, self._files[name]) for i, name in enumerate(self._names))
             ]
             table = np.concatenate(keys) if keys else np.zeros((0, 5), np.int64)

@@ -47,4 +47,7 @@ def restore(learner: Learner, root: Path) -> Position | None:
 
 
 def _complete(root: Path) -> list[Path]:
-    return sorted(p.parent for p in root.glob(f"step-*/{_POSITION}") if not p.parent.name.endswith(".tmp"))
+    found = (p.parent for p in root.glob(f"step-*/{_POSITION}") if not p.parent.name.endswith(".tmp"))
+    return sorted(
+        found, key=lambda folder: int(folder.name.split("-")[1])
+    )  # by number: a seventh digit sorts before six

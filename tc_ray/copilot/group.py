@@ -75,7 +75,7 @@ class CopilotGroup:
             try:
                 self._result = self._attempt()
                 return
-            except Exception as error:  # whatever ended a learner, the answer is the same: restart or give up
+            except Exception as error:  # noqa: BLE001 - whatever ended a learner, the answer is the same: restart or give up
                 self._kill()
                 if self._stopping.is_set():
                     return

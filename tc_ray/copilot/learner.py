@@ -20,7 +20,15 @@ from tc_ray.config.schema import CopilotSection
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.losses import squared_error
 
-_ADAPTER_EXTRAS = ("error_projection", "start", "state_projection", "output", "question_norm", "state_norm", "memory_projection")
+_ADAPTER_EXTRAS = (
+    "error_projection",
+    "start",
+    "state_projection",
+    "output",
+    "question_norm",
+    "state_norm",
+    "memory_projection",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Learner:
         self, copilot: Copilot, config: CopilotSection, *, total_steps: int, device: str = "cpu", world_size: int = 1
     ) -> None:
         self.config, self.world_size, self.device = config, world_size, torch.device(device)
+        self.copilot = copilot
         self.model: Any = with_adapters(copilot, config).to(self.device).train()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -69,12 +78,16 @@ class Learner:
         ids, values = batch.error_ids[rows], batch.error_values[rows]
         bf16 = self.config.dtype == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            f = self.model(batch)
-        total = squared_error(f, ids, values)
+            f = self.copilot.compact(batch)
+        total = squared_error(f, self.copilot.output_places(ids), values)
         self.optimizer.zero_grad(set_to_none=False)
         total.backward()
         sums = torch.stack(
-            [total.detach().double(), values.double().square().sum(), torch.tensor(float(len(ids)), device=self.device).double()]
+            [
+                total.detach().double(),
+                values.double().square().sum(),
+                torch.tensor(float(len(ids)), device=self.device).double(),
+            ]
         )
         self._add_over_ranks(sums)
         squares, size, tokens = (float(x) for x in sums)
@@ -104,14 +117,20 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write trainable weights (safetensors), optimizer and schedule; the caller makes it atomic."""
         save_file({n: p.detach().contiguous() for n, p in self.parameters.items()}, folder / "trainable.safetensors")
-        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "step": self.step_count}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "step": self.step_count,
+        }
         torch.save(state, folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
         weights = load_file(folder / "trainable.safetensors", device=str(self.device))
         if weights.keys() != self.parameters.keys():
-            raise ValueError(f"{folder} holds other trainable weights than the configured Copilot; use a new run.folder")
+            raise ValueError(
+                f"{folder} holds other trainable weights than the configured Copilot; use a new run.folder"
+            )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
@@ -135,10 +154,14 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
 
     lora = config.lora
     model = get_peft_model(
-        copilot,  # type: ignore[arg-type]
+        copilot,
         LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
-            layers_to_transform=list(range(lora.first_layer, len(copilot.layers))), layers_pattern="layers",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            layers_to_transform=list(range(lora.first_layer, len(copilot.layers))),
+            layers_pattern="layers",
         ),
     )
     # what no pretrained decoder brings must be trained in full

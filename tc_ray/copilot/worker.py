@@ -23,6 +23,7 @@ from tc_ray.copilot.batching import batch_from_records
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner, StepResult
+from tc_ray.data.train_table import TrainTable
 from tc_ray.mistakelog.reader import LogTail
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.decoder_only import choose_layers
@@ -68,9 +69,7 @@ class CopilotWorker:
         """Form the learners' own process group; returns this worker's pid."""
         if self.world_size > 1:
             backend = "nccl" if self.config.resources.gpus else "gloo"
-            dist.init_process_group(
-                backend, init_method=f"tcp://{address}", rank=self.rank, world_size=self.world_size
-            )
+            dist.init_process_group(backend, init_method=f"tcp://{address}", rank=self.rank, world_size=self.world_size)
         return os.getpid()
 
     def run(self) -> Position:
@@ -85,6 +84,8 @@ class CopilotWorker:
         )
         at = checkpoint.restore(learner, self.folder / "checkpoints") or Position(0, 0, -1)
         self._report(at, None)
+        if at.step and not self.rank:
+            self.job.tracker.event.remote("resume", f"Copilot goes on after step {at.step}")
         tail = LogTail(self.config.run.path / "log")
         buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
         seen_version = -1
@@ -167,6 +168,13 @@ def build_copilot(config: RunConfig, pilot_path: Path | str, base_path: Path | s
         base_path,
         choose_layers(config.copilot.layers, config.copilot.every, available),
         pilot_embedding=embedding,
+        output_ids=_output_ids(config),
         producing_state=config.copilot.producing_state,
         random_weights=config.model.random_weights,
     )
+
+
+def _output_ids(config: RunConfig) -> torch.Tensor | None:
+    if config.copilot.output_tokens == "all":
+        return None
+    return torch.from_numpy(TrainTable(config.run.path / "data" / "train.parquet").target_ids())

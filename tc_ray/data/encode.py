@@ -131,7 +131,10 @@ def encode_record(
     if config.completion_pattern and example.completion is not None:
         found = re.search(config.completion_pattern, example.completion)
         if found is None:
-            row |= {"field": "completion", "problem": f"does not match data.completion_pattern {config.completion_pattern!r}"}
+            row |= {
+                "field": "completion",
+                "problem": f"does not match data.completion_pattern {config.completion_pattern!r}",
+            }
             return row | {"fix": "correct the pattern or the row", "kind": "bad", "raw": record.raw[:_RAW_CHARS]}
         example = replace(example, completion=found.group(found.re.groups))
     tokens = encode(example, config, tokenizer)

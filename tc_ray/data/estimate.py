@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataEstimate:
-    """rows: training rows after the cuts. Means are tokens a row over `sampled` rows; `exact`: counted, not estimated."""
+    """rows: training rows after the cuts. Means are tokens a row over `sampled` rows; `exact`: counted, not estimated.
+
+    target_ids: different token ids in the completions of the sampled rows; all rows may hold more.
+    """
 
     rows: int
     mean_tokens: float
     mean_target_tokens: float
+    target_ids: int
     sampled: int
     exact: bool = False
 
@@ -59,12 +63,13 @@ def estimate(
         own_files = True
         files = find_files(config.train)
         records, total = _sample((r for file in files for r in iter_records(file)), sample_rows, seed)
-    lengths, targets = [], []
+    lengths, targets, ids = [], [], set()
     for record in records:
         row = encode_record(record, config, tokenizer, seed, held_out=False)
         if row["kind"] == "row":
             lengths.append(len(row["input_ids"]))
             targets.append(len(row["input_ids"]) - row["target_start"])
+            ids.update(row["input_ids"][row["target_start"] :])
     if not lengths:
         return None
     readable = round(total * len(lengths) / len(records))
@@ -72,7 +77,7 @@ def estimate(
     if config.max_train_rows is not None:
         rows = min(rows, config.max_train_rows)
     count = len(lengths)
-    return DataEstimate(max(0, rows), sum(lengths) / count, sum(targets) / count, count)
+    return DataEstimate(max(0, rows), sum(lengths) / count, sum(targets) / count, len(ids), count)
 
 
 def _sample(records: Iterable[Record], size: int, seed: int) -> tuple[list[Record], int]:

@@ -34,6 +34,11 @@ class TrainTable:
         """Completion tokens of these rows."""
         return int((self._lengths[rows] - self._target_start[rows]).sum())
 
+    def target_ids(self) -> NDArray[np.int64]:
+        """Sorted token ids that occur in completions."""
+        starts = np.repeat(self._offsets[:-1] + self._target_start, self._lengths)
+        return np.unique(self._ids[np.arange(len(self._ids)) >= starts]).astype(np.int64)
+
     def batch(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """These rows as one right-padded batch, see `collate`. Padding is token 0: nothing attends to it."""
         return collate(

@@ -34,8 +34,11 @@ def evaluate_finished(
     from tc_ray.models.fusion import FusedModel
 
     folder, resources = config.run.path, config.resources
-    torch.set_num_threads(max(1, resources.pilot_threads * resources.pilot_workers
-                              + resources.copilot_threads * resources.copilot_workers))
+    torch.set_num_threads(
+        max(
+            1, resources.pilot_threads * resources.pilot_workers + resources.copilot_threads * resources.copilot_workers
+        )
+    )
     device = "cuda" if resources.gpus else "cpu"
     dtype = torch.bfloat16 if resources.gpus else torch.float32
     pilot = AutoModelForCausalLM.from_pretrained(folder / "pilot" / "final", dtype=dtype)
@@ -58,4 +61,3 @@ def evaluate_finished(
         seen_error_size=seen_error_size,
         on_progress=heard,
     )
-

@@ -34,6 +34,8 @@ def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:
     for number, row in enumerate(rows):
         answer = row["answer"] if row["answer"] is not None else row["completion"]
         if answer is None:
-            raise ValueError(f"{file} row {number}: neither `answer` nor `completion`; there is nothing to score against")
+            raise ValueError(
+                f"{file} row {number}: neither `answer` nor `completion`; there is nothing to score against"
+            )
         examples.append(HeldOut(row["sample_id"], row["input_ids"], row["target_start"], answer))
     return examples

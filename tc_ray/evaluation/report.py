@@ -67,8 +67,19 @@ class Report:
             ("Pilot", c.pilot_correct, c.pilot_interval, self.pilot_forced),
             (fused_name, c.fused_correct, c.fused_interval, self.fused_forced),
         ):
-            measured = [f"{forced.error_ratio:.3f}", f"{forced.nll:.4f}", f"{100 * forced.token_accuracy:.1f}%"] if forced else ["-"] * 3
-            rows.append([name, f"{100 * correct / c.rows:.1f}%", f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}", *measured])
+            measured = (
+                [f"{forced.error_ratio:.3f}", f"{forced.nll:.4f}", f"{100 * forced.token_accuracy:.1f}%"]
+                if forced
+                else ["-"] * 3
+            )
+            rows.append(
+                [
+                    name,
+                    f"{100 * correct / c.rows:.1f}%",
+                    f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
+                    *measured,
+                ]
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return [
@@ -92,23 +103,34 @@ class Report:
         """The report as Markdown: verdict, table, validation sweep, examples."""
         parts = ["# Evaluation", "", self.verdict, "", "```", *self.lines()[:-1], "```", ""]
         if self.validation:
-            parts += ["## Choice of lambda on validation data", "", "| space | lambda | accuracy | wins | losses | NLL |", "|---|---|---|---|---|---|"]
+            parts += [
+                "## Choice of lambda on validation data",
+                "",
+                "| space | lambda | accuracy | wins | losses | NLL |",
+                "|---|---|---|---|---|---|",
+            ]
             parts += [
                 f"| {row['space']} | {row['lam']:g} | {100 * row['accuracy']:.1f}% | {row['wins']} | {row['losses']} | {row['nll']:.4f} |"
                 for row in self.validation
             ]
             parts.append("")
         if self.seen_error_size is not None and self.heldout_error_size is not None:
-            parts += [
+            sizes = (
                 f"Mean squared error of the Pilot: {self.seen_error_size:.4f} in the last rounds of the log, "
-                f"{self.heldout_error_size:.4f} on validation data. If the log's is far smaller, expect no gain.",
-                "",
-            ]
+                f"{self.heldout_error_size:.4f} on validation data. If the log's is far smaller, expect no gain."
+            )
+            parts += [sizes, ""]
         if self.examples:
             parts += ["## Changed answers", ""]
             for example in self.examples:
-                parts += [f"**{example['prompt'].strip()[-300:]}**", "", f"- answer: {example['answer']}",
-                          f"- Pilot: `{example['pilot']}`", f"- fused: `{example['fused']}`", ""]
+                parts += [
+                    f"**{example['prompt'].strip()[-300:]}**",
+                    "",
+                    f"- answer: {example['answer']}",
+                    f"- Pilot: `{example['pilot']}`",
+                    f"- fused: `{example['fused']}`",
+                    "",
+                ]
         return "\n".join(parts)
 
     def save(self, folder: Path, stem: str = "evaluation") -> None:

@@ -51,12 +51,18 @@ def evaluate(
         fused.space = choice[0]
         on_progress(f"evaluate: {what}, lambda {choice[1]:g} in {choice[0]} space, {len(examples)} rows")
         return complete(
-            fused, tokenizer, examples, lam=choice[1], max_new_tokens=config.max_new_tokens,
+            fused,
+            tokenizer,
+            examples,
+            lam=choice[1],
+            max_new_tokens=config.max_new_tokens,
             batch_size=config.eval_batch_size,
         )
 
     correct = {
-        choice: [matches(text, e.answer) for text, e in zip(texts(validation, choice, "validation"), validation, strict=True)]
+        choice: [
+            matches(text, e.answer) for text, e in zip(texts(validation, choice, "validation"), validation, strict=True)
+        ]
         for choice in choices
     }
     chosen = choose(correct, {choice: measured.nll for choice, measured in forced.items()})
@@ -64,10 +70,15 @@ def evaluate(
     for choice in choices:
         compared = Comparison.of(correct[pilot_choice], correct[choice])
         sweep.append(
-            {"space": choice[0], "lam": choice[1], "accuracy": compared.fused_correct / compared.rows,
-             "wins": compared.wins, "losses": compared.losses,
-             "nll": forced[choice].nll if choice in forced else float("nan"),
-             "error_ratio": forced[choice].error_ratio if choice in forced else float("nan")}
+            {
+                "space": choice[0],
+                "lam": choice[1],
+                "accuracy": compared.fused_correct / compared.rows,
+                "wins": compared.wins,
+                "losses": compared.losses,
+                "nll": forced[choice].nll if choice in forced else float("nan"),
+                "error_ratio": forced[choice].error_ratio if choice in forced else float("nan"),
+            }
         )
     # when validation chose lam 0 the best correction is still shown, so that the reader sees what it would have done
     shown = chosen if chosen[1] > 0 else pilot_choice
@@ -93,8 +104,12 @@ def evaluate(
         seen_error_size=seen_error_size,
         heldout_error_size=forced[pilot_choice].squared_error if forced else None,
         examples=[
-            {"prompt": tokenizer.decode(test[i].prompt_ids, skip_special_tokens=True), "answer": test[i].answer,
-             "pilot": pilot_texts[i], "fused": fused_texts[i]}
+            {
+                "prompt": tokenizer.decode(test[i].prompt_ids, skip_special_tokens=True),
+                "answer": test[i].answer,
+                "pilot": pilot_texts[i],
+                "fused": fused_texts[i],
+            }
             for i in changed
         ],
     )

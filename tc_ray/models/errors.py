@@ -41,9 +41,7 @@ def sparse_errors(log_probs: torch.Tensor, targets: torch.Tensor, top_k: int) ->
     mass = others.sum(-1)
     values, ids = _top_k(others, top_k)
     rest = (mass - values.sum(-1)).clamp_min_(0.0)
-    return SparseErrors(
-        torch.cat([targets[:, None], ids], 1), torch.cat([mass[:, None], -values], 1), rest
-    )
+    return SparseErrors(torch.cat([targets[:, None], ids], 1), torch.cat([mass[:, None], -values], 1), rest)
 
 
 def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,7 +80,9 @@ class _CopilotView:
     def __init__(self, cache: FusedCache) -> None:
         self._cache = cache
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._cache.update(key, value, self._cache.pilot_layers + layer_idx)
 
 
@@ -103,7 +105,9 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         if feedback not in FEEDBACKS:
             raise ValueError(f"feedback {feedback!r} is not one of {FEEDBACKS}")
         if copilot.config.tap != TAP_DEFINITION:
-            raise ValueError(f"the Copilot was trained on other hidden states: {copilot.config.tap!r}, not {TAP_DEFINITION!r}")
+            raise ValueError(
+                f"the Copilot was trained on other hidden states: {copilot.config.tap!r}, not {TAP_DEFINITION!r}"
+            )
         width = pilot.get_input_embeddings().weight.shape[1]
         if width != copilot.config.pilot_hidden_size or pilot.config.vocab_size != copilot.config.vocab_size:
             raise ValueError(
@@ -160,7 +164,9 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         cache = past_key_values if past_key_values is not None else self.new_cache()
         if not isinstance(cache, FusedCache):
             raise TypeError(f"past_key_values must be a FusedCache, not {type(cache).__name__}")
-        weights = torch.as_tensor(self.default_lam if lam is None else lam, dtype=torch.float32, device=input_ids.device)
+        weights = torch.as_tensor(
+            self.default_lam if lam is None else lam, dtype=torch.float32, device=input_ids.device
+        )
         weights = weights.expand(input_ids.shape[0]) if weights.ndim == 0 else weights
         if attention_mask is None:
             attention_mask = torch.ones(
@@ -183,14 +189,14 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             if self.feedback == "realised":
                 cache.feedback = logits.float().softmax(-1)
             else:
-                cache.feedback = self.copilot.dense_error_rows(f)
-            logits = fuse(logits, f, weights, self.space)
+                cache.feedback = self.copilot.own_error_rows(f)
+            logits = fuse(logits, self.copilot.expand(f), weights, self.space)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
     def _correction(
         self, input_ids: torch.Tensor, attended: torch.Tensor, states: torch.Tensor, cache: FusedCache
     ) -> torch.Tensor:
-        """f [B, V] of the next token; appends this call's states to the Copilot's memory."""
+        """f [B, A] of the next token on the Copilot's output tokens; appends this call's states to the Copilot's memory."""
         copilot = self.copilot
         memory = copilot.state_memory(states)
         if cache.memory_visible is None:
@@ -226,7 +232,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         write_settings(folder, lam=self.default_lam, space=self.space, feedback=self.feedback)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> FusedModel:
         """Load a folder written by `save_pretrained`.
@@ -242,12 +248,12 @@ class FusedModel(PreTrainedModel, GenerationMixin):
                 raise FileNotFoundError(f"{folder} is not an exported fused model: {part} is missing")
         settings = json.loads((folder / FUSION_FILE).read_text())
         if settings.get("format") != 1:
-            raise ValueError(f"{folder / FUSION_FILE}: format {settings.get('format')} is not known; this version reads 1")
+            raise ValueError(
+                f"{folder / FUSION_FILE}: format {settings.get('format')} is not known; this version reads 1"
+            )
         pilot = AutoModelForCausalLM.from_pretrained(folder / "pilot", dtype=dtype)
         copilot = Copilot.from_pretrained(folder / "copilot", dtype=dtype)
-        fused = cls(
-            pilot, copilot, lam=settings["lam"], space=settings["space"], feedback=settings["feedback"]
-        )
+        fused = cls(pilot, copilot, lam=settings["lam"], space=settings["space"], feedback=settings["feedback"])
         return fused.to(device)
 
 

@@ -21,7 +21,7 @@ TAP_DEFINITION = "mean over decoder layers 1..L of the layer output, before the 
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
     """Decoder layers of a causal language model, through any peft wrapper."""
-    return backbone(model).layers  # type: ignore[return-value]
+    return backbone(model).layers
 
 
 def backbone(model: nn.Module) -> Any:

@@ -55,7 +55,8 @@ def mark_complete(folder: Path, *, round_number: int, world_size: int, zero_stag
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MARKER)
-    complete = sorted(folder.parent.glob(f"round-*/{MARKER}"))
+    # by number: a seventh digit sorts before six
+    complete = sorted(folder.parent.glob(f"round-*/{MARKER}"), key=lambda m: int(m.parent.name.split("-")[1]))
     for old in complete[:-keep]:
         old.unlink()  # first the marker, so that a half-removed checkpoint is not taken for one
         shutil.rmtree(old.parent)

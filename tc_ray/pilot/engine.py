@@ -54,9 +54,7 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     if config.resources.pilot_workers > 1 and not config.resources.gpus:
         clear_stale_build_locks()
     torch.manual_seed(config.run.seed)
-    model = load_causal_lm(
-        model_path, dtype=DTYPES[config.pilot.dtype], random_weights=config.model.random_weights
-    )
+    model = load_causal_lm(model_path, dtype=DTYPES[config.pilot.dtype], random_weights=config.model.random_weights)
     model.config.use_cache = False
     if config.pilot.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

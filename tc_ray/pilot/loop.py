@@ -94,9 +94,7 @@ class Worker:
         checkpoint = latest_checkpoint(self.checkpoints)
         if checkpoint is None:
             return 0
-        load_checkpoint(
-            self.engine, checkpoint, world_size=self.world_size, zero_stage=self.config.pilot.zero_stage
-        )
+        load_checkpoint(self.engine, checkpoint, world_size=self.world_size, zero_stage=self.config.pilot.zero_stage)
         return checkpoint.round
 
     def _begin_attempt(self, watermark: int) -> None:

@@ -25,7 +25,7 @@ from tests.tiny_model import make_tiny_llama
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 ROWS, HELD_OUT, BATCH = 96, 16, 8
-START_SECONDS, STOP_SECONDS, JOB_SECONDS = 90, 20, 280
+START_SECONDS, STOP_SECONDS, JOB_SECONDS = 120, 20, 420
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,14 @@ def test_a_submitted_job_trains_and_exports(cluster: Cluster, tmp_path: Path) ->
 
     entry = ["--", "python", "jobs/train.py", "--config", str(recipe), "pilot.max_rounds=6", "tracking.log_model=false"]
     submitted = ray_job(
-        "submit", cluster.address, cluster.environment, "--submission-id", "tiny", "--working-dir", ".", *entry,
+        "submit",
+        cluster.address,
+        cluster.environment,
+        "--submission-id",
+        "tiny",
+        "--working-dir",
+        ".",
+        *entry,
         seconds=JOB_SECONDS,
     )
     told = submitted.stdout + submitted.stderr

@@ -42,6 +42,7 @@ SHAPES = [(9, 8), (12, 1), (17, 6), (5, 3)]
 def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> None:
     """Largest difference against largest entry."""
     assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
     scale = float(expected.abs().max())
     worst = float((actual - expected).abs().max())
     assert worst <= relative * scale, f"off by {worst:.3g} at scale {scale:.3g}"
@@ -76,22 +77,24 @@ def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
 
 
 def make_copilot(kind: str, model_folder: Path, pilot: Any, tmp: Path) -> Copilot:
-    """`same`: the Pilot's own layers; `narrow`: a narrower decoder without the producing state."""
+    """`same`: the Pilot's own layers; `few`: the same with f on some tokens only; `narrow`: a narrower decoder without the
+    producing state."""
     embedding = pilot.get_input_embeddings().weight.detach().clone()
     if kind == "same":
         return shaken(Copilot.from_decoder(model_folder, [0, 1, 3], pilot_embedding=embedding))
+    if kind == "few":
+        tokens = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(4))[:120].sort().values
+        return shaken(Copilot.from_decoder(model_folder, [2, 3], pilot_embedding=embedding, output_ids=tokens))
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(8)
     config = AutoConfig.from_pretrained(model_folder)
     config.hidden_size, config.head_dim, config.num_hidden_layers = 24, 6, 2
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp / "narrow")
-    return shaken(
-        Copilot.from_decoder(tmp / "narrow", [0, 1], pilot_embedding=embedding, producing_state=False)
-    )
+    return shaken(Copilot.from_decoder(tmp / "narrow", [0, 1], pilot_embedding=embedding, producing_state=False))
 
 
-@pytest.fixture(scope="module", params=["same", "narrow"])
+@pytest.fixture(scope="module", params=["same", "few", "narrow"])
 def copilot(request: pytest.FixtureRequest, model_folder: Path, pilot: Any, tmp_path_factory: Any) -> Copilot:
     return make_copilot(request.param, model_folder, pilot, tmp_path_factory.mktemp("copilot"))
 
@@ -112,9 +115,7 @@ def logged(
     rows = examples()
     batch = collate(rows, 0)
     step = PilotStep(pilot, top_k=top_k).train(train)
-    loss, record = step(
-        *(torch.from_numpy(batch[name]) for name in ("input_ids", "lengths", "target_start")), 1.0
-    )
+    loss, record = step(*(torch.from_numpy(batch[name]) for name in ("input_ids", "lengths", "target_start")), 1.0)
     assert record is not None
     expected = [dense_record(pilot, row["input_ids"], row["target_start"]) for row in rows]
     total = sum(float(e.token_loss.double().sum()) for e in expected)
@@ -122,12 +123,23 @@ def logged(
     LogStore.create(folder, metadata(vocab_size=VOCAB, rationale_dim=WIDTH, top_k=min(top_k, VOCAB - 1)))
     ledger = Ledger(folder, writers=1, run="test")
     writer = RecordWriter(
-        folder, ledger.commit, run="test", rank=0, attempt=ledger.begin_attempt(0, 1), flush_rounds=1,
-        file_bytes=2**30, queue_rounds=2,
+        folder,
+        ledger.commit,
+        run="test",
+        rank=0,
+        attempt=ledger.begin_attempt(0, 1),
+        flush_rounds=1,
+        file_bytes=2**30,
+        queue_rounds=2,
     )
     records = to_records(
-        record, **{k: batch[k] for k in ("input_ids", "lengths", "target_start", "sample_id")},
-        seen=np.zeros(len(rows)), round_number=1, rank=0, attempt=1, positions=positions,
+        record,
+        **{k: batch[k] for k in ("input_ids", "lengths", "target_start", "sample_id")},
+        seen=np.zeros(len(rows)),
+        round_number=1,
+        rank=0,
+        attempt=1,
+        positions=positions,
     )
     writer.put(records, 1)
     writer.end_round(1)
@@ -226,15 +238,13 @@ def reference_f(copilot: Copilot, records: Records, i: int, errors: torch.Tensor
 
 
 @pytest.mark.parametrize(("top_k", "positions"), [(VOCAB, "all"), (6, "all"), (6, "target")])
-def test_copilot_f_loss_and_gradients(
-    copilot: Copilot, pilot: Any, tmp_path: Path, top_k: int, positions: str
-) -> None:
+def test_copilot_f_loss_and_gradients(copilot: Copilot, pilot: Any, tmp_path: Path, top_k: int, positions: str) -> None:
     records, _ = logged(pilot, tmp_path / "log", top_k=top_k, positions=positions)
     batch = batch_from_records(records)
     copilot.zero_grad()
-    f = copilot(batch)
+    f = copilot.compact(batch)
     ids, values = batch.error_ids[batch.row_mask], batch.error_values[batch.row_mask]
-    loss = (squared_error(f, ids, values) / len(f)).sqrt()
+    loss = (squared_error(f, copilot.output_places(ids), values) / len(f)).sqrt()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in copilot.named_parameters() if p.requires_grad}
 
@@ -244,7 +254,9 @@ def test_copilot_f_loss_and_gradients(
     expected = torch.cat([reference_f(copilot, records, i, part) for i, part in enumerate(parts)])
     expected_loss = rmse(expected, dense)
     expected_loss.backward()
-    close(f, expected)
+    close(copilot.expand(f), expected)
+    with torch.no_grad():
+        close(copilot(batch), expected)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     assert gradients.keys() == {name for name, p in copilot.named_parameters() if p.requires_grad}
     for name, gradient in gradients.items():
@@ -387,7 +399,10 @@ def test_sampling_with_lambda_zero_is_the_pilot_s(copilot: Copilot, pilot: Any) 
     ids = torch.tensor([prompts()[1]])
     made = {}
     for name, model, extra in (
-        ("pilot", pilot, {}), ("zero", fused, {"lam": 0.0}), ("one", fused, {"lam": 0.9}), ("again", fused, {"lam": 0.9})
+        ("pilot", pilot, {}),
+        ("zero", fused, {"lam": 0.0}),
+        ("one", fused, {"lam": 0.9}),
+        ("again", fused, {"lam": 0.9}),
     ):
         torch.manual_seed(21)
         out = model.generate(ids, max_new_tokens=12, do_sample=True, temperature=0.9, top_p=0.95, **extra)
@@ -411,9 +426,7 @@ def test_saved_and_loaded_answers_the_same(copilot: Copilot, pilot: Any, tmp_pat
     fused.save_pretrained(tmp_path / "export")
     back = FusedModel.from_pretrained(tmp_path / "export")
     assert (back.default_lam, back.space, back.feedback) == (0.6, "logits", "realised")
-    for (name, old), (new_name, new) in zip(
-        fused.state_dict().items(), back.state_dict().items(), strict=True
-    ):
+    for (name, old), (new_name, new) in zip(fused.state_dict().items(), back.state_dict().items(), strict=True):
         assert name == new_name and torch.equal(old, new), name
     ids = torch.tensor([prompts()[1]])
     one, other = (m.generate(ids, max_new_tokens=10, do_sample=False) for m in (fused, back))

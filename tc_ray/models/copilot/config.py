@@ -16,6 +16,7 @@ class CopilotConfig(PreTrainedConfig):
         vocab_size: V, token ids common to Pilot and Copilot.
         producing_state: add the state that produced p^_i to input row i.
         tap: definition of the hidden states the Copilot was trained on.
+        output_size: A, tokens that f can be non-zero for; 0 is all of V.
         source: where the weights were initialised from (provenance).
     """
 
@@ -28,6 +29,7 @@ class CopilotConfig(PreTrainedConfig):
         vocab_size: int = 0,
         producing_state: bool = True,
         tap: str = "",
+        output_size: int = 0,
         source: str = "",
         **kwargs: Any,
     ) -> None:
@@ -36,6 +38,7 @@ class CopilotConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.producing_state = producing_state
         self.tap = tap
+        self.output_size = output_size
         self.source = source
         super().__init__(**kwargs)
 

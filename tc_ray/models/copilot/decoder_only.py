@@ -24,6 +24,9 @@ from tc_ray.models.copilot.batch import CopilotBatch
 from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.taps import TAP_DEFINITION
 
+OUTPUT_STD = 1e-2
+"""Of W_out's first weights: small beside the errors, large enough to give the tokens different directions."""
+
 
 class Copilot(PreTrainedModel):
     """Predicts the Pilot's errors f [.., V] from earlier errors and from what the Pilot saw and thought."""
@@ -43,9 +46,7 @@ class Copilot(PreTrainedModel):
         self.rotary_emb = decoder.rotary_emb
         # E of the Pilot, frozen: makes X~ from the logged ids, and W_in = A E^T when the widths agree
         self.question_embedding = nn.Embedding(config.vocab_size, config.pilot_hidden_size)
-        self.error_embedding = (
-            None if width == config.pilot_hidden_size else nn.Embedding(config.vocab_size, width)
-        )
+        self.error_embedding = None if width == config.pilot_hidden_size else nn.Embedding(config.vocab_size, width)
         self.error_projection = nn.Linear(width, width, bias=False)
         # row 0 has no earlier error; zeros would give uniform attention (method.md)
         self.start = nn.Embedding(1, width)
@@ -57,7 +58,10 @@ class Copilot(PreTrainedModel):
         self.state_projection = (
             nn.Linear(config.pilot_hidden_size, width, bias=False) if config.producing_state else None
         )
-        self.output = nn.Linear(width, config.vocab_size, bias=False)
+        # f lives on these tokens and is 0 elsewhere: Adam moves the rows of tokens that never occur as far as any other,
+        # and tens of thousands of them drown the few that matter (docs/decisions.md)
+        self.output = nn.Linear(width, config.output_size or config.vocab_size, bias=False)
+        self.register_buffer("output_ids", torch.arange(self.output.out_features))
         # the step of a row of W_out moves f by lr * |state|; 1/sqrt(d) makes that independent of the width
         self.output_scale = width**-0.5
         self.post_init()
@@ -69,10 +73,12 @@ class Copilot(PreTrainedModel):
         """Initialise what no pretrained decoder has: A at identity, W_out small, start vector and projections."""
         nn.init.eye_(self.error_projection.weight)
         nn.init.normal_(self.start.weight, std=0.02)
-        nn.init.normal_(self.output.weight, std=1e-3)
+        nn.init.normal_(self.output.weight, std=OUTPUT_STD)
         for projection in (self.memory_projection, self.state_projection):
             if isinstance(projection, nn.Linear) and projection.in_features == projection.out_features:
-                nn.init.eye_(projection.weight)  # pretrained layers can read a hidden state of their own family as it is
+                nn.init.eye_(
+                    projection.weight
+                )  # pretrained layers can read a hidden state of their own family as it is
             elif isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
@@ -89,6 +95,7 @@ class Copilot(PreTrainedModel):
         layers: Sequence[int],
         *,
         pilot_embedding: torch.Tensor,
+        output_ids: torch.Tensor | None = None,
         producing_state: bool = True,
         random_weights: bool = False,
     ) -> Copilot:
@@ -98,12 +105,15 @@ class Copilot(PreTrainedModel):
             base: folder or hub id of a decoder of the Pilot's family.
             layers: indices of its layers, in order.
             pilot_embedding: [V, d_P] the Pilot's token embedding.
+            output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
             random_weights: read only the base's config (tests).
         """
         base_config = AutoConfig.from_pretrained(base)
         missing = [i for i in layers if not 0 <= i < base_config.num_hidden_layers]
         if missing:
-            raise ValueError(f"copilot.layers {missing} are not layers of {base}, which has {base_config.num_hidden_layers}")
+            raise ValueError(
+                f"copilot.layers {missing} are not layers of {base}, which has {base_config.num_hidden_layers}"
+            )
         fields = base_config.to_dict()
         fields["num_hidden_layers"] = len(layers)
         if fields.get("layer_types"):
@@ -116,10 +126,13 @@ class Copilot(PreTrainedModel):
                 vocab_size=vocab_size,
                 producing_state=producing_state,
                 tap=TAP_DEFINITION,
+                output_size=0 if output_ids is None else len(output_ids),
                 source=f"{Path(str(base)).name}, layers {list(layers)}",
             )
         )
         copilot.question_embedding.weight.data.copy_(pilot_embedding)
+        if output_ids is not None:
+            copilot.output_ids.copy_(output_ids)
         if not random_weights:
             decoder = AutoModel.from_pretrained(base, dtype=torch.float32)
             for own, index in zip(copilot.layers, layers, strict=True):
@@ -143,9 +156,15 @@ class Copilot(PreTrainedModel):
         return self.error_projection(summed)
 
     def dense_error_rows(self, errors: torch.Tensor) -> torch.Tensor:
-        """W_in l for dense errors [N, V] -> [N, d_C]: the Copilot's own f at inference, and the tests' reference."""
+        """W_in l for dense errors [N, V] -> [N, d_C]: realised errors at inference."""
         table = self._error_table
         return self.error_projection(errors.to(table.dtype) @ table)
+
+    def own_error_rows(self, f: torch.Tensor) -> torch.Tensor:
+        """W_in f for the Copilot's own output [N, A] of `predict` -> [N, d_C]."""
+        table = self._error_table
+        table = table if self.is_full else table[self.output_ids]
+        return self.error_projection(f.to(table.dtype) @ table)
 
     def question_memory(self, ids: torch.Tensor) -> torch.Tensor:
         """X~ of prompt tokens, int64 [B, Q] -> [B, Q, d_C], as attended to."""
@@ -185,19 +204,40 @@ class Copilot(PreTrainedModel):
         mask = visible[:, None]
         for index, layer in enumerate(self.layers):
             if index % 2 == 0:
-                rows = layer(
-                    rows, attention_mask=None, position_embeddings=position_embeddings, past_key_values=cache
-                )
+                rows = layer(rows, attention_mask=None, position_embeddings=position_embeddings, past_key_values=cache)
             else:
                 rows = _cross_attention_layer(layer, rows, memory, mask, cache)
         return self.norm(rows)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether f covers the whole vocabulary in token order."""
+        return self.output.out_features == self.config.vocab_size
+
     def predict(self, states: torch.Tensor) -> torch.Tensor:
-        """f = W_out state: [.., d_C] -> [.., V], no softmax."""
+        """f = W_out state on the output tokens: [.., d_C] -> [.., A], no softmax."""
         return self.output(states * self.output_scale)
+
+    def expand(self, f: torch.Tensor) -> torch.Tensor:
+        """[.., A] on the output tokens -> [.., V], zero elsewhere."""
+        if self.is_full:
+            return f
+        return f.new_zeros(*f.shape[:-1], self.config.vocab_size).index_copy(-1, self.output_ids, f)
+
+    def output_places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where token ids stand among the output tokens; -1 for those that f cannot reach."""
+        if self.is_full:
+            return ids
+        places = torch.full((self.config.vocab_size,), -1, dtype=torch.int64, device=ids.device)
+        places[self.output_ids] = torch.arange(len(self.output_ids), device=ids.device)
+        return places[ids]
 
     def forward(self, batch: CopilotBatch) -> torch.Tensor:
         """f [N, V] for the N real target rows of a batch in row order, teacher-forced with the true l_<i."""
+        return self.expand(self.compact(batch))
+
+    def compact(self, batch: CopilotBatch) -> torch.Tensor:
+        """`forward` on the output tokens only: [N, A]."""
         count, rows, entries = batch.error_ids.shape
         errors = self.error_rows(batch.error_ids.view(-1, entries), batch.error_values.view(-1, entries))
         start = self.start.weight.expand(count, 1, -1)
@@ -207,7 +247,9 @@ class Copilot(PreTrainedModel):
         producing = states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))
         inputs = self.with_producing_state(inputs, producing)
         memory = torch.cat([self.question_memory(batch.question_ids), self.state_memory(states)], 1)
-        causal = (batch.state_position[:, None] <= batch.row_position[:, :, None]) & (batch.state_position >= 0)[:, None]
+        causal = (batch.state_position[:, None] <= batch.row_position[:, :, None]) & (batch.state_position >= 0)[
+            :, None
+        ]
         question = batch.question_mask[:, None].expand(-1, rows, -1)
         final = self.decode(inputs, memory, torch.cat([question, causal], 2))
         return self.predict(final[batch.row_mask])

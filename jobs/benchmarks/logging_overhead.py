@@ -1,0 +1,185 @@
+"""Cost of the Mistake Log to the Pilot: time of a round with logging on against off, interleaved in one process.
+
+python jobs/benchmarks/logging_overhead.py [--rounds 40] [--batch-size 16] [--tokens 80] [--targets 12] [--threads 1]
+
+One model with two training forwards on the same weights: one leaves a record (taps, sparse errors, conversion, hand-over
+to the writer's queue), the other does not. The writer thread and a real Ledger write a real Delta table in a temporary
+folder meanwhile, so what they take from the cores counts too. A pair of rounds trains on one batch; the order is on-off,
+off-on, ..., so that drift of the machine falls on both. Needs no Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT, Path(__file__).resolve().parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from workload import BUILTIN, Batch, machine, make_batch, model_folder, print_table, recipe_config, spread, write_json
+
+from tc_ray.mistakelog.ledger import Ledger
+from tc_ray.mistakelog.schema import LogMetadata
+from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.writer import RecordWriter
+from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_causal_lm
+from tc_ray.models.taps import TAP_DEFINITION
+from tc_ray.pilot.recording import to_records
+
+WARM_UP_PAIRS = 2
+
+
+class Rounds:
+    """Rounds of a Pilot with and without a record, on the same weights and optimizer."""
+
+    def __init__(self, model: Path, log_folder: Path, *, dtype: str, method: str) -> None:
+        pilot = load_causal_lm(model, dtype=DTYPES[dtype])
+        pilot.config.use_cache = False
+        self.config = recipe_config(pilot.config.num_hidden_layers, pilot={"dtype": dtype, "method": method})
+        pilot = add_adapters(pilot, self.config.pilot)
+        log, shape = self.config.log, pilot.config
+        self.steps = {on: PilotStep(pilot, top_k=log.top_k, record=on).train() for on in (True, False)}
+        self.trained = [p for p in pilot.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.config.pilot.learning_rate)
+        metadata = LogMetadata(
+            run="benchmark",
+            pilot=str(model),
+            tokenizer_hash="",
+            vocab_size=shape.vocab_size,
+            rationale_dim=shape.hidden_size,
+            rationale_layers=1,
+            pooling="mean",
+            tap=TAP_DEFINITION,
+            positions=log.positions,
+            top_k=min(log.top_k, shape.vocab_size - 1),
+        )
+        store = LogStore.create(log_folder, metadata)
+        self.ledger = Ledger(store.path, writers=1, run="benchmark")
+        self.attempt = self.ledger.begin_attempt(0, 1)
+        self.writer = RecordWriter(
+            store.path,
+            self.ledger.commit,
+            run="benchmark",
+            rank=0,
+            attempt=self.attempt,
+            flush_rounds=log.flush_rounds,
+            file_bytes=log.file_bytes,
+            queue_rounds=log.queue_rounds,
+            full_policy=log.full_policy,
+            compression=log.compression,
+        )
+        self.logged = 0
+
+    def run(self, batch: Batch, *, logging: bool) -> float:
+        """One round, forward to optimizer step as in `tc_ray.pilot.loop`; seconds."""
+        began = time.perf_counter()
+        ids, lengths, starts = batch.tensors()
+        loss, record = self.steps[logging](ids, lengths, starts, 1.0 / batch.target_tokens)
+        loss.backward()
+        if record is not None:
+            self.logged += 1
+            records = to_records(
+                record,
+                input_ids=batch.input_ids,
+                lengths=batch.lengths,
+                target_start=batch.target_start,
+                sample_id=batch.sample_id,
+                seen=np.zeros(len(batch.lengths), np.int16),
+                round_number=self.logged,
+                rank=0,
+                attempt=self.attempt,
+                positions=self.config.log.positions,
+            )
+            self.writer.put(records, self.logged)
+        torch.nn.utils.clip_grad_norm_(self.trained, self.config.pilot.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        if record is not None:
+            self.writer.end_round(self.logged)
+        return time.perf_counter() - began
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the pairs; medians, ratio of medians and median of the pairs' ratios."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as folder:
+        rounds = Rounds(
+            model_folder(arguments.model), Path(folder) / "log", dtype=arguments.dtype, method=arguments.method
+        )
+        vocab_size = rounds.steps[True].model.config.vocab_size
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        tokens = 0
+        for pair in range(WARM_UP_PAIRS + arguments.rounds):
+            batch = make_batch(
+                pair,
+                batch_size=arguments.batch_size,
+                tokens=arguments.tokens,
+                targets=arguments.targets,
+                vocab_size=vocab_size,
+            )
+            for logging in (True, False) if pair % 2 == 0 else (False, True):
+                taken = rounds.run(batch, logging=logging)
+                if pair >= WARM_UP_PAIRS:
+                    seconds[logging].append(taken)
+            tokens += batch.tokens if pair >= WARM_UP_PAIRS else 0
+        rounds.writer.close()
+        stats, state = rounds.writer.stats(), rounds.ledger.state()
+    on, off = spread(seconds[True]), spread(seconds[False])
+    ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
+    return {
+        "machine": machine(),
+        "model": arguments.model,
+        "settings": {k: str(v) for k, v in vars(arguments).items() if k != "json"},
+        "tokens_per_round": tokens / arguments.rounds,
+        "on_seconds": on,
+        "off_seconds": off,
+        "ratio_of_medians": on["median"] / off["median"],
+        "median_of_pair_ratios": statistics.median(ratios),
+        "pair_ratio_quartiles": [float(np.quantile(ratios, q)) for q in (0.25, 0.75)],
+        "log_bytes_per_round": state.bytes / state.round,
+        "blocked_seconds": stats["blocked_seconds"],
+    }
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="pairs of rounds measured (default 40)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=80, help="mean tokens a sequence (SVAMP recipe: 80)")
+    parser.add_argument("--targets", type=int, default=12, help="completion tokens a sequence")
+    parser.add_argument("--model", default=BUILTIN, help="model folder, or the builtin name")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    rows = [
+        [name, f"{1000 * s['median']:.1f}", f"{1000 * s['q25']:.1f} to {1000 * s['q75']:.1f}"]
+        for name, s in (("logging on", result["on_seconds"]), ("logging off", result["off_seconds"]))
+    ]
+    print(result["machine"])
+    title = f"Pilot round on {arguments.model}, {arguments.batch_size} x {arguments.tokens} tokens, {arguments.rounds} pairs"
+    print_table(title, ["", "median ms", "quartiles"], rows)
+    low, high = result["pair_ratio_quartiles"]
+    print(f"ratio of medians       {result['ratio_of_medians']:.4f}")
+    print(f"median of pair ratios  {result['median_of_pair_ratios']:.4f} (quartiles {low:.4f} to {high:.4f})")
+    blocked = f"waited {result['blocked_seconds']:.3f} s for the writer"
+    print(f"log                    {result['log_bytes_per_round'] / 1e6:.2f} MB a round; the rounds {blocked}")
+    write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The page docs/config.md, made from the schema: `python -m tc_ray.config.reference > docs/config.md`.
+
+A test compares the page with what this makes, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+
+from tc_ray.config.load import FieldDoc, describe_fields
+from tc_ray.config.schema import RunConfig
+
+_INTRODUCTION = """# Configuration
+
+Made from `tc_ray/config/schema.py` by `python -m tc_ray.config.reference > docs/config.md`; do not edit by hand.
+
+A recipe is a YAML file of sections, each with some of the fields below; what it leaves out has the default. Any field
+can be set on the command line after the recipe, in order: `tc-ray train RECIPE pilot.learning_rate=1e-4 copilot.layers=[1,3]`.
+The value is YAML (`null`, `true`, `[1, 2]`, `1e-4`). An unknown key is an error that names the nearest valid one, with the file
+and line. The resolved configuration stands in the run folder as `config.yaml`.
+
+Relative data paths start at the current folder, else at the root of the repository that holds the recipe.
+
+Rules over several fields: `pilot.batch_size` must be a multiple of `resources.pilot_workers` times `pilot.micro_batch_size`;
+`copilot.batch_size` a multiple of `resources.copilot_workers`; `copilot.schedule: lockstep` needs `log.enabled`; `fusion.lam_grid`
+must contain 0.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = [_INTRODUCTION]
+    for section, fields in groupby(describe_fields(), key=lambda field: field.path.split(".")[0]):
+        meaning = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()
+        parts += [f"## {section}\n\n{meaning}\n", "| field | default | allowed | meaning |\n| --- | --- | --- | --- |"]
+        parts += [_row(field) for field in fields]
+        parts.append("")
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def _row(field: FieldDoc) -> str:
+    cells = (f"`{field.path}`", f"`{field.default}`", field.allowed, field.description)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

@@ -1,0 +1,306 @@
+"""The plan against the real thing: a log that is really written, rows that are really cut, and nothing started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tc_ray.config.load import load_config, save_config
+from tc_ray.config.schema import RunConfig
+from tc_ray.data.batches import collate
+from tc_ray.data.encode import encode_record
+from tc_ray.data.errors import DataError
+from tc_ray.data.estimate import estimate
+from tc_ray.data.sources import iter_records
+from tc_ray.mistakelog.ledger import Ledger
+from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.writer import RecordWriter
+from tc_ray.models.pilot import PilotStep
+from tc_ray.models.source import ModelSourceError
+from tc_ray.pilot.recording import to_records
+from tc_ray.plan import make_plan
+from tests.mistakelog_samples import metadata
+from tests.tiny_model import make_tiny_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS, BATCH = 96, 8
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "train.jsonl"
+    rows = [
+        {"prompt": f"What is {i} + {i * i}?" + " please" * (i % 5), "completion": f"It is {i + i * i}"}
+        for i in range(ROWS)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def config_of(tiny: Path, train: str, folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    values: dict[str, Any] = {
+        "run": {"name": "plan", "folder": folder},
+        "model": {"pilot": str(tiny)},
+        "data": {"train": train, "validation_size": 0.125, "test_size": 8, "cutoff_tokens": 200},
+        "pilot": {"batch_size": BATCH, "micro_batch_size": 4, "method": "full", "dtype": "fp32"},
+        "copilot": {"layers": [1, 3]},
+        "log": {"top_k": 16},
+    }
+    for name, fields in sections.items():
+        values[name] = values.get(name, {}) | fields
+    return RunConfig.model_validate(values)
+
+
+def write_prepared(config: RunConfig, input_ids: list[list[int]], target_start: list[int]) -> None:
+    """The run folder of a run of `config` after its data phase, as far as a plan reads it."""
+    folder = config.run.path / "data"
+    folder.mkdir(parents=True)
+    columns = {
+        "sample_id": pa.array(range(len(input_ids)), pa.int64()),
+        "input_ids": pa.array(input_ids, pa.list_(pa.int32())),
+        "target_start": pa.array(target_start, pa.int32()),
+    }
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    (folder / "data.json").write_text("{}")
+    save_config(config, config.run.path / "config.yaml")
+
+
+def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
+    plan = make_plan(config_of(tiny, str(data), tmp_path / "run", pilot={"epochs": 3}))
+    assert plan.data is not None and plan.sizes is not None
+    assert plan.data.rows == ROWS - 12 - 8
+    assert plan.data.sampled == ROWS
+    assert plan.rounds == 3 * 76 // BATCH
+    assert plan.copilot_steps == 3 * plan.rounds
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert plan.sizes.pilot == plan.sizes.pilot_trainable == sum(p.numel() for p in model.parameters())
+    text = str(plan)
+    for words in (
+        "76 training rows",
+        f"{BATCH} examples a round = 1 worker(s) x 4 x 2 accumulation",
+        "layers 1, 3 of",
+        "free disk",
+    ):
+        assert words in text
+    assert json.loads(json.dumps(plan.to_dict()))["rounds"] == plan.rounds
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("output_tokens", ["targets", "all"])
+def test_sizes_are_those_of_the_models_that_are_trained(
+    tiny: Path, data: Path, tmp_path: Path, output_tokens: str
+) -> None:
+    from tc_ray.copilot.learner import Learner
+    from tc_ray.copilot.worker import build_copilot
+    from tc_ray.models.pilot import add_adapters, load_causal_lm
+
+    config = config_of(
+        tiny,
+        str(data),
+        tmp_path / "run",
+        pilot={"method": "lora", "lora": {"rank": 2, "first_layer": 2}},
+        copilot={"method": "lora", "lora": {"rank": 2}, "output_tokens": output_tokens},
+    )
+    write_prepared(config, [[1, 2, 3] * 5, [4] * 7 + [9] * 8], [12, 7])
+    sizes = make_plan(config).sizes
+    assert sizes is not None
+    pilot = add_adapters(load_causal_lm(tiny, dtype=torch.float32), config.pilot)
+    assert sizes.pilot_trainable == sum(p.numel() for p in pilot.parameters() if p.requires_grad)
+    copilot = build_copilot(config, tiny, tiny)
+    assert sizes.copilot == sum(p.numel() for p in copilot.parameters())
+    learner = Learner(copilot, config.copilot, total_steps=1)
+    assert sizes.copilot_trainable == sum(p.numel() for p in learner.parameters.values())
+
+
+@pytest.mark.parametrize(("positions", "flush_rounds", "top_k"), [("all", 4, 16), ("target", 1, 16), ("all", 4, 1000)])
+def test_predicted_log_bytes_are_what_is_written(
+    tiny: Path, data: Path, tmp_path: Path, positions: str, flush_rounds: int, top_k: int
+) -> None:
+    log = {"positions": positions, "flush_rounds": flush_rounds, "top_k": top_k}
+    config = config_of(tiny, str(data), tmp_path / "run", log=log)
+    predicted = make_plan(config).log_bytes_per_round
+    assert predicted is not None
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = [encode_record(record, config.data, tokenizer, 0, False) for record in iter_records(data)]
+    step = PilotStep(AutoModelForCausalLM.from_pretrained(tiny), top_k=top_k)
+    store = LogStore.create(tmp_path / "log", metadata(rationale_dim=32, top_k=min(top_k, 257)))
+    ledger = Ledger(store.path, writers=1, run="test")
+    writer = RecordWriter(
+        store.path,
+        ledger.commit,
+        run="test",
+        rank=0,
+        attempt=ledger.begin_attempt(0, 1),
+        flush_rounds=flush_rounds,
+        file_bytes=config.log.file_bytes,
+        queue_rounds=4,
+    )
+    rounds = ROWS // BATCH
+    for number in range(1, rounds + 1):
+        for at in range((number - 1) * BATCH, number * BATCH, 4):
+            batch = collate([{**rows[i], "sample_id": i} for i in range(at, at + 4)], 0)
+            ids, lengths, starts = (torch.from_numpy(batch[n]) for n in ("input_ids", "lengths", "target_start"))
+            record = step.measure(ids, lengths, starts).record
+            assert record is not None
+            fields = {n: batch[n] for n in ("input_ids", "lengths", "target_start", "sample_id")}
+            records = to_records(
+                record,
+                **fields,
+                seen=np.zeros(4, np.int16),
+                round_number=number,
+                rank=0,
+                attempt=1,
+                positions=positions,
+            )
+            writer.put(records, number)
+        writer.end_round(number)
+    writer.close()
+    state = ledger.state()
+    assert state.round == rounds and state.files == rounds // flush_rounds
+    assert predicted == pytest.approx(state.bytes / rounds, rel=0.1)
+
+
+def test_the_sample_obeys_pattern_cutoff_and_bad_rows(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = {"prompt": "p", "completion": "x = 1+1\nThe answer is 2"}
+    lines = [json.dumps(good)] * 60 + ["{broken"] * 20 + [json.dumps({"prompt": "long " * 99, "completion": "y"})] * 20
+    file.write_text("\n".join(lines))
+    section = config_of(tiny, str(file), tmp_path / "run").data
+    section.completion_pattern = r"x = [^\n]*"
+    section.cutoff_tokens = 64
+    found = estimate(section, AutoTokenizer.from_pretrained(tiny), sample_rows=100, seed=0)
+    assert found is not None
+    assert found.rows == 60 - 8 - 8
+    assert found.sampled == 60
+    assert found.mean_target_tokens == len("x = 1+1") + 1
+    assert found.target_ids == len(set("x = 1+1")) + 1
+
+
+def test_a_sample_of_many_rows_is_near_the_whole(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sorted.jsonl"  # sorted by length: the first rows would mislead
+    file.write_text("".join(json.dumps({"prompt": "a" * (1 + i // 20), "completion": "b"}) + "\n" for i in range(2000)))
+    section = config_of(tiny, str(file), tmp_path / "run").data
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    whole = estimate(section, tokenizer, sample_rows=10**6, seed=0)
+    part = estimate(section, tokenizer, sample_rows=400, seed=0)
+    assert whole is not None and part is not None
+    assert part.sampled == 400 and part.rows == whole.rows
+    assert part.mean_tokens == pytest.approx(whole.mean_tokens, rel=0.1)
+
+
+def test_embedded_data_and_fallback(tiny: Path, tmp_path: Path) -> None:
+    embedded = {"embedded_rows": 1000, "validation_size": 100, "test_size": 100}
+    plan = make_plan(config_of(tiny, "embedded", tmp_path / "run", data=embedded))
+    assert plan.data is not None and plan.data.rows == 800 and "the embedded data set" in str(plan)
+    absent = make_plan(
+        config_of(tiny, str(tmp_path / "no.jsonl"), tmp_path / "run", data=embedded | {"fallback": "embedded"})
+    )
+    assert absent.data == plan.data
+    unknown = make_plan(config_of(tiny, str(tmp_path / "no.jsonl"), tmp_path / "run"))
+    assert unknown.data is None and unknown.log_bytes is None
+    assert "no usable rows at data.train" in str(unknown) and "unknown training rows" in str(unknown)
+
+
+def test_what_is_prepared_is_counted_not_estimated(tiny: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(tiny, str(data), tmp_path / "run")
+    write_prepared(config, [[1, 2, 3], [4] * 5], [1, 2])
+    found = make_plan(config).data
+    assert (
+        found is not None and found.exact and (found.rows, found.mean_tokens, found.mean_target_tokens) == (2, 4.0, 2.5)
+    )
+    assert "2 training rows cannot fill a round" in str(make_plan(config))
+    config.data.cutoff_tokens = 100  # other settings: what was prepared does not count
+    found = make_plan(config).data
+    assert found is not None and not found.exact
+
+
+def test_what_no_run_could_start_with_is_refused(tiny: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError, match="does not exist"):
+        make_plan(config_of(tmp_path / "nowhere", str(data), tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"copilot.layers \[4\] are not layers"):
+        make_plan(config_of(tiny, str(data), tmp_path / "run", copilot={"layers": [3, 4]}))
+    with pytest.raises(DataError, match="unknown kind of file"):
+        make_plan(config_of(tiny, str(tiny / "model.safetensors"), tmp_path / "run"))
+
+
+def test_a_log_that_does_not_fit_is_told(tiny: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(tiny, str(data), tmp_path / "run", pilot={"epochs": 10**9})
+    assert "does not fit on the disk" in str(make_plan(config))
+
+
+def test_plain_fine_tuning_has_no_log(tiny: Path, data: Path, tmp_path: Path) -> None:
+    plan = make_plan(config_of(tiny, str(data), tmp_path / "run", log={"enabled": False}))
+    assert plan.log_bytes is None and plan.copilot_steps is None
+    assert "none: log.enabled is false" in str(plan) and "asks for 1 CPUs" in str(plan)
+
+
+def test_builtin_model_is_not_fetched_for_a_plan(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"run": {"folder": tmp_path / "run"}, "model": {"cache": tmp_path / "cache"}})
+    plan = make_plan(config)
+    assert plan.sizes is None and "the first run fetches it" in str(plan)
+    assert not (tmp_path / "cache").exists()
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`tc-ray` in a process of its own that tells at its end whether it imported Ray."""
+    code = "import atexit, sys; atexit.register(lambda: print('ray' in sys.modules)); from tc_ray.cli.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def test_command_prints_the_plan_and_starts_nothing(tiny: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = command(
+        "train", "jobs/recipes/smollm2-svamp.yaml", f"model.pilot={tiny}", f"data.train={data}", "copilot.layers=[1, 3]",
+        f"run.folder={folder}", "pilot.lora.first_layer=0", "data.completion_pattern=null", "pilot.learning_rate=1e-4", "--plan",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rounds" in done.stdout and "free disk" in done.stdout and "unknown" not in done.stdout
+    assert done.stdout.splitlines()[-1] == "False", "a plan needs no Ray"
+    assert not folder.exists()
+
+
+def test_unknown_hub_id_gives_a_plan_with_unknowns(tmp_path: Path) -> None:
+    done = command(
+        "train",
+        "jobs/recipes/demo.yaml",
+        "model.pilot=nobody/no-such-model",
+        f"run.folder={tmp_path}",
+        "--plan",
+        HF_HUB_OFFLINE="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "unknown parameters" in done.stdout and "sizes unknown: the config of nobody/no-such-model" in done.stdout
+    assert "16 examples a round" in done.stdout
+
+
+def test_every_recipe_has_a_plan(tiny: Path) -> None:
+    for recipe in sorted((ROOT / "jobs" / "recipes").glob("*.yaml")):
+        overrides = [f"model.pilot={tiny}", "copilot.layers=null", "pilot.lora.first_layer=0", "data.cutoff_tokens=900"]
+        config = load_config(recipe, overrides)
+        plan = make_plan(config)
+        assert plan.rounds and plan.log_bytes, recipe.name
