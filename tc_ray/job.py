@@ -210,7 +210,10 @@ class _Job:
         return self.ledger is None or ray.get(self.ledger.state.remote()).pilot_done
 
     def _start_copilot(self) -> Any:
-        if not self.config.log.enabled or (self.folder / "copilot" / "final" / "config.json").is_file():
+        if not self.config.log.enabled:
+            return None
+        if (self.folder / "copilot" / "final" / "config.json").is_file():  # done in an earlier start
+            self.ledger.report_copilot.remote(self.rounds, self.rounds * self.config.copilot.steps_per_round)
             return None
         from tc_ray.copilot.group import CopilotGroup
         from tc_ray.copilot.worker import CopilotJob

@@ -92,8 +92,9 @@ class CopilotWorker:
         while at.step < self.job.total_steps:
             version, committed, _ = self._log_position()
             if version > seen_version:
-                # rounds that already left the window are not worth reading
-                update = tail.poll(version, min_round=at.round - self.config.copilot.buffer_rounds)
+                # rounds that already left the window are not worth reading; with max_seen the window has no fixed start
+                window = self.config.copilot.buffer_rounds if self.config.copilot.max_seen is None else self.job.rounds
+                update = tail.poll(version, min_round=at.round - window)
                 for name in update.removed:
                     buffer.remove(name)
                 for name, records in update.new:
@@ -170,6 +171,7 @@ def build_copilot(config: RunConfig, pilot_path: Path | str, base_path: Path | s
         pilot_embedding=embedding,
         output_ids=_output_ids(config),
         producing_state=config.copilot.producing_state,
+        positions=config.log.positions,
         random_weights=config.model.random_weights,
     )
 

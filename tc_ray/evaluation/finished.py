@@ -32,6 +32,7 @@ def evaluate_finished(
 
     from tc_ray.models.copilot import Copilot
     from tc_ray.models.fusion import FusedModel
+    from tc_ray.models.pilot import DTYPES
 
     folder, resources = config.run.path, config.resources
     torch.set_num_threads(
@@ -40,7 +41,7 @@ def evaluate_finished(
         )
     )
     device = "cuda" if resources.gpus else "cpu"
-    dtype = torch.bfloat16 if resources.gpus else torch.float32
+    dtype = DTYPES[config.pilot.dtype]  # the Copilot learned from states of this precision
     pilot = AutoModelForCausalLM.from_pretrained(folder / "pilot" / "final", dtype=dtype)
     copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
     fused = FusedModel(pilot, copilot, feedback=config.fusion.feedback).to(device)
@@ -57,7 +58,6 @@ def evaluate_finished(
         validation=read_held_out(folder / "data" / "validation.parquet", fusion.max_validation_rows),
         test=read_held_out(test_file or folder / "data" / "test.parquet", fusion.max_test_rows),
         data=source,
-        positions=config.log.positions,
         seen_error_size=seen_error_size,
         on_progress=heard,
     )

@@ -29,7 +29,6 @@ def evaluate(
     validation: Sequence[HeldOut],
     test: Sequence[HeldOut],
     data: str,
-    positions: str,
     seen_error_size: float | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -37,7 +36,6 @@ def evaluate(
 
     Args:
         data: what the test rows are, for the report.
-        positions: `log.positions` of the run.
         seen_error_size: mean squared logged error of the last rounds, for the report.
     """
     if not validation:
@@ -45,7 +43,7 @@ def evaluate(
     spaces = SPACES if config.space == "choose" else (config.space,)
     pilot_choice: Choice = (spaces[0], 0.0)
     choices = [pilot_choice] + [(space, lam) for space in spaces for lam in config.lam_grid if lam > 0]
-    forced = teacher_forced(fused, validation, choices, batch_size=config.eval_batch_size, positions=positions)
+    forced = teacher_forced(fused, validation, choices, batch_size=config.eval_batch_size)
 
     def texts(examples: Sequence[HeldOut], choice: Choice, what: str) -> list[str]:
         fused.space = choice[0]
@@ -88,7 +86,7 @@ def evaluate(
     fused_right = [matches(text, e.answer) for text, e in zip(fused_texts, test, strict=True)]
     # test files often hold answers only; then the gold tokens of the validation rows are measured
     both = list(dict.fromkeys([pilot_choice, shown]))
-    measured = teacher_forced(fused, test, both, batch_size=config.eval_batch_size, positions=positions)
+    measured = teacher_forced(fused, test, both, batch_size=config.eval_batch_size)
     measured = measured or {choice: forced[choice] for choice in both if choice in forced}
     fused.space = shown[0]
     changed = [i for i in range(len(test)) if pilot_right[i] != fused_right[i]][:MAX_EXAMPLES_SHOWN]

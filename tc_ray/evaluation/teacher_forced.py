@@ -17,6 +17,7 @@ from tc_ray.models.copilot import CopilotBatch
 from tc_ray.models.fusion import FusedModel, fuse
 from tc_ray.models.pilot import PilotStep
 
+CHUNK_ELEMENTS = 2**20
 NLL_FLOOR = 1e-8
 """Probability below which a token's NLL stops growing: a clamped p~ can be exactly 0, and says so here."""
 
@@ -40,13 +41,8 @@ def teacher_forced(
     choices: Sequence[tuple[str, float]],
     *,
     batch_size: int,
-    positions: str,
 ) -> dict[tuple[str, float], TeacherForced]:
-    """Measures of every (space, lam) in `choices`; examples without gold tokens are left out.
-
-    Args:
-        positions: `log.positions` the Copilot was trained with.
-    """
+    """Measures of every (space, lam) in `choices`; examples without gold tokens are left out."""
     examples = [e for e in examples if len(e.input_ids) > e.target_start]
     if not examples:
         return {}
@@ -64,21 +60,25 @@ def teacher_forced(
         starts = torch.tensor([e.target_start for e in part])
         out = step.measure(ids.to(device), lengths.to(device), starts.to(device))
         assert out.record is not None
-        batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=positions).to(device)
-        f = fused.copilot(batch).float()
-        truth = torch.zeros_like(f).scatter_(1, out.targets[:, None], 1.0)
-        base += float((truth - out.log_probs.exp()).square().sum())
+        batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=fused.copilot.config.positions).to(device)
+        f = fused.copilot.compact(batch).float()
         tokens += len(f)
-        for space, lam in choices:
-            log_p = fuse(out.log_probs, f, torch.full((len(f),), lam, device=device), space).log_softmax(-1)
-            p = log_p.exp()
-            true_p = p.gather(1, out.targets[:, None])[:, 0]
-            sums[space, lam] += [
-                float((truth - p).square().sum()),
-                float(-true_p.clamp_min(NLL_FLOOR).log().sum()),
-                float((p.argmax(-1) == out.targets).sum()),
-            ]
+        # a few rows at a time: [rows, V] then stays in the processor's cache over all choices
+        for rows in torch.arange(len(f)).split(max(1, CHUNK_ELEMENTS // fused.vocab_size)):
+            log_probs, targets, dense = out.log_probs[rows], out.targets[rows], fused.copilot.expand(f[rows])
+            base += _squared_error(log_probs.exp(), targets)
+            for space, lam in choices:
+                p = fuse(log_probs, dense, torch.full((len(rows),), lam, device=device), space).softmax(-1)
+                nll = -p.gather(1, targets[:, None]).clamp_min(NLL_FLOOR).log().sum()
+                right = (p.argmax(-1) == targets).sum()
+                sums[space, lam] += [_squared_error(p, targets), float(nll), float(right)]
+    step.close()
     return {
         choice: TeacherForced(total[0] / tokens, total[0] / base, total[1] / tokens, total[2] / tokens, tokens)
         for choice, total in sums.items()
     }
+
+
+def _squared_error(p: torch.Tensor, targets: torch.Tensor) -> float:
+    """Sum over rows of ||onehot(target) - p||^2 = 1 - 2 p(target) + ||p||^2."""
+    return float((1.0 - 2.0 * p.gather(1, targets[:, None])[:, 0] + p.square().sum(-1)).sum())

@@ -202,8 +202,10 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         if cache.memory_visible is None:
             if input_ids.shape[1] != cache.get_seq_length():
                 raise RuntimeError("the Copilot joins at the prompt: lam cannot turn from 0 in mid-sequence")
-            memory = torch.cat([copilot.question_memory(input_ids), memory], 1)
-            cache.memory_visible = torch.cat([attended, attended], 1)
+            # the memory is what training saw: every position's state, or from the one that predicts row 0 on
+            first = 0 if copilot.config.positions == "all" else input_ids.shape[1] - 1
+            memory = torch.cat([copilot.question_memory(input_ids), memory[:, first:]], 1)
+            cache.memory_visible = torch.cat([attended, attended[:, first:]], 1)
             row = copilot.start.weight.expand(input_ids.shape[0], -1)
         else:
             new = attended[:, -input_ids.shape[1] :]

@@ -103,6 +103,11 @@ class PilotStep(nn.Module):
         measured = self.measure(input_ids, lengths, target_start)
         return measured.token_loss.sum() * loss_scale, measured.record
 
+    def close(self) -> None:
+        """Take the taps off the model again."""
+        if self._tap is not None:
+            self._tap.close()
+
     def measure(self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor) -> Measured:
         """The forward pass itself: log-probabilities and targets of the N target rows, and the record."""
         decoder = backbone(self.model)

@@ -58,7 +58,8 @@ def test_teacher_forced_is_the_reference_s(fused: FusedModel, positions: str) ->
     examples = held_out()
     # batches of 3 and a rest; a row without gold tokens is left out
     without_gold = HeldOut(99, [5, 6, 7], 3, "")
-    got = teacher_forced(fused, [*examples, without_gold], CHOICES, batch_size=3, positions=positions)
+    fused.copilot.config.positions = positions
+    got = teacher_forced(fused, [*examples, without_gold], CHOICES, batch_size=3)
 
     rows: dict[Choice, list[tuple[float, float, bool]]] = {choice: [] for choice in CHOICES}
     for e in examples:
@@ -93,7 +94,7 @@ def test_teacher_forced_is_the_reference_s(fused: FusedModel, positions: str) ->
 
 
 def test_nothing_to_measure_gives_nothing(fused: FusedModel) -> None:
-    assert teacher_forced(fused, [HeldOut(1, [3, 4], 2, "x")], CHOICES, batch_size=2, positions="all") == {}
+    assert teacher_forced(fused, [HeldOut(1, [3, 4], 2, "x")], CHOICES, batch_size=2) == {}
 
 
 # -- completions --------------------------------------------------------------------------------------------------
@@ -168,7 +169,6 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
         validation=rows[:5],
         test=rows[5:],
         data="made up",
-        positions="all",
         seen_error_size=0.1,
         on_progress=said.append,
     )
@@ -193,7 +193,7 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
 
 def test_validation_rows_are_needed(fused: FusedModel) -> None:
     with pytest.raises(ValueError, match=r"data\.validation"):
-        evaluate(fused, make_tokenizer(), FusionSection(), validation=[], test=held_out(), data="", positions="all")
+        evaluate(fused, make_tokenizer(), FusionSection(), validation=[], test=held_out(), data="")
 
 
 def test_lambda_that_loses_on_test_is_not_exported(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ class CopilotConfig(PreTrainedConfig):
         vocab_size: V, token ids common to Pilot and Copilot.
         producing_state: add the state that produced p^_i to input row i.
         tap: definition of the hidden states the Copilot was trained on.
+        positions: states it was trained on, `log.positions`: all, or target (those that predict a target token).
         output_size: A, tokens that f can be non-zero for; 0 is all of V.
         source: where the weights were initialised from (provenance).
     """
@@ -29,6 +30,7 @@ class CopilotConfig(PreTrainedConfig):
         vocab_size: int = 0,
         producing_state: bool = True,
         tap: str = "",
+        positions: str = "all",
         output_size: int = 0,
         source: str = "",
         **kwargs: Any,
@@ -38,6 +40,7 @@ class CopilotConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.producing_state = producing_state
         self.tap = tap
+        self.positions = positions
         self.output_size = output_size
         self.source = source
         super().__init__(**kwargs)

@@ -39,7 +39,8 @@ class Copilot(PreTrainedModel):
         super().__init__(config)
         decoder_config = config.decoder_config()
         decoder_config._attn_implementation = "sdpa"
-        decoder = AutoModel.from_config(decoder_config)
+        # the dtype being loaded, not the one the base was saved in
+        decoder = AutoModel.from_config(decoder_config, dtype=torch.get_default_dtype())
         width = decoder_config.hidden_size
         self.layers = decoder.layers
         self.norm = decoder.norm
@@ -97,6 +98,7 @@ class Copilot(PreTrainedModel):
         pilot_embedding: torch.Tensor,
         output_ids: torch.Tensor | None = None,
         producing_state: bool = True,
+        positions: str = "all",
         random_weights: bool = False,
     ) -> Copilot:
         """Copilot initialised from chosen layers of a pretrained decoder, fp32.
@@ -105,6 +107,7 @@ class Copilot(PreTrainedModel):
             base: folder or hub id of a decoder of the Pilot's family.
             layers: indices of its layers, in order.
             pilot_embedding: [V, d_P] the Pilot's token embedding.
+            positions: states of the log it will be trained on, all or target.
             output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
             random_weights: read only the base's config (tests).
         """
@@ -126,6 +129,7 @@ class Copilot(PreTrainedModel):
                 vocab_size=vocab_size,
                 producing_state=producing_state,
                 tap=TAP_DEFINITION,
+                positions=positions,
                 output_size=0 if output_ids is None else len(output_ids),
                 source=f"{Path(str(base)).name}, layers {list(layers)}",
             )
