@@ -60,6 +60,7 @@ def run_job(config: RunConfig) -> JobResult:
         JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
     """
     folder = config.run.path
+    config.run.folder = folder  # absolute: workers have other working directories
     _check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with ray_session(config):

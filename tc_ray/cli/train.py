@@ -11,7 +11,11 @@ import typer
 from tc_ray.cli.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
+    from tc_ray.config.schema import RunConfig
     from tc_ray.job import JobResult
+
+UPLOADED = "working_dir_files"
+"""Folder of Ray's runtime resources that holds uploaded working directories."""
 
 
 def train(
@@ -34,6 +38,7 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     from tc_ray.config.load import load_config
 
     config = load_config(recipe, overrides)
+    keep_outside_upload(config)
     if only_plan:
         from tc_ray.plan import make_plan
 
@@ -47,6 +52,15 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
         typer.echo(f"interrupted; the same command goes on from the last checkpoint in {config.run.path}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     typer.echo("\n".join(summary(result)))
+
+
+def keep_outside_upload(config: RunConfig) -> None:
+    """Move a relative run folder out of the directory that `ray job submit` uploaded: Ray deletes that one."""
+    if UPLOADED not in Path.cwd().parts or (config.run.folder and config.run.folder.is_absolute()):
+        return
+    relative = config.run.folder or Path("outputs") / config.run.name
+    config.run.folder = Path.home() / "tc-ray" / relative
+    typer.echo(f"run folder {config.run.folder} (the uploaded working directory is deleted; run.folder=/path chooses)")
 
 
 def summary(result: JobResult) -> list[str]:
