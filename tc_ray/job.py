@@ -147,6 +147,11 @@ class _Job:
         pilot = self.config.pilot
         order = RoundOrder(self.data.rows["train"], pilot.batch_size, pilot.epochs, self.config.run.seed)
         self.rounds = min(order.rounds, pilot.max_rounds or order.rounds)
+        print(
+            f"run {self.config.run.name} in {self.folder}: {self.rounds} rounds of {pilot.batch_size} examples, "
+            f"{self.config.copilot.steps_per_round} Copilot steps a round",
+            flush=True,
+        )
 
     def _start_ledger(self) -> None:
         if not self.config.log.enabled:

@@ -60,7 +60,9 @@ def teacher_forced(
         starts = torch.tensor([e.target_start for e in part])
         out = step.measure(ids.to(device), lengths.to(device), starts.to(device))
         assert out.record is not None
-        batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=fused.copilot.config.positions).to(device)
+        batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=fused.copilot.config.positions).to(
+            device
+        )
         f = fused.copilot.compact(batch).float()
         tokens += len(f)
         # a few rows at a time: [rows, V] then stays in the processor's cache over all choices

@@ -67,8 +67,9 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     below.yaxis.get_major_locator().set_params(integer=True)
     below.set_xlabel("minutes of running")
     below.spines[["top", "right"]].set_visible(False)
-    below.set_xlim(left=0)
-    for minute in resumes:
+    ended = max(minutes[-1] for minutes, _ in (pilot, copilot) if minutes)
+    below.set_xlim(0, ended * 1.02 or 1)  # what comes after training has no loss to show
+    for minute in (minute for minute in resumes if minute <= ended):
         for axes in (upper, below):
             axes.axvline(minute, color="black", linestyle=":", linewidth=1)
         upper.annotate(
