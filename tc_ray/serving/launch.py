@@ -110,12 +110,14 @@ def load_served(settings: ReplicaSettings) -> ServedModel:
     """Load models and tokenizer of an export and start the engine."""
     import torch
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from tc_ray.models.fusion import FusedModel
     from tc_ray.serving.app import ServedModel
     from tc_ray.serving.engine import Engine
     from tc_ray.serving.prompt import PromptEncoder
 
+    disable_progress_bar()  # Serve copies a replica's output to the user's terminal
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
     model = FusedModel.from_pretrained(settings.export, device="cuda" if settings.gpu else "cpu")
     pilot = Path(settings.export) / "pilot"

@@ -17,19 +17,13 @@ import torch
 
 from tc_ray.copilot.batching import batch_from_records
 from tc_ray.data.batches import collate
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.writer import RecordWriter
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.errors import _top_k, dense_errors, sparse_errors
+from tc_ray.models.errors import dense_errors, sparse_errors
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.losses import squared_error
 from tc_ray.models.pilot import PilotStep, load_causal_lm
-from tc_ray.pilot.recording import to_records
-from tests.mistakelog_samples import metadata
-from tests.reference import DenseRecord, copilot_f, dense_record, fused_decoding, rmse
+from tests.reference import copilot_f, fused_decoding, rmse
 from tests.tiny_model import make_tiny_llama
 
 VOCAB = 258
@@ -39,13 +33,7 @@ END = 1
 SHAPES = [(9, 8), (12, 1), (17, 6), (5, 3)]
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> None:
-    """Largest difference against largest entry."""
-    assert actual.shape == expected.shape
-    actual, expected = actual.detach(), expected.detach()
-    scale = float(expected.abs().max())
-    worst = float((actual - expected).abs().max())
-    assert worst <= relative * scale, f"off by {worst:.3g} at scale {scale:.3g}"
+from tests.reference_samples import close, examples, logged, make_copilot, shaken, states_of
 
 
 @pytest.fixture(scope="module")
@@ -63,93 +51,9 @@ def pilot(model_folder: Path) -> Any:
     return load_causal_lm(model_folder, dtype=torch.float32).eval()
 
 
-def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
-    """Weights like those of a trained one: no identity, zero or tiny matrix that would hide a wrong order or shift."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for module in (copilot.error_projection, copilot.start, copilot.state_projection, copilot.memory_projection):
-            if module is not None and hasattr(module, "weight"):
-                module.weight.add_(0.3 * torch.randn_like(module.weight))
-        for norm in (copilot.question_norm, copilot.state_norm, copilot.norm):
-            norm.weight.mul_(1 + 0.3 * torch.randn_like(norm.weight))
-        copilot.output.weight.normal_(std=0.3)
-    return copilot.eval()
-
-
-def make_copilot(kind: str, model_folder: Path, pilot: Any, tmp: Path) -> Copilot:
-    """`same`: the Pilot's own layers; `few`: the same with f on some tokens only; `narrow`: a narrower decoder without the
-    producing state."""
-    embedding = pilot.get_input_embeddings().weight.detach().clone()
-    if kind == "same":
-        return shaken(Copilot.from_decoder(model_folder, [0, 1, 3], pilot_embedding=embedding))
-    if kind == "few":
-        tokens = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(4))[:120].sort().values
-        return shaken(Copilot.from_decoder(model_folder, [2, 3], pilot_embedding=embedding, output_ids=tokens))
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(8)
-    config = AutoConfig.from_pretrained(model_folder)
-    config.hidden_size, config.head_dim, config.num_hidden_layers = 24, 6, 2
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp / "narrow")
-    return shaken(Copilot.from_decoder(tmp / "narrow", [0, 1], pilot_embedding=embedding, producing_state=False))
-
-
 @pytest.fixture(scope="module", params=["same", "few", "narrow"])
 def copilot(request: pytest.FixtureRequest, model_folder: Path, pilot: Any, tmp_path_factory: Any) -> Copilot:
     return make_copilot(request.param, model_folder, pilot, tmp_path_factory.mktemp("copilot"))
-
-
-def examples(seed: int = 3) -> list[dict[str, Any]]:
-    """Rows as in train.parquet."""
-    rng = np.random.default_rng(seed)
-    return [
-        {"input_ids": rng.integers(2, VOCAB, length).tolist(), "target_start": start, "sample_id": 100 + number}
-        for number, (length, start) in enumerate(SHAPES)
-    ]
-
-
-def logged(
-    pilot: Any, folder: Path, *, top_k: int, positions: str = "all", train: bool = False
-) -> tuple[Records, list[DenseRecord]]:
-    """Records of one round by the real path, through Parquet and the Delta table, and the reference's."""
-    rows = examples()
-    batch = collate(rows, 0)
-    step = PilotStep(pilot, top_k=top_k).train(train)
-    loss, record = step(*(torch.from_numpy(batch[name]) for name in ("input_ids", "lengths", "target_start")), 1.0)
-    assert record is not None
-    expected = [dense_record(pilot, row["input_ids"], row["target_start"]) for row in rows]
-    total = sum(float(e.token_loss.double().sum()) for e in expected)
-    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
-    LogStore.create(folder, metadata(vocab_size=VOCAB, rationale_dim=WIDTH, top_k=min(top_k, VOCAB - 1)))
-    ledger = Ledger(folder, writers=1, run="test")
-    writer = RecordWriter(
-        folder,
-        ledger.commit,
-        run="test",
-        rank=0,
-        attempt=ledger.begin_attempt(0, 1),
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=2,
-    )
-    records = to_records(
-        record,
-        **{k: batch[k] for k in ("input_ids", "lengths", "target_start", "sample_id")},
-        seen=np.zeros(len(rows)),
-        round_number=1,
-        rank=0,
-        attempt=1,
-        positions=positions,
-    )
-    writer.put(records, 1)
-    writer.end_round(1)
-    writer.close()
-    return MistakeLog(folder).records(), expected
-
-
-def states_of(records: Records, i: int) -> torch.Tensor:
-    bits = records.rationale[records.rationale_offsets[i] : records.rationale_offsets[i + 1], 0]
-    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()
 
 
 # -- records ------------------------------------------------------------------------------------------------------
@@ -290,33 +194,6 @@ def test_batch_made_without_the_log_is_the_log_s(pilot: Any, tmp_path: Path, pos
     assert torch.equal(direct.row_position, from_log.row_position)
     with torch.no_grad():
         close(copilot(direct), copilot(from_log))
-
-
-# -- errors -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("vocab", [258, 1024, 4096, 5003, 49152])
-@pytest.mark.parametrize("k", [1, 3, 16])
-def test_blocked_top_k_is_top_k(vocab: int, k: int) -> None:
-    torch.manual_seed(vocab + k)
-    peaked = (6 * torch.randn(40, vocab)).softmax(-1)
-    ordered = torch.rand(4, vocab).sort(-1).values  # the largest all in the last block or the tail
-    in_one_block = torch.rand(4, vocab)
-    in_one_block[:, 64:128] += 1.0
-    for values in (peaked, ordered, in_one_block):
-        found, ids = _top_k(values, k)
-        expected = torch.topk(values, k)
-        assert torch.equal(found, expected.values)
-        assert torch.equal(ids, expected.indices)
-
-
-def test_errors_keep_their_digits_for_a_sure_pilot() -> None:
-    """1 - p(true) near p(true) = 1 must not be formed as a difference: it would be 0 or noise."""
-    logits = torch.zeros(1, VOCAB)
-    logits[0, 3] = 30.0
-    errors = sparse_errors(logits.log_softmax(-1), torch.tensor([3]), 4)
-    exact = (VOCAB - 1) * np.exp(-30.0)
-    assert float(errors.values[0, 0]) == pytest.approx(exact, rel=1e-4)
 
 
 # -- fused decoding -----------------------------------------------------------------------------------------------
