@@ -56,7 +56,10 @@ def evaluate_finished(
         AutoTokenizer.from_pretrained(folder / "pilot" / "final"),
         fusion,
         validation=read_held_out(folder / "data" / "validation.parquet", fusion.max_validation_rows),
-        test=read_held_out(test_file or folder / "data" / "test.parquet", fusion.max_test_rows),
+        # a file that the user names is measured whole
+        test=read_held_out(test_file)
+        if test_file
+        else read_held_out(folder / "data" / "test.parquet", fusion.max_test_rows),
         data=source,
         seen_error_size=seen_error_size,
         on_progress=heard,

@@ -17,6 +17,7 @@ from tc_ray.data.errors import DataError
 from tc_ray.job import JobError, JobResult, run_job
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.models.fusion import FusedModel
+from tc_ray.reevaluation import NotFinishedError, evaluate_run
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tests.tiny_run import assert_log_is_exact, tiny_config
@@ -167,3 +168,19 @@ def test_unknown_model_is_named(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, model__pilot=str(tmp_path / "no model"))
     with pytest.raises(RuntimeError, match="no model does not exist; give a model folder"):
         run_job(config)
+
+
+def test_evaluated_again_on_other_data(result: JobResult, tmp_path: Path) -> None:
+    """`tc-ray eval RUN --data FILE`: the file's rows are counted, the run's own report stays."""
+    own = (result.folder / "evaluation.json").read_bytes()
+    data = tmp_path / "more.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n} + 1", "answer": str(n + 1)}) + "\n" for n in range(10, 15)))
+    report, file = evaluate_run(result.folder, data)
+    assert report.comparison.rows == 5
+    assert json.loads(file.with_suffix(".json").read_text())["data"] == str(data)
+    assert (result.folder / "evaluation.json").read_bytes() == own
+
+
+def test_a_run_that_has_not_ended_is_not_evaluated(tmp_path: Path) -> None:
+    with pytest.raises(NotFinishedError, match=r"config\.yaml.*missing"):
+        evaluate_run(tmp_path, None)
