@@ -10,6 +10,9 @@ from typing import Any
 from tc_ray.evaluation.selection import Comparison
 from tc_ray.evaluation.teacher_forced import TeacherForced
 
+SIGNIFICANT_P = 0.05
+"""McNemar p below which a difference is called a gain."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -52,11 +55,10 @@ class Report:
                 "The exported default is lambda 0."
             )
         low, high = c.difference_interval
-        sure = "" if c.p_value < 0.05 else " This difference can be chance."
-        return (
-            f"The Copilot helps: {100 * (c.wins - c.losses) / c.rows:+.1f} points "
-            f"(95% interval {100 * low:+.1f} to {100 * high:+.1f}, p = {c.p_value:.2g}).{sure}"
-        )
+        size = f"{100 * (c.wins - c.losses) / c.rows:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}, p = {c.p_value:.2g})"
+        if c.p_value < SIGNIFICANT_P:
+            return f"The Copilot helps: {size}."
+        return f"No gain is shown: {size} can be chance."
 
     def lines(self) -> list[str]:
         """The result as a plain-text table."""

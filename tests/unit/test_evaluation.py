@@ -180,8 +180,7 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
         assert report.helps
         assert (report.comparison.rows, report.comparison.fused_correct) == (3, 3)
         assert report.comparison.wins > 0 and report.comparison.losses == 0
-        assert report.verdict.startswith("The Copilot helps: +")
-        assert "This difference can be chance." in report.verdict
+        assert report.verdict.startswith("No gain is shown: +"), "so few wins can be chance"
         assert len(report.examples) == report.comparison.wins
     else:
         assert not report.helps
