@@ -10,7 +10,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.schema import EMBEDDED, DataSection
 from tc_ray.data.errors import DataError
 
 # Short enough for a 135M model to learn part of it in minutes on a CPU, hard enough to leave mistakes to learn from.
@@ -22,6 +22,11 @@ DEFAULT_OPTIONS: dict[str, dict[str, int | float | str | bool]] = {
 def embedded_options(config: DataSection) -> dict[str, int | float | str | bool]:
     """Options of the task: ours for a known task, overridden by the user's."""
     return {**DEFAULT_OPTIONS.get(config.embedded_task, {}), **config.embedded_task_options}
+
+
+def for_fallback(config: DataSection) -> DataSection:
+    """The settings under which the embedded data set stands in for absent files: a pattern made for those is left out."""
+    return config if config.train == EMBEDDED else config.model_copy(update={"completion_pattern": None})
 
 
 def embedded_name(config: DataSection) -> str:

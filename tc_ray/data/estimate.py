@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tc_ray.config.schema import EMBEDDED, DataSection
-from tc_ray.data.embedded import write_embedded
+from tc_ray.data.embedded import for_fallback, write_embedded
 from tc_ray.data.encode import encode_record
 from tc_ray.data.sources import Record, find_files, iter_records
 from tc_ray.data.split import row_count
@@ -58,7 +58,7 @@ def estimate(
             file = Path(folder) / "embedded.jsonl"
             write_embedded(part, file, seed)
             records = list(iter_records(file))
-        own_files, total = False, config.embedded_rows
+        own_files, total, config = False, config.embedded_rows, for_fallback(config)
     else:
         own_files = True
         files = find_files(config.train)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tc_ray.config.schema import EMBEDDED, DataSection
-from tc_ray.data.embedded import embedded_name, write_embedded
+from tc_ray.data.embedded import embedded_name, for_fallback, write_embedded
 from tc_ray.data.encode import Encoded, encode_files
 from tc_ray.data.errors import DataError
 from tc_ray.data.prompts import check_template
@@ -116,6 +116,9 @@ def prepare(config: DataSection, tokenizer: PreTrainedTokenizerBase, folder: Pat
     if embedded:
         sources["train"] = [folder / "embedded.jsonl"]
         write_embedded(config, sources["train"][0], seed)
+        if for_fallback(config) != config:
+            notes.append("data.completion_pattern is meant for the absent files and left out")
+            config = for_fallback(config)
     encoded = {
         part: encode_files(files, config, tokenizer, seed=seed, held_out=part != "train")
         for part, files in sources.items()

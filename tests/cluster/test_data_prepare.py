@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from tc_ray.config.schema import DataSection
 from tc_ray.data.errors import DataError
 from tc_ray.data.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
+from tests.tiny_model import make_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,3 +156,28 @@ def test_unreadable_file_is_one_plain_error(tmp_path: Path, tokenizer: PreTraine
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"^.*x\.parquet: not a readable Parquet file"):
         prepare(section(train=str(path)), tokenizer, tmp_path / "out", seed=1)
+
+
+def test_fallback_leaves_out_a_pattern_made_for_the_absent_files(tmp_path: Path) -> None:
+    config = DataSection(
+        train=str(tmp_path / "absent.jsonl"),
+        fallback="embedded",
+        embedded_rows=40,
+        template="plain",
+        completion_pattern="x = .*",
+    )
+    prepared = prepare(config, make_tokenizer(), tmp_path / "data", seed=1)
+    assert sum(prepared.rows.values()) == 40 and not prepared.quarantined
+    assert any("completion_pattern" in note for note in prepared.notes)
+
+
+def test_completion_pattern_chooses_what_is_trained_on(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} + 1", "completion": f"x = {n} + 1\nThe answer is {n + 1}"} for n in range(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "p", "completion": "no equation"}]))
+    config = DataSection(train=str(file), template="plain", completion_pattern=r"x = [^\n]*", max_bad_fraction=0.1)
+    prepared = prepare(config, make_tokenizer(), tmp_path / "data", seed=1)
+    completions = pq.read_table(prepared.train)["completion"].to_pylist()
+    assert all(re.fullmatch(r"x = \d+ \+ 1", text) for text in completions)
+    bad = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    assert [(row["place"], row["field"]) for row in bad] == [(61, "completion")]
