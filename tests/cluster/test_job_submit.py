@@ -20,12 +20,13 @@ import psutil
 import pytest
 import yaml
 
+from tc_ray.models.source import default_cache
 from tests.tiny_model import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 ROWS, HELD_OUT, BATCH = 96, 16, 8
-START_SECONDS, STOP_SECONDS, JOB_SECONDS = 120, 20, 420
+START_SECONDS, STOP_SECONDS, JOB_SECONDS, DEMO_SECONDS = 120, 20, 420, 1500
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "TC_RAY_CACHE": str(default_cache()),  # the builtin model is converted once a machine
         "OMP_NUM_THREADS": "1",
     }
     gcs, dashboard, client, agent = free_ports(4)
@@ -175,3 +177,17 @@ def test_a_submitted_job_trains_and_exports(cluster: Cluster, tmp_path: Path) ->
     FusedModel.from_pretrained(export)
     rounds = MistakeLog(tmp_path / "run" / "log").arrow(columns=["round"])["round"].to_pylist()
     assert sorted(set(rounds)) == [1, 2, 3, 4, 5, 6] and len(rounds) == 6 * BATCH
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demo_recipe_as_a_job(cluster: Cluster) -> None:
+    """The README's command, unchanged: the run folder is kept outside the upload, which Ray deletes."""
+    entry = ["--", "python", "jobs/train.py", "--config", "jobs/recipes/demo.yaml"]
+    done = ray_job("submit", cluster.address, cluster.environment, "--working-dir", ".", *entry, seconds=DEMO_SECONDS)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "McNemar p = " in done.stdout
+    run = Path(cluster.environment["HOME"]) / "tc-ray" / "outputs" / "demo"
+    assert f"run folder {run}" in done.stdout
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert (run / "export" / "fusion.json").is_file()
