@@ -102,8 +102,8 @@ class LoraSection(Section):
     rank: Positive = 16
     alpha: Positive = 32
     dropout: Fraction = 0.05
-    target_modules: list[str] = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    target_modules: list[str] | None = Field(
+        None, description="module names to adapt; null: the attention and feed-forward projections of the model's family"
     )
     first_layer: NonNegative = Field(0, description="adapt decoder layers from this one on (0: all)")
 
@@ -134,8 +134,13 @@ class LogSection(Section):
 
     enabled: bool = Field(True, description="false: plain fine-tuning, no log and no Copilot (benchmarks)")
     top_k: Positive = Field(64, description="largest predicted probabilities kept a token, besides the true token")
+    pooling: Literal["mean", "max", "sum"] = Field(
+        "mean", description="how the hidden states of a token are pooled over the Pilot's decoder layers (table 19)"
+    )
     positions: Literal["all", "target"] = Field(
-        "all", description="hidden states kept: of every position, or only of those that predict a target token"
+        "all",
+        description="hidden states kept: of every position, or only of those that predict a target token "
+        "(the only ones an encoder-decoder has)",
     )
     flush_rounds: Positive = Field(4, description="a data file is cut at least every this many rounds")
     file_bytes: Positive = Field(64 * 2**20, description="a data file is cut when it reaches this size")
@@ -161,6 +166,19 @@ class CopilotSection(Section):
     every: Positive = Field(1, description="take every k-th layer, counted so that the last layer is among them")
     method: Literal["lora", "full"] = "full"
     lora: CopilotLoraSection = Field(default_factory=CopilotLoraSection)
+    pattern: Literal["alternate", "early", "late", "all"] = Field(
+        "alternate",
+        description="layers of a decoder-only Copilot that attend to the Pilot instead of to earlier rows (table 18): every "
+        "second one, the first half, the last half, or all",
+    )
+    loss: Literal["rmse", "kl", "cross_entropy"] = Field(
+        "rmse", description="between f and the logged error (equation 7; table 20 compares the three)"
+    )
+    loss_form: Literal["auto", "dense", "gram"] = Field(
+        "auto",
+        description="how the rmse is computed: over [tokens, V], by the Gram matrix of W_out without that tensor, or the "
+        "cheaper one by size",
+    )
     output_tokens: Literal["targets", "all"] = Field(
         "targets", description="tokens the Copilot can correct: those that occur in training completions, or all of V"
     )
@@ -194,6 +212,7 @@ class FusionSection(Section):
     feedback: Literal["own", "realised"] = Field(
         "own", description="Copilot input at inference: its own f, or onehot(chosen token) - p of the Pilot"
     )
+    num_beams: Positive = Field(1, description="beams of the evaluation's decoding; 1 is greedy")
     lam_grid: list[float] = Field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
     max_new_tokens: Positive = 64
     eval_batch_size: Positive = 32
