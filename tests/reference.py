@@ -153,7 +153,7 @@ def copilot_f(
         else:
             x = x + attention(layer, normed(x), normed(memory), sees_memory, None)
         x = x + layer.mlp(rms_normalised(x, layer.post_attention_layernorm.weight, eps))
-    x = rms_normalised(x, copilot.norm.weight, eps)
+    x = rms_normalised(x, copilot.stack.norm.weight, eps)
     reached = (x / math.sqrt(x.shape[-1])) @ copilot.output.weight.T
     columns = []
     for token in range(config.vocab_size):  # f is 0 for tokens that W_out has no row for

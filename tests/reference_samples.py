@@ -44,7 +44,7 @@ def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
         for module in (copilot.error_projection, copilot.start, copilot.state_projection, copilot.memory_projection):
             if module is not None and hasattr(module, "weight"):
                 module.weight.add_(0.3 * torch.randn_like(module.weight))
-        for norm in (copilot.question_norm, copilot.state_norm, copilot.norm):
+        for norm in (copilot.question_norm, copilot.state_norm, copilot.stack.norm):
             norm.weight.mul_(1 + 0.3 * torch.randn_like(norm.weight))
         copilot.output.weight.normal_(std=0.3)
     return copilot.eval()
@@ -53,19 +53,18 @@ def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
 def make_copilot(kind: str, model_folder: Path, pilot: Any, tmp: Path) -> Copilot:
     """`same`: the Pilot's own layers; `few`: the same with f on some tokens only; `narrow`: a narrower decoder without the
     producing state."""
-    embedding = pilot.get_input_embeddings().weight.detach().clone()
     if kind == "same":
-        return shaken(Copilot.from_decoder(model_folder, [0, 1, 3], pilot_embedding=embedding))
+        return shaken(Copilot.from_decoder(model_folder, [0, 1, 3], pilot=pilot))
     if kind == "few":
         tokens = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(4))[:120].sort().values
-        return shaken(Copilot.from_decoder(model_folder, [2, 3], pilot_embedding=embedding, output_ids=tokens))
+        return shaken(Copilot.from_decoder(model_folder, [2, 3], pilot=pilot, output_ids=tokens))
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(8)
     config = AutoConfig.from_pretrained(model_folder)
     config.hidden_size, config.head_dim, config.num_hidden_layers = 24, 6, 2
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp / "narrow")
-    return shaken(Copilot.from_decoder(tmp / "narrow", [0, 1], pilot_embedding=embedding, producing_state=False))
+    return shaken(Copilot.from_decoder(tmp / "narrow", [0, 1], pilot=pilot, producing_state=False))
 
 
 def examples(seed: int = 3) -> list[dict[str, Any]]:

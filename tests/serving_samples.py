@@ -57,14 +57,12 @@ def make_export(folder: Path, *, positions: int = 4096, lam: float = 0.5) -> Pat
         # The end token is out of reach, so that the tests decide where a text ends.
         pilot.lm_head.weight[tokenizer.eos_token_id] = 0.0
     pilot.save_pretrained(folder / "base")
-    copilot = Copilot.from_decoder(
-        folder / "base", [0, 1], pilot_embedding=pilot.get_input_embeddings().weight.detach(), random_weights=True
-    )
+    copilot = Copilot.from_decoder(folder / "base", [0, 1], pilot=pilot, random_weights=True)
     with torch.no_grad():
         copilot.output.weight.normal_(std=0.3)
         copilot.output.weight[tokenizer.eos_token_id] = 0.0
     export = folder / "export"
-    FusedModel(pilot, copilot, lam=lam).save_pretrained(export)
+    FusedModel.join(pilot, copilot, lam=lam).save_pretrained(export)
     tokenizer.save_pretrained(export / "pilot")
     return export
 

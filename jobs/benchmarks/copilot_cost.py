@@ -32,9 +32,9 @@ from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.learner import Learner
 from tc_ray.mistakelog.records import Records
 from tc_ray.models.copilot import Copilot
-from tc_ray.models.copilot.decoder_only import choose_layers
+from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_causal_lm
+from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_pilot
 from tc_ray.pilot.recording import to_records
 
 DECODE_BATCHES = (1, 8)
@@ -70,7 +70,7 @@ def pilot_step(
 
 def training(arguments: argparse.Namespace, path: Path) -> tuple[dict[str, Any], Copilot]:
     """Seconds of a Pilot step and of a Copilot step, alternating; and the Copilot."""
-    pilot = load_causal_lm(path, dtype=DTYPES[arguments.dtype])
+    pilot = load_pilot(path, dtype=DTYPES[arguments.dtype])
     pilot.config.use_cache = False
     config = recipe_config(
         pilot.config.num_hidden_layers,
@@ -84,7 +84,7 @@ def training(arguments: argparse.Namespace, path: Path) -> tuple[dict[str, Any],
     copilot = Copilot.from_decoder(
         path,
         choose_layers(None, config.copilot.every, pilot.config.num_hidden_layers),
-        pilot_embedding=pilot.get_input_embeddings().weight.detach().float(),
+        pilot=pilot,
         output_ids=torch.arange(target_ids),
     )
     learner = Learner(copilot, config.copilot, total_steps=steps_per_round * (arguments.rounds + 1))
@@ -132,8 +132,8 @@ def training(arguments: argparse.Namespace, path: Path) -> tuple[dict[str, Any],
 def decoding(arguments: argparse.Namespace, path: Path, copilot: Copilot) -> list[dict[str, Any]]:
     """Seconds a decoded token of the Pilot and of the fused model, by batch size."""
     dtype = DTYPES[arguments.dtype]
-    pilot = load_causal_lm(path, dtype=dtype).eval()
-    fused = FusedModel(pilot, copilot.to(dtype).eval(), lam=LAM)
+    pilot = load_pilot(path, dtype=dtype).eval()
+    fused = FusedModel.join(pilot, copilot.to(dtype).eval(), lam=LAM)
     lengths: dict[str, Any] = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens}
     results = []
     for batch_size in DECODE_BATCHES:

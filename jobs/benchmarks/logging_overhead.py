@@ -32,8 +32,8 @@ from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
-from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_causal_lm
-from tc_ray.models.taps import TAP_DEFINITION
+from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_pilot
+from tc_ray.models.taps import tap_definition
 from tc_ray.pilot.recording import to_records
 
 WARM_UP_PAIRS = 2
@@ -43,7 +43,7 @@ class Rounds:
     """Rounds of a Pilot with and without a record, on the same weights and optimizer."""
 
     def __init__(self, model: Path, log_folder: Path, *, dtype: str, method: str) -> None:
-        pilot = load_causal_lm(model, dtype=DTYPES[dtype])
+        pilot = load_pilot(model, dtype=DTYPES[dtype])
         pilot.config.use_cache = False
         self.config = recipe_config(pilot.config.num_hidden_layers, pilot={"dtype": dtype, "method": method})
         pilot = add_adapters(pilot, self.config.pilot)
@@ -59,7 +59,7 @@ class Rounds:
             rationale_dim=shape.hidden_size,
             rationale_layers=1,
             pooling="mean",
-            tap=TAP_DEFINITION,
+            tap=tap_definition(),
             positions=log.positions,
             top_k=min(log.top_k, shape.vocab_size - 1),
         )

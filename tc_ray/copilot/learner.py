@@ -18,17 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from tc_ray.config.schema import CopilotSection
 from tc_ray.models.copilot import Copilot, CopilotBatch
+from tc_ray.models.copilot.model import NEW_MODULES
+from tc_ray.models.families import family_of
 from tc_ray.models.losses import squared_error
-
-_ADAPTER_EXTRAS = (
-    "error_projection",
-    "start",
-    "state_projection",
-    "output",
-    "question_norm",
-    "state_norm",
-    "memory_projection",
-)
 
 
 @dataclass(frozen=True)
@@ -152,20 +144,20 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
         return copilot
     from peft import LoraConfig, get_peft_model
 
-    lora = config.lora
+    lora, family = config.lora, family_of(copilot.config.decoder_config())
     model = get_peft_model(
         copilot,
         LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
+            target_modules=lora.target_modules or list(family.lora_targets),
             layers_to_transform=list(range(lora.first_layer, len(copilot.layers))),
-            layers_pattern="layers",
+            layers_pattern=family.layers_pattern,
         ),
     )
     # what no pretrained decoder brings must be trained in full
-    for name in _ADAPTER_EXTRAS:
+    for name in NEW_MODULES:
         module = getattr(copilot, name)
         if module is not None:
             module.requires_grad_(True)

@@ -26,7 +26,7 @@ from tc_ray.copilot.learner import Learner, StepResult
 from tc_ray.data.train_table import TrainTable
 from tc_ray.mistakelog.reader import LogTail
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.copilot.decoder_only import choose_layers
+from tc_ray.models.copilot.model import choose_layers
 
 IDLE_SECONDS = 0.1
 _DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
@@ -156,22 +156,25 @@ class CopilotWorker:
 
 def build_copilot(config: RunConfig, pilot_path: Path | str, base_path: Path | str) -> Copilot:
     """The Copilot a run starts from; the same weights on every rank."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
 
-    from tc_ray.models.pilot import load_causal_lm
+    from tc_ray.models.families import family_of
+    from tc_ray.models.pilot import load_pilot
+    from tc_ray.models.source import vocabulary_hash
 
     torch.manual_seed(config.run.seed)
-    pilot = load_causal_lm(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
-    embedding = pilot.get_input_embeddings().weight.data.clone()
-    del pilot
-    available = AutoConfig.from_pretrained(base_path).num_hidden_layers
+    pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
+    base_config = AutoConfig.from_pretrained(base_path)
     return Copilot.from_decoder(
         base_path,
-        choose_layers(config.copilot.layers, config.copilot.every, available),
-        pilot_embedding=embedding,
+        choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
+        pilot=pilot,
         output_ids=_output_ids(config),
+        pattern=config.copilot.pattern,
         producing_state=config.copilot.producing_state,
+        pooling=config.log.pooling,
         positions=config.log.positions,
+        tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path)),
         random_weights=config.model.random_weights,
     )
 

@@ -28,11 +28,11 @@ def evaluate_finished(
         seen_error_size: mean squared logged error of the log's last rounds, for the report.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from tc_ray.models.copilot import Copilot
     from tc_ray.models.fusion import FusedModel
-    from tc_ray.models.pilot import DTYPES
+    from tc_ray.models.pilot import DTYPES, load_pilot
 
     folder, resources = config.run.path, config.resources
     torch.set_num_threads(
@@ -42,9 +42,9 @@ def evaluate_finished(
     )
     device = "cuda" if resources.gpus else "cpu"
     dtype = DTYPES[config.pilot.dtype]  # the Copilot learned from states of this precision
-    pilot = AutoModelForCausalLM.from_pretrained(folder / "pilot" / "final", dtype=dtype)
+    pilot = load_pilot(folder / "pilot" / "final", dtype=dtype)
     copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
-    fused = FusedModel(pilot, copilot, feedback=config.fusion.feedback).to(device)
+    fused = FusedModel.join(pilot, copilot, feedback=config.fusion.feedback).to(device)
 
     def heard(line: str) -> None:
         if tracker is not None:

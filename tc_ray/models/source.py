@@ -112,14 +112,28 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Padding and truncation settings are left out: they change with use and tc-ray pads and cuts by itself.
     """
+    return _digest([_rules(tokenizer), tokenizer.special_tokens_map, tokenizer.chat_template])
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits over what gives token ids their meaning: `tokenizer_hash` without templates and special-token roles.
+
+    Two models whose tokenizers share it can share a Copilot, whatever each is padded to or prompted with.
+    """
+    return _digest([_rules(tokenizer)])
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules: Any = json.loads(backend.to_str())
-        rules.pop("padding", None)
-        rules.pop("truncation", None)
-    else:
-        rules = tokenizer.get_vocab()
-    parts = [rules, tokenizer.special_tokens_map, tokenizer.chat_template]
+    if backend is None:
+        return tokenizer.get_vocab()
+    rules: dict[str, Any] = json.loads(backend.to_str())
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
+    return rules
+
+
+def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

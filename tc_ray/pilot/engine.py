@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_causal_lm
+from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_pilot
 
 STALE_LOCK_SECONDS = 90.0
 
@@ -54,13 +54,13 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     if config.resources.pilot_workers > 1 and not config.resources.gpus:
         clear_stale_build_locks()
     torch.manual_seed(config.run.seed)
-    model = load_causal_lm(model_path, dtype=DTYPES[config.pilot.dtype], random_weights=config.model.random_weights)
+    model = load_pilot(model_path, dtype=DTYPES[config.pilot.dtype], random_weights=config.model.random_weights)
     model.config.use_cache = False
     if config.pilot.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model = add_adapters(model, config.pilot)
-    step = PilotStep(model, top_k=config.log.top_k, record=config.log.enabled)
+    step = PilotStep(model, top_k=config.log.top_k, record=config.log.enabled, pooling=config.log.pooling)
     step.train()
     trainable = [p for p in step.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

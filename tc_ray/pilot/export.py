@@ -31,9 +31,9 @@ def save_merged(engine: Any, config: RunConfig, model_path: Path | str, folder: 
         return
     from transformers import AutoTokenizer
 
-    from tc_ray.models.pilot import load_causal_lm
+    from tc_ray.models.pilot import load_pilot
 
-    merged = load_causal_lm(model_path, dtype=torch.float32, random_weights=True)  # the shape; weights come next
+    merged = load_pilot(model_path, dtype=torch.float32, random_weights=True)  # the shape; weights come next
     adapters = getattr(model, "peft_config", None)
     if adapters:
         from peft import get_peft_model

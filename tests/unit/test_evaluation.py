@@ -22,7 +22,7 @@ from tc_ray.evaluation.selection import Choice, Comparison, choose
 from tc_ray.evaluation.teacher_forced import NLL_FLOOR, teacher_forced
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.pilot import load_causal_lm
+from tc_ray.models.pilot import load_pilot
 from tests.reference import copilot_f, dense_record, fused_logits
 from tests.tiny_model import make_tiny_llama, make_tokenizer
 
@@ -32,14 +32,14 @@ CHOICES: list[Choice] = [("probability", 0.0), ("probability", 0.6), ("logits", 
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory) -> FusedModel:
     folder = make_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama", scale=4.0)
-    pilot = load_causal_lm(folder, dtype=torch.float32)
+    pilot = load_pilot(folder, dtype=torch.float32)
     with torch.no_grad():
         pilot.model.norm.weight.mul_(8.0)
     torch.manual_seed(6)
-    copilot = Copilot.from_decoder(folder, [0, 1], pilot_embedding=pilot.get_input_embeddings().weight.detach())
+    copilot = Copilot.from_decoder(folder, [0, 1], pilot=pilot)
     with torch.no_grad():
         copilot.output.weight.normal_(std=0.4)
-    return FusedModel(pilot, copilot)
+    return FusedModel.join(pilot, copilot)
 
 
 def held_out(count: int = 7, seed: int = 2) -> list[HeldOut]:

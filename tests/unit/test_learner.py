@@ -16,7 +16,7 @@ from tc_ray.copilot import checkpoint
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.pilot import PilotStep, load_causal_lm
+from tc_ray.models.pilot import PilotStep, load_pilot
 from tests.tiny_model import make_tiny_llama
 
 STEPS = 3
@@ -34,8 +34,8 @@ def section(**changes: Any) -> CopilotSection:
 
 def make_copilot(folder: Path, seed: int = 1, output_ids: torch.Tensor | None = None) -> Copilot:
     torch.manual_seed(seed)
-    embedding = load_causal_lm(folder, dtype=torch.float32).get_input_embeddings().weight.detach().clone()
-    return Copilot.from_decoder(folder, [0, 1, 2, 3], pilot_embedding=embedding, output_ids=output_ids)
+    pilot = load_pilot(folder, dtype=torch.float32)
+    return Copilot.from_decoder(folder, [0, 1, 2, 3], pilot=pilot, output_ids=output_ids)
 
 
 def make_batch(folder: Path, chosen: slice = slice(None), seed: int = 0) -> CopilotBatch:
@@ -44,7 +44,7 @@ def make_batch(folder: Path, chosen: slice = slice(None), seed: int = 0) -> Copi
     lengths = rng.integers(6, 16, EXAMPLES)[chosen]
     starts = np.array([2, 5, 3, 1, 4, 5])[chosen]
     ids = rng.integers(2, 258, (EXAMPLES, 16))[chosen]
-    step = PilotStep(load_causal_lm(folder, dtype=torch.float32), top_k=8).eval()
+    step = PilotStep(load_pilot(folder, dtype=torch.float32), top_k=8).eval()
     data = [torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, lengths, starts)]
     with torch.no_grad():
         out = step.measure(*data)

@@ -108,7 +108,7 @@ def test_sizes_are_those_of_the_models_that_are_trained(
 ) -> None:
     from tc_ray.copilot.learner import Learner
     from tc_ray.copilot.worker import build_copilot
-    from tc_ray.models.pilot import add_adapters, load_causal_lm
+    from tc_ray.models.pilot import add_adapters, load_pilot
 
     config = config_of(
         tiny,
@@ -120,7 +120,7 @@ def test_sizes_are_those_of_the_models_that_are_trained(
     write_prepared(config, [[1, 2, 3] * 5, [4] * 7 + [9] * 8], [12, 7])
     sizes = make_plan(config).sizes
     assert sizes is not None
-    pilot = add_adapters(load_causal_lm(tiny, dtype=torch.float32), config.pilot)
+    pilot = add_adapters(load_pilot(tiny, dtype=torch.float32), config.pilot)
     assert sizes.pilot_trainable == sum(p.numel() for p in pilot.parameters() if p.requires_grad)
     copilot = build_copilot(config, tiny, tiny)
     assert sizes.copilot == sum(p.numel() for p in copilot.parameters())

@@ -2,6 +2,6 @@
 
 from tc_ray.models.copilot.batch import CopilotBatch
 from tc_ray.models.copilot.config import CopilotConfig
-from tc_ray.models.copilot.decoder_only import Copilot
+from tc_ray.models.copilot.model import Copilot
 
 __all__ = ["Copilot", "CopilotBatch", "CopilotConfig"]

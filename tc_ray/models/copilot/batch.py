@@ -19,6 +19,7 @@ class CopilotBatch:
     states: fp32 [B, P, d_P], layer-mean hidden states. state_position: int64 [B, P], absolute, -1 is padding.
     row_position: int64 [B, n], position of the state that predicts row i's token, -1 is padding.
     error_ids: int64 [B, n, k+1]. error_values: fp32 [B, n, k+1], zero in padding.
+    question_states: fp32 [B, Q, d_P], the encoder's output; None where X~ follows from question_ids (decoder-only).
     """
 
     question_ids: torch.Tensor
@@ -28,6 +29,7 @@ class CopilotBatch:
     row_position: torch.Tensor
     error_ids: torch.Tensor
     error_values: torch.Tensor
+    question_states: torch.Tensor | None = None
 
     @property
     def row_mask(self) -> torch.Tensor:
@@ -36,7 +38,8 @@ class CopilotBatch:
 
     def to(self, device: torch.device | str) -> CopilotBatch:
         """The batch on another device."""
-        return CopilotBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return CopilotBatch(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))
 
     @classmethod
     def from_step(
@@ -74,4 +77,5 @@ class CopilotBatch:
             torch.where(row_mask, (target_start - 1)[:, None] + torch.arange(row_mask.shape[1]), -1),
             error_ids,
             error_values,
+            None if step.question is None else step.question.cpu().to(torch.bfloat16).float(),
         )

@@ -8,16 +8,19 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 class CopilotConfig(PreTrainedConfig):
-    """Shape of a decoder-only Copilot.
+    """Shape of a Copilot.
 
     Args:
         decoder: `to_dict()` of the decoder family's config, with the Copilot's own number of layers.
         pilot_hidden_size: width d_P of the Pilot's states and embeddings.
-        vocab_size: V, token ids common to Pilot and Copilot.
+        vocab_size: V, width of the Pilot's logits at training; another Pilot's is aligned by token id.
+        pattern: which layers of a decoder-only Copilot attend to the Pilot (table 18).
         producing_state: add the state that produced p^_i to input row i.
-        tap: definition of the hidden states the Copilot was trained on.
+        pooling: how the Pilot's states are pooled over its layers (table 19).
+        tap: definition in words of the hidden states the Copilot was trained on.
         positions: states it was trained on, `log.positions`: all, or target (those that predict a target token).
         output_size: A, tokens that f can be non-zero for; 0 is all of V.
+        tokenizer: `vocabulary_hash` of the tokenizer that its token ids come from; empty: unknown.
         source: where the weights were initialised from (provenance).
     """
 
@@ -28,20 +31,26 @@ class CopilotConfig(PreTrainedConfig):
         decoder: dict[str, Any] | None = None,
         pilot_hidden_size: int = 0,
         vocab_size: int = 0,
+        pattern: str = "alternate",
         producing_state: bool = True,
+        pooling: str = "mean",
         tap: str = "",
         positions: str = "all",
         output_size: int = 0,
+        tokenizer: str = "",
         source: str = "",
         **kwargs: Any,
     ) -> None:
         self.decoder = decoder or {}
         self.pilot_hidden_size = pilot_hidden_size
         self.vocab_size = vocab_size
+        self.pattern = pattern
         self.producing_state = producing_state
+        self.pooling = pooling
         self.tap = tap
         self.positions = positions
         self.output_size = output_size
+        self.tokenizer = tokenizer
         self.source = source
         super().__init__(**kwargs)
 

@@ -1,0 +1,313 @@
+"""The Copilot: rows of errors in, predicted errors f out, for both architectures (sections 3.1 and E.2).
+
+What is the same for both stands here: error rows, memory, output. The layers between are a stack of the base's own
+(`decoder_only`, `encoder_decoder`). The memory is X~ and the Pilot's pooled states h, concatenated over positions; row i
+sees all of X~ and the states up to the one that predicts token i.
+
+Invariant: training (`forward`, all rows at once) and decoding (`decode` with caches, one row at a time) run the same
+code, so they agree to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
+
+from tc_ray.models.copilot.batch import CopilotBatch
+from tc_ray.models.copilot.config import CopilotConfig
+from tc_ray.models.copilot.decoder_only import DecoderOnlyStack
+from tc_ray.models.copilot.encoder_decoder import EncoderDecoderStack
+from tc_ray.models.families import family_of
+from tc_ray.models.taps import tap_definition
+
+OUTPUT_STD = 1e-2
+"""Of W_out's first weights: small beside the errors, large enough to give the tokens different directions."""
+NEW_MODULES = (
+    "error_projection",
+    "start",
+    "state_projection",
+    "output",
+    "question_norm",
+    "state_norm",
+    "memory_projection",
+)
+"""What no pretrained decoder brings: trained in full also where the layers get adapters."""
+
+
+class Copilot(PreTrainedModel):
+    """Predicts the Pilot's errors f [.., V] from earlier errors and from what the Pilot saw and thought."""
+
+    config_class = CopilotConfig
+    base_model_prefix = "copilot"
+    _supports_sdpa = True
+
+    def __init__(self, config: CopilotConfig) -> None:
+        super().__init__(config)
+        decoder_config = config.decoder_config()
+        self.encoder_decoder = family_of(decoder_config).encoder_decoder
+        self.stack = (EncoderDecoderStack if self.encoder_decoder else DecoderOnlyStack)(config)
+        width, pilot_width = decoder_config.hidden_size, config.pilot_hidden_size
+        same = width == pilot_width
+        # E of the Pilot, frozen: makes X~ from the logged ids (decoder-only), and W_in = A E^T when the widths agree
+        self.question_embedding = (
+            None if self.encoder_decoder and not same else nn.Embedding(config.vocab_size, pilot_width)
+        )
+        self.error_embedding = None if same else nn.Embedding(config.vocab_size, width)
+        self.error_projection = nn.Linear(width, width, bias=False)
+        # row 0 has no earlier error; zeros would give uniform attention (method.md)
+        self.start = nn.Embedding(1, width)
+        # first-token states are 100 times larger than the others: normalise what is attended to (method.md)
+        self.question_norm = nn.RMSNorm(pilot_width, eps=1e-6)
+        self.state_norm = nn.RMSNorm(pilot_width, eps=1e-6)
+        self.memory_projection = nn.Identity() if same else nn.Linear(pilot_width, width, bias=False)
+        self.state_projection = nn.Linear(pilot_width, width, bias=False) if config.producing_state else None
+        # f lives on these tokens and is 0 elsewhere: Adam moves the rows of tokens that never occur as far as any other,
+        # and tens of thousands of them drown the few that matter (docs/decisions.md)
+        self.output = nn.Linear(width, config.output_size or config.vocab_size, bias=False)
+        self.register_buffer("output_ids", torch.arange(self.output.out_features))
+        # the step of a row of W_out moves f by lr * |state|; 1/sqrt(d) makes that independent of the width
+        self.output_scale = width**-0.5
+        self.post_init()
+        self.reset_new_weights()
+        self.freeze_embeddings()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        layers: nn.ModuleList = self.stack.block if self.encoder_decoder else self.stack.layers
+        return layers
+
+    @torch.no_grad()
+    def reset_new_weights(self) -> None:
+        """Initialise what no pretrained decoder has: A at identity, W_out small, start vector and projections."""
+        nn.init.eye_(self.error_projection.weight)
+        nn.init.normal_(self.start.weight, std=0.02)
+        nn.init.normal_(self.output.weight, std=OUTPUT_STD)
+        if self.error_embedding is not None:
+            nn.init.zeros_(self.error_embedding.weight)  # ids that the base does not know add nothing to a row
+        for projection in (self.memory_projection, self.state_projection):
+            if isinstance(projection, nn.Linear) and projection.in_features == projection.out_features:
+                # pretrained layers can read a hidden state of their own family as it is
+                nn.init.eye_(projection.weight)
+            elif isinstance(projection, nn.Linear):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+    def freeze_embeddings(self) -> None:
+        """E is shared knowledge of both models, not trained: X~ must stay what the Pilot's embedding gives."""
+        for embedding in (self.question_embedding, self.error_embedding):
+            if embedding is not None:
+                embedding.requires_grad_(False)
+
+    @classmethod
+    def from_decoder(
+        cls,
+        base: Path | str,
+        layers: Sequence[int],
+        *,
+        pilot: nn.Module,
+        output_ids: torch.Tensor | None = None,
+        pattern: str = "alternate",
+        producing_state: bool = True,
+        pooling: str = "mean",
+        positions: str = "all",
+        tokenizer: str = "",
+        random_weights: bool = False,
+    ) -> Copilot:
+        """Copilot for `pilot`, initialised from chosen layers of a pretrained decoder, fp32.
+
+        Args:
+            base: folder or hub id of a model of the Pilot's kind; width, heads and vocabulary may differ from the Pilot's.
+            layers: indices of its decoder layers, in order.
+            pilot: the Pilot, for its embedding table, widths and family.
+            output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
+            positions: states of the log it will be trained on, all or target.
+            tokenizer: `vocabulary_hash` of the tokenizer, kept for `tc-ray fuse`.
+            random_weights: read only the base's config (tests, training from scratch).
+
+        Raises:
+            ValueError: layers the base does not have, or a base of the other architecture.
+        """
+        base_config = AutoConfig.from_pretrained(base)
+        family, pilot_family = family_of(base_config), family_of(pilot)
+        if family.encoder_decoder != pilot_family.encoder_decoder:
+            kinds = ("decoder-only", "encoder-decoder")
+            raise ValueError(
+                f"the Copilot's base {base} is {kinds[family.encoder_decoder]}, the Pilot is "
+                f"{kinds[pilot_family.encoder_decoder]}: take a base of the Pilot's family (model.copilot)"
+            )
+        count = family.layer_count(base_config)
+        missing = [i for i in layers if not 0 <= i < count]
+        if missing:
+            raise ValueError(f"copilot.layers {missing} are not layers of {base}, which has {count}")
+        table = pilot_family.embedding_table(pilot).float()
+        copilot = cls(
+            CopilotConfig(
+                decoder=family.with_layers(base_config, layers),
+                pilot_hidden_size=table.shape[1],
+                vocab_size=table.shape[0],
+                pattern=pattern,
+                producing_state=producing_state,
+                pooling=pooling,
+                tap=tap_definition(pooling),
+                positions="target" if family.encoder_decoder else positions,
+                output_size=0 if output_ids is None else len(output_ids),
+                tokenizer=tokenizer,
+                source=f"{Path(str(base)).name}, layers {list(layers)}",
+            )
+        )
+        if copilot.question_embedding is not None:
+            copilot.question_embedding.weight.data.copy_(table)
+        if output_ids is not None:
+            copilot.output_ids.copy_(output_ids)
+        decoder = AutoModel.from_config(base_config) if random_weights else AutoModel.from_pretrained(base)
+        decoder = decoder.float()
+        if not random_weights:
+            copilot.stack.load_layers(decoder, layers)
+        if copilot.error_embedding is not None:
+            own = family.embedding_table(decoder)
+            # vocabularies of one family may be padded to different sizes: ids both have mean the same token
+            common = min(len(own), len(table))
+            copilot.error_embedding.weight.data[:common].copy_(own[:common])
+        return copilot
+
+    # -- input rows and memory ------------------------------------------------------------------------------------
+
+    @property
+    def error_table(self) -> torch.Tensor:
+        """E in W_in = A E^T, [V, d_C]."""
+        embedding = self.question_embedding if self.error_embedding is None else self.error_embedding
+        assert embedding is not None
+        return embedding.weight
+
+    def error_rows(self, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """W_in l for sparse errors: int64 [N, k+1], fp32 [N, k+1] -> [N, d_C]; no [N, V] tensor is made."""
+        table = self.error_table
+        summed = F.embedding_bag(ids, table, mode="sum", per_sample_weights=values.to(table.dtype))
+        rows: torch.Tensor = self.error_projection(summed)
+        return rows
+
+    def question_memory(self, ids: torch.Tensor) -> torch.Tensor:
+        """X~ of prompt tokens, int64 [B, Q] -> [B, Q, d_C], as attended to (decoder-only)."""
+        assert self.question_embedding is not None
+        return self.question_state_memory(self.question_embedding(ids))
+
+    def question_state_memory(self, states: torch.Tensor) -> torch.Tensor:
+        """X~ [B, Q, d_P], the encoder's output, -> [B, Q, d_C], as attended to."""
+        memory: torch.Tensor = self.memory_projection(self.question_norm(states.to(self.question_norm.weight.dtype)))
+        return memory
+
+    def state_memory(self, states: torch.Tensor) -> torch.Tensor:
+        """Pooled states [B, P, d_P] -> [B, P, d_C], as attended to."""
+        memory: torch.Tensor = self.memory_projection(self.state_norm(states.to(self.state_norm.weight.dtype)))
+        return memory
+
+    def with_producing_state(self, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Add the projected state [B, n, d_P] that predicts each row's token to rows [B, n, d_C], if configured."""
+        if self.state_projection is None:
+            return rows
+        projected: torch.Tensor = self.state_projection(self.state_norm(states.to(self.state_norm.weight.dtype)))
+        return rows + projected
+
+    # -- the layers -----------------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        rows: torch.Tensor,
+        memory: torch.Tensor,
+        visible: torch.Tensor,
+        *,
+        first_row: int = 0,
+        self_cache: DynamicCache | None = None,
+        memory_cache: DynamicCache | None = None,
+    ) -> torch.Tensor:
+        """Final states [B, n, d_C] of input rows; `predict` maps them to f.
+
+        Args:
+            rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
+            memory: [B, M_new, d_C] memory not yet in the cache (all of it when there is no cache).
+            visible: bool [B, n, M], which memory positions (cached and new) each row sees.
+            self_cache, memory_cache: keys and values of the layers over rows and over the memory; both grow in place.
+        """
+        states: torch.Tensor = self.stack(
+            rows, memory, visible, first_row=first_row, self_cache=self_cache, memory_cache=memory_cache
+        )
+        return states * self.output_scale
+
+    @property
+    def is_full(self) -> bool:
+        """Whether f covers the whole vocabulary in token order."""
+        return self.output.out_features == self.config.vocab_size
+
+    def predict(self, states: torch.Tensor) -> torch.Tensor:
+        """f = W_out state on the output tokens: [.., d_C] of `decode` -> [.., A], no softmax."""
+        f: torch.Tensor = self.output(states)
+        return f
+
+    def expand(self, f: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
+        """[.., A] on the output tokens -> [.., V], zero elsewhere.
+
+        Args:
+            vocab_size: width of the logits that f is to be added to; ids beyond it are padding and dropped.
+        """
+        width = self.config.vocab_size if vocab_size is None else vocab_size
+        if self.is_full:
+            return f[..., :width] if f.shape[-1] >= width else F.pad(f, (0, width - f.shape[-1]))
+        common = min(width, self.config.vocab_size)
+        full = f.new_zeros(*f.shape[:-1], self.config.vocab_size).index_copy(-1, self.output_ids, f)
+        return full if common == width == self.config.vocab_size else F.pad(full[..., :common], (0, width - common))
+
+    def output_places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where token ids stand among the output tokens; -1 for those that f cannot reach."""
+        if self.is_full:
+            return ids
+        places = torch.full((self.config.vocab_size,), -1, dtype=torch.int64, device=ids.device)
+        places[self.output_ids] = torch.arange(len(self.output_ids), device=ids.device)
+        return places[ids]
+
+    @torch.no_grad()
+    def feedback_matrix(self) -> torch.Tensor:
+        """W_in W_out, fp32 [d_C, d_C]: the next input row straight from a state, without going through V."""
+        table = self.error_table if self.is_full else self.error_table[self.output_ids]
+        return self.error_projection.weight.float() @ (table.float().T @ self.output.weight.float())
+
+    def forward(self, batch: CopilotBatch) -> torch.Tensor:
+        """f [N, V] for the N real target rows of a batch in row order, teacher-forced with the true l_<i."""
+        return self.expand(self.compact(batch))
+
+    def compact(self, batch: CopilotBatch) -> torch.Tensor:
+        """`forward` on the output tokens only: [N, A]."""
+        return self.predict(self.states(batch))
+
+    def states(self, batch: CopilotBatch) -> torch.Tensor:
+        """Final states [N, d_C] of the real target rows: f = states W_out^T."""
+        count, rows, entries = batch.error_ids.shape
+        errors = self.error_rows(batch.error_ids.view(-1, entries), batch.error_values.view(-1, entries))
+        start = self.start.weight.expand(count, 1, -1)
+        inputs = torch.cat([start.to(errors.dtype), errors.view(count, rows, -1)[:, :-1]], 1)
+        at = (batch.state_position[:, None] == batch.row_position[:, :, None]).to(torch.uint8).argmax(-1)
+        producing = batch.states.gather(1, at[:, :, None].expand(-1, -1, batch.states.shape[2]))
+        inputs = self.with_producing_state(inputs, producing)
+        asked = (
+            self.question_memory(batch.question_ids)
+            if batch.question_states is None
+            else self.question_state_memory(batch.question_states)
+        )
+        memory = torch.cat([asked, self.state_memory(batch.states)], 1)
+        causal = (batch.state_position[:, None] <= batch.row_position[:, :, None]) & (batch.state_position >= 0)[
+            :, None
+        ]
+        question = batch.question_mask[:, None].expand(-1, rows, -1)
+        return self.decode(inputs, memory, torch.cat([question, causal], 2))[batch.row_mask]
+
+
+def choose_layers(layers: Sequence[int] | None, every: int, available: int) -> list[int]:
+    """Layers of the base model a Copilot starts from: an explicit list, or every k-th with the last among them."""
+    if layers is not None:
+        return list(layers)
+    return list(range(available - 1, -1, -every))[::-1]

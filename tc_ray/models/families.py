@@ -1,0 +1,183 @@
+"""Families: where each model family keeps the parts that tc-ray reads.
+
+A `Family` is a small adapter: it names the layers, the head, the embedding and the projections of a family and holds no
+model code. Everything else goes through it, so that adding a family is adding an entry here (docs/families.md).
+Invariant: a model of a family that is not listed is refused by name, never handled as if it were another one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+
+class UnknownFamilyError(ValueError):
+    """The model's family has no adapter; the message lists those that have one."""
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """Adapter of one model family.
+
+    Args:
+        model_type: `config.model_type` of its language models.
+    """
+
+    model_type: str
+    encoder_decoder: ClassVar[bool]
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Attention and feed-forward projections, by module name."""
+    layers_pattern: ClassVar[str]
+    """Name of the list that holds the decoder's layers."""
+
+    def decoder(self, model: nn.Module) -> Any:
+        """The headless decoder inside a language model or its peft wrapper."""
+        return unwrapped(model).get_decoder()
+
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The decoder layers, in order: what the taps listen to."""
+        layers: Sequence[nn.Module] = getattr(self.decoder(model), self.layers_pattern)
+        return layers
+
+    @abstractmethod
+    def layer_count(self, config: Any) -> int:
+        """Decoder layers of a model with this config."""
+
+    @abstractmethod
+    def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
+        """`config.to_dict()` of a decoder that has only these layers of the model with `config`."""
+
+    @abstractmethod
+    def final_norm(self, decoder: Any) -> nn.Module:
+        """The norm between the last layer and the head."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """Logits [.., V] of final decoder states [.., d], as the model's own head gives them."""
+
+    def embedding_table(self, model: nn.Module) -> torch.Tensor:
+        """Token embedding [V, d] as the layers see it, detached (Gemma multiplies it by sqrt(d))."""
+        embedding = unwrapped(model).get_input_embeddings()
+        table = embedding.weight.detach()
+        scale = getattr(embedding, "scalar_embed_scale", 1.0)
+        return table if scale == 1.0 else table * torch.tensor(scale, dtype=table.dtype, device=table.device)
+
+
+class DecoderOnly(Family):
+    """Llama and what is laid out like it: `layers`, `norm`, `rotary_emb`, `lm_head`."""
+
+    encoder_decoder = False
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    layers_pattern = "layers"
+
+    def layer_count(self, config: Any) -> int:
+        """Decoder layers of a model with this config."""
+        return int(config.num_hidden_layers)
+
+    def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
+        """`config.to_dict()` of a decoder that has only these layers."""
+        fields: dict[str, Any] = config.to_dict() | {"num_hidden_layers": len(layers)}
+        if fields.get("layer_types"):
+            fields["layer_types"] = [fields["layer_types"][index] for index in layers]
+        return fields
+
+    def final_norm(self, decoder: Any) -> nn.Module:
+        """The norm between the last layer and the head."""
+        norm: nn.Module = decoder.norm
+        return norm
+
+    def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """Logits [.., V]; Gemma 2 caps them."""
+        base = unwrapped(model)
+        logits: torch.Tensor = base.lm_head(states)
+        cap = getattr(base.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def rotation(
+        self, rotary: Any, rows: torch.Tensor, positions: torch.Tensor, layer_type: str | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of RoPE at `positions` [1, n] for a layer of `layer_type`."""
+        cos, sin = rotary(rows, positions)
+        return cos, sin
+
+    def window(self, config: Any, layer_type: str | None) -> int | None:
+        """How many rows back, itself included, a layer of `layer_type` sees; None: all."""
+        if layer_type is None:  # Mistral: one window for every layer, or none
+            return getattr(config, "sliding_window", None)
+        return config.sliding_window if layer_type == "sliding_attention" else None
+
+
+class Gemma3(DecoderOnly):
+    """Gemma 3 has one RoPE for its local and one for its global layers."""
+
+    def rotation(
+        self, rotary: Any, rows: torch.Tensor, positions: torch.Tensor, layer_type: str | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) of the RoPE of `layer_type`."""
+        cos, sin = rotary(rows, positions, layer_type)
+        return cos, sin
+
+
+class T5(Family):
+    """T5, FLAN-T5 (gated or not) and mT5: encoder, decoder of `block`s, one embedding for both."""
+
+    encoder_decoder = True
+    lora_targets = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+    layers_pattern = "block"
+
+    def layer_count(self, config: Any) -> int:
+        """Decoder layers of a model with this config."""
+        return int(config.num_decoder_layers)
+
+    def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
+        """`config.to_dict()` of a model with these decoder layers and the smallest encoder: only the decoder is used."""
+        return config.to_dict() | {"num_layers": 1, "num_decoder_layers": len(layers)}  # type: ignore[no-any-return]
+
+    def final_norm(self, decoder: Any) -> nn.Module:
+        """The norm between the last layer and the head."""
+        norm: nn.Module = decoder.final_layer_norm
+        return norm
+
+    def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """Logits [.., V]; T5 1.0, whose head is its embedding, scales the states by 1/sqrt(d)."""
+        base = unwrapped(model)
+        if base.config.scale_decoder_outputs:
+            states = states * base.model_dim**-0.5
+        logits: torch.Tensor = base.lm_head(states)
+        return logits
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(DecoderOnly(name) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2")),
+        Gemma3("gemma3_text"),
+        *(T5(name) for name in ("t5", "mt5")),
+    )
+}
+
+
+def family_of(model_or_config: Any) -> Family:
+    """Adapter of a model, its peft wrapper, or its config.
+
+    Raises:
+        UnknownFamilyError: no adapter for its model type.
+    """
+    config = getattr(unwrapped(model_or_config), "config", model_or_config)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnknownFamilyError(
+            f"model type {config.model_type!r} has no adapter in tc_ray.models.families; those that have one: "
+            f"{', '.join(FAMILIES)}. docs/families.md tells how to add one."
+        )
+    return family
+
+
+def unwrapped(model: Any) -> Any:
+    """The language model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,72 @@
+"""What the Copilot reads at inference in place of the true errors: its own f, or the realised error of the chosen token.
+
+A strategy keeps, for each row decoded, a vector [B, 1, d_C] (`keep`) from which, once the row's token is chosen, the next
+input row is made (`row`). Neither holds anything of size V.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from tc_ray.models.copilot import Copilot
+
+
+class Feedback(Protocol):
+    """Strategy of one kind of feedback for one Copilot."""
+
+    def __init__(self, copilot: Copilot) -> None: ...
+
+    def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What to remember of a row: final state [B, d_C] of the Copilot, logits [B, V] of the Pilot -> [B, 1, d_C]."""
+
+    def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """Input row [B, 1, d_C] after `token` int64 [B] was chosen at the row that left `kept` [B, 1, d_C]."""
+
+
+class OwnFeedback:
+    """l_i = f_i (algorithm 2): W_in W_out is one d_C x d_C matrix, made once, so f itself is not read back."""
+
+    def __init__(self, copilot: Copilot) -> None:
+        self._copilot = copilot
+        self._made_of: tuple[object, ...] = ()
+        self._matrix = torch.empty(0)
+
+    def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """W_in f [B, 1, d_C]."""
+        weights = (self._copilot.output.weight, self._copilot.error_projection.weight)
+        now = (*(weight._version for weight in weights), state.device, state.dtype)
+        if now != self._made_of:  # first use, or weights changed or moved since
+            self._matrix, self._made_of = self._copilot.feedback_matrix().to(state), now
+        return (state @ self._matrix.T)[:, None]
+
+    def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """As kept: f does not depend on which token was chosen."""
+        return kept
+
+
+class RealisedFeedback:
+    """l_i = onehot(chosen token) - p^_i: safer where the Copilot lags (method.md), at the cost of reading E."""
+
+    def __init__(self, copilot: Copilot) -> None:
+        self._copilot = copilot
+
+    def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """E^T p^ [B, 1, d_C]."""
+        table = self._copilot.error_table
+        common = min(len(table), logits.shape[-1])
+        expected = logits.float().softmax(-1)[:, :common].to(table.dtype) @ table[:common]
+        return expected[:, None]
+
+    def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """A (E[token] - E^T p^)."""
+        table = self._copilot.error_table
+        # an id past the Copilot's vocabulary is padding of the Pilot's: never chosen, and worth nothing here
+        known = (token < len(table))[:, None, None]
+        chosen = table[token.clamp_max(len(table) - 1)][:, None] * known
+        row: torch.Tensor = self._copilot.error_projection(chosen - kept)
+        return row
+
+
+FEEDBACKS: dict[str, type[Feedback]] = {"own": OwnFeedback, "realised": RealisedFeedback}
