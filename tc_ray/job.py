@@ -160,10 +160,12 @@ class _Job:
 
         from tc_ray.mistakelog.ledger import start_ledger
         from tc_ray.mistakelog.schema import LogMetadata
+        from tc_ray.models.families import family_of
         from tc_ray.models.source import tokenizer_hash
-        from tc_ray.models.taps import TAP_DEFINITION
+        from tc_ray.models.taps import tap_definition
 
         shape = AutoConfig.from_pretrained(self.pilot_path)
+        log = self.config.log
         metadata = LogMetadata(
             run=self.config.run.name,
             pilot=self.config.model.pilot,
@@ -171,10 +173,11 @@ class _Job:
             vocab_size=shape.vocab_size,
             rationale_dim=shape.hidden_size,
             rationale_layers=1,
-            pooling="mean",
-            tap=TAP_DEFINITION,
-            positions=self.config.log.positions,
-            top_k=min(self.config.log.top_k, shape.vocab_size - 1),
+            pooling=log.pooling,
+            tap=tap_definition(log.pooling),
+            positions=log.positions,
+            top_k=min(log.top_k, shape.vocab_size - 1),
+            question="states" if family_of(shape).encoder_decoder else "ids",
         )
         self.ledger = start_ledger(
             self.folder / "log", metadata, writers=self.config.resources.pilot_workers, run=self.config.run.name

@@ -32,7 +32,15 @@ def metadata(**changes: Any) -> LogMetadata:
 
 
 def random_records(
-    rows: int, *, round: int = 1, rank: int = 0, attempt: int = 1, first_sample: int = 0, layers: int = 1, seed: int = 0
+    rows: int,
+    *,
+    round: int = 1,
+    rank: int = 0,
+    attempt: int = 1,
+    first_sample: int = 0,
+    layers: int = 1,
+    seed: int = 0,
+    question: bool = False,
 ) -> Records:
     """`rows` records of one round with random lengths; some have no target token, some states only of targets."""
     rng = np.random.default_rng([seed, round, rank])
@@ -64,6 +72,7 @@ def random_records(
         token_loss=rng.random(total).astype(np.float32),
         token_correct=rng.random(total) < 0.5,
         target_offsets=offsets(targets),
+        question=rng.integers(0, 2**16, (int(starts.sum()), DIM)).astype(np.uint16) if question else None,
     )
 
 

@@ -25,9 +25,13 @@ def batch_from_records(records: Records) -> CopilotBatch:
     error_ids = np.zeros((count, int(rows.max()), entries), np.int64)
     error_values = np.zeros((count, int(rows.max()), entries), np.float32)
     flat = records.rationale.reshape(-1, width)
+    question_bits = None if records.question is None else np.zeros((count, int(starts.max()), width), np.uint16)
+    question_offsets = records.question_offsets
     for b in range(count):
         first = records.seq_offsets[b]
         question_ids[b, : starts[b]] = records.input_ids[first : first + starts[b]]
+        if question_bits is not None:
+            question_bits[b, : starts[b]] = records.question[question_offsets[b] : question_offsets[b + 1]]
         span = slice(records.rationale_offsets[b], records.rationale_offsets[b + 1])
         state_bits[b, : states[b]] = flat[span]
         # the last state stored is the one that predicts the last token: position length - 2
@@ -39,9 +43,15 @@ def batch_from_records(records: Records) -> CopilotBatch:
     return CopilotBatch(
         torch.from_numpy(question_ids),
         torch.arange(question_ids.shape[1]) < torch.from_numpy(starts)[:, None],
-        torch.from_numpy(state_bits.view(np.int16)).view(torch.bfloat16).float(),
+        _from_bits(state_bits),
         torch.from_numpy(state_position),
         torch.from_numpy(row_position),
         torch.from_numpy(error_ids),
         torch.from_numpy(error_values),
+        None if question_bits is None else _from_bits(question_bits),
     )
+
+
+def _from_bits(bits: np.ndarray) -> torch.Tensor:
+    """fp32 of bf16 bits."""
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()

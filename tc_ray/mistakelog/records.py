@@ -86,6 +86,9 @@ class Records:
     """bool [sum n], the true token was ranked first."""
     target_offsets: Array
     """int64 [N+1] into the arrays of target tokens."""
+    question: Array | None = None
+    """uint16 [sum of target_start, dim], bf16 bits: one encoder state a source position. None where X~ follows from the
+    ids (decoder-only)."""
 
     def __post_init__(self) -> None:
         for name, dtype in _DTYPES.items():
@@ -101,6 +104,10 @@ class Records:
                 f"{self.rationale_layers} layers x {self.rationale_dim}"
             )
         self.rationale = self.rationale.reshape(-1, self.rationale_layers, self.rationale_dim)
+        if self.question is not None:
+            if self.question.dtype != np.uint16 or self.question.size % self.rationale_dim:
+                raise ValueError(f"records.question: expected uint16 states of width {self.rationale_dim}")
+            self.question = np.ascontiguousarray(self.question).reshape(-1, self.rationale_dim)
 
     def __len__(self) -> int:
         return len(self.round)
@@ -108,7 +115,14 @@ class Records:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(getattr(self, name).nbytes for name in _DTYPES)
+        return sum(getattr(self, name).nbytes for name in _DTYPES) + (
+            self.question.nbytes if self.question is not None else 0
+        )
+
+    @property
+    def question_offsets(self) -> Array:
+        """int64 [N+1] into `question`: a record has one state a source position, and target_start of those."""
+        return _offsets(self.target_start.astype(np.int64))
 
     @property
     def top_k(self) -> int:
@@ -154,6 +168,10 @@ class Records:
             "rationale_offsets: states must end at position len(input_ids) - 2 and reach every target token",
             self,
         )
+        if self.question is not None and len(self.question) != start.sum():
+            raise ValueError(
+                f"records.question: {len(self.question)} states for {start.sum()} source positions (sum of target_start)"
+            )
 
     def select(self, indices: Array | Sequence[int]) -> Records:
         """A copy of the records at `indices`, in that order, repeats allowed."""
@@ -165,9 +183,11 @@ class Records:
             offsets = getattr(self, offsets_name)
             starts, lengths = offsets[chosen], np.diff(offsets)[chosen]
             parts[offsets_name] = _offsets(lengths)
-            # flat source index of every element: its record's start plus its place in the record
-            flat = np.repeat(starts - parts[offsets_name][:-1], lengths) + np.arange(lengths.sum())
+            flat = _flat_index(starts, lengths)
             parts.update({name: getattr(self, name)[flat] for name in arrays})
+        if self.question is not None:
+            offsets = self.question_offsets
+            parts["question"] = self.question[_flat_index(offsets[chosen], np.diff(offsets)[chosen])]
         return replace(self, **parts)  # type: ignore[arg-type]
 
     @classmethod
@@ -175,22 +195,24 @@ class Records:
         """One Records with the records of all parts, in order (a copy, except of a single part).
 
         Raises:
-            ValueError: no part, or parts of different layers, width or k.
+            ValueError: no part, or parts of different layers, width or k, or some with a question and some without.
         """
         if not parts:
             raise ValueError("Records.concat needs at least one part")
         if len(parts) == 1:
             return parts[0]
-        shapes = {(part.rationale_layers, part.rationale_dim, part.top_k) for part in parts}
+        shapes = {(part.rationale_layers, part.rationale_dim, part.top_k, part.question is not None) for part in parts}
         if len(shapes) > 1:
-            raise ValueError(f"records differ in (rationale_layers, rationale_dim, top_k): {sorted(shapes)}")
+            raise ValueError(f"records differ in (rationale_layers, rationale_dim, top_k, question): {sorted(shapes)}")
         joined = {
             name: _offsets(np.concatenate([np.diff(getattr(part, name)) for part in parts]))
             if name in _RAGGED
             else np.concatenate([getattr(part, name) for part in parts])
             for name in _DTYPES
         }
-        return replace(parts[0], **joined)  # type: ignore[arg-type]
+        questions = [part.question for part in parts if part.question is not None]
+        question = np.concatenate(questions) if questions else None
+        return replace(parts[0], **joined, question=question)  # type: ignore[arg-type]
 
     def to_arrow(self, run: str) -> pa.Table:
         """Rows of `ROW_SCHEMA`. Large columns are views: leave the arrays unchanged while the table lives.
@@ -201,6 +223,7 @@ class Records:
         limits = (
             self.rationale_offsets * (self.rationale_layers * self.rationale_dim * 2),
             self.target_offsets * (self.top_k + 1),
+            self.question_offsets * (self.rationale_dim * 2),
         )
         batches, first = [], 0
         while first < len(self):
@@ -215,7 +238,8 @@ class Records:
     def arrow_metadata(self) -> dict[str, str]:
         """The widths that rows alone do not tell, keyed as in the table's configuration."""
         values = {"rationale_layers": self.rationale_layers, "rationale_dim": self.rationale_dim, "top_k": self.top_k}
-        return {PREFIX + key: str(value) for key, value in values.items()}
+        question = "ids" if self.question is None else "states"
+        return {PREFIX + key: str(value) for key, value in values.items()} | {PREFIX + "question": question}
 
     def _batch(self, run: str, first: int, last: int) -> pa.RecordBatch:
         rows = last - first
@@ -229,9 +253,11 @@ class Records:
         columns["run"] = pa.repeat(run, rows)
         columns["input_ids"] = _list_array(self.input_ids, seq)
         columns["question"] = pa.nulls(rows, pa.binary())
-        columns["rationale"] = pa.Array.from_buffers(
-            pa.binary(), rows, [None, pa.py_buffer(state_offsets), pa.py_buffer(states)]
-        )
+        if self.question is not None:
+            asked = self.question_offsets[first : last + 1]
+            asked_bytes = ((asked - asked[0]) * (self.rationale_dim * 2)).astype(np.int32)
+            columns["question"] = _binary_array(asked_bytes, self.question[asked[0] : asked[-1]].reshape(-1))
+        columns["rationale"] = _binary_array(state_offsets, states)
         columns["rationale_layers"] = pa.array(np.full(rows, self.rationale_layers, np.int16))
         for name in ("error_ids", "error_values"):
             columns[name] = _list_array(getattr(self, name).reshape(-1), target * width)
@@ -263,6 +289,13 @@ class Records:
         layers, dim, top_k = (int(width) for width in widths if width is not None)
         table = table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
         ragged = {name: _flat(table.column(name)) for name in ROW_SCHEMA.names if not _is_scalar(name)}
+        question = None
+        if metadata.get(PREFIX + "question") == "states":
+            values, offsets = _flat(table.column("question"))
+            starts = np.asarray(table.column("target_start").to_numpy(), np.int64)
+            if not np.array_equal(np.diff(offsets), starts * dim * 2):
+                raise LogSchemaError(f"column question: a cell is not target_start x {dim} bf16 states")
+            question = values.view(np.uint16)
         state_offsets = ragged["rationale"][1]
         # an error list of another length than (k+1) times its targets would shift every later record
         for name in ("error_ids", "error_values", "token_loss", "token_correct"):
@@ -286,6 +319,7 @@ class Records:
             token_loss=ragged["token_loss"][0],
             token_correct=ragged["token_correct"][0],
             target_offsets=ragged["error_rest"][1],
+            question=question,
         )
 
 
@@ -301,6 +335,17 @@ def _offsets(lengths: Array) -> Array:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def _flat_index(starts: Array, lengths: Array) -> Array:
+    """Index of every element of ragged parts: its part's start plus its place in the part."""
+    return np.repeat(starts - _offsets(lengths)[:-1], lengths) + np.arange(lengths.sum())
+
+
+def _binary_array(offsets: Array, values: Array) -> pa.Array:
+    return pa.Array.from_buffers(
+        pa.binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(values))]
+    )
 
 
 def _list_array(values: Array, offsets: Array) -> pa.ListArray:

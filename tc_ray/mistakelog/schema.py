@@ -8,7 +8,7 @@ stops. Used by every other module of this package.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Literal
 
 import pyarrow as pa
@@ -28,7 +28,7 @@ ROW_SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         # targets are input_ids[target_start:]
         ("target_start", pa.int32()),
-        # null where it follows from the ids and a frozen embedding (decoder-only)
+        # bf16 bits [target_start, dim], the encoder's output; null where X~ follows from the ids (decoder-only)
         ("question", pa.binary()),
         # bf16 bits, C order [positions, layers, dim]; the last position is len(input_ids) - 2
         ("rationale", pa.binary()),
@@ -65,21 +65,23 @@ class LogMetadata:
     """Width d of one stored hidden state."""
     rationale_layers: int
     """Hidden states stored a position: 1 when pooled."""
-    pooling: Literal["mean", "none"]
-    """mean: one state a position, averaged over layers; none: every stored layer by itself."""
+    pooling: Literal["mean", "max", "sum", "none"]
+    """mean, max, sum: one state a position, pooled over layers; none: every stored layer by itself."""
     tap: str
     """Which hidden states, before or after the final norm, in words; compared verbatim."""
     positions: Literal["all", "target"]
     """Positions with stored states: every one before the last, or those that predict a target token."""
     top_k: int
     """Errors listed a target token besides the true token."""
+    question: Literal["ids", "states"] = "ids"
+    """Where X~ is: ids: it follows from input_ids and the Pilot's embedding; states: in the column `question`."""
     rationale_dtype: str = "bfloat16"
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.pooling == "mean" and self.rationale_layers != 1:
+        if self.pooling != "none" and self.rationale_layers != 1:
             raise LogSchemaError(
-                f"pooling 'mean' stores 1 state a position, not rationale_layers={self.rationale_layers}"
+                f"pooling {self.pooling!r} stores 1 state a position, not rationale_layers={self.rationale_layers}"
             )
 
     def to_configuration(self) -> dict[str, str]:
@@ -108,6 +110,8 @@ class LogMetadata:
         values: dict[str, str | int] = {}
         for field in fields(cls):
             raw = configuration.get(PREFIX + field.name)
+            if raw is None and field.default is not MISSING:
+                continue  # added after the first logs of this schema version were written
             if raw is None:
                 raise LogSchemaError(f"{where}: {PREFIX}{field.name} is missing in the table's configuration")
             try:

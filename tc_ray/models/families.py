@@ -136,7 +136,8 @@ class T5(Family):
 
     def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
         """`config.to_dict()` of a model with these decoder layers and the smallest encoder: only the decoder is used."""
-        return config.to_dict() | {"num_layers": 1, "num_decoder_layers": len(layers)}  # type: ignore[no-any-return]
+        fields: dict[str, Any] = config.to_dict() | {"num_layers": 1, "num_decoder_layers": len(layers)}
+        return fields
 
     def final_norm(self, decoder: Any) -> nn.Module:
         """The norm between the last layer and the head."""

@@ -54,7 +54,13 @@ def to_records(
         token_loss=step.token_loss.cpu().numpy(),
         token_correct=step.token_correct.cpu().numpy(),
         target_offsets=_offsets(lengths - target_start),
+        question=None if step.question is None else _question_bits(step.question, position, target_start),
     )
+
+
+def _question_bits(question: torch.Tensor, position: np.ndarray, target_start: np.ndarray) -> np.ndarray:
+    asked = torch.from_numpy(position[: question.shape[1]] < target_start[:, None]).to(question.device)
+    return question[asked].to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

@@ -17,10 +17,11 @@ from tc_ray.mistakelog.schema import ROW_SCHEMA, SCHEMA_VERSION, LogMetadata, Lo
 from tests.mistakelog_samples import DIM, TOP_K, assert_same, metadata, random_records
 
 
+@pytest.mark.parametrize("question", [False, True])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("rows", [0, 1, 17])
-def test_arrow_round_trip(rows: int, layers: int) -> None:
-    records = random_records(rows, layers=layers)
+def test_arrow_round_trip(rows: int, layers: int, question: bool) -> None:
+    records = random_records(rows, layers=layers, question=question)
     table = records.to_arrow("r")
     assert table.schema.equals(ROW_SCHEMA, check_metadata=False)
     assert table.column("run").to_pylist() == ["r"] * rows
@@ -46,14 +47,14 @@ def test_large_columns_are_views_of_the_arrays() -> None:
 
 
 def test_sliced_and_chunked_tables() -> None:
-    records = random_records(20)
+    records = random_records(20, question=True)
     table = records.to_arrow("r")
     pieces = pa.concat_tables([table.slice(3, 5), table.slice(8, 0), table.slice(8, 7)])
     assert_same(records.select(range(3, 15)), Records.from_arrow(pieces))
 
 
 def test_a_column_past_the_32_bit_limit_becomes_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    records = random_records(40)
+    records = random_records(40, question=True)
     monkeypatch.setattr(records_module, "_CHUNK_LIMIT", 400)
     table = records.to_arrow("r")
     assert table.column("rationale").num_chunks > 3
@@ -69,8 +70,9 @@ def test_parquet_round_trip(tmp_path) -> None:
     assert_same(records, Records.from_arrow(pq.read_table(tmp_path / "x.parquet"), metadata().to_configuration()))
 
 
-def test_concat_and_select() -> None:
-    parts = [random_records(n, round=n + 1, first_sample=100 * n) for n in (3, 0, 5)]
+@pytest.mark.parametrize("question", [False, True])
+def test_concat_and_select(question: bool) -> None:
+    parts = [random_records(n, round=n + 1, first_sample=100 * n, question=question) for n in (3, 0, 5)]
     joined = Records.concat(parts)
     joined.validate()
     assert joined.sample_id.tolist() == [300, 301, 302, 500, 501, 502, 503, 504]
@@ -83,6 +85,8 @@ def test_concat_and_select() -> None:
         joined.select([8])
     with pytest.raises(ValueError, match="rationale_layers"):
         Records.concat([parts[0], random_records(2, layers=2)])
+    with pytest.raises(ValueError, match="question"):
+        Records.concat([parts[0], random_records(2, question=not question)])
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,23 @@ def test_wrong_dtype_or_width() -> None:
         dataclasses.replace(records, rationale=records.rationale.reshape(-1)[:-1])
 
 
+def test_question_states_belong_to_source_positions() -> None:
+    records = random_records(4, question=True)
+    records.validate()
+    row = records.to_arrow("r").to_pylist()[2]
+    assert np.array_equal(np.frombuffer(row["question"], np.uint16), records.select([2]).question.reshape(-1))
+    assert len(row["question"]) == row["target_start"] * DIM * 2
+    with pytest.raises(ValueError, match=r"records.question: .* source positions"):
+        dataclasses.replace(records, question=records.question[:-1]).validate()
+    with pytest.raises(LogSchemaError, match="column question"):
+        Records.from_arrow(
+            random_records(4, question=True).to_arrow("r"),
+            metadata(question="states", rationale_dim=2 * DIM, rationale_layers=1).to_configuration(),
+        )
+    with pytest.raises(LogSchemaError, match="null"):  # a log that promises states and holds none
+        Records.from_arrow(random_records(4).to_arrow("r"), metadata(question="states").to_configuration())
+
+
 def test_from_arrow_refuses_what_does_not_fit() -> None:
     records = random_records(5)
     table = records.to_arrow("r")
@@ -146,6 +167,8 @@ def test_metadata_round_trip_and_unknown_version() -> None:
     assert LogMetadata.from_configuration({**configuration, "delta.x": "1"}, "here") == stored
     with pytest.raises(LogSchemaError, match=f"here.*version 99.*reads version {SCHEMA_VERSION}"):
         LogMetadata.from_configuration({**configuration, "tc_ray.schema_version": "99"}, "here")
+    older = {key: value for key, value in configuration.items() if key != "tc_ray.question"}
+    assert LogMetadata.from_configuration(older, "here").question == "ids"
     with pytest.raises(LogSchemaError, match="not a Mistake Log"):
         LogMetadata.from_configuration({}, "here")
     with pytest.raises(LogSchemaError, match=r"tc_ray.top_k is 'x'"):

@@ -101,9 +101,9 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         embedding = self.pilot.get_input_embeddings().weight
         if own is None or table.data_ptr() != embedding.data_ptr() or own.weight.shape != embedding.shape:
             return
-        if (own.weight.dtype, own.weight.device) == (embedding.dtype, embedding.device):
-            if torch.equal(own.weight, embedding):
-                own.weight = embedding
+        alike = (own.weight.dtype, own.weight.device) == (embedding.dtype, embedding.device)
+        if alike and torch.equal(own.weight, embedding):
+            own.weight = embedding
 
     # -- one call -------------------------------------------------------------------------------------------------
 
