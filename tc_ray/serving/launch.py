@@ -62,11 +62,16 @@ def find_export(folder: Path | str) -> Path:
         raise ServingError(f"{export} is incomplete: {', '.join(missing)} missing")
     _json(export / "fusion.json")
     pilot, copilot = _json(export / "pilot/config.json"), _json(export / "copilot/config.json")
-    made_for = (copilot.get("pilot_hidden_size"), copilot.get("vocab_size"))
-    if made_for != (pilot.get("hidden_size"), pilot.get("vocab_size")):
+    if pilot.get("is_encoder_decoder"):
         raise ServingError(
-            f"{export}: the Copilot was made for a Pilot of width {made_for[0]} and vocabulary {made_for[1]}; "
-            f"this Pilot has {pilot.get('hidden_size')} and {pilot.get('vocab_size')}"
+            f"{export} is an encoder-decoder; the server answers with decoder-only models. "
+            "Use FusedModel.from_pretrained(folder).generate for it"
+        )
+    # vocabularies may be padded to different sizes, widths must agree
+    if copilot.get("pilot_hidden_size") != pilot.get("hidden_size"):
+        raise ServingError(
+            f"{export}: the Copilot was made for a Pilot of width {copilot.get('pilot_hidden_size')}; "
+            f"this Pilot has {pilot.get('hidden_size')}"
         )
     return export
 

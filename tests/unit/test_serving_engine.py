@@ -168,11 +168,12 @@ def test_close_fails_what_is_unfinished(model: FusedModel, export: Path, prompt:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_dead_worker_is_told(export: Path, prompt: tuple[int, ...]) -> None:
-    class Deadly(FusedModel):
-        def generate(self, *_: object, **__: object) -> torch.Tensor:  # type: ignore[override]
-            raise KeyboardInterrupt  # no Exception: ends the thread
+    def deadly(*_: object, **__: object) -> torch.Tensor:
+        raise KeyboardInterrupt  # no Exception: ends the thread
 
-    engine = Engine(Deadly.from_pretrained(export), AutoTokenizer.from_pretrained(export / "pilot"))
+    dying = FusedModel.from_pretrained(export)
+    dying.generate = deadly  # type: ignore[method-assign]
+    engine = Engine(dying, AutoTokenizer.from_pretrained(export / "pilot"))
     assert engine.unhealthy() is None
     assert Collector(engine, GenerationRequest(prompt, 4)).all()[1] == Failed("The generation worker has stopped.")
     engine.close()

@@ -59,8 +59,15 @@ def test_damaged_fusion_file(export: Path) -> None:
 
 def test_copilot_of_another_pilot(export: Path) -> None:
     config = export / "copilot/config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 7}))
-    with pytest.raises(ServingError, match="made for a Pilot of width 32 and vocabulary 7;"):
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pilot_hidden_size": 7}))
+    with pytest.raises(ServingError, match="made for a Pilot of width 7; this Pilot has 32"):
+        start_server(export)
+
+
+def test_encoder_decoder_is_refused(export: Path) -> None:
+    config = export / "pilot/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "is_encoder_decoder": True}))
+    with pytest.raises(ServingError, match="encoder-decoder; the server answers with decoder-only"):
         start_server(export)
 
 
