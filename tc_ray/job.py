@@ -131,17 +131,31 @@ class _Job:
                     watcher.join(10)
 
     def _prepare(self) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         from tc_ray.data.batches import RoundOrder
         from tc_ray.data.prepare import prepare
+        from tc_ray.models.families import family_of
         from tc_ray.models.source import resolve_model
 
         model = self.config.model
         self.pilot_path = resolve_model(model.pilot, model.cache)
         self.base_path = resolve_model(model.copilot, model.cache) if model.copilot else self.pilot_path
         self.tokenizer = AutoTokenizer.from_pretrained(self.pilot_path)
-        self.data = prepare(self.config.data, self.tokenizer, self.folder / "data", seed=self.config.run.seed)
+        self.shape = AutoConfig.from_pretrained(self.pilot_path)
+        encoder_decoder = family_of(self.shape).encoder_decoder
+        if encoder_decoder and self.config.log.enabled and self.config.log.positions != "target":
+            raise JobError(
+                f"log.positions is {self.config.log.positions!r}, but {model.pilot} is an encoder-decoder: its decoder has "
+                "states of target positions only; set log.positions=target"
+            )
+        self.data = prepare(
+            self.config.data,
+            self.tokenizer,
+            self.folder / "data",
+            seed=self.config.run.seed,
+            encoder_decoder=encoder_decoder,
+        )
         for line in self.data.describe():
             print(line, flush=True)
         pilot = self.config.pilot
@@ -156,16 +170,13 @@ class _Job:
     def _start_ledger(self) -> None:
         if not self.config.log.enabled:
             return
-        from transformers import AutoConfig
-
         from tc_ray.mistakelog.ledger import start_ledger
         from tc_ray.mistakelog.schema import LogMetadata
         from tc_ray.models.families import family_of
         from tc_ray.models.source import tokenizer_hash
         from tc_ray.models.taps import tap_definition
 
-        shape = AutoConfig.from_pretrained(self.pilot_path)
-        log = self.config.log
+        shape, log = self.shape, self.config.log
         metadata = LogMetadata(
             run=self.config.run.name,
             pilot=self.config.model.pilot,
