@@ -1,7 +1,7 @@
-"""The Copilot's learner: one RMSE step (equation 7) with AdamW and a cosine schedule. Plain torch, no Ray.
+"""The Copilot's learner: steps on its loss (equation 7) with AdamW and a cosine schedule. Plain torch, no Ray.
 
-Invariant: with W workers each rank sees its slice of the same draw; sums of squares, token counts and gradients are
-added over ranks before the root is taken, so W workers do exactly what one does on the whole batch.
+Invariant: with W workers each rank sees its slice of the same draw; the loss's sums, token counts and gradients are added
+over ranks before the loss makes its value of them, so W workers do exactly what one does on the whole batch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tc_ray.config.schema import CopilotSection
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import NEW_MODULES
 from tc_ray.models.families import family_of
-from tc_ray.models.losses import squared_error
+from tc_ray.models.losses import make_loss
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step: loss is the RMSE, error_size the root mean square of the logged errors (f = 0 would score it)."""
+    """One step: loss is that of `copilot.loss`; error_size the root mean square of the logged errors (rmse of f = 0)."""
 
     loss: float
     error_size: float
@@ -47,6 +47,7 @@ class Learner:
         self.config, self.world_size, self.device = config, world_size, torch.device(device)
         self.copilot = copilot
         self.model: Any = with_adapters(copilot, config).to(self.device).train()
+        self.loss = make_loss(config.loss, config.loss_form, copilot.config.vocab_size)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -66,25 +67,26 @@ class Learner:
         """One optimizer step on this rank's part of the batch (collective over ranks)."""
         batch = batch.to(self.device)
         rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.zero_grad()
         rows = batch.row_mask
         ids, values = batch.error_ids[rows], batch.error_values[rows]
         bf16 = self.config.dtype == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            f = self.copilot.compact(batch)
-        total = squared_error(f, self.copilot.output_places(ids), values)
-        self.optimizer.zero_grad(set_to_none=False)
+            total = self.loss.total(
+                self.copilot.states(batch), self.copilot.output.weight, self.copilot.output_places(ids), values
+            )
         total.backward()
         sums = torch.stack(
             [
-                total.detach().double(),
+                total.detach(),
                 values.double().square().sum(),
                 torch.tensor(float(len(ids)), device=self.device).double(),
             ]
         )
         self._add_over_ranks(sums)
-        squares, size, tokens = (float(x) for x in sums)
-        # d sqrt(S / N) = dS / (2 sqrt(S N)): the root is taken once, over all ranks; clipping joins the same pass
-        factor = 0.5 / math.sqrt(max(squares, 1e-30) * tokens)
+        added, size, tokens = (float(x) for x in sums)
+        # of the sums over all ranks; clipping joins the same pass over the gradients
+        factor = self.loss.gradient_factor(added, tokens)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = factor * float(torch.nn.utils.get_total_norm(gradients))
         factor *= min(1.0, self.config.max_grad_norm / (norm + 1e-6))
@@ -92,7 +94,7 @@ class Learner:
         self.optimizer.step()
         self.scheduler.step()
         self.step_count += 1
-        return StepResult(math.sqrt(squares / tokens), math.sqrt(size / tokens), int(tokens), rate)
+        return StepResult(self.loss.value(added, tokens), math.sqrt(size / tokens), int(tokens), rate)
 
     def _add_over_ranks(self, sums: torch.Tensor) -> None:
         if self.world_size == 1:
