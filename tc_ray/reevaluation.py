@@ -41,7 +41,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
 
 def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
     import ray
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from tc_ray.data.prepare import prepare_test_file
     from tc_ray.evaluation.finished import evaluate_finished
@@ -53,7 +53,12 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
             stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
             tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final")
             prepared = prepare_test_file(
-                str(data), config.data, tokenizer, folder / "data" / stem, seed=config.run.seed
+                str(data),
+                config.data,
+                tokenizer,
+                folder / "data" / stem,
+                seed=config.run.seed,
+                encoder_decoder=AutoConfig.from_pretrained(folder / "pilot" / "final").is_encoder_decoder,
             )
             for line in prepared.notes:
                 print(line, flush=True)

@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 from tc_ray.config.schema import EMBEDDED, RunConfig
 
 _Path = tuple[str, ...]
+_PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
 
 
 class ConfigError(ValueError):
@@ -42,8 +43,8 @@ class FieldDoc:
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4` in order, and check it all.
 
-    Values of overrides are YAML: numbers, true/false, null, lists. Relative data paths are looked up from the current
-    folder, then from the root of the repository that holds the recipe. Raises ConfigError.
+    Values of overrides are YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked
+    up from the current folder, then from the root of the repository that holds the recipe. Raises ConfigError.
     """
     origins: dict[_Path, str] = {}
     values = _read_file(path, origins) if path else {}
@@ -56,7 +57,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_validation_message(error, origins, path)) from None
-    _place_data_paths(config, path)
+    _place_paths(config, path)
     return config
 
 
@@ -239,20 +240,23 @@ def _origin(key: _Path, origins: dict[_Path, str]) -> str:
     return next(below, "config")
 
 
-def _place_data_paths(config: RunConfig, recipe: Path | None) -> None:
-    """Make data paths absolute, looking from the current folder and then from the recipe's repository."""
+def _place_paths(config: RunConfig, recipe: Path | None) -> None:
+    """Make paths of data and model folders absolute, looking from the current folder and then from the recipe's repository.
+
+    What is found nowhere stays as it is written: a hub id, or a path that an error message will name.
+    """
     roots = [Path.cwd()]
     if recipe:
         folders = recipe.absolute().parents
         roots += [top for top in folders if (top / "pyproject.toml").is_file() or (top / ".git").exists()][:1]
-    for name in ("train", "validation", "test"):
-        source = getattr(config.data, name)
-        if source is None or source == EMBEDDED:
+    for section, name in _PATHS:
+        source = getattr(getattr(config, section), name)
+        if source is None or source == EMBEDDED or (section == "model" and "/" not in source):  # a builtin name
             continue
         found = (root / Path(source).expanduser() for root in roots)
         place = next((os.path.normpath(path) for path in found if path.exists()), None)
         if place:
-            setattr(config.data, name, place)
+            setattr(getattr(config, section), name, place)
 
 
 # Describing

@@ -20,11 +20,11 @@ can be set on the command line after the recipe, in order: `tc-ray train RECIPE 
 The value is YAML (`null`, `true`, `[1, 2]`, `1e-4`). An unknown key is an error that names the nearest valid one, with the file
 and line. The resolved configuration stands in the run folder as `config.yaml`.
 
-Relative data paths start at the current folder, else at the root of the repository that holds the recipe.
+Relative paths of data and model folders start at the current folder, else at the root of the repository that holds the recipe.
 
 Rules over several fields: `pilot.batch_size` must be a multiple of `resources.pilot_workers` times `pilot.micro_batch_size`;
 `copilot.batch_size` a multiple of `resources.copilot_workers`; `copilot.schedule: lockstep` needs `log.enabled`; `fusion.lam_grid`
-must contain 0.
+must contain 0; `fusion.metric: ranking` needs `data.format: sequences`, which excludes `data.validation` and `data.test`.
 """
 
 

@@ -54,10 +54,29 @@ class ModelSection(Section):
     cache: Path | None = Field(None, description="where converted builtin models are kept; default ~/.cache/tc-ray")
 
 
+class SequencesSection(Section):
+    """Item sequences of users (data.format: sequences): the rows made from them, and the set generated without a file."""
+
+    history: Positive = Field(20, description="most recent items that the next one is predicted from")
+    rows_per_user: Positive | None = Field(
+        None, description="training rows made from one user, the latest ones; null: one for each item but the first"
+    )
+    users: Positive = Field(600, description="users of the generated set")
+    items: Annotated[int, Field(ge=4)] = Field(200, description="items of the generated set")
+    clusters: Positive = Field(10, description="groups of items that a generated user moves within")
+
+
 class DataSection(Section):
     """Examples and how they become token sequences."""
 
-    train: str = Field(EMBEDDED, description="JSON, JSONL or Parquet file or folder, or 'embedded'")
+    format: Literal["examples", "sequences"] = Field(
+        "examples",
+        description="sequences: text files, one line a user: user id, then item ids in time order; each user's last item "
+        "is a test row, the one before it a validation row, the earlier ones are training rows",
+    )
+    train: str = Field(
+        EMBEDDED, description="JSON, JSONL or Parquet file or folder (.txt with format: sequences), or 'embedded'"
+    )
     fallback: Literal["embedded"] | None = Field(
         None, description="what to use, and say so, when the files of train are absent; null: absent files are an error"
     )
@@ -84,6 +103,15 @@ class DataSection(Section):
         default_factory=dict, description="options of that task, as reasoning-gym names them"
     )
     embedded_rows: Positive = Field(2000, description="rows of the embedded data set")
+    sequences: SequencesSection = Field(default_factory=SequencesSection)
+
+    @model_validator(mode="after")
+    def _sequences_split_themselves(self) -> DataSection:
+        if self.format == "sequences" and (self.validation or self.test):
+            raise ValueError("format: sequences holds out the last items of each user; leave out validation and test")
+        if self.sequences.clusters * 2 > self.sequences.items:
+            raise ValueError("sequences.items must be at least twice sequences.clusters")
+        return self
 
     @model_validator(mode="after")
     def _template_has_prompt(self) -> DataSection:
@@ -103,7 +131,8 @@ class LoraSection(Section):
     alpha: Positive = 32
     dropout: Fraction = 0.05
     target_modules: list[str] | None = Field(
-        None, description="module names to adapt; null: the attention and feed-forward projections of the model's family"
+        None,
+        description="module names to adapt; null: the attention and feed-forward projections of the model's family",
     )
     first_layer: NonNegative = Field(0, description="adapt decoder layers from this one on (0: all)")
 
@@ -203,8 +232,35 @@ class CopilotSection(Section):
     max_restarts: int = Field(3, ge=0, description="restarts of the learner group before the run fails")
 
 
+class RankingSection(Section):
+    """Items as answers (fusion.metric: ranking): Hit@K and NDCG@K by beam search over the run's items."""
+
+    cutoffs: list[Positive] = Field(
+        default_factory=lambda: [5, 10, 20, 100],
+        description="the K of Hit@K and NDCG@K; 10 must be among them, the largest is the number of beams",
+    )
+    history: Literal["allowed", "excluded"] = Field(
+        "allowed",
+        description="items that stand in a row's own prompt: ranked like any other, or left out (usual where users do "
+        "not take an item twice)",
+    )
+
+    @model_validator(mode="after")
+    def _ten_is_there(self) -> RankingSection:
+        if 10 not in self.cutoffs:
+            raise ValueError("cutoffs must contain 10: lambda is chosen by NDCG@10")
+        return self
+
+
 class FusionSection(Section):
     """How the two models are joined at inference (equation 8) and how lambda is chosen."""
+
+    metric: Literal["exact_match", "ranking"] = Field(
+        "exact_match",
+        description="what lambda is chosen by and the test rows are measured with: right final answers, or NDCG@10 over "
+        "the items of data.format: sequences",
+    )
+    ranking: RankingSection = Field(default_factory=RankingSection)
 
     space: Literal["probability", "logits", "choose"] = Field(
         "probability", description="where lambda f is added; choose: the better one on validation data"
@@ -212,7 +268,9 @@ class FusionSection(Section):
     feedback: Literal["own", "realised"] = Field(
         "own", description="Copilot input at inference: its own f, or onehot(chosen token) - p of the Pilot"
     )
-    num_beams: Positive = Field(1, description="beams of the evaluation's decoding; 1 is greedy")
+    num_beams: Positive = Field(
+        1, description="beams that completions are decoded with (metric: exact_match); 1 is greedy"
+    )
     lam_grid: list[float] = Field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
     max_new_tokens: Positive = 64
     eval_batch_size: Positive = 32
@@ -283,6 +341,12 @@ class RunConfig(Section):
             )
         if self.copilot.schedule == "lockstep" and not self.log.enabled:
             raise ValueError("copilot.schedule lockstep needs log.enabled")
+        return self
+
+    @model_validator(mode="after")
+    def _items_to_rank(self) -> RunConfig:
+        if self.fusion.metric == "ranking" and self.data.format != "sequences":
+            raise ValueError("fusion.metric ranking needs data.format sequences: it ranks the items of those")
         return self
 
     @property

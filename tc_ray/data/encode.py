@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from tc_ray.config.schema import DataSection
 from tc_ray.data.errors import DataError
 from tc_ray.data.prompts import readable_prompt
 from tc_ray.data.shapes import to_example
-from tc_ray.data.sources import BadRow, Record, iter_records
+from tc_ray.data.sources import BadRow, Record
 from tc_ray.data.split import prompt_key
 from tc_ray.data.tokenize import encode
 
@@ -80,12 +80,21 @@ def encode_files(
     *,
     seed: int,
     held_out: bool,
+    encoder_decoder: bool,
+    read: Callable[[Path], Iterator[Record]],
 ) -> Encoded:
-    """Read, check and tokenise `files` in Ray Data tasks. Raises DataError for a file that cannot be read at all."""
+    """Read, check and tokenise `files` in Ray Data tasks. Raises DataError for a file that cannot be read at all.
+
+    Args:
+        read: yields the records of one file in order, its bad ones included.
+    """
     import ray.data
 
     def encode_one(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        return _encode_file(Path(str(batch["path"][0])), int(batch["file"][0]), config, tokenizer, seed, held_out)
+        def as_row(record: Record) -> dict[str, Any]:
+            return encode_record(record, config, tokenizer, seed, held_out, encoder_decoder)
+
+        return _encode_file(read(Path(str(batch["path"][0]))), int(batch["file"][0]), as_row)
 
     items = [{"file": index, "path": str(path)} for index, path in enumerate(files)]
     with _quiet_ray_data():
@@ -105,14 +114,13 @@ def encode_files(
 
 
 def _encode_file(
-    path: Path, file: int, config: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool
+    records: Iterator[Record], file: int, as_row: Callable[[Record], dict[str, Any]]
 ) -> Iterator[pa.Table]:
-    records = iter_records(path)
     place = 0
     try:
         while chunk := list(islice(records, _CHUNK_ROWS)):
             place = chunk[-1].place
-            rows = [encode_record(record, config, tokenizer, seed, held_out) | {"file": file} for record in chunk]
+            rows = [as_row(record) | {"file": file} for record in chunk]
             yield pa.Table.from_pylist(rows, schema=_SCHEMA)
     except DataError as error:  # as a row: Ray would wrap the exception in its own traceback
         rows = [{"file": file, "place": place + 1, "kind": "fatal", "problem": str(error)}]
@@ -120,7 +128,12 @@ def _encode_file(
 
 
 def encode_record(
-    record: Record, config: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool
+    record: Record,
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    held_out: bool,
+    encoder_decoder: bool = False,
 ) -> dict[str, Any]:
     """One record as a row of _SCHEMA (without `file`); Ray is not needed."""
     example = record.value if isinstance(record.value, BadRow) else to_example(record.value, held_out=held_out)
@@ -137,7 +150,7 @@ def encode_record(
             }
             return row | {"fix": "correct the pattern or the row", "kind": "bad", "raw": record.raw[:_RAW_CHARS]}
         example = replace(example, completion=found.group(found.re.groups))
-    tokens = encode(example, config, tokenizer)
+    tokens = encode(example, config, tokenizer, encoder_decoder)
     if tokens is None:
         return row | {"kind": "long"}
     prompt = readable_prompt(example.turns)

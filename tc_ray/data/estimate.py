@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from tc_ray.config.schema import EMBEDDED, DataSection
 from tc_ray.data.embedded import for_fallback, write_embedded
+from tc_ray.data.embedded_sequences import write_generated
 from tc_ray.data.encode import encode_record
-from tc_ray.data.sources import Record, find_files, iter_records
+from tc_ray.data.sequences import SequenceReader, label_items, scan
+from tc_ray.data.sources import Record, iter_records, source_files
 from tc_ray.data.split import row_count
 
 if TYPE_CHECKING:
@@ -38,46 +40,79 @@ class DataEstimate:
     exact: bool = False
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """`records` drawn from `total`, and the settings they are read with. held_out: sizes still to be cut from them."""
+
+    records: list[Record]
+    total: int
+    config: DataSection
+    held_out: list[float]
+
+
 def is_embedded(config: DataSection) -> bool:
     """The run will use the embedded data set: it says so, or its files are absent and it may fall back."""
-    return config.train == EMBEDDED or (config.fallback == EMBEDDED and not find_files(config.train))
+    return config.train == EMBEDDED or (config.fallback == EMBEDDED and not source_files(config.train, config.format))
 
 
 def estimate(
-    config: DataSection, tokenizer: PreTrainedTokenizerBase, *, sample_rows: int, seed: int
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sample_rows: int,
+    seed: int,
+    encoder_decoder: bool = False,
 ) -> DataEstimate | None:
     """Estimate; None where the files are absent or hold no usable row.
 
     Raises:
         DataError: a file cannot be read at all, or the embedded task is unknown.
     """
-    if is_embedded(config):
-        # the mean over part of a generated set is as good as over all of it, and its length is known
-        part = config.model_copy(update={"embedded_rows": min(config.embedded_rows, sample_rows)})
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "embedded.jsonl"
-            write_embedded(part, file, seed)
-            records = list(iter_records(file))
-        own_files, total, config = False, config.embedded_rows, for_fallback(config)
-    else:
-        own_files = True
-        files = find_files(config.train)
-        records, total = _sample((r for file in files for r in iter_records(file)), sample_rows, seed)
+    draw = _draw_sequences if config.format == "sequences" else _draw_examples
+    with tempfile.TemporaryDirectory() as folder:
+        sample = draw(config, Path(folder), sample_rows, seed)
     lengths, targets, ids = [], [], set()
-    for record in records:
-        row = encode_record(record, config, tokenizer, seed, held_out=False)
+    for record in sample.records:
+        row = encode_record(record, sample.config, tokenizer, seed, held_out=False, encoder_decoder=encoder_decoder)
         if row["kind"] == "row":
             lengths.append(len(row["input_ids"]))
             targets.append(len(row["input_ids"]) - row["target_start"])
             ids.update(row["input_ids"][row["target_start"] :])
     if not lengths:
         return None
-    readable = round(total * len(lengths) / len(records))
-    rows = readable - _held_out(config, readable, own_files)
+    readable = round(sample.total * len(lengths) / len(sample.records))
+    rows = readable - sum(max(1, row_count(size, readable)) for size in sample.held_out)
     if config.max_train_rows is not None:
         rows = min(rows, config.max_train_rows)
     count = len(lengths)
     return DataEstimate(max(0, rows), sum(lengths) / count, sum(targets) / count, len(ids), count)
+
+
+def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
+    if is_embedded(config):
+        # the mean over part of a generated set is as good as over all of it, and its length is known
+        part = config.model_copy(update={"embedded_rows": min(config.embedded_rows, size)})
+        write_embedded(part, folder / "embedded.jsonl", seed)
+        records = list(iter_records(folder / "embedded.jsonl"))
+        cuts = [config.validation_size, config.test_size]
+        return _Sample(records, config.embedded_rows, for_fallback(config), [cut for cut in cuts if cut])
+    records, total = _sample(
+        (record for file in source_files(config.train, config.format) for record in iter_records(file)), size, seed
+    )
+    own = ((config.validation_size, config.validation), (config.test_size, config.test))
+    return _Sample(records, total, config, [cut for cut, file in own if cut and not file])
+
+
+def _draw_sequences(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
+    if is_embedded(config):
+        files = [folder / "embedded.txt"]
+        write_generated(config.sequences, files[0], seed)
+    else:
+        files = source_files(config.train, config.format)
+    found = scan(files)
+    read = SequenceReader("train", label_items(found.items, seed), found.left_out, config.sequences)
+    records, total = _sample((record for file in files for record in read(file)), size, seed)
+    return _Sample(records, total, config, [])  # these are the training rows: the held-out ones are elsewhere
 
 
 def _sample(records: Iterable[Record], size: int, seed: int) -> tuple[list[Record], int]:
@@ -92,9 +127,3 @@ def _sample(records: Iterable[Record], size: int, seed: int) -> tuple[list[Recor
         elif (at := draw.randrange(total)) < size:
             kept[at] = record
     return kept, total
-
-
-def _held_out(config: DataSection, rows: int, own_files: bool) -> int:
-    """Rows cut from the training data; `own_files`: data.validation and data.test are used where they are named."""
-    cuts = ((config.validation_size, config.validation), (config.test_size, config.test))
-    return sum(max(1, row_count(size, rows)) for size, file in cuts if size and not (own_files and file))

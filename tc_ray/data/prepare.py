@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,19 @@ import pyarrow.parquet as pq
 
 from tc_ray.config.schema import EMBEDDED, DataSection
 from tc_ray.data.embedded import embedded_name, for_fallback, write_embedded
-from tc_ray.data.encode import Encoded, encode_files
+from tc_ray.data.embedded_sequences import generated_name, write_generated
+from tc_ray.data.encode import Encoded
 from tc_ray.data.errors import DataError
+from tc_ray.data.parts import PARTS, PartEncoder
 from tc_ray.data.prompts import check_template
-from tc_ray.data.sources import find_files
+from tc_ray.data.sequences import ITEMS_FILE, read_items
+from tc_ray.data.sources import source_files
 from tc_ray.data.split import cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
-PARTS = ("train", "validation", "test")
+FORMAT = 2
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.int64()),
@@ -40,7 +43,6 @@ SCHEMA = pa.schema(
         ("answer", pa.string()),
     ]
 )
-_SHOWN_BAD_ROWS = 5
 
 
 @dataclass
@@ -96,17 +98,28 @@ class PreparedData:
         return lines
 
 
-def prepare(config: DataSection, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seed: int) -> PreparedData:
+def prepare(
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int,
+    encoder_decoder: bool = False,
+) -> PreparedData:
     """Make `folder` hold train, validation and test.parquet (columns: SCHEMA), data.json and quarantine.jsonl.
 
-    sample_id is the row's index in its file. Rows prepared earlier from the same inputs are kept. Raises DataError
-    when files are absent or unreadable, too many rows are bad, or no row is left to train on.
+    sample_id is the row's index in its file. Item sequences leave items.parquet too. Rows prepared earlier from the same
+    inputs are kept. Raises DataError when files are absent or unreadable, too many rows are bad, or no row is left to
+    train on.
+
+    Args:
+        encoder_decoder: the model has an encoder: prompts are its source and end with the end token.
     """
     check_template(config, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     sources, notes = _sources(config)
-    embedded = config.train == EMBEDDED or not sources["train"]
-    fingerprint = _fingerprint(config, tokenizer, sources, seed)
+    embedded = not sources["train"]
+    fingerprint = _fingerprint(config, tokenizer, sources, seed, encoder_decoder)
     earlier = _earlier(folder, fingerprint)
     if earlier:
         return earlier
@@ -114,95 +127,113 @@ def prepare(config: DataSection, tokenizer: PreTrainedTokenizerBase, folder: Pat
     record = folder / "data.json"
     record.unlink(missing_ok=True)
     if embedded:
-        sources["train"] = [folder / "embedded.jsonl"]
-        write_embedded(config, sources["train"][0], seed)
-        if for_fallback(config) != config:
+        sources["train"] = [_write_generated_set(config, folder, seed)]
+        if config.format == "examples" and for_fallback(config) != config:
             notes.append("data.completion_pattern is meant for the absent files and left out")
             config = for_fallback(config)
-    encoded = {
-        part: encode_files(files, config, tokenizer, seed=seed, held_out=part != "train")
-        for part, files in sources.items()
-        if files
-    }
-    _quarantine(folder / "quarantine.jsonl", encoded, config.max_bad_fraction)
+    encode = PartEncoder(config, tokenizer, folder / "quarantine.jsonl", seed, encoder_decoder)
+    if config.format == "sequences":
+        encoded = encode.sequences(sources["train"], folder / ITEMS_FILE, notes)
+    else:
+        encoded = encode.examples(sources)
     parts = _parts(config, encoded, notes)
     for part, table in parts.items():
         pq.write_table(table, folder / f"{part}.parquet")
-    prepared = PreparedData(
-        folder=folder,
-        source=embedded_name(config) if embedded else ", ".join(str(path) for path in sources["train"]),
-        rows={part: table.num_rows for part, table in parts.items()},
-        tokens={part: sum(_lengths(table)) for part, table in parts.items()},
-        target_tokens={
-            part: sum(_lengths(table)) - sum(table["target_start"].to_pylist()) for part, table in parts.items()
-        },
-        longest={part: max(_lengths(table), default=0) for part, table in parts.items()},
-        quarantined=sum(len(part.bad) for part in encoded.values()),
-        too_long=sum(part.too_long for part in encoded.values()),
-        cut_completions=sum(part.cut_completions for part in encoded.values()),
-        notes=notes,
-    )
+    source = _generated_set(config) if embedded else ", ".join(str(path) for path in sources["train"])
+    prepared = _described(folder, source, parts, encode.bad_rows, encoded, notes)
     _write_json(record, {"fingerprint": fingerprint, "format": FORMAT, **_without_folder(prepared)})
     return prepared
 
 
 def prepare_test_file(
-    source: str, config: DataSection, tokenizer: PreTrainedTokenizerBase, target: Path, *, seed: int
+    source: str,
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    *,
+    seed: int,
+    encoder_decoder: bool = False,
+    items: Path | None = None,
 ) -> PreparedData:
-    """Tokenise another test file (or folder) into `target`/test.parquet, for the evaluation of a finished run."""
+    """Tokenise another test file (or folder) into `target`/test.parquet, for the evaluation of a finished run.
+
+    Args:
+        items: the run's items.parquet, whose labels other sequences are read with; needed with format: sequences.
+    """
     check_template(config, tokenizer)
     target.mkdir(parents=True, exist_ok=True)
-    encoded = {"test": encode_files(_present(source, "test"), config, tokenizer, seed=seed, held_out=True)}
-    _quarantine(target / "quarantine.jsonl", encoded, config.max_bad_fraction)
+    files = _present(source, "test", config.format)
+    encode = PartEncoder(config, tokenizer, target / "quarantine.jsonl", seed, encoder_decoder)
+    if config.format == "sequences":
+        if items is None:
+            raise DataError("item sequences can only be measured with the items.parquet of the run")
+        encoded = encode.labelled(files, read_items(items), ("test",))
+    else:
+        encoded = encode.examples({"test": files})
     table = _finish(encoded["test"].rows)
     pq.write_table(table, target / "test.parquet")
-    lengths = _lengths(table)
-    none = {part: 0 for part in PARTS}
-    return PreparedData(
-        folder=target,
-        source=source,
-        rows={**none, "test": table.num_rows},
-        tokens={**none, "test": sum(lengths)},
-        target_tokens={**none, "test": sum(lengths) - sum(table["target_start"].to_pylist())},
-        longest={**none, "test": max(lengths, default=0)},
-        quarantined=len(encoded["test"].bad),
-        too_long=encoded["test"].too_long,
-        cut_completions=encoded["test"].cut_completions,
-    )
+    return _described(target, source, {"test": table}, encode.bad_rows, encoded, [])
 
 
 def _sources(config: DataSection) -> tuple[dict[str, list[Path]], list[str]]:
     """Files of each part; none for train means the embedded data set. With it, notes on what was chosen and why."""
     sources: dict[str, list[Path]] = {part: [] for part in PARTS}
     if config.train != EMBEDDED:
-        sources["train"] = find_files(config.train)
+        sources["train"] = source_files(config.train, config.format)
         if not sources["train"] and config.fallback == EMBEDDED:
             note = f"data.train {Path(config.train).expanduser().absolute()} is absent: using the embedded data set"
             if config.validation or config.test:
                 note += ", and cutting validation and test from it too"
             return sources, [note]
-        sources["train"] = _present(config.train, "train")
+        sources["train"] = _present(config.train, "train", config.format)
     for part, source in (("validation", config.validation), ("test", config.test)):
         if source:
-            sources[part] = _present(source, part)
+            sources[part] = _present(source, part, config.format)
     return sources, []
 
 
-def _present(source: str, part: str) -> list[Path]:
-    files = find_files(source)
+def _present(source: str, part: str, format: str) -> list[Path]:
+    files = source_files(source, format)
     if not files:
         hint = "; or set data.train=embedded, or data.fallback=embedded" if part == "train" else ""
+        kinds = ".txt" if format == "sequences" else ".json, .jsonl or .parquet"
         raise DataError(
-            f"data.{part}: no .json, .jsonl or .parquet file at {Path(source).expanduser().absolute()}; "
+            f"data.{part}: no {kinds} file at {Path(source).expanduser().absolute()}; "
             f"correct the path (relative paths start at the current folder){hint}"
         )
     return files
 
 
+def _generated_set(config: DataSection) -> str:
+    return generated_name(config.sequences) if config.format == "sequences" else embedded_name(config)
+
+
+def _write_generated_set(config: DataSection, folder: Path, seed: int) -> Path:
+    if config.format == "sequences":
+        write_generated(config.sequences, folder / "embedded.txt", seed)
+        return folder / "embedded.txt"
+    write_embedded(config, folder / "embedded.jsonl", seed)
+    return folder / "embedded.jsonl"
+
+
 def _parts(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
+    """The tables as they are written: each part its own rows, or cut from the training rows."""
     rows = encoded["train"].rows
     if not rows.num_rows:
         raise DataError("no training row is left: every record was bad or its prompt fills data.cutoff_tokens")
+    if config.format == "sequences":
+        tables = {part: encoded[part].rows for part in PARTS}
+    else:
+        tables = _cut(config, encoded, notes)
+    if config.max_train_rows:
+        tables["train"] = tables["train"].slice(0, config.max_train_rows)
+    if not tables["validation"].num_rows:
+        raise DataError("no validation row is left: every record for validation was bad or too long")
+    return {part: _finish(table) for part, table in tables.items()}
+
+
+def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
+    rows = encoded["train"].rows
     part_of = cut(
         rows["key"].to_pylist(),
         validation=0 if "validation" in encoded else config.validation_size,
@@ -215,11 +246,31 @@ def _parts(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -
             shared = pc.sum(pc.is_in(tables["train"]["key"], value_set=tables[part]["key"].combine_chunks())).as_py()
             if shared:
                 notes.append(f"warning: {shared} training rows have a prompt that also stands in data.{part}")
-    if config.max_train_rows:
-        tables["train"] = tables["train"].slice(0, config.max_train_rows)
-    if not tables["validation"].num_rows:
-        raise DataError("no validation row is left: every record of data.validation was bad or too long")
-    return {part: _finish(table) for part, table in tables.items()}
+    return tables
+
+
+def _described(
+    folder: Path,
+    source: str,
+    parts: Mapping[str, pa.Table],
+    quarantined: int,
+    encoded: Mapping[str, Encoded],
+    notes: list[str],
+) -> PreparedData:
+    lengths = {part: _lengths(parts[part]) if part in parts else [] for part in PARTS}
+    starts = {part: sum(parts[part]["target_start"].to_pylist()) if part in parts else 0 for part in PARTS}
+    return PreparedData(
+        folder=folder,
+        source=source,
+        rows={part: len(lengths[part]) for part in PARTS},
+        tokens={part: sum(lengths[part]) for part in PARTS},
+        target_tokens={part: sum(lengths[part]) - starts[part] for part in PARTS},
+        longest={part: max(lengths[part], default=0) for part in PARTS},
+        quarantined=quarantined,
+        too_long=sum(rows.too_long for rows in encoded.values()),
+        cut_completions=sum(rows.cut_completions for rows in encoded.values()),
+        notes=notes,
+    )
 
 
 def _finish(rows: pa.Table) -> pa.Table:
@@ -230,26 +281,12 @@ def _lengths(table: pa.Table) -> list[int]:
     return [int(length) for length in pc.list_value_length(table["input_ids"]).to_pylist()]
 
 
-def _quarantine(path: Path, encoded: dict[str, Encoded], max_bad_fraction: float) -> None:
-    """Write the bad rows of all sources; raise DataError for a source where they are too many."""
-    with path.open("w", encoding="utf-8") as file:
-        for part in encoded.values():
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in part.bad)
-    for name, part in encoded.items():
-        if len(part.bad) > max_bad_fraction * part.records:
-            first = "\n".join(
-                f"  {row['file']}, {row['unit']} {row['place']}{', field ' + row['field'] if row['field'] else ''}: "
-                f"{row['problem']}; {row['fix']}"
-                for row in part.bad[:_SHOWN_BAD_ROWS]
-            )
-            raise DataError(
-                f"data.{name}: {len(part.bad)} of {part.records} rows are bad, more than data.max_bad_fraction "
-                f"{max_bad_fraction:g} allows. The first:\n{first}\nAll of them: {path}"
-            )
-
-
 def _fingerprint(
-    config: DataSection, tokenizer: PreTrainedTokenizerBase, sources: dict[str, list[Path]], seed: int
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: dict[str, list[Path]],
+    seed: int,
+    encoder_decoder: bool,
 ) -> str:
     from tc_ray.models.source import tokenizer_hash
 
@@ -258,7 +295,8 @@ def _fingerprint(
         for part, paths in sources.items()
         for path in paths
     ]
-    parts = [FORMAT, config.model_dump(mode="json"), seed, files, tokenizer_hash(tokenizer), embedded_name(config)]
+    settings = [config.model_dump(mode="json"), seed, encoder_decoder]
+    parts = [FORMAT, settings, files, tokenizer_hash(tokenizer), _generated_set(config)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

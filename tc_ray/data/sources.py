@@ -7,14 +7,15 @@ cannot be read at all raises DataError. `find_files` runs in the driver, `iter_r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tc_ray.data.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+EXAMPLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+SEQUENCE_SUFFIXES = (".txt",)
 _HELD_OUT = ("test", "valid", "val", "dev")
 
 
@@ -37,15 +38,15 @@ class Record:
     value: Any
 
 
-def find_files(source: str) -> list[Path]:
+def find_files(source: str, suffixes: Sequence[str] = EXAMPLE_SUFFIXES) -> list[Path]:
     """Absolute paths of the data files that `source` (file or folder) names, sorted; empty when it is absent.
 
     Raises DataError for a file of another kind, and for a folder that mixes training and held-out files.
     """
     path = Path(source).expanduser().absolute()
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path}: unknown kind of file; convert it to one of {', '.join(SUFFIXES)}")
+        if path.suffix.lower() not in suffixes:
+            raise DataError(f"{path}: unknown kind of file; convert it to one of {', '.join(suffixes)}")
         return [path]
     if not path.is_dir():
         return []
@@ -53,7 +54,7 @@ def find_files(source: str) -> list[Path]:
         file
         for file in path.rglob("*")
         if file.is_file()
-        and file.suffix.lower() in SUFFIXES
+        and file.suffix.lower() in suffixes
         and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
     )
     held_out = [file for file in files if file.stem.lower().startswith(_HELD_OUT)]
@@ -63,6 +64,11 @@ def find_files(source: str) -> list[Path]:
             f"name the file (for instance {next(f for f in files if f not in held_out)}), or move them apart"
         )
     return files
+
+
+def source_files(source: str, format: str) -> list[Path]:
+    """`find_files` for data of this format (data.format)."""
+    return find_files(source, SEQUENCE_SUFFIXES if format == "sequences" else EXAMPLE_SUFFIXES)
 
 
 def iter_records(path: Path) -> Iterator[Record]:

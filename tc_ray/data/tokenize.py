@@ -1,7 +1,8 @@
 """Token ids of an example: prompt ids, completion ids, end token; loss begins at `target_start`.
 
-Invariant: input_ids[:target_start] are exactly the ids the model is asked with at inference. Pure; called in Ray Data
-tasks by `prepare`.
+For an encoder-decoder the prompt is the encoder's source and ends with the end token, as its pretraining had it; source
+and target stand joined in one row. Invariant: input_ids[:target_start] are exactly the ids the model is asked with at
+inference. Pure; called in Ray Data tasks by `prepare`.
 """
 
 from __future__ import annotations
@@ -28,27 +29,38 @@ class Tokens:
     was_cut: bool
 
 
-def prompt_ids(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(
+    turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False
+) -> list[int]:
     """Ids the model is asked with. A plain prompt begins with the begin token if the tokenizer puts one itself."""
     ids = _ids(render_prompt(turns, config, tokenizer), tokenizer)
     if config.template == "plain" and _adds_begin_token(tokenizer):
         ids.insert(0, tokenizer.bos_token_id)
+    if encoder_decoder:
+        ids.append(tokenizer.eos_token_id)
     return ids
 
 
-def encode(example: Example, config: DataSection, tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
+def completion_ids(completion: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids the model is to answer with, end token included."""
+    return [*_ids(completion, tokenizer), tokenizer.eos_token_id]
+
+
+def encode(
+    example: Example, config: DataSection, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False
+) -> Tokens | None:
     """Tokens of one example, at most `config.cutoff_tokens`; None when its prompt leaves no room for a target.
 
     Without a completion the ids are the prompt and target_start is their number. A completion that is too long is cut
     at its end; the end token goes with it, so that the model does not learn to stop there.
     """
-    ids = prompt_ids(example.turns, config, tokenizer)
+    ids = prompt_ids(example.turns, config, tokenizer, encoder_decoder)
     start = len(ids)
     if example.completion is None:
         return Tokens(ids, start, False) if start <= config.cutoff_tokens else None
     if start >= config.cutoff_tokens:
         return None
-    ids += [*_ids(example.completion, tokenizer), tokenizer.eos_token_id]
+    ids += completion_ids(example.completion, tokenizer)
     return Tokens(ids[: config.cutoff_tokens], start, len(ids) > config.cutoff_tokens)
 
 

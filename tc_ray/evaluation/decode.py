@@ -1,50 +1,137 @@
-"""Greedy completions of held-out prompts by the fused model, in batches of similar length."""
+"""Held-out prompts through `generate`, in batches of similar length: completions, or items ranked by beam search.
+
+Models of both architectures are asked alike: a causal one gets prompts padded on the left, an encoder-decoder gets sources
+padded on the right and answers after its start token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
+from tc_ray.evaluation.catalogue import Catalogue, CatalogueProcessor
 from tc_ray.evaluation.heldout import HeldOut
-from tc_ray.models.fusion import FusedModel
+
+_NO_ITEM = -1.0e8
+"""Scores below stand for beams that are none: the library starts unused beams at -1e9, and a clamped p~ gives -inf."""
 
 
-def complete(
-    fused: FusedModel,
-    tokenizer: Any,
-    examples: Sequence[HeldOut],
-    *,
-    lam: float,
-    max_new_tokens: int,
-    batch_size: int,
-    on_batch: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """Completion texts in the order of `examples`; `on_batch` hears how many are done."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    texts: list[str] = [""] * len(examples)
+@dataclass(frozen=True)
+class _Batch:
+    """Examples `rows` (indices) as int64 ids and mask [B, S]; what `generate` answers stands from column `begin` on."""
+
+    rows: list[int]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    begin: int
+
+
+def _batches(model: Any, pad: int, examples: Sequence[HeldOut], batch_size: int) -> Iterator[_Batch]:
+    left = not model.config.is_encoder_decoder
     # batches of equal lengths waste the least padding
     order = sorted(range(len(examples)), key=lambda i: examples[i].target_start)
     for at in range(0, len(order), batch_size):
-        part = order[at : at + batch_size]
-        width = max(examples[i].target_start for i in part)
-        ids = torch.full((len(part), width), pad, dtype=torch.long, device=fused.pilot.device)
+        rows = order[at : at + batch_size]
+        width = max(examples[i].target_start for i in rows)
+        ids = torch.full((len(rows), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, i in enumerate(part):
+        for row, i in enumerate(rows):
             prompt = examples[i].prompt_ids
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        out = fused.generate(
-            ids,
-            attention_mask=mask,
+            place = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+            ids[row, place] = torch.tensor(prompt)
+            mask[row, place] = 1
+        yield _Batch(rows, ids.to(model.device), mask.to(model.device), width if left else 1)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Id that fills up batches: nothing attends to it."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[HeldOut],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    num_beams: int = 1,
+    on_batch: Callable[[int], None] = lambda done: None,
+    **options: Any,
+) -> list[str]:
+    """Completion texts in the order of `examples`, greedy or by beam search.
+
+    Args:
+        on_batch: hears how many are done. options: further arguments of `generate`, such as a fused model's `lam`.
+    """
+    pad = pad_token(tokenizer)
+    texts = [""] * len(examples)
+    done = 0
+    for batch in _batches(model, pad, examples, batch_size):
+        out = model.generate(
+            batch.ids,
+            attention_mask=batch.mask,
             max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
             do_sample=False,
-            lam=lam,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
+            **options,
         )
-        for row, i in enumerate(part):
-            texts[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True)
-        on_batch(at + len(part))
+        for row, i in enumerate(batch.rows):
+            texts[i] = tokenizer.decode(out[row, batch.begin :], skip_special_tokens=True)
+        done += len(batch.rows)
+        on_batch(done)
     return texts
+
+
+def rank(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[HeldOut],
+    catalogue: Catalogue,
+    *,
+    beams: int,
+    batch_size: int,
+    **options: Any,
+) -> list[list[int]]:
+    """Items of `catalogue` for each example, best first, each at most once, at most `beams` of them.
+
+    The score of an item is the sum of its tokens' log-probabilities, end token included, as the model gives them: not
+    renormalised over the items. An item that the model gives probability 0 (a clamped p~) is not ranked.
+
+    Args:
+        batch_size: examples at a time; the model runs on `beams` times as many sequences.
+        options: further arguments of `generate`, such as a fused model's `lam`.
+    """
+    width = max(2, min(beams, len(catalogue)))  # with one beam the library would not search
+    pad = pad_token(tokenizer)
+    ranked: list[list[int]] = [[] for _ in examples]
+    for batch in _batches(model, pad, examples, batch_size):
+        out = model.generate(
+            batch.ids,
+            attention_mask=batch.mask,
+            max_new_tokens=catalogue.longest,
+            num_beams=width,
+            num_return_sequences=width,
+            do_sample=False,
+            # plain sums of log-probabilities, searched to the end
+            length_penalty=0.0,
+            early_stopping="never",
+            logits_processor=LogitsProcessorList([CatalogueProcessor(catalogue, batch.begin)]),
+            return_dict_in_generate=True,
+            output_scores=True,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            **options,
+        )
+        items = catalogue.items(out.sequences[:, batch.begin :]).view(-1, width)
+        real = (items >= 0) & (out.sequences_scores.view(-1, width) > _NO_ITEM)
+        for i, found, is_real in zip(batch.rows, items.tolist(), real.tolist(), strict=True):
+            kept = (item for item, counts in zip(found, is_real, strict=True) if counts)
+            ranked[i] = list(dict.fromkeys(kept))[:beams]  # a beam can come twice, the first is the better one
+    return ranked

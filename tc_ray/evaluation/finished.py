@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.data.sequences import ITEMS_FILE, read_items
+from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import read_held_out
+from tc_ray.evaluation.metric import Metric
+from tc_ray.evaluation.ranking import Ranking
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.run import evaluate
 
@@ -51,9 +55,10 @@ def evaluate_finished(
             tracker.event.remote("evaluate", line)
 
     fusion = config.fusion
+    tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final")
     return evaluate(
         fused,
-        AutoTokenizer.from_pretrained(folder / "pilot" / "final"),
+        _metric(config, tokenizer, fused.vocab_size),
         fusion,
         validation=read_held_out(folder / "data" / "validation.parquet", fusion.max_validation_rows),
         # a file that the user names is measured whole
@@ -64,3 +69,11 @@ def evaluate_finished(
         seen_error_size=seen_error_size,
         on_progress=heard,
     )
+
+
+def _metric(config: RunConfig, tokenizer: Any, vocab_size: int) -> Metric:
+    """The metric of the config, with what it needs of the run's data."""
+    if config.fusion.metric == "exact_match":
+        return ExactMatch(tokenizer, config.fusion)
+    labels = read_items(config.run.path / "data" / ITEMS_FILE)
+    return Ranking(tokenizer, config.fusion, labels, vocab_size)

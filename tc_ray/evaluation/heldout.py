@@ -10,12 +10,14 @@ import pyarrow.parquet as pq
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out example. `answer` is what a completion is scored against; `input_ids[target_start:]` the gold tokens."""
+    """One held-out example. `answer` is what a completion is scored against; `input_ids[target_start:]` the gold tokens;
+    `prompt` the text that was asked, without the template."""
 
     sample_id: int
     input_ids: list[int]
     target_start: int
     answer: str
+    prompt: str
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -37,5 +39,5 @@ def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:
             raise ValueError(
                 f"{file} row {number}: neither `answer` nor `completion`; there is nothing to score against"
             )
-        examples.append(HeldOut(row["sample_id"], row["input_ids"], row["target_start"], answer))
+        examples.append(HeldOut(row["sample_id"], row["input_ids"], row["target_start"], answer, row["prompt"]))
     return examples

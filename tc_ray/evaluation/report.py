@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tc_ray.evaluation.metric import Measure
 from tc_ray.evaluation.selection import Comparison
 from tc_ray.evaluation.teacher_forced import TeacherForced
 
@@ -15,10 +16,21 @@ SIGNIFICANT_P = 0.05
 
 
 @dataclass(frozen=True)
+class Gain:
+    """Difference fused - Pilot that the verdict is about, with its 95% interval. shown: it cannot well be chance."""
+
+    text: str
+    size: float
+    shown: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """Pilot against fused on one test set, and how lambda was chosen.
 
-    validation: rows of (space, lam, accuracy, wins, losses) on validation data. exported_lam: what the exported model uses.
+    right_name, score_name: names of what is counted right and of what lambda is chosen by. measures: further measures;
+    where one has the name of the score, it decides the verdict, else wins and losses do.
+    validation: rows of (space, lam, score, right, wins, losses, ...) on validation data.
     """
 
     data: str
@@ -28,19 +40,36 @@ class Report:
     comparison: Comparison
     pilot_forced: TeacherForced | None
     fused_forced: TeacherForced | None
+    right_name: str = "accuracy"
+    score_name: str = "accuracy"
+    measures: list[Measure] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
     seen_error_size: float | None = None
     heldout_error_size: float | None = None
     examples: list[dict[str, str]] = field(default_factory=list)
 
     @property
+    def gain(self) -> Gain:
+        """What the test rows say about the Copilot."""
+        deciding = next((measure for measure in self.measures if measure.name == self.score_name), None)
+        if deciding is not None:
+            low, high = deciding.difference_interval
+            text = f"{deciding.name} {_points(deciding.difference)} points (95% interval {_points(low)} to {_points(high)})"
+            return Gain(text, deciding.difference, low > 0)
+        c = self.comparison
+        low, high = c.difference_interval
+        size = (c.wins - c.losses) / c.rows
+        text = f"{100 * size:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}, p = {c.p_value:.2g})"
+        return Gain(text, size, c.p_value < SIGNIFICANT_P)
+
+    @property
     def helps(self) -> bool:
-        """More wins than losses with a lambda that validation data chose."""
-        return self.lam > 0 and self.comparison.wins > self.comparison.losses
+        """Better on the test rows, with a lambda that validation data chose."""
+        return self.lam > 0 and self.gain.size > 0
 
     @property
     def exported_lam(self) -> float:
-        """The chosen lambda, or 0 when the Copilot does not help."""
+        """What the exported model uses: the chosen lambda, or 0 when the Copilot does not help."""
         return self.lam if self.helps else 0.0
 
     @property
@@ -49,21 +78,21 @@ class Report:
         c = self.comparison
         if self.lam == 0:
             return "The Copilot does not help: no lambda beat the Pilot on validation data. The exported default is lambda 0."
+        if not self.helps and self.measures:
+            return f"The Copilot does not help: with lambda {self.lam:g}, {self.gain.text}. The exported default is lambda 0."
         if not self.helps:
             return (
                 f"The Copilot does not help: lambda {self.lam:g} won {c.wins} and lost {c.losses} of {c.rows} test rows. "
                 "The exported default is lambda 0."
             )
-        low, high = c.difference_interval
-        size = f"{100 * (c.wins - c.losses) / c.rows:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}, p = {c.p_value:.2g})"
-        if c.p_value < SIGNIFICANT_P:
-            return f"The Copilot helps: {size}."
-        return f"No gain is shown: {size} can be chance."
+        if self.gain.shown:
+            return f"The Copilot helps: {self.gain.text}."
+        return f"No gain is shown: {self.gain.text} can be chance."
 
     def lines(self) -> list[str]:
-        """The result as a plain-text table."""
+        """The result as plain-text tables."""
         c = self.comparison
-        rows = [["", "accuracy", "95% interval", "error ratio", "NLL", "token accuracy"]]
+        rows = [["", self.right_name, "95% interval", "error ratio", "NLL", "token accuracy"]]
         fused_name = f"fused, lambda {self.lam:g} in {self.space} space"
         for name, correct, interval, forced in (
             ("Pilot", c.pilot_correct, c.pilot_interval, self.pilot_forced),
@@ -82,13 +111,30 @@ class Report:
                     *measured,
                 ]
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return [
-            *table,
+            *_aligned(rows),
+            *self._measure_lines(),
             f"{c.rows} test rows of {self.data}: {c.wins} wins, {c.losses} losses, McNemar p = {c.p_value:.2g}",
             self.verdict,
         ]
+
+    def _measure_lines(self) -> list[str]:
+        if not self.measures:
+            return []
+        rows = [["%", "Pilot", "95% interval", "fused", "95% interval", "difference", "95% interval, paired"]]
+        for m in self.measures:
+            rows.append(
+                [
+                    m.name,
+                    f"{100 * m.pilot:.2f}",
+                    " to ".join(f"{100 * end:.2f}" for end in m.pilot_interval),
+                    f"{100 * m.fused:.2f}",
+                    " to ".join(f"{100 * end:.2f}" for end in m.fused_interval),
+                    _points(m.difference),
+                    " to ".join(_points(end) for end in m.difference_interval),
+                ]
+            )
+        return ["", *_aligned(rows), ""]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready."""
@@ -99,23 +145,15 @@ class Report:
             "fused_interval": self.comparison.fused_interval,
             "difference_interval": self.comparison.difference_interval,
         }
+        # by name, so that the tracker makes a metric of each number; MLflow refuses names with an @
+        fields["measures"] = {m.pop("name").lower().replace("@", "_at_"): m for m in fields["measures"]}
         return fields | {"helps": self.helps, "exported_lam": self.exported_lam, "verdict": self.verdict}
 
     def markdown(self) -> str:
-        """The report as Markdown: verdict, table, validation sweep, examples."""
+        """The report as Markdown: verdict, tables, validation sweep, examples."""
         parts = ["# Evaluation", "", self.verdict, "", "```", *self.lines()[:-1], "```", ""]
         if self.validation:
-            parts += [
-                "## Choice of lambda on validation data",
-                "",
-                "| space | lambda | accuracy | wins | losses | NLL |",
-                "|---|---|---|---|---|---|",
-            ]
-            parts += [
-                f"| {row['space']} | {row['lam']:g} | {100 * row['accuracy']:.1f}% | {row['wins']} | {row['losses']} | {row['nll']:.4f} |"
-                for row in self.validation
-            ]
-            parts.append("")
+            parts += ["## Choice of lambda on validation data", "", *self._sweep_lines(), ""]
         if self.seen_error_size is not None and self.heldout_error_size is not None:
             sizes = (
                 f"Mean squared error of the Pilot: {self.seen_error_size:.4f} in the last rounds of the log, "
@@ -135,8 +173,39 @@ class Report:
                 ]
         return "\n".join(parts)
 
+    def _sweep_lines(self) -> list[str]:
+        one_name = self.score_name == self.right_name
+        names = [self.right_name] if one_name else [self.score_name, self.right_name]
+        lines = [f"| space | lambda | {' | '.join(names)} | wins | losses | NLL |", "|---" * (5 + len(names)) + "|"]
+        for row in self.validation:
+            values = [f"{100 * row['right']:.1f}%"] if one_name else [_percent(row[key]) for key in ("score", "right")]
+            cells = [
+                row["space"],
+                f"{row['lam']:g}",
+                *values,
+                str(row["wins"]),
+                str(row["losses"]),
+                f"{row['nll']:.4f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
     def save(self, folder: Path, stem: str = "evaluation") -> None:
         """Write `<stem>.json` and `<stem>.md`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{stem}.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         (folder / f"{stem}.md").write_text(self.markdown())
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Rows as lines with columns of one width each."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"

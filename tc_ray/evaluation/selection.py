@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tc_ray.evaluation.statistics import mcnemar_p, paired_difference_interval, wilson_interval
+from tc_ray.evaluation.statistics import Interval, mcnemar_p, paired_difference_interval, wilson_interval
 
 Choice = tuple[str, float]
 """(fusion space, lam). lam 0 is the Pilot itself, whatever the space."""
@@ -39,26 +40,27 @@ class Comparison:
         return mcnemar_p(self.wins, self.losses)
 
     @property
-    def pilot_interval(self) -> tuple[float, float]:
+    def pilot_interval(self) -> Interval:
         """95% Wilson interval of the Pilot's accuracy."""
         return wilson_interval(self.pilot_correct, self.rows)
 
     @property
-    def fused_interval(self) -> tuple[float, float]:
+    def fused_interval(self) -> Interval:
         """95% Wilson interval of the fused model's accuracy."""
         return wilson_interval(self.fused_correct, self.rows)
 
     @property
-    def difference_interval(self) -> tuple[float, float]:
+    def difference_interval(self) -> Interval:
         """95% interval of the accuracy difference, paired."""
         return paired_difference_interval(self.wins, self.losses, self.rows)
 
 
-def choose(correct: Mapping[Choice, Sequence[bool]], nll: Mapping[Choice, float]) -> Choice:
-    """The choice with the highest validation accuracy; a tie goes to the lower teacher-forced NLL.
+def choose(scores: Mapping[Choice, Sequence[float]], nll: Mapping[Choice, float]) -> Choice:
+    """The choice with the highest mean score on validation rows; a tie goes to the lower teacher-forced NLL.
 
     lam 0 is among the choices and wins every tie: a correction has to earn its place.
     """
-    pilot = next(choice for choice in correct if choice[1] == 0)
-    best = max(correct, key=lambda choice: (sum(correct[choice]), -nll.get(choice, 0.0)))
-    return best if sum(correct[best]) > sum(correct[pilot]) else pilot
+    total = {choice: math.fsum(row_scores) for choice, row_scores in scores.items()}  # exact: ties are ties
+    pilot = next(choice for choice in scores if choice[1] == 0)
+    best = max(scores, key=lambda choice: (total[choice], -nll.get(choice, 0.0)))
+    return best if total[best] > total[pilot] else pilot

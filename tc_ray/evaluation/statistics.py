@@ -1,7 +1,8 @@
-"""Uncertainty of accuracies and of the difference between two models on the same rows.
+"""Uncertainty of accuracies and other means, and of the difference between two models on the same rows.
 
-All functions are exact or score methods that hold for small counts, need no library, and are called by the evaluation
-report. `wins` are rows that only the second model has right, `losses` rows that only the first has right.
+For counts: exact or score methods, which hold for small ones. For any other measure: the bootstrap over rows. Called by
+the evaluation's metrics and report. `wins` are rows that only the second model has right, `losses` rows that only the
+first has right.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
+Interval = tuple[float, float]
+"""95% interval (low, high)."""
+
 Z_95 = 1.959963984540054
 """Two-sided 95% point of the normal distribution."""
 
 
-def wilson_interval(successes: int, rows: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(successes: int, rows: int, z: float = Z_95) -> Interval:
     """Wilson score interval (low, high) of a proportion, as fractions; (0, 1) for no rows."""
     if not 0 <= successes <= rows:
         raise ValueError(f"successes {successes} must lie between 0 and rows {rows}")
@@ -38,7 +45,7 @@ def mcnemar_p(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail / 2**changed)
 
 
-def paired_difference_interval(wins: int, losses: int, rows: int, z: float = Z_95) -> tuple[float, float]:
+def paired_difference_interval(wins: int, losses: int, rows: int, z: float = Z_95) -> Interval:
     """Tango's score interval (low, high) of the accuracy difference (wins - losses) / rows of paired answers.
 
     Tango 1998, Statistics in Medicine 17: the differences that a score test would not refuse. It agrees with
@@ -59,6 +66,20 @@ def paired_difference_interval(wins: int, losses: int, rows: int, z: float = Z_9
     low = _root(lambda d: statistic(d) - z, -1.0, estimate)
     high = _root(lambda d: statistic(d) + z, estimate, 1.0)
     return low, high
+
+
+def bootstrap_intervals(values: NDArray[np.float64], *, resamples: int = 2000, seed: int = 0) -> list[Interval]:
+    """95% percentile intervals of the column means of `values` [rows, columns], by resampling rows.
+
+    All columns see the same resamples, so a column of differences gets its paired interval. No rows: (nan, nan).
+    """
+    rows = len(values)
+    if not rows:
+        return [(math.nan, math.nan)] * values.shape[1]
+    draw = np.random.default_rng(seed)
+    means = np.stack([values[draw.integers(rows, size=rows)].mean(0) for _ in range(resamples)])
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def _root(falling: Callable[[float], float], low: float, high: float) -> float:

@@ -47,7 +47,8 @@ def teacher_forced(
     if not examples:
         return {}
     device = fused.pilot.device
-    step = PilotStep(fused.pilot, top_k=fused.vocab_size - 1 if fused.vocab_size < 1024 else 256).eval()
+    top_k = fused.vocab_size - 1 if fused.vocab_size < 1024 else 256
+    step = PilotStep(fused.pilot, top_k=top_k, pooling=fused.copilot.config.pooling).eval()
     sums = {choice: np.zeros(3) for choice in choices}
     base, tokens = 0.0, 0
     for at in range(0, len(examples), batch_size):
@@ -67,7 +68,8 @@ def teacher_forced(
         tokens += len(f)
         # a few rows at a time: [rows, V] then stays in the processor's cache over all choices
         for rows in torch.arange(len(f)).split(max(1, CHUNK_ELEMENTS // fused.vocab_size)):
-            log_probs, targets, dense = out.log_probs[rows], out.targets[rows], fused.copilot.expand(f[rows])
+            log_probs, targets = out.log_probs[rows], out.targets[rows]
+            dense = fused.copilot.expand(f[rows], log_probs.shape[1])
             base += _squared_error(log_probs.exp(), targets)
             for space, lam in choices:
                 p = fuse(log_probs, dense, torch.full((len(rows),), lam, device=device), space).softmax(-1)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from tc_ray.config.schema import DataSection
 from tc_ray.data.errors import DataError
 from tc_ray.data.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
+from tc_ray.data.sequences import read_items
 from tests.tiny_model import make_tokenizer
 
 
@@ -181,3 +182,71 @@ def test_completion_pattern_chooses_what_is_trained_on(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"x = \d+ \+ 1", text) for text in completions)
     bad = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
     assert [(row["place"], row["field"]) for row in bad] == [(61, "completion")]
+
+
+def sequence_section(**values: Any) -> DataSection:
+    return section(format="sequences", **values)
+
+
+def write_users(path: Path, users: int = 30) -> Path:
+    """User u takes the items u, u + 1, ..., u + 3 + u % 4."""
+    lines = [" ".join([f"u{user}", *(f"i{user + n}" for n in range(4 + user % 4))]) for user in range(users)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_users(tmp_path / "s.txt")
+    with path.open("a") as file:
+        file.write("u99 i1 i2\n")
+    out = tmp_path / "out"
+    config = sequence_section(train=str(path), max_bad_fraction=0.05, sequences={"history": 2})
+    prepared = prepare(config, tokenizer, out, seed=1, encoder_decoder=True)
+    assert prepared.rows == {"train": sum(1 + user % 4 for user in range(30)), "validation": 30, "test": 30}
+    assert (prepared.quarantined, prepared.too_long) == (1, 0)
+    (bad,) = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    assert (bad["file"], bad["unit"], bad["place"], bad["field"]) == (str(path), "line", 31, "items")
+    labels = read_items(out / "items.parquet")
+    assert set(labels) == {f"i{n}" for n in range(34)} and {len(label) for label in labels.values()} == {2}
+    assert any("30 users, 34 items" in note for note in prepared.notes)
+    for part, rows in read(prepared).items():
+        assert [row["sample_id"] for row in rows] == list(range(prepared.rows[part]))
+        for row in rows:
+            source = tokenizer.decode(row["input_ids"][: row["target_start"]])
+            assert source == row["prompt"] + ">[eos]" and row["answer"] == row["completion"]
+            assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["answer"] + "[eos]"
+    for user, row in enumerate(read(prepared)["test"]):
+        last = user + 3 + user % 4
+        assert row["prompt"] == f"{labels[f'i{last - 2}']} {labels[f'i{last - 1}']}"
+        assert row["answer"] == labels[f"i{last}"]
+
+    assert prepare(config, tokenizer, out, seed=1, encoder_decoder=True).reused
+    assert not prepare(config, tokenizer, out, seed=1).reused, "the end token after the source is gone"
+    with pytest.raises(DataError, match=r"s\.txt, line 31, field items: user u99 has 2 items"):
+        prepare(sequence_section(train=str(path)), tokenizer, out, seed=1)
+
+
+def test_other_sequences_are_read_with_the_items_of_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = sequence_section(train=str(write_users(tmp_path / "s.txt")), max_bad_fraction=0.5)
+    prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
+    labels = read_items(prepared.folder / "items.parquet")
+    other = tmp_path / "other.txt"
+    other.write_text("a i3 i1 i2\nb i3 strange i2\n")
+    items = prepared.folder / "items.parquet"
+    found = prepare_test_file(str(other), config, tokenizer, tmp_path / "eval", seed=1, items=items)
+    (row,) = pq.read_table(found.test).to_pylist()
+    assert (row["prompt"], row["answer"]) == (f"{labels['i3']} {labels['i1']}", labels["i2"])
+    assert found.quarantined == 1 and "item strange" in found.quarantine.read_text()
+    with pytest.raises(DataError, match=r"items\.parquet of the run"):
+        prepare_test_file(str(other), config, tokenizer, tmp_path / "eval", seed=1)
+
+
+def test_absent_sequences_fall_back_to_a_generated_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    small = {"users": 25, "items": 20, "clusters": 4}
+    config = sequence_section(train=str(tmp_path / "none.txt"), fallback="embedded", sequences=small)
+    prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
+    assert prepared.rows["test"] == prepared.rows["validation"] == 25 and prepared.rows["train"] > 50
+    assert "25 users over 20 items" in prepared.source
+    assert any("none.txt is absent: using the embedded data set" in line for line in prepared.describe())
+    with pytest.raises(DataError, match=r"no \.txt file at .*none\.txt"):
+        prepare(sequence_section(train=str(tmp_path / "none.txt")), tokenizer, tmp_path / "out", seed=1)

@@ -113,6 +113,22 @@ def test_data_path_from_current_folder_then_from_repository(tmp_path: Path, monk
     assert load_config(path).data.train == str(tmp_path / "elsewhere" / "mine.jsonl")
 
 
+def test_model_folder_beside_the_recipes_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repo"
+    (repository / "models" / "tiny").mkdir(parents=True)
+    (repository / "smollm2-135m-instruct").mkdir()
+    (repository / "pyproject.toml").touch()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = write(repository, "model:\n  pilot: models/tiny\n  copilot: owner/model\n")
+    model = load_config(path).model
+    assert (model.pilot, model.copilot) == (str(repository / "models" / "tiny"), "owner/model")
+    builtin = load_config(path, ["model.pilot=smollm2-135m-instruct"]).model.pilot
+    assert builtin == "smollm2-135m-instruct", "a builtin name is no path"
+
+
 def test_fields_are_described() -> None:
     fields = {field.path: field for field in describe_fields()}
     assert fields["pilot.zero_stage"].allowed == "0, 1, 2, 3"

@@ -15,6 +15,7 @@ import torch
 
 from tc_ray.config.schema import FusionSection
 from tc_ray.evaluation.decode import complete
+from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import HeldOut, read_held_out
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.run import evaluate
@@ -23,6 +24,7 @@ from tc_ray.evaluation.teacher_forced import NLL_FLOOR, teacher_forced
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot import load_pilot
+from tests.family_samples import make_copilot, new_pilot
 from tests.reference import copilot_f, dense_record, fused_logits
 from tests.tiny_model import make_tiny_llama, make_tokenizer
 
@@ -45,7 +47,7 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> FusedModel:
 def held_out(count: int = 7, seed: int = 2) -> list[HeldOut]:
     rng = np.random.default_rng(seed)
     return [
-        HeldOut(i, rng.integers(2, 258, length).tolist(), int(rng.integers(2, length - 1)), "")
+        HeldOut(i, rng.integers(2, 258, length).tolist(), int(rng.integers(2, length - 1)), "", f"prompt {i}")
         for i, length in enumerate(rng.integers(5, 16, count).tolist())
     ]
 
@@ -57,7 +59,7 @@ def held_out(count: int = 7, seed: int = 2) -> list[HeldOut]:
 def test_teacher_forced_is_the_reference_s(fused: FusedModel, positions: str) -> None:
     examples = held_out()
     # batches of 3 and a rest; a row without gold tokens is left out
-    without_gold = HeldOut(99, [5, 6, 7], 3, "")
+    without_gold = HeldOut(99, [5, 6, 7], 3, "", "")
     fused.copilot.config.positions = positions
     got = teacher_forced(fused, [*examples, without_gold], CHOICES, batch_size=3)
 
@@ -94,7 +96,7 @@ def test_teacher_forced_is_the_reference_s(fused: FusedModel, positions: str) ->
 
 
 def test_nothing_to_measure_gives_nothing(fused: FusedModel) -> None:
-    assert teacher_forced(fused, [HeldOut(1, [3, 4], 2, "x")], CHOICES, batch_size=2) == {}
+    assert teacher_forced(fused, [HeldOut(1, [3, 4], 2, "x", "")], CHOICES, batch_size=2) == {}
 
 
 # -- completions --------------------------------------------------------------------------------------------------
@@ -110,6 +112,26 @@ def test_completions_keep_the_order_and_ignore_the_batch(fused: FusedModel) -> N
         out = fused.generate(torch.tensor([example.prompt_ids]), max_new_tokens=8, do_sample=False, lam=0.6)
         assert text == tokenizer.decode(out[0, len(example.prompt_ids) :], skip_special_tokens=True)
     assert len(set(batched)) > 3
+    beams = complete(fused, tokenizer, examples, batch_size=3, num_beams=3, **settings)
+    out = fused.generate(
+        torch.tensor([examples[0].prompt_ids]), max_new_tokens=8, do_sample=False, lam=0.6, num_beams=3
+    )
+    assert beams[0] == tokenizer.decode(out[0, examples[0].target_start :], skip_special_tokens=True)
+    assert beams != batched
+
+
+def test_completions_of_an_encoder_decoder() -> None:
+    """Sources of unlike lengths, padded on the right: as each alone, without the start token."""
+    pilot, tokenizer = new_pilot("t5"), make_tokenizer()
+    copilot, _ = make_copilot("t5")
+    seq2seq = FusedModel.join(pilot, copilot)
+    examples = [replace(e, input_ids=[*e.prompt_ids, 1], target_start=e.target_start + 1) for e in held_out()]
+    together = complete(seq2seq, tokenizer, examples, batch_size=4, max_new_tokens=6, lam=0.8)
+    for example, text in zip(examples, together, strict=True):
+        out = seq2seq.generate(torch.tensor([example.prompt_ids]), max_new_tokens=6, do_sample=False, lam=0.8)
+        assert text == tokenizer.decode(out[0, 1:], skip_special_tokens=True)
+    assert len(set(together)) > 3
+    assert together != complete(seq2seq, tokenizer, examples, batch_size=4, max_new_tokens=6, lam=0.0)
 
 
 # -- the choice of lambda -----------------------------------------------------------------------------------------
@@ -158,13 +180,13 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
 ) -> None:
     """Answers that only one lambda gives: it is found on the validation rows, and the test rows are scored with it."""
     # the answers of an untrained model are no answers: whole texts are compared
-    monkeypatch.setattr("tc_ray.evaluation.run.matches", lambda text, answer: text == answer)
+    monkeypatch.setattr("tc_ray.evaluation.exact_match.matches", lambda text, answer: text == answer)
     rows = answered(fused, right_lam)
     said: list[str] = []
     config = FusionSection(lam_grid=[0.0, 0.3, 0.8], max_new_tokens=6, eval_batch_size=8)
     report = evaluate(
         fused,
-        make_tokenizer(),
+        ExactMatch(make_tokenizer(), config),
         config,
         validation=rows[:5],
         test=rows[5:],
@@ -173,7 +195,8 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
         on_progress=said.append,
     )
     assert (report.lam, report.exported_lam) == (right_lam, right_lam)
-    accuracies = {row["lam"]: row["accuracy"] for row in report.validation}
+    accuracies = {row["lam"]: row["right"] for row in report.validation}
+    assert accuracies == {row["lam"]: row["score"] for row in report.validation}
     assert accuracies[right_lam] == 1.0
     assert max(a for lam, a in accuracies.items() if lam != right_lam) < 1.0
     if right_lam:
@@ -182,6 +205,7 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
         assert report.comparison.wins > 0 and report.comparison.losses == 0
         assert report.verdict.startswith("No gain is shown: +"), "so few wins can be chance"
         assert len(report.examples) == report.comparison.wins
+        assert {example["prompt"] for example in report.examples} <= {row.prompt for row in rows[5:]}
     else:
         assert not report.helps
         assert report.comparison.wins == report.comparison.losses == 0
@@ -192,7 +216,8 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
 
 def test_validation_rows_are_needed(fused: FusedModel) -> None:
     with pytest.raises(ValueError, match=r"data\.validation"):
-        evaluate(fused, make_tokenizer(), FusionSection(), validation=[], test=held_out(), data="")
+        metric = ExactMatch(make_tokenizer(), FusionSection())
+        evaluate(fused, metric, FusionSection(), validation=[], test=held_out(), data="")
 
 
 def test_lambda_that_loses_on_test_is_not_exported(tmp_path: Path) -> None:
@@ -211,11 +236,12 @@ def test_lambda_that_loses_on_test_is_not_exported(tmp_path: Path) -> None:
 def test_rows_without_answer_are_scored_against_their_completion(tmp_path: Path) -> None:
     def write(**changes: Any) -> Path:
         row = {"sample_id": 1, "input_ids": [2, 3, 4], "target_start": 2, "completion": "x = 4", "answer": None}
+        row["prompt"] = "2 + 2"
         pq.write_table(pa.Table.from_pylist([row | changes] * 3), tmp_path / "rows.parquet")
         return tmp_path / "rows.parquet"
 
     assert [e.answer for e in read_held_out(write(answer="4"), 2)] == ["4", "4"]
     (first, *_) = read_held_out(write())
-    assert (first.answer, first.prompt_ids) == ("x = 4", [2, 3])
+    assert (first.answer, first.prompt_ids, first.prompt) == ("x = 4", [2, 3], "2 + 2")
     with pytest.raises(ValueError, match="row 0: neither `answer` nor `completion`"):
         read_held_out(write(completion=None))

@@ -1,0 +1,116 @@
+"""The items that can be answered, as a trie over their tokens; beam search is held to it by a LogitsProcessor.
+
+Invariant: a beam that leaves the trie is dead: nothing follows it but -inf, so it cannot end as an item. All beams of a
+step are looked up at once (sorted edges, binary search), whatever the number of items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor
+
+_DEAD = -1
+
+
+class Catalogue:
+    """Items by number, 0 .. len - 1, each a sequence of token ids that ends with the end token.
+
+    Nodes are numbered level by level from the root, 0. edges: one a node but the root, sorted by `key` = parent * V +
+    token, with the child it leads to; the edges of a node stand together, from first_edge[node] to first_edge[node + 1].
+
+    Args:
+        sequences: token ids of each item. vocab_size: V of the model.
+
+    Raises:
+        ValueError: no item, an empty one, two with the same ids, one that begins another, or an id outside V.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
+        if not sequences:
+            raise ValueError("a catalogue needs at least one item")
+        if not all(sequences):
+            raise ValueError("an item without tokens stands for nothing")
+        if not all(0 <= token < vocab_size for ids in sequences for token in ids):
+            raise ValueError(f"an item has a token outside the model's vocabulary of {vocab_size}")
+        lengths = np.array([len(ids) for ids in sequences])
+        self.vocab_size = vocab_size
+        self.longest = int(lengths.max())
+        padded = np.full((len(sequences), self.longest), -1, dtype=np.int64)
+        for number, ids in enumerate(sequences):
+            padded[number, : len(ids)] = ids
+        at = np.zeros(len(sequences), dtype=np.int64)  # the node each item has come to
+        keys, count = [np.empty(0, dtype=np.int64)], 1
+        for level in range(self.longest):
+            going = lengths > level
+            found, child = np.unique(at[going] * vocab_size + padded[going, level], return_inverse=True)
+            keys.append(found)
+            at[going] = count + child
+            count += len(found)
+        self._key = torch.from_numpy(np.concatenate(keys))
+        self._first_edge = torch.searchsorted(self._key // vocab_size, torch.arange(count + 1))
+        self._item = torch.full((count,), -1)
+        self._item[torch.from_numpy(at)] = torch.arange(len(sequences))
+        ends = self._first_edge[1:] == self._first_edge[:-1]
+        if len(np.unique(at)) < len(sequences) or not bool(ends[torch.from_numpy(at)].all()):
+            raise ValueError("two items of the catalogue have the same tokens, or one begins another")
+        self._size = len(sequences)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def to(self, device: torch.device | str) -> Catalogue:
+        """Move its tensors."""
+        self._key, self._first_edge, self._item = (t.to(device) for t in (self._key, self._first_edge, self._item))
+        return self
+
+    def walk(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Node int64 [R] that token ids [R, n] lead to from the root; -1 where they leave the trie.
+
+        What follows a finished item is padding and ignored.
+        """
+        node = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        for step in range(tokens.shape[1]):
+            key = node * self.vocab_size + tokens[:, step]
+            edge = torch.searchsorted(self._key, key).clamp_max(len(self._key) - 1)
+            alive = (node != _DEAD) & (self._key[edge] == key)
+            following = torch.where(alive, edge + 1, _DEAD)  # edges and nodes are in one order; the root has no edge
+            node = torch.where(self._finished(node), node, following)
+        return node
+
+    def items(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Item number int64 [R] that token ids [R, n] spell, -1 for none."""
+        node = self.walk(tokens)
+        return torch.where(node == _DEAD, -1, self._item[node.clamp_min(0)])
+
+    def allowed(self, node: torch.Tensor) -> torch.Tensor:
+        """Bool [R, V]: tokens that lead on from nodes [R]."""
+        first = self._first_edge[node.clamp_min(0)]
+        count = torch.where(node == _DEAD, 0, self._first_edge[node.clamp_min(0) + 1] - first)
+        row = torch.arange(len(node), device=node.device).repeat_interleave(count)
+        nth = torch.arange(len(row), device=node.device) - (count.cumsum(0) - count)[row]
+        mask = torch.zeros(len(node), self.vocab_size, dtype=torch.bool, device=node.device)
+        mask[row, self._key[first[row] + nth] % self.vocab_size] = True
+        return mask
+
+    def _finished(self, node: torch.Tensor) -> torch.Tensor:
+        return (node != _DEAD) & (self._item[node.clamp_min(0)] >= 0)
+
+
+class CatalogueProcessor(LogitsProcessor):
+    """Sets the scores of all tokens that no item goes on with to -inf.
+
+    Args:
+        begin: length of what stands before the first generated token (prompt, or the decoder's start token).
+    """
+
+    def __init__(self, catalogue: Catalogue, begin: int) -> None:
+        self._catalogue, self._begin = catalogue, begin
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores [R, V] after the sequences [R, begin + n]."""
+        allowed = self._catalogue.allowed(self._catalogue.walk(input_ids[:, self._begin :]))
+        kept: torch.FloatTensor = scores.masked_fill(~allowed, -torch.inf)
+        return kept

@@ -1,0 +1,108 @@
+"""The metric of recommendation: where in the ranking of all items stands the one that came next?
+
+Hit@K = 1 if it is among the first K, NDCG@K = 1 / log2(rank + 1) if it is, else 0 (one relevant item a row, so the ideal
+DCG is 1); both are means over rows. All items of the run compete, none are sampled as negatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tc_ray.config.schema import FusionSection
+from tc_ray.data.tokenize import completion_ids
+from tc_ray.evaluation.catalogue import Catalogue
+from tc_ray.evaluation.decode import rank
+from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.metric import Measure, Outcome
+from tc_ray.evaluation.statistics import bootstrap_intervals, wilson_interval
+
+SHOWN_ITEMS = 5
+RIGHT_WITHIN = 10
+"""Wins and losses are counted by Hit@10, lambda is chosen by NDCG@10."""
+
+
+def hit_at(k: int, place: int | None) -> float:
+    """1 if the item's place in the ranking (from 1; None: not ranked) is at most k, else 0."""
+    return float(place is not None and place <= k)
+
+
+def ndcg_at(k: int, place: int | None) -> float:
+    """1 / log2(place + 1) if the item's place in the ranking (from 1; None: not ranked) is at most k, else 0."""
+    return 1.0 / math.log2(place + 1) if place is not None and place <= k else 0.0
+
+
+class Ranking:
+    """Ranks the items of a run by beam search.
+
+    Args:
+        labels: item id -> label, the completion that stands for the item. vocab_size: V of the model.
+
+    Raises:
+        ValueError: two items with the same tokens.
+    """
+
+    right_name = f"Hit@{RIGHT_WITHIN}"
+    score_name = f"NDCG@{RIGHT_WITHIN}"
+
+    def __init__(self, tokenizer: Any, config: FusionSection, labels: Mapping[str, str], vocab_size: int) -> None:
+        self._tokenizer, self._config = tokenizer, config
+        self._labels = sorted(labels.values())
+        self._number = {label: number for number, label in enumerate(self._labels)}
+        self._catalogue = Catalogue([completion_ids(label, tokenizer) for label in self._labels], vocab_size)
+
+    def outcome(self, fused: Any, examples: Sequence[HeldOut], lam: float) -> Outcome:
+        """Rankings and all measures of the configured cutoffs.
+
+        With `history: excluded`, items of a row's own prompt leave the ranking and the others move up; the search is wider
+        by the longest history, so that as many are left.
+        """
+        histories = [self._history(e) for e in examples]
+        cutoffs = self._config.ranking.cutoffs
+        ranked = rank(
+            fused,
+            self._tokenizer,
+            examples,
+            self._catalogue.to(fused.device),
+            beams=max(cutoffs) + max(map(len, histories), default=0),
+            batch_size=self._config.eval_batch_size,
+            lam=lam,
+        )
+        ranked = [[item for item in items if item not in out] for items, out in zip(ranked, histories, strict=True)]
+        places = [_place(items, self._number[e.answer]) for items, e in zip(ranked, examples, strict=True)]
+        columns = {f"Hit@{k}": [hit_at(k, place) for place in places] for k in cutoffs}
+        columns |= {f"NDCG@{k}": [ndcg_at(k, place) for place in places] for k in cutoffs}
+        return Outcome(
+            right=[bool(value) for value in columns[self.right_name]],
+            score=columns[self.score_name],
+            said=[" ".join(self._labels[item] for item in items[:SHOWN_ITEMS]) for items in ranked],
+            columns=columns,
+        )
+
+    def measures(self, pilot: Outcome, fused: Outcome) -> list[Measure]:
+        """Every measure: Wilson intervals for hits, else and for all differences the paired bootstrap."""
+        names = list(pilot.columns)
+        one, other = (np.array([outcome.columns[name] for name in names]).T for outcome in (pilot, fused))
+        intervals = bootstrap_intervals(np.concatenate([one, other, other - one], 1))
+        found = []
+        for i, name in enumerate(names):
+            of_pilot, of_fused, of_difference = intervals[i :: len(names)]
+            if name.startswith("Hit"):
+                of_pilot, of_fused = (wilson_interval(int(values[:, i].sum()), len(values)) for values in (one, other))
+            means = float(one[:, i].mean()), float(other[:, i].mean())
+            found.append(Measure(name, means[0], of_pilot, means[1], of_fused, means[1] - means[0], of_difference))
+        return found
+
+    def _history(self, example: HeldOut) -> set[int]:
+        """Items that must not be ranked for this row."""
+        if self._config.ranking.history == "allowed":
+            return set()
+        return {self._number[label] for label in example.prompt.split()}
+
+
+def _place(items: Sequence[int], wanted: int) -> int | None:
+    """Place of an item in a ranking, from 1."""
+    return items.index(wanted) + 1 if wanted in items else None
