@@ -7,27 +7,29 @@ Invariant: lam = 0 returns the Pilot's logits untouched. Used by evaluation and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from tc_ray.models.copilot import Copilot
+from tc_ray.models.copilot import Copilot, CopilotConfig
 from tc_ray.models.families import family_of
 from tc_ray.models.fusion.cache import CopilotCache, FusedCache, FusedEncoderDecoderCache
 from tc_ray.models.fusion.distribution import SPACES, fuse
 from tc_ray.models.fusion.feedback import FEEDBACKS
 from tc_ray.models.fusion.folder import read_settings, write_settings
-from tc_ray.models.taps import LayerTap, tap_definition
+from tc_ray.models.fusion.generation import ExplainedGeneration
+from tc_ray.models.taps import POOLINGS, LayerTap, tap_definition
 
 
 class FusionError(ValueError):
     """Pilot and Copilot do not fit each other; the message says in what."""
 
 
-class FusedModel(PreTrainedModel, GenerationMixin):
+class FusedModel(PreTrainedModel, ExplainedGeneration):
     """Pilot + Copilot as one language model; make one with `join` or `from_pretrained`.
 
     Args:
@@ -49,7 +51,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"fusion space {space!r} is not one of {SPACES}")
         if feedback not in FEEDBACKS:
             raise ValueError(f"feedback {feedback!r} is not one of {tuple(FEEDBACKS)}")
-        check_fit(pilot, copilot)
+        check_fit(pilot.config, copilot.config)
         super().__init__(pilot.config)
         self.pilot = pilot
         self.copilot = copilot
@@ -91,6 +93,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
         if generation_config.use_cache is False:
             raise ValueError("the fused model decodes with its cache: use_cache must stay true")
+        if generation_config.prefill_chunk_size:
+            raise ValueError("the Copilot begins at the end of the whole prompt: prefill_chunk_size must stay unset")
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
 
@@ -121,7 +125,19 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         states: torch.Tensor,
         attended: torch.Tensor,
     ) -> torch.Tensor:
-        """Logits of p~, one Copilot row after the other: each reads what the row before it left.
+        """Logits of p~ [B, n, V]. Arguments: those of `corrections`, and lam fp32 [B]."""
+        rows = self.corrections(logits, cache, tokens, states, attended)
+        return torch.stack([fuse(logits[:, i], f, weights, self.space) for i, f in enumerate(rows)], 1)
+
+    def corrections(
+        self,
+        logits: torch.Tensor,
+        cache: CopilotCache,
+        tokens: torch.Tensor,
+        states: torch.Tensor,
+        attended: torch.Tensor,
+    ) -> Iterator[torch.Tensor]:
+        """f [B, V] of n positions, one Copilot row after the other: each reads what the row before it left.
 
         Args:
             logits: [B, n, V] of the Pilot for the last n positions of this call.
@@ -137,7 +153,6 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         begun = cache.rows > 0
         # the memory is what training saw: every position's state, or from the one that predicts row 0 on
         taken = 0 if begun or copilot.config.positions == "all" else shift
-        fused = []
         for number in range(count):
             at = shift + number
             if cache.rows == 0:
@@ -156,9 +171,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             )[:, 0]
             taken = at + 1
             cache.feed(feedback.keep(state, logits[:, number]))
-            f = copilot.expand(copilot.predict(state), logits.shape[-1])
-            fused.append(fuse(logits[:, number], f, weights, self.space))
-        return torch.stack(fused, 1)
+            yield copilot.expand(copilot.predict(state), logits.shape[-1])
 
     def _with_question(self, cache: CopilotCache, memory: torch.Tensor) -> torch.Tensor:
         """Before the first row, the question joins the memory."""
@@ -197,23 +210,23 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         return fused.to(device)
 
 
-def check_fit(pilot: Any, copilot: Copilot) -> None:
-    """Raise FusionError where the Pilot does not give what the Copilot was trained on.
+def check_fit(pilot_config: Any, copilot_config: CopilotConfig) -> None:
+    """Raise FusionError where a Pilot of this config does not give what the Copilot was trained on.
 
     Vocabularies may differ in their padding: token ids are aligned. That both use one tokenizer is checked where the
     tokenizers are at hand (`tc-ray fuse`).
     """
-    config = copilot.config
-    family = family_of(pilot)
-    if config.tap != tap_definition(config.pooling):
+    tap, pooling = copilot_config.tap, copilot_config.pooling
+    if pooling not in POOLINGS:
+        raise FusionError(f"the Copilot was trained on states pooled by {pooling!r}: not one of {', '.join(POOLINGS)}")
+    if tap != tap_definition(pooling):
+        raise FusionError(f"the Copilot was trained on other hidden states: {tap!r}, not {tap_definition(pooling)!r}")
+    kinds = ("decoder-only", "encoder-decoder")
+    own, pilot = (family_of(config).encoder_decoder for config in (copilot_config.decoder_config(), pilot_config))
+    if own != pilot:
+        raise FusionError(f"the Copilot is {kinds[own]}, the Pilot {kinds[pilot]}")
+    if pilot_config.hidden_size != copilot_config.pilot_hidden_size:
         raise FusionError(
-            f"the Copilot was trained on other hidden states: {config.tap!r}, not {tap_definition(config.pooling)!r}"
-        )
-    if copilot.encoder_decoder != family.encoder_decoder:
-        kinds = ("decoder-only", "encoder-decoder")
-        raise FusionError(f"the Copilot is {kinds[copilot.encoder_decoder]}, the Pilot {kinds[family.encoder_decoder]}")
-    width = pilot.get_input_embeddings().weight.shape[1]
-    if width != config.pilot_hidden_size:
-        raise FusionError(
-            f"the Copilot was made for a Pilot of width {config.pilot_hidden_size}; this Pilot has {width}"
+            f"the Copilot was made for a Pilot of width {copilot_config.pilot_hidden_size}; "
+            f"this Pilot has {pilot_config.hidden_size}"
         )

@@ -1,0 +1,195 @@
+"""Explanations of decoded tokens: what the Pilot wanted to say, what the Copilot corrected, what was said (equation 8).
+
+Of each generated token the likeliest tokens of Pilot and fused model, with p^, p~, the correction f and p~ - p^ of each. They
+are of the distributions themselves, before temperature, top-p or a penalty of the sampling. Made by
+`FusedModel.generate(explain=...)`; `to_dict` is what the server hands out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tc_ray.models.fusion.lens import LogitLens
+from tc_ray.models.fusion.score import Completions, log_probs_of, teacher_forced_rows
+
+if TYPE_CHECKING:
+    from tc_ray.models.fusion.model import FusedModel
+
+
+@dataclass(frozen=True)
+class Explain:
+    """What an explanation holds.
+
+    Args:
+        top_k: likeliest tokens of Pilot and fused model each. logit_lens: what every layer of the Pilot would say.
+    """
+
+    top_k: int = 5
+    logit_lens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k of an explanation must be at least 1, not {self.top_k}")
+
+    @staticmethod
+    def of(asked: bool | Explain | None) -> Explain | None:
+        """From the argument `explain` of `generate`."""
+        if isinstance(asked, Explain):
+            return asked
+        return Explain() if asked else None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """k tokens at each of n places of B completions: int64 ids and fp32 p^, p~ and f, [B, n, k] each."""
+
+    ids: torch.Tensor
+    pilot: torch.Tensor
+    fused: torch.Tensor
+    correction: torch.Tensor
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """p~ - p^ [B, n, k]: what the correction came to after weighting, clamping and renormalising."""
+        return self.fused - self.pilot
+
+    @staticmethod
+    def of(ids: torch.Tensor, p: torch.Tensor, fused: torch.Tensor, f: torch.Tensor) -> Candidates:
+        """Picked from [B, n, V]."""
+        return Candidates(ids, *(dense.gather(2, ids) for dense in (p, fused, f)))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Explanation of B completions padded to n tokens; entries where `mask` is False mean nothing.
+
+    tokens: int64 [B, n]. mask: bool [B, n]. pilot_logprobs, fused_logprobs: fp32 [B, n], 0 beyond the end.
+    chosen: the generated token (k = 1). pilot_top, fused_top: likeliest tokens, best first.
+    lam: fp32 [B]. space, feedback: those of the model. logit_lens: None unless asked for. All on the CPU.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    pilot_logprobs: torch.Tensor
+    fused_logprobs: torch.Tensor
+    chosen: Candidates
+    pilot_top: Candidates
+    fused_top: Candidates
+    lam: torch.Tensor
+    space: str
+    feedback: str
+    logit_lens: LogitLens | None = None
+
+    def to_dict(self, tokenizer: Any) -> dict[str, Any]:
+        """Plain lists and numbers that `json.dumps(..., allow_nan=False)` takes; log 0 is None.
+
+        {"space", "feedback", "sequences": [{"lam", "tokens": [{"id", "text", "pilot_logprob", "fused_logprob", "pilot",
+        "fused", "correction", "shift", "pilot_top": [{"id", "text", "pilot", "fused", "correction", "shift"}],
+        "fused_top": [...], "logit_lens": [{"layer", "id", "text", "probability", "chosen_probability", "chosen_rank"}]}]}]}
+        with "logit_lens", lowest layer first, only if asked for.
+        """
+        texts = _Texts(tokenizer)
+        sequences = []
+        for b, lam in enumerate(self.lam.tolist()):
+            places = self.mask[b].nonzero()[:, 0].tolist()
+            sequences.append({"lam": lam, "tokens": [self._token(b, i, texts) for i in places]})
+        return {"space": self.space, "feedback": self.feedback, "sequences": sequences}
+
+    def _token(self, b: int, i: int, texts: _Texts) -> dict[str, Any]:
+        [token] = _candidates(self.chosen, b, i, texts)
+        token |= {
+            "pilot_logprob": _finite(float(self.pilot_logprobs[b, i])),
+            "fused_logprob": _finite(float(self.fused_logprobs[b, i])),
+            "pilot_top": _candidates(self.pilot_top, b, i, texts),
+            "fused_top": _candidates(self.fused_top, b, i, texts),
+        }
+        if self.logit_lens is not None:
+            lens = self.logit_lens
+            names = ("id", "probability", "chosen_probability", "chosen_rank")
+            columns = [
+                t[b, i].tolist() for t in (lens.ids, lens.probabilities, lens.chosen_probability, lens.chosen_rank)
+            ]
+            token["logit_lens"] = [
+                {"layer": layer, "text": texts[values[0]], **dict(zip(names, values, strict=True))}
+                for layer, values in enumerate(zip(*columns, strict=True), start=1)
+            ]
+        return token
+
+
+class _Texts(dict[int, str]):
+    """Text of token ids, made once each."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        self[token] = token_text(self._tokenizer, token)
+        return self[token]
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """Text of one token with its leading blank; bytes that are no whole character become U+FFFD, padding ids ''."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:  # the model's vocabulary is padded beyond the tokenizer's
+        return ""
+    text: str = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # SentencePiece drops the blank of what it takes for the first word
+    return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
+
+
+def _candidates(given: Candidates, b: int, i: int, texts: _Texts) -> list[dict[str, Any]]:
+    columns = [t[b, i].tolist() for t in (given.ids, given.pilot, given.fused, given.correction, given.shift)]
+    names = ("id", "pilot", "fused", "correction", "shift")
+    return [
+        {"text": texts[values[0]], **dict(zip(names, values, strict=True))} for values in zip(*columns, strict=True)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def explain_completions(model: FusedModel, given: Completions, asked: Explain) -> Explanation:
+    """Explanation of given completions; the Copilot runs also where lam is 0, so that f is told there too."""
+    parts: list[dict[str, Any]] = []
+    for rows in teacher_forced_rows(model, given, corrections=True, layers=asked.logit_lens):
+        tokens = given.tokens[:, rows.span]
+        assert rows.f is not None
+        dense = rows.pilot.softmax(2), rows.fused.softmax(2), rows.f
+        k = min(asked.top_k, rows.pilot.shape[2])
+        parts.append(
+            {
+                "pilot_logprobs": log_probs_of(rows.pilot, tokens),
+                "fused_logprobs": log_probs_of(rows.fused, tokens),
+                "chosen": Candidates.of(tokens[:, :, None], *dense),
+                "pilot_top": Candidates.of(rows.pilot.topk(k, 2).indices, *dense),
+                "fused_top": Candidates.of(rows.fused.topk(k, 2).indices, *dense),
+            }
+            | ({"logit_lens": LogitLens.of(model, rows.layers, tokens)} if asked.logit_lens else {})
+        )
+    if not parts:
+        raise ValueError("there is nothing to explain: no token was generated")
+    joined = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    mask = given.mask.cpu()
+    for name in ("pilot_logprobs", "fused_logprobs"):
+        joined[name] = joined[name].masked_fill(~mask, 0)
+    return Explanation(
+        tokens=given.tokens.cpu(),
+        mask=mask,
+        lam=given.lam.cpu(),
+        space=model.space,
+        feedback=model.feedback,
+        **joined,
+    )
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Tensors, or dataclasses of tensors, joined over places, on the CPU."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat([part.cpu() for part in parts], 1)
+    return type(parts[0])(*(_joined([getattr(part, f.name) for part in parts]) for f in fields(parts[0])))

@@ -1,0 +1,196 @@
+"""`generate` with explanations and log-probabilities, and `score`: what the fused model adds to GenerationMixin.
+
+The library's decoding runs unchanged; the finished sequences are then recomputed in one teacher-forced pass, which sees
+what decoding saw (to rounding). So beams, several return sequences and all samplers are explained alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, StoppingCriteriaList
+
+from tc_ray.models.fusion.explain import Explain, explain_completions
+from tc_ray.models.fusion.score import Completions, Scores, completions_of, score_completions
+
+if TYPE_CHECKING:
+    from tc_ray.models.fusion.model import FusedModel
+
+
+class ExplainedGeneration(GenerationMixin):
+    """GenerationMixin of the fused model."""
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        *arguments: Any,
+        explain: bool | Explain | None = None,
+        logprobs: bool = False,
+        **given: Any,
+    ) -> Any:
+        """transformers' `generate`, with `lam` (one number or [B]) and two more arguments.
+
+        Args:
+            explain: True or `Explain(top_k=, logit_lens=)`: the output is transformers' own generate output, as with
+                `return_dict_in_generate`, and holds an `Explanation` of all returned sequences as `.explanation`.
+            logprobs: that output holds `.pilot_logprobs` and `.fused_logprobs`, fp32 [R, n] of R returned sequences (0
+                beyond a sequence's end), and `.completion_mask`, bool [R, n], the tokens up to the end.
+
+        Both are of the distributions p^ and p~ themselves, before temperature, top-k, penalties and the like, and are
+        recomputed over the finished sequences in one pass of the Pilot (`score`): equal to what decoding saw, to rounding.
+        """
+        asked = Explain.of(explain)
+        ends = Ends(stopping_criteria or ())
+        front = inputs, generation_config, logits_processor
+        if asked is None and not logprobs:
+            return super().generate(*front, stopping_criteria, *arguments, **given)
+        model = cast("FusedModel", self)
+        with first_call(model) as call:
+            out = super().generate(*front, ends, *arguments, **given | {"return_dict_in_generate": True})
+        completions = _generated(model, out, call, ends)
+        if asked is not None:
+            out["explanation"] = explanation = explain_completions(model, completions, asked)
+        if logprobs:
+            scores = explanation if asked is not None else score_completions(model, completions)
+            device = out.sequences.device
+            out["pilot_logprobs"], out["fused_logprobs"] = (
+                found.to(device) for found in (scores.pilot_logprobs, scores.fused_logprobs)
+            )
+            out["completion_mask"] = scores.mask.to(device)
+        return out
+
+    @torch.no_grad()
+    def score(
+        self,
+        sequences: torch.Tensor,
+        *,
+        prompt_length: int | None = None,
+        target_start: torch.Tensor | None = None,
+        source: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        source_mask: torch.Tensor | None = None,
+        lam: float | torch.Tensor | None = None,
+    ) -> Scores:
+        """log p^ and log p~ (equation 8) of given tokens, as decoding would have seen them: fp32 [B, n].
+
+        The Copilot reads its own (or realised) errors, not the true ones. A few positions' logits stand in memory at a time.
+
+        Args:
+            sequences: int64 [B, S], prompt and completion; for an encoder-decoder the start token and the target, as
+                `generate` returns them.
+            prompt_length: columns before the completions, prompts padded on the left. 1 for an encoder-decoder.
+            target_start: int64 [B] instead, where sequences are padded on the right: first token of each completion.
+            source: int64 [B, Q], what an encoder-decoder's encoder reads, and source_mask [B, Q].
+            attention_mask: [B, S] of `sequences`, which then says where completions end, or [B, prompt_length]. Without the
+                former a completion ends after its first end token (`generation_config.eos_token_id`).
+            lam: one number or [B]; None takes `default_lam`.
+
+        Raises:
+            ValueError: arguments that contradict each other or the architecture.
+        """
+        model = cast("FusedModel", self)
+        return score_completions(
+            model,
+            completions_of(
+                model,
+                sequences,
+                prompt_length=prompt_length,
+                target_start=target_start,
+                source=source,
+                attention_mask=attention_mask,
+                source_mask=source_mask,
+                lam=lam,
+            ),
+        )
+
+    def prepare_inputs_for_generation(self, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
+        """The library hands the tokenizer of `stop_strings` on to the model, which has no use for it."""
+        kwargs.pop("tokenizer", None)
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*arguments, **kwargs)
+        return prepared
+
+    def _get_candidate_generator(self, *arguments: Any, **given: Any) -> Any:
+        """A drafting model takes no lambda, unless it is a fused model too."""
+        if not isinstance(given.get("assistant_model"), ExplainedGeneration):
+            given["model_kwargs"] = {name: value for name, value in given["model_kwargs"].items() if name != "lam"}
+        return super()._get_candidate_generator(*arguments, **given)
+
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any, *arguments: Any, **given: Any
+    ) -> StoppingCriteriaList:
+        """All criteria of a generation, seen by `Ends` where one was given."""
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, *arguments, **given)
+        return stopping_criteria.watching(criteria) if isinstance(stopping_criteria, Ends) else criteria
+
+
+class Ends(StoppingCriteriaList):
+    """Criteria that note where each sequence ends: tokens cannot tell where the padding token is one that can be said."""
+
+    lengths: torch.Tensor | None = None
+    """int64 [R], prompt included, of the sequences ended so far, 0 for the others."""
+
+    def watching(self, criteria: StoppingCriteriaList) -> Ends:
+        """Itself, with these criteria in place of its own."""
+        self[:] = criteria
+        return self
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **given: Any) -> torch.Tensor:
+        """Bool [R], the sequences that end with their last token."""
+        done: torch.Tensor = super().__call__(input_ids, scores, **given)
+        if self.lengths is None or len(self.lengths) != len(done):
+            self.lengths = torch.zeros(len(done), dtype=torch.int64, device=done.device)
+        self.lengths[done & (self.lengths == 0)] = input_ids.shape[1]
+        return done
+
+
+@contextmanager
+def first_call(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Filled with the arguments of the first forward call: what the library made of prompts, masks and lam."""
+    call: dict[str, Any] = {}
+
+    def note(_module: nn.Module, _arguments: Any, given: dict[str, Any]) -> None:
+        if not call:
+            call.update(given)
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield call
+    finally:
+        handle.remove()
+
+
+def _generated(model: FusedModel, out: Any, call: dict[str, Any], ends: Ends) -> Completions:
+    """The completions of R returned sequences, of a decoding that ran R' at a time."""
+    seq2seq = model._family.encoder_decoder
+    first = call["decoder_input_ids" if seq2seq else "input_ids"]
+    # the first call's kept logits predict the first tokens of the completions (more than one in assisted decoding)
+    start = first.shape[1] - (call.get("logits_to_keep") or 1) + 1
+    sequences, beams = out.sequences.to(first.device), out.get("beam_indices")
+    if beams is None:
+        of = torch.arange(len(sequences), device=first.device)
+        ended = torch.zeros_like(of) if ends.lengths is None else ends.lengths.to(first.device)
+        lengths = torch.where(ended > 0, ended, sequences.shape[1]) - start
+    else:
+        of = beams[:, 0].clamp_min(0).to(first.device)  # the beam where a sequence began has its prompt
+        lengths = (beams >= 0).sum(1).to(first.device)
+    lam = model._weights(call.get("lam"), len(first), first.device)[of]
+    mask = call.get("decoder_attention_mask" if seq2seq else "attention_mask")
+    attended = torch.ones_like(sequences, dtype=torch.bool)
+    if mask is not None:
+        attended[:, :start] = mask[of, :start].bool()
+    if not seq2seq:
+        return Completions(sequences, attended, start, lengths, lam)
+    question = call["encoder_outputs"][0][of]
+    real, source_mask = (
+        torch.ones(question.shape[:2], dtype=torch.bool, device=first.device),
+        call.get("attention_mask"),
+    )
+    real = real if source_mask is None else source_mask[of].bool()
+    return Completions(sequences, attended, start, lengths, lam, question, real)

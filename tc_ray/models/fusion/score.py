@@ -1,0 +1,248 @@
+"""Given completions scored by Pilot and fused model, row by row as decoding would have seen them (equation 8).
+
+The Pilot makes one pass over the whole sequences; its head, the Copilot's rows and the fusion run on a few positions at
+a time, so that nothing of size completion x V stands in memory. The Copilot reads its own (or realised) errors, never the
+true ones. Used by `FusedModel.score` and, for its explanations, by `FusedModel.generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from tc_ray.models.fusion.cache import CopilotCache
+from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.fusion.lens import layer_states
+
+if TYPE_CHECKING:
+    from tc_ray.models.fusion.model import FusedModel
+
+CHUNK_ELEMENTS = 2**22
+"""Logits held at a time, over the whole batch (16 MiB in fp32, a few tensors of that size)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of B completions padded to n tokens.
+
+    tokens: int64 [B, n]. mask: bool [B, n], False beyond a completion's end. pilot_logprobs, fused_logprobs: fp32 [B, n]:
+    log p^ and log p~ of each token, -inf where the correction took away all of p~, and 0 beyond the end.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    pilot_logprobs: torch.Tensor
+    fused_logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Prompts and completions, all completions beginning at one column.
+
+    ids: int64 [B, S], what the decoder reads and, last, what it is not given any more. attended: bool [B, S], False in the
+    padding on the left of a prompt. start: first column of the completions. lengths: int64 [B], tokens of each completion.
+    lam: fp32 [B]. question: fp32 [B, Q, d_P], the encoder's output, and question_mask: bool [B, Q], its real positions
+    (None: decoder-only).
+    """
+
+    ids: torch.Tensor
+    attended: torch.Tensor
+    start: int
+    lengths: torch.Tensor
+    lam: torch.Tensor
+    question: torch.Tensor | None = None
+    question_mask: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 [B, n]."""
+        return self.ids[:, self.start :]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Bool [B, n]."""
+        return torch.arange(self.tokens.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    @staticmethod
+    def aligned(
+        ids: torch.Tensor, attended: torch.Tensor, target_start: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Sequences padded on the right, with prompts of unlike lengths, moved so that all completions begin together.
+
+        Args:
+            ids: int64 [B, S]. attended: bool [B, S]. target_start: int64 [B], first token of each completion.
+
+        Returns ids and mask [B, S'] and the column where completions begin.
+        """
+        start = int(target_start.max())
+        shift = start - target_start
+        width = int((shift + attended.sum(1)).max())
+        source = torch.arange(width, device=ids.device) - shift[:, None]
+        real = (source >= 0) & (source < attended.sum(1)[:, None])
+        return ids.gather(1, source.clamp(0, ids.shape[1] - 1)) * real, real, start
+
+
+class Rows(NamedTuple):
+    """Some neighbouring tokens of completions.
+
+    span: their places in the completions. pilot, fused: fp32 [B, c, V] logits. f: fp32 [B, c, V], None where the Copilot did
+    not run. layers: [B, c, d] after each decoder layer of the Pilot, before the final norm; empty if not asked for.
+    """
+
+    span: slice
+    pilot: torch.Tensor
+    fused: torch.Tensor
+    f: torch.Tensor | None
+    layers: Sequence[torch.Tensor]
+
+
+@torch.no_grad()
+def teacher_forced_rows(
+    model: FusedModel, given: Completions, *, corrections: bool = False, layers: bool = False
+) -> Iterator[Rows]:
+    """What decoding saw at each token of the completions, in order.
+
+    Args:
+        corrections: run the Copilot also where every lam is 0. layers: give the Pilot's layers too.
+    """
+    if given.ids.shape[1] <= given.start:
+        return
+    family, copilot = model._family, model.copilot
+    # every position of an encoder-decoder's decoder makes a row, those of a forced prefix too
+    first = given.start - 1 if given.question is None else 0
+    listened = family.layers(model.pilot) if layers else []
+    with model._tap.recording(), layer_states(listened, first) as by_layer:
+        final = _final_states(model, given)
+    states = model._tap.take()
+    runs = corrections or bool((given.lam != 0).any())
+    cache = CopilotCache()
+    if runs and given.question is None:
+        cache.ask(copilot.question_memory(given.ids[:, : given.start]), given.attended[:, : given.start])
+    elif runs:
+        assert given.question is not None and given.question_mask is not None
+        cache.ask(copilot.question_state_memory(given.question), given.question_mask)
+    size = max(1, CHUNK_ELEMENTS // (len(given.ids) * model.vocab_size))
+    for at in range(first, final.shape[1], size):
+        end = min(at + size, final.shape[1])
+        pilot = family.logits(model.pilot, final[:, at:end]).float()
+        f, fused = None, pilot
+        if runs:
+            since = at if cache.rows else 0  # positions before the first row belong to its memory
+            new = slice(since, end)
+            f = torch.stack(
+                list(model.corrections(pilot, cache, given.ids[:, new], states[:, new], given.attended[:, new])), 1
+            ).float()
+            fused = fuse(pilot, f, given.lam, model.space)
+        skipped = max(0, given.start - 1 - at)
+        if skipped < end - at:
+            place = max(at, given.start - 1) - (given.start - 1)
+            yield Rows(
+                slice(place, end - (given.start - 1)),
+                pilot[:, skipped:],
+                fused[:, skipped:],
+                None if f is None else f[:, skipped:],
+                [layer[:, at - first + skipped : end - first] for layer in by_layer],
+            )
+
+
+def _final_states(model: FusedModel, given: Completions) -> torch.Tensor:
+    """States [B, S - 1, d] of every position but the last, after the final norm."""
+    inputs = given.ids[:, :-1]
+    attended = given.attended[:, :-1]
+    arguments: dict[str, Any] = {"input_ids": inputs, "use_cache": False}
+    if not attended.all():
+        arguments["attention_mask"] = attended.long()
+    if given.question is None:
+        arguments["position_ids"] = (attended.long().cumsum(1) - 1).clamp_min(0)
+    else:
+        arguments |= {"encoder_hidden_states": given.question, "encoder_attention_mask": given.question_mask}
+    final: torch.Tensor = model._family.decoder(model.pilot)(**arguments).last_hidden_state
+    return final
+
+
+def log_probs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[token]: fp32 [B, c, V], int64 [B, c] -> fp32 [B, c]."""
+    return logits.gather(2, tokens[:, :, None])[:, :, 0] - logits.logsumexp(2)
+
+
+def score_completions(model: FusedModel, given: Completions) -> Scores:
+    """log p^ and log p~ of the completions' tokens."""
+    pilot = torch.zeros(given.tokens.shape, device=given.ids.device)
+    fused = torch.zeros_like(pilot)
+    for rows in teacher_forced_rows(model, given):
+        tokens = given.tokens[:, rows.span]
+        pilot[:, rows.span] = log_probs_of(rows.pilot, tokens)
+        fused[:, rows.span] = log_probs_of(rows.fused, tokens)
+    beyond = ~given.mask
+    return Scores(given.tokens, given.mask, pilot.masked_fill_(beyond, 0), fused.masked_fill_(beyond, 0))
+
+
+def completions_of(
+    model: FusedModel,
+    sequences: torch.Tensor,
+    *,
+    prompt_length: int | None,
+    target_start: torch.Tensor | None,
+    source: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    source_mask: torch.Tensor | None,
+    lam: float | torch.Tensor | None,
+) -> Completions:
+    """The arguments of `FusedModel.score`, checked and brought into one form.
+
+    Raises:
+        ValueError: arguments that contradict each other or the architecture.
+    """
+    device = model.get_input_embeddings().weight.device
+    sequences = sequences.to(device)
+    if prompt_length is not None and target_start is not None:
+        raise ValueError("give prompt_length (prompts padded on the left) or target_start (on the right), not both")
+    if (source is not None) != model._family.encoder_decoder:
+        raise ValueError(
+            "an encoder-decoder needs `source`, the ids its encoder reads"
+            if source is None
+            else "a decoder-only model has no source: the prompt stands in `sequences`"
+        )
+    question = None
+    if source is not None:
+        if target_start is not None:
+            raise ValueError(
+                "an encoder-decoder's completions begin together: give prompt_length (1: after the start token)"
+            )
+        prompt_length = prompt_length or 1
+        source = source.to(device)
+        source_mask = torch.ones_like(source) if source_mask is None else source_mask.to(device)
+        question = model.pilot.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
+        source_mask = source_mask.bool()
+    if prompt_length is None and target_start is None:
+        raise ValueError("where do the completions begin? give prompt_length or target_start")
+    attended = torch.ones_like(sequences, dtype=torch.bool)
+    if attention_mask is not None:
+        attended[:, : attention_mask.shape[1]] = attention_mask.to(device).bool()
+    if target_start is not None:
+        sequences, attended, start = Completions.aligned(sequences, attended, target_start.to(device))
+    else:
+        assert prompt_length is not None
+        start = prompt_length
+    if start < 1:
+        raise ValueError("a completion needs at least one token before it")
+    if attention_mask is not None and (target_start is not None or attention_mask.shape[1] > start):
+        lengths = attended[:, start:].sum(1)
+    else:
+        lengths = _up_to_the_end(sequences[:, start:], model.generation_config.eos_token_id)
+    # what stands after an end is read by no token before it: no need to mask it
+    attended[:, start:] = True
+    weights = model._weights(lam, len(sequences), device)
+    return Completions(sequences, attended, start, lengths, weights, question, source_mask)
+
+
+def _up_to_the_end(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> torch.Tensor:
+    """Tokens [B] of each completion up to and with its first end token."""
+    if ends is None:
+        return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    is_end = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device))
+    before = (is_end.long().cumsum(1) - is_end.long()) == 0
+    return before.sum(1)
