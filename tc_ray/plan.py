@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.estimate import DataEstimate, estimate, is_embedded
 from tc_ray.session import cpus_needed
-from tc_ray.sizes import ModelSizes, first_line, model_configs, model_path, model_sizes
+from tc_ray.sizes import ModelConfig, ModelSizes, find_models, first_line, model_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,10 +63,11 @@ class Plan:
         method = f"LoRA rank {pilot.lora.rank}" if pilot.method == "lora" else "all weights"
         sizes = self.sizes
         trained = _count(sizes.pilot_trainable if sizes else None)
+        begin = ", random weights" if config.model.random_weights else ""
         return [
             ("run", f"{config.run.name} in {config.run.path}"),
             ("ray", f"{where}; the run asks for {cpus_needed(config):g} CPUs{self._gpus()}"),
-            ("pilot", f"{config.model.pilot}: {_count(sizes.pilot if sizes else None)} parameters"),
+            ("pilot", f"{config.model.pilot}: {_count(sizes.pilot if sizes else None)} parameters{begin}"),
             ("", f"{method}, {trained} trained; ZeRO stage {pilot.zero_stage}, {pilot.dtype}"),
             ("", _workers(resources.pilot_workers, resources.pilot_cpus, resources.pilot_threads, resources.gpus)),
         ]
@@ -81,18 +81,30 @@ class Plan:
         config, copilot, resources = self.config, self.config.copilot, self.config.resources
         if not config.log.enabled:
             return [("copilot", "none: log.enabled is false")]
-        layers = f"layers {', '.join(map(str, copilot.layers))}" if copilot.layers else f"one layer in {copilot.every}"
+        every = "every layer" if copilot.every == 1 else f"one layer in {copilot.every}"
+        layers = f"layers {', '.join(map(str, copilot.layers))}" if copilot.layers else every
         method = f"LoRA rank {copilot.lora.rank}" if copilot.method == "lora" else "full training"
         base, sizes = config.model.copilot or config.model.pilot, self.sizes
         trained = _count(sizes.copilot_trainable if sizes else None)
+        form = f" ({copilot.loss_form} form)" if copilot.loss == "rmse" else ""
         return [
             ("copilot", f"{layers} of {base}: {_count(sizes.copilot if sizes else None)} parameters"),
-            ("", f"{method}, {trained} trained; {copilot.schedule}, {copilot.dtype}"),
+            ("", self._copilot_shape()),
+            ("", f"{method}, {trained} trained; loss {copilot.loss}{form}; {copilot.schedule}, {copilot.dtype}"),
             (
                 "",
                 _workers(resources.copilot_workers, resources.copilot_cpus, resources.copilot_threads, resources.gpus),
             ),
         ]
+
+    def _copilot_shape(self) -> str:
+        pattern, sizes = f"attends to the Pilot by pattern {self.config.copilot.pattern}", self.sizes
+        if sizes is None or sizes.copilot_hidden_size is None:
+            return f"layers and width unknown; {pattern}"
+        if sizes.encoder_decoder:  # its layers have both kinds of attention
+            pattern = "each attends to earlier rows and to the Pilot"
+        width = f"{sizes.copilot_hidden_size} (Pilot {sizes.hidden_size})"
+        return f"{sizes.copilot_layers} layers, width {width}; {pattern}"
 
     def _work_lines(self) -> list[tuple[str, str]]:
         config, pilot, copilot, data = self.config, self.config.pilot, self.config.copilot, self.data
@@ -119,32 +131,38 @@ class Plan:
             return []
         compressed = " before compression" if self.config.log.compression != "none" else ""
         told = f"{_bytes(self.log_bytes_per_round)} a round, {_bytes(self.log_bytes)} for the run{compressed}"
-        return [("log", f"{told}; free disk {_bytes(self.free_bytes)}")]
+        log = self.config.log
+        states = f"{log.pooling} over the Pilot's layers at {log.positions} positions"
+        if self.sizes is not None and self.sizes.encoder_decoder:
+            states += ", and the encoder's output"
+        return [
+            ("log", f"{told}; free disk {_bytes(self.free_bytes)}"),
+            ("", f"states: {states}; the {log.top_k} largest errors a token"),
+        ]
 
 
 def make_plan(config: RunConfig) -> Plan:
     """Plan of a run.
 
     Raises:
-        ModelSourceError: a model folder is not there. ValueError: layers that the model does not have.
+        ModelSourceError: a model folder is not there. UnknownFamilyError: a family without an adapter.
+        ValueError: layers that the model does not have, a base of the other architecture, positions it has no states of.
         DataError: data that cannot be read.
     """
     notes: list[str] = []
-    pilot, base = model_path(config.model.pilot, config, notes), None
+    pilot, base = find_models(config, notes)
     if pilot is not None:
-        base = model_path(config.model.copilot, config, notes) if config.model.copilot else pilot
-    configs = model_configs(config, pilot, base, notes) if pilot is not None and base is not None else None
-    data = _data(config, pilot if configs is not None else None, notes)
-    sizes = model_sizes(config, *configs, data) if configs is not None else None
+        _check_positions(config, pilot)
+    data = _data(config, pilot, notes)
+    sizes = None
+    if pilot is not None:
+        known = base.config if base is not None and config.log.enabled else None
+        sizes = model_sizes(config, pilot.config, known, data)
     rounds = _rounds(config, data, notes)
     per_round = None
     if sizes is not None and data is not None and config.log.enabled:
         per_round = log_bytes_per_round(
-            config,
-            hidden_size=sizes.hidden_size,
-            vocab_size=sizes.vocab_size,
-            mean_tokens=data.mean_tokens,
-            mean_target_tokens=data.mean_target_tokens,
+            config, sizes, mean_tokens=data.mean_tokens, mean_targets=data.mean_target_tokens
         )
     total = per_round * rounds if per_round is not None and rounds is not None else None
     free = shutil.disk_usage(next(p for p in (config.run.path, *config.run.path.parents) if p.exists())).free
@@ -156,18 +174,30 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes)
 
 
-def log_bytes_per_round(
-    config: RunConfig, *, hidden_size: int, vocab_size: int, mean_tokens: float, mean_target_tokens: float
-) -> int:
+def _check_positions(config: RunConfig, pilot: ModelConfig) -> None:
+    """As the job does."""
+    from tc_ray.models.families import family_of
+
+    if family_of(pilot.config).encoder_decoder and config.log.enabled and config.log.positions != "target":
+        raise ValueError(
+            f"log.positions is {config.log.positions!r}, but {pilot.name} is an encoder-decoder: its decoder has states of "
+            "target positions only; set log.positions=target"
+        )
+
+
+def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: float, mean_targets: float) -> int:
     """Bytes that one round of all workers adds to the log's data files, uncompressed.
 
-    A record is bf16 states, int32 token ids, and a target token's k + 1 errors (int32 + fp32), rest, loss and a bit; the
-    share of a file's own bytes follows from how often files are cut.
+    A record is bf16 states (of an encoder-decoder also one for each source position: the question), int32 token ids, and
+    a target token's k + 1 errors (int32 + fp32), rest, loss and a bit; the share of a file's own bytes follows from how
+    often files are cut.
     """
-    states = mean_tokens - 1 if config.log.positions == "all" else mean_target_tokens
-    entries = min(config.log.top_k, vocab_size - 1) + 1
+    states = mean_tokens - 1 if config.log.positions == "all" else mean_targets
+    if sizes.encoder_decoder:
+        states += mean_tokens - mean_targets
+    entries = min(config.log.top_k, sizes.vocab_size - 1) + 1
     record = (
-        states * hidden_size * 2 + mean_tokens * 4 + mean_target_tokens * (entries * 8 + 4 + 4 + 1 / 8) + _ROW_BYTES
+        states * sizes.hidden_size * 2 + mean_tokens * 4 + mean_targets * (entries * 8 + 4 + 4 + 1 / 8) + _ROW_BYTES
     )
     records = record * config.pilot.batch_size
     workers = config.resources.pilot_workers
@@ -176,15 +206,25 @@ def log_bytes_per_round(
     return int(records + workers * _FILE_BYTES / rounds_a_file)
 
 
-def _data(config: RunConfig, pilot_path: Path | str | None, notes: list[str]) -> DataEstimate | None:
+def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str]) -> DataEstimate | None:
     """As prepared in the run folder by the same settings, else estimated."""
     prepared = _prepared(config)
     if prepared is not None:
         return prepared
-    tokenizer = _tokenizer(config, pilot_path, notes)
+    if pilot is None:  # a note has told why the model cannot be read
+        return None
+    from tc_ray.models.families import family_of
+
+    tokenizer = _tokenizer(config, pilot, notes)
     if tokenizer is None:
         return None
-    found = estimate(config.data, tokenizer, sample_rows=SAMPLE_ROWS, seed=config.run.seed)
+    found = estimate(
+        config.data,
+        tokenizer,
+        sample_rows=SAMPLE_ROWS,
+        seed=config.run.seed,
+        encoder_decoder=family_of(pilot.config).encoder_decoder,
+    )
     if found is None:
         notes.append(f"data size unknown: no usable rows at data.train {config.data.train} on this machine")
         return None
@@ -209,15 +249,13 @@ def _prepared(config: RunConfig) -> DataEstimate | None:
     return DataEstimate(count, tokens, targets, len(table.target_ids()), count, exact=True)
 
 
-def _tokenizer(config: RunConfig, path: Path | str | None, notes: list[str]) -> PreTrainedTokenizerBase | None:
-    if path is None:  # a note has told why the model cannot be read
-        return None
+def _tokenizer(config: RunConfig, pilot: ModelConfig, notes: list[str]) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     from tc_ray.data.prompts import check_template
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(pilot.place, local_files_only=pilot.local_only)
     except (OSError, ValueError) as error:
         notes.append(
             f"data size unknown: the tokenizer of {config.model.pilot} cannot be read here ({first_line(error)})"

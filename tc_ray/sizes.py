@@ -1,4 +1,4 @@
-"""Widths and parameter counts of a run's models from their configs alone: nothing is fetched, no weight is loaded.
+"""Widths and parameter counts of a run's models from their configs alone: no weight is fetched or loaded.
 
 Invariant: modules are built on the meta device by the code that the run uses, so the counts are the run's. A model that
 cannot be read here is told in a note, not an error: the run may find it. Called by `tc_ray.plan`.
@@ -6,103 +6,180 @@ cannot be read here is told in a note, not an error: the run may find it. Called
 
 from __future__ import annotations
 
+import ssl
 import warnings
 from dataclasses import dataclass
+from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.estimate import DataEstimate
+
+HUB_SECONDS = 4.0
+"""How long a plan waits for the hub's first answer."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model whose config can be read here. place: folder or hub id. local_only: the hub does not answer."""
+
+    name: str
+    place: Path | str
+    local_only: bool
+    config: Any
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """Widths and parameter counts. The Copilot's include the Pilot's frozen embedding.
 
-    They are None where its output covers the tokens of the completions (`copilot.output_tokens: targets`) and those are
-    not known.
+    Those of the Copilot are None where its base cannot be read, and its counts where its output covers the tokens of the
+    completions (`copilot.output_tokens: targets`) and those are not known.
     """
 
     hidden_size: int
     vocab_size: int
+    encoder_decoder: bool
     pilot: int
     pilot_trainable: int
-    copilot: int | None
-    copilot_trainable: int | None
+    copilot: int | None = None
+    copilot_trainable: int | None = None
+    copilot_hidden_size: int | None = None
+    copilot_layers: int | None = None
 
 
-def model_path(name: str, config: RunConfig, notes: list[str]) -> Path | str | None:
-    """Where the model's files are, None when a builtin one has yet to be fetched."""
-    from tc_ray.models.source import BUILTIN_MODELS, default_cache, resolve_model
+def find_models(config: RunConfig, notes: list[str]) -> tuple[ModelConfig | None, ModelConfig | None]:
+    """Pilot and Copilot's base; None, and a note, for one that cannot be read here.
 
-    cache = config.model.cache
-    if name in BUILTIN_MODELS and not ((cache or default_cache()).expanduser() / name).is_dir():
-        notes.append(f"{name} is not on this machine yet: the first run fetches it, then its sizes are known")
-        return None
-    return resolve_model(name, cache)
+    Raises:
+        ModelSourceError: a model folder that is named is not there.
+    """
+    pilot = _find(config.model.pilot, config, notes)
+    if config.model.copilot in (None, config.model.pilot) or not config.log.enabled:
+        return pilot, pilot
+    assert config.model.copilot is not None
+    return pilot, _find(config.model.copilot, config, notes)
 
 
-def model_configs(
-    config: RunConfig, pilot_path: Path | str, base_path: Path | str, notes: list[str]
-) -> tuple[Any, Any] | None:
-    """Configs of the Pilot and of the Copilot's base."""
+def _find(name: str, config: RunConfig, notes: list[str]) -> ModelConfig | None:
     from transformers import AutoConfig
 
-    name = config.model.pilot
+    from tc_ray.models.source import BUILTIN_MODELS, default_cache, resolve_model
+
+    folder = config.model.cache
+    if name in BUILTIN_MODELS and not ((folder or default_cache()).expanduser() / name).is_dir():
+        notes.append(f"{name} is not on this machine yet: the first run fetches it, then its sizes are known")
+        return None
+    place = resolve_model(name, folder)
+    local_only = isinstance(place, str) and not _hub_answers()
     try:
-        pilot_config = AutoConfig.from_pretrained(pilot_path)
-        name = config.model.copilot or name
-        return pilot_config, AutoConfig.from_pretrained(base_path)
+        return ModelConfig(name, place, local_only, AutoConfig.from_pretrained(place, local_files_only=local_only))
     except (OSError, ValueError) as error:
         # a hub id without the hub is no reason to refuse a plan; the run itself will
-        notes.append(f"sizes unknown: the config of {name} cannot be read here ({first_line(error)})")
+        reason = "the hub is not to be reached, and it is not in the cache" if local_only else first_line(error)
+        notes.append(f"sizes unknown: the config of {name} cannot be read here ({reason})")
         return None
 
 
-def model_sizes(config: RunConfig, pilot_config: Any, base_config: Any, data: DataEstimate | None) -> ModelSizes:
-    """Sizes from the models' configs alone: modules are built on the meta device, without memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
+@cache
+def _hub_answers() -> bool:
+    """Whether the model hub answers at all: where it does not, its client asks for each file again and again.
 
-    from tc_ray.copilot.learner import with_adapters
-    from tc_ray.models.copilot import Copilot, CopilotConfig
-    from tc_ray.models.copilot.decoder_only import choose_layers
+    Any answer counts, a refusal too; so does a certificate that only the hub's own client may know.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
+    except (HTTPError, HTTPException):
+        return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
+
+
+def model_sizes(config: RunConfig, pilot_config: Any, base_config: Any | None, data: DataEstimate | None) -> ModelSizes:
+    """Sizes from the models' configs alone: modules are built on the meta device, without memory.
+
+    Args:
+        base_config: None where the Copilot's base is not known, or there is no Copilot.
+
+    Raises:
+        UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from tc_ray.models.families import family_of
     from tc_ray.models.pilot import add_adapters
 
-    name = config.model.copilot or config.model.pilot
-    layers = choose_layers(config.copilot.layers, config.copilot.every, base_config.num_hidden_layers)
-    missing = [layer for layer in layers if not 0 <= layer < base_config.num_hidden_layers]
-    if missing:
-        raise ValueError(
-            f"copilot.layers {missing} are not layers of {name}, which has {base_config.num_hidden_layers}"
-        )
-    fields = base_config.to_dict() | {"num_hidden_layers": len(layers)}
-    if fields.get("layer_types"):
-        fields["layer_types"] = [fields["layer_types"][layer] for layer in layers]
-    every_token = config.copilot.output_tokens == "all"
+    encoder_decoder = family_of(pilot_config).encoder_decoder
+    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers among themselves
-        pilot = add_adapters(AutoModelForCausalLM.from_config(pilot_config), config.pilot)
-        copilot = Copilot(
-            CopilotConfig(
-                decoder=fields,
-                pilot_hidden_size=pilot_config.hidden_size,
-                vocab_size=pilot_config.vocab_size,
-                producing_state=config.copilot.producing_state,
-                output_size=0 if every_token or data is None else data.target_ids,
-            )
-        )
-        copilot_size = sum(p.numel() for p in copilot.parameters())
-        trained = with_adapters(copilot, config.copilot)
-    known = every_token or data is not None
+        pilot = auto.from_config(pilot_config)
+        if not config.model.random_weights and not getattr(pilot_config, "scale_decoder_outputs", True):
+            # T5 1.1, FLAN-T5, mT5: the library ties the head of a new model; a saved one has a head of its own
+            pilot.lm_head.weight = torch.nn.Parameter(torch.empty_like(pilot.lm_head.weight))
+        pilot = add_adapters(pilot, config.pilot)
+        copilot = {} if base_config is None else _copilot_sizes(config, pilot_config, base_config, data)
     return ModelSizes(
         hidden_size=pilot_config.hidden_size,
         vocab_size=pilot_config.vocab_size,
+        encoder_decoder=encoder_decoder,
         pilot=sum(p.numel() for key, p in pilot.named_parameters() if "lora_" not in key),
         pilot_trainable=sum(p.numel() for p in pilot.parameters() if p.requires_grad),
-        copilot=copilot_size if known else None,
-        copilot_trainable=sum(p.numel() for p in trained.parameters() if p.requires_grad) if known else None,
+        **copilot,
     )
+
+
+def _copilot_sizes(
+    config: RunConfig, pilot_config: Any, base_config: Any, data: DataEstimate | None
+) -> dict[str, int | None]:
+    from tc_ray.copilot.learner import with_adapters
+    from tc_ray.models.copilot import Copilot, CopilotConfig
+    from tc_ray.models.copilot.model import choose_layers
+    from tc_ray.models.families import family_of
+
+    name, family = config.model.copilot or config.model.pilot, family_of(base_config)
+    kinds = ("decoder-only", "encoder-decoder")
+    if family.encoder_decoder != family_of(pilot_config).encoder_decoder:
+        raise ValueError(
+            f"the Copilot's base {name} is {kinds[family.encoder_decoder]}, the Pilot is "
+            f"{kinds[not family.encoder_decoder]}: take a base of the Pilot's family (model.copilot)"
+        )
+    available = family.layer_count(base_config)
+    layers = choose_layers(config.copilot.layers, config.copilot.every, available)
+    missing = [layer for layer in layers if not 0 <= layer < available]
+    if missing:
+        raise ValueError(f"copilot.layers {missing} are not layers of {name}, which has {available}")
+    known = config.copilot.output_tokens == "all" or data is not None
+    copilot = Copilot(
+        CopilotConfig(
+            decoder=family.with_layers(base_config, layers),
+            pilot_hidden_size=pilot_config.hidden_size,
+            vocab_size=pilot_config.vocab_size,
+            pattern=config.copilot.pattern,
+            producing_state=config.copilot.producing_state,
+            output_size=0 if config.copilot.output_tokens == "all" or data is None else data.target_ids,
+        )
+    )
+    total = sum(p.numel() for p in copilot.parameters())
+    trained = sum(p.numel() for p in with_adapters(copilot, config.copilot).parameters() if p.requires_grad)
+    return {
+        "copilot": total if known else None,
+        "copilot_trainable": trained if known else None,
+        "copilot_hidden_size": base_config.hidden_size,
+        "copilot_layers": len(layers),
+    }
 
 
 def first_line(error: Exception) -> str:

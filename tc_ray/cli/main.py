@@ -9,6 +9,7 @@ import typer
 from tc_ray import __version__
 from tc_ray.cli.errors import run_command
 from tc_ray.cli.eval import evaluate
+from tc_ray.cli.fuse import fuse
 from tc_ray.cli.serve import serve
 from tc_ray.cli.status import status
 from tc_ray.cli.train import train
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("fuse")(fuse)
 app.command("serve")(serve)
 app.command("status")(status)
 

@@ -190,9 +190,7 @@ def test_batch_made_without_the_log_is_the_log_s(pilot: Any, tmp_path: Path, pos
     direct = CopilotBatch.from_step(
         out.record, data["input_ids"], data["lengths"], data["target_start"], positions=positions
     )
-    copilot = shaken(
-        Copilot.from_decoder(pilot.name_or_path, [0, 1], pilot=pilot)
-    )
+    copilot = shaken(Copilot.from_decoder(pilot.name_or_path, [0, 1], pilot=pilot))
     assert torch.equal(direct.row_position, from_log.row_position)
     with torch.no_grad():
         close(copilot(direct), copilot(from_log))

@@ -26,11 +26,14 @@ from tc_ray.data.sources import iter_records
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
-from tc_ray.models.pilot import PilotStep
+from tc_ray.models.families import UnknownFamilyError
+from tc_ray.models.pilot import PilotStep, load_pilot
 from tc_ray.models.source import ModelSourceError
 from tc_ray.pilot.recording import to_records
 from tc_ray.plan import make_plan
+from tests.family_samples import folder_of
 from tests.mistakelog_samples import metadata
+from tests.tiny_families import ENCODER_DECODER
 from tests.tiny_model import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,45 +105,69 @@ def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("output_tokens", ["targets", "all"])
+@pytest.mark.parametrize(
+    ("family", "base", "copilot"),
+    [
+        ("llama", "pilot", {"layers": [1, 3]}),
+        ("llama", "narrow", {"output_tokens": "all", "pattern": "late"}),
+        ("gemma3", "narrow", {"layers": [0, 2], "producing_state": False}),
+        ("t5", "pilot", {"layers": [0, 2]}),
+        ("flan_t5", "narrow", {"output_tokens": "all"}),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_sizes_are_those_of_the_models_that_are_trained(
-    tiny: Path, data: Path, tmp_path: Path, output_tokens: str
+    data: Path, tmp_path: Path, family: str, base: str, copilot: dict[str, Any], method: str
 ) -> None:
     from tc_ray.copilot.learner import Learner
     from tc_ray.copilot.worker import build_copilot
-    from tc_ray.models.pilot import add_adapters, load_pilot
+    from tc_ray.models.pilot import add_adapters
 
+    decoder_only = family not in ENCODER_DECODER
+    pilot_folder, base_folder = folder_of(family), folder_of(family, base)
     config = config_of(
-        tiny,
+        pilot_folder,
         str(data),
         tmp_path / "run",
-        pilot={"method": "lora", "lora": {"rank": 2, "first_layer": 2}},
-        copilot={"method": "lora", "lora": {"rank": 2}, "output_tokens": output_tokens},
+        model={"copilot": str(base_folder)},
+        pilot={"method": method, "lora": {"rank": 2, "first_layer": 2 if decoder_only else 0}},
+        copilot={"layers": None, "method": method, "lora": {"rank": 2}} | copilot,
+        log={"positions": "all" if decoder_only else "target"},
     )
     write_prepared(config, [[1, 2, 3] * 5, [4] * 7 + [9] * 8], [12, 7])
     sizes = make_plan(config).sizes
-    assert sizes is not None
-    pilot = add_adapters(load_pilot(tiny, dtype=torch.float32), config.pilot)
+    assert sizes is not None and sizes.encoder_decoder is not decoder_only
+    pilot = add_adapters(load_pilot(pilot_folder, dtype=torch.float32), config.pilot)
     assert sizes.pilot_trainable == sum(p.numel() for p in pilot.parameters() if p.requires_grad)
-    copilot = build_copilot(config, tiny, tiny)
-    assert sizes.copilot == sum(p.numel() for p in copilot.parameters())
-    learner = Learner(copilot, config.copilot, total_steps=1)
+    assert sizes.pilot == sum(p.numel() for name, p in pilot.named_parameters() if "lora_" not in name)
+    built = build_copilot(config, pilot_folder, base_folder)
+    assert sizes.copilot == sum(p.numel() for p in built.parameters())
+    assert (sizes.copilot_layers, sizes.copilot_hidden_size) == (len(built.layers), 32 if base == "pilot" else 24)
+    learner = Learner(built, config.copilot, total_steps=1)
     assert sizes.copilot_trainable == sum(p.numel() for p in learner.parameters.values())
 
 
-@pytest.mark.parametrize(("positions", "flush_rounds", "top_k"), [("all", 4, 16), ("target", 1, 16), ("all", 4, 1000)])
+@pytest.mark.parametrize(
+    ("family", "positions", "flush_rounds", "top_k"),
+    [("llama", "all", 4, 16), ("llama", "target", 1, 16), ("llama", "all", 4, 1000), ("flan_t5", "target", 4, 16)],
+)
 def test_predicted_log_bytes_are_what_is_written(
-    tiny: Path, data: Path, tmp_path: Path, positions: str, flush_rounds: int, top_k: int
+    data: Path, tmp_path: Path, family: str, positions: str, flush_rounds: int, top_k: int
 ) -> None:
+    model, encoder_decoder = folder_of(family), family in ENCODER_DECODER
     log = {"positions": positions, "flush_rounds": flush_rounds, "top_k": top_k}
-    config = config_of(tiny, str(data), tmp_path / "run", log=log)
+    config = config_of(model, str(data), tmp_path / "run", log=log, copilot={"layers": [0, 2]})
     predicted = make_plan(config).log_bytes_per_round
     assert predicted is not None
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    rows = [encode_record(record, config.data, tokenizer, 0, False) for record in iter_records(data)]
-    step = PilotStep(AutoModelForCausalLM.from_pretrained(tiny), top_k=top_k)
-    store = LogStore.create(tmp_path / "log", metadata(rationale_dim=32, top_k=min(top_k, 257)))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [
+        encode_record(record, config.data, tokenizer, 0, False, encoder_decoder=encoder_decoder)
+        for record in iter_records(data)
+    ]
+    step = PilotStep(load_pilot(model, dtype=torch.float32), top_k=top_k)
+    told = {"positions": positions, "question": "states" if encoder_decoder else "ids"}
+    store = LogStore.create(tmp_path / "log", metadata(rationale_dim=32, top_k=min(top_k, 257), **told))
     ledger = Ledger(store.path, writers=1, run="test")
     writer = RecordWriter(
         store.path,
@@ -238,6 +265,16 @@ def test_what_no_run_could_start_with_is_refused(tiny: Path, data: Path, tmp_pat
         make_plan(config_of(tiny, str(data), tmp_path / "run", copilot={"layers": [3, 4]}))
     with pytest.raises(DataError, match="unknown kind of file"):
         make_plan(config_of(tiny, str(tiny / "model.safetensors"), tmp_path / "run"))
+    with pytest.raises(ValueError, match="has none that attends to the Pilot under pattern 'alternate'"):
+        make_plan(config_of(tiny, str(data), tmp_path / "run", copilot={"layers": [3]}))
+    with pytest.raises(ValueError, match=r"is encoder-decoder, the Pilot is decoder-only: .*\(model.copilot\)"):
+        make_plan(config_of(tiny, str(data), tmp_path / "run", model={"copilot": str(folder_of("t5"))}))
+    with pytest.raises(ValueError, match=r"states of target positions only; set log.positions=target"):
+        make_plan(config_of(folder_of("t5"), str(data), tmp_path / "run"))
+    (tmp_path / "opt").mkdir()
+    (tmp_path / "opt" / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(UnknownFamilyError, match="'opt' has no adapter"):
+        make_plan(config_of(tmp_path / "opt", str(data), tmp_path / "run"))
 
 
 def test_a_log_that_does_not_fit_is_told(tiny: Path, data: Path, tmp_path: Path) -> None:
@@ -298,9 +335,36 @@ def test_unknown_hub_id_gives_a_plan_with_unknowns(tmp_path: Path) -> None:
     assert "16 examples a round" in done.stdout
 
 
+def test_a_base_that_cannot_be_read_leaves_the_rest_known(tiny: Path, data: Path, tmp_path: Path) -> None:
+    plan = make_plan(config_of(tiny, str(data), tmp_path / "run", model={"copilot": "nobody/no-such-model"}))
+    assert plan.sizes is not None and plan.sizes.pilot and plan.sizes.copilot is None
+    assert plan.log_bytes and plan.rounds
+    assert "sizes unknown: the config of nobody/no-such-model" in str(plan) and "layers and width unknown" in str(plan)
+
+
+def test_what_the_plan_tells_of_the_copilot(data: Path, tmp_path: Path) -> None:
+    base = {"model": {"copilot": str(folder_of("llama", "narrow"))}, "log": {"pooling": "max"}}
+    copilot = {"layers": None, "pattern": "early", "loss": "kl"}
+    told = str(make_plan(config_of(folder_of("llama"), str(data), tmp_path / "run", **base, copilot=copilot)))
+    for words in (
+        "every layer of",
+        "3 layers, width 24 (Pilot 32)",
+        "by pattern early",
+        "loss kl;",
+        "states: max over",
+    ):
+        assert words in told
+    log = {"log": {"positions": "target"}, "copilot": {"layers": None, "loss_form": "gram"}}
+    told = str(make_plan(config_of(folder_of("t5"), str(data), tmp_path / "run", **log)))
+    for words in ("3 layers, width 32", "to earlier rows and to the Pilot", "rmse (gram form)", "the encoder's output"):
+        assert words in told
+
+
 def test_every_recipe_has_a_plan(tiny: Path) -> None:
     for recipe in sorted((ROOT / "jobs" / "recipes").glob("*.yaml")):
-        overrides = [f"model.pilot={tiny}", "copilot.layers=null", "pilot.lora.first_layer=0", "data.cutoff_tokens=900"]
-        config = load_config(recipe, overrides)
-        plan = make_plan(config)
+        named = load_config(recipe).model.pilot
+        overrides = ["model.copilot=null", "copilot.layers=null", "pilot.lora.first_layer=0", "data.cutoff_tokens=900"]
+        if not Path(named).is_dir():
+            overrides.append(f"model.pilot={folder_of('flan_t5') if 't5' in named else tiny}")
+        plan = make_plan(load_config(recipe, overrides))
         assert plan.rounds and plan.log_bytes, recipe.name
