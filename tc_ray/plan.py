@@ -156,8 +156,7 @@ def make_plan(config: RunConfig) -> Plan:
     data = _data(config, pilot, notes)
     sizes = None
     if pilot is not None:
-        known = base.config if base is not None and config.log.enabled else None
-        sizes = model_sizes(config, pilot.config, known, data)
+        sizes = model_sizes(config, pilot, base if config.log.enabled else None, data)
     rounds = _rounds(config, data, notes)
     per_round = None
     if sizes is not None and data is not None and config.log.enabled:

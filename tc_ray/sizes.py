@@ -106,11 +106,13 @@ def _hub_answers() -> bool:
     return True
 
 
-def model_sizes(config: RunConfig, pilot_config: Any, base_config: Any | None, data: DataEstimate | None) -> ModelSizes:
+def model_sizes(
+    config: RunConfig, found: ModelConfig, base: ModelConfig | None, data: DataEstimate | None
+) -> ModelSizes:
     """Sizes from the models' configs alone: modules are built on the meta device, without memory.
 
     Args:
-        base_config: None where the Copilot's base is not known, or there is no Copilot.
+        found: the Pilot. base: the Copilot's; None where it is not known, or there is no Copilot.
 
     Raises:
         UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
@@ -121,16 +123,15 @@ def model_sizes(config: RunConfig, pilot_config: Any, base_config: Any | None, d
     from tc_ray.models.families import family_of
     from tc_ray.models.pilot import add_adapters
 
-    encoder_decoder = family_of(pilot_config).encoder_decoder
+    pilot_config, encoder_decoder = found.config, family_of(found.config).encoder_decoder
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers among themselves
         pilot = auto.from_config(pilot_config)
-        if not config.model.random_weights and not getattr(pilot_config, "scale_decoder_outputs", True):
-            # T5 1.1, FLAN-T5, mT5: the library ties the head of a new model; a saved one has a head of its own
+        if encoder_decoder and not config.model.random_weights and _has_own_head(found):
             pilot.lm_head.weight = torch.nn.Parameter(torch.empty_like(pilot.lm_head.weight))
         pilot = add_adapters(pilot, config.pilot)
-        copilot = {} if base_config is None else _copilot_sizes(config, pilot_config, base_config, data)
+        copilot = {} if base is None else _copilot_sizes(config, pilot_config, base.config, data)
     return ModelSizes(
         hidden_size=pilot_config.hidden_size,
         vocab_size=pilot_config.vocab_size,
@@ -139,6 +140,22 @@ def model_sizes(config: RunConfig, pilot_config: Any, base_config: Any | None, d
         pilot_trainable=sum(p.numel() for p in pilot.parameters() if p.requires_grad),
         **copilot,
     )
+
+
+def _has_own_head(model: ModelConfig) -> bool:
+    """Whether the saved head of an encoder-decoder is a matrix of its own (T5 1.1, FLAN-T5, mT5).
+
+    The library ties the head of a new model and says so in its config, whatever the saved one says.
+    """
+    from safetensors import safe_open
+    from transformers import PreTrainedConfig
+
+    weights = Path(model.place) / "model.safetensors"
+    if weights.is_file():
+        with safe_open(weights, "pt") as file:
+            return "lm_head.weight" in file.keys()  # noqa: SIM118 - it is no dict
+    saved, _ = PreTrainedConfig.get_config_dict(model.place, local_files_only=model.local_only)
+    return False in (saved.get("tie_word_embeddings"), saved.get("scale_decoder_outputs"))
 
 
 def _copilot_sizes(

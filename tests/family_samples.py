@@ -1,12 +1,13 @@
 """Pilots, Copilots and prompts of every family that the tests of tests/unit/test_families_*.py share.
 
-Models are made once a process in a temporary folder. `reference_model` is the library's own and only read; what the
-product changes (taps, adapters, gradients) is loaded anew for each caller.
+Models are made and loaded once a process, from a temporary folder. `reference_model` is the library's own and only read;
+of what the product changes (taps, adapters, gradients) each caller gets a copy.
 """
 
 from __future__ import annotations
 
 import atexit
+import copy
 import shutil
 import tempfile
 from functools import cache
@@ -26,6 +27,8 @@ PADDED = VOCAB + 12
 LAYERS = {"alternate": (0, 1, 3), "early": (1, 2, 3), "late": (0, 2, 3), "all": (1, 2)}
 """Layers of the Pilot that the Copilot of each insertion pattern is made of; with the patterns they leave sliding and full
 layers of self-attention and of attention to the memory."""
+
+_COPILOTS: dict[tuple[str, ...], Copilot] = {}
 
 
 def quiet() -> None:
@@ -57,9 +60,14 @@ def reference_model(family: str, kind: str = "pilot") -> Any:
     return load(folder_of(family, kind))
 
 
+@cache
+def _loaded(family: str, kind: str, dtype: torch.dtype) -> Any:
+    return load_pilot(folder_of(family, kind), dtype=dtype).eval()
+
+
 def new_pilot(family: str, kind: str = "pilot", dtype: torch.dtype = torch.float32) -> Any:
     """The Pilot as the product loads it."""
-    return load_pilot(folder_of(family, kind), dtype=dtype).eval()
+    return copy.deepcopy(_loaded(family, kind, dtype))
 
 
 def output_ids(vocab: int = VOCAB) -> torch.Tensor:
@@ -76,9 +84,12 @@ def make_copilot(
     else:
         layers = (1, 2) if family in ENCODER_DECODER else LAYERS[pattern]
     given |= {} if family in ENCODER_DECODER else {"pattern": pattern}
-    copilot = Copilot.from_decoder(folder_of(family, base), layers, pilot=new_pilot(family, pilot), **given)
+    key = family, base, pilot, *(f"{k}={v.tolist() if isinstance(v, torch.Tensor) else v}" for k, v in given.items())
+    if key not in _COPILOTS:
+        pilot_model = _loaded(family, pilot, torch.float32)
+        _COPILOTS[key] = shaken(Copilot.from_decoder(folder_of(family, base), layers, pilot=pilot_model, **given))
     made = Made(reference_model(family, pilot), reference_model(family, base), layers, pattern)
-    return shaken(copilot), made
+    return copy.deepcopy(_COPILOTS[key]), made
 
 
 @torch.no_grad()

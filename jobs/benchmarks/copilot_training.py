@@ -84,9 +84,9 @@ class Steps:
         self.config = recipe_config(
             self.shape.num_hidden_layers,
             pilot={"dtype": arguments.dtype, "method": arguments.method},
-            copilot={"dtype": arguments.dtype, "every": arguments.every},
+            copilot={"dtype": arguments.dtype, **({"every": arguments.every} if arguments.every else {})},
         )
-        layers = choose_layers(None, arguments.every, self.shape.num_hidden_layers)
+        layers = choose_layers(None, self.config.copilot.every, self.shape.num_hidden_layers)
         self.learners: dict[str, Learner] = {}
         self.target_ids = min(arguments.target_ids, self.shape.vocab_size)
         for output, ids in (("targets", torch.arange(self.target_ids)), ("V", None)):
@@ -356,7 +356,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, help="width of a Llama with random weights to measure instead")
     parser.add_argument("--layers", type=int, default=6, help="its layers")
     parser.add_argument("--vocab", type=int, default=32000, help="its vocabulary")
-    parser.add_argument("--every", type=int, default=5, help="the Copilot takes every k-th layer (default 5)")
+    parser.add_argument(
+        "--every", type=int, help="the Copilot takes every k-th layer (default 5; 2 of a shallow model)"
+    )
     parser.add_argument("--method", choices=("lora", "full"), default="lora", help="how the Pilot is trained")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,10 +69,12 @@ def summary(result: JobResult) -> list[str]:
     if result.report is None or result.export is None:
         return [f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
     lines = ["", *result.report.lines(), ""]
-    lines += [
-        f"report    {result.folder / 'evaluation.md'}",
-        f"losses    {result.folder / 'losses.png'}",
-        f"exported  {result.export} (pilot/ loads with plain AutoModelForCausalLM)",
-        f"serve     tc-ray serve {result.folder}",
-    ]
+    lines += [f"report    {result.folder / 'evaluation.md'}", f"losses    {result.folder / 'losses.png'}"]
+    if json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder"):
+        lines.append(f"exported  {result.export} (pilot/ loads with plain AutoModelForSeq2SeqLM)")
+    else:
+        lines += [
+            f"exported  {result.export} (pilot/ loads with plain AutoModelForCausalLM)",
+            f"serve     tc-ray serve {result.folder}",
+        ]
     return lines + ([f"mlflow    {result.mlflow_command}"] if result.mlflow_command else [])

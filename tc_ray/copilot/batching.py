@@ -30,7 +30,7 @@ def batch_from_records(records: Records) -> CopilotBatch:
     for b in range(count):
         first = records.seq_offsets[b]
         question_ids[b, : starts[b]] = records.input_ids[first : first + starts[b]]
-        if question_bits is not None:
+        if question_bits is not None and records.question is not None:
             question_bits[b, : starts[b]] = records.question[question_offsets[b] : question_offsets[b + 1]]
         span = slice(records.rationale_offsets[b], records.rationale_offsets[b + 1])
         state_bits[b, : states[b]] = flat[span]

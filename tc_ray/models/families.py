@@ -147,7 +147,7 @@ class T5(Family):
     def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """Logits [.., V]; T5 1.0, whose head is its embedding, scales the states by 1/sqrt(d)."""
         base = unwrapped(model)
-        if base.config.scale_decoder_outputs:
+        if getattr(base.config, "scale_decoder_outputs", False):  # mT5 has no such setting
             states = states * base.model_dim**-0.5
         logits: torch.Tensor = base.lm_head(states)
         return logits

@@ -1,7 +1,7 @@
 """Fused models of every family: one call, cached steps, batches, caches and folders, against tests/family_reference.py.
 
 Tolerance where none is given: 1e-5 relative to the largest entry. Both sides are float32 and add the same numbers in another
-order. In probability space logs are compared as the probabilities they are: an entry clamped to 0 on one side may be 1e-9
+order. 3e-5 with the feedback `own`: what f is off by is read by the next row, eight times over. In probability space logs are compared as the probabilities they are: an entry clamped to 0 on one side may be 1e-9
 on the other; 3e-5 there, because p~ is divided by the sum over V of what is left of it, hundreds of entries of f.
 """
 
@@ -32,6 +32,7 @@ quiet()
 
 FORCED = [40, 2, 177, 200, 33, 8, 250]
 LAM = {"probability": 1.0, "logits": 8.0}
+TOLERANCE = {"own": 3e-5, "realised": 1e-5}
 
 
 def joined(family: str, space: str, feedback: str, **given: Any) -> tuple[FusedModel, Fusion]:
@@ -45,9 +46,9 @@ def joined(family: str, space: str, feedback: str, **given: Any) -> tuple[FusedM
     return fused, Fusion(made.pilot, copilot, made, LAM[space], space, feedback, pooling, positions)
 
 
-def close_logits(actual: torch.Tensor, expected: torch.Tensor, space: str) -> None:
+def close_logits(actual: torch.Tensor, expected: torch.Tensor, space: str, feedback: str) -> None:
     if space == "logits":
-        close(actual, expected)
+        close(actual, expected, TOLERANCE[feedback])
     else:
         close(actual.exp(), expected.exp(), 3e-5)
         large = expected.exp() > 1e-3
@@ -97,9 +98,9 @@ def test_logits_of_one_call_and_of_cached_steps(family: str, space: str, feedbac
     fused, reference = joined(family, space, feedback)
     prompt = prompts()[0]
     expected = reference.logits(prompt, FORCED)
-    close_logits(call(fused, prompt, FORCED), expected, space)
-    close_logits(steps(fused, prompt, FORCED, [1] * len(FORCED)), expected, space)
-    close_logits(steps(fused, prompt, FORCED, [2, 3]), expected, space)
+    close_logits(call(fused, prompt, FORCED), expected, space, feedback)
+    close_logits(steps(fused, prompt, FORCED, [1] * len(FORCED)), expected, space, feedback)
+    close_logits(steps(fused, prompt, FORCED, [2, 3]), expected, space, feedback)
     alone = Fusion(reference.pilot, None, reference.made, lam=0.0).logits(prompt, FORCED)
     assert float((expected.softmax(-1) - alone.softmax(-1)).abs().max()) > 0.05, "the Copilot changes nothing"
 
@@ -125,8 +126,8 @@ def test_logits_of_other_copilots(family: str, feedback: str, given: dict[str, A
     fused, reference = joined(family, "logits", feedback, **given)
     prompt = prompts()[0]
     expected = reference.logits(prompt, FORCED)
-    close(call(fused, prompt, FORCED), expected)
-    close(steps(fused, prompt, FORCED, [1] * len(FORCED)), expected)
+    close(call(fused, prompt, FORCED), expected, TOLERANCE[feedback])
+    close(steps(fused, prompt, FORCED, [1] * len(FORCED)), expected, TOLERANCE[feedback])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,7 +157,7 @@ def test_changed_weights_are_used_at_once(family: str) -> None:
     with torch.no_grad():
         fused.copilot.error_projection.weight.add_(0.1)
     after = call(fused, prompt, FORCED)
-    close(after, reference.logits(prompt, FORCED))
+    close(after, reference.logits(prompt, FORCED), TOLERANCE["own"])
     assert float((after - before).abs().max()) > 0.1
 
 
@@ -256,7 +257,7 @@ def test_crop_is_never_having_gone_there(family: str, feedback: str) -> None:
         given = {"decoder_input_ids": torch.tensor([other]), "attention_mask": torch.ones_like(ids)}
         given["encoder_outputs"] = fused.get_encoder()(ids)
     after = fused(past_key_values=cache, logits_to_keep=len(other), **given).logits[0]
-    close(after, call(fused, prompt, FORCED[:-3] + other)[-len(other) :])
+    close(after, call(fused, prompt, FORCED[:-3] + other)[-len(other) :], TOLERANCE[feedback])
 
 
 @pytest.mark.parametrize("feedback", ["own", "realised"])
@@ -288,7 +289,7 @@ def test_reorder_moves_whole_sequences(family: str, feedback: str) -> None:
         return forward(said[now, 1:], now, cache)
 
     reordered = run(torch.arange(3), change=True)
-    close(reordered, run(torch.arange(3)[order], change=False))
+    close(reordered, run(torch.arange(3)[order], change=False), TOLERANCE[feedback])
     close(reordered[0], reordered[2], 1e-6)
     assert float((reordered[0] - reordered[1]).abs().max()) > 0.5
 

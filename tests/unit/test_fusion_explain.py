@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, StoppingCriteria
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from tc_ray.models.fusion import Explain, FusedModel
-from tc_ray.models.fusion.explain import explain_completions, token_text
+from tc_ray.models.fusion.explain import explain_completions
 from tc_ray.models.fusion.score import Completions
 from tests.family_reference import Fusion
 from tests.family_samples import left_padded, make_copilot, new_pilot, prompts, quiet
@@ -191,6 +190,18 @@ def test_explanation_is_the_reference_s(family: str, space: str, feedback: str, 
     assert float(told.chosen.correction[1].abs().max()) > 0.01, "f is told also where lambda is 0"
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_corrections_are_told_where_lambda_is_zero(family: str) -> None:
+    """The Copilot runs for the explanation alone; nothing comes of what it says."""
+    fused, _ = joined(family)
+    beside = generated(fused, prompts(), lam=LAM, explain=True, eos_token_id=None).explanation
+    alone = generated(fused, prompts()[1:2], lam=0.0, explain=True, eos_token_id=None).explanation
+    assert torch.equal(alone.tokens, beside.tokens[1:2])
+    close(alone.chosen.correction, beside.chosen.correction[1:2])
+    assert float(alone.chosen.correction.abs().min()) > 0
+    assert torch.equal(alone.fused_top.fused, alone.pilot_top.pilot)
+
+
 def test_explanation_as_json() -> None:
     fused, _ = joined("llama", "probability")
     tokenizer = make_tokenizer()
@@ -211,15 +222,6 @@ def test_explanation_as_json() -> None:
             assert [entry["layer"] for entry in token["logit_lens"]] == [1, 2, 3, 4]
             assert token["logit_lens"][-1]["id"] == token["pilot_top"][0]["id"]
             assert token["logit_lens"][-1]["probability"] == pytest.approx(token["pilot_top"][0]["pilot"], rel=1e-4)
-
-
-def test_text_of_a_sentencepiece_token() -> None:
-    """Its decoder drops the blank before what it takes for the first word."""
-    vocabulary = {"<unk>": 0, "\u2581the": 1, "re": 2, "\u2581": 3}
-    pieces = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    pieces.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>")
-    assert [token_text(tokenizer, token) for token in (1, 2, 3, 0, 9)] == [" the", "re", " ", "<unk>", ""]
 
 
 def test_a_token_whose_probability_was_taken_away() -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from tc_ray.models.fusion import Explain, Explanation, FusedModel, draw_logit_lens
+from tc_ray.models.fusion.explain import token_text
 from tc_ray.models.fusion.lens_picture import MARK, _Words, logit_lens_figure
 from tests.family_layers import final_norm
 from tests.family_reference import pilot_pass
@@ -199,3 +202,12 @@ def test_words_that_nobody_could_read() -> None:
     assert words[base + 3] == "\u03c0\u03c1"
     assert words[base + 4] == "\\x00"
     assert words[500] == "#500"
+
+
+def test_text_of_a_sentencepiece_token() -> None:
+    """Its decoder drops the blank before what it takes for the first word."""
+    vocabulary = {"<unk>": 0, "\u2581the": 1, "re": 2, "\u2581": 3}
+    pieces = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pieces.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>")
+    assert [token_text(tokenizer, token) for token in (1, 2, 3, 0, 9)] == [" the", "re", " ", "<unk>", ""]

@@ -70,6 +70,29 @@ def config_of(tiny: Path, train: str, folder: Path, **sections: dict[str, Any]) 
     return RunConfig.model_validate(values)
 
 
+def test_heads_of_encoder_decoders_are_counted_as_they_are_saved(data: Path, tmp_path: Path) -> None:
+    """mT5 and FLAN-T5 have heads of their own, of which neither config speaks once it was read."""
+    model = load_pilot(folder_of("mt5"), dtype=torch.float32)
+    tied = sum(p.numel() for p in model.parameters())
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path / "own")
+    AutoTokenizer.from_pretrained(folder_of("mt5")).save_pretrained(tmp_path / "own")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in (tmp_path / "own").glob("*.json"):
+        (bare / file.name).write_bytes(file.read_bytes())
+    published = json.loads((bare / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (bare / "config.json").write_text(json.dumps(published))
+    found = []
+    for folder in (folder_of("mt5"), tmp_path / "own", bare):
+        log = {"positions": "target"}
+        sizes = make_plan(config_of(folder, str(data), tmp_path / "run", log=log, copilot={"layers": None})).sizes
+        assert sizes is not None
+        found.append(sizes.pilot - tied)
+    assert found == [0, 258 * 32, 258 * 32]
+    assert sum(p.numel() for p in load_pilot(tmp_path / "own", dtype=torch.float32).parameters()) == tied + 258 * 32
+
+
 def write_prepared(config: RunConfig, input_ids: list[list[int]], target_start: list[int]) -> None:
     """The run folder of a run of `config` after its data phase, as far as a plan reads it."""
     folder = config.run.path / "data"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,6 +76,16 @@ class Copilot(PreTrainedModel):
         self.post_init()
         self.reset_new_weights()
         self.freeze_embeddings()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """What no file holds, when weights are loaded: the frequencies of RoPE follow from the family's config."""
+        if "RotaryEmbedding" not in type(module).__name__:
+            super()._init_weights(module)
+            return
+        made: Any = type(module)
+        for name, buffer in made(module.config).named_buffers():
+            getattr(module, name).copy_(buffer)
 
     @property
     def layers(self) -> nn.ModuleList:

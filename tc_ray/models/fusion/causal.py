@@ -45,8 +45,9 @@ class FusedCausalLM(FusedModel):
         if attention_mask is None:
             attention_mask = torch.ones(input_ids.shape[0], before + input_ids.shape[1], device=input_ids.device)
         count = logits_to_keep or input_ids.shape[1]
-        corrected = bool((weights != 0).any())
         state = cache.copilot
+        # once begun the Copilot hears every token, at lam 0 too: it could not go on otherwise
+        corrected = state.rows > 0 or bool((weights != 0).any())
         if corrected and before and not state.rows:
             raise RuntimeError("the Copilot joins at the prompt: lam cannot turn from 0 in mid-sequence")
         # once it has begun, every token makes a row

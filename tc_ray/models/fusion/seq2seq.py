@@ -69,8 +69,9 @@ class FusedSeq2SeqLM(FusedModel):
             start = self.pilot.config.decoder_start_token_id
             decoder_input_ids = torch.full((len(question), 1), start, device=question.device)
         weights = self._weights(lam, len(decoder_input_ids), decoder_input_ids.device)
-        corrected = bool((weights != 0).any())
         state, before = cache.copilot, cache.get_seq_length()
+        # once begun the Copilot hears every token, at lam 0 too: it could not go on otherwise
+        corrected = state.rows > 0 or bool((weights != 0).any())
         if corrected and before and not state.rows:
             raise RuntimeError("the Copilot joins at the start: lam cannot turn from 0 in mid-sequence")
         with self._tap.recording():
