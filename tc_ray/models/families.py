@@ -81,7 +81,7 @@ class DecoderOnly(Family):
 
     def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
         """`config.to_dict()` of a decoder that has only these layers."""
-        fields: dict[str, Any] = config.to_dict() | {"num_hidden_layers": len(layers)}
+        fields = _fields(config) | {"num_hidden_layers": len(layers)}
         if fields.get("layer_types"):
             fields["layer_types"] = [fields["layer_types"][index] for index in layers]
         return fields
@@ -107,9 +107,16 @@ class DecoderOnly(Family):
 
     def window(self, config: Any, layer_type: str | None) -> int | None:
         """How many rows back, itself included, a layer of `layer_type` sees; None: all."""
-        if layer_type is None:  # Mistral: one window for every layer, or none
-            return getattr(config, "sliding_window", None)
         return config.sliding_window if layer_type == "sliding_attention" else None
+
+
+class Mistral(DecoderOnly):
+    """Mistral has one window for every layer, or none."""
+
+    def window(self, config: Any, layer_type: str | None) -> int | None:
+        """The window of every layer."""
+        window: int | None = config.sliding_window
+        return window
 
 
 class Gemma3(DecoderOnly):
@@ -136,8 +143,7 @@ class T5(Family):
 
     def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
         """`config.to_dict()` of a model with these decoder layers and the smallest encoder: only the decoder is used."""
-        fields: dict[str, Any] = config.to_dict() | {"num_layers": 1, "num_decoder_layers": len(layers)}
-        return fields
+        return _fields(config) | {"num_layers": 1, "num_decoder_layers": len(layers)}
 
     def final_norm(self, decoder: Any) -> nn.Module:
         """The norm between the last layer and the head."""
@@ -156,7 +162,8 @@ class T5(Family):
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(DecoderOnly(name) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2")),
+        *(DecoderOnly(name) for name in ("llama", "qwen2", "qwen3", "gemma2")),
+        Mistral("mistral"),
         Gemma3("gemma3_text"),
         *(T5(name) for name in ("t5", "mt5")),
     )
@@ -177,6 +184,13 @@ def family_of(model_or_config: Any) -> Family:
             f"{', '.join(FAMILIES)}. docs/families.md tells how to add one."
         )
     return family
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """`config.to_dict()` without the folder it was read from: configs travel."""
+    fields: dict[str, Any] = config.to_dict()
+    fields.pop("_name_or_path", None)
+    return fields
 
 
 def unwrapped(model: Any) -> Any:

@@ -1,8 +1,9 @@
 """Fused models of every family: one call, cached steps, batches, caches and folders, against tests/family_reference.py.
 
 Tolerance where none is given: 1e-5 relative to the largest entry. Both sides are float32 and add the same numbers in another
-order. 3e-5 with the feedback `own`: what f is off by is read by the next row, eight times over. In probability space logs are compared as the probabilities they are: an entry clamped to 0 on one side may be 1e-9
-on the other; 3e-5 there, because p~ is divided by the sum over V of what is left of it, hundreds of entries of f.
+order. 1e-4 with the feedback `own`: what f is off by is read by the next row, eight times over. In probability space logs
+are compared as the probabilities they are (an entry clamped to 0 on one side may be 1e-9 on the other), to 3e-5: p~ is
+divided by the sum over V of what is left of it, hundreds of entries of f.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ quiet()
 
 FORCED = [40, 2, 177, 200, 33, 8, 250]
 LAM = {"probability": 1.0, "logits": 8.0}
-TOLERANCE = {"own": 3e-5, "realised": 1e-5}
+TOLERANCE = {"own": 1e-4, "realised": 1e-5}
 
 
 def joined(family: str, space: str, feedback: str, **given: Any) -> tuple[FusedModel, Fusion]:

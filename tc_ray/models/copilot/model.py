@@ -108,6 +108,14 @@ class Copilot(PreTrainedModel):
             elif isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **given: Any) -> Any:
+        """transformers' own, with E frozen again: the loader puts new parameters in the place of those made here."""
+        loaded = super().from_pretrained(*arguments, **given)
+        copilot: Copilot = loaded[0] if isinstance(loaded, tuple) else loaded
+        copilot.freeze_embeddings()
+        return loaded
+
     def freeze_embeddings(self) -> None:
         """E is shared knowledge of both models, not trained: X~ must stay what the Pilot's embedding gives."""
         for embedding in (self.question_embedding, self.error_embedding):

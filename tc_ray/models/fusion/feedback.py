@@ -36,8 +36,9 @@ class OwnFeedback:
     def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """W_in f [B, 1, d_C]."""
         weights = (self._copilot.output.weight, self._copilot.error_projection.weight)
-        now = (*(weight._version for weight in weights), state.device, state.dtype)
-        if now != self._made_of:  # first use, or weights changed or moved since
+        # first use, or weights changed, swapped or moved since; what is written through `.data` leaves no trace
+        now = (*((weight._version, weight.data_ptr()) for weight in weights), state.device, state.dtype)
+        if now != self._made_of:
             self._matrix, self._made_of = self._copilot.feedback_matrix().to(state), now
         return (state @ self._matrix.T)[:, None]
 

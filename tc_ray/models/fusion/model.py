@@ -93,6 +93,9 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
         if generation_config.use_cache is False:
             raise ValueError("the fused model decodes with its cache: use_cache must stay true")
+        for asked in ("output_hidden_states", "output_attentions"):
+            if getattr(generation_config, asked):
+                raise ValueError(f"the fused model has no {asked}: those are the Pilot's and the Copilot's own")
         if generation_config.prefill_chunk_size:
             raise ValueError("the Copilot begins at the end of the whole prompt: prefill_chunk_size must stay unset")
         if model_kwargs.get("past_key_values") is None:
@@ -114,7 +117,13 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
     def _weights(self, lam: float | torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
         """lam as fp32 [B]."""
         weights = torch.as_tensor(self.default_lam if lam is None else lam, dtype=torch.float32, device=device)
-        return weights.expand(batch) if weights.ndim == 0 else weights
+        if weights.ndim == 0:
+            return weights.expand(batch)
+        if weights.shape != (batch,):
+            raise ValueError(
+                f"lam has shape {tuple(weights.shape)} for {batch} sequences: give one number, or a tensor with one a sequence"
+            )
+        return weights
 
     def _fused_logits(
         self,

@@ -149,21 +149,18 @@ class Outputs:
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(first column, f [N, columns] of type `wide`), the caller's to change."""
         for first in range(0, len(self.weight), self.columns):
-            yield first, (self.states @ self._rows(first).T).to(self.wide)
+            self._rows = self.weight[first : first + self.columns].to(self.states.dtype)
+            yield first, (self.states @ self._rows.T).to(self.wide)
 
     def take(self, first: int, derivative: torch.Tensor) -> None:
-        """Add the share of the block at `first` to both gradients; derivative: [N, columns], dS/df."""
-        rows = self._rows(first)
+        """Add the share of the block that `blocks` gave last to both gradients; derivative: [N, columns], dS/df."""
         derivative = derivative.to(self.states.dtype)
-        self.d_states += derivative @ rows
-        self.d_weight[first : first + len(rows)] = derivative.T @ self._scaled_states
+        self.d_states += derivative @ self._rows
+        self.d_weight[first : first + len(self._rows)] = derivative.T @ self._scaled_states
 
     def measured(self, total: torch.Tensor) -> Measured:
         """The result, when every block has been taken."""
         return Measured(total, self.d_states.mul_(self.scale), self.d_weight)
-
-    def _rows(self, first: int) -> torch.Tensor:
-        return self.weight[first : first + self.columns].to(self.states.dtype)
 
 
 def add_listed(block: torch.Tensor, first: int, places: torch.Tensor, values: torch.Tensor) -> None:
