@@ -44,6 +44,7 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
     from transformers import AutoConfig, AutoTokenizer
 
     from tc_ray.data.prepare import prepare_test_file
+    from tc_ray.data.sequences import ITEMS_FILE
     from tc_ray.evaluation.finished import evaluate_finished
 
     folder = config.run.path
@@ -58,6 +59,7 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
                 tokenizer,
                 folder / "data" / stem,
                 seed=config.run.seed,
+                items=folder / "data" / ITEMS_FILE,
                 encoder_decoder=AutoConfig.from_pretrained(folder / "pilot" / "final").is_encoder_decoder,
             )
             for line in prepared.notes:
