@@ -133,7 +133,13 @@ def main() -> None:
     settings = {k: str(v) for k, v in vars(arguments).items() if k != "json"}
     write_json(
         arguments.json,
-        {"machine": device_line(arguments.device), "settings": settings, "bytes": read, "bound": bound, "decoding": results},
+        {
+            "machine": device_line(arguments.device),
+            "settings": settings,
+            "bytes": read,
+            "bound": bound,
+            "decoding": results,
+        },
     )
 
 

@@ -33,7 +33,8 @@ def save_merged(engine: Any, config: RunConfig, model_path: Path | str, folder: 
 
     from tc_ray.models.pilot import load_pilot
 
-    merged = load_pilot(model_path, dtype=torch.float32, random_weights=True)  # the shape; weights come next
+    # with its weights: only they tell whether a T5 has a head of its own, which one made from its config never has
+    merged = load_pilot(model_path, dtype=torch.float32, random_weights=config.model.random_weights)
     adapters = getattr(model, "peft_config", None)
     if adapters:
         from peft import get_peft_model
@@ -44,7 +45,6 @@ def save_merged(engine: Any, config: RunConfig, model_path: Path | str, folder: 
         raise RuntimeError(f"export: weights with no place in the model: {unknown[:3]}")
     if adapters:
         merged = merged.merge_and_unload()
-    merged.tie_weights()
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     merged.to(torch.bfloat16 if engine.bfloat16_enabled() else torch.float32).save_pretrained(temporary)

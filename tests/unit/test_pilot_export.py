@@ -1,0 +1,67 @@
+"""The Pilot's export by a real DeepSpeed engine: the folder answers as the model in training does, tied head or own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.models.pilot import load_pilot
+from tc_ray.pilot.engine import build_engine
+from tc_ray.pilot.export import save_merged
+from tests.tiny_families import ENCODER_DECODER, make_pilot
+
+
+def trained_logits(family: str, method: str, model: Path, meeting: Path, out: Path) -> None:
+    """In a process of its own: an engine of one rank, weights moved as by training, export, and the engine's own logits."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = "0"  # as Ray Train sets it
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    config = RunConfig.model_validate(
+        {
+            "model": {"pilot": str(model)},
+            "pilot": {"method": method, "dtype": "fp32", "batch_size": 4, "micro_batch_size": 4, "zero_stage": 1},
+            "log": {"top_k": 8},
+        }
+    )
+    engine = build_engine(config, model, rounds=2)
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    save_merged(engine, config, model, out / "final", rank=0)
+    with torch.no_grad():
+        torch.save(logits(engine.module.model.eval(), family), out / "logits.pt")
+    dist.destroy_process_group()
+
+
+def logits(model: torch.nn.Module, family: str) -> torch.Tensor:
+    ids = torch.tensor([[7, 30, 12, 90, 4]])
+    extra = {"decoder_input_ids": torch.tensor([[0, 8, 40]])} if family in ENCODER_DECODER else {}
+    made: torch.Tensor = model(input_ids=ids, use_cache=False, **extra).logits
+    return made
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "t5", "flan_t5"])
+def test_export_answers_as_the_trained_model(family: str, method: str, tmp_path: Path) -> None:
+    """Merging LoRA adds the same products in another order (1e-5 of the largest logit)."""
+    model = make_pilot(family, tmp_path / "model")
+    spawned = multiprocessing.get_context("spawn").Process(
+        target=trained_logits, args=(family, method, model, tmp_path / "meeting", tmp_path)
+    )
+    spawned.start()
+    spawned.join(120)
+    assert spawned.exitcode == 0
+    wanted = torch.load(tmp_path / "logits.pt")
+    with torch.no_grad():
+        found = logits(load_pilot(tmp_path / "final", dtype=torch.float32).eval(), family)
+        before = logits(load_pilot(model, dtype=torch.float32).eval(), family)
+    scale = float(wanted.abs().max())
+    assert float((found - wanted).abs().max()) <= 1e-5 * scale
+    assert float((before - wanted).abs().max()) > 0.1 * scale, "training changed nothing: the comparison proves nothing"
