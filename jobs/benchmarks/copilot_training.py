@@ -39,7 +39,7 @@ for folder in (ROOT, Path(__file__).resolve().parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from fused_models import device_line, synchronise
+from fused_models import device_line, synchronise, write_llama
 from workload import BUILTIN, Batch, make_batch, model_folder, print_table, recipe_config, spread, write_json
 
 from tc_ray.copilot.learner import Learner
@@ -279,24 +279,6 @@ def loss_alone(arguments: argparse.Namespace, width: int, outputs: int) -> list[
     return rows
 
 
-def write_random_llama(folder: Path, arguments: argparse.Namespace) -> Path:
-    """Config of a Llama of the size asked for; weights are made when it is loaded."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=arguments.hidden,
-        intermediate_size=4 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=max(1, arguments.hidden // 64),
-        num_key_value_heads=max(1, arguments.hidden // 256),
-        vocab_size=arguments.vocab,
-        architectures=["LlamaForCausalLM"],
-        tie_word_embeddings=True,
-    )
-    config.save_pretrained(folder)
-    return folder
-
-
 def print_steps(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """The table of the steps."""
     rows = []
@@ -368,7 +350,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as scratch:
-        path = write_random_llama(Path(scratch), arguments) if arguments.hidden else model_folder(arguments.model)
+        path = Path(scratch) if arguments.hidden else model_folder(arguments.model)
+        if arguments.hidden:
+            write_llama(path, arguments.hidden, arguments.layers, arguments.vocab)
         trained = steps(arguments, path)
     alone = loss_alone(arguments, trained["width"], trained["vocab_size"])
     result: dict[str, Any] = {

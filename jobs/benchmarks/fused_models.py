@@ -1,6 +1,6 @@
 """Models for the inference benchmarks: a Pilot and a Copilot from a folder, or of any size with random weights.
 
-Used by `decoding.py` and `prefill.py`, which put the repository's root on sys.path before they import this.
+Used by `decoding.py`, `prefill.py` and `copilot_training.py`, which put the repository's root on sys.path before they import this.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def load_models(arguments: argparse.Namespace) -> FusedModel:
     with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as folder:
         if arguments.hidden:
             path, base = Path(folder) / "pilot", Path(folder) / "base"
-            _write_llama(path, arguments.hidden, arguments.layers, arguments.vocab)
-            _write_llama(base, arguments.copilot_hidden or arguments.hidden, arguments.copilot_layers, arguments.vocab)
+            write_llama(path, arguments.hidden, arguments.layers, arguments.vocab)
+            write_llama(base, arguments.copilot_hidden or arguments.hidden, arguments.copilot_layers, arguments.vocab)
             layers = list(range(arguments.copilot_layers))
         else:
             path = base = model_folder(arguments.model)
@@ -57,7 +57,8 @@ def load_models(arguments: argparse.Namespace) -> FusedModel:
     return FusedModel.join(pilot.to(arguments.device), copilot.to(dtype).to(arguments.device))
 
 
-def _write_llama(folder: Path, hidden: int, layers: int, vocab: int) -> None:
+def write_llama(folder: Path, hidden: int, layers: int, vocab: int) -> None:
+    """Config of a Llama of this size, with grouped-query attention and a tied head; weights are made when it is loaded."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(

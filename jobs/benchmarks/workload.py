@@ -1,7 +1,7 @@
 """What the benchmarks share: the model, random batches of given lengths, the machine line, medians and the table.
 
 The batches are random token ids: time does not depend on what they say, and no data file is needed. Used by
-`logging_overhead.py` and `copilot_cost.py`, which put the repository's root on sys.path before they import this.
+every script here, each of which puts the repository's root on sys.path before it imports this.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def trends(folder: Path) -> list[tuple[str, str]]:
     """Each loss from first to last round as a row of bars, with its first and last mean."""
     from tc_ray.tracking.points import METRICS_FILE, read_points
 
-    series: dict[str, list[float]] = {"pilot loss": [], "copilot rmse": []}
+    series: dict[str, list[float]] = {"pilot loss": [], "copilot loss": []}
     for point in read_points(folder / METRICS_FILE):
         for name, values in series.items():
             kind, metric = name.split()

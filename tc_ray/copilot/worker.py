@@ -140,7 +140,7 @@ class CopilotWorker:
         self.job.ledger.report_copilot.remote(at.round, at.step)
         if result is not None:
             metrics = {
-                "rmse": result.loss,
+                "loss": result.loss,
                 "error_size": result.error_size,
                 "learning_rate": result.learning_rate,
                 "tokens": float(result.tokens),

@@ -19,7 +19,7 @@ SMOOTH_SHARE = 0.04
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
-    """Draw pilot `loss` (left), copilot `rmse` (right) and log `lag_rounds` (below) over wall minutes.
+    """Draw pilot `loss` (left), copilot `loss` (right) and log `lag_rounds` (below) over wall minutes.
 
     Time between two starts of a resumed run, in which nothing ran, is left out and marked by a dotted line.
 
@@ -32,7 +32,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     """
     points, resumes = _active_minutes(list(read_points(metrics)))
     pilot = _series(points, "pilot", "loss")
-    copilot = _series(points, "copilot", "rmse")
+    copilot = _series(points, "copilot", "loss")
     lag = _series(points, "log", "lag_rounds")
     if not pilot[0] and not copilot[0]:
         raise ValueError(f"{metrics}: no loss in it yet")
@@ -48,7 +48,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     handles = []
     for axes, (minutes, values), colour, label in (
         (upper, pilot, PILOT_COLOUR, "Pilot cross-entropy"),
-        (right, copilot, COPILOT_COLOUR, "Copilot RMSE"),
+        (right, copilot, COPILOT_COLOUR, "Copilot loss"),
     ):
         axes.plot(minutes, values, color=colour, alpha=0.25, linewidth=0.8)
         handles += axes.plot(minutes, _smooth(values), color=colour, linewidth=1.8, label=label)

@@ -120,7 +120,7 @@ def facts(status: Status) -> list[tuple[str, str]]:
         ("round", _of(pilot.get("round"), plan.get("rounds_total"))),
         ("pilot loss", _number(pilot.get("metrics", {}).get("loss"), "{:.4f}")),
         ("copilot step", _of(copilot.get("step"), plan.get("copilot_steps_total"))),
-        ("copilot rmse", _number(copilot.get("metrics", {}).get("rmse"), "{:.4f}")),
+        ("copilot loss", _number(copilot.get("metrics", {}).get("loss"), "{:.4f}")),
         ("lag", _number(log.get("lag_rounds"), "{:.0f} rounds")),
         ("log", size(log["bytes"]) if log.get("bytes") is not None else ""),
         ("backlog", ", ".join(filter(None, backlog))),
@@ -136,11 +136,11 @@ def panel(status: Status) -> RenderableType:
     bars = Table.grid(padding=(0, 2))
     for label, now, total, loss in (
         ("Pilot", status["pilot"].get("round", 0), plan.get("rounds_total"), texts.pop("pilot loss")),
-        ("Copilot", status["copilot"].get("step", 0), plan.get("copilot_steps_total"), texts.pop("copilot rmse")),
+        ("Copilot", status["copilot"].get("step", 0), plan.get("copilot_steps_total"), texts.pop("copilot loss")),
     ):
-        unit, name = ("round", "loss") if label == "Pilot" else ("step", "rmse")
+        unit = "round" if label == "Pilot" else "step"
         bar = ProgressBar(total=max(total or 1, 1), completed=min(now, total or 1), width=32)
-        bars.add_row(Text(label, "bold"), bar, f"{unit} {_of(now, total)}", f"{name} {loss or '-'}")
+        bars.add_row(Text(label, "bold"), bar, f"{unit} {_of(now, total)}", f"loss {loss or '-'}")
     texts.pop("round")
     texts.pop("copilot step")
     rest = Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in texts.items() if value)

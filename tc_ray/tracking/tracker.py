@@ -3,7 +3,7 @@
 Invariant: a (metric, round) or (Copilot metric, step) is written once, over worker crashes and resumed runs; nothing here
 waits for MLflow before `finish`, and after the start no MLflow error reaches the run: they are counted and shown as events.
 The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer.
-Metric names the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `rmse`; log
+Metric names the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `loss`; log
 `bytes`, `rows`, `backlog_rounds`, `backlog_bytes`, `lag_rounds`. Any other name is written too.
 """
 

@@ -55,11 +55,34 @@ def test_logging_overhead(tmp_path: Path) -> None:
         assert words in printed
 
 
-def test_copilot_cost(tmp_path: Path) -> None:
-    printed, result = run("copilot_cost.py", tmp_path, "--new-tokens", "4")
-    training = result["training"]
-    assert (training["pilot_step_seconds"]["count"], training["copilot_step_seconds"]["count"]) == (3, 9)
-    assert training["ratio_per_round"] == pytest.approx(3 * training["ratio_per_record"])
-    assert [row["batch_size"] for row in result["decoding"]] == [1, 8]
-    assert all(row["ratio_of_medians"] > 0 for row in result["decoding"])
-    assert "Copilot / Pilot" in printed and "decoding 4 tokens" in printed
+def measure(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    """An inference benchmark on a Llama of random weights with a narrower Copilot."""
+    size = ["--hidden", "64", "--layers", "3", "--vocab", "300", "--copilot-hidden", "32", "--copilot-layers", "2"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *size, "--dtype", "fp32", "--json", str(folder / "out.json"), *options],
+        check=False,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((folder / "out.json").read_text())
+
+
+def test_decoding(tmp_path: Path) -> None:
+    printed, result = measure("decoding.py", tmp_path, "--batches", "1", "3", "--new-tokens", "8", "--prompt", "10")
+    assert [row["batch_size"] for row in result["decoding"]] == [1, 3]
+    assert all(row["pilot_seconds"]["count"] == row["fused_seconds"]["count"] == 4 for row in result["decoding"])
+    pilot, copilot = result["bytes"]
+    # three layers of 64: q, k, v, o with one of one head, three of 4 x 64, norms; the tied head; the last norm
+    layer = 64 * 64 * 2 + 2 * 64 * 64 + 3 * 64 * 256 + 2 * 64
+    assert pilot == 4 * (3 * layer + 300 * 64 + 64)
+    assert result["bound"] == pytest.approx((pilot + copilot) / pilot)
+    assert 0 < copilot < pilot and "ratio / bound" in printed
+
+
+def test_prefill(tmp_path: Path) -> None:
+    printed, result = measure("prefill.py", tmp_path, "--batches", "2", "--prompts", "8", "16", "--rounds", "3")
+    assert [(row["batch_size"], row["prompt_tokens"]) for row in result["prefill"]] == [(2, 8), (2, 16)]
+    assert all(row["median_of_pair_ratios"] > 0 for row in result["prefill"]) and "2 x 16" in printed

@@ -42,7 +42,7 @@ def run_folder(tmp_path: Path) -> Path:
     tracker.phase("train")
     for round in range(1, 6):
         tracker.pilot(round, {"loss": 3.0 - 0.5 * round, "tokens": 100})
-        tracker.copilot(round, round, {"rmse": 0.9})
+        tracker.copilot(round, round, {"loss": 0.9})
     tracker.log({"bytes": 2_500_000, "lag_rounds": 3, "backlog_rounds": 2, "backlog_bytes": 9000})
     tracker.event("restart", "worker 1 was restarted")
     tracker.finish("stopped")

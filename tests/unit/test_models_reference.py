@@ -22,7 +22,7 @@ from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.errors import dense_errors, sparse_errors
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.model import FusionError
-from tc_ray.models.losses import squared_error
+from tc_ray.models.losses import RootMeanSquare
 from tc_ray.models.pilot import PilotStep, load_pilot
 from tests.reference import copilot_f, fused_decoding, rmse
 from tests.tiny_model import make_tiny_llama
@@ -149,7 +149,10 @@ def test_copilot_f_loss_and_gradients(copilot: Copilot, pilot: Any, tmp_path: Pa
     copilot.zero_grad()
     f = copilot.compact(batch)
     ids, values = batch.error_ids[batch.row_mask], batch.error_values[batch.row_mask]
-    loss = (squared_error(f, copilot.output_places(ids), values) / len(f)).sqrt()
+    total = RootMeanSquare("dense").total(
+        copilot.states(batch), copilot.output.weight, copilot.output_places(ids), values
+    )
+    loss = (total / len(f)).sqrt().float()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in copilot.named_parameters() if p.requires_grad}
 

@@ -27,7 +27,7 @@ def run_part(config: RunConfig, rounds: range, steps: range) -> Tracker:
         tracker.pilot(round, {"loss": 3.0 / round, "tokens": 100})
         tracker.log({"bytes": 1000 * round, "rows": 16 * round, "backlog_rounds": 1, "lag_rounds": 2})
     for step in steps:
-        tracker.copilot((step + 2) // 3, step, {"rmse": 1.0 / step})
+        tracker.copilot((step + 2) // 3, step, {"loss": 1.0 / step})
     return tracker
 
 
@@ -61,8 +61,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[s
 def test_both_models_have_each_round_and_step_once(resumed: tuple[RunConfig, dict[str, Any]]) -> None:
     config, _ = resumed
     assert history(config, "pilot/loss") == [(r, pytest.approx(3.0 / r)) for r in range(1, 7)]
-    assert [value for _, value in history(config, "copilot/rmse")] == [pytest.approx(1.0 / s) for s in range(1, 10)]
-    assert [step for step, _ in history(config, "copilot/rmse")] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [value for _, value in history(config, "copilot/loss")] == [pytest.approx(1.0 / s) for s in range(1, 10)]
+    assert [step for step, _ in history(config, "copilot/loss")] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     lines = [json.loads(text) for text in (config.run.path / "metrics.jsonl").read_text().splitlines()]
     assert [p["round"] for p in lines if p["kind"] == "pilot"] == [1, 2, 3, 4, 5, 6]
     assert [p["kind"] for p in lines].count("start") == 2
@@ -102,7 +102,7 @@ def test_points_that_never_reached_mlflow_are_filled_in(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     run_part(config, range(3, 5), range(3, 5)).finish("done")
     assert [step for step, _ in history(config, "pilot/loss")] == [1, 2, 3, 4]
-    assert len(history(config, "copilot/rmse")) == 4
+    assert len(history(config, "copilot/loss")) == 4
 
 
 def test_mlflow_error_is_told_and_does_not_reach_the_run(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_eta_waits_for_the_slower_model(tmp_path: Path, monkeypatch: pytest.Monk
     for round in range(1, 6):
         now[0] += 2.0
         tracker.pilot(round, {"loss": 1.0, "tokens": 50})
-        tracker.copilot(round, 2 * round, {"rmse": 1.0})
+        tracker.copilot(round, 2 * round, {"loss": 1.0})
     status = tracker.status()
     assert status["eta_seconds"] == pytest.approx(90.0)  # 90 Copilot steps at 1 a second; 5 rounds would take 10 s
     assert status["tokens_per_second"] == pytest.approx(25.0)

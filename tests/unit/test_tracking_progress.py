@@ -57,7 +57,7 @@ def test_line_tells_what_there_is(tracker: Tracker) -> None:
     tracker.log({"lag_rounds": 4})
     shown.show(tracker.status())
     assert "round 1/10 | pilot loss 2.5000 | lag 4 rounds" in out.getvalue()
-    assert "rmse" not in out.getvalue() and "None" not in out.getvalue()
+    assert "copilot" not in out.getvalue() and "None" not in out.getvalue()
 
 
 def test_panel_on_a_terminal(tracker: Tracker) -> None:

@@ -16,10 +16,10 @@ The paper names the losses of table 20 without their form; kl and cross_entropy 
 from __future__ import annotations
 
 from tc_ray.models.losses.base import TokenLoss
-from tc_ray.models.losses.rmse import RootMeanSquare, squared_error
+from tc_ray.models.losses.rmse import RootMeanSquare
 from tc_ray.models.losses.softmax import CrossEntropy, Divergence
 
-__all__ = ["CrossEntropy", "Divergence", "RootMeanSquare", "TokenLoss", "make_loss", "squared_error"]
+__all__ = ["CrossEntropy", "Divergence", "RootMeanSquare", "TokenLoss", "make_loss"]
 
 
 def make_loss(name: str, form: str, vocab_size: int) -> TokenLoss:

@@ -161,11 +161,3 @@ def _squared(x: torch.Tensor) -> torch.Tensor:
         product[first:last, first:] = part
         product[first:, first:last] = part.T
     return product
-
-
-def squared_error(f: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """TEMPORARY, until Learner and the reference test use `RootMeanSquare`."""
-    values = values.float()
-    reached = places >= 0
-    residual = f.float().scatter_add(1, places.clamp_min(0), -values * reached)
-    return residual.square().sum() + values.masked_fill(reached, 0.0).square().sum()
