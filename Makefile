@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install  ## the main job on small real data: train, choose lambda, evaluate, export
+demo: install  ## the main job on generated data: train, choose lambda, evaluate, export
 	$(BIN)/tc-ray train $(RECIPE)
 
 test: install  ## unit, cluster and fault tests that take seconds
@@ -41,7 +41,7 @@ test: install  ## unit, cluster and fault tests that take seconds
 test-slow: install  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m 'not gpu'
 
-test-gpu: install  ## what needs a CUDA device
+test-gpu: install  ## what needs a CUDA device (no test does yet)
 	$(BIN)/python -m pytest -m gpu
 
 lint: install  ## ruff and mypy

@@ -100,7 +100,7 @@ class Plan:
     def _copilot_shape(self) -> str:
         pattern, sizes = f"attends to the Pilot by pattern {self.config.copilot.pattern}", self.sizes
         if sizes is None or sizes.copilot_hidden_size is None:
-            return f"layers and width unknown; {pattern}"
+            return f"layers and width unknown; {pattern} (if it is decoder-only)"
         if sizes.encoder_decoder:  # its layers have both kinds of attention
             pattern = "each attends to earlier rows and to the Pilot"
         width = f"{sizes.copilot_hidden_size} (Pilot {sizes.hidden_size})"

@@ -212,7 +212,7 @@ class CopilotSection(Section):
         "targets", description="tokens the Copilot can correct: those that occur in training completions, or all of V"
     )
     producing_state: bool = Field(
-        True, description="add the Pilot's hidden state that produced token i to input row i (method.md)"
+        True, description="add the Pilot's hidden state that produced token i to input row i (not in the paper)"
     )
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)

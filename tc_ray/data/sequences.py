@@ -74,7 +74,7 @@ def scan(files: Sequence[Path], known: Mapping[str, str] | None = None) -> Seque
 def label_items(items: Sequence[str], seed: int) -> dict[str, str]:
     """Item id -> label: the numbers 0 .. items - 1 in seeded random order, all of one even number of digits.
 
-    Labels say nothing about their items (method.md: "items as random numeric ids"); an even number of digits lets a
+    Labels say nothing about their items (the paper: items as random numeric ids); an even number of digits lets a
     tokenizer that takes digits in pairs give every item the same number of tokens.
     """
     width = max(2, len(str(len(items) - 1)))

@@ -27,7 +27,7 @@ class SparseErrors(NamedTuple):
 
 
 def sparse_errors(log_probs: torch.Tensor, targets: torch.Tensor, top_k: int) -> SparseErrors:
-    """Sparse errors from the Pilot's log-probabilities.
+    """Sparse errors from the Pilot's log-probabilities (section 2.2): `1 - p(true)`, `-p(id)` of the k largest others, and the rest.
 
     Args:
         log_probs: fp32 [N, V], log softmax of the Pilot's logits.
@@ -63,6 +63,6 @@ def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dense_errors(ids: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Dense fp32 [N, V] from sparse [N, k+1]; unlisted tokens are zero (`rest` is not spread, method.md)."""
+    """Dense fp32 [N, V] from sparse [N, k+1]; unlisted tokens are zero (`rest` is not spread over them)."""
     dense = torch.zeros(ids.shape[0], vocab_size, device=ids.device)
     return dense.scatter_add_(1, ids, values.float())

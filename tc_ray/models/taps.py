@@ -72,7 +72,11 @@ class LayerTap:
             self._recording = False
 
     def take(self) -> torch.Tensor:
-        """The pooled states, fp32 [batch, positions, width], of the pass recorded last; hands them over once."""
+        """The pooled states, fp32 [batch, positions, width], of the pass recorded last; hands them over once.
+
+        Raises:
+            RuntimeError: no pass was recorded.
+        """
         if self._pooled is None:
             raise RuntimeError("no forward pass was recorded: wrap it in `with tap.recording():`")
         pooled, self._pooled = self._pooling.finish(self._pooled, self._count), None

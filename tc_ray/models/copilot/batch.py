@@ -16,7 +16,7 @@ class CopilotBatch:
     """B records padded to n target rows, Q prompt tokens and P state positions.
 
     question_ids: int64 [B, Q], prompt tokens. question_mask: bool [B, Q].
-    states: fp32 [B, P, d_P], layer-mean hidden states. state_position: int64 [B, P], absolute, -1 is padding.
+    states: fp32 [B, P, d_P], pooled hidden states. state_position: int64 [B, P], absolute, -1 is padding.
     row_position: int64 [B, n], position of the state that predicts row i's token, -1 is padding.
     error_ids: int64 [B, n, k+1]. error_values: fp32 [B, n, k+1], zero in padding.
     question_states: fp32 [B, Q, d_P], the encoder's output; None where X~ follows from question_ids (decoder-only).

@@ -60,9 +60,9 @@ class Copilot(PreTrainedModel):
         )
         self.error_embedding = None if same else nn.Embedding(config.vocab_size, width)
         self.error_projection = nn.Linear(width, width, bias=False)
-        # row 0 has no earlier error; zeros would give uniform attention (method.md)
+        # row 0 has no earlier error; zeros would give uniform attention
         self.start = nn.Embedding(1, width)
-        # first-token states are 100 times larger than the others: normalise what is attended to (method.md)
+        # first-token states are 100 times larger than the others: normalise what is attended to
         self.question_norm = nn.RMSNorm(pilot_width, eps=1e-6)
         self.state_norm = nn.RMSNorm(pilot_width, eps=1e-6)
         self.memory_projection = nn.Identity() if same else nn.Linear(pilot_width, width, bias=False)
@@ -281,7 +281,7 @@ class Copilot(PreTrainedModel):
         return full if common == width == self.config.vocab_size else F.pad(full[..., :common], (0, width - common))
 
     def output_places(self, ids: torch.Tensor) -> torch.Tensor:
-        """Where token ids stand among the output tokens; -1 for those that f cannot reach."""
+        """Where token ids, int64 [..], stand among the output tokens: int64 [..], -1 for those that f cannot reach."""
         if self.is_full:
             return ids
         places = torch.full((self.config.vocab_size,), -1, dtype=torch.int64, device=ids.device)

@@ -155,7 +155,11 @@ def _finite(value: float) -> float | None:
 
 
 def explain_completions(model: FusedModel, given: Completions, asked: Explain) -> Explanation:
-    """Explanation of given completions; the Copilot runs also where lam is 0, so that f is told there too."""
+    """Explanation of given completions; the Copilot runs also where lam is 0, so that f is told there too.
+
+    Raises:
+        ValueError: no token was generated.
+    """
     parts: list[dict[str, Any]] = []
     for rows in teacher_forced_rows(model, given, corrections=True, layers=asked.logit_lens):
         tokens = given.tokens[:, rows.span]

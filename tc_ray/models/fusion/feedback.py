@@ -1,7 +1,7 @@
 """What the Copilot reads at inference in place of the true errors: its own f, or the realised error of the chosen token.
 
 A strategy keeps, for each row decoded, a vector [B, 1, d_C] (`keep`) from which, once the row's token is chosen, the next
-input row is made (`row`). Neither holds anything of size V.
+input row is made (`row`). Neither keeps anything of size V between rows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class OwnFeedback:
 
 
 class RealisedFeedback:
-    """l_i = onehot(chosen token) - p^_i: safer where the Copilot lags (method.md), at the cost of reading E."""
+    """l_i = onehot(chosen token) - p^_i: safer where the Copilot lags, at the cost of reading E."""
 
     def __init__(self, copilot: Copilot) -> None:
         self._copilot = copilot

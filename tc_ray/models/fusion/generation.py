@@ -45,6 +45,10 @@ class ExplainedGeneration(GenerationMixin):
 
         Both are of the distributions p^ and p~ themselves, before temperature, top-k, penalties and the like, and are
         recomputed over the finished sequences in one pass of the Pilot (`score`): equal to what decoding saw, to rounding.
+
+        Raises:
+            ValueError: what fused decoding cannot do (use_cache=False, prefill_chunk_size, output_hidden_states,
+                output_attentions), or lam of another number than sequences.
         """
         asked = Explain.of(explain)
         ends = Ends(stopping_criteria or ())

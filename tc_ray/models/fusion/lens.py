@@ -51,7 +51,7 @@ class LogitLens:
     @staticmethod
     @torch.no_grad()
     def of(model: FusedModel, layers: Sequence[torch.Tensor], chosen: torch.Tensor) -> LogitLens:
-        """Through the final norm and the head, one layer at a time.
+        """softmax(head(norm(h_l))) of each layer l, one layer at a time.
 
         Args:
             layers: [B, c, d] after each layer. chosen: int64 [B, c].

@@ -227,8 +227,10 @@ def completions_of(
     else:
         assert prompt_length is not None
         start = prompt_length
-    if start < 1:
-        raise ValueError("a completion needs at least one token before it")
+    if not 1 <= start <= sequences.shape[1]:
+        raise ValueError(
+            f"completions begin at column {start}: it must be from 1 to {sequences.shape[1]}, the sequences' length"
+        )
     if attention_mask is not None and (target_start is not None or attention_mask.shape[1] > start):
         lengths = attended[:, start:].sum(1)
     else:

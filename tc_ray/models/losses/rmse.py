@@ -1,7 +1,7 @@
 """RMSE between predicted and logged errors (equation 7), exactly and by the Gram matrix of W_out.
 
 The square root is of the mean over target tokens of the squared error summed over V, over the whole batch and all ranks: a
-root per token pulls f to zero (method.md).
+root per token pulls f to zero (docs/decisions.md).
 
 Two forms of the same sum and gradients:
 
@@ -99,7 +99,8 @@ def gram_is_cheaper(tokens: int, width: int, *, outputs: int, listed: int, produ
 def by_blocks(
     states: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, values: torch.Tensor, product: torch.dtype
 ) -> Measured:
-    """The residual is formed at the listed entries, so nothing cancels however small it gets."""
+    """Arguments and result as for `TokenLoss.measure`. The residual is formed at the listed entries, so nothing cancels
+    however small it gets."""
     outputs = Outputs(states, weight, product=product, wide=summing_dtype(states), scale=2.0)
     total = values.masked_fill(places >= 0, 0.0).double().square().sum()
     for first, residual in outputs.blocks():
