@@ -248,8 +248,9 @@ def test_arguments_that_do_not_fit() -> None:
         llama.score(ids)
     with pytest.raises(ValueError, match="not both"):
         llama.score(ids, prompt_length=2, target_start=torch.tensor([2]))
-    with pytest.raises(ValueError, match="at least one token before"):
-        llama.score(ids, prompt_length=0)
+    for column in (0, 5):
+        with pytest.raises(ValueError, match=f"begin at column {column}: it must be from 1 to 4"):
+            llama.score(ids, prompt_length=column)
     with pytest.raises(ValueError, match="decoder-only model has no source"):
         llama.score(ids, prompt_length=2, source=ids)
     with pytest.raises(ValueError, match="needs `source`"):
