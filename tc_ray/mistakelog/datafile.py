@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +45,10 @@ class DataFile:
     """Counts the commits of this rank in this attempt from 0."""
     sha256: str
     """Of the file's bytes, hexadecimal; empty without a file."""
+    crc32: int = 0
+    """Of the file's bytes: what readers check each time."""
+    dropped: dict[int, int] = field(default_factory=dict)
+    """Records of the covered rounds that are not in the log because it could not be written: count by round."""
 
     @property
     def key(self) -> str:

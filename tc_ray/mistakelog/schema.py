@@ -13,7 +13,9 @@ from typing import Literal
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: layers of the rationale, dense errors and a top_k that is chosen while the run goes on."""
+READABLE_VERSIONS = ("1", "2")
 PREFIX = "tc_ray."
 
 ROW_SCHEMA = pa.schema(
@@ -33,7 +35,7 @@ ROW_SCHEMA = pa.schema(
         # bf16 bits, C order [positions, layers, dim]; the last position is len(input_ids) - 2
         ("rationale", pa.binary()),
         ("rationale_layers", pa.int16()),
-        # top_k + 1 entries a target token, row after row
+        # top_k + 1 entries a target token, row after row; dense errors: no ids, and V values in vocabulary order
         ("error_ids", pa.list_(pa.int32())),
         ("error_values", pa.list_(pa.float32())),
         # one entry a target token
@@ -72,9 +74,13 @@ class LogMetadata:
     positions: Literal["all", "target"]
     """Positions with stored states: every one before the last, or those that predict a target token."""
     top_k: int
-    """Errors listed a target token besides the true token."""
+    """Errors listed a target token besides the true token; 0: not chosen yet (`log.top_k: auto`), V - 1 if dense."""
     question: Literal["ids", "states"] = "ids"
     """Where X~ is: ids: it follows from input_ids and the Pilot's embedding; states: in the column `question`."""
+    layers: str = "all"
+    """Decoder layers, counted from 0, that the stored states are those of, or are pooled over: all, or numbers with commas."""
+    error: Literal["top-k", "dense"] = "top-k"
+    """top-k: the largest errors with their ids; dense: all V, in vocabulary order."""
     rationale_dtype: str = "bfloat16"
     schema_version: int = SCHEMA_VERSION
 
@@ -102,10 +108,10 @@ class LogMetadata:
         version = configuration.get(PREFIX + "schema_version")
         if version is None:
             raise LogSchemaError(f"{where}: no {PREFIX}schema_version in the table's configuration: not a Mistake Log")
-        if version != str(SCHEMA_VERSION):
+        if version not in READABLE_VERSIONS:
             raise LogSchemaError(
-                f"{where}: Mistake Log schema version {version}, but this tc-ray reads version {SCHEMA_VERSION}; "
-                "read it with the tc-ray that wrote it"
+                f"{where}: Mistake Log schema version {version}, but this tc-ray reads versions "
+                f"{' and '.join(READABLE_VERSIONS)}; read it with the tc-ray that wrote it"
             )
         values: dict[str, str | int] = {}
         for field in fields(cls):
@@ -123,4 +129,6 @@ class LogMetadata:
     def differences(self, other: LogMetadata) -> list[str]:
         """Human-readable differences from another log's metadata; empty when rows of both may share a table."""
         mine, theirs = asdict(self), asdict(other)
+        if self.top_k == 0:  # to be chosen: what the table has chosen already holds
+            mine["top_k"] = theirs["top_k"]
         return [f"{key}: {theirs[key]!r} in the table, {mine[key]!r} here" for key in mine if mine[key] != theirs[key]]

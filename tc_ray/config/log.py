@@ -1,0 +1,78 @@
+"""The `log` section: what the Mistake Log keeps of each token, where it is kept, and for how long."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tc_ray.config.section import NonNegative, Positive, Section
+
+
+class LogSection(Section):
+    """The Mistake Log."""
+
+    enabled: bool = Field(True, description="false: plain fine-tuning, no log and no Copilot (benchmarks)")
+    path: str | None = Field(
+        None, description="folder, or s3://, gs:// or az:// location, of the log; null: log/ in the run folder"
+    )
+    storage_options: dict[str, str] = Field(
+        default_factory=dict,
+        description="options of an object store as delta-rs names them (aws_endpoint_url, ...); what is not here comes "
+        "from the environment. Keep secrets in the environment: this section is saved with the run",
+    )
+    rationale: Literal["pooled", "all"] | list[NonNegative] = Field(
+        "pooled",
+        description="hidden states kept a position: one, pooled over all decoder layers; those of all layers; or those of "
+        "the layers listed, from 0. The Copilot reads their pooled value in each case",
+    )
+    pooling: Literal["mean", "max", "sum"] = Field(
+        "mean", description="how the hidden states of a token are pooled over the layers (table 19)"
+    )
+    positions: Literal["all", "target"] = Field(
+        "all",
+        description="hidden states kept: of every position, or only of those that predict a target token "
+        "(the only ones an encoder-decoder has)",
+    )
+    error: Literal["top-k", "dense"] = Field(
+        "top-k", description="errors kept a target token: the largest ones and the mass of the rest, or all V of them"
+    )
+    top_k: Positive | Literal["auto"] = Field(
+        "auto",
+        description="largest predicted probabilities kept a token, besides the true token; auto: the smallest k that "
+        "captures top_k_captured of |l| in the first top_k_rounds rounds, at most 256",
+    )
+    top_k_captured: float = Field(0.999, gt=0, lt=1, description="share of the sum of |l| that top_k: auto captures")
+    top_k_rounds: Positive = Field(4, description="rounds that top_k: auto is measured over")
+    sampling: Literal["all", "fraction", "mistakes"] = Field(
+        "all",
+        description="records kept: every one; sampling_fraction of them, chosen by seed, round and sample; or those with a "
+        "mistake: a target token not ranked first or with a loss above mistake_loss",
+    )
+    sampling_fraction: float = Field(1.0, gt=0, le=1, description="share of the records that sampling: fraction keeps")
+    mistake_loss: float | None = Field(
+        None, gt=0, description="nats; with sampling: mistakes a token's loss above this is a mistake too"
+    )
+    flush_rounds: Positive = Field(
+        4, description="a data file is cut at least every this many rounds, so that the Copilot sees fresh records"
+    )
+    file_bytes: Positive = Field(
+        128 * 2**20, description="a data file is cut when it reaches this size, and small files are merged up to it"
+    )
+    queue_rounds: Positive = Field(8, description="micro-batches that may wait for the writer thread")
+    full_policy: Literal["block", "subsample", "stop"] = Field(
+        "block",
+        description="queue full, or no space where the log is: block: the Pilot waits; subsample: micro-batches that find "
+        "the queue full are dropped; stop: recording pauses until there is space. Waits and drops are counted",
+    )
+    compression: Literal["none", "zstd"] = "none"
+    compact: bool = Field(True, description="merge small files of the log while the run goes on")
+    keep_rounds: Positive | None = Field(None, description="rounds kept in the log, the newest; null: all")
+    max_bytes: Positive | None = Field(
+        None,
+        description="bytes the log may take; the oldest rounds go first, but none that the Copilot has still to read",
+    )
+    vacuum_grace_seconds: float = Field(
+        600, gt=0, description="files that left the log stay this long for readers without a lease (DuckDB, Spark)"
+    )
+    orphan_seconds: float = Field(3600, gt=0, description="files that were never committed are removed after this long")
