@@ -63,7 +63,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The whole config as YAML, every default written out; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.public_dump(), sort_keys=False, allow_unicode=True)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

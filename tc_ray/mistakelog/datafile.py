@@ -1,8 +1,9 @@
 """One Parquet data file: written under a temporary name, made durable, then renamed into the table's folder.
 
-Invariant: a file under its final name is complete and on disk. It belongs to the table only once the Ledger has committed
-it, so readers, who go by the table's file list, see neither temporary nor uncommitted files. Used by the record writer
-and by the store when it cuts a file at a watermark.
+Invariant: a file under its final name is complete and on disk (in an object store: uploaded). It belongs to the table only
+once the Ledger has committed it, so readers, who go by the table's file list, see neither temporary nor uncommitted files.
+Both checksums are of the bytes as they were handed to the disk. Used by the record writer, compaction, and the store when
+it cuts a file at a watermark.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import queue
+import threading
+import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.schema import ROW_SCHEMA
 
-TEMPORARY_SUFFIX = ".parquet.tmp"
-_HASH_BYTES = 1 << 20
+TEMPORARY_SUFFIX = ".tmp"
+"""Added to a local file's name while it is written."""
+_HASH_BLOCKS = 64
 # rows wait in memory until a row group of this size: small ones read slowly
 _ROW_GROUP_BYTES = 16 << 20
 
@@ -56,46 +61,104 @@ class DataFile:
         return f"rank {self.rank}, attempt {self.attempt}, sequence {self.sequence}"
 
 
-def file_name(round_min: int, round_max: int, rank: int, attempt: int, sequence: int) -> str:
-    """Final name of a data file; unique in a run."""
-    return f"rounds-{round_min:08d}-{round_max:08d}-rank{rank}-a{attempt}-{sequence:06d}.parquet"
+def file_name(round_min: int, rank: int, attempt: int, sequence: int) -> str:
+    """Name of a data file; unique in a run, and known before its last round is."""
+    return f"rounds-{round_min:08d}-rank{rank}-a{attempt}-{sequence:06d}.parquet"
 
 
-def temporary_name(rank: int, attempt: int, sequence: int) -> str:
-    """Name while the file is written: its rounds are not known yet."""
-    return f"rank{rank}-a{attempt}-{sequence:06d}{TEMPORARY_SUFFIX}"
+@dataclass(frozen=True)
+class Finished:
+    """A finished file's bytes."""
+
+    size: int
+    sha256: str
+    """Hexadecimal."""
+    crc32: int
+
+
+class _Output:
+    """What Parquet writes into: counts and hashes on the way to the disk, SHA-256 in a thread beside the writing."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha, self.crc32, self.size = hashlib.sha256(), 0, 0
+        self._blocks: queue.Queue[bytes | None] = queue.Queue(_HASH_BLOCKS)
+        self._thread = threading.Thread(target=self._hash, name="mistake-log-hash", daemon=True)
+        self._thread.start()
+        self.closed = False
+
+    def _hash(self) -> None:
+        while (block := self._blocks.get()) is not None:
+            self._sha.update(block)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        at = 0
+        while at < len(view):  # an unbuffered file may take less than it is given
+            at += self._file.write(view[at:])
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.size += len(view)
+        self._blocks.put(data)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Arrow closes what it wrote into; `complete` is what ends the file."""
+
+    def sha256(self) -> str:
+        self._stop()
+        return self._sha.hexdigest()
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            self._blocks.put(None)
+            self._thread.join()
+
+    def complete(self) -> Finished:
+        """Bring everything to the disk (or end the upload)."""
+        if hasattr(self._file, "fileno"):
+            os.fsync(self._file.fileno())
+        self._file.close()
+        return Finished(self.size, self.sha256(), self.crc32)
+
+    def abandon(self) -> None:
+        """Let go of an unfinished file: an upload that is not closed never becomes an object."""
+        self._stop()
+        if hasattr(self._file, "fileno"):
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 class ParquetPart:
     """A data file being written.
 
     Args:
-        folder: the table's folder.
-        temporary: name until `finish`.
+        location: of the table.
+        name: of the finished file. A local one has `TEMPORARY_SUFFIX` added until then; an object appears when it is finished.
         compression: of the Parquet pages.
         metadata: key-value metadata of the file, so that it can be read by itself.
     """
 
-    def __init__(self, folder: Path, temporary: str, compression: Compression, metadata: dict[str, str]) -> None:
-        self._folder = folder
-        self._path = folder / temporary
-        self._writer = pq.ParquetWriter(
-            self._path,
-            ROW_SCHEMA,
-            compression=compression,
-            # hidden states are all different: a dictionary would only cost
-            use_dictionary=["run"],
-            write_statistics=["run", "attempt", "round", "rank", "sample_id"],
-            store_schema=False,
-        )
-        self._writer.add_key_value_metadata(metadata)
+    def __init__(self, location: Location, name: str, compression: Compression, metadata: dict[str, str]) -> None:
+        self.name = name
+        self._location = location
+        self._temporary = name + TEMPORARY_SUFFIX if location.local is not None else name
+        self._compression, self._metadata = compression, metadata
+        self._output: _Output | None = None
+        self._writer: Any = None
         self._waiting: list[pa.Table] = []
         self._waiting_bytes = 0
         self.rows = 0
         self.bytes = 0
 
     def write(self, table: pa.Table) -> None:
-        """Add rows. `bytes` counts them in memory, uncompressed."""
+        """Add rows. `bytes` counts them in memory, uncompressed.
+
+        Raises:
+            OSError: the disk or store does not take them; `abort` then.
+        """
         size = table.get_total_buffer_size()
         self._waiting.append(table)
         self._waiting_bytes += size
@@ -104,53 +167,111 @@ class ParquetPart:
         if self._waiting_bytes >= _ROW_GROUP_BYTES:
             self._write_row_group()
 
+    def _open(self) -> Any:
+        if self._writer is None:
+            self._output = _Output(self._location.open_output(self._temporary))
+            self._writer = pq.ParquetWriter(
+                pa.PythonFile(self._output, "w"),
+                ROW_SCHEMA,
+                compression=self._compression,
+                # hidden states are all different: a dictionary would only cost
+                use_dictionary=["run"],
+                write_statistics=["run", "attempt", "round", "rank", "sample_id"],
+                store_schema=False,
+            )
+            self._writer.add_key_value_metadata(self._metadata)
+        return self._writer
+
     def _write_row_group(self) -> None:
         if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
+            self._open().write_table(pa.concat_tables(self._waiting))
         self._waiting, self._waiting_bytes = [], 0
 
-    def finish(self, name: str) -> tuple[int, str]:
-        """Complete the file, flush it to disk and give it its final name.
+    def finish(self) -> Finished:
+        """Complete the file, bring it to the disk and give it its final name.
 
-        Returns:
-            Size in bytes and SHA-256 (hexadecimal).
+        Raises:
+            OSError: the disk or store does not take it; `abort` then.
         """
         self._write_row_group()
-        self._writer.close()
-        digest = hashlib.sha256()
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
-            while block := file.read(_HASH_BYTES):
-                digest.update(block)
-            size = file.tell()
-        os.rename(self._path, self._folder / name)
-        sync_folder(self._folder)
-        return size, digest.hexdigest()
+        self._open().close()
+        assert self._output is not None
+        finished = self._output.complete()
+        if self._location.local is not None:
+            self._location.rename(self._temporary, self.name)
+        return finished
 
     def abort(self) -> None:
         """Throw the unfinished file away."""
-        self._waiting = []
+        self._waiting, self._waiting_bytes = [], 0
+        if self._output is None:
+            return
         # closing writes the footer: on a full disk it fails, and the file goes anyway
         with contextlib.suppress(OSError):
             self._writer.close()
-        self._path.unlink(missing_ok=True)
+        self._output.abandon()
+        if self._location.local is not None:
+            self._location.delete(self._temporary)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk: without it a rename can be lost with the machine."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class BadFileError(ValueError):
+    """A data file is not what was committed: missing, cut short, altered, foreign, or not readable."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
-def read_file(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Rows of one data file with the types of `ROW_SCHEMA`, whoever wrote it.
+def read_file(
+    location: Location,
+    name: str,
+    columns: list[str] | None = None,
+    *,
+    size: int | None = None,
+    crc32: int | None = None,
+    sha256: str | None = None,
+    rows: int | None = None,
+) -> pa.Table:
+    """Rows of one data file with the types of `ROW_SCHEMA`, checked against what its commit says before they are parsed.
+
+    Args:
+        columns: default: all.
+        size, crc32, rows: as committed; None is not checked.
+        sha256: checked only where there is no crc32 (logs of older versions): it takes five times as long.
 
     Raises:
-        OSError, pa.ArrowInvalid: the file is missing or no readable Parquet.
+        BadFileError: names the file and what is wrong with it.
+        OSError: the location cannot be read at all just now.
     """
-    table = pq.ParquetFile(path).read(columns=columns, use_threads=False)
-    schema = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
-    return table.select(schema.names).cast(schema)
+    try:
+        found = location.size(name)
+        if found is None:
+            raise BadFileError(name, "missing")
+        if size is not None and found != size:
+            raise BadFileError(name, f"{found} bytes, committed with {size}")
+        if found == 0:
+            raise BadFileError(name, "empty")
+        content = location.buffer(name)
+    except FileNotFoundError:
+        raise BadFileError(name, "missing") from None
+    if crc32 is not None:
+        if zlib.crc32(content) != crc32:
+            raise BadFileError(name, "its bytes differ from those committed (CRC-32)")
+    elif sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise BadFileError(name, "its bytes differ from those committed (SHA-256)")
+    schema = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(column) for column in columns])
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        if rows is not None and file.metadata.num_rows != rows:
+            raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
+        absent = [column for column in schema.names if column not in file.schema_arrow.names]
+        if absent:
+            raise BadFileError(name, f"columns {', '.join(absent)} are missing: no file of this log")
+        return file.read(columns=schema.names, use_threads=False).select(schema.names).cast(schema)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, BadFileError):
+            raise
+        raise BadFileError(name, f"no readable Parquet of this log: {str(error).splitlines()[0][:200]}") from error

@@ -9,14 +9,20 @@ Copilot (position) and the job (state).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tc_ray.mistakelog.commits import dropped_records
 from tc_ray.mistakelog.datafile import DataFile
+from tc_ray.mistakelog.fencing import fenced_files, trimmed
+from tc_ray.mistakelog.lease import LEASE_NUMBER
+from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.repair import repair
 from tc_ray.mistakelog.schema import LogMetadata
-from tc_ray.mistakelog.store import CommitConflictError, LogStore, StoredFile
+from tc_ray.mistakelog.store import CommitConflictError, LogFullError, LogStore, StoredFile
+from tc_ray.mistakelog.upkeep import Upkeep
 
 _NOT_FINISHED = -1
 _CONFLICT_TRIES = 5
@@ -28,6 +34,10 @@ class LedgerError(RuntimeError):
 
 class FencedError(RuntimeError):
     """The caller belongs to an attempt that a newer one has replaced: it must stop."""
+
+
+class LeaseLostError(FencedError):
+    """Another process has taken the log over, for this one was taken for dead: everything of this run must stop."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +59,38 @@ class LogState:
     copilot_round: int
     """Last round the Copilot reported as consumed; 0 before."""
     copilot_steps: int
+    dropped: int = 0
+    """Records that could not be written and are missing in the log (policies subsample and stop)."""
+    quarantined: int = 0
+    """Damaged files that were taken out of the log in this process's time."""
 
 
 class Ledger:
     """Commits finished files and keeps the positions of a run.
 
     Args:
-        path: folder of the table, which exists (`LogStore.create`).
+        location: of the table, which exists (`LogStore.create`).
         writers: Pilot workers, until `begin_attempt` says otherwise.
         run: must be the run the table belongs to.
+        lease: number of the run's lease; None: nobody else is at work on the log, the caller sees to that.
+        upkeep: limits and file sizes that the log is kept to after each commit; None: nothing is done.
     """
 
-    def __init__(self, path: str | Path, *, writers: int, run: str) -> None:
-        self._store = LogStore(path)
+    def __init__(
+        self,
+        location: str | Path | Location,
+        *,
+        writers: int,
+        run: str,
+        lease: int | None = None,
+        upkeep: Upkeep | None = None,
+    ) -> None:
+        repair(Location(location))
+        self._store = LogStore(location)
         if run != self._store.metadata.run:
-            raise LedgerError(f"{self._store.path} is the log of run {self._store.metadata.run!r}, not {run!r}")
+            raise LedgerError(f"{self._store.location} is the log of run {self._store.metadata.run!r}, not {run!r}")
+        self._lease, self._upkeep = lease, upkeep
+        self._quarantined = 0
         self._prefix = f"tc_ray/{run}/"
         self._default_writers = writers
         self._copilot_round = self._copilot_steps = 0
@@ -76,6 +103,8 @@ class Ledger:
     def _load(self) -> None:
         """Read everything this object knows from the table."""
         self._store.refresh()
+        if self._lease is not None and self._store.number(LEASE_NUMBER) != self._lease:
+            raise LeaseLostError(f"{self._store.location}: another process has taken this log over; this run must stop")
         self._attempt = self._number("attempt", 0)
         self._watermark = self._number("watermark", 0)
         self._writers = self._number("writers", self._default_writers)
@@ -83,15 +112,30 @@ class Ledger:
         ranks = range(self._writers)
         self._covered = [self._number(f"covered/{rank}/{self._attempt}", self._watermark) for rank in ranks]
         self._sequence = [self._number(f"sequence/{rank}/{self._attempt}", -1) for rank in ranks]
+        # reading every commit is dear: only where one says so
+        self._drops = dropped_records(self._store.commits()) if self._number("drops", 0) else {}
         files = self._store.files()
         self._rows = sum(file.rows for file in files)
         self._bytes = sum(file.bytes for file in files)
         self._files = len(files)
 
-    def _commit(self, numbers: dict[str, int], add: list[DataFile], remove: list[StoredFile]) -> None:
-        everything = {"attempt": self._attempt, **numbers}
-        named = {self._prefix + name: value for name, value in everything.items()}
-        self._store.commit(add=add, remove=remove, numbers=named)
+    def _commit(
+        self,
+        numbers: dict[str, int],
+        *,
+        add: list[DataFile] | None = None,
+        covered: list[DataFile] | None = None,
+        remove: list[StoredFile] | None = None,
+        note: Mapping[str, Any],
+    ) -> None:
+        everything = {self._prefix + name: value for name, value in {"attempt": self._attempt, **numbers}.items()}
+        if self._lease is not None:
+            everything[LEASE_NUMBER] = self._lease
+        try:
+            self._store.commit(add=add or [], covered=covered or [], remove=remove or [], numbers=everything, note=note)
+        except LogFullError:
+            self._load()  # it may have been brought as far as the table
+            raise
 
     def _retrying(self, act: Callable[[], None]) -> None:
         """Run `act`, which checks and commits, again on fresh knowledge when another Ledger got in between."""
@@ -131,15 +175,16 @@ class Ledger:
         def act() -> None:
             if watermark > min(self._covered):
                 raise LedgerError(
-                    f"{self._store.path}: the checkpoint is at round {watermark}, but the log is complete only up to "
+                    f"{self._store.location}: the checkpoint is at round {watermark}, but the log is complete only up to "
                     f"round {min(self._covered)}; start from an older checkpoint or a new run folder"
                 )
             new = self._attempt + 1
-            remove = [file for file in self._store.files() if file.round_max > watermark]
+            remove = fenced_files(self._store.files(), watermark)
             straddling = [file for file in remove if file.round_min <= watermark]
-            add = [self._store.trimmed(file, watermark, new) for file in straddling]
+            add = [trimmed(self._store, file, watermark, new) for file in straddling]
             numbers = {"attempt": new, "watermark": watermark, "writers": writers, "pilot_done": _NOT_FINISHED}
-            self._commit(numbers, add, remove)
+            note = {"kind": "attempt", "watermark": watermark}
+            self._commit(numbers, add=add, remove=remove, note=note)
             self._load()
 
         self._retrying(act)
@@ -152,11 +197,14 @@ class Ledger:
             A table version that holds it. A repeated call returns one too and adds nothing.
 
         Raises:
-            FencedError: the file's attempt was replaced.
+            FencedError: the file's attempt was replaced, or another process has taken the log over.
             LedgerError: unknown rank or attempt, or rounds or sequence numbers were skipped.
+            LogFullError: no space for the commit; call again when there is.
             ValueError: the file is not in the table's folder with the stated size.
         """
         self._retrying(lambda: self._commit_file(file))
+        if self._upkeep is not None:
+            self._keep_up(self._upkeep)
         return self._store.version
 
     def _commit_file(self, file: DataFile) -> None:
@@ -178,10 +226,32 @@ class Ledger:
             )
         suffix = f"{file.rank}/{file.attempt}"
         numbers = {f"sequence/{suffix}": file.sequence, f"covered/{suffix}": file.round_max}
-        self._commit(numbers, [file] if file.name is not None else [], [])
+        if file.dropped:
+            numbers["drops"] = 1
+        # a bare statement matters for its drop counts only
+        add, covered = ([file], []) if file.name is not None else ([], [file] if file.dropped else [])
+        self._commit(numbers, add=add, covered=covered, note={"kind": "append"})
+        if file.dropped:
+            self._drops.setdefault(file.rank, {}).update(file.dropped)
         self._sequence[file.rank], self._covered[file.rank] = file.sequence, file.round_max
         if file.name is not None:
             self._rows, self._bytes, self._files = self._rows + file.rows, self._bytes + file.bytes, self._files + 1
+
+    def choose_top_k(self, top_k: int) -> int:
+        """Set how many errors a token the log lists, once; the first choice stands.
+
+        Returns:
+            The number that stands.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k {top_k} must be at least 1")
+
+        def act() -> None:
+            if not self._store.metadata.top_k:
+                self._store.choose_top_k(top_k)
+
+        self._retrying(act)
+        return self._store.metadata.top_k
 
     def finish_pilot(self, last_round: int) -> None:
         """Note that the Pilot has ended with `last_round`; `begin_attempt` takes it back.
@@ -193,7 +263,7 @@ class Ledger:
         def act() -> None:
             if last_round < max(self._covered):
                 raise LedgerError(f"last_round {last_round}, but round {max(self._covered)} is in the log")
-            self._commit({"pilot_done": last_round}, [], [])
+            self._commit({"pilot_done": last_round}, note={"kind": "end"})
             self._finished = last_round
 
         self._retrying(act)
@@ -222,11 +292,21 @@ class Ledger:
             last_round=max(self._finished, 0),
             copilot_round=self._copilot_round,
             copilot_steps=self._copilot_steps,
+            dropped=sum(sum(rounds.values()) for rounds in self._drops.values()),
+            quarantined=self._quarantined,
         )
 
 
-def start_ledger(path: str | Path, metadata: LogMetadata, *, writers: int, run: str) -> Any:
-    """Create or open the table and start the Ledger as a Ray actor that restarts by itself.
+def start_ledger(
+    location: str | Path | Location,
+    metadata: LogMetadata,
+    *,
+    writers: int,
+    run: str,
+    lease: int | None = None,
+    upkeep: Upkeep | None = None,
+) -> Any:
+    """Start the Ledger of an existing table as a Ray actor that restarts by itself.
 
     The actor lives as long as a handle to it does in the starting process.
 
@@ -234,15 +314,15 @@ def start_ledger(path: str | Path, metadata: LogMetadata, *, writers: int, run: 
         The actor handle.
 
     Raises:
-        LogSchemaError: see `LogStore.create`.
         LedgerError: see `Ledger`.
     """
     import ray
 
-    # made here, so that a bad folder is reported to the caller at once and the restarted actor only opens
-    LogStore.create(path, metadata)
+    place = Location(location)
+    # made here too, so that a bad location is reported to the caller at once and the restarted actor only opens
+    LogStore.create(place, metadata)
     actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0)(Ledger)
-    handle = actor.remote(str(Path(path).absolute()), writers=writers, run=run)
+    handle = actor.remote(place, writers=writers, run=run, lease=lease, upkeep=upkeep)
     ray.get(handle.state.remote())
     return handle
 

@@ -1,22 +1,30 @@
 """Readers of the Mistake Log: `LogTail` follows a growing log, `MistakeLog` reads one version of it.
 
 Invariant: a reader goes by the file list of one table version, so it never sees an unfinished, uncommitted or half-fenced
-file, and what it returns for a version never changes. Called by the Copilot (tail) and by users and tools (log).
+file, and what it returns for a version never changes. While it is open, a lease keeps the version's files from being
+removed. A file that is not what was committed delivers no row: it is named, counted and passed over. Called by the
+Copilot (tail) and by users and tools (log).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tc_ray.mistakelog.datafile import read_file
+from tc_ray.mistakelog.datafile import BadFileError
+from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.reader_lease import ReaderLease, hold
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
 from tc_ray.mistakelog.store import LogStore, StoredFile
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,28 +37,38 @@ class Update:
     """Files that are no longer part of the log (fenced, or replaced): forget their records. May name files passed over."""
     version: int
     """Table version this update ends at."""
+    bad: list[BadFileError] = field(default_factory=list)
+    """Added files that could not be trusted; they are not tried again."""
 
 
 class LogTail:
     """Reads each file of a growing log once.
 
     Args:
-        path: folder of the table.
+        location: of the table.
         run: refuse the log of another run; None: any.
+        storage_options: of an object store.
 
     Raises:
         LogSchemaError: no Mistake Log there, or an unknown schema version.
     """
 
-    def __init__(self, path: str | Path, run: str | None = None) -> None:
-        self._store = LogStore(path)
+    def __init__(
+        self,
+        location: str | Path | Location,
+        run: str | None = None,
+        *,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self._store = LogStore(location, storage_options=storage_options)
         if run is not None and run != self._store.metadata.run:
-            raise ValueError(f"{path} is the log of run {self._store.metadata.run!r}, not {run!r}")
+            raise ValueError(f"{location} is the log of run {self._store.metadata.run!r}, not {run!r}")
         self._known: set[str] = set()
+        self._lease = hold(self._store.location, self._store.version)
 
     @property
     def metadata(self) -> LogMetadata:
-        """The log's metadata."""
+        """The log's metadata, as of the last poll."""
         return self._store.metadata
 
     def poll(self, version: int | None = None, *, min_round: int = 0) -> Update:
@@ -61,33 +79,57 @@ class LogTail:
             min_round: new files that end before this round are passed over, now and later, and not read.
 
         Raises:
-            OSError, pyarrow.ArrowInvalid: a file of the log cannot be read; the next poll tries it again.
+            OSError: the location cannot be read just now; the next poll tries again.
         """
         self._store.refresh(version)
+        self._lease.move(self._store.version)
         files = {file.name: file for file in self._store.files()}
-        added = [file for name, file in files.items() if name not in self._known]
-        new = [(file.name, self._read(file)) for file in added if file.round_max >= min_round]
+        added = [file for name, file in files.items() if name not in self._known and file.round_max >= min_round]
+        new: list[tuple[str, Records]] = []
+        bad: list[BadFileError] = []
+        for file in added:
+            try:
+                new.append((file.name, _records(self._store, file)))
+            except BadFileError as error:
+                log.warning("%s: %s: passed over, %d rows", self._store.location, error, file.rows)
+                bad.append(error)
         removed = sorted(self._known - files.keys())
         self._known = set(files)
-        return Update(new, removed, self._store.version)
+        return Update(new, removed, self._store.version, bad)
 
-    def _read(self, file: StoredFile) -> Records:
-        return Records.from_arrow(read_file(self._store.path / file.name), self.metadata.to_configuration())
+    def close(self) -> None:
+        """Give the lease back."""
+        self._lease.release()
 
 
 class MistakeLog:
-    """One version of a log.
+    """One version of a log, held until `close` (or until it is let go).
 
     Args:
-        path: folder of the table.
+        location: folder or URI of the table.
         version: default: the latest at this moment.
+        storage_options: of an object store, as delta-rs names them; the environment serves too.
 
     Raises:
         LogSchemaError: no Mistake Log there, or an unknown schema version.
     """
 
-    def __init__(self, path: str | Path, version: int | None = None) -> None:
-        self._store = LogStore(path, version)
+    def __init__(
+        self,
+        location: str | Path | Location,
+        version: int | None = None,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self._store = LogStore(location, version, storage_options)
+        self._lease: ReaderLease = hold(self._store.location, self._store.version)
+        self._files = self._store.files()
+        self.bad_files: list[BadFileError] = []
+        """Files found damaged so far: their rows are in nothing that this object returned."""
+
+    @property
+    def location(self) -> Location:
+        """Where the log is."""
+        return self._store.location
 
     @property
     def metadata(self) -> LogMetadata:
@@ -102,33 +144,117 @@ class MistakeLog:
     @property
     def files(self) -> list[StoredFile]:
         """Data files, by round."""
-        return self._store.files()
+        return list(self._files)
 
-    def dataset(self, columns: list[str] | None = None) -> Any:
-        """All rows as a `ray.data.Dataset` pinned to this version (starts or uses Ray)."""
+    def dataset(self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None) -> Any:
+        """Rows as a `ray.data.Dataset` of this version (starts or uses Ray); arguments as for `arrow`.
+
+        Each data file is read, and checked, by one task. The version is held as long as the dataset is.
+
+        Raises (when the dataset runs):
+            BadFileError: a file is damaged.
+        """
         import ray.data
 
-        return ray.data.read_delta(str(self._store.path), version=self.version, columns=columns)
+        read = _DatasetRead(self, rounds, None if columns is None else list(columns))
+        chosen = _in_rounds(self._files, rounds)
+        if not chosen:
+            return ray.data.from_arrow(_schema(columns).empty_table())
+        names = ray.data.from_items([{"name": file.name} for file in chosen], override_num_blocks=len(chosen))
+        return names.map_batches(read, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
 
-    def arrow(self, rounds: tuple[int, int] | None = None, columns: list[str] | None = None) -> pa.Table:
+    def arrow(self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows as an Arrow table.
 
         Args:
             rounds: first and last round, both included; None: all.
             columns: default: all.
         """
-        read = None if columns is None else list(dict.fromkeys([*columns, "round"]))
-        tables = []
-        for file in self._store.files():
-            if rounds is None or (file.round_min <= rounds[1] and file.round_max >= rounds[0]):
-                rows = read_file(self._store.path / file.name, read)
-                if rounds is not None:
-                    rows = rows.filter((pc.field("round") >= rounds[0]) & (pc.field("round") <= rounds[1]))
-                tables.append(rows if columns is None else rows.select(columns))
-        schema = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
-        table = pa.concat_tables([schema.empty_table(), *tables])
-        return table.replace_schema_metadata(self.metadata.to_configuration())
+        tables = [_schema(columns).empty_table(), *(rows for _, rows in self.tables(rounds, columns))]
+        return pa.concat_tables(tables).replace_schema_metadata(self.metadata.to_configuration())
+
+    def tables(
+        self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[StoredFile, pa.Table]]:
+        """Rows file by file, by round; arguments as for `arrow`. Damaged files are passed over; see `bad_files`."""
+        for file in _in_rounds(self._files, rounds):
+            try:
+                yield file, _read_rounds(self._store, file, rounds, columns)
+            except BadFileError as error:
+                if error.name not in {bad.name for bad in self.bad_files}:
+                    log.warning("%s: %s: passed over, %d rows", self.location, error, file.rows)
+                    self.bad_files.append(error)
 
     def records(self, rounds: tuple[int, int] | None = None) -> Records:
         """Rows as `Records`; `rounds` as for `arrow`."""
         return Records.from_arrow(self.arrow(rounds))
+
+    def close(self) -> None:
+        """Give the version free: its files may be removed from now on."""
+        self._lease.release()
+
+    def __enter__(self) -> MistakeLog:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _DatasetRead:
+    """Reads one file in a Ray task. On the driver it holds the log, and so the lease; a task gets what it needs to read."""
+
+    def __init__(self, log: MistakeLog | None, rounds: tuple[int, int] | None, columns: list[str] | None) -> None:
+        self._log, self._rounds, self._columns = log, rounds, columns
+        self._store = log._store if log is not None else None
+        self._files = {file.name: file for file in log.files} if log is not None else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert self._store is not None
+        return {
+            "place": (self._store.location, self._store.version),
+            "files": self._files,
+            "asked": (self._rounds, self._columns),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._log, self._files = None, state["files"]
+        self._store = LogStore(*state["place"])
+        self._rounds, self._columns = state["asked"]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        assert self._store is not None
+        names: Iterable[str] = batch.column("name").to_pylist()
+        return pa.concat_tables(
+            [_read_rounds(self._store, self._files[name], self._rounds, self._columns) for name in names]
+        )
+
+
+def _schema(columns: Sequence[str] | None) -> pa.Schema:
+    unknown = [name for name in columns or () if name not in ROW_SCHEMA.names]
+    if unknown:
+        raise ValueError(f"columns {', '.join(unknown)}: the log has {', '.join(ROW_SCHEMA.names)}")
+    return ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
+
+
+def _in_rounds(files: list[StoredFile], rounds: tuple[int, int] | None) -> list[StoredFile]:
+    return [file for file in files if rounds is None or (file.round_min <= rounds[1] and file.round_max >= rounds[0])]
+
+
+def _read_rounds(
+    store: LogStore, file: StoredFile, rounds: tuple[int, int] | None, columns: Sequence[str] | None
+) -> pa.Table:
+    whole = rounds is None or (file.round_min >= rounds[0] and file.round_max <= rounds[1])
+    wanted = list(_schema(columns).names)
+    if whole:
+        return store.read(file, wanted)
+    assert rounds is not None
+    rows = store.read(file, list(dict.fromkeys([*wanted, "round"])))
+    return rows.filter((pc.field("round") >= rounds[0]) & (pc.field("round") <= rounds[1])).select(wanted)
+
+
+def _records(store: LogStore, file: StoredFile) -> Records:
+    rows = store.read(file)
+    try:
+        return Records.from_arrow(rows, store.metadata.to_configuration())
+    except ValueError as error:  # committed whole, but by something that is no writer of this log
+        raise BadFileError(file.name, str(error)) from error

@@ -1,35 +1,59 @@
 """The Delta table under the Mistake Log: create, open, commit finished files, list them at a version.
 
 Invariant: a commit is one Delta transaction, so its added files, its removed files and its numbers (application
-transactions) become visible together or not at all. Only the Ledger commits; readers only take snapshots.
+transactions) become visible together or not at all; when `commit` returns, it is on the disk and not in a cache only
+(delta-rs leaves that to the system). Only the holder of the run's lease commits; readers only take snapshots.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
-from tc_ray.mistakelog.datafile import DataFile, ParquetPart, read_file
-from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata, LogSchemaError
+from tc_ray.mistakelog.commits import LOG_FOLDER, Commit, CommitLog, commit_name
+from tc_ray.mistakelog.datafile import DataFile, read_file
+from tc_ray.mistakelog.location import Location, sync_file, sync_folder
+from tc_ray.mistakelog.repair import repair
+from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogMetadata, LogSchemaError
+
+_CHECKPOINT_COMMITS = 100
+_SPACE_ERRORS = ("os error 28", "os error 122")
+# the commit files hold the checksums: they stay as long as the table does
+_TABLE_SETTINGS = {"delta.logRetentionDuration": "interval 36500 days"}
+
+
+log = logging.getLogger(__name__)
 
 
 class CommitConflictError(RuntimeError):
     """Another committer changed the table since this store last read it: `refresh`, decide anew, try again."""
 
 
+class LogFullError(OSError):
+    """There is no space left where the log is. Nothing was changed; the same call may succeed later."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ENOSPC, message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LogFullError, (self.strerror,)
+
+
 @dataclass(frozen=True)
 class StoredFile:
-    """A data file of a snapshot, with the statistics of its commit."""
+    """A data file of a snapshot, with the statistics and checksums of its commit."""
 
     name: str
     rows: int
@@ -41,56 +65,86 @@ class StoredFile:
     """Lowest rank in it; files of the record writer hold one."""
     attempt: int
     """Lowest attempt in it; files of the record writer hold one."""
+    sha256: str | None = None
+    """None: not in the commits that are left."""
+    crc32: int | None = None
 
 
 class LogStore:
     """A Mistake Log's Delta table.
 
     Args:
-        path: folder of the table.
+        location: of the table.
         version: pin this version; default: the latest, moved on by `refresh` and `commit`.
+        storage_options: of an object store.
 
     Raises:
         LogSchemaError: no Delta table there, or not a Mistake Log of a known schema version.
     """
 
-    def __init__(self, path: str | Path, version: int | None = None) -> None:
-        self.path = Path(path).absolute()
-        if not DeltaTable.is_deltatable(str(self.path)):
-            raise LogSchemaError(f"{self.path}: no Delta table here")
-        self._table = DeltaTable(str(self.path), version=version)
-        self.metadata = LogMetadata.from_configuration(self._table.metadata().configuration, str(self.path))
+    def __init__(
+        self,
+        location: str | Path | Location,
+        version: int | None = None,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self.location = Location(location, storage_options)
+        if not is_table(self.location):
+            raise LogSchemaError(f"{self.location}: no Mistake Log here (no Delta table)")
+        self._table = DeltaTable(self.location.uri, version=version, storage_options=self.location.options)
+        self._commits = CommitLog(self.location)
+        self._metadata_version = self._table.version()
+        self._metadata = self._read_metadata()
 
     @classmethod
-    def create(cls, path: str | Path, metadata: LogMetadata) -> LogStore:
+    def create(
+        cls,
+        location: str | Path | Location,
+        metadata: LogMetadata,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> LogStore:
         """Open the table, made first if it is not there.
 
         Raises:
             LogSchemaError: the table there was made with other metadata; the message lists the differences.
         """
-        folder = Path(path).absolute()
-        if not DeltaTable.is_deltatable(str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-            DeltaTable.create(
-                str(folder),
-                schema=ROW_SCHEMA,
-                name="mistake-log",
-                configuration=metadata.to_configuration(),
-                raise_if_key_not_exists=False,
-            )
-        store = cls(folder)
+        place = Location(location, storage_options)
+        repair(place)  # a power cut while the table was made leaves an empty first commit
+        if not is_table(place):
+            place.make()
+            with full_disk_named(place):
+                DeltaTable.create(
+                    place.uri,
+                    schema=ROW_SCHEMA,
+                    name="mistake-log",
+                    configuration=metadata.to_configuration() | _TABLE_SETTINGS,
+                    storage_options=place.options,
+                    raise_if_key_not_exists=False,
+                )
+            _make_durable(place, [commit_name(0)])
+        store = cls(place)
         differences = metadata.differences(store.metadata)
         if differences:
             raise LogSchemaError(
-                f"{folder}: this run cannot go on in this log, its metadata differs ({'; '.join(differences)}); "
+                f"{place}: this run cannot go on in this log, its metadata differs ({'; '.join(differences)}); "
                 "choose another run folder or restore the old settings"
             )
         return store
 
+    def _read_metadata(self) -> LogMetadata:
+        return LogMetadata.from_configuration(self._table.metadata().configuration, str(self.location))
+
+    @property
+    def metadata(self) -> LogMetadata:
+        """What holds for every row, at this version."""
+        if self._metadata_version != self._table.version():
+            self._metadata, self._metadata_version = self._read_metadata(), self._table.version()
+        return self._metadata
+
     @property
     def version(self) -> int:
         """Table version this store stands at."""
-        return self._table.version()
+        return int(self._table.version())
 
     def refresh(self, version: int | None = None) -> None:
         """Move to the latest version, or to `version`."""
@@ -103,14 +157,29 @@ class LogStore:
         """The number last committed under `name` (an application transaction), or None."""
         return self._table.transaction_version(name)
 
+    def commits(self) -> list[Commit]:
+        """All commits up to this version that this package made, oldest first."""
+        return self._commits.upto(self.version)
+
     def files(self) -> list[StoredFile]:
         """Data files at this version, by round, then name.
 
         Raises:
             LogSchemaError: a file was committed without the statistics that the log relies on.
         """
+        return self._files_of(self._table)
+
+    def files_at(self, version: int) -> list[StoredFile]:
+        """Data files at another version; this store stays where it is."""
+        if version == self.version:
+            return self.files()
+        return self._files_of(DeltaTable(self.location.uri, version=version, storage_options=self.location.options))
+
+    def _files_of(self, table: DeltaTable) -> list[StoredFile]:
+        checksums = self._commits.checksums(int(table.version()))
         files = []
-        for row in pa.table(self._table.get_add_actions(flatten=True)).to_pylist():
+        for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
+            sha256, crc32 = checksums.get(row["path"], (None, None))
             found = StoredFile(
                 name=row["path"],
                 rows=row["num_records"],
@@ -120,51 +189,127 @@ class LogStore:
                 round_max=row.get("max.round"),
                 rank=row.get("min.rank"),
                 attempt=row.get("min.attempt"),
+                sha256=sha256,
+                crc32=crc32,
             )
-            missing = [key for key, value in asdict(found).items() if value is None]
+            missing = [key for key, value in asdict(found).items() if value is None and key not in ("sha256", "crc32")]
             if missing:
-                raise LogSchemaError(f"{self.path / found.name}: committed without statistics of {', '.join(missing)}")
+                raise LogSchemaError(
+                    f"{self.location}/{found.name}: committed without statistics of {', '.join(missing)}: "
+                    "not by tc-ray; `DELETE` or `restore` it away with any Delta tool"
+                )
             files.append(found)
         return sorted(files, key=lambda file: (file.round_min, file.name))
 
+    def read(self, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
+        """Rows of a file, checked before they are parsed; see `read_file`."""
+        return read_file(
+            self.location,
+            file.name,
+            columns,
+            size=file.bytes,
+            crc32=file.crc32,
+            sha256=file.sha256,
+            rows=file.rows,
+        )
+
     def commit(
-        self, *, add: Sequence[DataFile] = (), remove: Sequence[StoredFile] = (), numbers: Mapping[str, int]
+        self,
+        *,
+        add: Sequence[DataFile] = (),
+        remove: Sequence[StoredFile] = (),
+        numbers: Mapping[str, int],
+        covered: Sequence[DataFile] = (),
+        note: Mapping[str, Any] | None = None,
+        data_change: bool = True,
     ) -> int:
         """Add and remove files and set numbers, all in one table version.
 
         Every commit of a run should set one same number, so that a second committer is noticed.
+
+        Args:
+            covered: statements without a file (rounds without rows), kept in the commit for their drop counts.
+            note: kept with the commit: JSON values.
+            data_change: False: the same rows in other files (compaction).
 
         Returns:
             The new table version.
 
         Raises:
             CommitConflictError: another committer set one of `numbers` since this store last read the table.
+            LogFullError: no space for the commit; nothing was changed.
             ValueError: a file to add is not there, or has another size than stated.
         """
         now_ms = int(time.time() * 1000)
-        actions: list[AddAction | RemoveAction] = [self._add_action(file, now_ms) for file in add]
-        actions += [RemoveAction(file.name, True, now_ms, size=file.bytes, partition_values={}) for file in remove]
+        actions: list[AddAction | RemoveAction] = [self._add_action(file, now_ms, data_change) for file in add]
+        actions += [
+            RemoveAction(file.name, data_change, now_ms, size=file.bytes, partition_values={}) for file in remove
+        ]
+        told = {"files": [asdict(file) for file in (*add, *covered)], "removed": [file.name for file in remove]}
         properties = CommitProperties(
-            custom_metadata={"tc_ray": {"files": [asdict(file) for file in add]}},
+            custom_metadata={"tc_ray": told | dict(note or {})},
             app_transactions=[Transaction(name, value) for name, value in numbers.items()],
         )
-        try:
-            self._table.create_write_transaction(
-                actions, mode="append", schema=self._table.schema(), commit_properties=properties
+        self._change(
+            lambda: self._table.create_write_transaction(
+                actions,
+                mode="append",
+                schema=self._table.schema(),
+                commit_properties=properties,
+                # made below, where it is brought to the disk too
+                post_commithook_properties=PostCommitHookProperties(
+                    create_checkpoint=False, cleanup_expired_logs=False
+                ),
             )
+        )
+        if self.version % _CHECKPOINT_COMMITS == 0:
+            self._checkpoint()
+        return self.version
+
+    def choose_top_k(self, top_k: int) -> None:
+        """Set the number of errors a token in the table's configuration; see `LogMetadata.top_k`."""
+        self._change(
+            lambda: self._table.alter.set_table_properties(
+                {f"{PREFIX}top_k": str(top_k)},
+                raise_if_not_exists=False,
+                post_commithook_properties=PostCommitHookProperties(
+                    create_checkpoint=False, cleanup_expired_logs=False
+                ),
+            )
+        )
+
+    def _change(self, change: Callable[[], object]) -> None:
+        before = self.version
+        try:
+            with full_disk_named(self.location):
+                change()
         except CommitFailedError as error:
-            raise CommitConflictError(f"{self.path}: {error}") from error
+            raise CommitConflictError(f"{self.location}: {error}") from error
         # the table object does not see its own transaction before this
         self._table.update_incremental()
-        return self._table.version()
+        _make_durable(self.location, [commit_name(version) for version in range(before + 1, self.version + 1)])
 
-    def _add_action(self, file: DataFile, now_ms: int) -> AddAction:
+    def _checkpoint(self) -> None:
+        """Sum the commits up in one Parquet file of Delta's own, so that opening the table stays quick."""
+        try:
+            with full_disk_named(self.location):
+                self._table.create_checkpoint()
+        except LogFullError as error:  # the commit itself stands; the next hundred will be summed up with these
+            log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
+            return
+        _make_durable(
+            self.location, [f"{LOG_FOLDER}/{self.version:020d}.checkpoint.parquet", f"{LOG_FOLDER}/_last_checkpoint"]
+        )
+
+    def _add_action(self, file: DataFile, now_ms: int, data_change: bool) -> AddAction:
         if file.name is None:
             raise ValueError(f"nothing to add: {file.key} covers rounds without rows")
-        path = self.path / file.name
-        size = path.stat().st_size if path.exists() else None
+        size = self.location.size(file.name)
         if size != file.bytes:
-            raise ValueError(f"{path}: {'missing' if size is None else f'{size} bytes'}, expected {file.bytes} bytes")
+            raise ValueError(
+                f"{self.location}/{file.name}: {'missing' if size is None else f'{size} bytes'}, "
+                f"expected {file.bytes} bytes"
+            )
         shared = {"run": self.metadata.run, "attempt": file.attempt, "rank": file.rank}
         stats: dict[str, Any] = {
             "numRecords": file.rows,
@@ -177,20 +322,37 @@ class LogStore:
             size=file.bytes,
             partition_values={},
             modification_time=now_ms,
-            data_change=True,
+            data_change=data_change,
             stats=json.dumps(stats),
         )
 
-    def trimmed(self, file: StoredFile, watermark: int, attempt: int) -> DataFile:
-        """Write a copy of `file` without the rounds after `watermark`, to be committed in its place.
 
-        Args:
-            attempt: the attempt that fences; it makes the new name unique.
-        """
-        rows = read_file(self.path / file.name)
-        rows = rows.filter(pc.field("round") <= watermark)
-        part = ParquetPart(self.path, f"{file.name}.trim.tmp", "none", self.metadata.to_configuration())
-        part.write(rows)
-        name = f"{file.name.removesuffix('.parquet')}-cut{watermark}-a{attempt}.parquet"
-        size, sha256 = part.finish(name)
-        return DataFile(name, rows.num_rows, size, file.round_min, watermark, file.rank, file.attempt, -1, sha256)
+def is_table(location: Location) -> bool:
+    """There is a Delta table at the location."""
+    return DeltaTable.is_deltatable(location.uri, storage_options=location.options)
+
+
+@contextmanager
+def full_disk_named(location: Location) -> Iterator[None]:
+    """Turns delta-rs' nameless OSError of a full disk into `LogFullError`."""
+    try:
+        yield
+    except OSError as error:
+        if is_full_disk(error):
+            raise LogFullError(f"no space left at {location}") from error
+        raise
+
+
+def is_full_disk(error: OSError) -> bool:
+    """The disk, or a quota on it, is full; delta-rs says so in the text only."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _SPACE_ERRORS)
+
+
+def _make_durable(location: Location, names: list[str]) -> None:
+    """Bring files that delta-rs has written to the disk, and their names; an object store has done so already."""
+    if location.local is None:
+        return
+    for name in names:
+        if (path := location.local / name).exists():
+            sync_file(path)
+    sync_folder(location.local / LOG_FOLDER)

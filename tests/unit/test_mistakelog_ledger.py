@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tc_ray.mistakelog.datafile import DataFile, ParquetPart, file_name, temporary_name
+from tc_ray.mistakelog.datafile import DataFile, ParquetPart, file_name
 from tc_ray.mistakelog.ledger import FencedError, Ledger, LedgerError
+from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import LogSchemaError
@@ -18,13 +19,12 @@ from tests.mistakelog_samples import assert_same, metadata, random_records
 
 def written(folder: Path, first: int, last: int, *, rank: int = 0, attempt: int = 1, sequence: int = 0) -> DataFile:
     """A finished file of two rows a round, not committed."""
-    part = ParquetPart(folder, temporary_name(rank, attempt, sequence), "none", {})
+    part = ParquetPart(Location(folder), file_name(first, rank, attempt, sequence), "none", {})
     for number in range(first, last + 1):
         rows = random_records(2, round=number, rank=rank, attempt=attempt, first_sample=1000 * rank + 10 * number)
         part.write(rows.to_arrow("test"))
-    name = file_name(first, last, rank, attempt, sequence)
-    size, sha256 = part.finish(name)
-    return DataFile(name, part.rows, size, first, last, rank, attempt, sequence, sha256)
+    done = part.finish()
+    return DataFile(part.name, part.rows, done.size, first, last, rank, attempt, sequence, done.sha256, done.crc32)
 
 
 def open_ledger(folder: Path, writers: int = 1) -> Ledger:

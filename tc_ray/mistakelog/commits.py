@@ -1,0 +1,129 @@
+"""What the table's commits say beside Delta's own actions: checksums of files, coverage, dropped records, notes.
+
+Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once. Used by the store (checksums
+of a snapshot), the Ledger (drop counts), vacuum (when a file left the table) and verification.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tc_ray.mistakelog.datafile import DataFile
+from tc_ray.mistakelog.location import Location
+
+LOG_FOLDER = "_delta_log"
+_REMOTE_READERS = 16
+_FILE_FIELDS = {item.name for item in fields(DataFile)}
+
+
+def commit_name(version: int) -> str:
+    """Name of a commit file within the table."""
+    return f"{LOG_FOLDER}/{version:020d}.json"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One table version as this package reads it."""
+
+    version: int
+    time: float
+    """Unix seconds."""
+    files: list[DataFile] = field(default_factory=list)
+    """Added files and bare coverage."""
+    removed: dict[str, float] = field(default_factory=dict)
+    """Files that left the table: name -> unix seconds."""
+    numbers: dict[str, int] = field(default_factory=dict)
+    note: dict[str, Any] = field(default_factory=dict)
+
+
+class CommitLog:
+    """Commits of one table, read as far as asked."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._read = -1
+        self._commits: list[Commit] = []
+        self._checksums: dict[str, tuple[str | None, int | None]] = {}
+
+    def upto(self, version: int) -> list[Commit]:
+        """Commits 0..version, oldest first. Commit files that are gone (another tool's clean-up) are left out."""
+        if version > self._read:
+            wanted = range(self._read + 1, version + 1)
+            if self._location.local is None and len(wanted) > 1:
+                with ThreadPoolExecutor(_REMOTE_READERS) as pool:
+                    found = list(pool.map(self._load, wanted))
+            else:
+                found = [self._load(number) for number in wanted]
+            for commit in found:
+                if commit is not None:
+                    self._commits.append(commit)
+                    for file in commit.files:
+                        if file.name is not None:
+                            # logs of the first version have no CRC-32
+                            self._checksums[file.name] = (file.sha256 or None, file.crc32 or None)
+            self._read = version
+        return [commit for commit in self._commits if commit.version <= version]
+
+    def checksums(self, version: int) -> dict[str, tuple[str | None, int | None]]:
+        """File name -> (SHA-256, CRC-32) as committed, of all files up to this version (and perhaps later ones)."""
+        if version > self._read:
+            self.upto(version)
+        return self._checksums
+
+    def _load(self, version: int) -> Commit | None:
+        try:
+            return parse_commit(version, self._location.read(commit_name(version)))
+        except FileNotFoundError:
+            return None
+
+
+def parse_commit(version: int, content: bytes) -> Commit:
+    """A commit from its file's content.
+
+    Raises:
+        ValueError: no whole Delta commit.
+    """
+    commit = Commit(version, 0.0)
+    seconds = 0.0
+    for action in _actions(content):
+        if (info := action.get("commitInfo")) is not None:
+            seconds = info.get("timestamp", 0) / 1000
+            told = dict(info.get("tc_ray") or {})
+            for file in told.pop("files", []):
+                known = {key: value for key, value in file.items() if key in _FILE_FIELDS}
+                known["dropped"] = {int(key): count for key, count in (known.get("dropped") or {}).items()}
+                commit.files.append(DataFile(**known))
+            told.pop("removed", None)
+            commit.note.update(told)
+        elif (gone := action.get("remove")) is not None:
+            commit.removed[gone["path"]] = (gone.get("deletionTimestamp") or 0) / 1000
+        elif (number := action.get("txn")) is not None:
+            commit.numbers[number["appId"]] = number["version"]
+    return Commit(version, seconds, commit.files, commit.removed, commit.numbers, commit.note)
+
+
+def _actions(content: bytes) -> Iterator[dict[str, Any]]:
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    if not lines:
+        raise ValueError("empty")
+    for line in lines:
+        yield json.loads(line)
+
+
+def dropped_records(commits: list[Commit]) -> dict[int, dict[int, int]]:
+    """Records that could not be written: rank -> round -> count, of the attempts as fenced (notes `watermark`)."""
+    dropped: dict[int, dict[int, int]] = {}
+    for commit in commits:
+        if (watermark := commit.note.get("watermark")) is not None:
+            dropped = {
+                rank: {number: count for number, count in rounds.items() if number <= watermark}
+                for rank, rounds in dropped.items()
+            }
+        for file in commit.files:
+            if file.dropped and file.sequence >= 0:
+                dropped.setdefault(file.rank, {}).update(file.dropped)
+    return dropped

@@ -1,0 +1,213 @@
+"""Where a log is: a local folder or a prefix of an object store (s3://, gs://, az://), behind one small interface.
+
+Invariant: a name is either absent or complete. Locally `write` renames a synced file into place; an object appears when its
+upload ends, so a writer that dies leaves nothing. Options are those of delta-rs, which reads the environment too: table
+and files go through the same client. Everything in this package that touches a file by name does so here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import unquote, urlparse
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+_ATOMIC_SUFFIX = ".writing"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a location."""
+
+    name: str
+    """Relative to the location, with slashes."""
+    size: int
+    modified: float
+    """Unix seconds, by the clock of the disk or store."""
+
+
+class Location:
+    """A folder on a local disk or in an object store.
+
+    Args:
+        uri: path, file:// URI, or URI of an object store; another Location is copied.
+        options: of the object store, as delta-rs names them; a local folder needs none.
+    """
+
+    def __init__(self, uri: str | Path | Location, options: Mapping[str, str] | None = None) -> None:
+        if isinstance(uri, Location):
+            options = options or uri.options
+        self.options: dict[str, str] = dict(options or {})
+        self.local: Path | None = None
+        text = str(uri)
+        if "://" in text and not text.startswith("file://"):
+            self.uri: str = text.rstrip("/")
+        else:
+            self.local = Path(unquote(urlparse(text).path) if "://" in text else text).expanduser().absolute()
+            self.uri = str(self.local)
+        self._filesystem: pafs.FileSystem | None = None
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __repr__(self) -> str:
+        return f"Location({self.uri!r})"  # options may hold a secret
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Location, (self.uri, self.options)
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """Arrow file system whose root is this location."""
+        if self._filesystem is None:
+            if self.local is not None:
+                self._filesystem = pafs.SubTreeFileSystem(str(self.local), pafs.LocalFileSystem())
+            else:
+                self._filesystem = pafs.PyFileSystem(self._handler())
+        return self._filesystem
+
+    def _handler(self) -> Any:
+        from deltalake.fs import DeltaStorageHandler
+
+        return DeltaStorageHandler(self.uri, options=self.options)
+
+    def make(self) -> None:
+        """Make the folder and its parents, durably; an object store needs none."""
+        if self.local is None or self.local.is_dir():
+            return
+        above = next(p for p in self.local.parents if p.is_dir())
+        self.local.mkdir(parents=True, exist_ok=True)
+        for folder in (self.local, *self.local.parents):
+            sync_folder(folder)
+            if folder == above:
+                break
+
+    def read(self, name: str) -> bytes:
+        """The whole content of a file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if self.local is not None:
+            return (self.local / name).read_bytes()
+        with self.filesystem.open_input_file(name) as file:
+            return cast(bytes, file.read())
+
+    def buffer(self, name: str) -> pa.Buffer:
+        """The whole content without a copy of ours: a memory map locally, one download from an object store."""
+        if self.local is not None:
+            # files of a log never change in place, so no page of the map can vanish under a reader
+            with pa.memory_map(str(self.local / name)) as file:
+                return file.read_buffer()
+        with self.filesystem.open_input_file(name) as file:
+            return file.read_buffer()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write or replace a small file, atomically and durably."""
+        if self.local is None:
+            with self.open_output(name) as file:
+                file.write(data)
+            return
+        path = self.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}{_ATOMIC_SUFFIX}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+    def touch(self, name: str) -> None:
+        """Set a file's modification time to now; needs no free space locally.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if self.local is not None:
+            os.utime(self.local / name)
+        else:
+            self.write(name, self.read(name))
+
+    def open_output(self, name: str) -> BinaryIO:
+        """A file to write from the start. Locally it is visible at once: use a temporary name and `rename`. In an object
+        store it appears when it is closed; let go without `close`, it never does."""
+        if self.local is not None:
+            return open(self.local / name, "wb", buffering=0)
+        return cast(BinaryIO, _ObjectOutput(self._handler()._handler.open_output_stream(name, None)))
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a local file its final name, durably."""
+        assert self.local is not None, "objects cannot be renamed"
+        os.rename(self.local / name, self.local / new)
+        sync_folder(self.local)
+
+    def delete(self, name: str) -> None:
+        """Remove a file; one that is not there is fine."""
+        if self.local is not None:
+            (self.local / name).unlink(missing_ok=True)
+        elif self.size(name) is not None:
+            self.filesystem.delete_file(name)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None: it is not there."""
+        info = self.filesystem.get_file_info(name)
+        return info.size if info.type == pafs.FileType.File else None
+
+    def list(self, under: str = "", *, recursive: bool = True) -> list[Entry]:
+        """Files below `under`; empty when there are none."""
+        selector = pafs.FileSelector(under, recursive=recursive, allow_not_found=True)
+        return [
+            Entry(info.path, info.size, (info.mtime_ns or 0) / 1e9)
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        ]
+
+
+class _ObjectOutput:
+    """Upload of one object; takes any buffer, where the client takes bytes only."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, data: Any) -> int:
+        content = data if isinstance(data, bytes) else bytes(data)
+        self._stream.write(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> _ObjectOutput:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk: without it a rename can be lost with the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that another library has written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,100 @@
+"""What a power cut can leave in a local table's transaction log, put right before the next commit.
+
+delta-rs does not bring its files to the disk. The store does so after each commit and before anything is acknowledged, so
+after a power cut only the newest commit, never acknowledged, can be torn, besides Delta's own checkpoint, which only sums
+commits up. Both are moved aside, not deleted. A torn commit with whole ones after it is damage that no crash makes:
+that is refused by name. Called by the holder of the run's lease; object stores have no torn files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tc_ray.mistakelog.commits import LOG_FOLDER, parse_commit
+from tc_ray.mistakelog.location import Location, sync_folder
+from tc_ray.mistakelog.schema import LogSchemaError
+
+TORN_FOLDER = "_tc_ray/torn"
+_COMMIT = re.compile(r"\d{20}\.json")
+_CHECKPOINT = re.compile(r"\d{20}\.checkpoint\.parquet")
+_NEWEST = 8
+"""Commits looked at: one can be torn, the others show that it is the last."""
+
+log = logging.getLogger(__name__)
+
+
+def repair(location: Location) -> list[str]:
+    """Move torn files of the transaction log aside.
+
+    Returns:
+        What was moved, in words; empty nearly always.
+
+    Raises:
+        LogSchemaError: a commit is damaged and later ones are whole.
+    """
+    if location.local is None or not (location.local / LOG_FOLDER).is_dir():
+        return []
+    folder = location.local / LOG_FOLDER
+    told = [_move(location, path, reason) for path, reason in [*_torn_commits(folder), *_torn_checkpoints(folder)]]
+    for line in told:
+        log.warning("%s: %s", location, line)
+    return told
+
+
+def _torn_commits(folder: Path) -> list[tuple[Path, str]]:
+    newest = sorted(path for path in folder.iterdir() if _COMMIT.fullmatch(path.name))[-_NEWEST:]
+    torn: list[tuple[Path, str]] = []
+    for path in reversed(newest):
+        try:
+            parse_commit(int(path.name.split(".")[0]), path.read_bytes())
+        except (ValueError, KeyError, TypeError) as error:
+            if path != newest[-1]:
+                raise LogSchemaError(
+                    f"{path}: damaged commit ({error}) with whole ones after it: no crash does this; restore the file "
+                    "from a backup"
+                ) from None
+            torn.append((path, "a commit that was never acknowledged"))
+    return torn
+
+
+def _torn_checkpoints(folder: Path) -> list[tuple[Path, str]]:
+    torn = []
+    for path in folder.iterdir():
+        if path.name == "_last_checkpoint":
+            try:
+                json.loads(path.read_bytes())["version"]
+            except (ValueError, KeyError, TypeError):
+                torn.append((path, "the pointer to a checkpoint of the table"))
+        elif _CHECKPOINT.fullmatch(path.name):
+            try:
+                pq.ParquetFile(path).read()
+            except (pa.ArrowException, OSError):
+                torn.append((path, "a checkpoint of the table"))
+    if any(_CHECKPOINT.fullmatch(path.name) for path, _ in torn):
+        pointer = folder / "_last_checkpoint"
+        if pointer.exists() and pointer not in [path for path, _ in torn]:
+            torn.append((pointer, "the pointer to a torn checkpoint"))
+    return torn
+
+
+def _move(location: Location, path: Path, what: str) -> str:
+    assert location.local is not None
+    aside = location.local / TORN_FOLDER
+    aside.mkdir(parents=True, exist_ok=True)
+    target = aside / path.name
+    number = 0
+    while target.exists():
+        number += 1
+        target = aside / f"{path.name}.{number}"
+    size = path.stat().st_size
+    os.rename(path, target)
+    sync_folder(aside)
+    sync_folder(path.parent)
+    return f"{path.name} ({what}, torn at {size} bytes) moved to {TORN_FOLDER}"
