@@ -16,6 +16,10 @@ import numpy as np
 
 from tc_ray.config.load import load_config, save_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.mistakelog.lease import RunLease
+from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.repair import repair
+from tc_ray.mistakelog.store import is_table
 from tc_ray.session import ray_session
 
 LOG_POLL_SECONDS = 1.0
@@ -35,6 +39,17 @@ FREE_TO_CHANGE = (
     "pilot.keep_checkpoints",
     "pilot.checkpoint_every_rounds",
     "copilot.checkpoint_every_steps",
+    "log.storage_options",
+    "log.flush_rounds",
+    "log.file_bytes",
+    "log.queue_rounds",
+    "log.full_policy",
+    "log.compression",
+    "log.compact",
+    "log.keep_rounds",
+    "log.max_bytes",
+    "log.vacuum_grace_seconds",
+    "log.orphan_seconds",
 )
 """Settings that may differ when a run is resumed: they change nothing that was already written."""
 
@@ -61,6 +76,8 @@ def run_job(config: RunConfig) -> JobResult:
     """
     folder = config.run.path
     config.run.folder = folder  # absolute: workers have other working directories
+    if config.log.path is not None:
+        config.log.path = Location(config.log.path).uri
     _check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with ray_session(config):
@@ -72,7 +89,7 @@ def _check_resume(config: RunConfig, folder: Path) -> None:
     earlier_file = folder / "config.yaml"
     if not earlier_file.is_file():
         return
-    earlier, now = _flat(load_config(earlier_file, []).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    earlier, now = _flat(load_config(earlier_file, []).public_dump()), _flat(config.public_dump())
     changed = [
         f"{key}: {earlier.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(earlier.keys() | now.keys())
@@ -99,20 +116,34 @@ class _Job:
         self.config, self.folder = config, folder
         self.stop_watching = threading.Event()
         self.ledger: Any = None
+        self.log = Location(config.log_location, config.log.storage_options)
+        self.lease: RunLease | None = None
         self.tracker: Any = None
         self.view: threading.Thread | None = None
 
     def run(self) -> JobResult:
+        """All phases, under the run's lease."""
+        # before anything is touched, where there is a log already; a first start takes it as soon as there is one
+        repair(self.log)
+        if self.config.log.enabled and is_table(self.log):
+            self.lease = RunLease.take(self.log, f"run {self.config.run.name}")
+        try:
+            return self._run()
+        finally:
+            if self.lease is not None:
+                self.lease.release()
+
+    def _run(self) -> JobResult:
         from tc_ray.tracking.tracker import start_tracker
 
         self._prepare()
+        self._open_log()
         # saved only now: a run refused for its model or data has made nothing, and its settings may be put right
         save_config(self.config, self.folder / "config.yaml")
         self.tracker = start_tracker(self.config, self.folder)
         status = "failed"
         watchers = [threading.Thread(target=self._show, name="progress", daemon=True)]
         try:
-            self._start_ledger()
             self.tracker.plan.remote(self.rounds, self.rounds * self.config.copilot.steps_per_round)
             watchers.append(threading.Thread(target=self._watch_log, name="log-watch", daemon=True))
             for watcher in watchers:
@@ -167,31 +198,26 @@ class _Job:
             flush=True,
         )
 
-    def _start_ledger(self) -> None:
+    def _open_log(self) -> None:
+        """Make or open the table, take its lease, and start its Ledger."""
         if not self.config.log.enabled:
             return
-        from tc_ray.mistakelog.ledger import start_ledger
-        from tc_ray.mistakelog.schema import LogMetadata
-        from tc_ray.models.families import family_of
-        from tc_ray.models.source import tokenizer_hash
-        from tc_ray.models.taps import tap_definition
+        from tc_ray.mistakelog.ledger_actor import start_ledger
+        from tc_ray.mistakelog.store import LogStore
+        from tc_ray.mistakelog.upkeep import Upkeep
+        from tc_ray.pilot.log_metadata import log_metadata
 
-        shape, log = self.shape, self.config.log
-        metadata = LogMetadata(
-            run=self.config.run.name,
-            pilot=self.config.model.pilot,
-            tokenizer_hash=tokenizer_hash(self.tokenizer),
-            vocab_size=shape.vocab_size,
-            rationale_dim=shape.hidden_size,
-            rationale_layers=1,
-            pooling=log.pooling,
-            tap=tap_definition(log.pooling),
-            positions=log.positions,
-            top_k=min(log.top_k, shape.vocab_size - 1),
-            question="states" if family_of(shape).encoder_decoder else "ids",
-        )
+        metadata = log_metadata(self.config, self.shape, self.tokenizer)
+        LogStore.create(self.log, metadata)
+        if self.lease is None:
+            self.lease = RunLease.take(self.log, f"run {self.config.run.name}")
         self.ledger = start_ledger(
-            self.folder / "log", metadata, writers=self.config.resources.pilot_workers, run=self.config.run.name
+            self.log,
+            metadata,
+            writers=self.config.resources.pilot_workers,
+            run=self.config.run.name,
+            lease=self.lease.number,
+            upkeep=Upkeep.from_config(self.config.log, self.config.copilot.buffer_rounds),
         )
 
     def _phases(self) -> JobResult:
@@ -254,7 +280,7 @@ class _Job:
         task = ray.remote(evaluate_finished).options(
             num_cpus=max(resources.pilot_cpus, resources.copilot_cpus), num_gpus=1 if resources.gpus else 0
         )
-        size = logged_error_size(self.folder / "log")
+        size = logged_error_size(self.log)
         report = ray.get(task.remote(self.config, self.data.source, self.tracker, seen_error_size=size))
         report.save(self.folder)
         self.tracker.evaluation.remote(report.to_dict(), report.markdown())
@@ -293,6 +319,8 @@ class _Job:
                     "files": state.files,
                     "round": state.round,
                     "version": state.version,
+                    "dropped_records": state.dropped,
+                    "quarantined_files": state.quarantined,
                     "lag_rounds": max(0, state.round - state.copilot_round),
                 }
             )
@@ -305,11 +333,14 @@ class _Job:
         ProgressView().follow(lambda: ray.get(self.tracker.status.remote()), self.stop_watching)
 
 
-def logged_error_size(log: Path) -> float:
+def logged_error_size(log: Location) -> float:
     """Mean squared error a target token (sum over V of l^2) in the last rounds of the log."""
     from tc_ray.mistakelog.reader import MistakeLog
 
-    mistakes = MistakeLog(log)
-    last = max(file.round_max for file in mistakes.files)
-    records = mistakes.records(rounds=(max(1, last - ERROR_SIZE_ROUNDS + 1), last))
-    return float(np.square(records.error_values, dtype=np.float64).sum(1).mean())
+    with MistakeLog(log) as mistakes:
+        last = max(file.round_max for file in mistakes.files)
+        rounds = (max(1, last - ERROR_SIZE_ROUNDS + 1), last)
+        table = mistakes.arrow(rounds, columns=["error_values", "error_rest"])
+    errors = table["error_values"].combine_chunks().flatten().to_numpy()
+    tokens = len(table["error_rest"].combine_chunks().flatten())
+    return float(np.square(errors, dtype=np.float64).sum() / tokens)

@@ -1,8 +1,9 @@
 """Cost of the Mistake Log to the Pilot: time of a round with logging on against off, interleaved in one process.
 
 python jobs/benchmarks/logging_overhead.py [--rounds 40] [--batch-size 16] [--tokens 80] [--targets 12] [--threads 1]
+    [--rationale pooled | all | 0,9,19,29] [--error top-k | dense] [--device cuda]
 
-One model with two training forwards on the same weights: one leaves a record (taps, sparse errors, conversion, hand-over
+One model with two training forwards on the same weights: one leaves a record (taps, errors, conversion, hand-over
 to the writer's queue), the other does not. The writer thread and a real Ledger write a real Delta table in a temporary
 folder meanwhile, so what they take from the cores counts too. A pair of rounds trains on one batch; the order is on-off,
 off-on, ..., so that drift of the machine falls on both. Needs no Ray.
@@ -29,12 +30,12 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 from workload import BUILTIN, Batch, machine, make_batch, model_folder, print_table, recipe_config, spread, write_json
 
 from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
 from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_pilot
-from tc_ray.models.taps import tap_definition
-from tc_ray.pilot.recording import to_records
+from tc_ray.pilot.engine import pilot_step
+from tc_ray.pilot.log_metadata import log_metadata
+from tc_ray.pilot.recorder import Recorder
 
 WARM_UP_PAIRS = 2
 
@@ -42,70 +43,72 @@ WARM_UP_PAIRS = 2
 class Rounds:
     """Rounds of a Pilot with and without a record, on the same weights and optimizer."""
 
-    def __init__(self, model: Path, log_folder: Path, *, dtype: str, method: str) -> None:
-        pilot = load_pilot(model, dtype=DTYPES[dtype])
+    def __init__(self, model: Path, log_folder: Path, arguments: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+
+        pilot = load_pilot(model, dtype=DTYPES[arguments.dtype])
         pilot.config.use_cache = False
-        self.config = recipe_config(pilot.config.num_hidden_layers, pilot={"dtype": dtype, "method": method})
-        pilot = add_adapters(pilot, self.config.pilot)
+        self.device = torch.device(arguments.device)
+        self.config = recipe_config(
+            pilot.config.num_hidden_layers,
+            pilot={"dtype": arguments.dtype, "method": arguments.method},
+            log={"top_k": 64, "rationale": arguments.rationale, "error": arguments.error, "path": str(log_folder)},
+        )
+        pilot = add_adapters(pilot, self.config.pilot).to(self.device)
         log, shape = self.config.log, pilot.config
-        self.steps = {on: PilotStep(pilot, top_k=log.top_k, record=on).train() for on in (True, False)}
+        recording = pilot_step(pilot, self.config).train()
+        self.steps = {True: recording, False: PilotStep(pilot, top_k=1, record=False).train()}
         self.trained = [p for p in pilot.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.config.pilot.learning_rate)
-        metadata = LogMetadata(
-            run="benchmark",
-            pilot=str(model),
-            tokenizer_hash="",
-            vocab_size=shape.vocab_size,
-            rationale_dim=shape.hidden_size,
-            rationale_layers=1,
-            pooling="mean",
-            tap=tap_definition(),
-            positions=log.positions,
-            top_k=min(log.top_k, shape.vocab_size - 1),
-        )
-        store = LogStore.create(log_folder, metadata)
-        self.ledger = Ledger(store.path, writers=1, run="benchmark")
-        self.attempt = self.ledger.begin_attempt(0, 1)
+        store = LogStore.create(log_folder, log_metadata(self.config, shape, AutoTokenizer.from_pretrained(model)))
+        run = self.config.run.name
+        self.ledger = Ledger(store.location, writers=1, run=run)
+        attempt = self.ledger.begin_attempt(0, 1)
         self.writer = RecordWriter(
-            store.path,
+            store.location,
             self.ledger.commit,
-            run="benchmark",
+            run=run,
             rank=0,
-            attempt=self.attempt,
+            attempt=attempt,
             flush_rounds=log.flush_rounds,
             file_bytes=log.file_bytes,
             queue_rounds=log.queue_rounds,
             full_policy=log.full_policy,
             compression=log.compression,
         )
+        self.recorder = Recorder(
+            self.config,
+            self.writer,
+            recording,
+            self.device,
+            rank=0,
+            world_size=1,
+            attempt=attempt,
+            rounds=WARM_UP_PAIRS + arguments.rounds,
+            start_round=0,
+            stored_top_k=store.metadata.top_k,
+            choose=self.ledger.choose_top_k,
+            tell=lambda kind, text: None,
+        )
         self.logged = 0
 
     def run(self, batch: Batch, *, logging: bool) -> float:
         """One round, forward to optimizer step as in `tc_ray.pilot.loop`; seconds."""
         began = time.perf_counter()
-        ids, lengths, starts = batch.tensors()
+        ids, lengths, starts = (tensor.to(self.device) for tensor in batch.tensors())
         loss, record = self.steps[logging](ids, lengths, starts, 1.0 / batch.target_tokens)
-        loss.backward()
         if record is not None:
             self.logged += 1
-            records = to_records(
-                record,
-                input_ids=batch.input_ids,
-                lengths=batch.lengths,
-                target_start=batch.target_start,
-                sample_id=batch.sample_id,
-                seen=np.zeros(len(batch.lengths), np.int16),
-                round_number=self.logged,
-                rank=0,
-                attempt=self.attempt,
-                positions=self.config.log.positions,
-            )
-            self.writer.put(records, self.logged)
+            self.recorder.record(record, vars(batch), np.zeros(len(batch.lengths), np.int16), self.logged)
+        del record
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.config.pilot.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        if record is not None:
-            self.writer.end_round(self.logged)
+        if logging:
+            self.recorder.end_round(self.logged)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
 
@@ -114,9 +117,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as folder:
-        rounds = Rounds(
-            model_folder(arguments.model), Path(folder) / "log", dtype=arguments.dtype, method=arguments.method
-        )
+        rounds = Rounds(model_folder(arguments.model), Path(folder) / "log", arguments)
         vocab_size = rounds.steps[True].model.config.vocab_size
         seconds: dict[bool, list[float]] = {True: [], False: []}
         tokens = 0
@@ -133,8 +134,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if pair >= WARM_UP_PAIRS:
                     seconds[logging].append(taken)
             tokens += batch.tokens if pair >= WARM_UP_PAIRS else 0
-        rounds.writer.close()
-        stats, state = rounds.writer.stats(), rounds.ledger.state()
+        rounds.recorder.close()
+        stats, state = rounds.recorder.metrics(), rounds.ledger.state()
     on, off = spread(seconds[True]), spread(seconds[False])
     ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
     return {
@@ -148,8 +149,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "median_of_pair_ratios": statistics.median(ratios),
         "pair_ratio_quartiles": [float(np.quantile(ratios, q)) for q in (0.25, 0.75)],
         "log_bytes_per_round": state.bytes / state.round,
+        "log_bytes_per_token": stats["bytes_per_token"],
         "blocked_seconds": stats["blocked_seconds"],
     }
+
+
+def rationale(text: str) -> str | list[int]:
+    """Argument of --rationale."""
+    return text if text in ("pooled", "all") else [int(layer) for layer in text.split(",")]
 
 
 def main() -> None:
@@ -163,6 +170,9 @@ def main() -> None:
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--rationale", type=rationale, default="pooled", help="as log.rationale; layers with commas")
+    parser.add_argument("--error", choices=("top-k", "dense"), default="top-k", help="as log.error; top-k keeps 64")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
     result = measure(arguments)
@@ -177,7 +187,9 @@ def main() -> None:
     print(f"ratio of medians       {result['ratio_of_medians']:.4f}")
     print(f"median of pair ratios  {result['median_of_pair_ratios']:.4f} (quartiles {low:.4f} to {high:.4f})")
     blocked = f"waited {result['blocked_seconds']:.3f} s for the writer"
-    print(f"log                    {result['log_bytes_per_round'] / 1e6:.2f} MB a round; the rounds {blocked}")
+    print(
+        f"log                    {result['log_bytes_per_round'] / 1e6:.2f} MB a round, {result['log_bytes_per_token']:.0f} B a token; the rounds {blocked}"
+    )
     write_json(arguments.json, result)
 
 

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from tc_ray.mistakelog.records import Records
 from tc_ray.models.copilot import CopilotBatch
+from tc_ray.models.taps import pooled
+
+
+def pooled_records(records: Records, pooling: str) -> Records:
+    """The records with one state a position; those of a log that keeps layers are pooled as a tap would have.
+
+    Rounded to bfloat16 as a pooled log's are: of a Pilot in bfloat16 the two are the same, bit for bit.
+
+    Args:
+        pooling: `log.pooling`.
+    """
+    if records.rationale_layers == 1:
+        return records
+    states = pooled(_bfloat16(records.rationale), pooling).to(torch.bfloat16)
+    return replace(records, rationale=states.view(torch.int16).numpy().view(np.uint16), rationale_layers=1)
 
 
 def batch_from_records(records: Records) -> CopilotBatch:
-    """Pad records with pooled rationale (`rationale_layers == 1`) into tensors."""
+    """Pad records with one state a position (`pooled_records`) into tensors."""
     if records.rationale_layers != 1:
-        raise ValueError(f"the Copilot reads pooled rationales, the log holds {records.rationale_layers} layers")
+        raise ValueError(
+            f"the Copilot reads one state a position, these records hold {records.rationale_layers} layers"
+        )
     count, width, entries = len(records), records.rationale_dim, records.error_ids.shape[1]
     lengths = np.diff(records.seq_offsets)
     starts = records.target_start.astype(np.int64)
@@ -54,4 +74,10 @@ def batch_from_records(records: Records) -> CopilotBatch:
 
 def _from_bits(bits: np.ndarray) -> torch.Tensor:
     """fp32 of bf16 bits."""
-    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()
+    return _bfloat16(bits).float()
+
+
+def _bfloat16(bits: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
+        return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)

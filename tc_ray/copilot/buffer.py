@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.records import Records
+
+_DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
 
 
 class RoundBuffer:
@@ -77,3 +80,8 @@ class RoundBuffer:
         if len(rounds) > self._rounds:
             oldest = rounds[-self._rounds]
             self._files = {name: r for name, r in self._files.items() if r.round.max() >= oldest}
+
+
+def draw(buffer: RoundBuffer, config: RunConfig, step: int) -> Records:
+    """The batch of a Copilot step, of all workers: it follows from the seed, the step and the rows held alone."""
+    return buffer.draw(config.copilot.batch_size, (config.run.seed, _DRAW, step))

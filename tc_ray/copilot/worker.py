@@ -19,17 +19,18 @@ import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import checkpoint
-from tc_ray.copilot.batching import batch_from_records
-from tc_ray.copilot.buffer import RoundBuffer
+from tc_ray.copilot.batching import batch_from_records, pooled_records
+from tc_ray.copilot.buffer import RoundBuffer, draw
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner, StepResult
 from tc_ray.data.train_table import TrainTable
+from tc_ray.mistakelog.datafile import BadFileError
 from tc_ray.mistakelog.reader import LogTail
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
+from tc_ray.models.taps import tapped_layers
 
 IDLE_SECONDS = 0.1
-_DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class CopilotWorker:
         """Train until every step of the run is done, then export to `copilot/final` (rank 0)."""
         self.job.tracker.process.remote(f"copilot-{self.rank}", os.getpid())
         learner = Learner(
-            build_copilot(self.config, self.job.pilot_path, self.job.base_path),
+            build_copilot(self.config, self.job.pilot_path, self.job.base_path, output_ids_of(self.config)),
             self.config.copilot,
             total_steps=self.job.total_steps,
             device="cuda" if self.config.resources.gpus else "cpu",
@@ -86,7 +87,7 @@ class CopilotWorker:
         self._report(at, None)
         if at.step and not self.rank:
             self.job.tracker.event.remote("resume", f"Copilot goes on after step {at.step}")
-        tail = LogTail(self.config.run.path / "log")
+        tail = LogTail(self.config.log_location, storage_options=self.config.log.storage_options)
         buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
         seen_version = -1
         while at.step < self.job.total_steps:
@@ -98,10 +99,14 @@ class CopilotWorker:
                 for name in update.removed:
                     buffer.remove(name)
                 for name, records in update.new:
-                    buffer.add(name, records)
+                    buffer.add(name, pooled_records(records, self.config.log.pooling))
+                self._report_bad(update.bad)
                 seen_version = version
             due = min(committed * self.config.copilot.steps_per_round, self.job.total_steps)
-            if at.step >= due or not len(buffer):
+            if at.step < due and not len(buffer):
+                # every record so far was left out by log.sampling or copilot.max_seen: nothing to learn from
+                at = Position(due, due // self.config.copilot.steps_per_round, version)
+            if at.step >= due:
                 self._report(at, None)  # again and again: a restarted Ledger has forgotten it
                 time.sleep(IDLE_SECONDS)
                 continue
@@ -128,9 +133,15 @@ class CopilotWorker:
         version, committed, rows = position.tolist()
         return version, committed, rows
 
+    def _report_bad(self, bad: list[BadFileError]) -> None:
+        """Rank 0 names damaged files to the Ledger, which takes them out of the log, and to the user."""
+        for error in bad if not self.rank else []:
+            self.job.ledger.quarantine.remote(error.name, error.reason)
+            self.job.tracker.event.remote("damaged", f"log file {error}; training goes on without its rows")
+
     def _batch(self, buffer: RoundBuffer, step: int) -> CopilotBatch:
         size = self.config.copilot.batch_size
-        drawn = buffer.draw(size, (self.config.run.seed, _DRAW, step))
+        drawn = draw(buffer, self.config, step)
         part = size // self.world_size
         return batch_from_records(drawn.select(np.arange(self.rank * part, (self.rank + 1) * part)))
 
@@ -154,8 +165,10 @@ class CopilotWorker:
             dist.barrier()
 
 
-def build_copilot(config: RunConfig, pilot_path: Path | str, base_path: Path | str) -> Copilot:
-    """The Copilot a run starts from; the same weights on every rank."""
+def build_copilot(
+    config: RunConfig, pilot_path: Path | str, base_path: Path | str, output_ids: torch.Tensor | None
+) -> Copilot:
+    """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
     from transformers import AutoConfig, AutoTokenizer
 
     from tc_ray.models.families import family_of
@@ -169,17 +182,18 @@ def build_copilot(config: RunConfig, pilot_path: Path | str, base_path: Path | s
         base_path,
         choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
         pilot=pilot,
-        output_ids=_output_ids(config),
+        output_ids=output_ids,
         pattern=config.copilot.pattern,
         producing_state=config.copilot.producing_state,
         pooling=config.log.pooling,
+        tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
         positions=config.log.positions,
         tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path)),
         random_weights=config.model.random_weights,
     )
 
 
-def _output_ids(config: RunConfig) -> torch.Tensor | None:
+def output_ids_of(config: RunConfig) -> torch.Tensor | None:
     if config.copilot.output_tokens == "all":
         return None
     return torch.from_numpy(TrainTable(config.run.path / "data" / "train.parquet").target_ids())

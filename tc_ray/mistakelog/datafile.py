@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import queue
-import threading
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.output import Finished, LocalOutput, ObjectOutput, open_output
 from tc_ray.mistakelog.schema import ROW_SCHEMA
 
 TEMPORARY_SUFFIX = ".tmp"
 """Added to a local file's name while it is written."""
-_HASH_BLOCKS = 64
 # rows wait in memory until a row group of this size: small ones read slowly
 _ROW_GROUP_BYTES = 16 << 20
 
@@ -66,71 +63,6 @@ def file_name(round_min: int, rank: int, attempt: int, sequence: int) -> str:
     return f"rounds-{round_min:08d}-rank{rank}-a{attempt}-{sequence:06d}.parquet"
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A finished file's bytes."""
-
-    size: int
-    sha256: str
-    """Hexadecimal."""
-    crc32: int
-
-
-class _Output:
-    """What Parquet writes into: counts and hashes on the way to the disk, SHA-256 in a thread beside the writing."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._sha, self.crc32, self.size = hashlib.sha256(), 0, 0
-        self._blocks: queue.Queue[bytes | None] = queue.Queue(_HASH_BLOCKS)
-        self._thread = threading.Thread(target=self._hash, name="mistake-log-hash", daemon=True)
-        self._thread.start()
-        self.closed = False
-
-    def _hash(self) -> None:
-        while (block := self._blocks.get()) is not None:
-            self._sha.update(block)
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        at = 0
-        while at < len(view):  # an unbuffered file may take less than it is given
-            at += self._file.write(view[at:])
-        self.crc32 = zlib.crc32(view, self.crc32)
-        self.size += len(view)
-        self._blocks.put(data)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """Arrow closes what it wrote into; `complete` is what ends the file."""
-
-    def sha256(self) -> str:
-        self._stop()
-        return self._sha.hexdigest()
-
-    def _stop(self) -> None:
-        if self._thread.is_alive():
-            self._blocks.put(None)
-            self._thread.join()
-
-    def complete(self) -> Finished:
-        """Bring everything to the disk (or end the upload)."""
-        if hasattr(self._file, "fileno"):
-            os.fsync(self._file.fileno())
-        self._file.close()
-        return Finished(self.size, self.sha256(), self.crc32)
-
-    def abandon(self) -> None:
-        """Let go of an unfinished file: an upload that is not closed never becomes an object."""
-        self._stop()
-        if hasattr(self._file, "fileno"):
-            with contextlib.suppress(OSError):
-                self._file.close()
-
-
 class ParquetPart:
     """A data file being written.
 
@@ -146,7 +78,7 @@ class ParquetPart:
         self._location = location
         self._temporary = name + TEMPORARY_SUFFIX if location.local is not None else name
         self._compression, self._metadata = compression, metadata
-        self._output: _Output | None = None
+        self._output: LocalOutput | ObjectOutput | None = None
         self._writer: Any = None
         self._waiting: list[pa.Table] = []
         self._waiting_bytes = 0
@@ -169,9 +101,9 @@ class ParquetPart:
 
     def _open(self) -> Any:
         if self._writer is None:
-            self._output = _Output(self._location.open_output(self._temporary))
+            self._output = open_output(self._location, self._temporary)
             self._writer = pq.ParquetWriter(
-                pa.PythonFile(self._output, "w"),
+                self._output.sink,
                 ROW_SCHEMA,
                 compression=self._compression,
                 # hidden states are all different: a dictionary would only cost
@@ -185,6 +117,8 @@ class ParquetPart:
     def _write_row_group(self) -> None:
         if self._waiting:
             self._open().write_table(pa.concat_tables(self._waiting))
+            assert self._output is not None
+            self._output.advance()
         self._waiting, self._waiting_bytes = [], 0
 
     def finish(self) -> Finished:

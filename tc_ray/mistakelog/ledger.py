@@ -3,26 +3,30 @@
 Invariant: everything it has acknowledged stands in the Delta table (data files as table files, positions as application
 transactions), so a Ledger that died is rebuilt from the table alone, and a call repeated after its death changes nothing
 twice. Each commit also sets the attempt's number, so a second Ledger on the same table is noticed, not mixed in.
-`Ledger` is a plain object; `start_ledger` puts it into a Ray actor. Called by the Pilot (attempts, files, end), the
+`Ledger` is a plain object; `ledger_actor.py` puts it into a Ray actor. Called by the Pilot (attempts, files, end), the
 Copilot (position) and the job (state).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tc_ray.mistakelog.commits import dropped_records
-from tc_ray.mistakelog.datafile import DataFile
+from tc_ray.mistakelog.datafile import BadFileError, DataFile
 from tc_ray.mistakelog.fencing import fenced_files, trimmed
 from tc_ray.mistakelog.lease import LEASE_NUMBER
 from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.maintenance import Maintenance
+from tc_ray.mistakelog.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.mistakelog.store import CommitConflictError, LogFullError, LogStore, StoredFile
 from tc_ray.mistakelog.upkeep import Upkeep
+
+log = logging.getLogger(__name__)
 
 _NOT_FINISHED = -1
 _CONFLICT_TRIES = 5
@@ -62,7 +66,7 @@ class LogState:
     dropped: int = 0
     """Records that could not be written and are missing in the log (policies subsample and stop)."""
     quarantined: int = 0
-    """Damaged files that were taken out of the log in this process's time."""
+    """Damaged files that were taken out of the log."""
 
 
 class Ledger:
@@ -89,11 +93,12 @@ class Ledger:
         self._store = LogStore(location)
         if run != self._store.metadata.run:
             raise LedgerError(f"{self._store.location} is the log of run {self._store.metadata.run!r}, not {run!r}")
-        self._lease, self._upkeep = lease, upkeep
-        self._quarantined = 0
+        self._lease = lease
+        self._maintenance = Maintenance(self._store, upkeep) if upkeep is not None else None
+        self._quarantined = len(quarantined(self._store.location))
         self._prefix = f"tc_ray/{run}/"
         self._default_writers = writers
-        self._copilot_round = self._copilot_steps = 0
+        self._copilot_round = self._copilot_steps = self._checkpoint_round = 0
         self._load()
 
     def _number(self, name: str, default: int) -> int:
@@ -114,6 +119,10 @@ class Ledger:
         self._sequence = [self._number(f"sequence/{rank}/{self._attempt}", -1) for rank in ranks]
         # reading every commit is dear: only where one says so
         self._drops = dropped_records(self._store.commits()) if self._number("drops", 0) else {}
+        self._checkpoint_round = max(self._checkpoint_round, self._watermark)
+        self._count_files()
+
+    def _count_files(self) -> None:
         files = self._store.files()
         self._rows = sum(file.rows for file in files)
         self._bytes = sum(file.bytes for file in files)
@@ -128,14 +137,18 @@ class Ledger:
         remove: list[StoredFile] | None = None,
         note: Mapping[str, Any],
     ) -> None:
-        everything = {self._prefix + name: value for name, value in {"attempt": self._attempt, **numbers}.items()}
-        if self._lease is not None:
-            everything[LEASE_NUMBER] = self._lease
         try:
-            self._store.commit(add=add or [], covered=covered or [], remove=remove or [], numbers=everything, note=note)
+            self._store.commit(
+                add=add or [], covered=covered or [], remove=remove or [], numbers=self._signed(numbers), note=note
+            )
         except LogFullError:
             self._load()  # it may have been brought as far as the table
             raise
+
+    def _signed(self, numbers: Mapping[str, int]) -> dict[str, int]:
+        """Numbers of a commit by their names in the table, with those that show a second committer."""
+        named = {self._prefix + name: value for name, value in {"attempt": self._attempt, **numbers}.items()}
+        return named if self._lease is None else {**named, LEASE_NUMBER: self._lease}
 
     def _retrying(self, act: Callable[[], None]) -> None:
         """Run `act`, which checks and commits, again on fresh knowledge when another Ledger got in between."""
@@ -180,11 +193,17 @@ class Ledger:
                 )
             new = self._attempt + 1
             remove = fenced_files(self._store.files(), watermark)
-            straddling = [file for file in remove if file.round_min <= watermark]
-            add = [trimmed(self._store, file, watermark, new) for file in straddling]
+            add = []
+            for file in [file for file in remove if file.round_min <= watermark]:
+                try:
+                    add.append(trimmed(self._store, file, watermark, new))
+                except BadFileError as error:
+                    self._set_aside(error)
+                    remove.remove(file)
             numbers = {"attempt": new, "watermark": watermark, "writers": writers, "pilot_done": _NOT_FINISHED}
             note = {"kind": "attempt", "watermark": watermark}
             self._commit(numbers, add=add, remove=remove, note=note)
+            self._checkpoint_round = watermark
             self._load()
 
         self._retrying(act)
@@ -203,8 +222,7 @@ class Ledger:
             ValueError: the file is not in the table's folder with the stated size.
         """
         self._retrying(lambda: self._commit_file(file))
-        if self._upkeep is not None:
-            self._keep_up(self._upkeep)
+        self._maintain()
         return self._store.version
 
     def _commit_file(self, file: DataFile) -> None:
@@ -237,6 +255,41 @@ class Ledger:
         if file.name is not None:
             self._rows, self._bytes, self._files = self._rows + file.rows, self._bytes + file.bytes, self._files + 1
 
+    def _maintain(self) -> None:
+        if self._maintenance is None:
+            return
+        done = self._maintenance.maintain(
+            numbers=self._signed({}),
+            safe_round=min(self._checkpoint_round, *self._covered),
+            copilot_round=self._copilot_round,
+            attempt=self._attempt,
+        )
+        for error in done.bad:
+            self._set_aside(error)
+        if done.changed:
+            self._count_files()
+
+    def quarantine(self, name: str, reason: str) -> bool:
+        """Take a file that a reader found damaged out of the log, if it is found so here too.
+
+        Returns:
+            It was taken out. A file that is whole, or no longer in the log, is left as it is.
+        """
+        file = next((file for file in self._store.files() if file.name == name), None)
+        if file is None:
+            return False
+        try:
+            self._store.read(file)
+        except BadFileError as error:
+            self._set_aside(error)
+            return True
+        log.warning("%s: a reader found %s damaged (%s); here it is whole", self._store.location, name, reason)
+        return False
+
+    def _set_aside(self, error: BadFileError) -> None:
+        self._quarantined += len(set_aside(self._store, [error], numbers=self._signed({})))
+        self._count_files()
+
     def choose_top_k(self, top_k: int) -> int:
         """Set how many errors a token the log lists, once; the first choice stands.
 
@@ -247,6 +300,7 @@ class Ledger:
             raise ValueError(f"top_k {top_k} must be at least 1")
 
         def act() -> None:
+            self._load()  # that the lease is still held
             if not self._store.metadata.top_k:
                 self._store.choose_top_k(top_k)
 
@@ -275,6 +329,13 @@ class Ledger:
         """
         self._copilot_round, self._copilot_steps = round, steps
 
+    def report_checkpoint(self, round: int) -> None:
+        """Note the round of the Pilot's newest complete checkpoint: what came before is never fenced again.
+
+        Held in memory only: after a restart the watermark stands in for it until the next checkpoint.
+        """
+        self._checkpoint_round = round
+
     def copilot_round(self) -> int:
         """Last round the Copilot reported as consumed."""
         return self._copilot_round
@@ -295,49 +356,3 @@ class Ledger:
             dropped=sum(sum(rounds.values()) for rounds in self._drops.values()),
             quarantined=self._quarantined,
         )
-
-
-def start_ledger(
-    location: str | Path | Location,
-    metadata: LogMetadata,
-    *,
-    writers: int,
-    run: str,
-    lease: int | None = None,
-    upkeep: Upkeep | None = None,
-) -> Any:
-    """Start the Ledger of an existing table as a Ray actor that restarts by itself.
-
-    The actor lives as long as a handle to it does in the starting process.
-
-    Returns:
-        The actor handle.
-
-    Raises:
-        LedgerError: see `Ledger`.
-    """
-    import ray
-
-    place = Location(location)
-    # made here too, so that a bad location is reported to the caller at once and the restarted actor only opens
-    LogStore.create(place, metadata)
-    actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0)(Ledger)
-    handle = actor.remote(place, writers=writers, run=run, lease=lease, upkeep=upkeep)
-    ray.get(handle.state.remote())
-    return handle
-
-
-def submit_to(handle: Any) -> Callable[[DataFile], int]:
-    """`submit` of a `RecordWriter` for a Ledger actor.
-
-    Ray repeats a call whose actor died until the restarted one answers; `commit` recognises the repetition.
-    """
-    import ray
-
-    def submit(file: DataFile) -> int:
-        try:
-            return int(ray.get(handle.commit.remote(file)))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-
-    return submit

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,14 +177,42 @@ class MistakeLog:
     def tables(
         self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None
     ) -> Iterator[tuple[StoredFile, pa.Table]]:
-        """Rows file by file, by round; arguments as for `arrow`. Damaged files are passed over; see `bad_files`."""
-        for file in _in_rounds(self._files, rounds):
-            try:
-                yield file, _read_rounds(self._store, file, rounds, columns)
-            except BadFileError as error:
-                if error.name not in {bad.name for bad in self.bad_files}:
-                    log.warning("%s: %s: passed over, %d rows", self.location, error, file.rows)
-                    self.bad_files.append(error)
+        """Rows file by file, by round; arguments as for `arrow`. Damaged files are passed over; see `bad_files`.
+
+        The next file is read, in a thread, while the caller works on one: two are in memory.
+        """
+        wanted = _in_rounds(self._files, rounds)
+        if not wanted:
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="mistake-log-read") as ahead:
+            coming = ahead.submit(_read_rounds, self._store, wanted[0], rounds, columns)
+            for file, following in zip(wanted, [*wanted[1:], None], strict=True):
+                found = self._good(coming, file)
+                if following is not None:
+                    coming = ahead.submit(_read_rounds, self._store, following, rounds, columns)
+                if found is not None:
+                    yield file, found
+                del found  # or it would be a third one in memory
+
+    def _good(self, rows: Future[pa.Table], file: StoredFile) -> pa.Table | None:
+        try:
+            return rows.result()
+        except BadFileError as error:
+            self._note_bad(error, file)
+            return None
+
+    def file_records(self, file: StoredFile) -> Records | None:
+        """Rows of one of `files`; None: it is damaged and was passed over, see `bad_files`."""
+        try:
+            return _records(self._store, file)
+        except BadFileError as error:
+            self._note_bad(error, file)
+            return None
+
+    def _note_bad(self, error: BadFileError, file: StoredFile) -> None:
+        if error.name not in {bad.name for bad in self.bad_files}:
+            log.warning("%s: %s: passed over, %d rows", self.location, error, file.rows)
+            self.bad_files.append(error)
 
     def records(self, rounds: tuple[int, int] | None = None) -> Records:
         """Rows as `Records`; `rounds` as for `arrow`."""

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from tc_ray.mistakelog.dense import listed_errors, vocabulary_order
+from tc_ray.mistakelog.ragged import Array, binary_array, flat_column, flat_index, list_array, offsets_of
 from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogSchemaError
-
-Array = npt.NDArray[Any]
 
 _DTYPES: dict[str, type[np.generic]] = {
     "round": np.int64,
@@ -89,6 +88,8 @@ class Records:
     question: Array | None = None
     """uint16 [sum of target_start, dim], bf16 bits: one encoder state a source position. None where X~ follows from the
     ids (decoder-only)."""
+    error: Literal["top-k", "dense"] = "top-k"
+    """dense: k + 1 = V, the others by id, and nothing rests; in the table the V values stand in vocabulary order."""
 
     def __post_init__(self) -> None:
         for name, dtype in _DTYPES.items():
@@ -122,7 +123,7 @@ class Records:
     @property
     def question_offsets(self) -> Array:
         """int64 [N+1] into `question`: a record has one state a source position, and target_start of those."""
-        return _offsets(self.target_start.astype(np.int64))
+        return offsets_of(self.target_start.astype(np.int64))
 
     @property
     def top_k(self) -> int:
@@ -163,6 +164,8 @@ class Records:
         _check(
             targets == sequence - start, "target_offsets: target tokens differ from len(input_ids) - target_start", self
         )
+        if self.error == "dense" and not np.array_equal(self.error_ids[:, 0], self._true_ids()):
+            raise ValueError("records.error_ids: dense errors must list the true token first")
         _check(
             (positions <= sequence - 1) & (positions >= targets),
             "rationale_offsets: states must end at position len(input_ids) - 2 and reach every target token",
@@ -182,30 +185,50 @@ class Records:
         for offsets_name, arrays in _RAGGED.items():
             offsets = getattr(self, offsets_name)
             starts, lengths = offsets[chosen], np.diff(offsets)[chosen]
-            parts[offsets_name] = _offsets(lengths)
-            flat = _flat_index(starts, lengths)
+            parts[offsets_name] = offsets_of(lengths)
+            flat = flat_index(starts, lengths)
             parts.update({name: getattr(self, name)[flat] for name in arrays})
         if self.question is not None:
             offsets = self.question_offsets
-            parts["question"] = self.question[_flat_index(offsets[chosen], np.diff(offsets)[chosen])]
+            parts["question"] = self.question[flat_index(offsets[chosen], np.diff(offsets)[chosen])]
         return replace(self, **parts)  # type: ignore[arg-type]
+
+    def truncated(self, top_k: int) -> Records:
+        """The same records with the first `top_k` errors of each token besides the true one's; `error_rest` takes the mass
+        of those dropped.
+
+        Raises:
+            ValueError: fewer are listed, or the errors are dense.
+        """
+        if self.error == "dense" or not 0 <= top_k <= self.top_k:
+            raise ValueError(f"cannot keep the {top_k} largest of {self.top_k} {self.error} errors")
+        if top_k == self.top_k:
+            return self
+        dropped = self.error_values[:, top_k + 1 :].sum(1, dtype=np.float64)
+        return replace(
+            self,
+            error_ids=self.error_ids[:, : top_k + 1],
+            error_values=self.error_values[:, : top_k + 1],
+            error_rest=(self.error_rest - dropped).astype(np.float32),
+        )
 
     @classmethod
     def concat(cls, parts: Sequence[Records]) -> Records:
         """One Records with the records of all parts, in order (a copy, except of a single part).
 
         Raises:
-            ValueError: no part, or parts of different layers, width or k, or some with a question and some without.
+            ValueError: no part, or parts of different layers, width, k or kind of error, or some with a question and some not.
         """
         if not parts:
             raise ValueError("Records.concat needs at least one part")
         if len(parts) == 1:
             return parts[0]
-        shapes = {(part.rationale_layers, part.rationale_dim, part.top_k, part.question is not None) for part in parts}
+        names = ("rationale_layers", "rationale_dim", "top_k", "error")
+        shapes = {(*(getattr(part, name) for name in names), part.question is not None) for part in parts}
         if len(shapes) > 1:
-            raise ValueError(f"records differ in (rationale_layers, rationale_dim, top_k, question): {sorted(shapes)}")
+            raise ValueError(f"records differ in ({', '.join(names)}, question): {sorted(shapes)}")
         joined = {
-            name: _offsets(np.concatenate([np.diff(getattr(part, name)) for part in parts]))
+            name: offsets_of(np.concatenate([np.diff(getattr(part, name)) for part in parts]))
             if name in _RAGGED
             else np.concatenate([getattr(part, name) for part in parts])
             for name in _DTYPES
@@ -237,9 +260,14 @@ class Records:
 
     def arrow_metadata(self) -> dict[str, str]:
         """The widths that rows alone do not tell, keyed as in the table's configuration."""
-        values = {"rationale_layers": self.rationale_layers, "rationale_dim": self.rationale_dim, "top_k": self.top_k}
+        names = ("rationale_layers", "rationale_dim", "top_k", "error")
         question = "ids" if self.question is None else "states"
-        return {PREFIX + key: str(value) for key, value in values.items()} | {PREFIX + "question": question}
+        return {PREFIX + name: str(getattr(self, name)) for name in names} | {PREFIX + "question": question}
+
+    def _true_ids(self) -> Array:
+        """int32 [sum n]: `input_ids[target_start:]` of record after record."""
+        starts = self.seq_offsets[:-1] + self.target_start
+        return self.input_ids[flat_index(starts, self.seq_offsets[1:] - starts)]
 
     def _batch(self, run: str, first: int, last: int) -> pa.RecordBatch:
         rows = last - first
@@ -251,18 +279,24 @@ class Records:
         state_offsets = ((position - position[0]) * state_bytes).astype(np.int32)
         columns = {name: pa.array(getattr(self, name)[first:last]) for name in _PER_RECORD}
         columns["run"] = pa.repeat(run, rows)
-        columns["input_ids"] = _list_array(self.input_ids, seq)
+        columns["input_ids"] = list_array(self.input_ids, seq)
         columns["question"] = pa.nulls(rows, pa.binary())
         if self.question is not None:
             asked = self.question_offsets[first : last + 1]
             asked_bytes = ((asked - asked[0]) * (self.rationale_dim * 2)).astype(np.int32)
-            columns["question"] = _binary_array(asked_bytes, self.question[asked[0] : asked[-1]].reshape(-1))
-        columns["rationale"] = _binary_array(state_offsets, states)
+            columns["question"] = binary_array(asked_bytes, self.question[asked[0] : asked[-1]].reshape(-1))
+        columns["rationale"] = binary_array(state_offsets, states)
         columns["rationale_layers"] = pa.array(np.full(rows, self.rationale_layers, np.int16))
-        for name in ("error_ids", "error_values"):
-            columns[name] = _list_array(getattr(self, name).reshape(-1), target * width)
+        if self.error == "dense":
+            part = slice(target[0], target[-1])
+            values = vocabulary_order(self.error_ids[part], self.error_values[part])
+            columns["error_ids"] = list_array(self.error_ids[:0].reshape(-1), np.zeros(rows + 1, np.int64))
+            columns["error_values"] = list_array(values.reshape(-1), (target - target[0]) * width)
+        else:
+            for name in ("error_ids", "error_values"):
+                columns[name] = list_array(getattr(self, name).reshape(-1), target * width)
         for name in ("error_rest", "token_loss", "token_correct"):
-            columns[name] = _list_array(getattr(self, name), target)
+            columns[name] = list_array(getattr(self, name), target)
         return pa.RecordBatch.from_arrays([columns[name] for name in ROW_SCHEMA.names], schema=ROW_SCHEMA)
 
     @classmethod
@@ -287,11 +321,16 @@ class Records:
                 else "these rows came without tc_ray.* widths: read them with MistakeLog.records, or pass metadata="
             )
         layers, dim, top_k = (int(width) for width in widths if width is not None)
+        dense = metadata.get(PREFIX + "error") == "dense"
+        if top_k < 1 and table.num_rows:
+            raise LogSchemaError(
+                "the number of errors a token was not chosen when this metadata was read (top_k 0): read it again"
+            )
         table = table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
-        ragged = {name: _flat(table.column(name)) for name in ROW_SCHEMA.names if not _is_scalar(name)}
+        ragged = {name: flat_column(table.column(name)) for name in ROW_SCHEMA.names if not _is_scalar(name)}
         question = None
         if metadata.get(PREFIX + "question") == "states":
-            values, offsets = _flat(table.column("question"))
+            values, offsets = flat_column(table.column("question"))
             starts = np.asarray(table.column("target_start").to_numpy(), np.int64)
             if not np.array_equal(np.diff(offsets), starts * dim * 2):
                 raise LogSchemaError(f"column question: a cell is not target_start x {dim} bf16 states")
@@ -300,12 +339,14 @@ class Records:
         # an error list of another length than (k+1) times its targets would shift every later record
         for name in ("error_ids", "error_values", "token_loss", "token_correct"):
             per_target = top_k + 1 if name.startswith("error_") else 1
+            if dense and name == "error_ids":
+                per_target = 0
             if not np.array_equal(ragged[name][1], ragged["error_rest"][1] * per_target):
                 raise LogSchemaError(f"column {name}: list lengths do not fit error_rest and top_k={top_k}")
         if (state_offsets % (layers * dim * 2)).any():
             raise LogSchemaError(f"column rationale: a cell is no whole number of {layers} x {dim} bf16 states")
         scalars = {name: _numpy(table.column(name), name) for name in _PER_RECORD}
-        return cls(
+        made = cls(
             **scalars,
             input_ids=ragged["input_ids"][0],
             seq_offsets=ragged["input_ids"][1],
@@ -313,14 +354,21 @@ class Records:
             rationale_offsets=state_offsets // (layers * dim * 2),
             rationale_layers=layers,
             rationale_dim=dim,
-            error_ids=ragged["error_ids"][0].reshape(-1, top_k + 1),
+            error_ids=ragged["error_ids"][0].reshape(-1, 1 if dense else top_k + 1),
             error_values=ragged["error_values"][0].reshape(-1, top_k + 1),
             error_rest=ragged["error_rest"][0],
             token_loss=ragged["token_loss"][0],
             token_correct=ragged["token_correct"][0],
             target_offsets=ragged["error_rest"][1],
             question=question,
+            error="dense" if dense else "top-k",
         )
+        if dense:
+            true = made._true_ids()
+            if len(true) != len(made.error_rest) or (len(true) and int(true.max()) > top_k):
+                raise LogSchemaError(f"column error_values: not {top_k + 1} values for each token after target_start")
+            made.error_ids, made.error_values = listed_errors(made.error_values, true)
+        return made
 
 
 def _check(good: Array, message: str, records: Records) -> None:
@@ -331,28 +379,6 @@ def _check(good: Array, message: str, records: Records) -> None:
         )
 
 
-def _offsets(lengths: Array) -> Array:
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
-def _flat_index(starts: Array, lengths: Array) -> Array:
-    """Index of every element of ragged parts: its part's start plus its place in the part."""
-    return np.repeat(starts - _offsets(lengths)[:-1], lengths) + np.arange(lengths.sum())
-
-
-def _binary_array(offsets: Array, values: Array) -> pa.Array:
-    return pa.Array.from_buffers(
-        pa.binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(values))]
-    )
-
-
-def _list_array(values: Array, offsets: Array) -> pa.ListArray:
-    flat = pa.array(values[offsets[0] : offsets[-1]])
-    return pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), flat)
-
-
 def _is_scalar(name: str) -> bool:
     return name == "question" or not (pa.types.is_list(ROW_SCHEMA.field(name).type) or name == "rationale")
 
@@ -361,24 +387,3 @@ def _numpy(column: pa.ChunkedArray, name: str) -> Array:
     if column.null_count:
         raise LogSchemaError(f"column {name}: {column.null_count} null values")
     return np.asarray(column.to_numpy()).astype(_DTYPES[name], copy=False)
-
-
-def _flat(column: pa.ChunkedArray) -> tuple[Array, Array]:
-    """Flat values and int64 offsets [N+1] of a list or binary column."""
-    if column.null_count:
-        raise LogSchemaError(f"{column.null_count} null cells in a list or binary column")
-    values, lengths = [], []
-    for chunk in column.chunks:
-        if pa.types.is_binary(chunk.type):
-            _, offset_buffer, data = chunk.buffers()
-            offsets = np.frombuffer(offset_buffer, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            flat = np.frombuffer(data if data is not None else b"", np.uint8)[offsets[0] : offsets[-1]]
-        else:
-            offsets = chunk.offsets.to_numpy()
-            flat = chunk.values[int(offsets[0]) : int(offsets[-1])].to_numpy(zero_copy_only=False)
-        values.append(flat)
-        lengths.append(np.diff(offsets))
-    if not values:
-        empty = np.uint8 if pa.types.is_binary(column.type) else column.type.value_type.to_pandas_dtype()
-        return np.zeros(0, empty), np.zeros(1, np.int64)
-    return values[0] if len(values) == 1 else np.concatenate(values), _offsets(np.concatenate(lengths))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import ray
 
-from tc_ray.mistakelog.ledger import FencedError, start_ledger, submit_to
+from tc_ray.mistakelog.ledger import FencedError
+from tc_ray.mistakelog.ledger_actor import start_ledger, submit_to
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import LogSchemaError

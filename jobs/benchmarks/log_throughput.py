@@ -1,0 +1,264 @@
+"""The Mistake Log against bare pyarrow on the same disk: how fast records are written, and read into Copilot batches.
+
+python jobs/benchmarks/log_throughput.py [--megabytes 512] [--repeats 5] [--folder DIR] [--json FILE]
+
+Writing: the same Arrow tables go (a) through pyarrow's ParquetWriter alone, cut at the same size, each file synced to the disk, and
+(b) through a RecordWriter and a real Ledger: queue, thread, checksums, sync, Delta commits; from the first `put` until the last
+round is acknowledged. Reading: (a) pyarrow's `read_table` of every file, one thread; (b) from the table's version to padded
+Copilot batches: file list, checksums, parsing, Records, batches of 16. Interleaved, in turn; the data is random, as hidden
+states nearly are. The page cache is warm in both readings: a cold disk would hide what is measured.
+Needs no Ray and no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT, Path(__file__).resolve().parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from workload import machine, print_table, spread, write_json
+
+from tc_ray.copilot.batching import batch_from_records
+from tc_ray.mistakelog.ledger import Ledger
+from tc_ray.mistakelog.location import sync_file
+from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.records import Records
+from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
+from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.writer import RecordWriter
+
+ROWS = 16
+ROW_GROUP_BYTES = 16 << 20
+
+
+def make_records(number: int, *, tokens: int, targets: int, width: int, top_k: int) -> Records:
+    """Records of one round: `ROWS` sequences of `tokens` tokens, the last `targets` of them targets."""
+    dice = np.random.default_rng(number)
+
+    def offsets(each: int) -> np.ndarray:
+        return np.arange(ROWS + 1, dtype=np.int64) * each
+
+    count = ROWS * targets
+    return Records(
+        round=np.full(ROWS, number, np.int64),
+        rank=np.zeros(ROWS, np.int32),
+        attempt=np.ones(ROWS, np.int32),
+        sample_id=np.arange(ROWS, dtype=np.int64) + ROWS * number,
+        seen=np.zeros(ROWS, np.int16),
+        input_ids=dice.integers(0, 49152, ROWS * tokens).astype(np.int32),
+        seq_offsets=offsets(tokens),
+        target_start=np.full(ROWS, tokens - targets, np.int32),
+        rationale=dice.integers(0, 2**16, (ROWS * (tokens - 1), 1, width)).astype(np.uint16),
+        rationale_offsets=offsets(tokens - 1),
+        rationale_layers=1,
+        rationale_dim=width,
+        error_ids=dice.integers(0, 49152, (count, top_k + 1)).astype(np.int32),
+        error_values=dice.random((count, top_k + 1)).astype(np.float32),
+        error_rest=dice.random(count).astype(np.float32),
+        token_loss=dice.random(count).astype(np.float32),
+        token_correct=dice.random(count) < 0.5,
+        target_offsets=offsets(targets),
+    )
+
+
+class Disk:
+    """The two ways to write and to read, in one folder."""
+
+    def __init__(self, folder: Path, rounds: list[Records], file_bytes: int) -> None:
+        self._folder, self._rounds, self._file_bytes = folder, rounds, file_bytes
+        self._tables = [records.to_arrow("benchmark") for records in rounds]
+        self.bytes = sum(table.get_total_buffer_size() for table in self._tables)
+
+    def write_bare(self, name: str) -> float:
+        """Seconds of pyarrow alone."""
+        began = time.perf_counter()
+        target = self._folder / name
+        target.mkdir()
+        number, waiting, size, file_size = 0, [], 0, 0
+        writer: Any = None
+        for table in self._tables:
+            if writer is None:
+                path = target / f"{number}.parquet"
+                writer = pq.ParquetWriter(
+                    path,
+                    ROW_SCHEMA,
+                    compression="none",
+                    use_dictionary=["run"],
+                    write_statistics=["run", "attempt", "round", "rank", "sample_id"],
+                    store_schema=False,
+                )
+            waiting.append(table)
+            size += table.get_total_buffer_size()
+            last = table is self._tables[-1]
+            if size >= ROW_GROUP_BYTES or last:
+                writer.write_table(pa.concat_tables(waiting))
+                file_size, waiting, size = file_size + size, [], 0
+            if file_size >= self._file_bytes or last:
+                writer.close()
+                sync_file(path)
+                writer, number, file_size = None, number + 1, 0
+        return time.perf_counter() - began
+
+    def write_log(self, name: str) -> float:
+        """Seconds of the record writer with its Ledger."""
+        first = self._rounds[0]
+        metadata = LogMetadata(
+            run="benchmark",
+            pilot="none",
+            tokenizer_hash="",
+            vocab_size=49152,
+            rationale_dim=first.rationale_dim,
+            rationale_layers=1,
+            pooling="mean",
+            tap="random",
+            positions="all",
+            top_k=first.top_k,
+        )
+        store = LogStore.create(self._folder / name, metadata)
+        ledger = Ledger(store.location, writers=1, run="benchmark")
+        attempt = ledger.begin_attempt(0, 1)
+        began = time.perf_counter()
+        writer = RecordWriter(
+            store.location,
+            ledger.commit,
+            run="benchmark",
+            rank=0,
+            attempt=attempt,
+            flush_rounds=2**31,
+            file_bytes=self._file_bytes,
+            queue_rounds=8,
+        )
+        for number, records in enumerate(self._rounds, 1):
+            writer.put(records, number)
+            writer.end_round(number)
+        writer.flush(len(self._rounds))
+        seconds = time.perf_counter() - began
+        writer.close()
+        return seconds
+
+    def read_bare(self, name: str) -> float:
+        """Seconds of pyarrow alone."""
+        began = time.perf_counter()
+        rows = 0
+        for path in sorted((self._folder / name).glob("*.parquet")):
+            rows += pq.read_table(path, use_threads=False).num_rows
+        self._check(rows)
+        return time.perf_counter() - began
+
+    def read_log(self, name: str) -> float:
+        """Seconds from the version to Copilot batches."""
+        began = time.perf_counter()
+        rows = 0
+        with MistakeLog(self._folder / name) as log:
+            widths = log.metadata.to_configuration()
+            for _, table in log.tables():
+                records = Records.from_arrow(table, widths)
+                for first in range(0, len(records), ROWS):
+                    chosen = np.arange(first, min(first + ROWS, len(records)))
+                    rows += len(batch_from_records(records.select(chosen)).error_ids)
+        self._check(rows)
+        return time.perf_counter() - began
+
+    def _check(self, rows: int) -> None:
+        if rows != ROWS * len(self._rounds):
+            raise SystemExit(f"{rows} rows read, {ROWS * len(self._rounds)} written")
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder's files, so that repeats do not fill the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the repeats in turn; medians in MB/s and the ratio of each pair."""
+    torch.set_num_threads(1)
+    sizes = {name: getattr(arguments, name) for name in ("tokens", "targets", "width", "top_k")}
+    one = make_records(1, **sizes).nbytes
+    rounds = [make_records(number, **sizes) for number in range(1, 2 + int(arguments.megabytes * 1e6) // one)]
+    seconds: dict[str, list[float]] = {name: [] for name in ("write bare", "write log", "read bare", "read log")}
+    with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-", dir=arguments.folder) as folder:
+        disk = Disk(Path(folder), rounds, arguments.file_megabytes << 20)
+        for repeat in range(arguments.repeats + 1):
+            ways: list[tuple[str, Callable[[str], float]]] = [("bare", disk.write_bare), ("log", disk.write_log)]
+            for way, write in ways if repeat % 2 == 0 else reversed(ways):
+                os.sync()
+                taken = write(way)
+                if repeat:  # the first is a warm-up
+                    seconds[f"write {way}"].append(taken)
+            reads: list[tuple[str, Callable[[str], float]]] = [("bare", disk.read_bare), ("log", disk.read_log)]
+            for turn in range(2 if repeat else 1):
+                for way, read in reads if turn == 0 else reversed(reads):
+                    taken = read(way)
+                    if repeat:
+                        seconds[f"read {way}"].append(taken)
+            for way in ("bare", "log"):
+                remove(Path(folder) / way)
+        megabytes = disk.bytes / 1e6
+    ratios = {
+        what: [a / b for a, b in zip(seconds[f"{what} bare"], seconds[f"{what} log"], strict=True)]
+        for what in ("write", "read")
+    }
+    return {
+        "machine": machine(),
+        "settings": {k: str(v) for k, v in vars(arguments).items() if k not in ("json", "folder")},
+        "megabytes": megabytes,
+        "megabytes_per_second": {name: megabytes / statistics.median(taken) for name, taken in seconds.items()},
+        "seconds": {name: spread(taken) for name, taken in seconds.items()},
+        "ratio": {what: statistics.median(found) for what, found in ratios.items()},
+        "ratio_quartiles": {
+            what: [float(np.quantile(found, q)) for q in (0.25, 0.75)] for what, found in ratios.items()
+        },
+    }
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=512)
+    parser.add_argument("--file-megabytes", type=int, default=128, help="files are cut at this size (default 128)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=80)
+    parser.add_argument("--targets", type=int, default=12)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--top-k", type=int, default=64)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    print(result["machine"])
+    rates = result["megabytes_per_second"]
+    rows = [
+        [
+            what,
+            f"{rates[f'{what} bare']:.0f}",
+            f"{rates[f'{what} log']:.0f}",
+            f"{result['ratio'][what]:.3f}",
+            "{:.3f} to {:.3f}".format(*result["ratio_quartiles"][what]),
+        ]
+        for what in ("write", "read")
+    ]
+    title = f"{result['megabytes']:.0f} MB of records, {arguments.repeats} repeats, medians"
+    print_table(title, ["", "pyarrow MB/s", "log MB/s", "log / pyarrow", "quartiles"], rows)
+    write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

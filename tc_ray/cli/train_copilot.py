@@ -1,0 +1,87 @@
+"""`tc-ray train-copilot`: train a Copilot from a stored Mistake Log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tc_ray.copilot.from_log import Progress
+
+LINE_SECONDS = 10.0
+
+
+def train_copilot(
+    log: Annotated[str, typer.Argument(help="Run folder, or folder or URI of its log.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change fields, e.g. copilot.every=5.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Recipe with sections copilot and model; default: that of the run.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write, or to go on with; default: copilot-from-log in the run folder."),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes over all records; default: replay the run, steps_per_round steps a round."),
+    ] = None,
+    version: Annotated[int | None, typer.Option(help="Table version; default: the latest.")] = None,
+    storage_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the object store; repeatable.")
+    ] = None,
+) -> None:
+    """Train a Copilot from a log alone; no Pilot runs. The result is what `tc-ray fuse --copilot` takes."""
+    from tc_ray.config.load import load_config
+    from tc_ray.copilot.from_log import train_from_log
+    from tc_ray.inspection.source import find_log
+    from tc_ray.mistakelog.reader import MistakeLog
+
+    place = find_log(log, storage_option or [])
+    recipe = config or (place.run_folder / "config.yaml" if place.run_folder is not None else None)
+    if recipe is None:
+        raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
+    target = out or (place.run_folder / "copilot-from-log" if place.run_folder is not None else None)
+    if target is None:
+        raise typer.BadParameter("a log without its run folder needs --out FOLDER")
+    settings = load_config(recipe, overrides or [])
+    with MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
+        trained = train_from_log(mistakes, settings, target.expanduser().absolute(), epochs=epochs, show=show)
+    typer.echo("\n".join(trained.lines()))
+
+
+class _Show:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._last = 0.0
+
+    def __enter__(self) -> _Show:  # noqa: PYI034 - Self needs Python 3.11
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("copilot", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        loss = f"loss {progress.result.loss:.4f}" if progress.result is not None else "nothing to learn from"
+        text = f"copilot step {progress.step}/{progress.total_steps} | round {progress.round} | {loss}"
+        if self._bar is not None:
+            self._bar.update(self._task, description=text, completed=progress.step, total=progress.total_steps)
+        elif time.monotonic() - self._last > LINE_SECONDS or progress.step == progress.total_steps:
+            self._last = time.monotonic()
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,228 @@
+"""A Copilot trained from a stored log alone: the learner of the live run, no Pilot running, no Ray.
+
+Invariant: folder, checkpoints and exported model have the forms of a run's `copilot/`, so `tc-ray fuse` takes the result; the
+same command on the same folder goes on from the last checkpoint. Given the same draws the result is the live one's.
+Called by `tc-ray train-copilot`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from tc_ray.config.load import load_config, save_config
+from tc_ray.config.schema import RunConfig
+from tc_ray.copilot import checkpoint
+from tc_ray.copilot.batching import batch_from_records
+from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.learner import Learner, StepResult
+from tc_ray.copilot.stored import BatchSource, Epochs, Replay
+from tc_ray.copilot.worker import build_copilot
+from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.schema import LogMetadata
+from tc_ray.models.source import resolve_model, tokenizer_hash
+
+SOURCE_FILE = "source.json"
+
+
+class StoredLogError(ValueError):
+    """The log cannot train the configured Copilot, or the folder holds another training."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every step."""
+
+    step: int
+    total_steps: int
+    round: int
+    result: StepResult | None
+    """None: nothing to learn from at this step."""
+
+
+@dataclass(frozen=True)
+class TrainedCopilot:
+    """The outcome. loss, error_size: means over the last tenth of the steps taken in this start."""
+
+    folder: Path
+    steps: int
+    loss: float | None
+    error_size: float | None
+    bad_files: int
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        told = [f"copilot   {self.folder} ({self.steps} steps)"]
+        if self.loss is not None and self.error_size is not None:
+            told.append(
+                f"loss      {self.loss:.4f} over the last tenth; that of no correction would be {self.error_size:.4f}"
+            )
+        if self.bad_files:
+            told.append(f"damaged   {self.bad_files} file(s) of the log were passed over: tc-ray log verify names them")
+        return [*told, f"fuse      tc-ray fuse --pilot PILOT --copilot {self.folder} --out FOLDER"]
+
+
+def train_from_log(
+    mistakes: MistakeLog,
+    config: RunConfig,
+    out: Path,
+    *,
+    epochs: int | None = None,
+    show: Callable[[Progress], None] = lambda progress: None,
+) -> TrainedCopilot:
+    """Train a Copilot on one version of a log.
+
+    Args:
+        mistakes: the log; rows of damaged files are passed over.
+        config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
+        out: folder of checkpoints, metrics.jsonl and `final`; one of the same training is gone on with.
+        epochs: None replays the run: `steps_per_round` steps a round, drawn from the newest `buffer_rounds` rounds, as the
+            live Copilot of a lock-step run; N passes N times over all records in shuffled order.
+        show: called after every step.
+
+    Raises:
+        StoredLogError: an empty log, another tokenizer or Pilot than configured, or a folder of another training.
+    """
+    if not mistakes.files:
+        raise StoredLogError(f"{mistakes.location}: the log holds no records (version {mistakes.version})")
+    config = fitted(config, mistakes.metadata, str(mistakes.location))
+    pilot = resolve_model(config.model.pilot, config.model.cache)
+    base = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else pilot
+    _check_tokenizer(pilot, mistakes)
+    _open_folder(out, config, mistakes, epochs)
+    source: BatchSource = Replay(mistakes, config) if epochs is None else Epochs(mistakes, config, epochs)
+    torch.set_num_threads(config.resources.copilot_threads)
+    learner = Learner(
+        build_copilot(config, pilot, base, _output_ids(config, mistakes)),
+        config.copilot,
+        total_steps=source.total_steps,
+        device="cuda" if config.resources.gpus else "cpu",
+    )
+    at = checkpoint.restore(learner, out / "checkpoints") or Position(0, 0, mistakes.version)
+    taken = _train(learner, source, config, out, at, mistakes.version, show)
+    learner.export(out / "final")
+    last = taken[-max(1, len(taken) // 10) :]
+    return TrainedCopilot(
+        out / "final",
+        source.total_steps,
+        float(np.mean([result.loss for result in last])) if last else None,
+        float(np.mean([result.error_size for result in last])) if last else None,
+        len(mistakes.bad_files),
+    )
+
+
+def _train(
+    learner: Learner,
+    source: BatchSource,
+    config: RunConfig,
+    out: Path,
+    at: Position,
+    version: int,
+    show: Callable[[Progress], None],
+) -> list[StepResult]:
+    taken: list[StepResult] = []
+    metrics = out / "metrics.jsonl"
+    _cut_metrics(metrics, at.step)
+    with metrics.open("a") as points:
+        for step in range(at.step, source.total_steps):
+            records = source.batch(step)
+            result = learner.step(batch_from_records(records)) if records is not None else None
+            if result is not None:
+                taken.append(result)
+                point = {"step": step + 1, "round": source.round(step), "time": time.time()}
+                points.write(json.dumps(point | {"loss": result.loss, "error_size": result.error_size}) + "\n")
+            if (step + 1) % config.copilot.checkpoint_every_steps == 0 or step + 1 == source.total_steps:
+                points.flush()
+                checkpoint.save(learner, out / "checkpoints", Position(step + 1, source.round(step), version))
+            show(Progress(step + 1, source.total_steps, source.round(step), result))
+    return taken
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Forget points after the checkpoint: their steps are taken again."""
+    if path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
+    """The config with what the log says about its states.
+
+    Raises:
+        StoredLogError: the config names another Pilot, or a pooling that the log's states do not have.
+    """
+    config = config.model_copy(deep=True)
+    if metadata.pooling not in ("none", config.log.pooling):
+        raise StoredLogError(
+            f"{where} holds states pooled by {metadata.pooling!r}, log.pooling is {config.log.pooling!r}: set it so"
+        )
+    if metadata.pilot != config.model.pilot and Path(metadata.pilot).name != Path(config.model.pilot).name:
+        raise StoredLogError(
+            f"{where} is the log of the Pilot {metadata.pilot}, model.pilot is {config.model.pilot}: set model.pilot to the "
+            "same model, or to where it is on this machine"
+        )
+    config.log.positions = metadata.positions
+    if metadata.layers != "all":
+        config.log.rationale = [int(layer) for layer in metadata.layers.split(",")]
+    elif metadata.pooling == "none":
+        config.log.rationale = "all"
+    else:
+        config.log.rationale = "pooled"
+    return config
+
+
+def _check_tokenizer(pilot: Path | str, mistakes: MistakeLog) -> None:
+    from transformers import AutoTokenizer
+
+    if tokenizer_hash(AutoTokenizer.from_pretrained(pilot)) != mistakes.metadata.tokenizer_hash:
+        raise StoredLogError(
+            f"{mistakes.location} was written with another tokenizer than that of model.pilot {pilot}: token ids would mean "
+            "other tokens"
+        )
+
+
+def _open_folder(out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None) -> None:
+    source = {
+        "log": str(mistakes.location),
+        "run": mistakes.metadata.run,
+        "version": mistakes.version,
+        "epochs": epochs,
+    }
+    told, saved = out / SOURCE_FILE, out / "config.yaml"
+    if told.is_file():
+        earlier = json.loads(told.read_text())
+        changed = [
+            f"{key}: {earlier.get(key)!r} -> {value!r}" for key, value in source.items() if earlier.get(key) != value
+        ]
+        before = load_config(saved)
+        if before.copilot.model_dump() != config.copilot.model_dump() or before.model != config.model:
+            changed.append("the sections copilot or model of the config")
+        if changed:
+            raise StoredLogError(
+                f"{out} holds another training ({'; '.join(changed)}). Use another --out, or the same log, version and "
+                "settings to go on with it."
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise StoredLogError(f"--out {out} is not empty and holds no training from a log; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, saved)
+    told.write_text(json.dumps(source, indent=2))
+
+
+def _output_ids(config: RunConfig, mistakes: MistakeLog) -> torch.Tensor | None:
+    """Tokens that the Copilot can correct: those that occur in the log's completions."""
+    if config.copilot.output_tokens == "all":
+        return None
+    found: set[int] = set()
+    for _, rows in mistakes.tables(columns=["input_ids", "target_start"]):
+        for ids, start in zip(rows["input_ids"], rows["target_start"], strict=True):
+            found.update(pc.unique(ids.values[start.as_py() :]).to_pylist())
+    return torch.tensor(sorted(found), dtype=torch.int64)

@@ -1,0 +1,143 @@
+"""Batches from a stored log: the trajectory replayed round by round, or epochs over all of it.
+
+Invariant: the batch of a step follows from the log's version, the settings and the step's number, so a training that was
+cut goes on exactly where it stopped. `Replay` draws what the live Copilot of a lock-step run draws. Memory: the rounds of the
+buffer, or a shuffle block, and one data file.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.copilot.batching import pooled_records
+from tc_ray.copilot.buffer import RoundBuffer, draw
+from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.records import Records
+
+SHUFFLE_BYTES = 512 * 2**20
+"""Data files of this size together are shuffled row by row; the order of all files is drawn for each epoch."""
+_EPOCH = 0xE0  # keeps the orders' seeds apart from other uses of run.seed
+
+
+class BatchSource(Protocol):
+    """Where the batches of a training come from."""
+
+    total_steps: int
+
+    def batch(self, step: int) -> Records | None:
+        """Records of a step, from 0; None: there is nothing to learn from at it. Steps are asked for in order."""
+
+    def round(self, step: int) -> int:
+        """Round of the log that a step answers."""
+
+
+class Replay:
+    """`copilot.steps_per_round` steps for each round, drawn from the newest `buffer_rounds` rounds up to it."""
+
+    def __init__(self, mistakes: MistakeLog, config: RunConfig) -> None:
+        self._config = config
+        self._rounds = _Rounds(mistakes, config.log.pooling)
+        self._buffer = RoundBuffer(config.copilot.buffer_rounds, config.copilot.max_seen)
+        self._at: int | None = None
+        self.total_steps = max(file.round_max for file in mistakes.files) * config.copilot.steps_per_round
+
+    def batch(self, step: int) -> Records | None:
+        """See `BatchSource`."""
+        wanted = step // self._config.copilot.steps_per_round + 1
+        if self._at is None:
+            # with max_seen the window has no fixed start
+            window = self._config.copilot.buffer_rounds if self._config.copilot.max_seen is None else wanted
+            self._at = max(0, wanted - window)
+        while self._at < wanted:
+            self._at += 1
+            records = self._rounds.take(self._at)
+            if records is not None:
+                self._buffer.add(f"round-{self._at}", records)
+        return draw(self._buffer, self._config, step) if len(self._buffer) else None
+
+    def round(self, step: int) -> int:
+        """See `BatchSource`."""
+        return step // self._config.copilot.steps_per_round + 1
+
+
+class Epochs:
+    """Every record of the log once an epoch, in an order drawn for it; the last batch of an epoch may be smaller."""
+
+    def __init__(self, mistakes: MistakeLog, config: RunConfig, epochs: int) -> None:
+        self._mistakes, self._config = mistakes, config
+        self._files = mistakes.files
+        self._size = config.copilot.batch_size
+        self._epoch_steps = math.ceil(sum(file.rows for file in self._files) / self._size)
+        self.total_steps = epochs * self._epoch_steps
+        self._order: np.ndarray = np.zeros((0, 3), np.int64)
+        self._epoch = -1
+        self._held: dict[int, Records | None] = {}
+
+    def batch(self, step: int) -> Records | None:
+        """See `BatchSource`."""
+        epoch, at = divmod(step, self._epoch_steps)
+        if epoch != self._epoch:
+            self._order, self._epoch = self._draw_order(epoch), epoch
+        rows = self._order[at * self._size : (at + 1) * self._size]
+        for file in [f for f in self._held if f not in self._block_files(rows)]:
+            del self._held[file]
+        parts = [part for file, row in rows[:, 1:] if (part := self._row(int(file), int(row))) is not None]
+        return Records.concat(parts) if parts else None
+
+    def round(self, step: int) -> int:
+        """See `BatchSource`: the newest of the step's batch is not known before it is read; the last of the log."""
+        return max(file.round_max for file in self._files)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        """[N, 3] (block, file, row)."""
+        dice = np.random.default_rng((self._config.run.seed, _EPOCH, epoch))
+        block, filled = 0, 0
+        parts: list[np.ndarray] = []
+        order: list[np.ndarray] = []
+        for file in dice.permutation(len(self._files)):
+            rows = self._files[file].rows
+            if parts and filled + self._files[file].bytes > SHUFFLE_BYTES:
+                order.append(dice.permutation(np.concatenate(parts)))
+                block, filled, parts = block + 1, 0, []
+            parts.append(np.stack([np.full(rows, block), np.full(rows, file), np.arange(rows)], axis=1))
+            filled += self._files[file].bytes
+        return np.concatenate([*order, dice.permutation(np.concatenate(parts))])
+
+    def _block_files(self, rows: np.ndarray) -> set[int]:
+        blocks = np.unique(rows[:, 0])
+        return {int(file) for file in np.unique(self._order[np.isin(self._order[:, 0], blocks), 1])}
+
+    def _row(self, file: int, row: int) -> Records | None:
+        if file not in self._held:
+            self._held[file] = self._mistakes.file_records(self._files[file])
+        records, most = self._held[file], self._config.copilot.max_seen
+        if records is None or (most is not None and records.seen[row] > most):
+            return None
+        return pooled_records(records.select([row]), self._config.log.pooling)
+
+
+class _Rounds:
+    """Records by round, each data file read once when its first round is asked for."""
+
+    def __init__(self, mistakes: MistakeLog, pooling: str) -> None:
+        self._mistakes, self._pooling = mistakes, pooling
+        self._coming = mistakes.files
+        self._held: dict[int, list[Records]] = {}
+
+    def take(self, number: int) -> Records | None:
+        """Records of a round, once; those of earlier rounds are let go."""
+        while self._coming and self._coming[0].round_min <= number:
+            file = self._coming.pop(0)
+            if file.round_max < number or (records := self._mistakes.file_records(file)) is None:
+                continue
+            for found in np.unique(records.round[records.round >= number]):
+                part = pooled_records(records.select(np.flatnonzero(records.round == found)), self._pooling)
+                self._held.setdefault(int(found), []).append(part)
+        for earlier in [found for found in self._held if found < number]:
+            del self._held[earlier]
+        parts = self._held.pop(number, [])
+        return Records.concat(parts) if parts else None

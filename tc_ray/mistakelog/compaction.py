@@ -1,0 +1,176 @@
+"""Compaction: small files of a log become large ones, the same rows in the same order.
+
+Invariant: a merge is one commit that removes the parts and adds the whole, marked as no change of data; every part is checked
+against its checksum before its rows are copied, so damage is found and never laundered into a file with a fresh checksum.
+Only rounds that no restart of the Pilot takes back are merged, so that fencing seldom cuts a merged file. What is merged
+grows at least twofold, so a row is copied at most log2(target / smallest file) times. Called by the Ledger after a commit
+and by `tc-ray log compact`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltalake.exceptions import DeltaError
+
+from tc_ray.mistakelog.datafile import Compression, DataFile, ParquetPart
+from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
+from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.store import LogStore, StoredFile
+
+_FEWEST_FILES = 8
+_MERGED = -1
+"""Sequence of a file that stands in for others: no commit of a writer."""
+
+
+def merge_plan(
+    files: Sequence[StoredFile], target_bytes: int, safe_round: int, *, eager: bool = False
+) -> list[list[StoredFile]]:
+    """Groups of files to merge, oldest first.
+
+    Args:
+        files: of the table, in any order.
+        target_bytes: length that files are merged up to; those of half of it are large enough already.
+        safe_round: last round that no restart of the Pilot takes back.
+        eager: merge whatever can be merged; otherwise only where it pays: half of the target comes together, or
+            `_FEWEST_FILES` files of which none makes up more than half.
+
+    Returns:
+        Groups of at least two neighbours in the order of rounds, each of at most `target_bytes` together.
+    """
+    groups: list[list[StoredFile]] = []
+    group: list[StoredFile] = []
+
+    def close() -> None:
+        nonlocal group
+        total, largest = sum(file.bytes for file in group), max((file.bytes for file in group), default=0)
+        pays = 2 * total >= target_bytes or (len(group) >= _FEWEST_FILES and 2 * largest <= total)
+        if len(group) > 1 and (eager or pays):
+            groups.append(group)
+        group = []
+
+    for file in sorted(files, key=lambda file: (file.round_min, file.round_max, file.name)):
+        if 2 * file.bytes >= target_bytes or file.round_max > safe_round:
+            close()
+            continue
+        if sum(member.bytes for member in group) + file.bytes > target_bytes:
+            close()
+        group.append(file)
+    close()
+    return groups
+
+
+def write_merged(store: LogStore, group: Sequence[StoredFile], compression: Compression = "none") -> DataFile:
+    """Write the rows of a group, in its order, to one new file; commit it with the group as `remove`.
+
+    In memory is one file of the group at a time, and a row group.
+
+    Raises:
+        BadFileError: a file of the group is not what was committed; nothing was written.
+        OSError: no space; nothing was written.
+    """
+    first, last = min(file.round_min for file in group), max(file.round_max for file in group)
+    name = f"rounds-{first:08d}-{last:08d}-merged-{uuid.uuid4().hex[:12]}.parquet"
+    part = ParquetPart(store.location, name, compression, store.metadata.to_configuration())
+    try:
+        for file in group:
+            part.write(store.read(file))
+        done = part.finish()
+    except BaseException:
+        part.abort()
+        raise
+    rank, attempt = min(file.rank for file in group), min(file.attempt for file in group)
+    return DataFile(
+        name, part.rows, done.size, first, last, rank, attempt, _MERGED, done.sha256, done.crc32, dropped={}
+    )
+
+
+def merge(
+    store: LogStore,
+    group: Sequence[StoredFile],
+    *,
+    numbers: Mapping[str, int],
+    compression: Compression = "none",
+    note: Mapping[str, object] | None = None,
+) -> DataFile:
+    """Replace a group by one file of the same rows.
+
+    Args:
+        numbers: as for `LogStore.commit`: those that show a second committer.
+
+    Raises:
+        BadFileError, OSError: see `write_merged`.
+        CommitConflictError: another process changed the log; the merged file was taken away.
+    """
+    merged = write_merged(store, group, compression)
+    assert merged.name is not None
+    try:
+        store.commit(
+            add=[merged], remove=group, numbers=numbers, note={"kind": "merge", **(note or {})}, data_change=False
+        )
+    except BaseException:
+        with contextlib.suppress(OSError, DeltaError):
+            # an error does not say that the commit was not made: only a file that is in no version may go. Looked up
+            # beside `store`, which must stay at the version its owner knows: that is what shows a second committer
+            if merged.name not in {file.name for file in LogStore(store.location).files()}:
+                store.location.delete(merged.name)
+        raise
+    return merged
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What `compact_log` did."""
+
+    location: str
+    files_before: int
+    files_after: int
+    bytes_merged: int
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        if self.files_before == self.files_after:
+            return [f"{self.location}: {self.files_before} files, none to merge"]
+        return [
+            f"{self.location}: {self.files_before} files became {self.files_after} ({self.bytes_merged:,} bytes merged)",
+            "the old ones are removed by `tc-ray log vacuum` when no reader needs them",
+        ]
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {
+            "location": self.location,
+            "files_before": self.files_before,
+            "files_after": self.files_after,
+            "bytes_merged": self.bytes_merged,
+        }
+
+
+def compact_log(
+    location: str | Path | Location,
+    target_bytes: int,
+    *,
+    compression: Compression = "none",
+    progress: Callable[[str], None] = lambda line: None,
+) -> Compaction:
+    """Merge all small files of a log that no run is writing.
+
+    Raises:
+        LeaseHeldError: a run, or another command, is at work on the log.
+        BadFileError: a file is damaged: `tc-ray log verify --quarantine` first.
+    """
+    place = Location(location)
+    with RunLease.take(place, "tc-ray log compact") as lease:
+        store = LogStore(place)
+        before = store.files()
+        merged_bytes = 0
+        newest = max((file.round_max for file in before), default=0)
+        for group in merge_plan(before, target_bytes, newest, eager=True):
+            merged = merge(store, group, numbers={LEASE_NUMBER: lease.number}, compression=compression)
+            merged_bytes += merged.bytes
+            progress(f"{len(group)} files became {merged.name}")
+        return Compaction(str(place), len(before), len(store.files()), merged_bytes)

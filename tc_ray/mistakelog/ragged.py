@@ -1,0 +1,59 @@
+"""Ragged columns: flat values with offsets, and the Arrow arrays that hold the same memory. Used by `records`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tc_ray.mistakelog.schema import LogSchemaError
+
+Array = npt.NDArray[Any]
+
+
+def offsets_of(lengths: Array) -> Array:
+    """int64 [N+1] offsets of parts of these lengths."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def flat_index(starts: Array, lengths: Array) -> Array:
+    """Index of every element of ragged parts: its part's start plus its place in the part."""
+    return np.repeat(starts - offsets_of(lengths)[:-1], lengths) + np.arange(lengths.sum())
+
+
+def binary_array(offsets: Array, values: Array) -> pa.Array:
+    """Binary cells over the memory of `values`; offsets int32 [N+1] in bytes."""
+    return pa.Array.from_buffers(
+        pa.binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(values))]
+    )
+
+
+def list_array(values: Array, offsets: Array) -> pa.ListArray:
+    """List cells over the memory of flat `values` (bools are packed); offsets [N+1] in values."""
+    flat = pa.array(values[offsets[0] : offsets[-1]])
+    return pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), flat)
+
+
+def flat_column(column: pa.ChunkedArray) -> tuple[Array, Array]:
+    """Flat values and int64 offsets [N+1] of a list or binary column."""
+    if column.null_count:
+        raise LogSchemaError(f"{column.null_count} null cells in a list or binary column")
+    values, lengths = [], []
+    for chunk in column.chunks:
+        if pa.types.is_binary(chunk.type):
+            _, offset_buffer, data = chunk.buffers()
+            offsets = np.frombuffer(offset_buffer, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            flat = np.frombuffer(data if data is not None else b"", np.uint8)[offsets[0] : offsets[-1]]
+        else:
+            offsets = chunk.offsets.to_numpy()
+            flat = chunk.values[int(offsets[0]) : int(offsets[-1])].to_numpy(zero_copy_only=False)
+        values.append(flat)
+        lengths.append(np.diff(offsets))
+    if not values:
+        empty = np.uint8 if pa.types.is_binary(column.type) else column.type.value_type.to_pandas_dtype()
+        return np.zeros(0, empty), np.zeros(1, np.int64)
+    return values[0] if len(values) == 1 else np.concatenate(values), offsets_of(np.concatenate(lengths))

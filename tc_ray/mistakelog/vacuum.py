@@ -1,0 +1,220 @@
+"""Vacuum: files in the table's folder that no reader can want are removed.
+
+A file stays while it is in the newest version, in a version that a reader's lease holds, or left the table less than
+`grace_seconds` ago. A file that was never committed stays for `orphan_seconds` from its last change, and while its name says that
+the current attempt wrote it and a run is at work: its writer may be waiting for space, and commits it later.
+
+Why a reader that has just looked is safe. The caller is the one committer and does not commit meanwhile, so the version it
+stands at stays the newest. It takes the time, then reads the leases. A reader takes the newest version V, then its lease on V.
+Where that lease is seen, V's files stay. Where it is not, it was written after the time was taken; so each of V's files is in the
+newest version still, or left it no longer ago than the reader took from its look to its lease: less than `grace_seconds`, unless
+a reader takes longer than that between its two steps. Who opens an older version by number looks first and then finds its files
+or is told that they are gone.
+
+Small leftovers of processes that died (leases never taken, files half replaced) go by the same age as orphans.
+
+The library's own vacuum counts in hours and knows no leases. Files of other names than ours that were never in the table
+are left alone: nobody knows whose they are. Called by the Ledger after commits and by `tc-ray log vacuum`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deltalake.exceptions import DeltaError
+
+from tc_ray.mistakelog.commits import LOG_FOLDER
+from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
+from tc_ray.mistakelog.location import Entry, Location
+from tc_ray.mistakelog.reader_lease import held_versions
+from tc_ray.mistakelog.store import LogStore
+
+log = logging.getLogger(__name__)
+
+_OURS = re.compile(r"rounds-\d{8}-.*\.parquet(\.tmp)?$")
+_ATTEMPT = re.compile(r"-rank\d+-a(\d+)-\d{6}(-t\d+)?\.parquet(\.tmp)?$")
+_LEASE = re.compile(r"_tc_ray/lease-(\d+)\.json$")
+# half-written small files, and what delta-rs stages its commits in
+_STAGED = re.compile(r"(\.writing|\.json#\d+)$")
+_RECENT = 1.5
+_CLOCK = "_tc_ray/clock"
+
+
+@dataclass
+class Vacuum:
+    """What one vacuum found and removed."""
+
+    location: str
+    dry_run: bool
+    removed: list[Entry] = field(default_factory=list)
+    """Removed, or with `dry_run` to be removed."""
+    waiting: list[Entry] = field(default_factory=list)
+    """No longer (or not yet) in the table, and kept: for readers, or because they are young."""
+    foreign: list[str] = field(default_factory=list)
+    """Parquet files that tc-ray did not write and the table never held."""
+    held: list[int] = field(default_factory=list)
+    """Versions that readers hold."""
+    recent_bytes: int = 0
+    """Of data files written in the last `grace_seconds`, and the time that a vacuum may come later than due."""
+    disk_bytes: int = 0
+    """Of all data files that are still there."""
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        size = sum(entry.size for entry in self.removed)
+        verb = "would be removed" if self.dry_run else "removed"
+        told = [f"{self.location}: {len(self.removed)} files ({size:,} bytes) {verb}, {self.disk_bytes:,} bytes left"]
+        if self.waiting:
+            size = sum(entry.size for entry in self.waiting)
+            told.append(f"{len(self.waiting)} files ({size:,} bytes) left the table but stay for now")
+        if self.held:
+            told.append(f"versions held by readers: {', '.join(map(str, sorted(set(self.held))))}")
+        told += [f"not ours, left alone: {name}" for name in self.foreign]
+        return told
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {
+            "location": self.location,
+            "dry_run": self.dry_run,
+            "removed": [entry.name for entry in self.removed],
+            "removed_bytes": sum(entry.size for entry in self.removed),
+            "waiting": [entry.name for entry in self.waiting],
+            "foreign": self.foreign,
+            "held_versions": sorted(set(self.held)),
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+def clean(
+    store: LogStore,
+    *,
+    orphan_seconds: float,
+    grace_seconds: float,
+    live_attempt: int | None,
+    dry_run: bool = False,
+) -> Vacuum:
+    """One vacuum; the caller holds the run's lease, so that `store` stands at the newest version.
+
+    Args:
+        orphan_seconds: age, since their last change, at which files that were never committed are removed.
+        grace_seconds: how long files that left the table stay.
+        live_attempt: of the run at work: its uncommitted files stay; None: no run is.
+        dry_run: remove nothing.
+    """
+    place = store.location
+    entries = place.list(recursive=False)
+    aside = place.list("_tc_ray", recursive=True) + place.list(LOG_FOLDER, recursive=False)
+    now, disk_now = time.time(), _disk_time(place, dry_run)
+    needed = {file.name for file in store.files()}
+    result = Vacuum(str(place), dry_run)
+    readable = _hold(store, needed, result, disk_now)
+    committed, removed_at = _history(store)
+    for entry in aside:
+        lease = _LEASE.match(entry.name)
+        left = _STAGED.search(entry.name) or (lease and int(lease[1]) != store.number(LEASE_NUMBER))
+        if left and disk_now - entry.modified > orphan_seconds:
+            _remove(place, entry, result)
+    for entry in entries:
+        if not entry.name.endswith((".parquet", ".parquet.tmp")):
+            continue
+        if disk_now - entry.modified < _RECENT * grace_seconds:
+            result.recent_bytes += entry.size
+        if entry.name in needed:
+            result.disk_bytes += entry.size
+        elif entry.name in removed_at or entry.name in committed:
+            # a file that an unreadable version might hold is not removed on a guess
+            old = now - removed_at.get(entry.name, 0.0) > grace_seconds
+            if old and readable:
+                _remove(place, entry, result)
+            else:
+                _keep(entry, result)
+        elif not _OURS.match(entry.name):
+            result.foreign.append(entry.name)
+            result.disk_bytes += entry.size
+        elif disk_now - entry.modified > orphan_seconds and not _in_progress(entry.name, live_attempt):
+            _remove(place, entry, result)
+        else:
+            _keep(entry, result)
+    return result
+
+
+def _disk_time(location: Location, dry_run: bool) -> float:
+    """Now, by the clock that stamps the files: that of a store or a file server may differ from ours."""
+    if dry_run:
+        return time.time()
+    try:
+        location.write(_CLOCK, b"")
+        return next(entry.modified for entry in location.list("_tc_ray", recursive=False) if entry.name == _CLOCK)
+    except (OSError, StopIteration):  # no space, or a read-only location
+        return time.time()
+
+
+def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> bool:
+    """Add to `needed` the files of the versions that readers hold; False: one of those versions cannot be read."""
+    readable = True
+    for lease in held_versions(store.location, disk_now):
+        result.held.append(lease.version)
+    for version in sorted(set(result.held)):
+        try:
+            needed |= {file.name for file in store.files_at(version)}
+        except (DeltaError, OSError, ValueError) as error:
+            log.warning(
+                "%s: version %d is held by a reader but cannot be read, so nothing is removed that was ever in the table: %s",
+                store.location,
+                version,
+                error,
+            )
+            readable = False
+    return readable
+
+
+def _history(store: LogStore) -> tuple[set[str], dict[str, float]]:
+    """Names of all files ever committed, and when those that left did so (unix seconds of the committer)."""
+    committed: set[str] = set()
+    removed: dict[str, float] = {}
+    for commit in store.commits():
+        committed.update(file.name for file in commit.files if file.name is not None)
+        removed.update({name: seconds or commit.time for name, seconds in commit.removed.items()})
+    return committed, removed
+
+
+def _in_progress(name: str, live_attempt: int | None) -> bool:
+    found = _ATTEMPT.search(name)
+    return live_attempt is not None and found is not None and int(found[1]) >= live_attempt
+
+
+def _keep(entry: Entry, result: Vacuum) -> None:
+    result.waiting.append(entry)
+    result.disk_bytes += entry.size
+
+
+def _remove(location: Location, entry: Entry, result: Vacuum) -> None:
+    result.removed.append(entry)
+    if not result.dry_run:
+        location.delete(entry.name)
+
+
+def vacuum_log(
+    location: str | Path | Location, *, orphan_seconds: float, grace_seconds: float, dry_run: bool = False
+) -> Vacuum:
+    """Vacuum a log that no run is writing (a run does it by itself).
+
+    Raises:
+        LeaseHeldError: a run, or another command, is at work on the log (not with `dry_run`, which changes nothing).
+        LogSchemaError: no Mistake Log there.
+    """
+    place = Location(location)
+    with contextlib.nullcontext() if dry_run else RunLease.take(place, "tc-ray log vacuum"):
+        return clean(
+            LogStore(place),
+            orphan_seconds=orphan_seconds,
+            grace_seconds=grace_seconds,
+            live_attempt=None,
+            dry_run=dry_run,
+        )
