@@ -168,6 +168,7 @@ class _Job:
         from tc_ray.data.prepare import prepare
         from tc_ray.models.families import family_of
         from tc_ray.models.source import resolve_model
+        from tc_ray.pilot.log_metadata import check_log
 
         model = self.config.model
         self.pilot_path = resolve_model(model.pilot, model.cache)
@@ -175,11 +176,11 @@ class _Job:
         self.tokenizer = AutoTokenizer.from_pretrained(self.pilot_path)
         self.shape = AutoConfig.from_pretrained(self.pilot_path)
         encoder_decoder = family_of(self.shape).encoder_decoder
-        if encoder_decoder and self.config.log.enabled and self.config.log.positions != "target":
-            raise JobError(
-                f"log.positions is {self.config.log.positions!r}, but {model.pilot} is an encoder-decoder: its decoder has "
-                "states of target positions only; set log.positions=target"
-            )
+        if self.config.log.enabled:
+            try:
+                check_log(self.config, self.shape)
+            except ValueError as error:
+                raise JobError(str(error)) from None
         self.data = prepare(
             self.config.data,
             self.tokenizer,

@@ -10,9 +10,11 @@ from tc_ray import __version__
 from tc_ray.cli.errors import run_command
 from tc_ray.cli.eval import evaluate
 from tc_ray.cli.fuse import fuse
+from tc_ray.cli.log import log
 from tc_ray.cli.serve import serve
 from tc_ray.cli.status import status
 from tc_ray.cli.train import train
+from tc_ray.cli.train_copilot import train_copilot
 
 app = typer.Typer(
     name="tc-ray",
@@ -22,10 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train)
+app.command("train-copilot")(train_copilot)
 app.command("eval")(evaluate)
 app.command("fuse")(fuse)
 app.command("serve")(serve)
 app.command("status")(status)
+app.add_typer(log, name="log")
 
 
 def _print_version(wanted: bool) -> None:

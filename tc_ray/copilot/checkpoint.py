@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tc_ray.copilot.learner import Learner
+from tc_ray.mistakelog.location import sync_folder, sync_tree
 
 _POSITION = "position.json"
 
@@ -30,8 +31,10 @@ def save(learner: Learner, root: Path, position: Position, *, keep: int = 2) -> 
     temporary.mkdir(parents=True)
     learner.save(temporary)
     (temporary / _POSITION).write_text(json.dumps(asdict(position)))
+    sync_tree(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
+    sync_folder(root)
     for old in _complete(root)[:-keep]:
         shutil.rmtree(old)
     return folder

@@ -93,9 +93,7 @@ class CopilotWorker:
         while at.step < self.job.total_steps:
             version, committed, _ = self._log_position()
             if version > seen_version:
-                # rounds that already left the window are not worth reading; with max_seen the window has no fixed start
-                window = self.config.copilot.buffer_rounds if self.config.copilot.max_seen is None else self.job.rounds
-                update = tail.poll(version, min_round=at.round - window)
+                update = tail.poll(version, min_round=self._first_round(committed))
                 for name in update.removed:
                     buffer.remove(name)
                 for name, records in update.new:
@@ -132,6 +130,15 @@ class CopilotWorker:
             dist.broadcast(position, 0)
         version, committed, rows = position.tolist()
         return version, committed, rows
+
+    def _first_round(self, committed: int) -> int:
+        """Files that end before this round are not read: however far the Copilot is behind, the buffer takes the newest.
+
+        A Pilot that goes back to its checkpoint makes earlier rounds the newest: room is left for that.
+        """
+        if self.config.copilot.max_seen is not None:  # then how far back the buffer reaches depends on the records
+            return 0
+        return committed - self.config.copilot.buffer_rounds - self.config.pilot.checkpoint_every_rounds
 
     def _report_bad(self, bad: list[BadFileError]) -> None:
         """Rank 0 names damaged files to the Ledger, which takes them out of the log, and to the user."""

@@ -7,6 +7,7 @@ and files go through the same client. Everything in this package that touches a 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -211,3 +212,11 @@ def sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder, and the folders themselves: what is renamed or marked afterwards is whole."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another worker's temporary file
+            sync_folder(path) if path.is_dir() else sync_file(path)
+    sync_folder(folder)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tc_ray.mistakelog.location import sync_folder, sync_tree
+
 MARKER = "complete.json"
 _TAG = "state"
 
@@ -41,6 +43,7 @@ def save_files(engine: Any, root: Path, round_number: int) -> Path:
     """Write this rank's part of a checkpoint (collective: every rank calls it); `mark_complete` makes it count."""
     folder = root / f"round-{round_number:06d}"
     engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
+    sync_tree(folder)  # a marker that survives a power cut must not stand over files that did not
     return folder
 
 
@@ -55,6 +58,8 @@ def mark_complete(folder: Path, *, round_number: int, world_size: int, zero_stag
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MARKER)
+    sync_folder(folder)
+    sync_folder(folder.parent)
     # by number: a seventh digit sorts before six
     complete = sorted(folder.parent.glob(f"round-*/{MARKER}"), key=lambda m: int(m.parent.name.split("-")[1]))
     for old in complete[:-keep]:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "models": {"config"},
     "tracking": {"config"},
     "mistakelog": {"config", "data", "models"},
+    "inspection": {"config", "models", "mistakelog"},
     "pilot": {"config", "data", "models", "mistakelog"},
     "copilot": {"config", "data", "models", "mistakelog"},
     "evaluation": {"config", "data", "models"},

@@ -1,0 +1,249 @@
+"""`tc-ray log`: look into a Mistake Log, take rows out of it, check and tidy it. Needs no Ray; works while the run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tc_ray.inspection.source import LogPlace
+
+EXIT_FINDINGS = 1
+
+Log = Annotated[
+    str, typer.Argument(metavar="LOG", help="Run folder, folder of a log, or its URI (s3://, gs://, az://).")
+]
+Storage = Annotated[
+    list[str] | None,
+    typer.Option("--storage-option", metavar="KEY=VALUE", help="Option of the object store; may be given again."),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Folder or hub id; default: the run's, else that of the Pilot in the log."),
+]
+Rounds = Annotated[
+    str | None,
+    typer.Option("--rounds", metavar="A:B", help="First and last round, both included; either may be left out."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+log = typer.Typer(
+    no_args_is_help=True, help="Look into a Mistake Log: stats, show, report, export, verify, compact, vacuum."
+)
+
+
+@log.command("stats")
+def stats(
+    source: Log,
+    rounds: Rounds = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Tokens and samples listed.")] = 10,
+    tokenizer: Tokenizer = None,
+    as_json: AsJson = False,
+    storage: Storage = None,
+) -> None:
+    """Rounds, rows, bytes, mistakes by round, tokens most often missed, hardest samples, how errors fall."""
+    from tc_ray.inspection.stats import collect
+    from tc_ray.inspection.terminal import print_view, stats_view
+    from tc_ray.inspection.tokens import find_tokenizer
+    from tc_ray.tracking.progress import size
+
+    place = _place(source, storage)
+    opened = place.open()
+    found = collect(opened, parse_rounds(rounds))
+    texts = find_tokenizer(found.metadata, place.run_folder, tokenizer)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(texts, top), indent=1))
+    else:
+        print_view(stats_view(found, texts, size(found.bytes), top))
+
+
+@log.command("show")
+def show(
+    source: Log,
+    sample: Annotated[int | None, typer.Argument(help="Sample id.")] = None,
+    worst: Annotated[int | None, typer.Option("--worst", min=1, help="Show the N hardest samples instead.")] = None,
+    round: Annotated[
+        int | None, typer.Option("--round", help="Only this round; default: every one it was met in.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page instead of printing.")] = None,
+    tokenizer: Tokenizer = None,
+    storage: Storage = None,
+) -> None:
+    """The sequence of a sample with every token coloured by its error, and what was said instead."""
+    from tc_ray.inspection.sights import find_sights, sights_of
+    from tc_ray.inspection.stats import collect
+    from tc_ray.inspection.terminal import legend, print_view, sample_view
+    from tc_ray.inspection.tokens import find_tokenizer
+
+    if (sample is None) == (worst is None):
+        raise ValueError("say which sample: its id, or --worst N")
+    place = _place(source, storage)
+    opened = place.open()
+    texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
+    if sample is not None:
+        samples = {sample: sights_of(opened, sample, round)}
+    else:
+        span = None if round is None else (round, round)
+        found = collect(opened, span)
+        assert worst is not None
+        samples = find_sights(opened, [int(found.samples.ids[i]) for i in found.hardest(worst)], span)
+        if not samples:
+            raise ValueError(f"{source}: no row with target tokens" + (f" in round {round}" if round else ""))
+    if html is not None:
+        from tc_ray.inspection.sample_page import sample_page
+
+        html.write_text(sample_page(opened.metadata, samples, texts), encoding="utf-8")
+        typer.echo(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
+        return
+    print_view(legend())
+    for sights in samples.values():
+        typer.echo("")
+        print_view(sample_view(sights, texts))
+    if not texts.known:
+        typer.echo(f"\n{texts.note}")
+
+
+@log.command("report")
+def report(
+    source: Log,
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
+    rounds: Rounds = None,
+    tokenizer: Tokenizer = None,
+    storage: Storage = None,
+) -> None:
+    """One self-contained HTML page: error heat map, loss and accuracy, confusions, calibration, samples."""
+    from tc_ray.inspection.report import write_report
+    from tc_ray.inspection.tokens import find_tokenizer
+    from tc_ray.tracking.progress import size
+
+    place = _place(source, storage)
+    opened = place.open()
+    texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
+    write_report(opened, texts, out, parse_rounds(rounds))
+    typer.echo(f"{out}: {size(out.stat().st_size)}, {texts.note}")
+
+
+@log.command("export")
+def export(
+    source: Log,
+    out: Annotated[Path, typer.Option("--out", help="Folder, or a .parquet or .jsonl file; must not exist.")],
+    format: Annotated[str, typer.Option("--format", help="parquet: rows as they are; jsonl: readable.")] = "parquet",
+    rounds: Rounds = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", metavar="A,B,...", help="Columns (parquet) or fields (jsonl); default: all."),
+    ] = None,
+    states: Annotated[bool, typer.Option("--states", help="jsonl: hidden states too, as lists of numbers.")] = False,
+    tokenizer: Tokenizer = None,
+    storage: Storage = None,
+) -> None:
+    """Copy rows out of the log, as Parquet files or as JSON lines."""
+    from tc_ray.inspection.export import export_jsonl, export_parquet
+    from tc_ray.inspection.tokens import find_tokenizer
+    from tc_ray.tracking.progress import size
+
+    if format not in ("parquet", "jsonl"):
+        raise ValueError(f"--format {format!r}: expected parquet or jsonl")
+    place = _place(source, storage)
+    opened = place.open()
+    chosen = [name.strip() for name in columns.split(",")] if columns else None
+    if format == "parquet":
+        if states:
+            raise ValueError("--states is for jsonl: a Parquet export has the columns of hidden states as they are")
+        result = export_parquet(opened, out, parse_rounds(rounds), chosen)
+    else:
+        texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
+        result = export_jsonl(opened, out, texts, parse_rounds(rounds), chosen, states=states)
+        if not texts.known:
+            typer.echo(texts.note, err=True)
+    typer.echo(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
+
+
+@log.command("verify")
+def verify(
+    source: Log,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Take bad files out of the table and put them aside.")
+    ] = False,
+    as_json: AsJson = False,
+    storage: Storage = None,
+) -> None:
+    """Check every file of the log against its commit: size, rows, SHA-256, schema. Exit code 1: something is wrong."""
+    from tc_ray.mistakelog.verify import verify_log
+
+    result = verify_log(_location(_place(source, storage)), quarantine=quarantine)
+    _tell(result, as_json)
+    if not result.good:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+@log.command("compact")
+def compact(
+    source: Log,
+    target_bytes: Annotated[int, typer.Option("--target-bytes", min=1, help="Size that files are merged up to.")] = 128
+    << 20,
+    as_json: AsJson = False,
+    storage: Storage = None,
+) -> None:
+    """Merge the small files of a log that no run is writing to."""
+    from tc_ray.mistakelog.compaction import compact_log
+
+    _tell(compact_log(_location(_place(source, storage)), target_bytes=target_bytes), as_json)
+
+
+@log.command("vacuum")
+def vacuum(
+    source: Log,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    grace_seconds: Annotated[
+        float, typer.Option("--grace-seconds", min=0, help="Files that left the log less than this long ago stay.")
+    ] = 600.0,
+    orphan_seconds: Annotated[
+        float, typer.Option("--orphan-seconds", min=0, help="Files never committed and younger than this stay.")
+    ] = 3600.0,
+    as_json: AsJson = False,
+    storage: Storage = None,
+) -> None:
+    """Delete files that no version in use needs."""
+    from tc_ray.mistakelog.vacuum import vacuum_log
+
+    location = _location(_place(source, storage))
+    _tell(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds, dry_run=dry_run), as_json)
+
+
+def parse_rounds(text: str | None) -> tuple[int, int] | None:
+    """First and last round of A:B, A:, :B or A.
+
+    Raises:
+        ValueError: it is none of these, or the first is after the last.
+    """
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    try:
+        low = int(first) if first else 0
+        high = (int(last) if last else 2**62) if colon else low
+        if (not first and not last) or low < 0 or low > high:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--rounds {text!r}: expected A:B with A at most B, for instance 10:20, 10: or :20") from None
+    return low, high
+
+
+def _place(source: str, storage: list[str] | None) -> LogPlace:
+    from tc_ray.inspection.source import find_log
+
+    return find_log(source, storage or [])
+
+
+def _location(place: LogPlace) -> Any:
+    from tc_ray.mistakelog.location import Location
+
+    return Location(place.uri, place.options or None)
+
+
+def _tell(result: Any, as_json: bool) -> None:
+    typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))

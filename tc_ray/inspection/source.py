@@ -1,0 +1,94 @@
+"""Which log a user means: a run folder, a log's own folder, or its place in an object store.
+
+Invariant: what is found is opened at one version, so that everything said about it is about the same rows.
+Called by the `tc-ray log` commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tc_ray.config.schema import STRUCK_OUT
+from tc_ray.mistakelog.reader import MistakeLog
+
+CONFIG_FILE = "config.yaml"
+LOG_FOLDER = "log"
+TABLE_FOLDER = "_delta_log"
+
+
+class LogNotFoundError(FileNotFoundError):
+    """No Mistake Log where the user said; the message names the place and what to give."""
+
+
+@dataclass(frozen=True)
+class LogPlace:
+    """Where a log is."""
+
+    uri: str
+    """Folder or URI of the table."""
+    run_folder: Path | None = None
+    """Folder of the run that wrote it, where it is known: its tokenizer is there."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Storage options of an object store."""
+
+    def open(self) -> MistakeLog:
+        """The log at its latest version.
+
+        Raises:
+            LogSchemaError: no Mistake Log there, or one of an unknown schema version.
+        """
+        return MistakeLog(self.uri, storage_options=self.options or None)
+
+
+def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
+    """Find the log of a run folder (log/ in it, or `log.path` of its config.yaml), or take a table's folder or URI.
+
+    Args:
+        source: what the user typed.
+        options: storage options as KEY=VALUE; they win over those of the run's config.
+
+    Raises:
+        LogNotFoundError: nothing there. ValueError: an option that is not KEY=VALUE.
+    """
+    given = _options(options)
+    if "://" in source:
+        return LogPlace(source, None, given)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise LogNotFoundError(f"{source}: there is no such folder; give a run folder, a log's folder or its URI")
+    if (folder / TABLE_FOLDER).is_dir():
+        parent = folder.absolute().parent
+        return LogPlace(str(folder), parent if (parent / CONFIG_FILE).is_file() else None, given)
+    section = _log_section(folder / CONFIG_FILE)
+    path = section.get("path")
+    place = str(path) if path else str(folder / LOG_FOLDER)
+    if "://" not in place and not (Path(place).expanduser() / TABLE_FOLDER).is_dir():
+        what = f"log.path of its {CONFIG_FILE} is {place}, and no log is there" if path else "no Mistake Log in it"
+        raise LogNotFoundError(f"{source}: {what}; give a run folder, a log's folder or its URI")
+    stored = {
+        str(key): str(value)
+        for key, value in (section.get("storage_options") or {}).items()
+        if value != STRUCK_OUT  # a secret: the environment or the command line has to give it
+    }
+    return LogPlace(place, folder, stored | given)
+
+
+def _options(pairs: Sequence[str]) -> dict[str, str]:
+    wrong = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
+    if wrong:
+        raise ValueError(f"--storage-option {wrong[0]!r}: expected KEY=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _log_section(path: Path) -> dict[str, Any]:
+    """The `log` section of a run's config, unchecked: a run of another version of tc-ray has other fields."""
+    if not path.is_file():
+        return {}
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    section = document.get("log") if isinstance(document, dict) else None
+    return section if isinstance(section, dict) else {}

@@ -1,0 +1,245 @@
+"""Statistics of a log in one pass over its files.
+
+Invariant: every figure comes with the number of rows or tokens it was taken over. Read by `tc-ray log stats`, by
+`log show --worst` and by the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tc_ray.inspection.rows import Array, stream
+from tc_ray.inspection.tallies import Confidence, PositionMap, SampleTable, TokenTable, Totals
+from tc_ray.inspection.tokens import TokenTexts
+from tc_ray.mistakelog.commits import dropped_records
+from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.schema import LogMetadata
+from tc_ray.mistakelog.store import LogStore
+
+MAX_BINS = 120
+_MAX_SEEN = 2**15
+
+
+@dataclass(frozen=True)
+class RoundBins:
+    """The rounds first..last cut into `count` parts of equal width, at most MAX_BINS."""
+
+    first: int
+    last: int
+    count: int
+
+    @classmethod
+    def over(cls, first: int, last: int, most: int = MAX_BINS) -> RoundBins:
+        """Bins of a span of rounds."""
+        rounds = last - first + 1
+        width = -(-rounds // most)
+        return cls(first, last, -(-rounds // width))
+
+    @property
+    def width(self) -> int:
+        """Rounds in a bin (the last may hold fewer)."""
+        rounds = self.last - self.first + 1
+        return -(-rounds // self.count)
+
+    def index(self, rounds: Array) -> Array:
+        """int64, the bin of each round."""
+        return (rounds - self.first) // self.width
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First and last round of a bin."""
+        start = self.first + index * self.width
+        return start, min(start + self.width - 1, self.last)
+
+
+@dataclass(frozen=True)
+class LogStats:
+    """What `collect` found."""
+
+    metadata: LogMetadata
+    version: int
+    files: int
+    bytes: int
+    bad_files: list[str]
+    """Files of this version that could not be read, and are not counted anywhere here."""
+    dropped: int
+    """Records of these rounds that were never written, because the log could not be (`log.full_policy`)."""
+    first_round: int
+    last_round: int
+    by_round: Totals
+    """Entry i: round first_round + i."""
+    by_seen: Totals
+    """Entry i: samples that the Pilot had trained on i times before."""
+    seen_from: Array
+    """int64, the first round with such a sample, -1: none."""
+    samples: SampleTable
+    tokens: TokenTable
+    bins: RoundBins
+    positions: PositionMap
+    confidence: Confidence
+
+    @property
+    def rows(self) -> int:
+        """Examples in the log."""
+        return int(self.by_round.rows.sum())
+
+    @property
+    def rounds_with_rows(self) -> int:
+        """Rounds that have at least one row."""
+        return int((self.by_round.rows > 0).sum())
+
+    @property
+    def most_seen(self) -> int:
+        """Most times that a sample had been trained on before; 0: each was met once."""
+        used = np.flatnonzero(self.by_seen.rows)
+        return int(used[-1]) if len(used) else 0
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The first and the last tenth of the rounds (at least one round each), as `Totals.line` with their rounds."""
+        rounds = self.last_round - self.first_round + 1
+        tenth = max(1, rounds // 10)
+        first, last = slice(0, tenth), slice(rounds - tenth, rounds)
+        return (
+            {"rounds": [self.first_round, self.first_round + tenth - 1], **self.by_round.line(first)},
+            {"rounds": [self.last_round - tenth + 1, self.last_round], **self.by_round.line(last)},
+        )
+
+    def hardest(self, count: int) -> Array:
+        """Places in `samples` of the largest mean loss a target token, over all sights; ties by sample id."""
+        return np.argsort(-self.samples.mean_loss, kind="stable")[:count]
+
+    def missed(self, count: int) -> Array:
+        """Tokens most often not ranked first, most often first."""
+        order = np.argsort(-self.tokens.missed, kind="stable")[:count]
+        return order[self.tokens.missed[order] > 0]
+
+    def to_dict(self, texts: TokenTexts, top: int) -> dict[str, Any]:
+        """All of it for programs; `top`: tokens and samples listed."""
+        table = self.samples
+        first, last = self.parts() if self.rows else (None, None)
+        return {
+            "run": self.metadata.run,
+            "pilot": self.metadata.pilot,
+            "version": self.version,
+            "files": self.files,
+            "bytes": self.bytes,
+            "bad_files": self.bad_files,
+            "dropped_rows": self.dropped,
+            "rounds": {"first": self.first_round, "last": self.last_round, "with_rows": self.rounds_with_rows},
+            "samples": len(table),
+            "tokenizer": texts.note,
+            **self.by_round.line(slice(None)),
+            "first_rounds": first,
+            "last_rounds": last,
+            "by_seen": [{"seen": int(seen), **self.by_seen.line([seen])} for seen in np.flatnonzero(self.by_seen.rows)],
+            "by_round": [
+                {"round": self.first_round + int(i), **self.by_round.line([i])}
+                for i in np.flatnonzero(self.by_round.rows)
+            ],
+            "tokens_missed": [
+                {
+                    "token": int(token),
+                    "text": texts.raw(int(token)),
+                    "true": int(self.tokens.true[token]),
+                    "missed": int(self.tokens.missed[token]),
+                    "instead": [
+                        {"token": said, "text": texts.raw(said), "times": times}
+                        for said, times in self.tokens.instead_of(int(token), 5)
+                    ],
+                }
+                for token in self.missed(top)
+            ],
+            "pairs_short_by_at_most": self.tokens.uncounted,
+            "hardest_samples": [
+                {
+                    "sample_id": int(table.ids[i]),
+                    "loss": float(table.mean_loss[i]),
+                    **{
+                        name: table[name][i].item()
+                        for name in (
+                            "sights",
+                            "tokens",
+                            "wrong",
+                            "first_round",
+                            "first_loss",
+                            "last_round",
+                            "last_loss",
+                        )
+                    },
+                }
+                for i in self.hardest(top)
+            ],
+            "calibration": {
+                name: {
+                    "tokens": int(self.confidence.tokens[group].sum()),
+                    "expected_calibration_error": self.confidence.gap(group),
+                    "probability_minus_accuracy": self.confidence.bias(group),
+                }
+                for group, name in enumerate(("first_sight", "seen_before"))
+            },
+        }
+
+
+def collect(
+    log: MistakeLog, rounds: tuple[int, int] | None = None, on_rows: Callable[[int], None] | None = None
+) -> LogStats:
+    """Read the log once and sum up.
+
+    Args:
+        rounds: first and last round, both included; None: all.
+        on_rows: told the rows read so far.
+    """
+    low, high = rounds if rounds is not None else (0, np.iinfo(np.int64).max)
+    chosen = [file for file in log.files if file.round_min <= high and file.round_max >= low]
+    first = max(low, min((file.round_min for file in chosen), default=low))
+    last = max(first, min(high, max((file.round_max for file in chosen), default=first)))
+    bins = RoundBins.over(first, last)
+    by_round, by_seen = Totals.zeros(last - first + 1), Totals.zeros(_MAX_SEEN)
+    seen_from = np.full(_MAX_SEEN, np.iinfo(np.int64).max)
+    samples, tokens, confidence = SampleTable(), TokenTable(log.metadata.vocab_size), Confidence()
+    positions = PositionMap(bins.count)
+    done = 0
+    for rows in stream(log, rounds):
+        seen = np.maximum(rows.seen.astype(np.int64), 0)
+        by_round.add(rows.round - first, rows)
+        by_seen.add(seen, rows)
+        np.minimum.at(seen_from, seen, rows.round)
+        samples.add(rows)
+        tokens.add(rows)
+        positions.add(bins.index(rows.round), rows)
+        confidence.add(rows)
+        done += len(rows)
+        if on_rows is not None:
+            on_rows(done)
+    seen_from[seen_from == np.iinfo(np.int64).max] = -1
+    return LogStats(
+        metadata=log.metadata,
+        version=log.version,
+        files=len(chosen),
+        bytes=sum(file.bytes for file in chosen),
+        bad_files=[str(bad) for bad in log.bad_files],
+        dropped=_dropped(log, first, last),
+        first_round=first,
+        last_round=last,
+        by_round=by_round,
+        by_seen=by_seen,
+        seen_from=seen_from,
+        samples=samples,
+        tokens=tokens,
+        bins=bins,
+        positions=positions,
+        confidence=confidence,
+    )
+
+
+def _dropped(log: MistakeLog, first: int, last: int) -> int:
+    """Records of rounds first..last that the commits say were dropped."""
+    store = LogStore(log.location, log.version)
+    # the Ledger's mark: reading every commit is dear, and only some logs have dropped any
+    if not store.number(f"tc_ray/{log.metadata.run}/drops"):
+        return 0
+    counts = dropped_records(store.commits())
+    return sum(count for rounds in counts.values() for number, count in rounds.items() if first <= number <= last)
