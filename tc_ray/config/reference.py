@@ -13,7 +13,7 @@ from tc_ray.config.schema import RunConfig
 
 _INTRODUCTION = """# Configuration
 
-Made from `tc_ray/config/schema.py` by `python -m tc_ray.config.reference > docs/config.md`; do not edit by hand.
+Made from `tc_ray/config/` by `python -m tc_ray.config.reference > docs/config.md`; do not edit by hand.
 
 A recipe is a YAML file of sections, each with some of the fields below; what it leaves out has the default. Any field
 can be set on the command line after the recipe, in order: `tc-ray train RECIPE pilot.learning_rate=1e-4 copilot.layers=[1,3]`.
@@ -23,7 +23,8 @@ and line. The resolved configuration stands in the run folder as `config.yaml`.
 Relative paths of data and model folders start at the current folder, else at the root of the repository that holds the recipe.
 
 Rules over several fields: `pilot.batch_size` must be a multiple of `resources.pilot_workers` times `pilot.micro_batch_size`;
-`copilot.batch_size` a multiple of `resources.copilot_workers`; `copilot.schedule: lockstep` needs `log.enabled`; `fusion.lam_grid`
+`copilot.batch_size` a multiple of `resources.copilot_workers`; `copilot.schedule: lockstep` needs `log.enabled`;
+`log.keep_rounds` must be at least `copilot.buffer_rounds`; `fusion.lam_grid`
 must contain 0; `fusion.metric: ranking` needs `data.format: sequences`, which excludes `data.validation` and `data.test`.
 """
 
