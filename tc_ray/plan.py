@@ -25,6 +25,8 @@ _ROW_BYTES = 64
 """Key columns, lengths and null maps of one record in Parquet."""
 _FILE_BYTES = 2500
 """Parquet header, footer and metadata of one data file."""
+AUTO_TOP_K = 64
+"""Errors a token that a plan counts with where the run chooses them (`log.top_k: auto`)."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,23 @@ class Plan:
         compressed = " before compression" if self.config.log.compression != "none" else ""
         told = f"{_bytes(self.log_bytes_per_round)} a round, {_bytes(self.log_bytes)} for the run{compressed}"
         log = self.config.log
-        states = f"{log.pooling} over the Pilot's layers at {log.positions} positions"
+        layers = "all layers" if log.rationale == "all" else f"layers {', '.join(map(str, log.rationale))}"
+        states = f"{log.pooling} over the Pilot's layers" if log.rationale == "pooled" else f"those of {layers}"
+        states += f" at {log.positions} positions"
         if self.sizes is not None and self.sizes.encoder_decoder:
             states += ", and the encoder's output"
-        return [
-            ("log", f"{told}; free disk {_bytes(self.free_bytes)}"),
-            ("", f"states: {states}; the {log.top_k} largest errors a token"),
-        ]
+        errors = f"the {log.top_k} largest errors a token"
+        if log.error == "dense":
+            errors = "the errors of all tokens of the vocabulary"
+        elif log.top_k == "auto":
+            errors = f"the largest errors a token, as many as hold {100 * log.top_k_captured:g}% of |l|"
+        lines = [("log", f"{told}; free disk {_bytes(self.free_bytes)}"), ("", f"states: {states}; {errors}")]
+        if log.sampling == "fraction":
+            lines.append(("", f"records: {100 * log.sampling_fraction:g}% of them"))
+        elif log.sampling == "mistakes":
+            bound = "" if log.mistake_loss is None else f" or with a loss above {log.mistake_loss:g}"
+            lines.append(("", f"records: those with a target token that is not ranked first{bound}"))
+        return lines
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -151,8 +163,8 @@ def make_plan(config: RunConfig) -> Plan:
     """
     notes: list[str] = []
     pilot, base = find_models(config, notes)
-    if pilot is not None:
-        _check_positions(config, pilot)
+    if pilot is not None and config.log.enabled:
+        _check_log(config, pilot)
     data = _data(config, pilot, notes)
     sizes = None
     if pilot is not None:
@@ -163,6 +175,7 @@ def make_plan(config: RunConfig) -> Plan:
         per_round = log_bytes_per_round(
             config, sizes, mean_tokens=data.mean_tokens, mean_targets=data.mean_target_tokens
         )
+        notes += _log_notes(config)
     total = per_round * rounds if per_round is not None and rounds is not None else None
     free = shutil.disk_usage(next(p for p in (config.run.path, *config.run.path.parents) if p.exists())).free
     if total is not None and total > free:
@@ -173,35 +186,44 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes)
 
 
-def _check_positions(config: RunConfig, pilot: ModelConfig) -> None:
+def _check_log(config: RunConfig, pilot: ModelConfig) -> None:
     """As the job does."""
-    from tc_ray.models.families import family_of
+    from tc_ray.pilot.log_metadata import check_log
 
-    if family_of(pilot.config).encoder_decoder and config.log.enabled and config.log.positions != "target":
-        raise ValueError(
-            f"log.positions is {config.log.positions!r}, but {pilot.name} is an encoder-decoder: its decoder has states of "
-            "target positions only; set log.positions=target"
+    check_log(config, pilot.config)
+
+
+def _log_notes(config: RunConfig) -> list[str]:
+    """What the predicted bytes stand on."""
+    log, notes = config.log, []
+    if log.top_k == "auto" and log.error == "top-k":
+        notes.append(
+            f"log.top_k is chosen in the run's first rounds: the bytes are predicted with {AUTO_TOP_K} errors a token"
         )
+    if log.sampling == "mistakes":
+        notes.append("how many records have a mistake shows in the run: the bytes are predicted with every record")
+    return notes
 
 
 def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: float, mean_targets: float) -> int:
     """Bytes that one round of all workers adds to the log's data files, uncompressed.
 
-    A record is bf16 states (of an encoder-decoder also one for each source position: the question), int32 token ids, and
-    a target token's k + 1 errors (int32 + fp32), rest, loss and a bit; the share of a file's own bytes follows from how
-    often files are cut.
+    A record is bf16 states, one or several a position (of an encoder-decoder also one for each source position: the
+    question), int32 token ids, and a target token's k + 1 errors (int32 + fp32; dense: V fp32), rest, loss and a bit; the
+    share of a file's own bytes follows from how often files are cut.
     """
-    states = mean_tokens - 1 if config.log.positions == "all" else mean_targets
+    log = config.log
+    layers = {"pooled": 1, "all": sizes.layers}[log.rationale] if isinstance(log.rationale, str) else len(log.rationale)
+    states = layers * (mean_tokens - 1 if log.positions == "all" else mean_targets)
     if sizes.encoder_decoder:
         states += mean_tokens - mean_targets
-    entries = min(config.log.top_k, sizes.vocab_size - 1) + 1
-    record = (
-        states * sizes.hidden_size * 2 + mean_tokens * 4 + mean_targets * (entries * 8 + 4 + 4 + 1 / 8) + _ROW_BYTES
-    )
-    records = record * config.pilot.batch_size
+    top_k = AUTO_TOP_K if log.top_k == "auto" else log.top_k
+    errors = 4 * sizes.vocab_size if log.error == "dense" else 8 * (min(top_k, sizes.vocab_size - 1) + 1)
+    record = states * sizes.hidden_size * 2 + mean_tokens * 4 + mean_targets * (errors + 4 + 4 + 1 / 8) + _ROW_BYTES
+    records = record * config.pilot.batch_size * (log.sampling_fraction if log.sampling == "fraction" else 1.0)
     workers = config.resources.pilot_workers
-    flush_rounds = 1 if config.copilot.schedule == "lockstep" else config.log.flush_rounds
-    rounds_a_file = min(flush_rounds, max(1.0, config.log.file_bytes / (records / workers)))
+    flush_rounds = 1 if config.copilot.schedule == "lockstep" else log.flush_rounds
+    rounds_a_file = min(flush_rounds, max(1.0, log.file_bytes / (records / workers)))
     return int(records + workers * _FILE_BYTES / rounds_a_file)
 
 

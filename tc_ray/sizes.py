@@ -35,13 +35,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Widths and parameter counts. The Copilot's include the Pilot's frozen embedding.
+    """Widths, decoder layers of the Pilot, and parameter counts. The Copilot's include the Pilot's frozen embedding.
 
     Those of the Copilot are None where its base cannot be read, and its counts where its output covers the tokens of the
     completions (`copilot.output_tokens: targets`) and those are not known.
     """
 
     hidden_size: int
+    layers: int
     vocab_size: int
     encoder_decoder: bool
     pilot: int
@@ -134,6 +135,7 @@ def model_sizes(
         copilot = {} if base is None else _copilot_sizes(config, pilot_config, base.config, data)
     return ModelSizes(
         hidden_size=pilot_config.hidden_size,
+        layers=family_of(pilot_config).layer_count(pilot_config),
         vocab_size=pilot_config.vocab_size,
         encoder_decoder=encoder_decoder,
         pilot=sum(p.numel() for key, p in pilot.named_parameters() if "lora_" not in key),

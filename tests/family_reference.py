@@ -9,8 +9,8 @@ layers are those of tests/family_layers.py, written out from each family's defin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -206,11 +206,14 @@ class Fusion:
     feedback: str = "own"
     pooling: str = "mean"
     positions: str = "all"
+    tap_layers: Sequence[int] | None = None
 
     @torch.no_grad()
     def logits(self, prompt: list[int], tokens: list[int]) -> torch.Tensor:
         """Logits of p~ [n + 1, V] for each of n given tokens and the one after (equation 8)."""
         seen = pilot_pass(self.pilot, prompt, tokens, self.pooling)
+        if self.tap_layers is not None:
+            seen = replace(seen, states=pooled(seen.layers[list(self.tap_layers)], self.pooling))
         if self.lam == 0:
             return seen.logits
         if self.feedback == "own":  # f_i depends on f_0 .. f_{i-1}: one row more at a time

@@ -74,7 +74,8 @@ def assert_log_is_exact(config: RunConfig, rounds: int, rows: int) -> None:
     pilot = config.pilot
     order = RoundOrder(rows, pilot.batch_size, pilot.epochs, config.run.seed)
     wanted = {(number, int(row)) for number in range(1, rounds + 1) for row in order.sample_rows(number)}
-    table = MistakeLog(config.run.path / "log").arrow(columns=["round", "sample_id"])
+    log = MistakeLog(config.log_location, storage_options=config.log.storage_options)
+    table = log.arrow(columns=["round", "sample_id"])
     found = Counter(zip(table["round"].to_pylist(), table["sample_id"].to_pylist(), strict=True))
     doubled = [key for key, count in found.items() if count > 1]
     assert not doubled, f"more than once in the log: {sorted(doubled)[:5]}"

@@ -40,7 +40,7 @@ for folder in (ROOT, Path(__file__).resolve().parent):
         sys.path.insert(0, str(folder))
 
 from fused_models import device_line, synchronise, write_llama
-from workload import BUILTIN, Batch, make_batch, model_folder, print_table, recipe_config, spread, write_json
+from workload import BUILTIN, TOP_K, Batch, make_batch, model_folder, print_table, recipe_config, spread, write_json
 
 from tc_ray.copilot.learner import Learner
 from tc_ray.models.copilot import Copilot, CopilotBatch
@@ -95,7 +95,7 @@ class Steps:
             )
             self.learners[output] = Learner(copilot, self.config.copilot, total_steps=1000, device=self.device)
         self.copilot_layers = len(layers)
-        step = PilotStep(add_adapters(pilot, self.config.pilot), top_k=self.config.log.top_k)
+        step = PilotStep(add_adapters(pilot, self.config.pilot), top_k=TOP_K)
         self.pilot = step.to(self.device).train()
         self.trained = [p for p in self.pilot.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.config.pilot.learning_rate)
@@ -218,7 +218,7 @@ def auto_form(arguments: argparse.Namespace, tokens: int, width: int, outputs: i
         tokens,
         width,
         outputs=outputs,
-        listed=recipe_config(10).log.top_k + 1,
+        listed=TOP_K + 1,
         product=DTYPES[arguments.dtype],
         device=arguments.device,
     )
@@ -230,7 +230,7 @@ class LossAlone:
 
     def __init__(self, arguments: argparse.Namespace, weight: torch.Tensor, tokens: int) -> None:
         outputs, width = weight.shape
-        device, listed = arguments.device, recipe_config(10).log.top_k + 1
+        device, listed = arguments.device, TOP_K + 1
         self.device, self.bf16, self.weight = device, arguments.dtype == "bf16", weight
         self.states = torch.randn(tokens, width, device=device, requires_grad=True)
         self.places = torch.randint(0, outputs, (tokens, listed), device=device)

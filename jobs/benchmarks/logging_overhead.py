@@ -27,7 +27,18 @@ for folder in (ROOT, Path(__file__).resolve().parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from workload import BUILTIN, Batch, machine, make_batch, model_folder, print_table, recipe_config, spread, write_json
+from workload import (
+    BUILTIN,
+    TOP_K,
+    Batch,
+    machine,
+    make_batch,
+    model_folder,
+    print_table,
+    recipe_config,
+    spread,
+    write_json,
+)
 
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.store import LogStore
@@ -52,7 +63,7 @@ class Rounds:
         self.config = recipe_config(
             pilot.config.num_hidden_layers,
             pilot={"dtype": arguments.dtype, "method": arguments.method},
-            log={"top_k": 64, "rationale": arguments.rationale, "error": arguments.error, "path": str(log_folder)},
+            log={"top_k": TOP_K, "rationale": arguments.rationale, "error": arguments.error, "path": str(log_folder)},
         )
         pilot = add_adapters(pilot, self.config.pilot).to(self.device)
         log, shape = self.config.log, pilot.config

@@ -23,6 +23,8 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.models.source import resolve_model
 
 BUILTIN = "smollm2-135m-instruct"
+TOP_K = 64
+"""Errors logged a token. A run chooses them from its data; random tokens would choose another number."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,7 @@ def recipe_config(layers: int, **sections: dict[str, Any]) -> RunConfig:
     values: dict[str, dict[str, Any]] = {
         "pilot": {"learning_rate": 6e-4, "lora": {"rank": 16, "alpha": 32, "first_layer": layers // 3}},
         "copilot": {"every": 5 if layers >= 10 else 2, "learning_rate": 1e-3, "steps_per_round": 3},
-        # a run chooses it from its data; random tokens would choose another number
-        "log": {"top_k": 64},
+        "log": {"top_k": TOP_K},
     }
     for name, fields in sections.items():
         values[name] = {**values.get(name, {}), **fields}

@@ -48,7 +48,8 @@ def teacher_forced(
         return {}
     device = fused.pilot.device
     top_k = fused.vocab_size - 1 if fused.vocab_size < 1024 else 256
-    step = PilotStep(fused.pilot, top_k=top_k, pooling=fused.copilot.config.pooling).eval()
+    tap = fused.copilot.config
+    step = PilotStep(fused.pilot, top_k=top_k, pooling=tap.pooling, layers=tap.tap_layers).eval()
     sums = {choice: np.zeros(3) for choice in choices}
     base, tokens = 0.0, 0
     for at in range(0, len(examples), batch_size):
@@ -61,9 +62,7 @@ def teacher_forced(
         starts = torch.tensor([e.target_start for e in part])
         out = step.measure(ids.to(device), lengths.to(device), starts.to(device))
         assert out.record is not None
-        batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=fused.copilot.config.positions).to(
-            device
-        )
+        batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=tap.positions).to(device)
         f = fused.copilot.compact(batch).float()
         tokens += len(f)
         # a few rows at a time: [rows, V] then stays in the processor's cache over all choices

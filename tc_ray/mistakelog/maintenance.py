@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+from deltalake.exceptions import DeltaError
+
 from tc_ray.mistakelog.compaction import merge, merge_plan
 from tc_ray.mistakelog.datafile import BadFileError, Compression, DataFile
-from tc_ray.mistakelog.outage import may_pass
 from tc_ray.mistakelog.retention import Standing, retire
 from tc_ray.mistakelog.store import LogStore, StoredFile
 from tc_ray.mistakelog.upkeep import Upkeep
@@ -83,48 +85,13 @@ class Maintenance:
         """
         done = Maintained()
         try:
+            self._vacuum(done, attempt)  # first: what it frees is not missed, and its figures are fresh
             self._retire(done, numbers, safe_round, copilot_round)
             if self._upkeep.compact:
                 self._merge(done, numbers, safe_round)
-            self._vacuum(done, attempt)
-        except OSError as error:
-            if not may_pass(error):
-                raise
-            self._say("space", f"upkeep is put off: {error}")
+        except (OSError, DeltaError, pa.ArrowException) as error:
+            self._say(type(error).__name__, f"upkeep is put off: {error}")
         return done
-
-    def _retire(self, done: Maintained, numbers: Mapping[str, int], safe_round: int, copilot_round: int | None) -> None:
-        limits = self._upkeep
-        if limits.keep_rounds is None and limits.max_bytes is None:
-            return
-        disk = self._disk
-        standing = Standing(
-            safe_round=safe_round,
-            copilot_round=copilot_round,
-            buffer_rounds=limits.buffer_rounds,
-            recent_bytes=disk.recent_bytes if disk else 0,
-            disk_bytes=disk.disk_bytes if disk else 0,
-        )
-        answer = retire(self._store.files(), standing, keep_rounds=limits.keep_rounds, max_bytes=limits.max_bytes)
-        if answer.files:
-            last = max(file.round_max for file in answer.files)
-            self._store.commit(remove=answer.files, numbers=numbers, note={"kind": "retire", "up_to_round": last})
-            done.retired = answer.files
-        if answer.unmet is not None:
-            self._say(answer.unmet.split(":")[0], answer.unmet)
-
-    def _merge(self, done: Maintained, numbers: Mapping[str, int], safe_round: int) -> None:
-        files = [file for file in self._store.files() if file.name not in self._bad]
-        plan = merge_plan(files, self._upkeep.file_bytes, safe_round)
-        if not plan:
-            return
-        try:
-            done.merge = merge(self._store, plan[0], numbers=numbers, compression=self._compression)
-            done.merged = plan[0]
-        except BadFileError as error:
-            self._bad.add(error.name)
-            done.bad.append(error)
-            log.warning("%s: %s: it is left out of merging", self._store.location, error)
 
     def _vacuum(self, done: Maintained, attempt: int) -> None:
         if self._clock() < self._vacuum_due:
@@ -140,6 +107,49 @@ class Maintenance:
         self._vacuum_due = self._clock() + min(max(limits.grace_seconds / 4, shortest), longest)
         if done.vacuum.removed:
             log.info("%s", done.vacuum.lines()[0])
+
+    def _disk_bytes(self, files: list[StoredFile]) -> int:
+        """On the disk now: as the last vacuum saw it, and what was committed since."""
+        assert self._disk is not None
+        return self._disk.disk_bytes + sum(file.bytes for file in files if file.name not in self._disk.seen)
+
+    def _retire(self, done: Maintained, numbers: Mapping[str, int], safe_round: int, copilot_round: int | None) -> None:
+        limits = self._upkeep
+        if self._disk is None or (limits.keep_rounds is None and limits.max_bytes is None):
+            return
+        files = self._store.files()
+        standing = Standing(
+            safe_round=safe_round,
+            copilot_round=copilot_round,
+            buffer_rounds=limits.buffer_rounds,
+            recent_bytes=self._disk.recent_bytes,
+            headroom_bytes=limits.file_bytes,
+            disk_bytes=self._disk_bytes(files),
+        )
+        answer = retire(files, standing, keep_rounds=limits.keep_rounds, max_bytes=limits.max_bytes)
+        if answer.files:
+            last = max(file.round_max for file in answer.files)
+            self._store.commit(remove=answer.files, numbers=numbers, note={"kind": "retire", "up_to_round": last})
+            done.retired = answer.files
+        if answer.unmet is not None:
+            self._say(answer.unmet.split(":")[0], answer.unmet)
+
+    def _merge(self, done: Maintained, numbers: Mapping[str, int], safe_round: int) -> None:
+        limits = self._upkeep
+        files = self._store.files()
+        plan = merge_plan([file for file in files if file.name not in self._bad], limits.file_bytes, safe_round)
+        if not plan:
+            return
+        size = sum(file.bytes for file in plan[0])
+        if limits.max_bytes is not None and self._disk_bytes(files) + size > limits.max_bytes:
+            return  # the copies have no room until vacuum has made some
+        try:
+            done.merge = merge(self._store, plan[0], numbers=numbers, compression=self._compression)
+            done.merged = plan[0]
+        except BadFileError as error:
+            self._bad.add(error.name)
+            done.bad.append(error)
+            log.warning("%s: %s: it is left out of merging", self._store.location, error)
 
     def _say(self, what: str, text: str) -> None:
         if self._clock() >= self._said.get(what, float("-inf")):

@@ -7,10 +7,10 @@ Whole files go, oldest rounds first. A file stays, whatever the limits say, whil
   of the log, so what it draws from is at most `buffer_rounds` behind the position;
 - a round after `safe_round`, that of the newest checkpoint of the Pilot: it may still be fenced and written again.
 
-`max_bytes` bounds what the log takes on the disk, and files that left the table stay there for a while (`vacuum_grace_seconds`, and
-as long as a reader holds their version). So bytes are reserved for them: as many as were written in the last
-`vacuum_grace_seconds`, which in a steady state leave in the next. (To count the files that wait for removal instead would remove
-ever more: each removal makes more of them wait.) At most half of the limit is reserved.
+`max_bytes` bounds what the log takes on the disk, and files that left the table stay there for a while (`vacuum_grace_seconds`, then
+as long as a reader holds their version). So bytes are reserved for them: as many as were written in the last two of these
+times, for in a steady state as many leave as are written. (To count the files that wait for removal instead would remove ever
+more: each removal makes more of them wait.) With the headroom for what is written next, at most half of the limit is reserved.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Standing:
     buffer_rounds: int
     """Rounds that the Copilot draws from."""
     recent_bytes: int = 0
-    """Written to the table's folder in the last `vacuum_grace_seconds`."""
+    """Written to the table's folder in the last two `vacuum_grace_seconds`."""
+    headroom_bytes: int = 0
+    """That may be written before this is looked at again: a file of each rank, a merge."""
     disk_bytes: int = 0
     """All data files in the table's folder, also those that wait for removal."""
 
@@ -65,7 +67,7 @@ def retire(
     live = sum(file.bytes for file in files)
     room = live
     if max_bytes is not None:
-        room = max(max_bytes - standing.recent_bytes, max_bytes // 2)
+        room = max(max_bytes - standing.recent_bytes - standing.headroom_bytes, max_bytes // 2)
     chosen: list[StoredFile] = []
     blocked: StoredFile | None = None
     for file in sorted(files, key=lambda file: (file.round_max, file.name)):

@@ -29,6 +29,7 @@ from pathlib import Path
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog.commits import LOG_FOLDER
+from tc_ray.mistakelog.datafile import TEMPORARY_SUFFIX
 from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
 from tc_ray.mistakelog.location import Entry, Location
 from tc_ray.mistakelog.reader_lease import held_versions
@@ -41,7 +42,7 @@ _ATTEMPT = re.compile(r"-rank\d+-a(\d+)-\d{6}(-t\d+)?\.parquet(\.tmp)?$")
 _LEASE = re.compile(r"_tc_ray/lease-(\d+)\.json$")
 # half-written small files, and what delta-rs stages its commits in
 _STAGED = re.compile(r"(\.writing|\.json#\d+)$")
-_RECENT = 1.5
+_RECENT = 2.0
 _CLOCK = "_tc_ray/clock"
 
 
@@ -60,9 +61,11 @@ class Vacuum:
     held: list[int] = field(default_factory=list)
     """Versions that readers hold."""
     recent_bytes: int = 0
-    """Of data files written in the last `grace_seconds`, and the time that a vacuum may come later than due."""
+    """Of data files written in the last two `grace_seconds`: files wait that long, then for a vacuum or a reader."""
     disk_bytes: int = 0
     """Of all data files that are still there."""
+    seen: set[str] = field(default_factory=set)
+    """Names of all data files that were there, for counting on from `disk_bytes`."""
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -123,6 +126,7 @@ def clean(
     for entry in entries:
         if not entry.name.endswith((".parquet", ".parquet.tmp")):
             continue
+        result.seen.add(entry.name.removesuffix(TEMPORARY_SUFFIX))
         if disk_now - entry.modified < _RECENT * grace_seconds:
             result.recent_bytes += entry.size
         if entry.name in needed:

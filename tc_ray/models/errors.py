@@ -1,8 +1,8 @@
 """Token-level errors of the Pilot: `l = onehot(truth) - softmax(logits)` (paper section 2.2), kept sparse.
 
 A sparse error of one target token has k + 1 entries: the true token first, then the k largest predicted probabilities
-among the other tokens, each with its exact value; `rest` is the probability mass not listed. Made by the Pilot step,
-read by the Copilot.
+among the other tokens, each with its exact value; `rest` is the probability mass not listed. A full one has all V in the
+same form, the others by id. Made by the Pilot step, read by the Copilot.
 """
 
 from __future__ import annotations
@@ -35,13 +35,27 @@ def sparse_errors(log_probs: torch.Tensor, targets: torch.Tensor, top_k: int) ->
         top_k: largest other probabilities kept; capped at V - 1.
     """
     top_k = min(top_k, log_probs.shape[1] - 1)
-    others = log_probs.detach().exp()
-    others.scatter_(1, targets[:, None], 0.0)
-    # 1 - p(true) summed from the others: the difference would lose every digit as p(true) approaches 1
-    mass = others.sum(-1)
+    others, mass = _others(log_probs, targets)
     values, ids = _top_k(others, top_k)
     rest = (mass - values.sum(-1)).clamp_min_(0.0)
     return SparseErrors(torch.cat([targets[:, None], ids], 1), torch.cat([mass[:, None], -values], 1), rest)
+
+
+def full_errors(log_probs: torch.Tensor, targets: torch.Tensor) -> SparseErrors:
+    """Errors of all V tokens: the true one, then the others by id; nothing is sorted and nothing rests. Arguments as above."""
+    others, mass = _others(log_probs, targets)
+    index = torch.arange(others.shape[1] - 1, device=others.device)
+    ids = index + (index >= targets[:, None])
+    values = torch.cat([mass[:, None], -others.gather(1, ids)], 1)
+    return SparseErrors(torch.cat([targets[:, None], ids], 1), values, torch.zeros_like(mass))
+
+
+def _others(log_probs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [N, V] with 0 for the true token, and their sum [N]."""
+    others = log_probs.detach().exp()
+    others.scatter_(1, targets[:, None], 0.0)
+    # 1 - p(true) summed from the others: the difference would lose every digit as p(true) approaches 1
+    return others, others.sum(-1)
 
 
 def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ and by the tests' single-process reference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from tc_ray.config.schema import PilotSection
-from tc_ray.models.errors import SparseErrors, sparse_errors
+from tc_ray.models.errors import SparseErrors, full_errors, sparse_errors
 from tc_ray.models.families import family_of
 from tc_ray.models.taps import LayerTap
 
@@ -73,7 +74,8 @@ class StepRecord(NamedTuple):
     """What one micro-batch leaves for the Mistake Log; N target tokens in batch order.
 
     errors: sparse l. token_loss: fp32 [N]. token_correct: bool [N].
-    states: fp32 [B, S, d] pooled hidden states; the one that predicts token j + 1 of the sequence stands at position j.
+    states: fp32 [B, S, d] pooled hidden states, or [B, S, layers, d] unpooled in the model's dtype; those that predict token
+    j + 1 of the sequence stand at position j.
     question: fp32 [B, Q, d] encoder output; None where X~ follows from the token ids (decoder-only).
     """
 
@@ -99,18 +101,29 @@ class PilotStep(nn.Module):
 
     Args:
         model: language model or its peft wrapper.
-        top_k: probabilities kept a token in the record.
+        top_k: probabilities kept a token in the record; may be set anew between two passes.
         record: False skips taps and errors (plain fine-tuning).
-        pooling: how states are pooled over layers.
+        pooling: how states are pooled over layers, or `taps.UNPOOLED`.
+        layers: decoder layers tapped, ascending from 0; None: all.
+        dense: the record has the errors of all V tokens; top_k does not matter then.
     """
 
-    def __init__(self, model: Any, *, top_k: int, record: bool = True, pooling: str = "mean") -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        top_k: int,
+        record: bool = True,
+        pooling: str = "mean",
+        layers: Sequence[int] | None = None,
+        dense: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.top_k = top_k
+        self.top_k, self.dense = top_k, dense
         self._family = family_of(model)
         self._read = _encoder_decoder_states if self._family.encoder_decoder else _decoder_only_states
-        self._tap = LayerTap(self._family.layers(model), pooling) if record else None
+        self._tap = LayerTap(self._family.layers(model), pooling, layers) if record else None
 
     def forward(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor, loss_scale: float
@@ -137,21 +150,22 @@ class PilotStep(nn.Module):
         targets = input_ids[:, 1:][rows]
         log_probs = self._family.logits(self.model, passed.final).float().log_softmax(-1)
         token_loss = -log_probs.gather(1, targets[:, None])[:, 0]
-        if passed.pooled is None:
+        if passed.states is None:
             return Measured(log_probs, targets, token_loss, None)
         with torch.no_grad():
-            errors = sparse_errors(log_probs, targets, self.top_k)
-            # the true token is ranked first when it beats the best other token
-            correct = 1.0 - errors.values[:, 0] >= -errors.values[:, 1]
-        record = StepRecord(errors, passed.pooled, token_loss.detach(), correct, passed.question)
+            errors = full_errors(log_probs, targets) if self.dense else sparse_errors(log_probs, targets, self.top_k)
+            # the true token is ranked first when it beats the best other token: the first of the sparse ones
+            best = -errors.values[:, 1:].amin(1) if self.dense else -errors.values[:, 1]
+            correct = 1.0 - errors.values[:, 0] >= best
+        record = StepRecord(errors, passed.states, token_loss.detach(), correct, passed.question)
         return Measured(log_probs, targets, token_loss, record)
 
 
 class _Pass(NamedTuple):
-    """final: [N, d] states of the target rows, after the final norm. pooled and question as in StepRecord."""
+    """final: [N, d] states of the target rows, after the final norm. states and question as in StepRecord."""
 
     final: torch.Tensor
-    pooled: torch.Tensor | None
+    states: torch.Tensor | None
     question: torch.Tensor | None
 
 
@@ -206,10 +220,10 @@ def _encoder_decoder_states(
         return _Pass(decode(), None, None)
     with tap.recording():
         final = decode()
-    states = tap.take()
-    pooled = states.new_zeros(*input_ids.shape, states.shape[-1])
-    pooled[:, :-1][target_rows(input_ids.shape[1], lengths, target_start)] = states[row_mask]
-    return _Pass(final, pooled, question.detach().float())
+    taken = tap.take()
+    states = taken.new_zeros(*input_ids.shape, *taken.shape[2:])
+    states[:, :-1][target_rows(input_ids.shape[1], lengths, target_start)] = taken[row_mask]
+    return _Pass(final, states, question.detach().float())
 
 
 def target_rows(width: int, lengths: torch.Tensor, target_start: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Taps: hidden states of the Pilot's decoder layers, taken in the forward pass that runs anyway.
 
-Invariant: no second forward and nothing kept but one pooled state a position. A forward hook on each decoder layer adds
-the layer's detached output to one fp32 accumulator, so gradient checkpointing (whose recomputation happens outside
-`recording`) and ZeRO-3 (which gathers parameters, not activations) do not matter to it. Used by the Pilot's training
-step and, at inference, by the fused model: both see the same definition.
+Invariant: no second forward. A forward hook on each tapped layer takes the layer's detached output: added to one fp32
+accumulator, so that a pooled state a position is all that is kept, or kept as it is where the log wants every layer. Gradient
+checkpointing (whose recomputation happens outside `recording`) and ZeRO-3 (which gathers parameters, not activations) do
+not matter to it. Used by the Pilot's training step and, at inference, by the fused model: both see the same definition.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,53 +34,109 @@ POOLINGS = {
 }
 
 
-def tap_definition(pooling: str = "mean") -> str:
-    """The tap in words, stored with every log and Copilot: a Copilot is valid only for states tapped the same way."""
-    return f"{pooling} over decoder layers 1..L of the layer output, before the final norm"
+UNPOOLED: Literal["none"] = "none"
+"""In place of a pooling: the states of the tapped layers, each by itself."""
+Rationale = Literal["pooled", "all"] | list[int]
+"""`log.rationale`: what the log keeps of a position's states."""
+
+
+def tap_definition(pooling: str = "mean", layers: Sequence[int] | None = None) -> str:
+    """The tap in words, stored with every log and Copilot: a Copilot is valid only for states tapped the same way.
+
+    Args:
+        pooling: a name in POOLINGS, or UNPOOLED. layers: decoder layers, from 0; None: all.
+    """
+    how = "each of" if pooling == UNPOOLED else f"{pooling} over"
+    which = "1..L" if layers is None else f"{', '.join(map(str, layers))} (counted from 0)"
+    return f"{how} decoder layers {which} of the layer output, before the final norm"
+
+
+def tapped_layers(rationale: Rationale, count: int) -> list[int] | None:
+    """Layers that `log.rationale` names, from 0; None: all of them.
+
+    Args:
+        count: decoder layers of the Pilot.
+
+    Raises:
+        ValueError: an empty list, a layer named twice or out of order, or one that the model does not have.
+    """
+    if isinstance(rationale, str):
+        return None
+    if not rationale or list(rationale) != sorted(set(rationale)) or rationale[0] < 0 or rationale[-1] >= count:
+        raise ValueError(
+            f"log.rationale {rationale} must name layers of the Pilot in ascending order, each once: "
+            f"it has {count} decoder layers, 0 to {count - 1}"
+        )
+    return list(rationale)
+
+
+def log_pooling(rationale: Rationale, pooling: Literal["mean", "max", "sum"]) -> Literal["mean", "max", "sum", "none"]:
+    """What the log's states are pooled by: `log.pooling`, or UNPOOLED."""
+    return pooling if rationale == "pooled" else UNPOOLED
+
+
+def pooled(states: torch.Tensor, pooling: str) -> torch.Tensor:
+    """States [.., L, d] of L layers -> fp32 [.., d]: bit for bit what a tap with that pooling gives."""
+    how, count = POOLINGS[pooling], states.shape[-2]
+    total = states[..., 0, :].to(torch.float32, copy=True)
+    for layer in range(1, count):
+        how.add(total, states[..., layer, :])
+    return how.finish(total, count)
 
 
 class LayerTap:
-    """Hidden states of one forward pass pooled over layers (equation 6: the mean of `h_t,i,l` over `l`).
+    """Hidden states of one forward pass, pooled over layers (equation 6: the mean of `h_t,i,l` over `l`) or layer by layer.
 
     Args:
-        layers: the decoder layers, in order; their outputs are [batch, positions, width].
-        pooling: a name in POOLINGS.
+        layers: all decoder layers, in order; their outputs are [batch, positions, width].
+        pooling: a name in POOLINGS, or UNPOOLED.
+        chosen: the layers to tap, ascending from 0; None: all.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], pooling: str = "mean") -> None:
-        self._count, self._pooling = len(layers), POOLINGS[pooling]
+    def __init__(self, layers: Sequence[nn.Module], pooling: str = "mean", chosen: Sequence[int] | None = None) -> None:
+        tapped = list(layers) if chosen is None else [layers[index] for index in chosen]
+        self._count, self._pooling = len(tapped), None if pooling == UNPOOLED else POOLINGS[pooling]
         self._pooled: torch.Tensor | None = None
+        self._each: list[torch.Tensor] = []
         self._recording = False
-        self._handles = [layer.register_forward_hook(self._hook) for layer in layers]
+        self._handles = [layer.register_forward_hook(self._hook) for layer in tapped]
 
     def _hook(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if not self._recording:
             return
         state = (output[0] if isinstance(output, tuple) else output).detach()
-        if self._pooled is None:
+        if self._pooling is None:
+            self._each.append(state)
+        elif self._pooled is None:
             self._pooled = state.to(torch.float32, copy=True)
         else:
             self._pooling.add(self._pooled, state)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Accumulate during the enclosed forward pass; call `take` after it."""
-        self._pooled, self._recording = None, True
+        """Take states during the enclosed forward pass; call `take` after it."""
+        self._pooled, self._each, self._recording = None, [], True
         try:
             yield
         finally:
             self._recording = False
 
     def take(self) -> torch.Tensor:
-        """The pooled states, fp32 [batch, positions, width], of the pass recorded last; hands them over once.
+        """The states of the pass recorded last, handed over once.
+
+        Returns:
+            Pooled: fp32 [batch, positions, width]; else [batch, positions, layers, width] in the model's dtype.
 
         Raises:
             RuntimeError: no pass was recorded.
         """
-        if self._pooled is None:
+        if self._pooled is not None and self._pooling is not None:
+            states, self._pooled = self._pooling.finish(self._pooled, self._count), None
+        elif self._each:
+            states, self._each = torch.stack(self._each, 2), []
+        else:
             raise RuntimeError("no forward pass was recorded: wrap it in `with tap.recording():`")
-        pooled, self._pooled = self._pooling.finish(self._pooled, self._count), None
-        return pooled
+        return states
 
     def close(self) -> None:
         """Remove the hooks."""

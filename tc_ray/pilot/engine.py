@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.models.families import family_of
 from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_pilot
+from tc_ray.models.taps import log_pooling, tapped_layers
+from tc_ray.pilot.error_width import MAX_TOP_K
 
 STALE_LOCK_SECONDS = 90.0
 
@@ -60,8 +63,7 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model = add_adapters(model, config.pilot)
-    step = PilotStep(model, top_k=config.log.top_k, record=config.log.enabled, pooling=config.log.pooling)
-    step.train()
+    step = pilot_step(model, config).train()
     trainable = [p for p in step.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=config.pilot.learning_rate, weight_decay=config.pilot.weight_decay, betas=(0.9, 0.999)
@@ -79,6 +81,23 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         dist_init_required=False,
     )
     return engine
+
+
+def pilot_step(model: Any, config: RunConfig) -> PilotStep:
+    """The training forward that leaves what `log` asks for.
+
+    Raises:
+        ValueError: `log.rationale` names layers that the model does not have.
+    """
+    log, family = config.log, family_of(model)
+    return PilotStep(
+        model,
+        top_k=MAX_TOP_K if log.top_k == "auto" else log.top_k,
+        record=log.enabled,
+        pooling=log_pooling(log.rationale, log.pooling),
+        layers=tapped_layers(log.rationale, len(family.layers(model))),
+        dense=log.error == "dense",
+    )
 
 
 def clear_stale_build_locks() -> list[Path]:

@@ -3,7 +3,8 @@
 Invariant: a round is a pure function of (weights, seed, round number): data order, dropout and learning rate follow
 from the number alone, so an attempt that starts at the watermark repeats exactly what a lost attempt did. The step
 never waits for disk or for the Copilot: records go to a bounded queue, metrics to an actor without an answer. Only a
-checkpoint waits, for the log to be committed up to its round.
+checkpoint waits, for the log to be committed up to its round; while the log cannot be written and must not be waited for
+(`log.full_policy`), the checkpoint is put off.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ import torch
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.batches import RoundOrder
 from tc_ray.data.train_table import TrainTable
-from tc_ray.mistakelog.ledger import submit_to
+from tc_ray.mistakelog.ledger_actor import submit_to
+from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.outage import may_pass
+from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
 from tc_ray.pilot.checkpoint import latest_checkpoint, load_checkpoint, mark_complete, save_files
 from tc_ray.pilot.engine import build_engine
 from tc_ray.pilot.export import save_merged
-from tc_ray.pilot.recording import to_records
+from tc_ray.pilot.recorder import Recorder
 
 LOCKSTEP_POLL_SECONDS = 0.05
+SPACE_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,30 +70,33 @@ class Worker:
         self.engine = build_engine(self.config, job.model_path, job.rounds)
         self.device = self.engine.device
         self.attempt = 0
-        self.writer: RecordWriter | None = None
+        self.recorder: Recorder | None = None
+        self.skipped_records = 0
+        self.postponed = False
 
     def run(self) -> None:
         """Train from the last checkpoint to the last round, then export the merged Pilot."""
         start = self._restore()
         self._begin_attempt(start)
-        started, tokens = time.monotonic(), 0
+        started, tokens, due = time.monotonic(), 0, False
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
             loss, round_tokens = self._round(number)
             tokens += round_tokens
-            if self.writer is not None:
-                self.writer.end_round(number)
+            if self.recorder is not None:
+                self.recorder.end_round(number)
             last = number == self.job.rounds
             self._report(number, loss, round_tokens, time.monotonic() - began, tokens / (time.monotonic() - started))
-            if self.config.copilot.schedule == "lockstep" and self.writer is not None:
+            if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
                 self._wait_for_copilot(number)
-            if last or number % self.config.pilot.checkpoint_every_rounds == 0:
-                self._checkpoint(number)
+            due = due or last or number % self.config.pilot.checkpoint_every_rounds == 0
+            if due:
+                due = not self._checkpoint(number, wait=last)
         save_merged(self.engine, self.config, self.job.model_path, self.folder / "pilot" / "final", rank=self.rank)
-        if self.writer is not None:
-            self.writer.close()
+        if self.recorder is not None:
+            self.recorder.close()
             if self.rank == 0:
-                _get(self.job.ledger.finish_pilot.remote(self.job.rounds))
+                self._committed("finish_pilot", self.job.rounds)
 
     def _restore(self) -> int:
         checkpoint = latest_checkpoint(self.checkpoints)
@@ -98,21 +106,22 @@ class Worker:
         return checkpoint.round
 
     def _begin_attempt(self, watermark: int) -> None:
-        """Rank 0 fences the log past the watermark and shares the attempt's number; then every rank writes."""
+        """Rank 0 fences the log past the watermark and shares the attempt's number and the log's k; then every rank writes."""
         self.job.tracker.process.remote(f"pilot-{self.rank}", os.getpid())
         if not self.config.log.enabled:
             return
-        number = torch.zeros(1, dtype=torch.int64, device=self.device)
+        log, location = self.config.log, Location(self.config.log_location, self.config.log.storage_options)
+        shared = torch.zeros(2, dtype=torch.int64, device=self.device)
         if self.rank == 0:
-            number[0] = _get(self.job.ledger.begin_attempt.remote(watermark, self.world_size))
+            shared[0] = self._committed("begin_attempt", watermark, self.world_size)
+            shared[1] = LogStore(location).metadata.top_k
         if self.world_size > 1:
-            torch.distributed.broadcast(number, 0)
-        self.attempt = int(number)
+            torch.distributed.broadcast(shared, 0)
+        self.attempt, stored_top_k = shared.tolist()
         if self.rank == 0 and self.attempt > 1:
             self.job.tracker.event.remote("restart", f"Pilot attempt {self.attempt} goes on after round {watermark}")
-        log = self.config.log
-        self.writer = RecordWriter(
-            self.folder / "log",
+        writer = RecordWriter(
+            location,
             submit_to(self.job.ledger),
             run=self.config.run.name,
             rank=self.rank,
@@ -124,6 +133,43 @@ class Worker:
             compression=log.compression,
             start_round=watermark,
         )
+        self.recorder = Recorder(
+            self.config,
+            writer,
+            self.engine.module,
+            self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+            attempt=self.attempt,
+            rounds=self.job.rounds,
+            start_round=watermark,
+            stored_top_k=stored_top_k,
+            choose=lambda top_k: int(self._committed("choose_top_k", top_k)),
+            tell=self.job.tracker.event.remote,
+        )
+
+    def _committed(self, method: str, *arguments: int) -> Any:
+        """Answer of a Ledger call that writes to the log; without it the run cannot go on, so it waits for a full disk."""
+        import ray
+
+        while True:
+            try:
+                answer = _get(getattr(self.job.ledger, method).remote(*arguments))
+            except ray.exceptions.RayTaskError as error:
+                if not may_pass(error.cause):
+                    raise error.cause from error
+                self._tell_postponed(f"the Pilot waits with {method}")
+                time.sleep(SPACE_POLL_SECONDS)
+            else:
+                self.postponed = False
+                return answer
+
+    def _tell_postponed(self, what: str) -> None:
+        """Once an outage, on rank 0."""
+        if not self.postponed and self.rank == 0:
+            text = f"{what}: the log at {self.config.log_location} cannot be written now"
+            self.job.tracker.event.remote("postponed", text)
+        self.postponed = True
 
     def _round(self, number: int) -> tuple[float, int]:
         """One optimizer step; returns the round's mean cross-entropy over all ranks and its tokens, all ranks."""
@@ -134,7 +180,7 @@ class Worker:
         scale = self.world_size * accumulation / target_tokens
         torch.manual_seed(_round_seed(self.config.run.seed, number, self.rank))
         first = self.rank * micro * accumulation
-        total = torch.zeros((), device=self.device)
+        loss_sum = torch.zeros((), device=self.device)
         for at in range(first, first + micro * accumulation, micro):
             part = slice(at, at + micro)
             batch = self.table.batch(rows[part])
@@ -142,28 +188,20 @@ class Worker:
             lengths = torch.from_numpy(batch["lengths"]).to(self.device, torch.int64)
             starts = torch.from_numpy(batch["target_start"]).to(self.device, torch.int64)
             loss, record = self.engine(ids, lengths, starts, scale)
+            if self.recorder is not None and record is not None:
+                # before the backward pass, which a copy from a device then runs beside
+                self.recorder.record(record, batch, seen[part], number)
+            del record
             self.engine.backward(loss)
-            if self.writer is not None and record is not None:
-                records = to_records(
-                    record,
-                    input_ids=batch["input_ids"],
-                    lengths=batch["lengths"],
-                    target_start=batch["target_start"],
-                    sample_id=batch["sample_id"],
-                    seen=seen[part],
-                    round_number=number,
-                    rank=self.rank,
-                    attempt=self.attempt,
-                    positions=self.config.log.positions,
-                )
-                self.writer.put(records, number)
             self.engine.step()
-            total += loss.detach()
-        total /= accumulation
+            loss_sum += loss.detach()
+        skipped = 0 if self.recorder is None else self.recorder.skipped
+        totals = torch.stack([loss_sum.double() / accumulation, torch.tensor(float(skipped)).to(loss_sum).double()])
         if self.world_size > 1:
-            torch.distributed.all_reduce(total)
-            total /= self.world_size
-        return float(total), self.table.tokens(rows)
+            torch.distributed.all_reduce(totals)
+        summed_loss, all_skipped = totals.tolist()
+        self.skipped_records = int(all_skipped)
+        return summed_loss / self.world_size, self.table.tokens(rows)
 
     def _report(self, number: int, loss: float, tokens: int, seconds: float, mean_tokens_per_second: float) -> None:
         if self.rank:
@@ -176,14 +214,27 @@ class Worker:
             "tokens_per_second": tokens / seconds,
             "mean_tokens_per_second": mean_tokens_per_second,
         }
-        if self.writer is not None:
-            metrics |= {f"log_{name}": float(value) for name, value in self.writer.stats().items()}
+        if self.recorder is not None:
+            # counts of this rank, but for the records that log.sampling left out on all of them
+            metrics |= {f"log_{name}": value for name, value in self.recorder.metrics().items()}
+            metrics["log_skipped_records"] = float(self.skipped_records)
         self.job.tracker.pilot.remote(number, metrics)
 
-    def _checkpoint(self, number: int) -> None:
-        """Log first, then weights, then the marker: a marker promises both."""
-        if self.writer is not None:
-            self.writer.flush(number)
+    def _checkpoint(self, number: int, *, wait: bool) -> bool:
+        """Log first, then weights, then the marker: a marker promises both.
+
+        Args:
+            wait: until the log can be written, whatever `log.full_policy` says.
+
+        Returns:
+            False on every rank: the log cannot be written on one of them, nothing was done.
+        """
+        while not self._log_is_complete(number):
+            self._tell_postponed(f"the checkpoint of round {number} is put off")
+            if not wait:
+                return False
+            time.sleep(SPACE_POLL_SECONDS)
+        self.postponed = False
         folder = save_files(self.engine, self.checkpoints, number)
         _barrier(self.world_size)
         if self.rank == 0:
@@ -194,11 +245,23 @@ class Worker:
                 zero_stage=self.config.pilot.zero_stage,
                 keep=self.config.pilot.keep_checkpoints,
             )
+            if self.recorder is not None:
+                self.job.ledger.report_checkpoint.remote(number)
         _barrier(self.world_size)
+        return True
+
+    def _log_is_complete(self, number: int) -> bool:
+        """Up to this round, on all ranks; all get the same answer."""
+        if self.recorder is None:
+            return True
+        complete = torch.tensor(float(self.recorder.flush(number)), device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(complete, torch.distributed.ReduceOp.MIN)
+        return bool(complete)
 
     def _wait_for_copilot(self, number: int) -> None:
-        assert self.writer is not None
-        self.writer.flush(number)
+        while not self._log_is_complete(number):
+            time.sleep(SPACE_POLL_SECONDS)
         _barrier(self.world_size)
         while _get(self.job.ledger.copilot_round.remote()) < number:
             time.sleep(LOCKSTEP_POLL_SECONDS)

@@ -61,7 +61,7 @@ def flat_params(config: RunConfig) -> dict[str, str]:
             text = value if isinstance(value, str) else json.dumps(value)
             yield prefix, text if len(text) <= PARAM_CHARACTERS else text[: PARAM_CHARACTERS - 3] + "..."
 
-    return dict(walk("", config.model_dump(mode="json")))
+    return dict(walk("", config.public_dump()))
 
 
 def to_mlflow(point: Point) -> list[Metric]:

@@ -112,6 +112,11 @@ def facts(status: Status) -> list[tuple[str, str]]:
         _number(log.get("backlog_rounds"), "{:.0f} rounds"),
         size(log["backlog_bytes"]) if log.get("backlog_bytes") is not None else "",
     ]
+    a_token = pilot.get("metrics", {}).get("log_bytes_per_token")
+    stored = [
+        size(log["bytes"]) if log.get("bytes") is not None else "",
+        f"{size(a_token)} a token" if a_token is not None else "",
+    ]
     speed = [
         _number(status["tokens_per_second"], "{:.0f} tokens/s"),
         _number(status["rounds_per_minute"], "{:.1f} rounds/min"),
@@ -122,7 +127,7 @@ def facts(status: Status) -> list[tuple[str, str]]:
         ("copilot step", _of(copilot.get("step"), plan.get("copilot_steps_total"))),
         ("copilot loss", _number(copilot.get("metrics", {}).get("loss"), "{:.4f}")),
         ("lag", _number(log.get("lag_rounds"), "{:.0f} rounds")),
-        ("log", size(log["bytes"]) if log.get("bytes") is not None else ""),
+        ("log", ", ".join(filter(None, stored))),
         ("backlog", ", ".join(filter(None, backlog))),
         ("speed", ", ".join(filter(None, speed))),
         ("restarts", str(status["restarts"] or "")),

@@ -18,7 +18,7 @@ import ray
 import torch
 
 from tc_ray.data.prepare import prepare
-from tc_ray.mistakelog.ledger import start_ledger
+from tc_ray.mistakelog.ledger_actor import start_ledger
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.pilot.loop import PilotJob

@@ -1,4 +1,4 @@
-"""kill -9 of a process that writes the log, at random moments, with a reader open all the time."""
+"""kill -9 of a process that writes and merges the log, at random moments, with a reader open all the time."""
 
 from __future__ import annotations
 
@@ -8,23 +8,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.ledger import Ledger
+from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.upkeep import Upkeep
+from tc_ray.mistakelog.verify import verify_log
 from tc_ray.mistakelog.writer import RecordWriter
 from tests.mistakelog_samples import assert_same, metadata, random_records
 
-KILLS = 8
-ROUNDS = 400
 ROWS = 4
 CHECKPOINT_EVERY = 5
+ROUNDS_A_KILL = 60
+RESTART_SECONDS = 2.0
 REPOSITORY = Path(__file__).parents[2]
+UPKEEP = Upkeep(
+    compact=True,
+    file_bytes=1 << 20,
+    keep_rounds=None,
+    max_bytes=None,
+    buffer_rounds=1,
+    grace_seconds=1.0,
+    orphan_seconds=3600,
+)
 
 
 def batch(round: int, attempt: int) -> Records:
@@ -32,13 +45,15 @@ def batch(round: int, attempt: int) -> Records:
     return random_records(ROWS, round=round, attempt=attempt, first_sample=10 * round)
 
 
-def pilot(folder: Path) -> None:
+def pilot(folder: Path, rounds: int) -> None:
     """Runs in the killed process: Ledger, writer and a checkpoint file that holds the watermark, like a Pilot."""
+    started = time.monotonic()
     checkpoint = folder.parent / "checkpoint"
     watermark = int(checkpoint.read_text()) if checkpoint.exists() else 0
-    ledger = Ledger(folder, writers=1, run="test")
+    lease = RunLease.take(Location(folder), "pilot")
+    ledger = Ledger(folder, writers=1, run="test", lease=lease.number, upkeep=UPKEEP)
     attempt = ledger.begin_attempt(watermark, 1)
-    print(f"attempt {attempt} from {watermark}", flush=True)
+    print(f"attempt {attempt} from {watermark} in {time.monotonic() - started:.3f}", flush=True)
     writer = RecordWriter(
         folder,
         ledger.commit,
@@ -50,74 +65,99 @@ def pilot(folder: Path) -> None:
         queue_rounds=4,
         start_round=watermark,
     )
-    for number in range(watermark + 1, ROUNDS + 1):
+    for number in range(watermark + 1, rounds + 1):
         writer.put(batch(number, attempt), number)
         writer.end_round(number)
         if number % CHECKPOINT_EVERY == 0:
             writer.flush(number)
             checkpoint.with_suffix(".tmp").write_text(str(number))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            ledger.report_checkpoint(number)
     writer.close()
-    ledger.finish_pilot(ROUNDS)
+    ledger.finish_pilot(rounds)
+    lease.release()
 
 
-def test_no_committed_row_is_lost_doubled_or_torn(tmp_path: Path) -> None:
-    folder = tmp_path / "log"
-    LogStore.create(folder, metadata())
-    tail = LogTail(folder, "test")
-    held: dict[str, Records] = {}
-    dice = random.Random(4)
-    killed = 0
+class Watcher:
+    """A reader that is open all the time, and checks every row it is given."""
 
-    def read() -> None:
-        update = tail.poll()
+    def __init__(self, folder: Path) -> None:
+        self._tail = LogTail(folder, "test")
+        self.held: dict[str, Records] = {}
+        self.polls = 0
+
+    def read(self) -> None:
+        update = self._tail.poll()
+        self.polls += 1
+        assert not update.bad, f"torn files: {update.bad}"
         for name in update.removed:
-            del held[name]
-        held.update(update.new)
+            del self.held[name]
+        self.held.update(update.new)
         for _, records in update.new:
             # torn or mixed files would differ from what was put
             for number, attempt in {(int(r), int(a)) for r, a in zip(records.round, records.attempt, strict=True)}:
                 part = records.select(np.flatnonzero(records.round == number))
                 assert_same(part, batch(number, attempt))
-        counts = Counter(int(s) for records in held.values() for s in records.sample_id)
-        assert set(counts.values()) <= {1}, "a sample twice at one version"
+        samples = self.samples()
+        assert len(np.unique(samples)) == len(samples), "a sample twice at one version"
 
-    while True:
+    def samples(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *(records.sample_id for records in self.held.values())])
+
+
+@pytest.mark.parametrize(
+    "kills", [8, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)], id="200-slow")]
+)
+def test_no_committed_row_is_lost_doubled_or_torn(tmp_path: Path, kills: int) -> None:
+    folder = tmp_path / "log"
+    LogStore.create(folder, metadata())
+    watcher = Watcher(folder)
+    dice = random.Random(4)
+    rounds = kills * ROUNDS_A_KILL
+    restarts = []
+    for killed in range(kills + 1):
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.test_mistakelog_writer_killed", str(folder)],
+            [sys.executable, "-m", "tests.faults.test_mistakelog_writer_killed", str(folder), str(rounds)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )
         assert process.stdout is not None
-        assert process.stdout.readline().startswith(f"attempt {killed + 1} from")
-        if killed < KILLS:
-            end = time.monotonic() + dice.uniform(0.0, 0.25)
-            while time.monotonic() < end:
-                read()
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL, "the process ended before it was killed: raise ROUNDS"
-            killed += 1
-            before = {name: len(records) for name, records in held.items()}
-            read()
-            assert before.items() <= {name: len(records) for name, records in held.items()}.items()
-            state = Ledger(folder, writers=1, run="test").state()
-            checkpoint = tmp_path / "checkpoint"
-            assert state.round >= (int(checkpoint.read_text()) if checkpoint.exists() else 0)
-            assert state.rows == state.round * ROWS == sum(len(records) for records in held.values())
-        else:
-            assert process.wait(timeout=120) == 0
-            read()
+        words = process.stdout.readline().split()
+        assert words[:2] == ["attempt", str(killed + 1)]
+        restarts.append(float(words[5]))
+        if killed == kills:
+            while process.poll() is None:
+                watcher.read()
+            assert process.returncode == 0
             break
+        end = time.monotonic() + dice.uniform(0.0, 0.25)
+        while time.monotonic() < end:
+            watcher.read()
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the process ended before it was killed: raise ROUNDS_A_KILL"
+        before = watcher.samples()
+        watcher.read()
+        assert np.isin(before, watcher.samples()).all(), "a committed row is gone"
+        state = Ledger(folder, writers=1, run="test").state()
+        checkpoint = tmp_path / "checkpoint"
+        assert state.round >= (int(checkpoint.read_text()) if checkpoint.exists() else 0)
+        assert state.rows == state.round * ROWS == len(watcher.samples())
 
+    watcher.read()
+    print(f"{kills} kills, {watcher.polls} polls, restart {max(restarts):.3f} s at most")
+    assert max(restarts) < RESTART_SECONDS
     got = MistakeLog(folder).records()
-    assert got.round.tolist() == [number for number in range(1, ROUNDS + 1) for _ in range(ROWS)]
-    assert got.sample_id.tolist() == [10 * number + i for number in range(1, ROUNDS + 1) for i in range(ROWS)]
+    got = got.select(np.lexsort((got.sample_id, got.round)))
+    assert got.round.tolist() == [number for number in range(1, rounds + 1) for _ in range(ROWS)]
+    assert got.sample_id.tolist() == [10 * number + i for number in range(1, rounds + 1) for i in range(ROWS)]
     assert len(set(got.attempt.tolist())) > 2, "the kills left no trace"
+    assert any("merged" in file.name for file in LogStore(folder).files())
     assert not list(folder.glob("*.tmp"))
+    assert verify_log(folder).good
     assert Ledger(folder, writers=1, run="test").state().pilot_done
 
 
 if __name__ == "__main__":
-    pilot(Path(sys.argv[1]))
+    pilot(Path(sys.argv[1]), int(sys.argv[2]))

@@ -55,6 +55,21 @@ def test_logging_overhead(tmp_path: Path) -> None:
         assert words in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "least_bytes"),
+    [
+        (("--rationale", "all"), 23 * 4 * 32 * 2),
+        (("--rationale", "1,3", "--error", "dense"), 23 * 2 * 32 * 2 + 6 * 258 * 4),
+    ],
+)
+def test_logging_overhead_of_other_logs(tmp_path: Path, options: tuple[str, ...], least_bytes: int) -> None:
+    """Of 4 sequences of 24 tokens, give or take a fifth, 6 of them targets; d 32, 4 layers, V 258."""
+    printed, result = run("logging_overhead.py", tmp_path, *options)
+    assert result["log_bytes_per_round"] > 0.8 * 4 * least_bytes
+    assert result["log_bytes_per_token"] == pytest.approx(result["log_bytes_per_round"] / 24 / 4, rel=0.2)
+    assert "B a token" in printed
+
+
 def measure(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
     """An inference benchmark on a Llama of random weights with a narrower Copilot."""
     size = ["--hidden", "64", "--layers", "3", "--vocab", "300", "--copilot-hidden", "32", "--copilot-layers", "2"]

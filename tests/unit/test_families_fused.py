@@ -44,7 +44,8 @@ def joined(family: str, space: str, feedback: str, **given: Any) -> tuple[FusedM
         new_pilot(family, given.get("pilot", "pilot")), copilot, lam=LAM[space], space=space, feedback=feedback
     )
     positions = "target" if family in ENCODER_DECODER else positions
-    return fused, Fusion(made.pilot, copilot, made, LAM[space], space, feedback, pooling, positions)
+    layers = given.get("tap_layers")
+    return fused, Fusion(made.pilot, copilot, made, LAM[space], space, feedback, pooling, positions, layers)
 
 
 def close_logits(actual: torch.Tensor, expected: torch.Tensor, space: str, feedback: str) -> None:
@@ -112,6 +113,7 @@ ANY = [
     {"base": "narrow-padded"},
     {"producing_state": False},
     {"pooling": "max"},
+    {"tap_layers": [0, 2]},
 ]
 # an encoder-decoder Copilot has one pattern and one set of states
 OTHERS = [{"positions": "target"}, {"pattern": "early"}, {"pattern": "late"}, {"pattern": "all"}]

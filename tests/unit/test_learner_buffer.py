@@ -114,5 +114,5 @@ def test_draws_are_uniform_over_records() -> None:
 
 
 def test_unpooled_states_are_refused() -> None:
-    with pytest.raises(ValueError, match="the log holds 2 layers"):
+    with pytest.raises(ValueError, match="these records hold 2 layers"):
         batch_from_records(random_records(3, layers=2))

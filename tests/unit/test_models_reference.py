@@ -329,6 +329,6 @@ def test_a_copilot_of_another_pilot_is_refused(copilot: Copilot, model_folder: P
     config.hidden_size, config.head_dim = 40, 10
     with pytest.raises(FusionError, match="a Pilot of width 32; this Pilot has 40"):
         FusedModel.join(AutoModelForCausalLM.from_config(config), copilot)
-    strange = SimpleNamespace(config=SimpleNamespace(tap="after the final norm", pooling="mean"))
+    strange = SimpleNamespace(config=SimpleNamespace(tap="after the final norm", pooling="mean", tap_layers=None))
     with pytest.raises(FusionError, match="trained on other hidden states"):
         FusedModel.join(load_pilot(model_folder, dtype=torch.float32), strange)  # type: ignore[arg-type]

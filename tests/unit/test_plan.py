@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,21 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tc_ray.config.load import load_config, save_config
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.batches import collate
-from tc_ray.data.encode import encode_record
 from tc_ray.data.errors import DataError
 from tc_ray.data.estimate import estimate
-from tc_ray.data.sources import iter_records
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.writer import RecordWriter
 from tc_ray.models.families import UnknownFamilyError
-from tc_ray.models.pilot import PilotStep, load_pilot
+from tc_ray.models.pilot import load_pilot
 from tc_ray.models.source import ModelSourceError
-from tc_ray.pilot.recording import to_records
 from tc_ray.plan import make_plan
 from tests.family_samples import folder_of
-from tests.mistakelog_samples import metadata
 from tests.tiny_families import ENCODER_DECODER
 from tests.tiny_model import make_tiny_llama
 
@@ -142,7 +133,7 @@ def test_sizes_are_those_of_the_models_that_are_trained(
     data: Path, tmp_path: Path, family: str, base: str, copilot: dict[str, Any], method: str
 ) -> None:
     from tc_ray.copilot.learner import Learner
-    from tc_ray.copilot.worker import build_copilot
+    from tc_ray.copilot.worker import build_copilot, output_ids_of
     from tc_ray.models.pilot import add_adapters
 
     decoder_only = family not in ENCODER_DECODER
@@ -162,68 +153,11 @@ def test_sizes_are_those_of_the_models_that_are_trained(
     pilot = add_adapters(load_pilot(pilot_folder, dtype=torch.float32), config.pilot)
     assert sizes.pilot_trainable == sum(p.numel() for p in pilot.parameters() if p.requires_grad)
     assert sizes.pilot == sum(p.numel() for name, p in pilot.named_parameters() if "lora_" not in name)
-    built = build_copilot(config, pilot_folder, base_folder)
+    built = build_copilot(config, pilot_folder, base_folder, output_ids_of(config))
     assert sizes.copilot == sum(p.numel() for p in built.parameters())
     assert (sizes.copilot_layers, sizes.copilot_hidden_size) == (len(built.layers), 32 if base == "pilot" else 24)
     learner = Learner(built, config.copilot, total_steps=1)
     assert sizes.copilot_trainable == sum(p.numel() for p in learner.parameters.values())
-
-
-@pytest.mark.parametrize(
-    ("family", "positions", "flush_rounds", "top_k"),
-    [("llama", "all", 4, 16), ("llama", "target", 1, 16), ("llama", "all", 4, 1000), ("flan_t5", "target", 4, 16)],
-)
-def test_predicted_log_bytes_are_what_is_written(
-    data: Path, tmp_path: Path, family: str, positions: str, flush_rounds: int, top_k: int
-) -> None:
-    model, encoder_decoder = folder_of(family), family in ENCODER_DECODER
-    log = {"positions": positions, "flush_rounds": flush_rounds, "top_k": top_k}
-    config = config_of(model, str(data), tmp_path / "run", log=log, copilot={"layers": [0, 2]})
-    predicted = make_plan(config).log_bytes_per_round
-    assert predicted is not None
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [
-        encode_record(record, config.data, tokenizer, 0, False, encoder_decoder=encoder_decoder)
-        for record in iter_records(data)
-    ]
-    step = PilotStep(load_pilot(model, dtype=torch.float32), top_k=top_k)
-    told = {"positions": positions, "question": "states" if encoder_decoder else "ids"}
-    store = LogStore.create(tmp_path / "log", metadata(rationale_dim=32, top_k=min(top_k, 257), **told))
-    ledger = Ledger(store.path, writers=1, run="test")
-    writer = RecordWriter(
-        store.path,
-        ledger.commit,
-        run="test",
-        rank=0,
-        attempt=ledger.begin_attempt(0, 1),
-        flush_rounds=flush_rounds,
-        file_bytes=config.log.file_bytes,
-        queue_rounds=4,
-    )
-    rounds = ROWS // BATCH
-    for number in range(1, rounds + 1):
-        for at in range((number - 1) * BATCH, number * BATCH, 4):
-            batch = collate([{**rows[i], "sample_id": i} for i in range(at, at + 4)], 0)
-            ids, lengths, starts = (torch.from_numpy(batch[n]) for n in ("input_ids", "lengths", "target_start"))
-            record = step.measure(ids, lengths, starts).record
-            assert record is not None
-            fields = {n: batch[n] for n in ("input_ids", "lengths", "target_start", "sample_id")}
-            records = to_records(
-                record,
-                **fields,
-                seen=np.zeros(4, np.int16),
-                round_number=number,
-                rank=0,
-                attempt=1,
-                positions=positions,
-            )
-            writer.put(records, number)
-        writer.end_round(number)
-    writer.close()
-    state = ledger.state()
-    assert state.round == rounds and state.files == rounds // flush_rounds
-    assert predicted == pytest.approx(state.bytes / rounds, rel=0.1)
 
 
 def test_the_sample_obeys_pattern_cutoff_and_bad_rows(tiny: Path, tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def test_an_event_is_printed_once_and_as_it_is(tracker: Tracker) -> None:
 def test_line_tells_what_there_is(tracker: Tracker) -> None:
     shown, out = view()
     tracker.plan(rounds_total=10, copilot_steps_total=30)
-    tracker.pilot(1, {"loss": 2.5})
-    tracker.log({"lag_rounds": 4})
+    tracker.pilot(1, {"loss": 2.5, "log_bytes_per_token": 1234.5})
+    tracker.log({"lag_rounds": 4, "bytes": 56_000})
     shown.show(tracker.status())
-    assert "round 1/10 | pilot loss 2.5000 | lag 4 rounds" in out.getvalue()
+    assert "round 1/10 | pilot loss 2.5000 | lag 4 rounds | log 56.0 KB, 1.2 KB a token" in out.getvalue()
     assert "copilot" not in out.getvalue() and "None" not in out.getvalue()
 
 

@@ -17,6 +17,7 @@ class CopilotConfig(PreTrainedConfig):
         pattern: which layers of a decoder-only Copilot attend to the Pilot (table 18).
         producing_state: add the state that produced p^_i to input row i.
         pooling: how the Pilot's states are pooled over its layers (table 19).
+        tap_layers: the Pilot's decoder layers, from 0, that those states are pooled over; None: all.
         tap: definition in words of the hidden states the Copilot was trained on.
         positions: states it was trained on, `log.positions`: all, or target (those that predict a target token).
         output_size: A, tokens that f can be non-zero for; 0 is all of V.
@@ -34,6 +35,7 @@ class CopilotConfig(PreTrainedConfig):
         pattern: str = "alternate",
         producing_state: bool = True,
         pooling: str = "mean",
+        tap_layers: list[int] | None = None,
         tap: str = "",
         positions: str = "all",
         output_size: int = 0,
@@ -47,6 +49,7 @@ class CopilotConfig(PreTrainedConfig):
         self.pattern = pattern
         self.producing_state = producing_state
         self.pooling = pooling
+        self.tap_layers = tap_layers
         self.tap = tap
         self.positions = positions
         self.output_size = output_size

@@ -133,6 +133,7 @@ class Copilot(PreTrainedModel):
         pattern: str = "alternate",
         producing_state: bool = True,
         pooling: str = "mean",
+        tap_layers: Sequence[int] | None = None,
         positions: str = "all",
         tokenizer: str = "",
         random_weights: bool = False,
@@ -144,6 +145,7 @@ class Copilot(PreTrainedModel):
             layers: indices of its decoder layers, in order.
             pilot: the Pilot, for its embedding table, widths and family.
             output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
+            pooling, tap_layers: the Pilot's states it will be trained on; tap_layers None: of all layers.
             positions: states of the log it will be trained on, all or target.
             tokenizer: `vocabulary_hash` of the tokenizer, kept for `tc-ray fuse`.
             random_weights: read only the base's config (tests, training from scratch).
@@ -172,7 +174,8 @@ class Copilot(PreTrainedModel):
                 pattern=pattern,
                 producing_state=producing_state,
                 pooling=pooling,
-                tap=tap_definition(pooling),
+                tap_layers=None if tap_layers is None else list(tap_layers),
+                tap=tap_definition(pooling, tap_layers),
                 positions="target" if family.encoder_decoder else positions,
                 output_size=0 if output_ids is None else len(output_ids),
                 tokenizer=tokenizer,

@@ -59,7 +59,7 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
         self.generation_config = pilot.generation_config or GenerationConfig.from_model_config(pilot.config)
         self.vocab_size = pilot.config.vocab_size
         self._family = family_of(pilot)
-        self._tap = LayerTap(self._family.layers(pilot), copilot.config.pooling)
+        self._tap = LayerTap(self._family.layers(pilot), copilot.config.pooling, copilot.config.tap_layers)
         self._feedbacks = {name: kind(copilot) for name, kind in FEEDBACKS.items()}
         self._share_embedding()
         self.eval()
@@ -225,15 +225,21 @@ def check_fit(pilot_config: Any, copilot_config: CopilotConfig) -> None:
     Vocabularies may differ in their padding: token ids are aligned. That both use one tokenizer is checked where the
     tokenizers are at hand (`tc-ray fuse`).
     """
-    tap, pooling = copilot_config.tap, copilot_config.pooling
+    tap, pooling, layers = copilot_config.tap, copilot_config.pooling, copilot_config.tap_layers
     if pooling not in POOLINGS:
         raise FusionError(f"the Copilot was trained on states pooled by {pooling!r}: not one of {', '.join(POOLINGS)}")
-    if tap != tap_definition(pooling):
-        raise FusionError(f"the Copilot was trained on other hidden states: {tap!r}, not {tap_definition(pooling)!r}")
+    expected = tap_definition(pooling, layers)
+    if tap != expected:
+        raise FusionError(f"the Copilot was trained on other hidden states: {tap!r}, not {expected!r}")
     kinds = ("decoder-only", "encoder-decoder")
     own, pilot = (family_of(config).encoder_decoder for config in (copilot_config.decoder_config(), pilot_config))
     if own != pilot:
         raise FusionError(f"the Copilot is {kinds[own]}, the Pilot {kinds[pilot]}")
+    count = family_of(pilot_config).layer_count(pilot_config)
+    if layers and layers[-1] >= count:
+        raise FusionError(
+            f"the Copilot was trained on states of the Pilot's layers {layers}, from 0; this Pilot has {count} layers"
+        )
     if pilot_config.hidden_size != copilot_config.pilot_hidden_size:
         raise FusionError(
             f"the Copilot was made for a Pilot of width {copilot_config.pilot_hidden_size}; "

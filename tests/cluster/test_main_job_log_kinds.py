@@ -1,0 +1,105 @@
+"""The main job with the other kinds of log: k chosen in the run, some layers, a part of the records, dense errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.data.batches import RoundOrder
+from tc_ray.job import JobResult, run_job
+from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.sampling import in_fraction
+from tc_ray.models.fusion import FusedModel
+from tc_ray.tracking.points import read_points
+from tests.tiny_run import tiny_config
+
+ROUNDS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    log: dict[str, Any] = {
+        "log__top_k": "auto",
+        "log__top_k_captured": 0.9,
+        "log__top_k_rounds": 3,
+        "log__rationale": [0, 2],
+        "log__pooling": "max",
+        "log__sampling": "fraction",
+        "log__sampling_fraction": 0.5,
+    }
+    return tiny_config(tmp_path_factory.mktemp("job"), resources__pilot_workers=2, pilot__max_rounds=ROUNDS, **log)
+
+
+@pytest.fixture(scope="module")
+def result(config: RunConfig) -> JobResult:
+    return run_job(config)
+
+
+def points(config: RunConfig, kind: str) -> list[dict[str, Any]]:
+    return [p for p in read_points(config.run.path / "metrics.jsonl") if p["kind"] == kind]
+
+
+def test_the_fraction_is_in_the_log_and_the_rest_is_counted(config: RunConfig, result: JobResult) -> None:
+    train = json.loads((config.run.path / "data" / "data.json").read_text())["rows"]["train"]
+    order = RoundOrder(train, config.pilot.batch_size, config.pilot.epochs, config.run.seed)
+    trained = [(number, int(row)) for number in range(1, ROUNDS + 1) for row in order.sample_rows(number)]
+    chosen = in_fraction(0.5, config.run.seed, *(np.array(column) for column in zip(*trained, strict=True)))
+    wanted = sorted(key for key, kept in zip(trained, chosen, strict=True) if kept)
+    rows = MistakeLog(config.run.path / "log").arrow(columns=["round", "sample_id"])
+    assert sorted(zip(rows["round"].to_pylist(), rows["sample_id"].to_pylist(), strict=True)) == wanted
+    assert points(config, "pilot")[-1]["metrics"]["log_skipped_records"] == len(trained) - len(wanted) > 0
+
+
+def test_k_is_chosen_once_for_both_workers_and_said(config: RunConfig, result: JobResult) -> None:
+    records = MistakeLog(config.run.path / "log").records()
+    k = records.top_k
+    assert 1 < k < 257 and set(records.rank.tolist()) == {0, 1}
+    (event,) = [e for e in points(config, "event") if e["event"] == "log"]
+    assert f"the log keeps the {k} largest errors a token: 9" in event["text"] and "rounds 1 to 3" in event["text"]
+    reports = [p["metrics"] for p in points(config, "pilot")]
+    assert "log_top_k" not in reports[1]
+    assert [m["log_top_k"] for m in reports[2:]] == [k] * (ROUNDS - 2)
+    assert 0.9 <= reports[-1]["log_captured_share"] < 1
+    # whoever waits for the file of the last rounds: what was acknowledged before is counted
+    assert reports[-1]["log_bytes_per_token"] > 2 * 2 * 32 / 2
+
+
+def test_the_copilot_reads_the_layers_pooled(config: RunConfig, result: JobResult) -> None:
+    log = MistakeLog(config.run.path / "log")
+    assert (log.metadata.pooling, log.metadata.rationale_layers, log.metadata.layers) == ("none", 2, "0,2")
+    assert log.records().rationale.shape[1:] == (2, 32)
+    assert result.export is not None
+    fused = FusedModel.from_pretrained(result.export)
+    assert (fused.copilot.config.tap_layers, fused.copilot.config.pooling) == ([0, 2], "max")
+    losses = [p["metrics"]["loss"] for p in points(config, "copilot")]
+    assert len(losses) == 2 * ROUNDS and losses[-1] < losses[0]
+    made = fused.generate(torch.tensor([[5, 9, 30]]), max_new_tokens=4, do_sample=False, lam=0.5)
+    assert made.shape[0] == 1
+
+
+@pytest.mark.slow
+def test_dense_errors_of_all_layers(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, pilot__max_rounds=ROUNDS, log__error="dense", log__rationale="all", log__sampling="mistakes"
+    )
+    result = run_job(config)
+    assert result.report is not None
+    records = MistakeLog(config.run.path / "log").records()
+    records.validate()
+    assert (records.error, records.top_k, records.rationale_layers) == ("dense", 257, 4)
+    np.testing.assert_allclose(records.error_values.sum(1), 0.0, atol=1e-5)

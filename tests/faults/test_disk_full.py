@@ -1,0 +1,165 @@
+"""A real file system of 64 MB that fills up and is freed again, under each policy.
+
+The Pilot's loop runs in a process of its own, on a tmpfs mounted for the test (as root, or in a name space of its own); the
+space is taken by a file beside the log. It must survive, show no partial file, count what it drops to the record, and go on
+by itself. The log is read and compared afterwards, row for row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tc_ray.mistakelog.commits import dropped_records
+from tc_ray.mistakelog.ledger import Ledger
+from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.records import Records
+from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.verify import verify_log
+from tc_ray.mistakelog.writer import RecordWriter
+from tests.mistakelog_samples import assert_same, metadata, random_records
+
+REPOSITORY = Path(__file__).parents[2]
+SIZE = 64 << 20
+ROWS = 40
+FILLED, FREED, END = 30, 60, 120
+"""Rounds after which the disk is filled, freed, and the last one."""
+ROUND_SECONDS = 0.02
+
+
+def batch(round: int, part: int) -> Records:
+    records = random_records(ROWS, round=round, first_sample=1000 * round + 100 * part, seed=part)
+    return records
+
+
+def pilot(root: Path, policy: str) -> None:
+    """Runs in the process that owns the file system; prints what happened as one line of JSON."""
+    folder = root / "log"
+    LogStore.create(folder, metadata())
+    ledger = Ledger(folder, writers=1, run="test")
+    attempt = ledger.begin_attempt(0, 1)
+    writer = RecordWriter(
+        folder,
+        ledger.commit,
+        run="test",
+        rank=0,
+        attempt=attempt,
+        flush_rounds=2,
+        file_bytes=1 << 20,
+        queue_rounds=16,
+        full_policy=policy,  # type: ignore[arg-type]
+    )
+    ballast = root / "ballast"
+    refused = postponed = 0
+    started = time.monotonic()
+    freeing: subprocess.Popen[bytes] | None = None
+    for number in range(1, END + 1):
+        if number == FILLED:
+            fill(ballast)
+            if policy == "block":  # nobody but another process can free it
+                freeing = subprocess.Popen(["/bin/sh", "-c", f"sleep 2; rm {ballast}"])
+        if number == FREED and freeing is None:
+            ballast.unlink()
+        for part in range(2):
+            refused += not writer.put(batch(number, part), number)
+        writer.end_round(number)
+        if number % 20 == 0 and not writer.flush(number):
+            postponed += 1
+        time.sleep(ROUND_SECONDS)
+    seconds = time.monotonic() - started
+    while not writer.flush(END):
+        time.sleep(0.05)
+    writer.close()
+    ledger.finish_pilot(END)
+    told = {
+        "refused": refused,
+        "postponed": postponed,
+        "seconds": seconds,
+        "stats": writer.stats(),
+        "state": {"round": ledger.state().round, "rows": ledger.state().rows, "dropped": ledger.state().dropped},
+        "drops": dropped_records(LogStore(folder).commits()).get(0, {}),
+    }
+    shutil.copytree(folder, os.environ["COPY_TO"])
+    print(json.dumps(told), flush=True)
+
+
+def fill(ballast: Path) -> None:
+    """Take all space, to the last block."""
+    with ballast.open("wb", buffering=0) as file:
+        block = 1 << 20
+        while block:
+            try:
+                file.write(bytes(block))
+            except OSError:
+                block //= 2
+
+
+def mounted(command: list[str], root: Path) -> list[str]:
+    """The command, on a file system of its own at `root`."""
+    script = f'mount -t tmpfs -o size={SIZE} tmpfs "$0" && exec "$@"'
+    space = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-Urm"]
+    return [*space, "/bin/sh", "-c", script, str(root), *command]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("unshare") is None or subprocess.run(mounted(["true"], folder), check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here, neither as root nor in a user name space")
+    return folder
+
+
+@pytest.mark.parametrize("policy", ["block", "subsample", "stop"])
+def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
+    run = subprocess.run(
+        mounted([sys.executable, "-m", "tests.faults.test_disk_full", str(root), policy], root),
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COPY_TO": str(tmp_path / "copy")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout.splitlines()[-1])
+    stats, drops = told["stats"], {int(round): count for round, count in told["drops"].items()}
+    assert stats["full_seconds"] > 0.4, "the disk was never full"
+    assert told["state"]["round"] == END
+    put = END * 2 * ROWS
+    assert told["state"]["rows"] + sum(drops.values()) == put
+    assert stats["dropped_records"] == told["state"]["dropped"] == sum(drops.values())
+    if policy == "block":
+        assert drops == {} and told["refused"] == 0 and stats["blocked_seconds"] > 0.3
+    else:
+        assert drops and told["postponed"] > 0 and stats["blocked_seconds"] == 0
+        assert told["seconds"] < 3 * END * ROUND_SECONDS + 5, "the Pilot waited"
+        assert min(drops) >= FILLED - 10
+    if policy == "subsample":
+        assert told["refused"] == sum(drops.values()) // ROWS
+
+    records = MistakeLog(tmp_path / "copy").records()
+    for number in range(1, END + 1):
+        part = records.select(np.flatnonzero(records.round == number))
+        assert len(part) + drops.get(number, 0) == 2 * ROWS
+        for half in (0, 1):
+            whole = batch(number, half)
+            kept = part.select(np.flatnonzero(np.isin(part.sample_id, whole.sample_id)))
+            assert len(kept) in (0, ROWS), "half of a micro-batch"
+            if len(kept):
+                assert_same(kept, whole)
+    result = verify_log(tmp_path / "copy")
+    assert result.good and result.orphans == [], result.lines()
+    assert max(drops, default=0) < END - 5, "recording did not go on by itself"
+
+
+if __name__ == "__main__":
+    pilot(Path(sys.argv[1]), sys.argv[2])
