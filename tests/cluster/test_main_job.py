@@ -126,7 +126,7 @@ def test_report_says_what_was_measured(config: RunConfig, result: JobResult) -> 
 
 def test_finished_run_is_not_trained_again(config: RunConfig, result: JobResult) -> None:
     run = config.run.path
-    log_version = MistakeLog(run / "log").version
+    files = MistakeLog(run / "log").files
     weights = (run / "pilot" / "final" / "model.safetensors").stat().st_mtime_ns
     steps = sum(p["kind"] in ("pilot", "copilot") for p in read_points(run / "metrics.jsonl"))
     started = time.monotonic()
@@ -134,7 +134,7 @@ def test_finished_run_is_not_trained_again(config: RunConfig, result: JobResult)
     again = run_job(config.model_copy(update={"fusion": config.fusion.model_copy(update={"max_test_rows": 4})}))
     assert time.monotonic() - started < 60
     assert again.report.comparison.rows == 4
-    assert MistakeLog(run / "log").version == log_version
+    assert MistakeLog(run / "log").files == files
     assert (run / "pilot" / "final" / "model.safetensors").stat().st_mtime_ns == weights
     assert sum(p["kind"] in ("pilot", "copilot") for p in read_points(run / "metrics.jsonl")) == steps
     assert read_status(run)["state"] == "done"
