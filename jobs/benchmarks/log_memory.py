@@ -28,13 +28,12 @@ for folder in (ROOT, Path(__file__).resolve().parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from log_throughput import make_records
+from log_throughput import make_records, metadata_of
 from workload import machine, print_table, write_json
 
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.reader import LogTail
-from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
 from tc_ray.mistakelog.writer import RecordWriter
@@ -68,19 +67,7 @@ class Samples:
 
 def write(folder: Path, minutes: float, per_second: float) -> None:
     """The writer's process."""
-    samples, one = Samples(), make_records(1, **SIZES)
-    metadata = LogMetadata(
-        run="benchmark",
-        pilot="none",
-        tokenizer_hash="",
-        vocab_size=49152,
-        rationale_dim=one.rationale_dim,
-        rationale_layers=1,
-        pooling="mean",
-        tap="random",
-        positions="all",
-        top_k=one.top_k,
-    )
+    samples, metadata = Samples(), metadata_of(make_records(1, **SIZES))
     store = LogStore.create(folder, metadata)
     upkeep = Upkeep(
         compact=True,

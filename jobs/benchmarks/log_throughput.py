@@ -36,7 +36,7 @@ from workload import machine, print_table, spread, write_json
 
 from tc_ray.copilot.batching import batch_from_records
 from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.location import sync_file
+from tc_ray.mistakelog.location import sync
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
@@ -77,6 +77,22 @@ def make_records(number: int, *, tokens: int, targets: int, width: int, top_k: i
     )
 
 
+def metadata_of(records: Records) -> LogMetadata:
+    """Of a log that holds records like these."""
+    return LogMetadata(
+        run="benchmark",
+        pilot="none",
+        tokenizer_hash="",
+        vocab_size=49152,
+        rationale_dim=records.rationale_dim,
+        rationale_layers=1,
+        pooling="mean",
+        tap="random",
+        positions="all",
+        top_k=records.top_k,
+    )
+
+
 class Disk:
     """The two ways to write and to read, in one folder."""
 
@@ -111,25 +127,13 @@ class Disk:
                 file_size, waiting, size = file_size + size, [], 0
             if file_size >= self._file_bytes or last:
                 writer.close()
-                sync_file(path)
+                sync(path)
                 writer, number, file_size = None, number + 1, 0
         return time.perf_counter() - began
 
     def write_log(self, name: str) -> float:
         """Seconds of the record writer with its Ledger."""
-        first = self._rounds[0]
-        metadata = LogMetadata(
-            run="benchmark",
-            pilot="none",
-            tokenizer_hash="",
-            vocab_size=49152,
-            rationale_dim=first.rationale_dim,
-            rationale_layers=1,
-            pooling="mean",
-            tap="random",
-            positions="all",
-            top_k=first.top_k,
-        )
+        metadata = metadata_of(self._rounds[0])
         store = LogStore.create(self._folder / name, metadata)
         ledger = Ledger(store.location, writers=1, run="benchmark")
         attempt = ledger.begin_attempt(0, 1)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tc_ray.copilot.learner import Learner
-from tc_ray.mistakelog.location import sync_folder, sync_tree
+from tc_ray.mistakelog.location import sync, sync_tree
 
 _POSITION = "position.json"
 
@@ -34,7 +34,7 @@ def save(learner: Learner, root: Path, position: Position, *, keep: int = 2) -> 
     sync_tree(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
-    sync_folder(root)
+    sync(root)
     for old in _complete(root)[:-keep]:
         shutil.rmtree(old)
     return folder

@@ -7,10 +7,10 @@ of a snapshot), the Ledger (drop counts), vacuum (when a file left the table) an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from tc_ray.mistakelog.datafile import DataFile
 from tc_ray.mistakelog.location import Location
@@ -40,41 +40,58 @@ class Commit:
     note: dict[str, Any] = field(default_factory=dict)
 
 
+class Fate(NamedTuple):
+    """What the commits say of one file."""
+
+    sha256: str | None
+    crc32: int | None
+    removed: float | None
+    """Unix seconds at which it left the table; None: it did not."""
+
+
 class CommitLog:
-    """Commits of one table, read as far as asked."""
+    """Commits of one table, read as far as asked. Only the fates of files are kept, and vacuum lets those go too."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
         self._read = -1
-        self._commits: list[Commit] = []
-        self._checksums: dict[str, tuple[str | None, int | None]] = {}
+        self._fates: dict[str, Fate] = {}
 
-    def upto(self, version: int) -> list[Commit]:
-        """Commits 0..version, oldest first. Commit files that are gone (another tool's clean-up) are left out."""
+    def commits(self, version: int) -> list[Commit]:
+        """Commits 0..version, oldest first, read anew. Commit files that are gone (another tool's clean-up) are left out."""
+        return [commit for commit in self._load(range(version + 1)) if commit is not None]
+
+    def fates(self, version: int) -> dict[str, Fate]:
+        """Of all files of versions up to this one (and perhaps later ones) that were not forgotten."""
         if version > self._read:
-            wanted = range(self._read + 1, version + 1)
-            if self._location.local is None and len(wanted) > 1:
-                with ThreadPoolExecutor(_REMOTE_READERS) as pool:
-                    found = list(pool.map(self._load, wanted))
-            else:
-                found = [self._load(number) for number in wanted]
-            for commit in found:
+            for commit in self._load(range(self._read + 1, version + 1)):
                 if commit is not None:
-                    self._commits.append(commit)
-                    for file in commit.files:
-                        if file.name is not None:
-                            # logs of the first version have no CRC-32
-                            self._checksums[file.name] = (file.sha256 or None, file.crc32 or None)
+                    self._note(commit)
             self._read = version
-        return [commit for commit in self._commits if commit.version <= version]
+        return self._fates
 
-    def checksums(self, version: int) -> dict[str, tuple[str | None, int | None]]:
-        """File name -> (SHA-256, CRC-32) as committed, of all files up to this version (and perhaps later ones)."""
-        if version > self._read:
-            self.upto(version)
-        return self._checksums
+    def forget(self, names: Iterable[str]) -> None:
+        """Let go of files that are no longer there."""
+        for name in names:
+            self._fates.pop(name, None)
 
-    def _load(self, version: int) -> Commit | None:
+    def _note(self, commit: Commit) -> None:
+        for file in commit.files:
+            if file.name is not None:
+                # logs of the first version have no CRC-32
+                self._fates[file.name] = Fate(file.sha256 or None, file.crc32 or None, None)
+        for name, seconds in commit.removed.items():
+            known = self._fates.get(name, Fate(None, None, None))
+            self._fates[name] = known._replace(removed=seconds or commit.time)
+
+    def _load(self, versions: range) -> Iterator[Commit | None]:
+        if self._location.local is not None or len(versions) < 2:
+            yield from map(self._parse, versions)
+            return
+        with ThreadPoolExecutor(_REMOTE_READERS) as pool:
+            yield from pool.map(self._parse, versions)
+
+    def _parse(self, version: int) -> Commit | None:
         try:
             return parse_commit(version, self._location.read(commit_name(version)))
         except FileNotFoundError:

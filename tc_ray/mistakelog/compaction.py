@@ -28,7 +28,12 @@ _MERGED = -1
 
 
 def merge_plan(
-    files: Sequence[StoredFile], target_bytes: int, safe_round: int, *, eager: bool = False
+    files: Sequence[StoredFile],
+    target_bytes: int,
+    safe_round: int,
+    *,
+    most_rounds: int | None = None,
+    eager: bool = False,
 ) -> list[list[StoredFile]]:
     """Groups of files to merge, oldest first.
 
@@ -36,8 +41,9 @@ def merge_plan(
         files: of the table, in any order.
         target_bytes: length that files are merged up to; those of half of it are large enough already.
         safe_round: last round that no restart of the Pilot takes back.
-        eager: merge whatever can be merged; otherwise only where it pays: half of the target comes together, or
-            `_FEWEST_FILES` files of which none makes up more than half.
+        most_rounds: that a merged file may span: it leaves the log as a whole, with its newest round.
+        eager: merge whatever can be merged; otherwise only where it pays: half of the target comes together, or all that
+            `most_rounds` allows, or `_FEWEST_FILES` files of which none makes up more than half.
 
     Returns:
         Groups of at least two neighbours in the order of rounds, each of at most `target_bytes` together.
@@ -45,10 +51,10 @@ def merge_plan(
     groups: list[list[StoredFile]] = []
     group: list[StoredFile] = []
 
-    def close() -> None:
+    def close(complete: bool = False) -> None:
         nonlocal group
         total, largest = sum(file.bytes for file in group), max((file.bytes for file in group), default=0)
-        pays = 2 * total >= target_bytes or (len(group) >= _FEWEST_FILES and 2 * largest <= total)
+        pays = complete or 2 * total >= target_bytes or (len(group) >= _FEWEST_FILES and 2 * largest <= total)
         if len(group) > 1 and (eager or pays):
             groups.append(group)
         group = []
@@ -57,6 +63,8 @@ def merge_plan(
         if 2 * file.bytes >= target_bytes or file.round_max > safe_round:
             close()
             continue
+        if group and most_rounds is not None and file.round_max - group[0].round_min >= most_rounds:
+            close(complete=True)
         if sum(member.bytes for member in group) + file.bytes > target_bytes:
             close()
         group.append(file)

@@ -84,7 +84,7 @@ class Location:
         above = next(p for p in self.local.parents if p.is_dir())
         self.local.mkdir(parents=True, exist_ok=True)
         for folder in (self.local, *self.local.parents):
-            sync_folder(folder)
+            sync(folder)
             if folder == above:
                 break
 
@@ -126,7 +126,7 @@ class Location:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
     def touch(self, name: str) -> None:
         """Set a file's modification time to now; needs no free space locally.
@@ -150,7 +150,7 @@ class Location:
         """Give a local file its final name, durably."""
         assert self.local is not None, "objects cannot be renamed"
         os.rename(self.local / name, self.local / new)
-        sync_folder(self.local)
+        sync(self.local)
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is not there is fine."""
@@ -196,17 +196,8 @@ class _ObjectOutput:
             self.close()
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk: without it a rename can be lost with the machine."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    """Flush a file that another library has written."""
+def sync(path: Path) -> None:
+    """Flush a file that another library has written, or a folder's entries: without it a rename can be lost with the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -218,5 +209,5 @@ def sync_tree(folder: Path) -> None:
     """Flush every file below a folder, and the folders themselves: what is renamed or marked afterwards is whole."""
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # another worker's temporary file
-            sync_folder(path) if path.is_dir() else sync_file(path)
-    sync_folder(folder)
+            sync(path)
+    sync(folder)

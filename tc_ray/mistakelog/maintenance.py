@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _VACUUM_SECONDS = (0.2, 60.0)
 _SAY_AGAIN_SECONDS = 600.0
+_LEAST_PARTS = 8
 
 
 @dataclass
@@ -137,12 +138,22 @@ class Maintenance:
     def _merge(self, done: Maintained, numbers: Mapping[str, int], safe_round: int) -> None:
         limits = self._upkeep
         files = self._store.files()
-        plan = merge_plan([file for file in files if file.name not in self._bad], limits.file_bytes, safe_round)
+        # files are retired whole: with a limit on the log, one of them may only be a small part of it
+        target, most_rounds = limits.file_bytes, None
+        if limits.max_bytes is not None:
+            target = min(target, max(limits.max_bytes // _LEAST_PARTS, 1))
+        if limits.keep_rounds is not None:
+            most_rounds = max(limits.keep_rounds // _LEAST_PARTS, 1)
+        whole = [file for file in files if file.name not in self._bad]
+        plan = merge_plan(whole, target, safe_round, most_rounds=most_rounds)
         if not plan:
             return
         size = sum(file.bytes for file in plan[0])
-        if limits.max_bytes is not None and self._disk_bytes(files) + size > limits.max_bytes:
-            return  # the copies have no room until vacuum has made some
+        if limits.max_bytes is not None and self._disk is not None:
+            # the copies need room beside what is written until the next vacuum makes some
+            written = limits.file_bytes + self._disk.recent_bytes // 4
+            if self._disk_bytes(files) + size + written > limits.max_bytes:
+                return
         try:
             done.merge = merge(self._store, plan[0], numbers=numbers, compression=self._compression)
             done.merged = plan[0]

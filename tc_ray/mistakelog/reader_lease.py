@@ -134,8 +134,8 @@ class HeldVersion:
     process: ProcessId
 
 
-def held_versions(location: Location, now: float | None = None) -> list[HeldVersion]:
-    """Versions that living readers hold; the leases of dead ones are removed.
+def held_versions(location: Location, now: float | None = None, *, forget: bool = True) -> list[HeldVersion]:
+    """Versions that living readers hold; the leases of dead ones are removed if `forget`.
 
     Args:
         now: unix seconds by the clock of the disk or store; default: this machine's.
@@ -155,6 +155,6 @@ def held_versions(location: Location, now: float | None = None) -> list[HeldVers
                 held.append(lease)
         elif lease is not None and is_running(lease.process):
             held.append(lease)
-        else:
+        elif forget:
             location.delete(entry.name)
     return held

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tc_ray.mistakelog.commits import LOG_FOLDER, parse_commit
-from tc_ray.mistakelog.location import Location, sync_folder
+from tc_ray.mistakelog.location import Location, sync
 from tc_ray.mistakelog.schema import LogSchemaError
 
 TORN_FOLDER = "_tc_ray/torn"
@@ -95,6 +95,6 @@ def _move(location: Location, path: Path, what: str) -> str:
         target = aside / f"{path.name}.{number}"
     size = path.stat().st_size
     os.rename(path, target)
-    sync_folder(aside)
-    sync_folder(path.parent)
+    sync(aside)
+    sync(path.parent)
     return f"{path.name} ({what}, torn at {size} bytes) moved to {TORN_FOLDER}"

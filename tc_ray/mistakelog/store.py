@@ -11,7 +11,7 @@ import errno
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
-from tc_ray.mistakelog.commits import LOG_FOLDER, Commit, CommitLog, commit_name
+from tc_ray.mistakelog.commits import LOG_FOLDER, Commit, CommitLog, Fate, commit_name
 from tc_ray.mistakelog.datafile import DataFile, read_file
-from tc_ray.mistakelog.location import Location, sync_file, sync_folder
+from tc_ray.mistakelog.location import Location, sync
 from tc_ray.mistakelog.repair import repair
 from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogMetadata, LogSchemaError
 
@@ -158,8 +158,16 @@ class LogStore:
         return self._table.transaction_version(name)
 
     def commits(self) -> list[Commit]:
-        """All commits up to this version that this package made, oldest first."""
-        return self._commits.upto(self.version)
+        """All commits up to this version, oldest first, read anew: for what is asked seldom."""
+        return self._commits.commits(self.version)
+
+    def fates(self) -> dict[str, Fate]:
+        """Checksums, and the time of removal, of every file that was ever committed up to this version; see `forget`."""
+        return self._commits.fates(self.version)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Files that are no longer there: nothing need be known of them."""
+        self._commits.forget(names)
 
     def files(self) -> list[StoredFile]:
         """Data files at this version, by round, then name.
@@ -176,10 +184,10 @@ class LogStore:
         return self._files_of(DeltaTable(self.location.uri, version=version, storage_options=self.location.options))
 
     def _files_of(self, table: DeltaTable) -> list[StoredFile]:
-        checksums = self._commits.checksums(int(table.version()))
+        fates = self._commits.fates(int(table.version()))
         files = []
         for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
-            sha256, crc32 = checksums.get(row["path"], (None, None))
+            sha256, crc32, _ = fates.get(row["path"], Fate(None, None, None))
             found = StoredFile(
                 name=row["path"],
                 rows=row["num_records"],
@@ -354,5 +362,5 @@ def _make_durable(location: Location, names: list[str]) -> None:
         return
     for name in names:
         if (path := location.local / name).exists():
-            sync_file(path)
-    sync_folder(location.local / LOG_FOLDER)
+            sync(path)
+    sync(location.local / LOG_FOLDER)

@@ -37,7 +37,8 @@ from tc_ray.mistakelog.store import LogStore
 
 log = logging.getLogger(__name__)
 
-_OURS = re.compile(r"rounds-\d{8}-.*\.parquet(\.tmp)?$")
+# the second: unfinished files of logs of the first version
+_OURS = re.compile(r"(rounds-\d{8}-|rank\d+-a\d+-).*\.parquet(\.tmp)?$")
 _ATTEMPT = re.compile(r"-rank\d+-a(\d+)-\d{6}(-t\d+)?\.parquet(\.tmp)?$")
 _LEASE = re.compile(r"_tc_ray/lease-(\d+)\.json$")
 # half-written small files, and what delta-rs stages its commits in
@@ -117,7 +118,7 @@ def clean(
     needed = {file.name for file in store.files()}
     result = Vacuum(str(place), dry_run)
     readable = _hold(store, needed, result, disk_now)
-    committed, removed_at = _history(store)
+    fates = store.fates()
     for entry in aside:
         lease = _LEASE.match(entry.name)
         left = _STAGED.search(entry.name) or (lease and int(lease[1]) != store.number(LEASE_NUMBER))
@@ -131,9 +132,9 @@ def clean(
             result.recent_bytes += entry.size
         if entry.name in needed:
             result.disk_bytes += entry.size
-        elif entry.name in removed_at or entry.name in committed:
+        elif (fate := fates.get(entry.name)) is not None:
             # a file that an unreadable version might hold is not removed on a guess
-            old = now - removed_at.get(entry.name, 0.0) > grace_seconds
+            old = now - (fate.removed or 0.0) > grace_seconds
             if old and readable:
                 _remove(place, entry, result)
             else:
@@ -145,6 +146,8 @@ def clean(
             _remove(place, entry, result)
         else:
             _keep(entry, result)
+    if not dry_run:
+        store.forget(set(fates) - {entry.name for entry in entries} - needed)
     return result
 
 
@@ -153,7 +156,7 @@ def _disk_time(location: Location, dry_run: bool) -> float:
     if dry_run:
         return time.time()
     try:
-        location.write(_CLOCK, b"")
+        location.write(_CLOCK, b"its time is what counts")
         return next(entry.modified for entry in location.list("_tc_ray", recursive=False) if entry.name == _CLOCK)
     except (OSError, StopIteration):  # no space, or a read-only location
         return time.time()
@@ -162,7 +165,7 @@ def _disk_time(location: Location, dry_run: bool) -> float:
 def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> bool:
     """Add to `needed` the files of the versions that readers hold; False: one of those versions cannot be read."""
     readable = True
-    for lease in held_versions(store.location, disk_now):
+    for lease in held_versions(store.location, disk_now, forget=not result.dry_run):
         result.held.append(lease.version)
     for version in sorted(set(result.held)):
         try:
@@ -176,16 +179,6 @@ def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) ->
             )
             readable = False
     return readable
-
-
-def _history(store: LogStore) -> tuple[set[str], dict[str, float]]:
-    """Names of all files ever committed, and when those that left did so (unix seconds of the committer)."""
-    committed: set[str] = set()
-    removed: dict[str, float] = {}
-    for commit in store.commits():
-        committed.update(file.name for file in commit.files if file.name is not None)
-        removed.update({name: seconds or commit.time for name, seconds in commit.removed.items()})
-    return committed, removed
 
 
 def _in_progress(name: str, live_attempt: int | None) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tc_ray.mistakelog.location import sync_folder, sync_tree
+from tc_ray.mistakelog.location import sync, sync_tree
 
 MARKER = "complete.json"
 _TAG = "state"
@@ -58,8 +58,8 @@ def mark_complete(folder: Path, *, round_number: int, world_size: int, zero_stag
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MARKER)
-    sync_folder(folder)
-    sync_folder(folder.parent)
+    sync(folder)
+    sync(folder.parent)
     # by number: a seventh digit sorts before six
     complete = sorted(folder.parent.glob(f"round-*/{MARKER}"), key=lambda m: int(m.parent.name.split("-")[1]))
     for old in complete[:-keep]:

@@ -26,9 +26,11 @@ def file(round: int, size: int, rank: int = 0) -> StoredFile:
     return StoredFile(f"f{round:03d}-{rank}", 10, size, "test", round, round, rank, 1)
 
 
-def plan(sizes: list[int], target: int = 1000, safe: int = 1000, eager: bool = False) -> list[list[int]]:
+def plan(
+    sizes: list[int], target: int = 1000, safe: int = 1000, eager: bool = False, most_rounds: int | None = None
+) -> list[list[int]]:
     files = [file(round, size) for round, size in enumerate(sizes, 1)]
-    groups = merge_plan(list(reversed(files)), target, safe, eager=eager)
+    groups = merge_plan(list(reversed(files)), target, safe, eager=eager, most_rounds=most_rounds)
     return [[member.round_min for member in group] for group in groups]
 
 
@@ -42,6 +44,13 @@ def test_neighbours_are_merged_up_to_the_target() -> None:
 def test_large_files_divide_the_rest() -> None:
     assert plan([300, 300, 600, 300, 300]) == [[1, 2], [4, 5]]
     assert plan([600, 500, 300, 900]) == []
+
+
+def test_a_merged_file_spans_no_more_rounds_than_told() -> None:
+    assert plan([1] * 7, most_rounds=3) == [[1, 2, 3], [4, 5, 6]], "complete, so it pays however small"
+    assert plan([1] * 7, most_rounds=1) == []
+    files = [StoredFile("m", 10, 3, "test", 1, 3, 0, 1), file(4, 1), file(5, 1)]
+    assert merge_plan(files, 1000, 5, most_rounds=3) == [], "a merged file is not merged again"
 
 
 def test_rounds_that_may_be_fenced_are_left() -> None:

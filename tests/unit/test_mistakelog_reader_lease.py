@@ -58,7 +58,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_dead_reader_is_forgotten(tmp_path: Path) -> None:
     leave_lease(tmp_path)
     assert versions(tmp_path) == [4], "it might be a reader on another machine"
-    assert versions(tmp_path, time.time() + FRESH_SECONDS + 1) == []
+    late = time.time() + FRESH_SECONDS + 1
+    assert held_versions(Location(tmp_path), late, forget=False) == []
+    assert list((tmp_path / "_tc_ray/readers").iterdir())
+    assert versions(tmp_path, late) == []
     assert not list((tmp_path / "_tc_ray/readers").iterdir())
 
 
