@@ -218,8 +218,13 @@ class _Job:
             writers=self.config.resources.pilot_workers,
             run=self.config.run.name,
             lease=self.lease.number,
-            upkeep=Upkeep.from_config(self.config.log, self.config.copilot.buffer_rounds),
+            upkeep=Upkeep.from_config(self.config.log, self._rounds_read_again()),
         )
+
+    def _rounds_read_again(self) -> int:
+        """Rounds behind the Copilot's position that a restarted one reads."""
+        # with max_seen how far the buffer reaches back depends on the records
+        return self.config.copilot.buffer_rounds if self.config.copilot.max_seen is None else self.rounds
 
     def _phases(self) -> JobResult:
         self.tracker.phase.remote("train")

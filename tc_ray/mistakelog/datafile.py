@@ -141,8 +141,9 @@ class ParquetPart:
         if self._output is None:
             return
         # closing writes the footer: on a full disk it fails, and the file goes anyway
-        with contextlib.suppress(OSError):
-            self._writer.close()
+        if self._writer is not None:  # else not even the header could be written
+            with contextlib.suppress(OSError):
+                self._writer.close()
         self._output.abandon()
         if self._location.local is not None:
             self._location.delete(self._temporary)

@@ -258,12 +258,16 @@ class Ledger:
     def _maintain(self) -> None:
         if self._maintenance is None:
             return
-        done = self._maintenance.maintain(
-            numbers=self._signed({}),
-            safe_round=min(self._checkpoint_round, *self._covered),
-            copilot_round=self._copilot_round,
-            attempt=self._attempt,
-        )
+        try:
+            done = self._maintenance.maintain(
+                numbers=self._signed({}),
+                safe_round=min(self._checkpoint_round, *self._covered),
+                copilot_round=self._copilot_round,
+                attempt=self._attempt,
+            )
+        except CommitConflictError:
+            self._load()  # is the lease lost? if not, upkeep has time until the next commit
+            return
         for error in done.bad:
             self._set_aside(error)
         if done.changed:

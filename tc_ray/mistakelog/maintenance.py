@@ -16,7 +16,7 @@ import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog.compaction import merge, merge_plan
-from tc_ray.mistakelog.datafile import BadFileError, Compression, DataFile
+from tc_ray.mistakelog.datafile import BadFileError, DataFile
 from tc_ray.mistakelog.retention import Standing, retire
 from tc_ray.mistakelog.store import LogStore, StoredFile
 from tc_ray.mistakelog.upkeep import Upkeep
@@ -53,18 +53,11 @@ class Maintenance:
     Args:
         store: the committer's own.
         upkeep: what the log is kept to.
-        compression: of merged files.
         clock: seconds, monotonic.
     """
 
-    def __init__(
-        self,
-        store: LogStore,
-        upkeep: Upkeep,
-        compression: Compression = "none",
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._store, self._upkeep, self._compression, self._clock = store, upkeep, compression, clock
+    def __init__(self, store: LogStore, upkeep: Upkeep, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._upkeep, self._clock = store, upkeep, clock
         self._vacuum_due = self._clock()
         self._disk: Vacuum | None = None
         self._said: dict[str, float] = {}
@@ -155,7 +148,7 @@ class Maintenance:
             if self._disk_bytes(files) + size + written > limits.max_bytes:
                 return
         try:
-            done.merge = merge(self._store, plan[0], numbers=numbers, compression=self._compression)
+            done.merge = merge(self._store, plan[0], numbers=numbers, compression=self._upkeep.compression)
             done.merged = plan[0]
         except BadFileError as error:
             self._bad.add(error.name)

@@ -318,11 +318,13 @@ class LogStore:
                 f"{self.location}/{file.name}: {'missing' if size is None else f'{size} bytes'}, "
                 f"expected {file.bytes} bytes"
             )
-        shared = {"run": self.metadata.run, "attempt": file.attempt, "rank": file.rank}
+        lowest = {"run": self.metadata.run, "attempt": file.attempt, "rank": file.rank}
+        # a file that stands in for others holds several ranks and attempts, of which the lowest are known
+        highest = lowest if file.sequence >= 0 else {"run": self.metadata.run}
         stats: dict[str, Any] = {
             "numRecords": file.rows,
-            "minValues": {**shared, "round": file.round_min},
-            "maxValues": {**shared, "round": file.round_max},
+            "minValues": {**lowest, "round": file.round_min},
+            "maxValues": {**highest, "round": file.round_max},
             "nullCount": {"run": 0, "attempt": 0, "rank": 0, "round": 0},
         }
         return AddAction(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tc_ray.config.log import LogSection
+from tc_ray.mistakelog.datafile import Compression
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class Upkeep:
     """Rounds behind the Copilot's position that it reads again after a restart."""
     grace_seconds: float
     orphan_seconds: float
+    compression: Compression = "none"
+    """Of merged files."""
 
     @classmethod
     def from_config(cls, log: LogSection, buffer_rounds: int) -> Upkeep:
-        """Of a run."""
+        """Of a run; buffer_rounds: see the field."""
         return cls(
             log.compact,
             log.file_bytes,
@@ -33,4 +36,5 @@ class Upkeep:
             buffer_rounds,
             log.vacuum_grace_seconds,
             log.orphan_seconds,
+            log.compression,
         )
