@@ -114,7 +114,6 @@ def parse_commit(version: int, content: bytes) -> Commit:
                 known = {key: value for key, value in file.items() if key in _FILE_FIELDS}
                 known["dropped"] = {int(key): count for key, count in (known.get("dropped") or {}).items()}
                 commit.files.append(DataFile(**known))
-            told.pop("removed", None)
             commit.note.update(told)
         elif (gone := action.get("remove")) is not None:
             commit.removed[gone["path"]] = (gone.get("deletionTimestamp") or 0) / 1000

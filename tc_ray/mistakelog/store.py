@@ -253,7 +253,7 @@ class LogStore:
         actions += [
             RemoveAction(file.name, data_change, now_ms, size=file.bytes, partition_values={}) for file in remove
         ]
-        told = {"files": [asdict(file) for file in (*add, *covered)], "removed": [file.name for file in remove]}
+        told = {"files": [asdict(file) for file in (*add, *covered)]}
         properties = CommitProperties(
             custom_metadata={"tc_ray": told | dict(note or {})},
             app_transactions=[Transaction(name, value) for name, value in numbers.items()],

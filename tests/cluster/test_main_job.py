@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.errors import DataError
 from tc_ray.job import JobError, JobResult, run_job
+from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
+from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.models.fusion import FusedModel
 from tc_ray.reevaluation import NotFinishedError, evaluate_run
@@ -122,6 +125,17 @@ def test_report_says_what_was_measured(config: RunConfig, result: JobResult) -> 
     # lambda 0 is the Pilot: its error ratio is 1 by definition
     assert saved["validation"][0]["error_ratio"] == pytest.approx(1.0, abs=1e-6)
     assert result.report.verdict in (config.run.path / "evaluation.md").read_text()
+
+
+def test_a_second_run_on_the_folder_is_refused(config: RunConfig, result: JobResult) -> None:
+    before = read_status(config.run.path)
+    held = RunLease.take(Location(config.log_location), "run first")
+    with (
+        held,
+        pytest.raises(LeaseHeldError, match=rf"in use: run first, process {os.getpid()} on host .*, started \d{{4}}-"),
+    ):
+        run_job(config)
+    assert read_status(config.run.path) == before, "the refused run touched the folder"
 
 
 def test_finished_run_is_not_trained_again(config: RunConfig, result: JobResult) -> None:
