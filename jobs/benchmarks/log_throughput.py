@@ -4,10 +4,9 @@ python jobs/benchmarks/log_throughput.py [--megabytes 512] [--repeats 5] [--fold
 
 Writing: the same Arrow tables go (a) through pyarrow's ParquetWriter alone, cut at the same size, each file synced to the disk, and
 (b) through a RecordWriter and a real Ledger: queue, thread, checksums, sync, Delta commits; from the first `put` until the last
-round is acknowledged. Reading: (a) pyarrow's `read_table` of every file, one thread; (b) from the table's version to padded
-Copilot batches: file list, checksums, parsing, Records, batches of 16. Interleaved, in turn; the data is random, as hidden
-states nearly are. The page cache is warm in both readings: a cold disk would hide what is measured.
-Needs no Ray and no model.
+round is acknowledged. Reading: (a) pyarrow's `read_table` of every file, with its threads; (b) from the table's version to padded
+Copilot batches: file list, checksums, parsing, Records, batches of 16. Both with the files in the page cache ("warm") and dropped from it ("cold", read from the disk). Interleaved, in
+turn; the data is random, as hidden states nearly are. Needs no Ray and no model.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
 
+KINDS, SIDES = ("write", "read warm", "read cold"), ("bare", "log")
 ROWS = 16
 ROW_GROUP_BYTES = 16 << 20
 
@@ -161,7 +161,7 @@ class Disk:
         began = time.perf_counter()
         rows = 0
         for path in sorted((self._folder / name).glob("*.parquet")):
-            rows += pq.read_table(path, use_threads=False).num_rows
+            rows += pq.read_table(path).num_rows
         self._check(rows)
         return time.perf_counter() - began
 
@@ -174,10 +174,16 @@ class Disk:
             for _, table in log.tables():
                 records = Records.from_arrow(table, widths)
                 for first in range(0, len(records), ROWS):
-                    chosen = np.arange(first, min(first + ROWS, len(records)))
-                    rows += len(batch_from_records(records.select(chosen)).error_ids)
+                    chosen = range(first, min(first + ROWS, len(records)))
+                    rows += len(batch_from_records(records, chosen).error_ids)
         self._check(rows)
         return time.perf_counter() - began
+
+    def forget(self, name: str) -> None:
+        """Drop a folder's files from the page cache."""
+        for path in (self._folder / name).rglob("*.parquet"):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _check(self, rows: int) -> None:
         if rows != ROWS * len(self._rounds):
@@ -197,7 +203,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: getattr(arguments, name) for name in ("tokens", "targets", "width", "top_k")}
     one = make_records(1, **sizes).nbytes
     rounds = [make_records(number, **sizes) for number in range(1, 2 + int(arguments.megabytes * 1e6) // one)]
-    seconds: dict[str, list[float]] = {name: [] for name in ("write bare", "write log", "read bare", "read log")}
+    seconds: dict[str, list[float]] = {name: [] for name in (f"{w} {side}" for w in KINDS for side in SIDES)}
     with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-", dir=arguments.folder) as folder:
         disk = Disk(Path(folder), rounds, arguments.file_megabytes << 20)
         for repeat in range(arguments.repeats + 1):
@@ -208,17 +214,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if repeat:  # the first is a warm-up
                     seconds[f"write {way}"].append(taken)
             reads: list[tuple[str, Callable[[str], float]]] = [("bare", disk.read_bare), ("log", disk.read_log)]
-            for turn in range(2 if repeat else 1):
-                for way, read in reads if turn == 0 else reversed(reads):
+            os.sync()
+            for turn in range(4 if repeat else 2):
+                kind = ("read warm", "read cold")[turn % 2]
+                for way, read in reads if turn < 2 else reversed(reads):
+                    if kind == "read cold":
+                        disk.forget(way)
                     taken = read(way)
                     if repeat:
-                        seconds[f"read {way}"].append(taken)
-            for way in ("bare", "log"):
+                        seconds[f"{kind} {way}"].append(taken)
+            for way in SIDES:
                 remove(Path(folder) / way)
         megabytes = disk.bytes / 1e6
     ratios = {
-        what: [a / b for a, b in zip(seconds[f"{what} bare"], seconds[f"{what} log"], strict=True)]
-        for what in ("write", "read")
+        what: [a / b for a, b in zip(seconds[f"{what} bare"], seconds[f"{what} log"], strict=True)] for what in KINDS
     }
     return {
         "machine": machine(),
@@ -257,7 +266,7 @@ def main() -> None:
             f"{result['ratio'][what]:.3f}",
             "{:.3f} to {:.3f}".format(*result["ratio_quartiles"][what]),
         ]
-        for what in ("write", "read")
+        for what in KINDS
     ]
     title = f"{result['megabytes']:.0f} MB of records, {arguments.repeats} repeats, medians"
     print_table(title, ["", "pyarrow MB/s", "log MB/s", "log / pyarrow", "quartiles"], rows)

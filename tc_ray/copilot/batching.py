@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,54 +28,54 @@ def pooled_records(records: Records, pooling: str) -> Records:
     return replace(records, rationale=states.view(torch.int16).numpy().view(np.uint16), rationale_layers=1)
 
 
-def batch_from_records(records: Records) -> CopilotBatch:
-    """Pad records with one state a position (`pooled_records`) into tensors."""
+def batch_from_records(records: Records, rows: Sequence[int] | None = None) -> CopilotBatch:
+    """Pad records with one state a position (`pooled_records`) into tensors. States stay bf16, as the log holds them.
+
+    Args:
+        rows: of `records`, in this order; None: all. Cheaper than `records.select(rows)` before: one copy, not two.
+    """
     if records.rationale_layers != 1:
         raise ValueError(
             f"the Copilot reads one state a position, these records hold {records.rationale_layers} layers"
         )
-    count, width, entries = len(records), records.rationale_dim, records.error_ids.shape[1]
-    lengths = np.diff(records.seq_offsets)
-    starts = records.target_start.astype(np.int64)
-    states = np.diff(records.rationale_offsets)
-    rows = np.diff(records.target_offsets)
+    chosen = np.arange(len(records)) if rows is None else np.asarray(rows, np.int64)
+    count, width, entries = len(chosen), records.rationale_dim, records.error_ids.shape[1]
+    lengths = np.diff(records.seq_offsets)[chosen]
+    starts = records.target_start.astype(np.int64)[chosen]
+    states = np.diff(records.rationale_offsets)[chosen]
+    targets = np.diff(records.target_offsets)[chosen]
     question_ids = np.zeros((count, int(starts.max())), np.int64)
     state_bits = np.zeros((count, int(states.max()), width), np.uint16)
     state_position = np.full((count, int(states.max())), -1, np.int64)
-    row_position = np.full((count, int(rows.max())), -1, np.int64)
-    error_ids = np.zeros((count, int(rows.max()), entries), np.int64)
-    error_values = np.zeros((count, int(rows.max()), entries), np.float32)
+    row_position = np.full((count, int(targets.max())), -1, np.int64)
+    error_ids = np.zeros((count, int(targets.max()), entries), np.int64)
+    error_values = np.zeros((count, int(targets.max()), entries), np.float32)
     flat = records.rationale.reshape(-1, width)
     question_bits = None if records.question is None else np.zeros((count, int(starts.max()), width), np.uint16)
     question_offsets = records.question_offsets
-    for b in range(count):
-        first = records.seq_offsets[b]
+    for b, row in enumerate(chosen):
+        first = records.seq_offsets[row]
         question_ids[b, : starts[b]] = records.input_ids[first : first + starts[b]]
         if question_bits is not None and records.question is not None:
-            question_bits[b, : starts[b]] = records.question[question_offsets[b] : question_offsets[b + 1]]
-        span = slice(records.rationale_offsets[b], records.rationale_offsets[b + 1])
+            question_bits[b, : starts[b]] = records.question[question_offsets[row] : question_offsets[row + 1]]
+        span = slice(records.rationale_offsets[row], records.rationale_offsets[row + 1])
         state_bits[b, : states[b]] = flat[span]
         # the last state stored is the one that predicts the last token: position length - 2
         state_position[b, : states[b]] = np.arange(lengths[b] - 1 - states[b], lengths[b] - 1)
-        span = slice(records.target_offsets[b], records.target_offsets[b + 1])
-        row_position[b, : rows[b]] = np.arange(starts[b] - 1, starts[b] - 1 + rows[b])
-        error_ids[b, : rows[b]] = records.error_ids[span]
-        error_values[b, : rows[b]] = records.error_values[span]
+        span = slice(records.target_offsets[row], records.target_offsets[row + 1])
+        row_position[b, : targets[b]] = np.arange(starts[b] - 1, starts[b] - 1 + targets[b])
+        error_ids[b, : targets[b]] = records.error_ids[span]
+        error_values[b, : targets[b]] = records.error_values[span]
     return CopilotBatch(
         torch.from_numpy(question_ids),
         torch.arange(question_ids.shape[1]) < torch.from_numpy(starts)[:, None],
-        _from_bits(state_bits),
+        _bfloat16(state_bits),
         torch.from_numpy(state_position),
         torch.from_numpy(row_position),
         torch.from_numpy(error_ids),
         torch.from_numpy(error_values),
-        None if question_bits is None else _from_bits(question_bits),
+        None if question_bits is None else _bfloat16(question_bits),
     )
-
-
-def _from_bits(bits: np.ndarray) -> torch.Tensor:
-    """fp32 of bf16 bits."""
-    return _bfloat16(bits).float()
 
 
 def _bfloat16(bits: np.ndarray) -> torch.Tensor:

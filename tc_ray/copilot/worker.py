@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -150,7 +149,7 @@ class CopilotWorker:
         size = self.config.copilot.batch_size
         drawn = draw(buffer, self.config, step)
         part = size // self.world_size
-        return batch_from_records(drawn.select(np.arange(self.rank * part, (self.rank + 1) * part)))
+        return batch_from_records(drawn, range(self.rank * part, (self.rank + 1) * part))
 
     def _report(self, at: Position, result: StepResult | None) -> None:
         if self.rank:

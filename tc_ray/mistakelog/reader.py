@@ -9,6 +9,7 @@ Copilot (tail) and by users and tools (log).
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from tc_ray.mistakelog.reader_lease import ReaderLease, hold
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
 from tc_ray.mistakelog.store import LogStore, StoredFile
+
+_READ_AHEAD = 2
 
 log = logging.getLogger(__name__)
 
@@ -179,20 +182,21 @@ class MistakeLog:
     ) -> Iterator[tuple[StoredFile, pa.Table]]:
         """Rows file by file, by round; arguments as for `arrow`. Damaged files are passed over; see `bad_files`.
 
-        The next file is read, in a thread, while the caller works on one: two are in memory.
+        The next two files are read, in threads, while the caller works on one: three are in memory.
         """
         wanted = _in_rounds(self._files, rounds)
-        if not wanted:
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="mistake-log-read") as ahead:
-            coming = ahead.submit(_read_rounds, self._store, wanted[0], rounds, columns)
-            for file, following in zip(wanted, [*wanted[1:], None], strict=True):
-                found = self._good(coming, file)
-                if following is not None:
-                    coming = ahead.submit(_read_rounds, self._store, following, rounds, columns)
-                if found is not None:
-                    yield file, found
-                del found  # or it would be a third one in memory
+        with ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="mistake-log-read") as ahead:
+            coming: deque[tuple[StoredFile, Future[pa.Table]]] = deque()
+            for file in [*wanted, *[None] * _READ_AHEAD]:
+                if file is not None:
+                    coming.append((file, ahead.submit(_read_rounds, self._store, file, rounds, columns)))
+                if len(coming) > _READ_AHEAD or (file is None and coming):
+                    first, rows = coming.popleft()
+                    found = self._good(rows, first)
+                    del rows
+                    if found is not None:
+                        yield first, found
+                    del found  # or it would be a fourth one in memory
 
     def _good(self, rows: Future[pa.Table], file: StoredFile) -> pa.Table | None:
         try:

@@ -16,10 +16,10 @@ class CopilotBatch:
     """B records padded to n target rows, Q prompt tokens and P state positions.
 
     question_ids: int64 [B, Q], prompt tokens. question_mask: bool [B, Q].
-    states: fp32 [B, P, d_P], pooled hidden states. state_position: int64 [B, P], absolute, -1 is padding.
+    states: bf16 [B, P, d_P], pooled hidden states as the log holds them. state_position: int64 [B, P], absolute, -1 is padding.
     row_position: int64 [B, n], position of the state that predicts row i's token, -1 is padding.
     error_ids: int64 [B, n, k+1]. error_values: fp32 [B, n, k+1], zero in padding.
-    question_states: fp32 [B, Q, d_P], the encoder's output; None where X~ follows from question_ids (decoder-only).
+    question_states: bf16 [B, Q, d_P], the encoder's output; None where X~ follows from question_ids (decoder-only).
     """
 
     question_ids: torch.Tensor
@@ -72,10 +72,10 @@ class CopilotBatch:
         return cls(
             input_ids[:, :question],
             position[:, :question] < target_start[:, None],
-            step.states.cpu().to(torch.bfloat16).float(),
+            step.states.cpu().to(torch.bfloat16),
             torch.where(kept, position, -1),
             torch.where(row_mask, (target_start - 1)[:, None] + torch.arange(row_mask.shape[1]), -1),
             error_ids,
             error_values,
-            None if step.question is None else step.question.cpu().to(torch.bfloat16).float(),
+            None if step.question is None else step.question.cpu().to(torch.bfloat16),
         )

@@ -312,14 +312,16 @@ class Copilot(PreTrainedModel):
         start = self.start.weight.expand(count, 1, -1)
         inputs = torch.cat([start.to(errors.dtype), errors.view(count, rows, -1)[:, :-1]], 1)
         at = (batch.state_position[:, None] == batch.row_position[:, :, None]).to(torch.uint8).argmax(-1)
-        producing = batch.states.gather(1, at[:, :, None].expand(-1, -1, batch.states.shape[2]))
+        # bf16 on the way here, which loses nothing; what follows is as precise as the model
+        states = batch.states.float()
+        producing = states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))
         inputs = self.with_producing_state(inputs, producing)
         asked = (
             self.question_memory(batch.question_ids)
             if batch.question_states is None
-            else self.question_state_memory(batch.question_states)
+            else self.question_state_memory(batch.question_states.float())
         )
-        memory = torch.cat([asked, self.state_memory(batch.states)], 1)
+        memory = torch.cat([asked, self.state_memory(states)], 1)
         causal = (batch.state_position[:, None] <= batch.row_position[:, :, None]) & (batch.state_position >= 0)[
             :, None
         ]
