@@ -65,7 +65,7 @@ def in_order(records: Records) -> Records:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("kills", "same_place"), [(20, False), (2, True)], ids=["20 places", "the same place twice"])
 def test_the_log_is_that_of_a_run_without_kills(tmp_path: Path, kills: int, same_place: bool) -> None:
     dice = random.Random(3)
@@ -85,7 +85,7 @@ def test_the_log_is_that_of_a_run_without_kills(tmp_path: Path, kills: int, same
         try:
             while rounds_done(run) < target or (same_place and before >= target and _attempts(run) <= kill):
                 assert driver.poll() is None, (tmp_path / "killed" / "driver.log").read_text()[-3000:]
-                assert time.monotonic() - began < 150, (tmp_path / "killed" / "driver.log").read_text()[-3000:]
+                assert time.monotonic() - began < 300, (tmp_path / "killed" / "driver.log").read_text()[-3000:]
                 time.sleep(0.01)
             time.sleep(delay)
         finally:
@@ -93,7 +93,7 @@ def test_the_log_is_that_of_a_run_without_kills(tmp_path: Path, kills: int, same
             driver.wait()
         processes = read_status(run)["processes"]
         while any(alive(pid) for pid in processes.values()):
-            assert time.monotonic() - began < 200, f"workers outlive their driver: {processes}"
+            assert time.monotonic() - began < 350, f"workers outlive their driver: {processes}"
             time.sleep(0.05)
         checkpoint = latest_checkpoint(run / "pilot" / "checkpoints")
         with MistakeLog(config.log_location) as log:
@@ -101,6 +101,7 @@ def test_the_log_is_that_of_a_run_without_kills(tmp_path: Path, kills: int, same
             assert not log.bad_files
         pairs = list(zip(keys["round"].to_pylist(), keys["sample_id"].to_pylist(), strict=True))
         assert len(set(pairs)) == len(pairs), "a record twice"
+        print(f"kill {kill + 1}: at round {rounds_done(run)}, {len(pairs)} records in the log", flush=True)
         if checkpoint is not None:
             assert set(range(1, checkpoint.round + 1)) <= {number for number, _ in pairs}, (
                 "an acknowledged round is lost"
