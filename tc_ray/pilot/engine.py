@@ -7,8 +7,6 @@ no DeepSpeed kernel has to be compiled for it.
 from __future__ import annotations
 
 import math
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_pilot
 from tc_ray.models.taps import log_pooling, tapped_layers
+from tc_ray.pilot.build_lock import stale_build_locks_removed
 from tc_ray.pilot.error_width import MAX_TOP_K
-
-STALE_LOCK_SECONDS = 90.0
 
 
 def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) -> float:
@@ -54,8 +51,6 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     """
     import deepspeed
 
-    if config.resources.pilot_workers > 1 and not config.resources.gpus:
-        clear_stale_build_locks()
     torch.manual_seed(config.run.seed)
     model = load_pilot(model_path, dtype=DTYPES[config.pilot.dtype], random_weights=config.model.random_weights)
     model.config.use_cache = False
@@ -72,14 +67,15 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         optimizer,
         lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio),
     )
-    engine, *_ = deepspeed.initialize(
-        model=step,
-        model_parameters=trainable,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=deepspeed_config(config),
-        dist_init_required=False,
-    )
+    with stale_build_locks_removed():
+        engine, *_ = deepspeed.initialize(
+            model=step,
+            model_parameters=trainable,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
     return engine
 
 
@@ -98,21 +94,3 @@ def pilot_step(model: Any, config: RunConfig) -> PilotStep:
         layers=tapped_layers(log.rationale, len(family.layers(model))),
         dense=log.error == "dense",
     )
-
-
-def clear_stale_build_locks() -> list[Path]:
-    """Remove compile locks that a killed process left; they block every later start (pytorch#189245).
-
-    A lock is stale when it is older than STALE_LOCK_SECONDS and nothing in its build folder changed since.
-    """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    removed = []
-    for lock in root.glob("**/lock") if root.is_dir() else ():
-        try:
-            newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
-            if time.time() - newest > STALE_LOCK_SECONDS:
-                lock.unlink()
-                removed.append(lock)
-        except FileNotFoundError:
-            continue  # its owner finished in this moment
-    return removed

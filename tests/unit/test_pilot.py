@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.pilot.checkpoint import PilotCheckpoint, latest_checkpoint, load_checkpoint, mark_complete
-from tc_ray.pilot.engine import STALE_LOCK_SECONDS, clear_stale_build_locks, cosine_with_warmup, deepspeed_config
+from tc_ray.pilot.engine import cosine_with_warmup, deepspeed_config
 
 
 def complete(root: Path, number: int, keep: int = 2) -> Path:
@@ -75,19 +73,3 @@ def test_batch_arithmetic_reaches_deepspeed() -> None:
     assert made["zero_optimization"]["stage"] == 3
     assert made["gradient_clipping"] == 0.7
     assert made["bf16"] == {"enabled": True}
-
-
-def test_only_locks_of_dead_builds_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that still writes its objects holds its lock rightly, however old the lock is."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    old = time.time() - 2 * STALE_LOCK_SECONDS
-    for name, source_age, lock_age in (("dead", old, old), ("busy", time.time(), old), ("new", old, time.time())):
-        folder = tmp_path / "py311_cpu" / name
-        folder.mkdir(parents=True)
-        for file, stamp in (("main.o", source_age), ("lock", lock_age)):
-            (folder / file).write_text("")
-            os.utime(folder / file, (stamp, stamp))
-    assert clear_stale_build_locks() == [tmp_path / "py311_cpu" / "dead" / "lock"]
-    assert sorted(p.parent.name for p in tmp_path.glob("**/lock")) == ["busy", "new"]
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "absent"))
-    assert clear_stale_build_locks() == []

@@ -1,0 +1,90 @@
+"""Locks of compiled operators that a killed process left behind: they block every later start for good (pytorch#189245).
+
+torch takes such a lock each time it loads DeepSpeed's shared-memory operator, for a second, or for the half minute of the first compile; a
+worker killed in that moment leaves the file. Its owner has it open while it lives, so on this machine a lock that no process has open
+is stale. Called around DeepSpeed's start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+STALE_LOCK_SECONDS = 90.0
+"""Age, and quiet of the build folder, at which a lock is stale where the owner cannot be looked for (no /proc)."""
+_LOOK_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def stale_build_locks_removed() -> Iterator[None]:
+    """Remove stale locks now, and while the enclosed start runs: a dying worker of the last attempt may hold one still."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(_LOOK_SECONDS):
+            clear_stale_build_locks()
+
+    clear_stale_build_locks()
+    threading.Thread(target=look, name="build-locks", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def clear_stale_build_locks() -> list[Path]:
+    """Remove locks whose owner is dead.
+
+    Owners in other containers or on other machines that share the folder cannot be seen: where that is so, give each its own
+    TORCH_EXTENSIONS_DIR.
+
+    Returns:
+        What was removed.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    removed = []
+    for lock in root.glob("**/lock") if root.is_dir() else ():
+        try:
+            if _is_stale(lock):
+                lock.unlink()
+                removed.append(lock)
+                log.warning("%s removed: a killed process left it", lock)
+        except FileNotFoundError:
+            continue  # its owner finished in this moment
+    return removed
+
+
+def _is_stale(lock: Path) -> bool:
+    owners = _processes_with(lock)
+    if owners is not None:
+        # a moment lies between the file's creation and its number in /proc
+        return not owners and time.time() - lock.stat().st_mtime > _LOOK_SECONDS
+    newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
+    return time.time() - newest > STALE_LOCK_SECONDS
+
+
+def _processes_with(file: Path) -> list[int] | None:
+    """Numbers of the processes that have a file open; None: this system does not tell."""
+    processes = Path("/proc")
+    if not (processes / "self" / "fd").is_dir():
+        return None
+    wanted, found = str(file.resolve()), []
+    for process in processes.iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):  # gone, or another user's
+                found += [int(process.name) for entry in (process / "fd").iterdir() if _target(entry) == wanted]
+    return found
+
+
+def _target(entry: Path) -> str:
+    try:
+        return os.readlink(entry)
+    except OSError:
+        return ""
