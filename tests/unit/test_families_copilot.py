@@ -90,13 +90,13 @@ def reference_f(copilot: Copilot, made: Made, batch: CopilotBatch) -> torch.Tens
         count = int(batch.row_mask[row].sum())
         question = embedding_table(made.pilot)[batch.question_ids[row]]
         if batch.question_states is not None:
-            question = batch.question_states[row]
+            question = batch.question_states[row].float()
         found.append(
             copilot_f(
                 copilot,
                 made,
                 question[batch.question_mask[row]],
-                batch.states[row][real],
+                batch.states[row][real].float(),
                 batch.state_position[row][real].tolist(),
                 batch.row_position[row, :count].tolist(),
                 dense_errors(batch.error_ids[row, :count], batch.error_values[row, :count], copilot.config.vocab_size),
