@@ -1,0 +1,62 @@
+"""What a server is told at its start: models, limits and keys. Plain data that can be pickled into a replica.
+
+Every number has its unit in the name. Made by `tc-ray serve` and `jobs/serve_app.py`; read by everything in serving.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and one key, may ask for."""
+
+    max_tokens: int = 512
+    """New tokens of a choice."""
+    max_prompt_tokens: int | None = None
+    """None: as many as the model has positions for."""
+    max_body_bytes: int = 2**20
+    max_choices: int = 8
+    """`n` of a request, times its prompts."""
+    max_key_requests: int = 128
+    """Requests of one key (or, without keys, of one server) under way at once in a replica."""
+    request_timeout_s: float = 600.0
+    """A request that is not done by then fails; clients may ask for less."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What one engine holds at once."""
+
+    max_running: int = 64
+    """Sequences in the batch."""
+    max_waiting: int = 64
+    """Sequences that wait for a place in the batch; more are answered with 429."""
+    cache_bytes: int = 2**31
+    """Memory for the keys and values of Pilot and Copilot; a sequence is admitted when it fits to its last token."""
+    prefill_tokens: int = 512
+    """Prompt tokens computed between two steps of the batch, at most one prompt longer."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """One exported run: its name in the API and its export folder."""
+
+    name: str
+    export: str
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """What a replica needs to know. key_digests: SHA-256 of each key, empty: no key is asked for."""
+
+    models: tuple[ModelSettings, ...]
+    key_digests: tuple[bytes, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    threads: int | None = None
+    """torch threads; None: one a CPU of the replica's machine."""
+    gpu: bool = False
+    watch_s: float | None = 10.0
+    """How often to look for a newer Copilot in the export folders; None: never."""
