@@ -53,9 +53,12 @@ class DecoderOnlyStack(nn.Module):
         first_row: int,
         self_cache: DynamicCache | None,
         memory_cache: DynamicCache | None,
+        positions: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Final states; see `Copilot.decode`."""
-        positions = torch.arange(first_row, first_row + rows.shape[1], device=rows.device)[None]
+        """Final states; see `Copilot.decode` and `decode_aligned`."""
+        if positions is None:
+            positions = torch.arange(first_row, first_row + rows.shape[1], device=rows.device)[None]
         rotations = {
             kind: self._family.rotation(self.rotary_emb, rows, positions, kind) for kind in dict.fromkeys(self._types)
         }
@@ -65,25 +68,31 @@ class DecoderOnlyStack(nn.Module):
             if self.attends_memory[index]:
                 rows = _attend_to_memory(layer, rows, memory, memory_mask, rotation, memory_cache)
             else:
-                mask = self._row_mask(rows, first_row, self._windows[index])
+                mask = self._row_mask(rows, first_row, self._windows[index], seen)
                 rows = layer(rows, attention_mask=mask, position_embeddings=rotation, past_key_values=self_cache)
         final: torch.Tensor = self.norm(rows)
         return final
 
-    def _row_mask(self, rows: torch.Tensor, first_row: int, window: int | None) -> torch.Tensor | None:
-        """Causal mask over all rows up to these, or None where the attention function needs none."""
+    def _row_mask(
+        self, rows: torch.Tensor, first_row: int, window: int | None, real: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Causal mask over all rows up to these, or None where the attention function needs none.
+
+        Args:
+            real: bool [B, first_row + n], rows that are no padding; None: all.
+        """
         count = rows.shape[1]
         total = first_row + count
         if window is not None and window >= total:
             window = None
-        if window is None and (count == 1 or (not self._eager and first_row == 0)):
+        if window is None and real is None and (count == 1 or (not self._eager and first_row == 0)):
             return None
         query = torch.arange(first_row, total, device=rows.device)[:, None]
         key = torch.arange(total, device=rows.device)
         seen = key <= query
         if window is not None:
             seen &= key > query - window
-        return self._mask(seen[None, None], rows.dtype)
+        return self._mask(seen[None, None] if real is None else seen & real[:, None, None], rows.dtype)
 
     def _mask(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not self._eager:

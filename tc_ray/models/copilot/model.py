@@ -260,6 +260,38 @@ class Copilot(PreTrainedModel):
         )
         return states * self.output_scale
 
+    def decode_aligned(
+        self,
+        rows: torch.Tensor,
+        memory: torch.Tensor,
+        visible: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        seen: torch.Tensor | None,
+        columns: int,
+        self_cache: Any,
+        memory_cache: Any,
+    ) -> torch.Tensor:
+        """`decode` of one row each of sequences that are not equally far: earlier rows are aligned to the right (decoder-only).
+
+        Args:
+            rows: [B, 1, d_C]. memory: [B, 1, d_C]. visible: bool [B, 1, M].
+            positions: int64 [B, 1], number of each row in its sequence.
+            seen: bool [B, columns + 1], which columns of earlier rows, and this one, are real; None: all.
+            columns: of earlier rows in the cache. self_cache, memory_cache: take `update(key, value, layer_idx)`.
+        """
+        states: torch.Tensor = self.stack(
+            rows,
+            memory,
+            visible,
+            first_row=columns,
+            self_cache=self_cache,
+            memory_cache=memory_cache,
+            positions=positions,
+            seen=seen,
+        )
+        return states * self.output_scale
+
     @property
     def is_full(self) -> bool:
         """Whether f covers the whole vocabulary in token order."""

@@ -1,0 +1,202 @@
+"""Keys and values of sequences that join and leave a running batch, without copying the others at every token.
+
+Each row is aligned to the right: its entries stand in columns [start, width), and every row that grows writes the same
+new column. So one slice assignment a layer takes a token in, distances between columns are distances between tokens (which
+is all that sliding windows ask), and a mask says where each row begins. Columns before the first start are let go when the
+room is needed. Used by `FusedBatch`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+_ROWS, _COLUMNS = 8, 64
+"""Room grows by so many rows and columns."""
+
+
+def rounded(count: int, step: int) -> int:
+    """`count` up to a multiple of `step`."""
+    return -(-count // step) * step
+
+
+class RowStore:
+    """Keys and values [layers, 2, rows, heads, columns, head_dim] of a changing set of rows.
+
+    Args:
+        layers, heads, head_dim: of the attention layers whose keys and values it holds.
+        dtype, device: of those.
+    """
+
+    def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape = layers, heads, head_dim
+        self._like = {"dtype": dtype, "device": device}
+        self._data = self._room(0, 0)
+        self.starts: list[int] = []
+        """First column of each row."""
+        self.width = 0
+        """Columns in use; rows end here."""
+
+    def _room(self, rows: int, columns: int) -> torch.Tensor:
+        layers, heads, head_dim = self._shape
+        # zeros: what stands before a row's start is masked, but must be finite
+        return torch.zeros(layers, 2, rows, heads, columns, head_dim, **self._like)  # type: ignore[call-overload,no-any-return]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Bytes of one column of one row."""
+        layers, heads, head_dim = self._shape
+        return layers * 2 * heads * head_dim * self._data.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._data.nbytes
+
+    def planned_bytes(self, rows: int, columns: int) -> int:
+        """Bytes that `reserve(rows, columns)` comes to in an empty store."""
+        return rounded(rows, _ROWS) * rounded(columns, _COLUMNS) * self.bytes_per_entry
+
+    def lengths(self) -> list[int]:
+        """Entries of each row."""
+        return [self.width - start for start in self.starts]
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for so many rows and columns, exactly (to the next step): more is given up, in use or not.
+
+        Raises:
+            ValueError: what is in use does not fit.
+        """
+        wanted = rounded(rows, _ROWS), rounded(columns, _COLUMNS)
+        have = self._data.shape[2], self._data.shape[4]
+        if wanted == have:
+            return
+        longest = max(self.lengths(), default=0)
+        if len(self) > wanted[0] or longest > wanted[1]:
+            raise ValueError(f"{len(self)} rows of up to {longest} entries do not fit into {wanted}")
+        fresh = self._room(*wanted)
+        if longest:
+            fresh[:, :, : len(self), :, :longest] = self._data[:, :, : len(self), :, self.width - longest : self.width]
+        shift = self.width - longest
+        self._data, self.width = fresh, longest
+        self.starts = [start - shift for start in self.starts]
+
+    def make_column_room(self, columns: int) -> None:
+        """See that `columns` more fit beside the longest row, letting go what stands before every row.
+
+        Raises:
+            ValueError: not reserved.
+        """
+        if self.width + columns <= self._data.shape[4]:
+            return
+        free = min(self.starts, default=self.width)
+        if self.width - free + columns > self._data.shape[4]:
+            raise ValueError(
+                f"{self.width - free} + {columns} columns do not fit into the {self._data.shape[4]} reserved"
+            )
+        rows = len(self)
+        self._data[:, :, :rows, :, : self.width - free] = self._data[:, :, :rows, :, free : self.width].clone()
+        self.width -= free
+        self.starts = [start - free for start in self.starts]
+
+    def join(self, entries: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> None:
+        """Add a row of `count` entries at the end.
+
+        Args:
+            entries: of each layer, keys and values [1, heads, n, head_dim]; n < count where a layer keeps the last ones only.
+
+        Raises:
+            ValueError: not reserved.
+        """
+        if count > self._data.shape[4] or len(self) == self._data.shape[2]:
+            raise ValueError(f"no room for a row of {count} entries: {tuple(self._data.shape)} reserved")
+        if count > self.width:
+            rows, shift = len(self), count - self.width
+            self._data[:, :, :rows, :, shift:count] = self._data[:, :, :rows, :, : self.width].clone()
+            self.starts, self.width = [start + shift for start in self.starts], count
+        row, end = len(self), self.width
+        for layer, pair in enumerate(entries):
+            for which, tensor in enumerate(pair):
+                self._data[layer, which, row, :, end - tensor.shape[2] : end] = tensor[0]
+        self.starts.append(end - count)
+
+    def leave(self, row: int) -> None:
+        """Remove a row; the last one takes its place."""
+        last = len(self) - 1
+        if row != last:
+            start = self.starts[last]
+            self._data[:, :, row, :, start : self.width] = self._data[:, :, last, :, start : self.width]
+            self.starts[row] = start
+        self.starts.pop()
+        if not self.starts:
+            self.width = 0
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put [rows, heads, n, head_dim] of a layer behind the columns in use; returns all of its keys and values.
+
+        The columns count as in use after `advance`, when every layer has written.
+        """
+        end = self.width + keys.shape[2]
+        place = self._data[layer, :, : len(self), :, :end]
+        place[0, :, :, self.width :] = keys
+        place[1, :, :, self.width :] = values
+        return place[0], place[1]
+
+    def advance(self, columns: int) -> None:
+        """Every layer has written so many columns."""
+        self.width += columns
+
+    def visible(self, columns: int) -> torch.Tensor | None:
+        """Bool [rows, width + columns], where each row has entries, counting those to be written; None: everywhere."""
+        if not any(self.starts):
+            return None
+        starts = torch.tensor(self.starts, device=self._data.device)
+        return torch.arange(self.width + columns, device=self._data.device) >= starts[:, None]
+
+
+class RowLayer(CacheLayerMixin):
+    """A layer of a RowStore as transformers' attention wants it."""
+
+    is_sliding = False
+
+    def __init__(self, store: RowStore, layer: int) -> None:
+        super().__init__()
+        self._store, self._layer = store, layer
+        self.is_initialized = True
+
+    def lazy_initialization(self, *_: Any) -> None:
+        """The store has its room already."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Take new keys and values in; returns all."""
+        return self._store.write(self._layer, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that a mask covers, and the first."""
+        return self._store.width + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns in use."""
+        return self._store.width
+
+    def get_max_length(self) -> int:
+        """No bound of its own."""
+        return -1
+
+
+class RowCache:
+    """What the Copilot's layers take for a cache: `update` by layer index, over the layers that a store holds."""
+
+    def __init__(self, store: RowStore, layers: list[int]) -> None:
+        self._store, self._places = store, {layer: place for place, layer in enumerate(layers)}
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new keys and values in; returns all."""
+        return self._store.write(self._places[layer_idx], key, value)
