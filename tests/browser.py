@@ -117,14 +117,15 @@ class Browser:
         return message
 
     def open(
-        self, path: Path, *, width: int = 1200, height: int = 900, dark: bool = False, script: bool = True
+        self, page: Path | str, *, width: int = 1200, height: int = 900, dark: bool = False, script: bool = True
     ) -> None:
-        """Show a file and wait until it is loaded."""
+        """Show a file or an address and wait until it is loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setScriptExecutionDisabled", value=not script)
-        self.call("Page.navigate", url=path.absolute().as_uri())
+        address = page if isinstance(page, str) else page.absolute().as_uri()
+        self.call("Page.navigate", url=address)
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
@@ -138,10 +139,14 @@ class Browser:
         """Put the pointer somewhere."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def press(self, key: str) -> None:
+    def press(self, key: str, *, ctrl: bool = False) -> None:
         """Press and let go a key."""
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key)
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, modifiers=2 if ctrl else 0)
+
+    def type(self, text: str) -> None:
+        """Put text in where the focus is, as an input method does."""
+        self.call("Input.insertText", text=text)
 
     def screenshot(self) -> bytes:
         """PNG of what is in the window."""

@@ -1,0 +1,1 @@
+"""The web page of the server: static files and the router that sends them. Used by the app."""
