@@ -1,98 +1,84 @@
-"""Start-up of the server: check the folder and the address, then put the app into Ray Serve.
+"""Start-up of the server: check folders, address, keys and memory, then put the app into Ray Serve; and its end.
 
-Invariant: whatever can be known before Ray starts is checked before, and ends in one ServingError. Called by
-`tc-ray serve`; the tests use `start_server` and stop it themselves.
+Invariant: whatever can be known before Ray starts is checked before, and every failure ends in one ServingError. At the
+end, what is under way is finished before the proxy goes. Called by `tc-ray serve`; the tests use `start_server` and stop
+it themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tc_ray.serving.auth import KEY_VARIABLE, configured_digest, require_key_for
+from tc_ray.serving.auth import KEY_VARIABLE, configured_digests, require_key_for
 from tc_ray.serving.errors import ServingError
-
-if TYPE_CHECKING:
-    from tc_ray.serving.app import ServedModel
+from tc_ray.serving.exports import check_tokenizer, named_models, weight_bytes
+from tc_ray.serving.memory import available_memory_bytes, check_memory
+from tc_ray.serving.options import build_settings
+from tc_ray.serving.settings import ReplicaSettings, Scale
 
 APPLICATION = "tc-ray"
 _CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of Ray Serve's controller actor."""
+_STILL_LOADING_S = 10.0
+_STOP_MARGIN_S = 15.0
+"""For Serve to see that a replica has drained, on top of the time it has for that."""
+
+Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class ReplicaSettings:
-    """What a replica needs to know; all of it can be pickled. threads None: one a CPU of the replica's machine."""
+@dataclass
+class Server:
+    """A running server. url: where it is reached from this machine."""
 
-    export: str
-    name: str
-    key_digest: bytes | None = None
-    max_tokens: int = 512
-    max_queued: int = 32
-    max_body_bytes: int = 2**20
-    threads: int | None = None
-    gpu: bool = False
+    url: str
+    settings: ReplicaSettings
+    _started_ray: bool
 
+    @property
+    def models(self) -> list[str]:
+        """Names of its models."""
+        return [model.name for model in self.settings.models]
 
-def find_export(folder: Path | str) -> Path:
-    """Absolute export folder of a run folder, or `folder` itself when it is one.
+    def stop(self, drain_s: float | None = None) -> None:
+        """Refuse new requests, let those under way end, then end the application, and Ray if it was started for it.
 
-    Raises ServingError that names what is missing.
-    """
-    given = Path(folder).expanduser().absolute()
-    if not given.is_dir():
-        raise ServingError(f"{given} is no folder; give a run folder or an exported model")
-    export = given / "export" if (given / "export").is_dir() else given
-    if not any((export / part).exists() for part in ("fusion.json", "pilot", "copilot")):
-        raise ServingError(f"{given} holds no exported model: the run has not ended, or it is no run folder")
-    missing = [part for part in ("fusion.json", "pilot/config.json", "copilot/config.json") if not _file(export / part)]
-    missing += [
-        f"{part}/*.safetensors" for part in ("pilot", "copilot") if not list((export / part).glob("*.safetensors"))
-    ]
-    if not _file(export / "pilot/tokenizer_config.json"):
-        missing.append("pilot/tokenizer_config.json")
-    if missing:
-        raise ServingError(f"{export} is incomplete: {', '.join(missing)} missing")
-    _json(export / "fusion.json")
-    pilot, copilot = _json(export / "pilot/config.json"), _json(export / "copilot/config.json")
-    if pilot.get("is_encoder_decoder"):
-        raise ServingError(
-            f"{export} is an encoder-decoder; the server answers with decoder-only models. "
-            "Use FusedModel.from_pretrained(folder).generate for it"
+        drain_s: how long to wait for them; None: as long as the settings say.
+        """
+        import ray
+        from ray import serve
+
+        wait_s = self.settings.drain_s + _STOP_MARGIN_S if drain_s is None else drain_s
+        # Serve's own shutdown ends the proxy first, and with it every stream: the application goes before.
+        if wait_s > 0:
+            serve.delete(APPLICATION, _blocking=False)
+            until = time.monotonic() + wait_s
+            while APPLICATION in serve.status().applications and time.monotonic() < until:
+                time.sleep(0.1)
+        serve.shutdown()
+        if self._started_ray:
+            ray.shutdown()
+
+    def example(self) -> str:
+        """A curl command that works as it is."""
+        key = f' \\\n  -H "Authorization: Bearer ${KEY_VARIABLE}"' if self.settings.key_digests else ""
+        question = {"role": "user", "content": "What is 12 + 30?"}
+        body = {"model": self.models[0], "messages": [question], "temperature": 0}
+        return (
+            f"curl {self.url}/v1/chat/completions{key} \\\n  -H 'Content-Type: application/json' \\\n  -d "
+            f"'{json.dumps(body)}'"
         )
-    # vocabularies may be padded to different sizes, widths must agree
-    if copilot.get("pilot_hidden_size") != pilot.get("hidden_size"):
-        raise ServingError(
-            f"{export}: the Copilot was made for a Pilot of width {copilot.get('pilot_hidden_size')}; "
-            f"this Pilot has {pilot.get('hidden_size')}"
-        )
-    return export
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ServingError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ServingError(f"{path} holds no JSON object")
-    return content
-
-
-def _file(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
-def model_name(export: Path) -> str:
-    """Name of the served model: the run folder's, which is the run's name by default."""
-    return (export.parent if export.name == "export" else export).name
 
 
 def check_port(host: str, port: int) -> None:
@@ -111,161 +97,98 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def load_served(settings: ReplicaSettings) -> ServedModel:
-    """Load models and tokenizer of an export and start the engine."""
-    import torch
-    from transformers import AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    from tc_ray.models.fusion import FusedModel
-    from tc_ray.serving.app import ServedModel
-    from tc_ray.serving.engine import Engine
-    from tc_ray.serving.prompt import PromptEncoder
-
-    disable_progress_bar()  # Serve copies a replica's output to the user's terminal
-    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-    model = FusedModel.from_pretrained(settings.export, device="cuda" if settings.gpu else "cpu")
-    pilot = Path(settings.export) / "pilot"
-    # Two tokenizers: one belongs to the engine's thread, one to the requests.
-    decoder, encoder = (AutoTokenizer.from_pretrained(pilot) for _ in range(2))
-    return ServedModel(
-        name=settings.name,
-        engine=Engine(model, decoder, max_queued=settings.max_queued),
-        encoder=PromptEncoder(encoder, model.vocab_size),
-        default_lam=model.default_lam,
-        max_tokens=settings.max_tokens,
-        max_body_bytes=settings.max_body_bytes,
-    )
-
-
-def build_application(settings: ReplicaSettings) -> Any:
-    """The Ray Serve application: one replica, which loads the export when it starts."""
-    from ray import serve
-
-    def build() -> Any:
-        from tc_ray.serving.app import create_app
-
-        return create_app(load_served(settings), settings.key_digest)
-
-    # The engine's queue is the bound that clients meet (429); Serve lets enough requests through to reach it.
-    @serve.deployment(
-        name="FusedModel",
-        num_replicas=1,
-        max_ongoing_requests=2 * settings.max_queued + 32,
-        max_queued_requests=256,
-        max_constructor_retry_count=1,
-        health_check_period_s=5,
-        graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=10,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if settings.gpu else 0},
-    )
-    @serve.ingress(build)
-    class FusedReplica:
-        """A replica; Serve replaces it when the check fails."""
-
-        def check_health(self) -> None:
-            """Raise when the generation worker is dead or stalled."""
-            reason = self.app.state.served.engine.unhealthy()  # type: ignore[attr-defined]
-            if reason:
-                raise RuntimeError(reason)
-
-    return FusedReplica.bind()  # type: ignore[attr-defined]
-
-
-@dataclass
-class Server:
-    """A running server."""
-
-    url: str
-    model: str
-    settings: ReplicaSettings
-    _started_ray: bool
-
-    def stop(self) -> None:
-        """Drain and end the application, and Ray if it was started for it."""
-        import ray
-        from ray import serve
-
-        serve.shutdown()
-        if self._started_ray:
-            ray.shutdown()
-
-    def example(self) -> str:
-        """A curl command that works as it is."""
-        key = f' \\\n  -H "Authorization: Bearer ${KEY_VARIABLE}"' if self.settings.key_digest else ""
-        body = {"model": self.model, "messages": [{"role": "user", "content": "What is 12 + 30?"}], "temperature": 0}
-        return (
-            f"curl {self.url}/v1/chat/completions{key} \\\n  -H 'Content-Type: application/json' \\\n  -d "
-            f"'{json.dumps(body)}'"
-        )
-
-
 def start_server(
-    folder: Path | str,
+    folders: Sequence[Path | str],
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
     key_file: Path | str | None = None,
-    max_tokens: int = 512,
-    max_queued: int = 32,
-    threads: int | None = None,
-    gpu: bool = False,
+    allow_open: bool = False,
+    say: Say = lambda _: None,
+    **options: Any,
 ) -> Server:
-    """Serve an exported model and return once it answers.
+    """Serve exported models and return once they answer.
 
     Uses the Ray this process is connected to, else joins RAY_ADDRESS, else starts a local one.
-    Raises ServingError: folder missing or incomplete, port taken, open address without a key, cluster that serves
-    already, or a model that does not load.
+
+    Args:
+        folders: run folders or exports, or NAME=FOLDER. key_file: see `configured_digests`. allow_open: listen where
+            others can reach it, without a key. say: is told of progress. options: see `options.OPTIONS`.
+
+    Raises:
+        ServingError: folder missing or incomplete, Copilot of another tokenizer, an option that cannot be, port taken, too
+            little memory, open address without a key, cluster that serves already, or a model that does not load.
     """
-    export = find_export(folder)
-    key_digest = configured_digest(key_file)
-    require_key_for(host, key_digest)
+    models = named_models(folders)
+    key_digests = configured_digests(key_file)
+    require_key_for(host, key_digests, allow_open)
     check_port(host, port)
-    if max_tokens < 1 or max_queued < 1:
-        raise ServingError(f"max_tokens {max_tokens} and max_queued {max_queued} must be at least 1")
-    settings = ReplicaSettings(
-        export=str(export),
-        name=model_name(export),
-        key_digest=key_digest,
-        max_tokens=max_tokens,
-        max_queued=max_queued,
-        threads=threads,
-        gpu=gpu,
-    )
-    started_ray = _connect()
+    settings, scale = build_settings(models, key_digests, options)
+    here = _runs_here()
+    if here:
+        check_memory(models, settings.engine, scale.max_replicas, available_memory_bytes())
+        if settings.threads is None and scale.max_replicas > 1:
+            settings = replace(settings, threads=max(1, (os.cpu_count() or 1) // scale.max_replicas))
+    for model in models:
+        check_tokenizer(Path(model.export))
+    for model in models:
+        say(f"{model.name}: {model.export}, {weight_bytes(Path(model.export)) / 1e6:.0f} MB of weights")
+    say("starting Ray" if here else "joining Ray")
+    started_ray = _connect(settings, scale)
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    server = Server(f"http://{shown}:{port}", settings, started_ray)
     try:
-        _deploy(settings, host, port)
+        _deploy(settings, scale, host, port, say)
+        _warn_unguarded(server, say)
     except BaseException:
         if started_ray:
             import ray
 
             ray.shutdown()
         raise
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return Server(f"http://{shown}:{port}", settings.name, settings, started_ray)
+    return server
 
 
-def _connect() -> bool:
+def _runs_here() -> bool:
+    """Whether the server will have a Ray of its own on this machine."""
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return not connected and not os.environ.get("RAY_ADDRESS")
+
+
+def _connect(settings: ReplicaSettings, scale: Scale) -> bool:
     """Connect to Ray; true when a local one was started for the server."""
     import ray
 
     if ray.is_initialized():
         return False
+    # Serve's proxy is told through its environment to put the stream guard before the replicas.
+    variables = proxy_environment(settings)
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address)
+            ray.init(address=address, runtime_env={"env_vars": variables})
         except ConnectionError as error:
             raise ServingError(f"RAY_ADDRESS {address} cannot be joined: {error}") from error
         return False
-    ray.init(address="local", include_dashboard=False)
+    os.environ.update(variables)
+    cpus = max(os.cpu_count() or 1, scale.max_replicas * (settings.threads or 1))
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False)
     return True
 
 
-def _deploy(settings: ReplicaSettings, host: str, port: int) -> None:
+def proxy_environment(settings: ReplicaSettings) -> dict[str, str]:
+    """Environment variables of Serve's proxy, so that the stream guard works in it."""
+    from tc_ray.serving.guard import MAX_BODY_VARIABLE, PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
+
+    return {PROXY_CALLBACK_VARIABLE: PROXY_CALLBACK, MAX_BODY_VARIABLE: str(settings.limits.max_body_bytes)}
+
+
+def _deploy(settings: ReplicaSettings, scale: Scale, host: str, port: int, say: Say) -> None:
     import ray
     from ray import serve
     from ray.serve.schema import LoggingConfig
+
+    from tc_ray.serving.deployment import build_application
 
     try:
         ray.get_actor(_CONTROLLER[0], namespace=_CONTROLLER[1])
@@ -280,14 +203,46 @@ def _deploy(settings: ReplicaSettings, host: str, port: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
     try:
-        serve.run(build_application(settings), name=APPLICATION, route_prefix="/", logging_config=quiet)
+        with _still_loading(say):
+            serve.run(build_application(settings, scale), name=APPLICATION, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         reason = _deployment_failure() or str(error)
         serve.shutdown()
-        raise ServingError(f"{settings.export} cannot be served: {reason}") from error
+        raise ServingError(f"the server did not start: {reason}") from error
     except BaseException:
         serve.shutdown()
         raise
+
+
+@contextlib.contextmanager
+def _still_loading(say: Say) -> Iterator[None]:
+    """Say that models are loading, and again now and then."""
+    ended, begun = threading.Event(), time.monotonic()
+
+    def run() -> None:
+        while not ended.wait(_STILL_LOADING_S):
+            say(f"still loading, {time.monotonic() - begun:.0f} s")
+
+    say("loading the models")
+    threading.Thread(target=run, name="loading-progress", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _warn_unguarded(server: Server, say: Say) -> None:
+    """Say so when the proxy was started without the guard, as in a Ray that others started."""
+    import httpx
+
+    from tc_ray.serving.guard import GUARD_HEADER, PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
+
+    with contextlib.suppress(httpx.HTTPError):
+        if GUARD_HEADER[0].decode() not in httpx.get(f"{server.url}/health", timeout=30).headers:
+            say(
+                "warning: Ray was started without the stream guard, so a stream whose replica dies is cut; set "
+                f"{PROXY_CALLBACK_VARIABLE}={PROXY_CALLBACK} where Ray is started"
+            )
 
 
 def _deployment_failure() -> str | None:
@@ -299,23 +254,24 @@ def _deployment_failure() -> str | None:
         return None
     lines = [line.strip() for state in application.deployments.values() for line in state.message.splitlines()]
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    return errors[-1] if errors else None
+    return errors[-1].removeprefix(f"{ServingError.__module__}.{ServingError.__name__}: ") if errors else None
 
 
-def serve_run(folder: Path | str, host: str = "127.0.0.1", port: int = 8000, **options: Any) -> None:
-    """Serve until Ctrl-C or SIGTERM; prints the address and an example. `options` as in `start_server`.
+def serve_run(folders: Sequence[Path | str], host: str = "127.0.0.1", port: int = 8000, **options: Any) -> None:
+    """Serve until Ctrl-C or SIGTERM; prints progress, then the address and an example. `options` as in `start_server`.
 
     Must be called in the main thread, which is the one that receives signals.
     """
-    server = start_server(folder, host, port, **options)
+    server = start_server(folders, host, port, say=lambda line: print(line, flush=True), **options)
     ended = threading.Event()
     # Ray's own handler of SIGTERM aborts the process; ours lets the server drain. A second signal acts as before.
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        print(f"Serving {server.model} ({server.settings.export}) at {server.url}\n\n{server.example()}\n", flush=True)
+        print(f"ready: {', '.join(server.models)} at {server.url}\n\n{server.example()}\n", flush=True)
         print("Ctrl-C ends it.", flush=True)
         ended.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        print("finishing what is under way; Ctrl-C again to cut it off", flush=True)
         server.stop()

@@ -35,6 +35,8 @@ class EngineLimits:
     """Sequences that wait for a place in the batch; more are answered with 429."""
     cache_bytes: int = 2**31
     """Memory for the keys and values of Pilot and Copilot; a sequence is admitted when it fits to its last token."""
+    prefix_bytes: int = 2**28
+    """Memory for prompts computed lately, which later prompts may begin with; 0: none is kept."""
     prefill_tokens: int = 512
     """Prompt tokens computed between two steps of the batch, at most one prompt longer."""
 
@@ -60,3 +62,13 @@ class ReplicaSettings:
     gpu: bool = False
     watch_s: float | None = 10.0
     """How often to look for a newer Copilot in the export folders; None: never."""
+    drain_s: float = 630.0
+    """How long what is under way may take when a replica, or a Copilot, is replaced; longer than the longest request."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Replicas of a server: always as many, or between both numbers by the requests under way."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1

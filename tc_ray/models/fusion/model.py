@@ -112,6 +112,10 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
         if alike and torch.equal(own.weight, embedding):
             own.weight = embedding
 
+    def release(self) -> None:
+        """Let go of the Pilot, which others may go on using: the tap leaves its layers. This model is of no use after."""
+        self._tap.close()
+
     # -- one call -------------------------------------------------------------------------------------------------
 
     def _weights(self, lam: float | torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:

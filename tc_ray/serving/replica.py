@@ -1,0 +1,122 @@
+"""What runs in a replica's process: models, engines, the app over them, and the watch for newer Copilots.
+
+Invariant: a replica answers only when every model has generated a token. Nothing here knows of Ray but `replica_name`:
+deployment.py puts it into Serve. Called by deployment.py; the tests use it without Serve as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from tc_ray.serving.errors import ServingError
+from tc_ray.serving.loading import LoadedCopilot, LoadedRun
+from tc_ray.serving.reload import Reloader
+from tc_ray.serving.settings import ReplicaSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger("tc_ray.serving")
+
+
+class Replica:
+    """The models of a server, loaded. Raises ServingError when one cannot be."""
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        from tc_ray.serving.catalogue import Catalogue
+        from tc_ray.serving.engine import Turns
+
+        disable_progress_bar()  # Serve copies a replica's output to the user's terminal
+        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        turns = Turns()
+        loaded: dict[LoadedRun, LoadedCopilot] = {}
+        for model in settings.models:
+            begun = time.monotonic()
+            run = LoadedRun(model, settings, turns)
+            loaded[run] = run.load_copilot(run.export)
+            logger.info(
+                "%s: loaded in %.1f s, Copilot %s",
+                model.name,
+                time.monotonic() - begun,
+                loaded[run].served.copilot_version,
+            )
+        self.catalogue = Catalogue([copilot.served for copilot in loaded.values()])
+        self.reloader = Reloader(self.catalogue, loaded, watch_s=settings.watch_s, drain_s=settings.drain_s)
+        self._configured = False
+
+    def start(self) -> None:
+        """Begin to watch the export folders."""
+        self.reloader.start()
+
+    def configure(self, user_config: Any) -> None:
+        """Serve's user_config: which folders the Copilots come from.
+
+        At the start they are loaded before the replica answers, and what is wrong with them raises ServingError: Serve
+        then says that the deployment failed. Later they are loaded in the background, and what is wrong is logged:
+        an error would make Serve end a replica that serves well.
+        """
+        if not self._configured:
+            self.reloader.configure(user_config)
+            self.reloader.look()
+            self.reloader.raise_refused()
+            self._configured = True
+            return
+        try:
+            self.reloader.configure(user_config)
+        except ServingError as error:
+            logger.error("the new user_config is not used: %s", error)
+
+    async def unhealthy(self) -> str | None:
+        """What is wrong with the first engine that does not generate, each trying one token; None: nothing."""
+        for served in self.catalogue:
+            reason = await asyncio.to_thread(served.engine.unhealthy)
+            # One that was replaced while it was tried is stopped, and that is no fault.
+            if reason and self.catalogue.find(served.name) is served:
+                return f"{served.name}: {reason}"
+        return None
+
+    async def close(self) -> None:
+        """Stop the watch and the engines."""
+        self.reloader.close()
+        for served in self.catalogue:
+            await asyncio.to_thread(served.engine.close)
+
+
+def build_app(settings: ReplicaSettings) -> FastAPI:
+    """Load the models and return the app; `app.state.replica` is the Replica. Raises ServingError."""
+    from tc_ray.serving.app import create_app
+
+    log_to_stderr()
+    replica = Replica(settings)
+    app = create_app(replica.catalogue, settings)
+    app.state.replica = replica
+    replica.start()
+    return app
+
+
+def log_to_stderr() -> None:
+    """Let this package's log lines of level INFO be seen; they never hold prompts."""
+    package = logging.getLogger("tc_ray")
+    if not package.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+
+
+def replica_name() -> str:
+    """Serve's short name of this replica, for logs and metrics; the process id outside of Serve."""
+    with contextlib.suppress(Exception):
+        from ray import serve
+
+        return str(serve.get_replica_context().replica_id.unique_id)
+    return str(os.getpid())
