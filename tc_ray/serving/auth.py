@@ -1,7 +1,7 @@
-"""Who may call: an optional bearer key, and the rule that an open address needs one.
+"""Who may call: bearer keys, and the rule that an open address needs one.
 
-Invariant: the key itself is held by the starting process only for as long as it takes to hash it; replicas get the
-digest, and digests are compared in constant time. Used by launch.py (key) and app.py (check).
+Invariant: the keys themselves are held by the starting process only for as long as it takes to hash them; replicas get
+the digests, and a given key is compared with all of them in constant time. Used by launch.py (keys) and app.py (check).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import hashlib
 import hmac
 import ipaddress
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tc_ray.serving.errors import RequestError, ServingError
@@ -26,25 +26,27 @@ def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def configured_digest(key_file: Path | str | None = None) -> bytes | None:
-    """Digest of the key in `key_file`, else of the one in TC_RAY_API_KEY; None when neither is given.
+def configured_digests(key_file: Path | str | None = None) -> tuple[bytes, ...]:
+    """Digests of the keys in `key_file`, else of the one in TC_RAY_API_KEY; empty when neither is given.
 
-    Raises ServingError for a file that cannot be read and for an empty key.
+    A key file holds one key a line; empty lines and those that begin with # do not count.
+    Raises ServingError for a file that cannot be read, a file without keys and an empty variable.
     """
     if key_file is not None:
         try:
-            key = Path(key_file).read_text(encoding="utf-8").strip()
+            lines = Path(key_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ServingError(f"the API key file {key_file} cannot be read: {error}") from error
-        if not key:
-            raise ServingError(f"the API key file {key_file} is empty")
-        return digest(key)
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
+            raise ServingError(f"the API key file {key_file} holds no key; write one a line")
+        return tuple(dict.fromkeys(digest(key) for key in keys))
     value = os.environ.get(KEY_VARIABLE)
     if value is None:
-        return None
+        return ()
     if not value.strip():
         raise ServingError(f"{KEY_VARIABLE} is set but empty; unset it to serve without a key")
-    return digest(value.strip())
+    return (digest(value.strip()),)
 
 
 def is_loopback(host: str) -> bool:
@@ -57,35 +59,49 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def require_key_for(host: str, key_digest: bytes | None) -> None:
-    """Raise ServingError where others could reach the server and no key is set."""
-    if key_digest is None and not is_loopback(host):
+def require_key_for(host: str, key_digests: Sequence[bytes], allow_open: bool = False) -> None:
+    """Raise ServingError where others could reach the server, no key is set and that was not allowed by name."""
+    if not key_digests and not allow_open and not is_loopback(host):
         raise ServingError(
             f"host {host} can be reached from other machines and no API key is set: "
-            f"set {KEY_VARIABLE} or give a key file, or serve on 127.0.0.1"
+            f"set {KEY_VARIABLE} or give a key file, serve on 127.0.0.1, or allow it with --allow-open"
         )
 
 
 class BearerAuth:
-    """ASGI middleware: 401 for every path but /health unless the request carries the key."""
+    """ASGI middleware: 401 for every path but /health unless the request carries one of the keys.
 
-    def __init__(self, app: ASGIApp, key_digest: bytes) -> None:
+    Leaves the digest of the key in the scope's state, as `key`, for the limit a key has.
+    """
+
+    def __init__(self, app: ASGIApp, key_digests: Sequence[bytes]) -> None:
         self._app = app
-        self._digest = key_digest
+        self._digests = tuple(key_digests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allowed(scope):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        error = RequestError(
-            "A valid API key is needed: Authorization: Bearer KEY.", status=401, code="invalid_api_key"
-        )
-        await JSONResponse(error.envelope(), error.status, error.headers)(scope, receive, send)
+        key = self._key_of(scope)
+        if key is None:
+            error = RequestError(
+                "A valid API key is needed: Authorization: Bearer KEY.", status=401, code="invalid_api_key"
+            )
+            await error.answer(scope, receive, send)
+            return
+        scope.setdefault("state", {})["key"] = key
+        await self._app(scope, receive, send)
 
-    def _allowed(self, scope: Scope) -> bool:
+    def _key_of(self, scope: Scope) -> bytes | None:
+        """Digest of the request's key, if it is one of ours."""
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(given) != 1:
-            return False
+            return None
         scheme, _, key = given[0].partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
+        if scheme.lower() != b"bearer":
+            return None
+        sent = hashlib.sha256(key.strip()).digest()
+        # All are compared, so that the time does not tell which one, if any, it was.
+        matches = [hmac.compare_digest(sent, known) for known in self._digests]
+        return sent if any(matches) else None

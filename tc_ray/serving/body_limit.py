@@ -1,43 +1,53 @@
-"""A bound on the request body, for Ray Serve has none.
+"""A bound on the request body, for Ray Serve has none: on its length and on the time it takes to arrive.
 
-Invariant: the app behind it never sees more than `limit_bytes`, whether or not the client states a length.
-Added to the app by app.py.
+Invariant: the app behind it never sees more than `limit_bytes`, whether or not the client states a length, and no body
+holds a place for longer than BODY_TIMEOUT_S. Added to the app by app.py.
 """
 
 from __future__ import annotations
 
-from starlette.responses import JSONResponse
+import asyncio
+import contextlib
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.serving.errors import RequestError
 
+BODY_TIMEOUT_S = 30.0
+LINGER_S = 1.0
+LINGER_BYTES = 4 * 2**20
+"""A refused body is read on for so long, so that a client in the middle of sending it gets to read the answer."""
+
 
 class BodyLimit:
-    """ASGI middleware: takes the whole body in, answers 413 when it is too long, else hands it on in one message."""
+    """ASGI middleware: takes a POST's whole body in, answers 413 or 408, else hands it on in one message."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, limit_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
         self._app = app
         self._limit_bytes = limit_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 413."""
-        if scope["type"] != "http":
+        """Pass the request on, or refuse it and end the connection."""
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        body = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._limit_bytes:
-                error = RequestError(
-                    f"The body is longer than {self._limit_bytes} bytes.", status=413, code="body_too_large"
-                )
-                await JSONResponse(error.envelope(), error.status)(scope, receive, send)
-                return
+        if _stated_bytes(scope) > self._limit_bytes:
+            await self._refuse(self._too_long(), scope, receive, send)
+            return
+        try:
+            body = await asyncio.wait_for(self._read(receive), self._timeout_s)
+        except RequestError as error:
+            await self._refuse(error, scope, receive, send)
+            return
+        except asyncio.TimeoutError:  # the builtin's alias only from Python 3.11 on
+            late = RequestError(
+                f"The body did not arrive within {self._timeout_s:g} s.", status=408, code="body_timeout"
+            )
+            await self._refuse(late, scope, receive, send)
+            return
+        if body is None:
+            return
         taken = False
 
         async def replay() -> Message:
@@ -45,6 +55,49 @@ class BodyLimit:
             if taken:
                 return await receive()
             taken = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, send)
+
+    def _too_long(self) -> RequestError:
+        return RequestError(f"The body is longer than {self._limit_bytes} bytes.", status=413, code="body_too_large")
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body; None when the client has gone."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._limit_bytes:
+                raise self._too_long()
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["refused"] = error.code
+        response = error.response()
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_discard(receive), LINGER_S)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Receive) -> None:
+    """Read and forget."""
+    seen_bytes, more = 0, True
+    while more and seen_bytes < LINGER_BYTES:
+        message = await receive()
+        seen_bytes += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
+
+
+def _stated_bytes(scope: Scope) -> int:
+    """The length that the client states, 0 for none."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value[:20])
+    return 0

@@ -1,7 +1,7 @@
 """What can go wrong while serving, and how a client is told: OpenAI's error envelope, always naming the field.
 
 Invariant: every error body of the server is `{"error": {message, type, param, code}}`, and no message repeats what the
-client sent except the (shortened) name of a field. Used by protocol, prompt, engine and app; ServingError by the cli.
+client sent except the (shortened) name of a field. Used all over serving; ServingError by the cli.
 """
 
 from __future__ import annotations
@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
 MAX_MESSAGE_CHARACTERS = 500
-UNION_TAGS = frozenset({"(text)", "(parts)", "(ids)", "(list)"})
-"""Tags that protocol.py gives the members of its unions; they are no part of a field's name."""
+MAX_FAULTS = 50
+"""A body with more faults than this is told so; listing each of 90,000 takes a second."""
+UNION_TAGS = frozenset({"(text)", "(texts)", "(parts)", "(ids)", "(id lists)", "(list)"})
+"""Tags that api/requests.py gives the members of its unions; they are no part of a field's name."""
 
 
 class ServingError(RuntimeError):
@@ -61,6 +67,20 @@ class RequestError(Exception):
             }
         }
 
+    def response(self) -> JSONResponse:
+        """The answer to the client."""
+        return JSONResponse(self.envelope(), self.status, self.headers)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with this error, from a middleware; metrics.py finds the code in the scope's state."""
+        scope.setdefault("state", {})["refused"] = self.code
+        await self.response()(scope, receive, send)
+
+
+def invalid_value(param: str, reason: str) -> RequestError:
+    """400 for a field whose value cannot be used."""
+    return RequestError(f"Field `{param}`: {reason}.", param=param, code="invalid_value")
+
 
 def error_type(status: int) -> str:
     """OpenAI's word for an HTTP status."""
@@ -71,35 +91,24 @@ def error_type(status: int) -> str:
     return "server_error" if status >= 500 else "invalid_request_error"
 
 
-def from_validation(errors: Sequence[Any]) -> RequestError:
-    """The RequestError for what pydantic (through FastAPI) found in a body; the first finding is told.
-
-    `errors` is `RequestValidationError.errors()`: mappings with `type`, `loc`, `msg` and perhaps `ctx`.
-    """
-    first = errors[0]
-    kind, location = str(first["type"]), tuple(first["loc"])
-    if location[:1] == ("body",):
-        location = location[1:]
+def from_validation(error: ValidationError) -> RequestError:
+    """The RequestError for what pydantic found in a JSON body; the first finding is told."""
+    if error.error_count() > MAX_FAULTS:
+        return RequestError(
+            f"The body has {error.error_count()} faults; it is no request of this route.", code="invalid_body"
+        )
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, location = first["type"], first["loc"]
     if kind == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "syntax error")
-        at = f" at character {location[0]}" if location else ""
-        return RequestError(f"The body is not valid JSON: {reason}{at}.", code="invalid_json")
-    if kind == "string_unicode":
-        return RequestError(
-            "The body holds a name or text that is no valid Unicode.", param=field_name(location) or None
-        )
+        return RequestError(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
     if not location:
-        return RequestError(
-            "The body must be a JSON object, sent with Content-Type: application/json.", code="invalid_body"
-        )
+        return RequestError("The body must be a JSON object.", code="invalid_body")
     param = field_name(location)
     if kind == "missing":
         return RequestError(f"Field `{param}` is required.", param=param, code="missing_field")
     if kind == "extra_forbidden":
         return RequestError(f"Field `{param}` is not supported by this server.", param=param, code="unsupported_field")
-    return RequestError(
-        f"Field `{param}`: {str(first['msg']).removeprefix('Value error, ')}.", param=param, code="invalid_value"
-    )
+    return invalid_value(param, first["msg"].removeprefix("Value error, "))
 
 
 def field_name(location: Sequence[str | int]) -> str:

@@ -1,7 +1,7 @@
 """Token ids to text, piece by piece: whole characters only, and nothing of a stop string.
 
 Invariant: the pieces joined are the decoded text up to the first stop string, however the ids were cut into calls.
-Knows nothing of models or threads; used by engine.py, once a generation.
+Knows nothing of models or threads; used by the engine, once a generation, and for echoed prompts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ class IncrementalText:
     """Decodes one generation.
 
     Args:
-        tokenizer: a transformers tokenizer; special tokens are left out of the text.
+        tokenizer: a transformers tokenizer.
         prompt_ids: ids before the first new token. stops: strings that end the text.
+        special: show special tokens; else they are left out of the text.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stops: Iterable[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_ids: Sequence[int] = (), stops: Iterable[str] = (), *, special: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special = not special
         self._stops = tuple(stops)
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         if self._decode(self._ids).endswith(UNFINISHED):
@@ -53,7 +57,9 @@ class IncrementalText:
         return piece
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(ids, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False)
+        )
 
     def _new_text(self, final: bool) -> str:
         """Text of the ids not told yet, once it ends at the end of a character."""

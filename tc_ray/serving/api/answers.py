@@ -1,0 +1,266 @@
+"""Answers of the HTTP API, in OpenAI's shapes, and what the OpenAPI document says of them.
+
+Invariant: every body and every chunk the server sends is one of these, or an error envelope. JSON has no infinity: the
+log of 0 is told as -9999.0. Made by the shapes and routes, documented by schema.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LOG_OF_ZERO = -9999.0
+"""What stands for log 0, as in vLLM."""
+
+FinishReason = Literal["stop", "length"]
+
+
+class Answer(BaseModel):
+    """Base of everything sent."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class PromptTokensDetails(Answer):
+    """What became of the prompt's tokens."""
+
+    cached_tokens: int = Field(ge=0, description="of a prompt that was computed before")
+
+
+class Usage(Answer):
+    """Token counts; completion_tokens counts what was generated, the end token and stop strings included."""
+
+    prompt_tokens: int = Field(ge=0)
+    completion_tokens: int = Field(ge=0)
+    total_tokens: int = Field(ge=0)
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ExplainedToken(Answer):
+    """What the correction did at one token; probabilities of the distributions before penalties and temperature."""
+
+    token: str
+    pilot_token: str = Field(description="likeliest token of the Pilot at this place")
+    pilot: float = Field(ge=0, description="the Pilot's probability of `token`")
+    fused: float = Field(ge=0, description="the fused model's")
+    moved: float = Field(ge=0, description="total variation distance of the two distributions, 0 to 1")
+
+
+class CopilotAnswer(Answer):
+    """Answer to `copilot.explain`: one entry for each token generated, in a chunk for those since the chunk before."""
+
+    tokens: list[ExplainedToken]
+
+
+class CompletionLogprobs(Answer):
+    """log p~ of each token, before penalties and temperature. A token that is no whole character is `bytes:\\xf0\\x9f`."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description="null for the first token of an echoed prompt")
+    top_logprobs: list[dict[str, float] | None] = Field(description="the likeliest tokens and the one that was said")
+    text_offset: list[int] = Field(description="where each token begins in the choice's text, in characters")
+
+
+class TokenLogprob(Answer):
+    """One token and log p~ of it."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(TokenLogprob):
+    """One token of a message."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Answer):
+    """log p~ of each token, before penalties and temperature."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class Choice(Answer):
+    """What all choices have. `index` comes first: the stream guard counts chunks by it."""
+
+    index: int = Field(ge=0)
+
+
+class CompletionChoice(Choice):
+    """A text, or a piece of it in a stream. Choice i of prompt p has the index p * n + i."""
+
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    copilot: CopilotAnswer | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Completion(Answer):
+    """Answer of /v1/completions, and each chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ChatAnswer(Answer):
+    """The assistant's message."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Choice):
+    """The answer of a chat completion."""
+
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+    copilot: CopilotAnswer | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Answer):
+    """Answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(Answer):
+    """What a chunk adds to the assistant's message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Choice):
+    """A piece of one choice."""
+
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    copilot: CopilotAnswer | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(Answer):
+    """A chunk of a chat completion's stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class ScoredTop(Answer):
+    """One of the likeliest tokens at a place."""
+
+    id: int
+    token: str
+    fused: float
+
+
+class ScoredPlace(Answer):
+    """One token of a scored completion: log p^ (Pilot) and log p~ (fused)."""
+
+    id: int
+    token: str
+    pilot: float
+    fused: float
+    top_logprobs: list[ScoredTop] | None = Field(None, description="likeliest tokens of the fused model, best first")
+
+
+class ScoredCompletion(Answer):
+    """One completion: its tokens and their sums, -9999.0 where a token has probability 0."""
+
+    index: int = Field(ge=0)
+    tokens: list[ScoredPlace]
+    token_count: int = Field(ge=1)
+    pilot: float = Field(description="log p^ of the completion: the sum over its tokens")
+    fused: float = Field(description="log p~ of the completion: the sum over its tokens")
+
+
+class ScoreAnswer(Answer):
+    """Answer of /v1/score."""
+
+    id: str
+    object: Literal["score"] = "score"
+    created: int
+    model: str
+    lam: float = Field(serialization_alias="lambda", description="weight of the correction that was used")
+    completions: list[ScoredCompletion]
+    usage: Usage
+
+
+class CopilotCard(Answer):
+    """The Copilot of a served model."""
+
+    lam: float = Field(serialization_alias="lambda", description="weight used when a request names none")
+    version: str | None = Field(None, description="which Copilot is served; changes when a newer one was loaded")
+
+
+class ModelCard(Answer):
+    """One served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "tc-ray"
+    context_tokens: int = Field(description="prompt and new tokens together")
+    copilot: CopilotCard
+
+
+class ModelList(Answer):
+    """GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class State(Answer):
+    """GET /health and GET /ready; `reason` says what is wrong when the status is 503."""
+
+    status: Literal["ok", "unavailable"]
+    reason: str | None = None
+
+
+class ErrorDetail(Answer):
+    """What went wrong."""
+
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    param: str | None = Field(description="the field at fault, as the client wrote it")
+    code: str | None = Field(description="a stable word for programs")
+
+
+class ErrorEnvelope(Answer):
+    """Every error body, and the last event of a stream that broke off."""
+
+    error: ErrorDetail
+
+
+def as_json(answer: BaseModel) -> str:
+    """An answer, or a chunk, as it is sent."""
+    return answer.model_dump_json(by_alias=True)
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, LOG_OF_ZERO)
+
+
+def error_event(envelope: dict[str, Any]) -> str:
+    """The event that ends a stream which broke off."""
+    return f"data: {ErrorEnvelope.model_validate(envelope).model_dump_json()}\n\n"

@@ -1,0 +1,69 @@
+"""Single tokens as text and as bytes, for log-probabilities and explanations.
+
+Invariant: a token is told the same way wherever it stands. One that is no whole character by itself is told by its
+bytes, so that different tokens do not look alike. Used by the event loop alone, with a tokenizer of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SENTENCEPIECE_BLANK = "\u2581"
+_UNFINISHED = "\ufffd"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level tokenizers write bytes: printable ones stand for themselves, others from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+class TokenTexts:
+    """Texts of a tokenizer's tokens, made once each."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    def text(self, token: int) -> str:
+        """With its leading blank; `bytes:\\xf0\\x9f` where it is no whole character; "" for ids of padding."""
+        return self._told(token)[0]
+
+    def utf8(self, token: int) -> bytes:
+        """UTF-8, or the part of a character that it is."""
+        return self._told(token)[1]
+
+    def _told(self, token: int) -> tuple[str, bytes]:
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self._tell(token)
+        return known
+
+    def _tell(self, token: int) -> tuple[str, bytes]:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # the model's vocabulary is padded beyond the tokenizer's
+            return "", b""
+        text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if _UNFINISHED in text:
+            raw = _raw_bytes(piece)
+            if raw is not None:
+                return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+        # SentencePiece drops the blank of what it takes for the first word
+        if piece.startswith(_SENTENCEPIECE_BLANK) and not text.startswith(" "):
+            text = f" {text}"
+        return text, text.encode("utf-8")
+
+
+def _raw_bytes(piece: str) -> bytes | None:
+    """Bytes of a piece of a byte-level or byte-fallback vocabulary; None if it is neither."""
+    if found := _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(found[1], 16)])
+    if all(character in _ALPHABET for character in piece):
+        return bytes(_ALPHABET[character] for character in piece)
+    return None
