@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Failed, Finished, Generation, GenerationRequest, Piece
+from tc_ray.serving.engine import Engine, Failed, Finished, Piece, Request, Scored, Ticket, Token
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -60,6 +60,8 @@ def make_export(folder: Path, *, positions: int = 4096, lam: float = 0.5) -> Pat
     copilot = Copilot.from_decoder(folder / "base", [0, 1], pilot=pilot, random_weights=True)
     with torch.no_grad():
         copilot.output.weight.normal_(std=0.3)
+        # random weights would amplify rounding from row to row until tokens differ; trained ones do not
+        copilot.error_projection.weight.mul_(0.05)
         copilot.output.weight[tokenizer.eos_token_id] = 0.0
     export = folder / "export"
     FusedModel.join(pilot, copilot, lam=lam).save_pretrained(export)
@@ -68,23 +70,31 @@ def make_export(folder: Path, *, positions: int = 4096, lam: float = 0.5) -> Pat
 
 
 class Collector:
-    """Submits one generation and waits for its events."""
+    """Submits one request and waits for its events. `tokens`: those of the pieces taken so far."""
 
-    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+    def __init__(self, engine: Engine, request: Request) -> None:
         self._events: queue.Queue[Any] = queue.Queue()
-        self.generation: Generation = engine.submit(request, self._events.put)
+        self.tokens: list[Token] = []
+        self.ticket: Ticket
+        [self.ticket] = engine.submit([request], lambda _, event: self._events.put(event))
 
-    def next(self, timeout_s: float = 30) -> Piece | Finished | Failed:
+    def next(self, timeout_s: float = 30) -> Piece | Finished | Scored | Failed:
         """The next event."""
-        event: Piece | Finished | Failed = self._events.get(timeout=timeout_s)
+        event: Piece | Finished | Scored | Failed = self._events.get(timeout=timeout_s)
+        if isinstance(event, Piece):
+            self.tokens += event.tokens
         return event
 
-    def all(self) -> tuple[list[str], Finished | Failed]:
-        """All pieces and the last event."""
+    def all(self) -> tuple[list[str], Finished | Scored | Failed]:
+        """Texts of all pieces that have any, and the last event."""
         pieces: list[str] = []
         while isinstance(event := self.next(), Piece):
-            pieces.append(event.text)
+            pieces += [event.text] if event.text else []
         return pieces, event
+
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.all()[0])
 
     def nothing_more(self) -> bool:
         """Whether no event waits."""

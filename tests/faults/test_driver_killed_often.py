@@ -26,7 +26,7 @@ from tc_ray.tracking.statusfile import read_status
 from tests.faults.test_driver_killed import alive
 from tests.tiny_run import assert_log_is_exact, tiny_config
 
-ROUNDS = 200
+ROUNDS = 400
 REPOSITORY = Path(__file__).parents[2]
 FIELDS = (
     "round",

@@ -1,9 +1,11 @@
-"""The engine: same tokens as offline `generate`, stop strings, cancellation within a token, honest ends."""
+"""The engine: same tokens as offline `generate` whatever else runs, stop strings, cancellation, budgets, honest ends."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, Piece
+from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, Piece, Scored, ScoreRequest, Turns
 from tc_ray.serving.errors import RequestError
+from tc_ray.serving.settings import EngineLimits
 from tests.serving_samples import Collector, make_export
+
+LIMITS = EngineLimits(max_running=6, max_waiting=4, cache_bytes=2**26, prefill_tokens=32)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def model(export: Path) -> FusedModel:
 
 @pytest.fixture
 def engine(model: FusedModel, export: Path) -> Iterator[Engine]:
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), max_queued=2)
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
     yield engine
     engine.close()
 
@@ -38,55 +43,119 @@ def prompt(export: Path) -> tuple[int, ...]:
     return tuple(AutoTokenizer.from_pretrained(export / "pilot")("Tom has 3 apples")["input_ids"])
 
 
-def offline(model: FusedModel, export: Path, prompt: tuple[int, ...], **options: object) -> str:
+def offline(model: FusedModel, prompt: tuple[int, ...], **options: object) -> list[int]:
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    return str(AutoTokenizer.from_pretrained(export / "pilot").decode(out[0, len(prompt) :], skip_special_tokens=True))
+    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+def decoded(export: Path, ids: list[int]) -> str:
+    return str(AutoTokenizer.from_pretrained(export / "pilot").decode(ids, skip_special_tokens=True))
 
 
 def test_greedy_equals_offline(engine: Engine, model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
-    pieces, end = Collector(engine, GenerationRequest(prompt, 40)).all()
-    assert "".join(pieces) == offline(model, export, prompt, max_new_tokens=40, do_sample=False)
+    collector = Collector(engine, GenerationRequest(prompt, 40))
+    pieces, end = collector.all()
+    expected = offline(model, prompt, max_new_tokens=40, do_sample=False)
+    assert [token.id for token in collector.tokens] == expected
+    assert "".join(pieces) == decoded(export, expected)
     assert end == Finished("length", len(prompt), 40)
     assert len(pieces) > 5
 
 
 def test_lam_of_the_request(engine: Engine, model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
-    texts = {
-        lam: "".join(Collector(engine, GenerationRequest(prompt, 24, lam=lam)).all()[0])
-        for lam in (0.0, 0.5, 3.0, None)
-    }
+    texts = {lam: Collector(engine, GenerationRequest(prompt, 24, lam=lam)).text() for lam in (0.0, 0.5, 3.0, None)}
     pilot = AutoModelForCausalLM.from_pretrained(export / "pilot")
-    assert texts[0.0] == offline(pilot, export, prompt, max_new_tokens=24, do_sample=False)
-    assert texts[0.5] == texts[None] == offline(model, export, prompt, max_new_tokens=24, do_sample=False)
-    assert texts[3.0] == offline(model, export, prompt, max_new_tokens=24, do_sample=False, lam=3.0)
+    assert texts[0.0] == decoded(export, offline(pilot, prompt, max_new_tokens=24, do_sample=False))
+    assert texts[0.5] == texts[None] == decoded(export, offline(model, prompt, max_new_tokens=24, do_sample=False))
+    assert texts[3.0] == decoded(export, offline(model, prompt, max_new_tokens=24, do_sample=False, lam=3.0))
     assert len({texts[0.0], texts[0.5], texts[3.0]}) == 3
 
 
-def test_seeded_sampling_equals_offline(
-    engine: Engine, model: FusedModel, export: Path, prompt: tuple[int, ...]
+SAMPLED = (
+    {"temperature": 0.8, "top_p": 0.9, "seed": 11},
+    {"temperature": 1.0, "seed": 12, "lam": 0.0},
+    {"temperature": 0.7, "top_k": 5, "seed": -3, "lam": 2.0},
+    {"temperature": 1.3, "top_k": 40, "top_p": 0.5, "seed": 2**62},
+)
+
+
+def test_tokens_do_not_depend_on_what_else_is_in_the_batch(
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...]
 ) -> None:
-    request = GenerationRequest(prompt, 24, temperature=0.8, top_p=0.9, seed=11)
-    served = ["".join(Collector(engine, request).all()[0]) for _ in range(2)]
-    torch.manual_seed(11)
-    expected = offline(
-        model, export, prompt, max_new_tokens=24, do_sample=True, temperature=0.8, top_p=0.9, top_k=0, lam=None
-    )
-    assert served == [expected, expected]
-    assert "".join(Collector(engine, GenerationRequest(prompt, 24, temperature=0.8, seed=12)).all()[0]) != expected
+    """Greedy and seeded requests of unlike lengths and lam, put in at once and late, against `generate` alone."""
+    requests = [GenerationRequest(prompt[: 3 + i], 20 + 7 * i, lam=lam) for i, lam in enumerate((0.0, 0.5, 1.0, 0.0))]
+    requests += [GenerationRequest(prompt, 25, **options) for options in SAMPLED]  # type: ignore[arg-type]
+    collectors = [Collector(engine, request) for request in requests[:5]]
+    collectors[0].next()
+    collectors += [Collector(engine, request) for request in requests[5:]]
+    for collector in collectors:  # the engine is idle when `generate` runs on the same model
+        collector.all()
+    for collector, request in zip(collectors, requests, strict=True):
+        options: dict[str, object] = {"max_new_tokens": request.max_new_tokens, "lam": request.lam, "do_sample": False}
+        if request.temperature:
+            torch.manual_seed(request.seed or 0)
+            options |= {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
+            options["top_k"] = request.top_k or 0
+        assert [token.id for token in collector.tokens] == offline(model, request.prompt_ids, **options), request
 
 
 def test_seed_does_not_pin_later_requests(engine: Engine, prompt: tuple[int, ...]) -> None:
-    free = GenerationRequest(prompt, 24, temperature=1.0)
     texts = []
     for _ in range(2):
         Collector(engine, GenerationRequest(prompt, 4, temperature=1.0, seed=1)).all()
-        texts.append("".join(Collector(engine, free).all()[0]))
+        texts.append(Collector(engine, GenerationRequest(prompt, 24, temperature=1.0)).text())
     assert texts[0] != texts[1]
 
 
+def test_logprobs_and_explanation_equal_offline(engine: Engine, model: FusedModel, prompt: tuple[int, ...]) -> None:
+    collector = Collector(engine, GenerationRequest(prompt, 12, lam=1.0, logprobs=3, explain=True))
+    beside = Collector(engine, GenerationRequest(prompt[:2], 30))
+    collector.all()
+    beside.all()
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, lam=1.0, logprobs=True, explain=True)
+    found, tops = torch.tensor([token.logprob for token in collector.tokens]), [t.top for t in collector.tokens]
+    torch.testing.assert_close(found, out.fused_logprobs[0], atol=1e-4, rtol=1e-4)
+    explanation = out.explanation
+    for at, token in enumerate(collector.tokens):
+        assert len(tops[at]) == 3 and tops[at][0][0] == token.id  # greedy
+        explained = token.explained
+        assert explained is not None
+        assert explained.pilot_id == explanation.pilot_top.ids[0, at, 0]
+        assert explained.pilot == pytest.approx(float(explanation.chosen.pilot[0, at, 0]), abs=1e-4)
+        assert explained.fused == pytest.approx(float(explanation.chosen.fused[0, at, 0]), abs=1e-4)
+        assert abs(explained.fused - explained.pilot) - 1e-6 <= explained.moved <= 1
+    assert max(token.explained.moved for token in collector.tokens if token.explained) > 0.1
+    assert all(token.logprob is None and token.explained is None for token in beside.tokens)
+
+
+def test_scores_equal_offline_beside_a_generation(engine: Engine, model: FusedModel, prompt: tuple[int, ...]) -> None:
+    ids = prompt + tuple(offline(model, prompt, max_new_tokens=40, do_sample=False))
+    running = Collector(engine, GenerationRequest(prompt, 200))
+    scored = Collector(engine, ScoreRequest(ids, len(prompt), lam=0.7, top=2)).all()[1]
+    assert isinstance(scored, Scored)
+    assert isinstance(running.all()[1], Finished)
+    expected = model.score(torch.tensor([ids]), prompt_length=len(prompt), lam=0.7)
+    torch.testing.assert_close(torch.tensor([t.pilot for t in scored.tokens]), expected.pilot_logprobs[0])
+    torch.testing.assert_close(torch.tensor([t.fused for t in scored.tokens]), expected.fused_logprobs[0])
+    assert [token.id for token in scored.tokens] == list(ids[len(prompt) :])
+    assert all(len(token.top) == 2 and token.top[0][1] >= token.fused - 1e-5 for token in scored.tokens)
+
+
+def test_penalties_make_repeats_unlikely(engine: Engine, prompt: tuple[int, ...]) -> None:
+    def repeats(**penalties: float) -> int:
+        collector = Collector(engine, GenerationRequest(prompt, 60, **penalties))  # type: ignore[arg-type]
+        collector.all()
+        return 60 - len({token.id for token in collector.tokens})
+
+    assert repeats(presence_penalty=100.0) == 0
+    assert repeats(frequency_penalty=100.0) == 0
+    assert repeats() > 0
+
+
 def test_stop_string(engine: Engine, prompt: tuple[int, ...]) -> None:
-    full = "".join(Collector(engine, GenerationRequest(prompt, 60)).all()[0])
+    full = Collector(engine, GenerationRequest(prompt, 60)).text()
     stop = full[len(full) // 2 : len(full) // 2 + 3]
     pieces, end = Collector(engine, GenerationRequest(prompt, 60, stops=(stop,))).all()
     assert "".join(pieces) == full[: full.index(stop)]
@@ -98,7 +167,7 @@ def test_stop_string(engine: Engine, prompt: tuple[int, ...]) -> None:
 def test_end_token(export: Path, prompt: tuple[int, ...]) -> None:
     model = FusedModel.from_pretrained(export)
     tokenizer = AutoTokenizer.from_pretrained(export / "pilot")
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
+    out = offline(model, prompt, max_new_tokens=6, do_sample=False)
     model.generation_config.eos_token_id = out[3]
     engine = Engine(model, tokenizer)
     try:
@@ -110,74 +179,187 @@ def test_end_token(export: Path, prompt: tuple[int, ...]) -> None:
     assert "".join(pieces) == tokenizer.decode(out[:used])
 
 
+def test_prompts_begin_with_what_was_computed_before(engine: Engine, prompt: tuple[int, ...]) -> None:
+    long = prompt * 8
+    first = Collector(engine, GenerationRequest(long, 12))
+    assert isinstance(end := first.all()[1], Finished) and end.cached_tokens == 0
+    again = Collector(engine, GenerationRequest(long, 12))
+    assert isinstance(end := again.all()[1], Finished) and end.cached_tokens == len(long) - 1
+    other = Collector(engine, GenerationRequest((*long[:40], *prompt[::-1]), 12))
+    assert isinstance(end := other.all()[1], Finished) and end.cached_tokens >= 40
+    assert [token.id for token in again.tokens] == [token.id for token in first.tokens]
+    assert engine.load().cached_tokens == len(long) - 1 + end.cached_tokens
+
+
 def test_cancelled_within_one_token(engine: Engine, model: FusedModel, prompt: tuple[int, ...]) -> None:
     forwards: list[int] = []
     cancelled_at: list[int] = []
-    box: list[Collector] = []
-    ready = threading.Event()
+    ready, ended = threading.Event(), threading.Event()
     handle = model.pilot.register_forward_pre_hook(lambda *_: forwards.append(1))
 
-    def deliver(event: object) -> None:
+    def deliver(_: int, event: object) -> None:
         ready.wait()
-        if isinstance(event, Piece) and not cancelled_at:
+        if isinstance(event, Piece) and len(forwards) > 5 and not cancelled_at:
             cancelled_at.append(len(forwards))
-            generation.cancel()
+            ticket.cancel()
+            ended.set()
 
     try:
-        generation = engine.submit(GenerationRequest(prompt, 3000), deliver)
+        [ticket] = engine.submit([GenerationRequest(prompt, 3000)], deliver)
         ready.set()
-        # The next generation starts only after the cancelled one has ended.
-        box.append(Collector(engine, GenerationRequest(prompt, 1)))
-        box[0].all()
+        assert ended.wait(30)
+        while engine.load().running:
+            time.sleep(0.01)
+        assert len(forwards) == cancelled_at[0]
     finally:
         handle.remove()
-    assert len(forwards) - 1 <= cancelled_at[0] + 1
+    assert engine.unhealthy() is None
 
 
-def test_cancelled_in_the_queue_never_runs(engine: Engine, prompt: tuple[int, ...]) -> None:
-    running = Collector(engine, GenerationRequest(prompt, 3000))
-    running.next()
-    waiting = [Collector(engine, GenerationRequest(prompt, 4)) for _ in range(2)]
+def test_what_waits_is_bounded_and_can_be_cancelled(engine: Engine, prompt: tuple[int, ...]) -> None:
+    running = [Collector(engine, GenerationRequest(prompt, 3000)) for _ in range(6)]
+    for collector in running:
+        collector.next()
+    waiting = [Collector(engine, GenerationRequest(prompt, 4)) for _ in range(4)]
+    assert engine.free_places() == 0
     with pytest.raises(RequestError) as refused:
         Collector(engine, GenerationRequest(prompt, 4))
     assert refused.value.status == 429
     assert refused.value.headers == {"Retry-After": "1"}
-    waiting[0].generation.cancel()
-    later = Collector(engine, GenerationRequest(prompt, 4))
-    running.generation.cancel()
-    assert isinstance(waiting[1].all()[1], Finished)
-    assert isinstance(later.all()[1], Finished)
+    assert (engine.load().running, engine.load().waiting) == (6, 4)
+    waiting[0].ticket.cancel()
+    running[0].ticket.cancel()
+    for collector in waiting[1:]:
+        assert isinstance(collector.all()[1], Finished)
     assert waiting[0].nothing_more()
+    for collector in running:
+        collector.ticket.cancel()
 
 
-def test_failed_generation_says_so_and_the_next_one_runs(engine: Engine, prompt: tuple[int, ...]) -> None:
+def test_several_are_admitted_together_or_not_at_all(engine: Engine, prompt: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match="too many"):
+        engine.submit([GenerationRequest(prompt, 4)] * 11, lambda *_: None)
+    assert engine.load().waiting + engine.load().running == 0
+    events: list[int] = []
+    done = threading.Event()
+
+    def deliver(number: int, event: object) -> None:
+        if isinstance(event, Finished):
+            events.append(number)
+            if len(events) == 10:
+                done.set()
+
+    engine.submit([GenerationRequest(prompt, 4)] * 10, deliver)
+    assert done.wait(30) and sorted(events) == list(range(10))
+
+
+def test_caches_stay_within_their_budget(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
+    budget = 3 * 2**20
+    limits = replace(LIMITS, cache_bytes=budget, max_running=64, max_waiting=64, prefix_bytes=0)
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), limits)
+    try:
+        with pytest.raises(RequestError) as refused:
+            Collector(engine, GenerationRequest(prompt, 4000))
+        assert (refused.value.status, refused.value.param) == (400, "max_tokens")
+        collectors = [Collector(engine, GenerationRequest(prompt, 60 + 40 * (i % 3))) for i in range(40)]
+        highest = most = 0
+        while (load := engine.load()).running + load.waiting:
+            highest, most = max(highest, load.cache_bytes), max(most, load.running)
+        for collector in collectors:
+            assert isinstance(collector.all()[1], Finished)
+        assert budget / 4 < highest <= budget
+        assert 4 < most < 40
+    finally:
+        engine.close()
+
+
+def test_deadline(engine: Engine, prompt: tuple[int, ...]) -> None:
+    collector = Collector(engine, GenerationRequest(prompt, 3000, deadline_s=time.monotonic() + 0.3))
+    pieces, end = collector.all()
+    assert pieces
+    assert end == Failed("The request was not done by its deadline.", "deadline_exceeded", 504)
+    assert Collector(engine, ScoreRequest(prompt, 1, deadline_s=time.monotonic() - 1)).all()[1] == end
+
+
+def test_failed_prompt_says_so_and_others_go_on(engine: Engine, prompt: tuple[int, ...]) -> None:
+    beside = Collector(engine, GenerationRequest(prompt, 200))
+    beside.next()
     pieces, end = Collector(engine, GenerationRequest((10**6,), 4)).all()
     assert (pieces, end) == ([], Failed("Generation failed in the server (IndexError)."))
-    assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Finished)
-    assert engine.unhealthy() is None
+    assert isinstance(beside.all()[1], Finished)
 
 
-def test_close_fails_what_is_unfinished(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"))
-    running, waiting = (Collector(engine, GenerationRequest(prompt, 3000)) for _ in range(2))
-    running.next()
-    engine.close()
-    assert running.all()[1] == Failed("The server is shutting down.")
-    assert waiting.all()[1] == Failed("The generation worker has stopped.")
+def test_failed_step_ends_those_in_it_and_the_next_begin_anew(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
+    steps: list[int] = []
+
+    def break_once(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            raise RuntimeError("out of memory")
+
+    handle = model.pilot.register_forward_pre_hook(break_once)
+    try:
+        collectors = [Collector(engine, GenerationRequest(prompt, 3000)) for _ in range(2)]
+        for collector in collectors:
+            assert collector.all()[1] == Failed("Generation failed in the server (RuntimeError).")
+        assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Finished)
+        assert engine.unhealthy() is None
+    finally:
+        handle.remove()
+        engine.close()
+
+
+def test_close_lets_go_on_for_a_while_then_fails_the_rest(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, max_running=1))
+    short, long, waiting = (Collector(engine, GenerationRequest(prompt, count)) for count in (20, 3000, 5))
+    closing = threading.Thread(target=engine.close, args=(1.0,))
+    short.next()
+    closing.start()
+    assert isinstance(short.all()[1], Finished)
+    with pytest.raises(RequestError) as refused:
+        Collector(engine, GenerationRequest(prompt, 4))
+    assert (refused.value.status, refused.value.code) == (503, "shutting_down")
+    closing.join()
+    shut = Failed("The server is shutting down.", "shutting_down", 503)
+    assert long.all()[1] == shut
+    assert waiting.all()[1] == shut
+    assert engine.unhealthy() == "the engine has stopped"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_dead_worker_is_told(export: Path, prompt: tuple[int, ...]) -> None:
-    def deadly(*_: object, **__: object) -> torch.Tensor:
+def test_dead_engine_is_told(export: Path, prompt: tuple[int, ...]) -> None:
+    def deadly(*_: object) -> None:
         raise KeyboardInterrupt  # no Exception: ends the thread
 
     dying = FusedModel.from_pretrained(export)
-    dying.generate = deadly  # type: ignore[method-assign]
     engine = Engine(dying, AutoTokenizer.from_pretrained(export / "pilot"))
     assert engine.unhealthy() is None
-    assert Collector(engine, GenerationRequest(prompt, 4)).all()[1] == Failed("The generation worker has stopped.")
+    dying.pilot.register_forward_pre_hook(deadly)
+    assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Failed)
     engine.close()
-    assert engine.unhealthy() == "the generation worker has stopped"
+    assert engine.unhealthy() == "the engine has stopped"
     with pytest.raises(RequestError) as refused:
         Collector(engine, GenerationRequest(prompt, 4))
     assert refused.value.status == 503
+
+
+def test_two_engines_of_one_pilot_take_turns(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
+    """As while a newer Copilot takes over: both tap the same Pilot."""
+    other = FusedModel.join(model.pilot, FusedModel.from_pretrained(export).copilot, lam=2.0)
+    turn, tokenizers = Turns(), [AutoTokenizer.from_pretrained(export / "pilot") for _ in range(2)]
+    engines = [Engine(one, own, LIMITS, turn=turn) for one, own in zip((model, other), tokenizers, strict=True)]
+    try:
+        collectors = [Collector(engine, GenerationRequest(prompt, 40)) for engine in engines * 3]
+        for collector in collectors:
+            collector.all()
+        for number, collector in enumerate(collectors):
+            expected = offline(model, prompt, max_new_tokens=40, do_sample=False, lam=(0.5, 2.0)[number % 2])
+            assert [token.id for token in collector.tokens] == expected
+    finally:
+        for engine in engines:
+            engine.close()

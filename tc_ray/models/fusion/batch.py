@@ -58,7 +58,7 @@ class Prefill:
     ) -> None:
         self.ids, self.lam, self.corrected = tuple(ids), lam, corrected
         self._model = model
-        self.cache: FusedCache = model.new_cache()  # type: ignore[assignment]
+        self.cache: FusedCache = model.new_cache()
         self._states: list[torch.Tensor] = []
         self.reused = 0
         """Tokens whose computation a prefix saved."""
@@ -114,7 +114,7 @@ class Prefill:
         entries = [(layer.keys, layer.values) for layer in self.cache.layers]
         if any(keys is None or keys.shape[2] != len(self.ids) for keys, _ in entries):
             return None
-        return PromptPrefix(self.ids, tuple(entries), torch.cat(self._states, 1))  # type: ignore[arg-type]
+        return PromptPrefix(self.ids, tuple(entries), torch.cat(self._states, 1))
 
 
 @dataclass(frozen=True)
@@ -176,20 +176,33 @@ class FusedBatch:
         """What a sequence of so many prompt and new tokens needs."""
         return Room(prompt + new, new if corrected else 0, 2 * prompt + new if corrected else 0)
 
+    def _sizes(self, rooms: Sequence[Room]) -> list[tuple[RowStore, int, int]]:
+        """Each store with the rows and columns that such sequences need."""
+        corrected = [room for room in rooms if room.rows]
+        return [
+            (self._pilot, len(rooms), max((room.tokens for room in rooms), default=0)),
+            (self._rows, len(corrected), max((room.rows for room in corrected), default=0)),
+            (self._memory, len(corrected), max((room.memory for room in corrected), default=0)),
+        ]
+
     def planned_bytes(self, rooms: Sequence[Room]) -> int:
         """Bytes of the caches that hold such sequences at once."""
-        corrected = [room for room in rooms if room.rows]
-        total = self._pilot.planned_bytes(len(rooms), max((room.tokens for room in rooms), default=0))
-        total += self._rows.planned_bytes(len(corrected), max((room.rows for room in corrected), default=0))
-        return total + self._memory.planned_bytes(len(corrected), max((room.memory for room in corrected), default=0))
+        return sum(store.planned_bytes(rows, columns) for store, rows, columns in self._sizes(rooms))
 
     @torch.inference_mode()
-    def reserve(self, rooms: Sequence[Room]) -> None:
-        """Make the caches fit such sequences, those in the batch among them."""
-        corrected = [room for room in rooms if room.rows]
-        self._pilot.reserve(len(rooms), max((room.tokens for room in rooms), default=0))
-        self._rows.reserve(len(corrected), max((room.rows for room in corrected), default=0))
-        self._memory.reserve(len(corrected), max((room.memory for room in corrected), default=0))
+    def reserve(self, rooms: Sequence[Room], budget_bytes: int = 0) -> None:
+        """Make the caches fit such sequences, those in the batch among them.
+
+        Args:
+            budget_bytes: room held already is kept where the caches stay below this; given up and asked for again, it
+                would be copied each time.
+        """
+        sizes = self._sizes(rooms)
+        kept = [(store, *store.at_least(rows, columns)) for store, rows, columns in sizes]
+        if sum(store.planned_bytes(rows, columns) for store, rows, columns in kept) <= budget_bytes:
+            sizes = kept
+        for store, rows, columns in sizes:
+            store.reserve(rows, columns)
 
     @property
     def nbytes(self) -> int:
@@ -208,7 +221,7 @@ class FusedBatch:
     def join(self, prefill: Prefill) -> int:
         """Add a computed prompt as the last row; room must be reserved. Returns its place."""
         cache = prefill.cache
-        self._pilot.join([(layer.keys, layer.values) for layer in cache.layers], len(prefill.ids))  # type: ignore[misc]
+        self._pilot.join([(layer.keys, layer.values) for layer in cache.layers], len(prefill.ids))
         self._lengths.append(len(prefill.ids))
         if not prefill.corrected:
             self._copilot_of.append(None)
@@ -218,7 +231,7 @@ class FusedBatch:
             (self._rows, self._memory), (copilot.self_attention, copilot.memory), self._layers, strict=True
         ):
             entries = [(source.layers[layer].keys, source.layers[layer].values) for layer in layers]
-            store.join(entries, entries[0][0].shape[2] if entries else 0)  # type: ignore[arg-type,union-attr]
+            store.join(entries, entries[0][0].shape[2] if entries else 0)
         self._copilot_of.append(len(self._lam))
         self._lam.append(prefill.lam)
         self._said.append(copilot.rows)
@@ -232,17 +245,15 @@ class FusedBatch:
         """Remove a row; the last row takes its place."""
         self._pilot.leave(row)
         gone = self._copilot_of[row]
-        for numbers in (self._lengths, self._copilot_of):
-            numbers[row] = numbers[-1]  # type: ignore[index,call-overload]
-            numbers.pop()
+        _fill(self._lengths, row)
+        _fill(self._copilot_of, row)
         if gone is None:
             return
         last = len(self._lam) - 1
         self._rows.leave(gone)
         self._memory.leave(gone)
-        for column in (self._lam, self._said):
-            column[gone] = column[-1]  # type: ignore[call-overload]
-            column.pop()
+        _fill(self._lam, gone)
+        _fill(self._said, gone)
         if gone != last:
             self._kept[gone] = self._kept[last]
             self._copilot_of[self._copilot_of.index(last)] = gone
@@ -313,6 +324,12 @@ class FusedBatch:
         if self._places is not None:
             return fuse_at(pilot, f, self._places, lam, model.space)
         return fuse(pilot, copilot.expand(f, pilot.shape[-1]), lam, model.space)
+
+
+def _fill(numbers: list[Any], place: int) -> None:
+    """The last one takes the place of the one that goes."""
+    numbers[place] = numbers[-1]
+    numbers.pop()
 
 
 def _head_dim(config: Any) -> int:

@@ -43,9 +43,7 @@ def fuse(logits: torch.Tensor, f: torch.Tensor, lam: torch.Tensor, space: str) -
     return torch.where(weight == 0, logits, FUSIONS[space](logits, f, weight))
 
 
-def fuse_at(
-    logits: torch.Tensor, f: torch.Tensor, places: torch.Tensor, lam: torch.Tensor, space: str
-) -> torch.Tensor:
+def fuse_at(logits: torch.Tensor, f: torch.Tensor, places: torch.Tensor, lam: torch.Tensor, space: str) -> torch.Tensor:
     """`fuse` of a correction that is 0 but for a few tokens: the others only shift, so V is gone over twice, not six times.
 
     Args:

@@ -42,7 +42,7 @@ class RowStore:
     def _room(self, rows: int, columns: int) -> torch.Tensor:
         layers, heads, head_dim = self._shape
         # zeros: what stands before a row's start is masked, but must be finite
-        return torch.zeros(layers, 2, rows, heads, columns, head_dim, **self._like)  # type: ignore[call-overload,no-any-return]
+        return torch.zeros(layers, 2, rows, heads, columns, head_dim, **self._like)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -61,6 +61,10 @@ class RowStore:
     def planned_bytes(self, rows: int, columns: int) -> int:
         """Bytes that `reserve(rows, columns)` comes to in an empty store."""
         return rounded(rows, _ROWS) * rounded(columns, _COLUMNS) * self.bytes_per_entry
+
+    def at_least(self, rows: int, columns: int) -> tuple[int, int]:
+        """So many rows and columns, or those that there is room for already if they are more."""
+        return max(rows, self._data.shape[2]), max(columns, self._data.shape[4])
 
     def lengths(self) -> list[int]:
         """Entries of each row."""

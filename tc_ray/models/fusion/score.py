@@ -101,12 +101,18 @@ class Rows(NamedTuple):
 
 @torch.no_grad()
 def teacher_forced_rows(
-    model: FusedModel, given: Completions, *, corrections: bool = False, layers: bool = False
+    model: FusedModel,
+    given: Completions,
+    *,
+    corrections: bool = False,
+    layers: bool = False,
+    rows_at_a_time: int | None = None,
 ) -> Iterator[Rows]:
     """What decoding saw at each token of the completions, in order.
 
     Args:
         corrections: run the Copilot also where every lam is 0. layers: give the Pilot's layers too.
+        rows_at_a_time: tokens given together at most; default: as many as memory is meant for.
     """
     if given.ids.shape[1] <= given.start:
         return
@@ -124,7 +130,7 @@ def teacher_forced_rows(
     elif runs:
         assert given.question is not None and given.question_mask is not None
         cache.ask(copilot.question_state_memory(given.question), given.question_mask)
-    size = max(1, CHUNK_ELEMENTS // (len(given.ids) * model.vocab_size))
+    size = rows_at_a_time or max(1, CHUNK_ELEMENTS // (len(given.ids) * model.vocab_size))
     for at in range(first, final.shape[1], size):
         end = min(at + size, final.shape[1])
         pilot = family.logits(model.pilot, final[:, at:end]).float()

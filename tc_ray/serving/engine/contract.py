@@ -144,18 +144,19 @@ class Ticket:
             return
         try:
             self._deliver(event)
-        except Exception:  # most often the event loop of a replica that has been stopped
+        except Exception:  # noqa: BLE001 - most often the event loop of a replica that has been stopped
             self.cancel()
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine is doing at a moment: sequences in the batch, tickets that wait, cache bytes in use and allowed."""
+    """What the engine is doing at a moment: requests at work and waiting, bytes of the caches, allowed, and of kept prompts."""
 
     running: int
     waiting: int
     cache_bytes: int
     cache_budget_bytes: int
+    prefix_bytes: int = 0
     prompt_tokens: int = 0
     """Totals since the start: prompt tokens computed, tokens generated, prompt tokens reused, steps of the batch."""
     generated_tokens: int = 0

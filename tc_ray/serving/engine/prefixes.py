@@ -1,0 +1,50 @@
+"""Prompts computed lately, to begin the next ones with: a system prompt is computed once. Used by the engine's thread alone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from tc_ray.models.fusion.batch import Prefill, PromptPrefix
+
+MIN_TOKENS = 16
+"""Shorter beginnings are computed again: copying them saves nothing."""
+
+
+class Prefixes:
+    """The prompts used last, within a number of bytes; 0 keeps none."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget = budget_bytes
+        self._kept: OrderedDict[tuple[int, ...], PromptPrefix] = OrderedDict()
+        self.nbytes = 0
+        """Bytes held."""
+
+    def longest(self, ids: tuple[int, ...]) -> PromptPrefix | None:
+        """The kept prompt that shares the longest beginning with `ids`, if that is worth it."""
+        best, shared = None, MIN_TOKENS - 1
+        for prefix in self._kept.values():
+            if prefix.ids[: shared + 1] == ids[: shared + 1]:  # else it cannot be longer
+                count = _common(prefix.ids, ids)
+                if count > shared:
+                    best, shared = prefix, count
+        if best is not None:
+            self._kept.move_to_end(best.ids)
+        return best
+
+    def keep(self, prefill: Prefill) -> None:
+        """Keep a computed prompt, letting go those not used for longest."""
+        if not self._budget or len(prefill.ids) < MIN_TOKENS or prefill.ids in self._kept:
+            return
+        prefix = prefill.prefix()
+        if prefix is None or prefix.nbytes > self._budget:
+            return
+        self._kept[prefix.ids] = prefix
+        self.nbytes += prefix.nbytes
+        while self.nbytes > self._budget:
+            _, oldest = self._kept.popitem(last=False)
+            self.nbytes -= oldest.nbytes
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    most = min(len(a), len(b))
+    return next((i for i in range(most) if a[i] != b[i]), most)
