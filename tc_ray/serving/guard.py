@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -199,7 +200,7 @@ class _Attempt:
         self._start: Message | None = None
         """Head of a response that is held back until its body has come."""
         self._refused = bytearray()
-        self._mode = self._wait
+        self._mode: Callable[[Message], Awaitable[None]] = self._wait
 
     async def send(self, message: Message) -> None:
         """Take one message of the replica."""
@@ -272,7 +273,9 @@ def _is_clients(name: bytes, value: bytes) -> bool:
 
 
 def _marked(start: Message) -> Message:
-    return {**start, "headers": [*start["headers"], GUARD_HEADER]}
+    """A response's head with the guard's mark; Serve adds a request id beside the app's, which is the same."""
+    headers = dict.fromkeys((*start["headers"], GUARD_HEADER))
+    return {**start, "headers": list(headers)}
 
 
 def _replica_ended() -> RequestError:

@@ -7,6 +7,7 @@ Used by replica.py at the start and by reload.py for a newer Copilot.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class LoadedRun:
         self._device = "cuda" if settings.gpu else "cpu"
         folder = self.export / "pilot"
         try:
-            self._pilot: Any = load_pilot(folder, dtype=torch.float32).to(self._device)
+            self._pilot: Any = _in_memory(load_pilot(folder, dtype=torch.float32)).to(self._device)
             # Never used itself: fast tokenizers may not be used by two threads at once, so each engine gets a copy.
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
@@ -121,7 +122,7 @@ class LoadedRun:
                 )
             self._check_tokenizer(source)
             fusion = read_settings(source)
-            copilot = Copilot.from_pretrained(source / "copilot", dtype=torch.float32).to(self._device)
+            copilot = _in_memory(Copilot.from_pretrained(source / "copilot", dtype=torch.float32)).to(self._device)
             if copilot_signature(source) != signature:
                 raise ExportChanged
             with self._turns:  # the tap's hooks are put on the Pilot's layers: not while a forward pass walks over them
@@ -145,3 +146,15 @@ class LoadedRun:
         """Take a fused model off the Pilot, when its engine has been closed."""
         with self._turns:
             model.release()
+
+
+def _in_memory(model: Any) -> Any:
+    """The model with weights of its own: as loaded they may be the file's pages, and whoever writes into the file in place
+    would change what is served, or end the process."""
+    copied: dict[tuple[int, Any], Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in copied:  # weights that share their numbers go on sharing them
+            copied[place] = tensor.data.clone()
+        tensor.data = copied[place]
+    return model

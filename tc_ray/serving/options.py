@@ -54,7 +54,7 @@ def build_settings(
             f"drain_s {drain_s:g} is shorter than request_timeout_s {limits.request_timeout_s:g}: requests would be cut "
             "when a replica is replaced"
         )
-    rest = {name: given[name] for name in ("threads", "gpu") if name in given}
+    rest: dict[str, Any] = {name: given[name] for name in ("threads", "gpu") if name in given}
     if "watch_s" in given:
         rest["watch_s"] = given["watch_s"] or None
     settings = ReplicaSettings(

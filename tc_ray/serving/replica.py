@@ -1,13 +1,12 @@
 """What runs in a replica's process: models, engines, the app over them, and the watch for newer Copilots.
 
-Invariant: a replica answers only when every model has generated a token. Nothing here knows of Ray but `replica_name`:
-deployment.py puts it into Serve. Called by deployment.py; the tests use it without Serve as well.
+Invariant: a replica answers only when every model has generated a token. `Replica` knows nothing of Ray, `build_app` asks
+it for the replica's name. Called by deployment.py; the tests use `Replica` without Serve as well.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
@@ -53,10 +52,6 @@ class Replica:
         self.reloader = Reloader(self.catalogue, loaded, watch_s=settings.watch_s, drain_s=settings.drain_s)
         self._configured = False
 
-    def start(self) -> None:
-        """Begin to watch the export folders."""
-        self.reloader.start()
-
     def configure(self, user_config: Any) -> None:
         """Serve's user_config: which folders the Copilots come from.
 
@@ -84,22 +79,26 @@ class Replica:
                 return f"{served.name}: {reason}"
         return None
 
-    async def close(self) -> None:
-        """Stop the watch and the engines."""
-        self.reloader.close()
-        for served in self.catalogue:
-            await asyncio.to_thread(served.engine.close)
-
 
 def build_app(settings: ReplicaSettings) -> FastAPI:
-    """Load the models and return the app; `app.state.replica` is the Replica. Raises ServingError."""
+    """Load the models and return the app of a replica within Ray Serve; `app.state.replica` is the Replica.
+
+    Raises ServingError.
+    """
+    from ray import serve
+
     from tc_ray.serving.app import create_app
+    from tc_ray.serving.board import AllFigures, Pins
 
     log_to_stderr()
     replica = Replica(settings)
-    app = create_app(replica.catalogue, settings)
+    name = str(serve.get_replica_context().replica_id.unique_id)
+    app = create_app(replica.catalogue, settings, name)
     app.state.replica = replica
-    replica.start()
+    pins = Pins(name, app.state.metrics.text)
+    app.add_middleware(AllFigures, pins=pins)
+    app.state.pinning = asyncio.create_task(pins.run())
+    replica.reloader.start()
     return app
 
 
@@ -111,12 +110,3 @@ def log_to_stderr() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         package.addHandler(handler)
         package.setLevel(logging.INFO)
-
-
-def replica_name() -> str:
-    """Serve's short name of this replica, for logs and metrics; the process id outside of Serve."""
-    with contextlib.suppress(Exception):
-        from ray import serve
-
-        return str(serve.get_replica_context().replica_id.unique_id)
-    return str(os.getpid())
