@@ -28,7 +28,7 @@ def settings_of(
     export: Path, *, engine: EngineLimits | None = None, keys: tuple[bytes, ...] = (), **limits: Any
 ) -> Any:
     """Settings of a replica that serves the export as `demo`."""
-    limits = {"max_tokens": 64, "max_body_bytes": 20_000, **limits}
+    limits = {"max_tokens": 64, "max_body_bytes": 100_000, **limits}
     return ReplicaSettings(
         models=(ModelSettings("demo", str(export)),),
         key_digests=keys,

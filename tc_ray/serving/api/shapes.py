@@ -73,13 +73,15 @@ class ChoiceText:
         return self._part("")
 
     def _part(self, text: str) -> Part:
-        offset, end = self._length, self._length + len(text)
-        placed = []
+        begin, at, placed = self._length, 0, []
         for token in self._pending:
-            placed.append(PlacedToken(token, min(offset, end)))
             own = self._texts.text(token.id)
-            offset += 0 if own.startswith("bytes:") else len(own)
-        self._length, self._pending = end, []
+            # Not found: part of a character, of a stop string, or a special token. It gets the place it came at.
+            found = text.find(own, at) if own else -1
+            at = max(at, found)
+            placed.append(PlacedToken(token, begin + at))
+            at += len(own) if found >= 0 else 0
+        self._length, self._pending = begin + len(text), []
         return Part(text, tuple(placed))
 
 
