@@ -56,6 +56,9 @@ class Browser:
         self._buffer = b""
         self._number = 0
         self._session: str | None = None
+        self._account: dict[str, str] = {}
+        self.asked_for_account = 0
+        """How often a server asked for a name and a password."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
@@ -81,16 +84,25 @@ class Browser:
 
     def call(self, method: str, /, **parameters: Any) -> dict[str, Any]:
         """Send a command and wait for its answer."""
+        number = self._send(method, parameters)
+        while True:
+            answer = self._next()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+
+    def _send(self, method: str, parameters: dict[str, Any]) -> int:
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                return dict(answer["result"])
+        return self._number
+
+    def sign_in(self, user: str, password: str) -> None:
+        """Answer every question for a name and a password with these, once a request."""
+        self._account = {"response": "ProvideCredentials", "username": user, "password": password}
+        self.call("Fetch.enable", handleAuthRequests=True)
 
     def _next(self, seconds: float = 60.0) -> dict[str, Any]:
         end = time.monotonic() + seconds
@@ -108,6 +120,13 @@ class Browser:
             self._addresses[told["requestId"]] = told["request"]["url"]
         elif event == "Network.loadingFailed" and "blockedReason" in told:
             self.blocked.append((self._addresses[told["requestId"]], told["blockedReason"]))
+        elif event == "Fetch.requestPaused":
+            self._send("Fetch.continueRequest", {"requestId": told["requestId"]})
+        elif event == "Fetch.authRequired":
+            self.asked_for_account += 1
+            self._send(
+                "Fetch.continueWithAuth", {"requestId": told["requestId"], "authChallengeResponse": self._account}
+            )
         elif event == "Log.entryAdded":
             self.complaints.append(told["entry"]["text"])
         elif event == "Runtime.exceptionThrown":

@@ -1,11 +1,15 @@
 """Who may call: bearer keys, and the rule that an open address needs one.
 
 Invariant: the keys themselves are held by the starting process only for as long as it takes to hash them; replicas get
-the digests, and a given key is compared with all of them in constant time. Used by launch.py (keys) and app.py (check).
+the digests, and a given key is compared with all of them in constant time. The web page, which a browser loads without a
+bearer header, takes a key as a password too, the API does not: browsers send passwords on their own, also for other sites.
+Used by launch.py (keys) and app.py (check).
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -19,6 +23,7 @@ from tc_ray.serving.errors import RequestError, ServingError
 
 KEY_VARIABLE = "TC_RAY_API_KEY"
 OPEN_PATHS = frozenset({"/health"})
+PAGE_CHALLENGE = 'Basic realm="tc-ray: any name, an API key as password", charset="UTF-8"'
 
 
 def digest(key: str) -> bytes:
@@ -69,7 +74,8 @@ def require_key_for(host: str, key_digests: Sequence[bytes], allow_open: bool = 
 
 
 class BearerAuth:
-    """ASGI middleware: 401 for every path but /health unless the request carries one of the keys.
+    """ASGI middleware: 401 for every path but /health unless the request carries one of the keys, as the page's password or as a
+    bearer key.
 
     Leaves the digest of the key in the scope's state, as `key`, for the limit a key has.
     """
@@ -86,7 +92,10 @@ class BearerAuth:
         key = self._key_of(scope)
         if key is None:
             error = RequestError(
-                "A valid API key is needed: Authorization: Bearer KEY.", status=401, code="invalid_api_key"
+                "A valid API key is needed: Authorization: Bearer KEY.",
+                status=401,
+                code="invalid_api_key",
+                challenge=PAGE_CHALLENGE if _is_page(scope) else "Bearer",
             )
             await error.answer(scope, receive, send)
             return
@@ -99,9 +108,24 @@ class BearerAuth:
         if len(given) != 1:
             return None
         scheme, _, key = given[0].partition(b" ")
-        if scheme.lower() != b"bearer":
+        if scheme.lower() == b"basic" and _is_page(scope):
+            key = _password(key)
+        elif scheme.lower() != b"bearer":
             return None
         sent = hashlib.sha256(key.strip()).digest()
         # All are compared, so that the time does not tell which one, if any, it was.
         matches = [hmac.compare_digest(sent, known) for known in self._digests]
         return sent if any(matches) else None
+
+
+def _is_page(scope: Scope) -> bool:
+    """Whether the web page or one of its files is asked for."""
+    return scope["path"] == "/" or str(scope["path"]).startswith("/page/")
+
+
+def _password(encoded: bytes) -> bytes:
+    """The password of HTTP Basic credentials, empty when there is none."""
+    try:
+        return base64.b64decode(encoded.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""

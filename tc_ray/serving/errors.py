@@ -30,6 +30,7 @@ class RequestError(Exception):
     Args:
         status: HTTP status. message: one sentence for the client. param: the field at fault, as the client wrote it.
         code: a stable word for programs. retry_after_s: value of the Retry-After header, in seconds.
+        challenge: with status 401, how to sign in (the header WWW-Authenticate).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class RequestError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        challenge: str = "Bearer",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -47,13 +49,14 @@ class RequestError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.challenge = challenge
 
     @property
     def headers(self) -> dict[str, str]:
         """Response headers that belong to this error."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
+            headers["WWW-Authenticate"] = self.challenge
         return headers
 
     def envelope(self) -> dict[str, Any]:

@@ -8,6 +8,9 @@ export class ServerError extends Error {
   }
 }
 
+// not relative to the page's own address, in which a user may have written a name and a password
+const BASE = location.origin + location.pathname;
+
 function headers(key) {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
@@ -16,7 +19,7 @@ function headers(key) {
 async function send(path, key, options) {
   let response;
   try {
-    response = await fetch(path, { ...options, credentials: "omit", cache: "no-store" });
+    response = await fetch(new URL(path, BASE), { ...options, credentials: "omit", cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server cannot be reached.");

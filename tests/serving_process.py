@@ -1,0 +1,126 @@
+"""A server in a process of its own: the app over the tiny export, on a free port of 127.0.0.1, by uvicorn.
+
+Run as a module it is the server; `ServingProcess` starts it, waits until it answers, and reads its memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ServingProcess:
+    """`export` served as model `demo`. key: the API key it asks for; max_tokens, max_body_bytes: its limits."""
+
+    def __init__(
+        self,
+        export: Path,
+        *,
+        key: str | None = None,
+        max_tokens: int = 64,
+        max_body_bytes: int = 2**20,
+        seconds: float = 120,
+    ) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = listener.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "tests.serving_process", str(export), str(listener.fileno())]
+        command += ["--max-tokens", str(max_tokens), "--max-body-bytes", str(max_body_bytes)]
+        command += ["--key", key] if key else []
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with listener:
+            self.process = subprocess.Popen(command, pass_fds=[listener.fileno()], cwd=ROOT, env=environment)
+        try:
+            self._wait(seconds)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while True:
+            assert self.process.poll() is None, "the server has ended"
+            try:
+                with urlopen(f"{self.address}/health", timeout=10):
+                    return
+            except (URLError, OSError):
+                assert time.monotonic() < end, "the server does not answer"
+                time.sleep(0.1)
+
+    def __enter__(self) -> ServingProcess:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the server."""
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(30)
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Resident memory of the server now, and its peak since the last call of `forget_peak`."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, peak
+
+    def forget_peak(self) -> None:
+        """Begin a new peak."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5", encoding="utf-8")
+
+
+def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, max_body_bytes: int) -> None:
+    """Serve until told to stop, on the listening socket `descriptor`."""
+    import torch
+    import uvicorn
+    from transformers import AutoTokenizer
+
+    from tc_ray.models.fusion import FusedModel
+    from tc_ray.serving.app import create_app
+    from tc_ray.serving.auth import digest
+    from tc_ray.serving.catalogue import Catalogue, ServedModel
+    from tc_ray.serving.engine import Engine
+    from tc_ray.serving.prompt import PromptEncoder
+    from tc_ray.serving.settings import Limits, ModelSettings, ReplicaSettings
+
+    torch.set_num_threads(1)
+    model = FusedModel.from_pretrained(export)
+    tokenizer = [AutoTokenizer.from_pretrained(export / "pilot") for _ in range(2)]
+    encoder = PromptEncoder(tokenizer[0], model.config.vocab_size)
+    served = ServedModel("demo", Engine(model, tokenizer[1]), encoder, model.default_lam)
+    settings = ReplicaSettings(
+        models=(ModelSettings("demo", str(export)),),
+        key_digests=(digest(key),) if key else (),
+        limits=Limits(max_tokens=max_tokens, max_body_bytes=max_body_bytes),
+        threads=1,
+    )
+    app = create_app(Catalogue([served]), settings)
+    with socket.socket(fileno=descriptor) as listener:
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("export", type=Path)
+    parser.add_argument("descriptor", type=int)
+    parser.add_argument("--key")
+    parser.add_argument("--max-tokens", type=int, required=True)
+    parser.add_argument("--max-body-bytes", type=int, required=True)
+    given = parser.parse_args()
+    serve(
+        given.export, given.descriptor, key=given.key, max_tokens=given.max_tokens, max_body_bytes=given.max_body_bytes
+    )
