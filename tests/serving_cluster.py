@@ -1,0 +1,134 @@
+"""A server on a real local Ray Serve, clients that stream from it, and a look into its replicas' processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+
+from tc_ray.serving.guard import PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
+from tc_ray.serving.launch import Server, start_server
+
+PROMPT = "Tom has 3 apples"
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def local_ray(cpus: int = 2) -> Iterator[None]:
+    """A Ray of its own, whose proxies will have the stream guard."""
+    before = os.environ.get(PROXY_CALLBACK_VARIABLE)
+    os.environ[PROXY_CALLBACK_VARIABLE] = PROXY_CALLBACK
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if before is None:
+            del os.environ[PROXY_CALLBACK_VARIABLE]
+        else:
+            os.environ[PROXY_CALLBACK_VARIABLE] = before
+
+
+@contextlib.contextmanager
+def server_of(folders: Sequence[Path | str], **options: Any) -> Iterator[Server]:
+    """A server on a Ray of its own, ended at once afterwards."""
+    with local_ray():
+        server = start_server(folders, port=free_port(), **options)
+        yield server
+        server.stop(drain_s=0)
+
+
+class Stream(threading.Thread):
+    """A client that streams one completion. text: what came. end: `[DONE]`, an error's code, or `cut`."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self._url, self._body = url, {**body, "stream": True}
+        self.text, self.end, self.status = "", "not begun", 0
+        self.begun, self.seconds = threading.Event(), 0.0
+
+    def run(self) -> None:
+        """Read the stream to its end."""
+        since = time.monotonic()
+        try:
+            with (
+                httpx.Client(timeout=300) as client,
+                client.stream("POST", f"{self._url}/v1/completions", json=self._body) as response,
+            ):
+                self.status, self.end = response.status_code, "cut"
+                if self.status != 200:
+                    self.end = str(json.loads(response.read())["error"]["code"])
+                    return
+                for line in response.iter_lines():
+                    self._take(line)
+        except httpx.HTTPError as error:
+            self.end = f"cut: {type(error).__name__}"
+        finally:
+            self.begun.set()
+            self.seconds = time.monotonic() - since
+
+    def _take(self, line: str) -> None:
+        if line == "data: [DONE]":
+            self.end = "[DONE]"
+        elif line:
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                self.end = str(event["error"]["code"])
+                return
+            self.text += "".join(choice["text"] for choice in event["choices"])
+            self.begun.set()
+
+
+def replica_pids(name: str = "ServeReplica:tc-ray:FusedModel") -> list[int]:
+    """Processes of the replicas that run now, by the title that Ray gives them."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                title = (folder / "cmdline").read_bytes().decode(errors="replace")
+                if title.startswith(f"ray::{name}") and _is_ours(int(folder.name)):
+                    found.append(int(folder.name))
+    return sorted(found)
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a process descends from this one: other Rays of the machine are not ours."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        status = Path(f"/proc/{pid}/status").read_text()
+        pid = int(re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1])  # type: ignore[index]
+    return False
+
+
+def figures(url: str, name: str, **headers: str) -> dict[str, float]:
+    """Samples of one figure, as /metrics tells them."""
+    text = httpx.get(f"{url}/metrics", headers=headers, timeout=30).text
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(f"{name}{{")]
+    return {labels: float(value) for labels, value in lines}
+
+
+def soon(holds: Callable[[], bool], seconds: float) -> bool:
+    """Whether something comes true within so many seconds."""
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
