@@ -33,8 +33,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | None = None) -> FastAPI:
     """The application over a catalogue, which may change while it runs. Its end closes the engines.
 
-    replica: this replica's name in the figures. `app.state`: draining (bool, see `drain`), metrics, catalogue, and
-    other_figures: None, or an async function that gives the figures of other replicas for GET /metrics.
+    replica: this replica's name in the figures. `app.state`: draining (bool, see `drain`), metrics, catalogue.
     """
 
     @contextlib.asynccontextmanager
@@ -47,7 +46,6 @@ def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | N
     app = FastAPI(title="tc-ray", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.draining = False
     app.state.metrics = metrics
-    app.state.other_figures = None
     app.state.catalogue = catalogue
     # The one added last is outermost: without a key nothing is counted against one, and no refused body is read.
     app.add_middleware(BodyLimit, limit_bytes=settings.limits.max_body_bytes)

@@ -2,7 +2,7 @@
 
 Invariant: labels hold names of this server only (routes, served models, error codes), never what a client sent. Figures of
 the engines are read when somebody asks. Each replica has its own and names itself in the label `replica`; `merged` makes one
-text of several. Used by the middleware below, the routes, and the replica.
+text of several. Used by the middleware below, the routes, and board.py.
 """
 
 from __future__ import annotations

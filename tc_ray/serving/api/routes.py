@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from tc_ray.serving.api.answers import CopilotCard, ModelCard, ModelList, State, as_json
 from tc_ray.serving.api.assembly import Assembly, collected
 from tc_ray.serving.api.feed import ClientGone, unless_gone
-from tc_ray.serving.api.metrics import GONE, MEDIA_TYPE, merged
+from tc_ray.serving.api.metrics import GONE, MEDIA_TYPE
 from tc_ray.serving.api.plan import Terms, check_generation, make_plan, seed_from_header
 from tc_ray.serving.api.requests import ChatRequest, CompletionRequest, ScoreBody
 from tc_ray.serving.api.score import make_score_plan, score_answer
@@ -104,10 +104,8 @@ def make_router(service: Service) -> APIRouter:
         return _state(draining or await service.unhealthy())
 
     @router.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        others = request.app.state.other_figures
-        texts = [service.metrics.text(), *(await others() if others is not None else ())]
-        return Response(merged(texts), media_type=MEDIA_TYPE)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=MEDIA_TYPE)
 
     return router
 
