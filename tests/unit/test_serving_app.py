@@ -11,6 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
+from tc_ray.serving.api.requests import CompletionRequest, read_body
+from tc_ray.serving.errors import RequestError
 from tests.serving_client import CHAT, COMPLETION, PATHS, client_of, events, post, settings_of
 from tests.serving_samples import make_export
 
@@ -341,3 +343,16 @@ def test_models(client: TestClient) -> None:
     [card] = client.get("/v1/models").json()["data"]
     assert (card["id"], card["copilot"]["lambda"], card["context_tokens"]) == ("demo", 0.5, 256)
     assert client.get("/v1/models/demo").json() == card
+
+
+def test_parts_of_a_body_are_counted_outside_of_its_texts() -> None:
+    def prompt_of(raw: str) -> Any:
+        return read_body(CompletionRequest, "application/json", raw.encode()).prompt
+
+    for text in ('\\"' + "[{:" * 9000, "[{:" * 9000 + "\\\\", "\\\\\\\\" + "[:" * 9000 + '\\"'):
+        assert prompt_of(f'{{"model": "demo", "prompt": "{text}"}}') == json.loads(f'"{text}"')
+    many = ",".join(["[5]"] * 5000)
+    names = ",".join(f'"k{i}":1' for i in range(9000))
+    for raw in (f'{{"model": "demo", "prompt": [{many}]}}', f'{{"model": "\\\\", "prompt": "\\"", {names}}}'):
+        with pytest.raises(RequestError, match="more than 4096 lists"):
+            prompt_of(raw)

@@ -28,6 +28,12 @@ MAX_LAM = 10.0
 MAX_TOP_LOGPROBS = 20
 MAX_SCORED = 64
 """Completions of one /v1/score request."""
+MAX_MESSAGES = 1024
+MAX_PARTS = 100
+"""Of one message."""
+MAX_CONTAINERS = 4096
+MAX_NAMES = 8192
+"""Lists and objects, and names in objects, of a body: a megabyte of `[5],` would take the parser a second."""
 MIN_TEMPERATURE = 0.01
 """Smallest temperature above 0: below it the scaled logits leave the range of a float."""
 DEFAULT_COMPLETION_TOKENS = 16
@@ -50,10 +56,23 @@ def read_body(shape: type[AnyBody], content_type: str, raw: bytes) -> AnyBody:
         raise RequestError(
             "The body must be a JSON object, sent with Content-Type: application/json.", code="invalid_content_type"
         )
+    _check_size(raw)
     try:
         return shape.model_validate_json(raw)
     except ValidationError as error:
         raise from_validation(error) from None
+
+
+def _check_size(raw: bytes) -> None:
+    """Raise RequestError for a body of more parts than any request has."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b":") > MAX_NAMES:
+        # Not those inside of strings: every second piece between quotes that are not escaped.
+        bare = b"".join(raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+        if bare.count(b"[") + bare.count(b"{") > MAX_CONTAINERS or bare.count(b":") > MAX_NAMES:
+            raise RequestError(
+                f"The body has more than {MAX_CONTAINERS} lists and objects, or more than {MAX_NAMES} names in them.",
+                code="invalid_body",
+            )
 
 
 def _text_or(tag: str) -> Any:
@@ -245,7 +264,8 @@ class TextPart(Body):
 
 
 Content = Annotated[
-    Annotated[Text, Tag("(text)")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("(parts)")],
     _text_or("(parts)"),
 ]
 
@@ -264,7 +284,7 @@ class ChatMessage(Body):
 class ChatRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="only with `logprobs`: true")
