@@ -12,6 +12,7 @@ import tc_ray
 from tc_ray.serving.api.requests import MAX_STOP_CHARACTERS
 from tc_ray.serving.api.schema import components
 from tc_ray.serving.api.service import MIN_TIMEOUT_S, TIMEOUT_HEADER
+from tc_ray.serving.api.streams import SEED_HEADER
 from tc_ray.serving.catalogue import Catalogue
 from tc_ray.serving.settings import ReplicaSettings
 
@@ -114,7 +115,11 @@ def _answer(schema: str, chunk: str | None = None) -> dict[str, Any]:
     content = _json(schema)
     if chunk is not None:
         content["text/event-stream"] = {"schema": {"type": "string", "description": _EVENTS.format(chunk=chunk)}}
-    return {"description": "Done.", "content": content}
+    answer: dict[str, Any] = {"description": "Done.", "content": content}
+    if chunk is not None:
+        told = "what the first choice drew from; as `seed`, it gives the same answer again"
+        answer["headers"] = {SEED_HEADER: {"description": told, "schema": {"type": "string", "pattern": "^-?[0-9]+$"}}}
+    return answer
 
 
 def _errors(*statuses: int) -> dict[str, Any]:
