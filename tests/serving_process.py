@@ -71,6 +71,11 @@ class ServingProcess:
             self.process.kill()
             self.process.wait(30)
 
+    def cpu_s(self) -> float:
+        """Time that the server's threads have been on a CPU, in seconds, to the microsecond."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(task.read_text(encoding="utf-8").split()[0]) for task in tasks) / 1e9
+
     def memory_bytes(self) -> tuple[int, int]:
         """Resident memory of the server now, and its peak since the last call of `forget_peak`."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")

@@ -42,8 +42,9 @@ def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | N
         await asyncio.gather(*(asyncio.to_thread(served.engine.close) for served in catalogue))
 
     metrics = Metrics(catalogue, replica or f"pid-{os.getpid()}")
-    # No documentation pages: they load scripts from elsewhere. /openapi.json stays.
-    app = FastAPI(title="tc-ray", docs_url=None, redoc_url=None, lifespan=lifespan)
+    # No documentation pages: they load scripts from elsewhere. /openapi.json stays. An address that is not there is told so,
+    # not redirected to what the client's Host header says.
+    app = FastAPI(title="tc-ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.draining = False
     app.state.metrics = metrics
     app.state.catalogue = catalogue
