@@ -1,8 +1,8 @@
 """The stream guard: an ASGI middleware in Ray Serve's proxy, which outlives the replicas behind it.
 
 Serve ends a response without a word when its replica dies. The guard sends the request again to another replica: a stream
-goes on after the last chunk that its client has, an answer that had not begun is made anew. What cannot be saved ends in
-an error event or an error body. It also bounds bodies, removes headers that are not a client's business, and gives
+is repeated there with the same seed and goes on after the last chunk that its client has, an answer that had not begun is
+made anew. What cannot be saved ends in an error event or an error body. It also bounds bodies, removes headers that are not a client's business, and gives
 Serve's own plain-text errors OpenAI's envelope.
 Invariant: a stream that has begun ends with `data: [DONE]` or an error event, unless the client has left.
 Serve's proxy finds it by `PROXY_CALLBACK_VARIABLE`; launch.py sets that.
@@ -22,7 +22,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.serving.errors import RequestError
-from tc_ray.serving.stream_progress import StreamProgress
+from tc_ray.serving.stream_progress import DivergedError, StreamProgress
 
 PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PROXY_CALLBACK = "tc_ray.serving.guard.middlewares"
@@ -170,8 +170,8 @@ class _Relay:
         except Exception:  # whatever it was, the client must be told; the proxy's log has it
             logger.exception("a request failed in Ray Serve's proxy")
         self._stream = attempt.stream
-        if self._stream is not None:
-            self._stream.restart()
+        if self._stream is not None and not attempt.complete:
+            self._stream.repeat()
         return attempt
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
@@ -220,12 +220,7 @@ class _Attempt:
                 self.stream = StreamProgress()
                 await self._send_to_client(_marked(start))
             elif named.get(COPILOT_HEADER) != self._identity.get(COPILOT_HEADER):
-                self._mode = self._ignore
-                self.refusal = RequestError(
-                    "The replica of this stream ended, and the others have another Copilot by now. Send it again.",
-                    status=500,
-                    code="replica_ended",
-                )
+                self._refuse("the others have another Copilot by now")
                 return
             self._mode = self._pass_on
         elif self._resumed or (status >= 400 and kind.startswith(b"text/plain")):
@@ -236,13 +231,24 @@ class _Attempt:
     async def _wait(self, _: Message) -> None:
         raise RuntimeError("a response body came before its head")
 
+    def _refuse(self, reason: str) -> None:
+        """Take no more of a stream that does not continue the one begun."""
+        self._mode = self._ignore
+        self.refusal = RequestError(
+            f"The replica of this stream ended, and {reason}. Send it again.", status=500, code="replica_ended"
+        )
+
     async def _ignore(self, _: Message) -> None:
-        """Of a stream that does not continue the one begun."""
+        """Of a stream that is not wanted."""
 
     async def _pass_on(self, message: Message) -> None:
         """Events of a stream. Its end is passed on only when it was said."""
         assert self.stream is not None
-        events = self.stream.take(message.get("body", b""))
+        try:
+            events = self.stream.take(message.get("body", b""))
+        except DivergedError:
+            self._refuse("its repeat by another came out otherwise")
+            return
         if self.stream.ended:
             self.complete = True
             await self._send_to_client({"type": "http.response.body", "body": events, "more_body": False})

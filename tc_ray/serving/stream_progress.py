@@ -1,58 +1,73 @@
-"""How far a stream of server-sent events has got: what the stream guard must know to continue it elsewhere.
+"""How far a stream of server-sent events has got, and how a repeat of it by another replica is joined to what was sent.
 
-Invariant: what `take` returns are whole events, and exactly those are counted, so a stream that breaks off can be taken
-up after the last event its client has. Used by guard.py, once for each stream.
+A repeat is made with the same seed, id and time, so its chunks are the same. Invariant: what `take` returns are whole events
+that the client does not have, and those it has were found again in the repeat: texts of two generations are never joined
+(another batch rounds otherwise, and a tie can fall the other way). Used by guard.py, once for each stream.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+import zlib
 
 _DONE = b"data: [DONE]"
 _ERROR = b'data: {"error"'
 _INDEX = re.compile(rb'"index": ?(\d+)')
 """A choice's index. Inside a JSON string its quotes would be escaped, so text that looks like one is not taken for it."""
-USAGE = "usage"
-"""Key in `sent` of chunks without a choice."""
+_LOGPROBS = b'"logprobs":'
+"""Log-probabilities and explanations come after the text; they may differ in their last digits."""
+_NO_CHOICE = b""
+"""In place of an index, of the chunk with the token counts."""
+
+
+class DivergedError(Exception):
+    """A repeated stream is not the one that was begun."""
 
 
 class StreamProgress:
-    """Counts the events of one stream.
+    """Follows the events of one stream, and of its repeats.
 
-    Attributes: id, created: of the first chunk, None before it. sent: choice index (as text) -> chunks of it that the
-    client has. ended: the stream has said that it is over, by `[DONE]` or an error.
+    Attributes: id, created: of the first chunk, None before it. ended: the stream has said that it is over, by `[DONE]` or
+    an error.
     """
 
     def __init__(self) -> None:
         self.id: str | None = None
         self.created: int | None = None
-        self.sent: dict[str, int] = {}
         self.ended = False
+        self._sent: dict[bytes, tuple[int, int]] = {}
+        """Of each choice, the number of chunks that the client has and their checksum."""
+        self._owed: dict[bytes, tuple[int, int]] = {}
+        """What a repeat must bring again before it brings news."""
+        self._repeated: dict[bytes, tuple[int, int]] = {}
         self._rest = b""
 
     def take(self, body: bytes) -> bytes:
-        """The whole events in what has come; the beginning of another one is kept for the next call."""
+        """What is new to the client in what has come; the beginning of another event is kept for the next call.
+
+        Raises DivergedError when a repeat differs from what the client has.
+        """
         if self._rest:
             body, self._rest = self._rest + body, b""
         if not body.endswith(b"\n\n"):
             whole = body.rfind(b"\n\n") + 2 if b"\n\n" in body else 0
             body, self._rest = body[:whole], body[whole:]
-        for event in body.split(b"\n\n")[:-1]:
-            self._count(event)
-        return body
+        events = body.split(b"\n\n")[:-1]
+        if not self._owed:
+            for event in events:
+                self._count(event)
+            return body
+        return b"".join(event + b"\n\n" for event in events if not self._found_again(event))
 
-    def restart(self) -> None:
-        """Forget the half event of a stream that broke off."""
+    def repeat(self) -> None:
+        """The stream broke off and begins anew: from here on what the client has is awaited again."""
         self._rest = b""
+        self._owed, self._repeated = dict(self._sent), {}
 
     def resume_header(self) -> bytes | None:
-        """Value of X-TC-Ray-Resume; None while the client has no chunk."""
-        if self.id is None:
-            return None
-        value: dict[str, Any] = {"id": self.id, "created": self.created, "sent": self.sent}
-        return json.dumps(value).encode("ascii")
+        """Value of X-TC-Ray-Resume, by which a repeat has the same chunks; None while the client has none."""
+        return None if self.id is None else json.dumps({"id": self.id, "created": self.created, "sent": {}}).encode()
 
     def _count(self, event: bytes) -> None:
         if event.startswith((_DONE, _ERROR)):
@@ -63,6 +78,31 @@ class StreamProgress:
         if self.id is None:
             chunk = json.loads(event[len(b"data: ") :])
             self.id, self.created = str(chunk.get("id")), chunk.get("created")
-        found = _INDEX.search(event)
-        key = found[1].decode("ascii") if found else USAGE
-        self.sent[key] = self.sent.get(key, 0) + 1
+        key = _choice(event)
+        self._sent[key] = _added(self._sent.get(key), event)
+
+    def _found_again(self, event: bytes) -> bool:
+        """Whether the client has this event of a repeat; counts it where it has not."""
+        if event.startswith(_DONE):
+            if self._owed:
+                raise DivergedError  # it ended earlier
+        elif event.startswith(b"data: {") and not event.startswith(_ERROR):
+            key = _choice(event)
+            if key in self._owed:
+                self._repeated[key] = _added(self._repeated.get(key), event)
+                count, _ = self._repeated[key]
+                if count == self._owed[key][0] and self._repeated[key] != self._owed.pop(key):
+                    raise DivergedError
+                return True
+        self._count(event)
+        return False
+
+
+def _choice(event: bytes) -> bytes:
+    found = _INDEX.search(event)
+    return found[1] if found else _NO_CHOICE
+
+
+def _added(sum_: tuple[int, int] | None, event: bytes) -> tuple[int, int]:
+    count, checksum = sum_ or (0, 0)
+    return count + 1, zlib.crc32(event.partition(_LOGPROBS)[0], checksum)
