@@ -52,14 +52,15 @@ def components(limits: Limits, models: list[str], vocab_size: int) -> dict[str, 
             for node in _nodes(body["properties"].get(name, {})):
                 if node.get("type") == "integer":
                     node["maximum"] = most
-        body["allOf"] = [_both(_number("lambda"), _within("copilot", _number("lambda")))]
+        # All in one `not`: tools that make requests from a schema find more of them next to each other hard to keep to.
+        body["not"] = {"anyOf": [_both(_number("lambda"), _within("copilot", _number("lambda")))]}
     for name in ("CompletionRequest", "ChatRequest"):
-        schemas[name]["allOf"].append(_needs("stream_options", {"type": "object"}, "stream", _NOT_TRUE))
-    schemas["ChatRequest"]["allOf"] += [
+        schemas[name]["not"]["anyOf"].append(_needs("stream_options", {"type": "object"}, "stream", _NOT_TRUE))
+    schemas["ChatRequest"]["not"]["anyOf"] += [
         _needs("top_logprobs", {"type": "integer"}, "logprobs", _NOT_TRUE),
         _both(_whole("max_tokens"), _whole("max_completion_tokens")),
     ]
-    schemas["CompletionRequest"]["allOf"] += [
+    schemas["CompletionRequest"]["not"]["anyOf"] += [
         _needs("max_tokens", {"const": 0}, "echo", _NOT_TRUE),
         _needs("copilot", _within("copilot", _text("score_after"))["properties"]["copilot"], "echo", _NOT_TRUE),
         _needs(
@@ -68,7 +69,7 @@ def components(limits: Limits, models: list[str], vocab_size: int) -> dict[str, 
             "logprobs",
             {"not": {"type": "integer"}},
         ),
-        _best_of(limits.max_choices),
+        *_best_of(limits.max_choices),
         *_choices(limits.max_choices),
     ]
     return schemas
@@ -103,41 +104,34 @@ def _within(name: str, inner: dict[str, Any]) -> dict[str, Any]:
 
 
 def _both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Not both."""
+    """Objects that are both."""
     return {
-        "not": {
-            "required": [*first["required"], *second["required"]],
-            "properties": {**first["properties"], **second["properties"]},
-        }
+        "required": [*first["required"], *second["required"]],
+        "properties": {**first["properties"], **second["properties"]},
     }
 
 
 def _needs(name: str, given: dict[str, Any], other: str, lacking: dict[str, Any]) -> dict[str, Any]:
-    """Where `name` is as `given`, `other` must not be `lacking`, which an absent field is too."""
-    return {"not": {"required": [name], "properties": {name: given, other: lacking}}}
+    """Objects whose `name` is as `given` while `other` is `lacking`, as it also is where it is absent."""
+    return {"required": [name], "properties": {name: given, other: lacking}}
 
 
-def _best_of(most: int) -> dict[str, Any]:
-    """`best_of` is absent or equals `n`, whose default is 1."""
-    equal = [
-        {"required": ["n"], "properties": {"n": {"const": count}, "best_of": {"const": count}}}
-        for count in range(2, most + 1)
-    ]
-    one = {"properties": {"n": {"enum": [1, None]}, "best_of": {"const": 1}}}
-    return {"anyOf": [{"properties": {"best_of": {"type": "null"}}}, one, *equal]}
+def _best_of(most: int) -> list[dict[str, Any]]:
+    """Objects whose `best_of` is not `n`, which is 1 by default."""
+    one = {"best_of": {"const": 1}, "n": {"type": "integer", "minimum": 2}}
+    more = [_needs("best_of", {"const": count}, "n", {"not": {"const": count}}) for count in range(2, most + 1)]
+    return [{"required": ["best_of", "n"], "properties": one}, *more]
 
 
 def _choices(most: int) -> list[dict[str, Any]]:
-    """`n` times the prompts is at most `most`."""
+    """Objects with more choices, `n` times the prompts, than `most`."""
     return [
         {
-            "not": {
-                "required": ["n", "prompt"],
-                "properties": {
-                    "n": {"type": "integer", "minimum": n},
-                    "prompt": {"type": "array", "minItems": most // n + 1, "items": {"type": ["string", "array"]}},
-                },
-            }
+            "required": ["n", "prompt"],
+            "properties": {
+                "n": {"type": "integer", "minimum": n},
+                "prompt": {"type": "array", "minItems": most // n + 1, "items": {"type": ["string", "array"]}},
+            },
         }
         for n in range(2, most + 1)
     ]
