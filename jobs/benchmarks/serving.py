@@ -1,0 +1,246 @@
+"""Throughput and time to the first token of the engine under streaming clients, Pilot alone against fused.
+
+python jobs/benchmarks/serving.py [--clients 1 8 32 64] [--seconds 20] [--json FILE]
+
+Each of N clients sends one request after the other (prompts and answers of unlike lengths, the same in every row, no end
+token) and takes its tokens as they come. Rows: the engine with the Pilot alone (lambda 0) and fused, N clients each, in turn;
+and, for N of `--against`, what a server without continuous batching does with the same requests: one `generate` after the
+other (`one by one`), and batches of N that begin and end together (`static`), whose clients wait for the longest answer.
+`bound`: the fused engine cannot be faster than Pilot bytes / (Pilot + Copilot bytes) of the Pilot's, as every weight is read
+once a step. HTTP and Ray are left out here; `serving_http.py` has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT, Path(__file__).resolve().parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from decoding import copilot_bytes, pilot_bytes
+from fused_models import add_model_options, device_line, load_models
+from workload import BUILTIN, print_table, write_json
+
+from tc_ray.models.fusion import FusedModel
+from tc_ray.serving.engine import Engine, Finished, GenerationRequest, Piece
+from tc_ray.serving.settings import EngineLimits
+
+LAM = 0.5
+
+
+@dataclass
+class Figures:
+    """What a row measured."""
+
+    tokens: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+    first_token_s: list[float] = field(default_factory=list)
+    between_s: list[float] = field(default_factory=list)
+
+    def told(self) -> dict[str, float]:
+        """As numbers for the table."""
+        first = sorted(self.first_token_s)
+        return {
+            "tokens_per_second": self.tokens / self.seconds,
+            "requests": float(self.requests),
+            "first_token_median_s": statistics.median(first),
+            "first_token_p95_s": first[int(0.95 * (len(first) - 1))],
+            "between_tokens_median_s": statistics.median(self.between_s) if self.between_s else 0.0,
+        }
+
+
+class NoEnd:
+    """The engine's tokenizer here: text costs are part of serving, end tokens are not part of this measurement."""
+
+    eos_token_id = None
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        """A word a token."""
+        return "".join(f" {token}" for token in ids)
+
+
+def requests(arguments: argparse.Namespace, vocab: int, lam: float) -> Iterator[GenerationRequest]:
+    """The same endless series for every row."""
+    dice = random.Random(5)
+    while True:
+        prompt = dice.randint(arguments.prompt // 2, arguments.prompt * 3 // 2)
+        new = dice.randint(arguments.new_tokens // 2, arguments.new_tokens * 3 // 2)
+        yield GenerationRequest(tuple(dice.randrange(2, vocab) for _ in range(prompt)), new, lam=lam)
+
+
+def continuous(model: FusedModel, lam: float, clients: int, arguments: argparse.Namespace) -> Figures:
+    """N clients at the engine for `--seconds`, after a warm-up; requests begun before the end count to their end."""
+    limits = EngineLimits(max_running=clients, max_waiting=clients, prefix_bytes=0)
+    engine = Engine(model, NoEnd(), limits)
+    series, lock, figures = requests(arguments, model.vocab_size, lam), threading.Lock(), Figures()
+    begin = time.perf_counter() + arguments.warm_up
+    end = begin + arguments.seconds
+
+    def client() -> None:
+        while time.perf_counter() < end:
+            with lock:
+                request = next(series)
+            events: queue.Queue[Any] = queue.Queue()
+            sent = last = time.perf_counter()
+            engine.submit([request], lambda _, event, to=events: to.put((time.perf_counter(), event)))
+            first = None
+            while not isinstance((item := events.get())[1], Finished):
+                now, event = item
+                if not isinstance(event, Piece):
+                    raise SystemExit(f"a generation failed: {event}")
+                with lock:
+                    if begin <= now < end:
+                        figures.tokens += 1
+                        if first is not None:
+                            figures.between_s.append(now - last)
+                        elif sent >= begin:
+                            figures.first_token_s.append(now - sent)
+                first, last = first or now, now
+            with lock:
+                figures.requests += begin <= last < end
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.close()
+    figures.seconds = arguments.seconds
+    return figures
+
+
+@torch.inference_mode()
+def in_batches(model: FusedModel, lam: float, size: int, arguments: argparse.Namespace) -> Figures:
+    """`generate` on `size` waiting requests at a time, padded on the left, until the longest has ended; then the next ones."""
+    series, figures = requests(arguments, model.vocab_size, lam), Figures()
+    began = time.perf_counter()
+    while figures.seconds < arguments.seconds:
+        batch = [next(series) for _ in range(size)]
+        width, longest = max(len(r.prompt_ids) for r in batch), max(r.max_new_tokens for r in batch)
+        ids = torch.zeros(size, width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(batch):
+            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[row, width - len(request.prompt_ids) :] = 1
+        sent = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            lam=lam,
+        )
+        figures.first_token_s += [time.perf_counter() - sent] * size  # nothing is streamed
+        figures.tokens += sum(request.max_new_tokens for request in batch)
+        figures.requests += size
+        figures.seconds = time.perf_counter() - began
+    return figures
+
+
+def measure(model: FusedModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rows, `--repeats` times in turn; the median run of each by throughput."""
+    rows: dict[str, Callable[[], Figures]] = {}
+    for clients in arguments.clients:
+        for name, lam in (("Pilot", 0.0), ("fused", LAM)):
+            rows[f"{clients} clients, {name}"] = lambda lam=lam, n=clients: continuous(model, lam, n, arguments)
+    rows["one by one, fused"] = lambda: in_batches(model, LAM, 1, arguments)
+    for size in arguments.against:
+        rows[f"static batches of {size}, fused"] = lambda n=size: in_batches(model, LAM, n, arguments)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
+    for repeat in range(arguments.repeats):
+        for name in rows if repeat % 2 == 0 else reversed(rows):
+            runs[name].append(rows[name]().told())
+            print(f"  {repeat + 1}: {name}: {runs[name][-1]['tokens_per_second']:.1f} tokens/s", flush=True)
+    read = pilot_bytes(model), copilot_bytes(model)
+    bound = read[0] / sum(read)
+
+    def rates(name: str) -> list[float]:
+        return [run["tokens_per_second"] for run in runs[name]]
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(rates(a), rates(b), strict=True))
+
+    fused_to_pilot = {n: ratio(f"{n} clients, fused", f"{n} clients, Pilot") for n in arguments.clients}
+    return {
+        "machine": device_line(arguments.device),
+        "settings": {k: str(v) for k, v in vars(arguments).items() if k != "json"},
+        "bytes": read,
+        "bound": bound,
+        "runs": runs,
+        "fused_to_pilot": fused_to_pilot,
+        "of_bound": {n: found / bound for n, found in fused_to_pilot.items()},
+        "to_one_by_one": {n: ratio(f"{n} clients, fused", "one by one, fused") for n in arguments.clients},
+    }
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--against", type=int, nargs="*", default=[32], help="sizes of static batches")
+    parser.add_argument("--prompt", type=int, default=80, help="mean prompt tokens")
+    parser.add_argument("--new-tokens", type=int, default=48, help="mean new tokens")
+    parser.add_argument("--seconds", type=float, default=20, help="measured, of each row")
+    parser.add_argument("--warm-up", type=float, default=5, help="seconds before that")
+    parser.add_argument("--repeats", type=int, default=3)
+    add_model_options(parser, BUILTIN)
+    parser.set_defaults(dtype="fp32", threads=2)
+    arguments = parser.parse_args()
+    model = load_models(arguments)
+    model.generation_config.eos_token_id = None
+    result = measure(model, arguments)
+    print(result["machine"])
+    middle = {
+        name: sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
+        for name, runs in result["runs"].items()
+    }
+    print_table(
+        f"{arguments.dtype}, prompts of about {arguments.prompt}, answers of about {arguments.new_tokens} tokens, "
+        f"median of {arguments.repeats} runs",
+        ["", "tokens/s", "first token s", "p95", "between tokens s"],
+        [
+            [
+                name,
+                f"{run['tokens_per_second']:.1f}",
+                f"{run['first_token_median_s']:.2f}",
+                f"{run['first_token_p95_s']:.2f}",
+                f"{run['between_tokens_median_s']:.3f}" if run["between_tokens_median_s"] else "",
+            ]
+            for name, run in middle.items()
+        ],
+    )
+    print_table(
+        f"fused / Pilot of the same run; bound {result['bound']:.3f}",
+        ["clients", "fused / Pilot", "of the bound", "to one by one"],
+        [
+            [
+                str(n),
+                f"{result['fused_to_pilot'][n]:.3f}",
+                f"{result['of_bound'][n]:.3f}",
+                f"{result['to_one_by_one'][n]:.2f}",
+            ]
+            for n in arguments.clients
+        ],
+    )
+    write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

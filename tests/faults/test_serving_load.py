@@ -1,0 +1,137 @@
+"""Streaming clients for a long time, and more of them than there are places: nothing fails, nothing grows, refusals are quick."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tc_ray.models.fusion import FusedModel
+from tc_ray.serving.launch import Server
+from tests.faults.test_serving_replica_killed import cases
+from tests.serving_cluster import PROMPT, figures, replica_pids, server_of, soon
+from tests.serving_load import Outcome, outcomes_of, start_load
+from tests.serving_samples import make_export
+
+REFUSED_P99_S = 0.05
+GROWTH_BYTES = 50 * 2**20
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(tmp_path_factory.mktemp("demo"), positions=512)
+
+
+@pytest.fixture(scope="module")
+def server(export: Path) -> Iterator[Server]:
+    with server_of([f"demo={export}"], threads=1, cache_mb=200, watch_s=0, max_running=64, max_waiting=16) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bodies(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Greedy and seeded requests that do not hang on rounding."""
+    path = tmp_path_factory.mktemp("load") / "bodies.json"
+    given = cases(export, 60)
+    path.write_text(json.dumps([case.body for case in given]))
+    path.with_suffix(".texts").write_text(json.dumps([case.text for case in given]))
+    return path
+
+
+def offline(export: Path, body: dict[str, Any]) -> str:
+    """Text of plain `generate`, by itself."""
+    tokenizer = AutoTokenizer.from_pretrained(export / "pilot")
+    ids = tokenizer(body["prompt"], return_tensors="pt")["input_ids"]
+    sampled = body["temperature"] > 0
+    options = {"do_sample": True, "temperature": body["temperature"], "top_k": 0} if sampled else {"do_sample": False}
+    torch.manual_seed(body["seed"])
+    model = FusedModel.from_pretrained(export)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=body["max_tokens"], **options)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def memory_bytes() -> int:
+    """Anonymous resident memory of the one replica."""
+    [pid] = replica_pids()
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+
+
+def load_all(server: Server, bodies: Path, clients: int, seconds: float) -> tuple[list[Outcome], list[int]]:
+    """Outcomes, and the replica's memory each second."""
+    process = start_load(server.url, bodies, clients, seconds)
+    memory: list[int] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            memory.append(memory_bytes())
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        return outcomes_of(process, seconds + 300), memory
+    finally:
+        ended.set()
+
+
+def check_streams(outcomes: list[Outcome], bodies: Path) -> None:
+    texts = json.loads(bodies.with_suffix(".texts").read_text())
+    for outcome in outcomes:
+        if outcome.status == 200:
+            assert outcome.end == "[DONE]", outcome
+            assert outcome.text == texts[outcome.case], outcome
+
+
+def test_expected_texts_are_those_of_generate(export: Path, bodies: Path) -> None:
+    given, texts = json.loads(bodies.read_text()), json.loads(bodies.with_suffix(".texts").read_text())
+    for number in (0, 1, 2, 3, 30, 31):
+        assert texts[number] == offline(export, given[number])
+    assert {body["temperature"] for body in given} == {0, 0.9}
+    assert len(set(texts)) > 30 and given[0]["prompt"].startswith(PROMPT)
+
+
+def soak(server: Server, bodies: Path, seconds: float) -> None:
+    outcomes, memory = load_all(server, bodies, 64, seconds)
+    assert Counter(outcome.status for outcome in outcomes) == {200: len(outcomes)}
+    assert len(outcomes) >= 64
+    check_streams(outcomes, bodies)
+    early, late = (float(np.median(part)) for part in np.array_split(memory[len(memory) // 4 :], 2))
+    print(
+        f"{len(outcomes)} streams in {seconds:.0f} s, {sum(o.chunks for o in outcomes) / seconds:.0f} chunks/s, first text "
+        f"{np.median([o.first_s for o in outcomes]):.2f} s, memory {early / 2**20:.0f} -> {late / 2**20:.0f} MiB"
+    )
+    assert late - early < GROWTH_BYTES
+    assert soon(lambda: sum(figures(server.url, "tc_ray_running_sequences").values()) == 0, 30)
+
+
+def test_64_clients_for_a_while(server: Server, bodies: Path) -> None:
+    soak(server, bodies, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_64_clients_for_ten_minutes(server: Server, bodies: Path) -> None:
+    soak(server, bodies, 600)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_times_as_many_as_there_are_places(server: Server, bodies: Path) -> None:
+    outcomes, _ = load_all(server, bodies, 4 * 80, 60)
+    statuses = Counter(outcome.status for outcome in outcomes)
+    assert set(statuses) == {200, 429}
+    check_streams(outcomes, bodies)
+    refused = [outcome for outcome in outcomes if outcome.status == 429]
+    assert all(outcome.headers["retry-after"] == "1" for outcome in refused)
+    # from when all clients are there: the first instant opens 320 connections at once
+    p50, p99 = np.quantile([o.total_s for o in refused if o.at_s > 5], (0.5, 0.99))
+    print(f"{dict(statuses)}; refused in {1000 * p50:.1f} ms (median), {1000 * p99:.1f} ms (99th of a hundred)")
+    assert p99 <= REFUSED_P99_S
