@@ -28,8 +28,8 @@ _STATUS = {
     504: "The request was not done by its deadline.",
 }
 _WORK = (400, 404, 408, 413, 429, 500, 503, 504)
-_EVENTS = """Server-sent events where `stream` is true: `data: ` and one chunk ({chunk}) each, of one choice; then, if asked
-for, one chunk with `usage`; then `data: [DONE]`. A stream that breaks off ends with `data: {{"error": ...}}` instead."""
+_EVENTS = """Server-sent events where `stream` is true; the schema is that of each. One chunk of one choice an event; then, if
+asked for, one chunk with `usage`; then `[DONE]`. A stream that breaks off ends with an error instead."""
 
 
 def document(catalogue: Catalogue, settings: ReplicaSettings) -> dict[str, Any]:
@@ -114,12 +114,24 @@ def _json(schema: str) -> dict[str, Any]:
 def _answer(schema: str, chunk: str | None = None) -> dict[str, Any]:
     content = _json(schema)
     if chunk is not None:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": _EVENTS.format(chunk=chunk)}}
+        content["text/event-stream"] = {"schema": _event(chunk)}
     answer: dict[str, Any] = {"description": "Done.", "content": content}
     if chunk is not None:
         told = "what the first choice drew from; as `seed`, it gives the same answer again"
         answer["headers"] = {SEED_HEADER: {"description": told, "schema": {"type": "string", "pattern": "^-?[0-9]+$"}}}
     return answer
+
+
+def _event(chunk: str) -> dict[str, Any]:
+    """Schema of one server-sent event."""
+    bodies = [{"$ref": f"#/components/schemas/{name}"} for name in (chunk, "ErrorEnvelope")]
+    body = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": bodies}}
+    return {
+        "type": "object",
+        "description": _EVENTS,
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, body]}},
+    }
 
 
 def _errors(*statuses: int) -> dict[str, Any]:

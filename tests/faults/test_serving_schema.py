@@ -1,0 +1,105 @@
+"""The server against requests that schemathesis makes from its own OpenAPI document: good ones, and ones that break it.
+
+Every status, header, type and body must be documented, what breaks the document is refused, nothing is an error of the
+server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from tests.serving_process import ServingProcess
+from tests.serving_samples import make_export
+
+MAX_ANSWER_S = 0.1
+TRIES = 5
+"""A refusal later than MAX_ANSWER_S is asked for again: other processes of a busy machine can hold up one, not all."""
+MAX_GROWTH_BYTES = 50_000_000
+MAX_TOKENS = 8
+MODES = list(GenerationMode)
+NOT_CHECKED = [positive_data_acceptance]
+"""Good requests can still be too long for the model, as documented; the share of those that are answered is checked."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingProcess]:
+    export = make_export(tmp_path_factory.mktemp("schema"), positions=512)
+    with ServingProcess(export, max_tokens=MAX_TOKENS) as server:
+        yield server
+
+
+def written(value: Any) -> Any:
+    """`value` with 3.0 written as 3: JSON Schema calls it an integer, this server does not."""
+    if isinstance(value, dict):
+        return {name: written(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [written(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def drive(server: ServingProcess, mode: GenerationMode, cases: int) -> dict[str, Counter[int]]:
+    """Statuses of `cases` requests to each operation of the document. Raises AssertionError telling a case to repeat."""
+    document = schemathesis.openapi.from_url(f"{server.address}/openapi.json")
+    statuses: dict[str, Counter[int]] = {}
+    for found in document.get_all_operations():
+        operation = found.ok()
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # any name is a name, and a route that takes nothing cannot be given something wrong
+        counted = statuses.setdefault(operation.label, Counter())
+        with requests.Session() as session:
+            check_operation(operation, mode, cases, session, counted)
+    return statuses
+
+
+def check_operation(
+    operation: Any, mode: GenerationMode, cases: int, session: requests.Session, counted: Counter[int]
+) -> None:
+    @seed(5)
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(operation.as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:
+        if mode is GenerationMode.POSITIVE:
+            case.body = written(case.body)
+        answer = case.call(session=session)
+        counted[answer.status_code] += 1
+        case.validate_response(answer, excluded_checks=NOT_CHECKED)
+        if answer.status_code >= 400:
+            times = [answer.elapsed]
+            while times[-1] > MAX_ANSWER_S and len(times) < TRIES:
+                times.append(case.call(session=session).elapsed)
+            assert min(times) <= MAX_ANSWER_S, f"refused after {times} s"
+
+    check()
+
+
+@pytest.mark.parametrize("cases", [40, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
+def test_what_the_document_allows_and_forbids(server: ServingProcess, mode: GenerationMode, cases: int) -> None:
+    before, _ = server.memory_bytes()
+    server.forget_peak()
+    begun = time.perf_counter()
+    statuses = drive(server, mode, cases)
+    _, peak = server.memory_bytes()
+    print({name: dict(counts) for name, counts in statuses.items()})
+    print(f"{time.perf_counter() - begun:.0f} s, memory grew by {(peak - before) / 1e6:.0f} MB at most")
+    for name in ("POST /v1/completions", "POST /v1/chat/completions", "POST /v1/score"):
+        assert statuses[name].total() >= cases
+        answered = statuses[name][200] / statuses[name].total()
+        assert answered > 0.5 if mode is GenerationMode.POSITIVE else answered < 0.1
+    assert peak - before < MAX_GROWTH_BYTES
