@@ -15,6 +15,7 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -78,7 +79,8 @@ def check_operation(
             case.body = written(case.body)
         answer = case.call(session=session)
         counted[answer.status_code] += 1
-        case.validate_response(answer, excluded_checks=NOT_CHECKED)
+        late = answer.status_code == 504 and "X-Request-Timeout-S" in case.headers  # as the request itself wanted
+        case.validate_response(answer, excluded_checks=[*NOT_CHECKED, not_a_server_error] if late else NOT_CHECKED)
         if answer.status_code >= 400:
             times = [answer.elapsed]
             while times[-1] > MAX_ANSWER_S and len(times) < TRIES:

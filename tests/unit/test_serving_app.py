@@ -265,6 +265,22 @@ def test_refused_completion_bodies(client: TestClient, fields: dict[str, Any], p
 
 
 @pytest.mark.parametrize(
+    ("path", "query", "param"),
+    [
+        ("/v1/completions", "score_after=", "score_after"),
+        ("/v1/completions", "score_after=" + "x" * 201, "score_after"),
+        *[("/v1/completions", f"lambda={given}", "lambda") for given in ("", "-1", "10.1", "NaN", "1_0", "1e999", "a")],
+        ("/v1/chat/completions", "lambda=1", "lambda"),
+        ("/v1/completions", "temperature=0", "temperature"),
+    ],
+)
+def test_refused_queries(client: TestClient, path: str, query: str, param: str) -> None:
+    response = client.post(f"{path}?{query}", json=CHAT if "chat" in path else COMPLETION)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
     "prompt",
     [
         "",

@@ -154,17 +154,21 @@ def test_echo_as_lm_eval_asks(client: TestClient, model: FusedModel, tokenizer: 
     assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
 
 
-@pytest.mark.parametrize("place", ["query", "body", "ids"])
+@pytest.mark.parametrize("place", ["query", "body", "ids", "lambda in the query"])
 def test_copilot_begins_after_the_marker(client: TestClient, model: FusedModel, tokenizer: Any, place: str) -> None:
     question, answer = "Q: the Answer: no\nAnswer:", " an apple"
     ids = tokenizer(question + answer)["input_ids"]
     border = len(tokenizer(question)["input_ids"])
     assert ids[:border] == tokenizer(question)["input_ids"]
-    body: dict[str, Any] = {"model": "demo", "max_tokens": 0, "logprobs": 1, "echo": True, "lambda": 2.0}
+    body: dict[str, Any] = {"model": "demo", "max_tokens": 0, "logprobs": 1, "echo": True}
+    if place != "lambda in the query":
+        body["lambda"] = 2.0
     body["prompt"] = ids if place == "ids" else question + answer
     if place == "body":
         body["copilot"] = {"score_after": "Answer:"}
-    path = "/v1/completions" if place == "body" else "/v1/completions?score_after=Answer:"
+    # what the body says goes before the query
+    query = "score_after=Answer:&lambda=2.0" if "lambda" not in body else "score_after=Answer:&lambda=0.5"
+    path = "/v1/completions" if place == "body" else f"/v1/completions?{query}"
     [choice] = post(client, path, body)["choices"]
     pilot, _ = scored(model, ids, 1, 0.0)
     _, fused = scored(model, ids, border, 2.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import tc_ray
-from tc_ray.serving.api.requests import MAX_STOP_CHARACTERS
+from tc_ray.serving.api.requests import MAX_LAM, MAX_STOP_CHARACTERS
 from tc_ray.serving.api.schema import components
 from tc_ray.serving.api.service import MIN_TIMEOUT_S, TIMEOUT_HEADER
 from tc_ray.serving.api.streams import SEED_HEADER
@@ -69,6 +69,13 @@ def _paths(keyed: bool, timeout_s: float) -> dict[str, Any]:
         "schema": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
     }
 
+    lam = {
+        "name": "lambda",
+        "in": "query",
+        "description": "`copilot.lambda` for clients that can only set an address; that of the body goes before it",
+        "schema": {"type": "number", "minimum": 0, "maximum": MAX_LAM},
+    }
+
     def work(summary: str, body: str, answer: str, chunk: str | None, *parameters: Any) -> dict[str, Any]:
         return {
             "post": {
@@ -91,7 +98,7 @@ def _paths(keyed: bool, timeout_s: float) -> dict[str, Any]:
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     figures = {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
     return {
-        "/v1/completions": work("Complete texts", "CompletionRequest", "Completion", "Completion", score_after),
+        "/v1/completions": work("Complete texts", "CompletionRequest", "Completion", "Completion", score_after, lam),
         "/v1/chat/completions": work("Answer a conversation", "ChatRequest", "ChatCompletion", "ChatChunk"),
         "/v1/score": work("Log-probabilities under Pilot and fused model", "ScoreBody", "ScoreAnswer", None),
         "/v1/models": look("Served models", "models", {"200": _answer("ModelList"), **_errors(*refusals, 500)}),

@@ -6,12 +6,15 @@ prompt by prompt; choice i of a prompt draws from seed + i. Used by the routes, 
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tc_ray.serving.api.requests import (
     DEFAULT_COMPLETION_TOKENS,
+    MAX_LAM,
+    MAX_STOP_CHARACTERS,
     ChatRequest,
     CompletionRequest,
     GenerationFields,
@@ -25,18 +28,26 @@ from tc_ray.serving.settings import Limits
 
 SEED_BITS = 53
 """Of a drawn seed, so that JSON in any language can hold it."""
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Terms:
     """What a request comes with besides its body.
 
-    seed: to draw from where the body names none. score_after: of the query. deadline_s: in `time.monotonic()`.
+    seed: to draw from where the body names none. score_after, lam: of the query, for clients that cannot say it in the body,
+    which goes before. deadline_s: in `time.monotonic()`.
     """
 
     deadline_s: float
     seed: int | None = None
     score_after: str | None = None
+    lam: float | None = None
+
+    def weight(self, body: GenerationFields) -> float | None:
+        """lambda of a request; None for the exported one."""
+        asked = body.requested_lam()
+        return self.lam if asked is None else asked
 
 
 @dataclass
@@ -161,7 +172,7 @@ def _generation(
         top_k=body.top_k,
         seed=seed,
         stops=body.stops(),
-        lam=body.requested_lam(),
+        lam=terms.weight(body),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logprobs=named,
@@ -175,7 +186,7 @@ def _plan_scoring(plan: Plan, body: CompletionRequest, prompts: Sequence[tuple[i
     marker, param = terms.score_after, "score_after"
     if body.copilot is not None and body.copilot.score_after is not None:
         marker, param = body.copilot.score_after, "copilot.score_after"
-    lam, top = body.requested_lam(), plan.named_tokens or 0
+    lam, top = terms.weight(body), plan.named_tokens or 0
     scorings = []
     for ids, echo in zip(prompts, plan.echoes, strict=True):
         border = 1 if marker is None else max(1, echo.first_after(marker, param))
@@ -198,6 +209,22 @@ def seed_from_header(value: str | None) -> int | None:
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 19 and -(2**63) <= int(value) < 2**63):
         raise invalid_value("X-TC-Ray-Seed", "must be a whole number of 64 bits")
     return int(value)
+
+
+def score_after_from_query(value: str | None) -> str | None:
+    """`score_after` of the query. Raises RequestError."""
+    if value is not None and not 1 <= len(value) <= MAX_STOP_CHARACTERS:
+        raise invalid_value("score_after", f"must have 1 to {MAX_STOP_CHARACTERS} characters")
+    return value
+
+
+def lam_from_query(value: str | None) -> float | None:
+    """`lambda` of the query. Raises RequestError."""
+    if value is None:
+        return None
+    if not (_NUMBER.fullmatch(value) and 0 <= float(value) <= MAX_LAM):
+        raise invalid_value("lambda", f"must be a number from 0 to {MAX_LAM:g}")
+    return float(value)
 
 
 def check_generation(body: GenerationFields) -> None:

@@ -16,7 +16,14 @@ from tc_ray.serving.api.answers import CopilotCard, ModelCard, ModelList, State,
 from tc_ray.serving.api.assembly import Assembly, collected
 from tc_ray.serving.api.feed import ClientGone, unless_gone
 from tc_ray.serving.api.metrics import GONE, MEDIA_TYPE
-from tc_ray.serving.api.plan import Terms, check_generation, make_plan, seed_from_header
+from tc_ray.serving.api.plan import (
+    Terms,
+    check_generation,
+    lam_from_query,
+    make_plan,
+    score_after_from_query,
+    seed_from_header,
+)
 from tc_ray.serving.api.requests import ChatRequest, CompletionRequest, ScoreBody
 from tc_ray.serving.api.score import make_score_plan, score_answer
 from tc_ray.serving.api.service import Service
@@ -24,7 +31,8 @@ from tc_ray.serving.api.shapes import ChatShape, CompletionShape, Shape
 from tc_ray.serving.api.streams import COPILOT_HEADER, RESUME_HEADER, SEED_HEADER, EventStream, Resume
 from tc_ray.serving.catalogue import ServedModel
 
-SCORE_AFTER = "score_after"
+SCORE_AFTER, LAM = "score_after", "lambda"
+"""Names in the query of /v1/completions."""
 
 
 def make_router(service: Service) -> APIRouter:
@@ -41,7 +49,8 @@ def make_router(service: Service) -> APIRouter:
         terms = Terms(
             deadline_s=service.deadline_s(request),
             seed=seed_from_header(request.headers.get(SEED_HEADER)),
-            score_after=request.query_params.get(SCORE_AFTER) or None,
+            score_after=score_after_from_query(request.query_params.get(SCORE_AFTER)),
+            lam=lam_from_query(request.query_params.get(LAM)),
         )
         plan, feed = await service.submit(
             request,
@@ -62,7 +71,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await generate(request, CompletionRequest, CompletionShape, [SCORE_AFTER])
+        return await generate(request, CompletionRequest, CompletionShape, [SCORE_AFTER, LAM])
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
