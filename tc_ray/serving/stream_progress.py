@@ -67,7 +67,7 @@ class StreamProgress:
 
     def resume_header(self) -> bytes | None:
         """Value of X-TC-Ray-Resume, by which a repeat has the same chunks; None while the client has none."""
-        return None if self.id is None else json.dumps({"id": self.id, "created": self.created, "sent": {}}).encode()
+        return None if self.id is None else json.dumps({"id": self.id, "created": self.created}).encode()
 
     def _count(self, event: bytes) -> None:
         if event.startswith((_DONE, _ERROR)):
@@ -79,7 +79,7 @@ class StreamProgress:
             chunk = json.loads(event[len(b"data: ") :])
             self.id, self.created = str(chunk.get("id")), chunk.get("created")
         key = _choice(event)
-        self._sent[key] = _added(self._sent.get(key), event)
+        self._sent[key] = _added(self._sent.get(key), key, event)
 
     def _found_again(self, event: bytes) -> bool:
         """Whether the client has this event of a repeat; counts it where it has not."""
@@ -89,7 +89,7 @@ class StreamProgress:
         elif event.startswith(b"data: {") and not event.startswith(_ERROR):
             key = _choice(event)
             if key in self._owed:
-                self._repeated[key] = _added(self._repeated.get(key), event)
+                self._repeated[key] = _added(self._repeated.get(key), key, event)
                 count, _ = self._repeated[key]
                 if count == self._owed[key][0] and self._repeated[key] != self._owed.pop(key):
                     raise DivergedError
@@ -103,6 +103,8 @@ def _choice(event: bytes) -> bytes:
     return found[1] if found else _NO_CHOICE
 
 
-def _added(sum_: tuple[int, int] | None, event: bytes) -> tuple[int, int]:
+def _added(sum_: tuple[int, int] | None, key: bytes, event: bytes) -> tuple[int, int]:
     count, checksum = sum_ or (0, 0)
+    if key == _NO_CHOICE:  # token counts: those of a prompt computed before depend on the replica
+        return count + 1, 0
     return count + 1, zlib.crc32(event.partition(_LOGPROBS)[0], checksum)

@@ -23,6 +23,7 @@ from tests.serving_samples import make_export
 
 DISCONNECTS = 500
 WARM_UP = 60
+SLACK = 3
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -51,20 +52,21 @@ class Process:
 
 
 def leave(server: Server, number: int) -> str:
-    """One client that goes away: while it waits, after some events, or without a stream; returns how."""
+    """One client that goes away: after some events, or when its patience is over, of a stream or not; returns how."""
     chance = random.Random(number)
     body = {"model": server.models[0], "prompt": PROMPT, "max_tokens": 4000, "stream": number % 3 != 0}
-    patience_s = chance.uniform(0.02, 0.4)
+    patience_s = 30 if number % 3 == 1 else chance.uniform(0.02, 0.6)
+    events = chance.randrange(1, 20)
     with (
-        contextlib.suppress(httpx.HTTPError),
+        contextlib.suppress(httpx.ReadTimeout),
         httpx.Client(timeout=httpx.Timeout(30, read=patience_s)) as client,
         client.stream("POST", f"{server.url}/v1/completions", json=body) as response,
     ):
         if response.status_code != 200:
             return str(response.status_code)
-        until = time.monotonic() + patience_s
         for _ in response.iter_lines():
-            if time.monotonic() > until:
+            events -= 1
+            if not events:
                 return "in the stream"
     return "while it waited"
 
@@ -94,9 +96,10 @@ def test_500_disconnects_leave_nothing(server: Server) -> None:
     before = {pid: Process.of(pid) for pid in (replica, proxy)}
     leave_often(server, range(WARM_UP, WARM_UP + DISCONNECTS))
     assert held(server) == cache
-    # connections and tasks end soon after their clients, not at once
+    # Connections and tasks end soon after their clients, not at once; a pool may have grown by a thread or two meanwhile.
+    # What every hundredth client left behind would be more.
     quiet = lambda: all(
-        Process.of(pid).threads <= one.threads and Process.of(pid).descriptors <= one.descriptors + 2
+        Process.of(pid).threads <= one.threads + SLACK and Process.of(pid).descriptors <= one.descriptors + SLACK
         for pid, one in before.items()
     )
     settled = soon(quiet, 30)

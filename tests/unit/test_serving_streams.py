@@ -67,8 +67,7 @@ def busy_within(engine: Any, sequences: int, seconds: float = FREE_WITHIN_S) -> 
 
 
 @pytest.mark.parametrize("path", list(PATHS))
-@pytest.mark.parametrize("kept", [0, 1, 7, 10**6])
-def test_stream_goes_on_after_what_its_client_has(client: TestClient, path: str, kept: int) -> None:
+def test_repeat_of_a_stream_has_the_same_chunks(client: TestClient, path: str) -> None:
     body = {
         **PATHS[path],
         "max_tokens": 24,
@@ -79,24 +78,17 @@ def test_stream_goes_on_after_what_its_client_has(client: TestClient, path: str,
         "logprobs": 1 if path == "/v1/completions" else True,
     }
     first = client.post(path, json=body)
-    before = [json.dumps(chunk) for chunk in events(first)]
-    had, sent = before[:kept], {}
-    for chunk in map(json.loads, had):
-        name = str(chunk["choices"][0]["index"]) if chunk["choices"] else "usage"
-        sent[name] = sent.get(name, 0) + 1
-    head = json.loads(before[0])
-    resume = json.dumps({"id": head["id"], "created": head["created"], "sent": sent})
+    before = events(first)
+    resume = json.dumps({"id": before[0]["id"], "created": before[0]["created"]})
     headers = {"X-TC-Ray-Resume": resume, "X-TC-Ray-Seed": first.headers["X-TC-Ray-Seed"]}
-    rest = [json.dumps(chunk) for chunk in events(client.post(path, json=body, headers=headers))]
-    assert len(had) + len(rest) == len(before)
+    again = events(client.post(path, json=body, headers=headers))
 
-    def of_choice(lines: list[str], name: int) -> list[Any]:
-        chunks = [json.loads(line) for line in lines]
-        return [chunk for chunk in chunks if chunk["choices"] and chunk["choices"][0]["index"] == name]
+    def of_choice(chunks: list[Any], name: int) -> list[str]:
+        return [without_numbers(one) for one in chunks if one["choices"] and one["choices"][0]["index"] == name]
 
     for index in (0, 1):
-        again, whole = of_choice(had, index) + of_choice(rest, index), of_choice(before, index)
-        assert [without_numbers(chunk) for chunk in again] == [without_numbers(chunk) for chunk in whole]
+        assert of_choice(again, index) == of_choice(before, index) != []
+    assert len(again) == len(before)
 
 
 def without_numbers(chunk: dict[str, Any]) -> str:
@@ -109,8 +101,8 @@ def without_numbers(chunk: dict[str, Any]) -> str:
     [
         {"X-TC-Ray-Resume": "nonsense"},
         {"X-TC-Ray-Resume": "[" * 5000},
-        {"X-TC-Ray-Resume": '{"id": "x y", "created": 1, "sent": {}}'},
-        {"X-TC-Ray-Resume": '{"id": "x", "created": 1, "sent": {"0": -1}}'},
+        {"X-TC-Ray-Resume": '{"id": "x y", "created": 1}'},
+        {"X-TC-Ray-Resume": '{"id": "x", "created": "1"}'},
         {"X-TC-Ray-Seed": "1.5"},
         {"X-TC-Ray-Seed": "9" * 19},
         {"X-Request-Timeout-S": "soon"},

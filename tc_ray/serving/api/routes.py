@@ -60,7 +60,7 @@ def make_router(service: Service) -> APIRouter:
         headers = {SEED_HEADER: str(plan.seed), **_copilot_header(plan.served)}
         assembly, answer = Assembly(plan), answers(plan, resume.id, resume.created)
         if body.stream:
-            return EventStream(assembly, feed, answer, with_usage=body.wants_usage(), resume=resume, headers=headers)
+            return EventStream(assembly, feed, answer, with_usage=body.wants_usage(), headers=headers)
         try:
             parts = await unless_gone(request.receive, collected(assembly, feed))
         except ClientGone:

@@ -1,7 +1,7 @@
-"""Server-sent events of one request, and how a stream goes on that another replica began.
+"""Server-sent events of one request, and how a stream is repeated that another replica began.
 
 Invariant: a stream ends with `data: [DONE]` after its last chunk, or with an error event and no [DONE]. Each event is one
-chunk of one choice, so that the chunks a client has can be counted and left out when a generation is repeated.
+chunk of one choice, and a repeat has the same chunks, so that the stream guard can leave out those that a client has.
 Used by the generation routes.
 """
 
@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -26,8 +26,6 @@ from tc_ray.serving.errors import RequestError, invalid_value
 RESUME_HEADER = "X-TC-Ray-Resume"
 SEED_HEADER = "X-TC-Ray-Seed"
 COPILOT_HEADER = "X-TC-Ray-Copilot"
-USAGE = "usage"
-"""Name in `Resume.sent` of the chunk with the token counts."""
 DONE = "data: [DONE]\n\n"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -36,11 +34,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resume:
-    """What the client of a broken stream has: its id, its time, and the number of chunks of each choice."""
+    """Id and time of a stream that broke off, for a repeat whose chunks are the same; None: a new one."""
 
     id: str | None = None
     created: int | None = None
-    sent: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def from_header(value: str | None) -> Resume:
@@ -49,10 +46,9 @@ class Resume:
             return Resume()
         try:
             told = json.loads(value)
-            resume = Resume(told["id"], told["created"], told["sent"])
+            resume = Resume(told["id"], told["created"])
             sound = bool(_ID.fullmatch(resume.id or "")) and isinstance(resume.created, int)
-            sound = sound and all(isinstance(count, int) and count >= 0 for count in resume.sent.values())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             sound = False
         if not sound:
             raise invalid_value(RESUME_HEADER, "it is not what the stream guard sends; clients must not send it")
@@ -71,12 +67,10 @@ class EventStream(Response):
         shape: Shape,
         *,
         with_usage: bool,
-        resume: Resume,
         headers: dict[str, str],
     ) -> None:
         self._assembly, self._feed, self._shape = assembly, feed, shape
         self._with_usage = with_usage
-        self._left_out = dict(resume.sent)
         self._failed: str | None = None
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
@@ -115,19 +109,12 @@ class EventStream(Response):
         yield DONE
 
     async def _chunks(self) -> AsyncIterator[BaseModel]:
-        """Those that the client does not have."""
         shape = self._shape
         for index in range(self._assembly.plan.choices):
             opening = shape.opening(index)
-            if opening is not None and self._is_new(str(index)):
+            if opening is not None:
                 yield opening
         async for index, part, reason in self._assembly.parts(self._feed):
-            if self._is_new(str(index)):
-                yield shape.part(index, part) if reason is None else shape.closing(index, part, reason)
-        if self._with_usage and self._is_new(USAGE):
+            yield shape.part(index, part) if reason is None else shape.closing(index, part, reason)
+        if self._with_usage:
             yield shape.usage(self._assembly.ends)
-
-    def _is_new(self, name: str) -> bool:
-        left = self._left_out.get(name, 0)
-        self._left_out[name] = left - 1
-        return left <= 0
