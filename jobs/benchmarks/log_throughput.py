@@ -4,9 +4,10 @@ python jobs/benchmarks/log_throughput.py [--megabytes 512] [--repeats 5] [--fold
 
 Writing: the same Arrow tables go (a) through pyarrow's ParquetWriter alone, cut at the same size, each file synced to the disk, and
 (b) through a RecordWriter and a real Ledger: queue, thread, checksums, sync, Delta commits; from the first `put` until the last
-round is acknowledged. Reading: (a) pyarrow's `read_table` of every file, with its threads; (b) from the table's version to padded
-Copilot batches: file list, checksums, parsing, Records, batches of 16. Both with the files in the page cache ("warm") and dropped from it ("cold", read from the disk). Interleaved, in
-turn; the data is random, as hidden states nearly are. Needs no Ray and no model.
+round is acknowledged. Reading: (a) pyarrow's `read_table` of every file, with its threads, to Arrow tables and no further, as it is called
+by default and ("mapped") with `memory_map=True`; (b) from the table's version to padded Copilot batches: file list, checksums,
+parsing, Records, batches of 16. With the files in the page cache ("warm") and dropped from it ("cold", read from the disk).
+Interleaved, in turn; the data is random, as hidden states nearly are. Needs no Ray and no model.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
 
 KINDS, SIDES = ("write", "read warm", "read cold"), ("bare", "log")
+MAPPED = "read warm mapped"
 ROWS = 16
 ROW_GROUP_BYTES = 16 << 20
 
@@ -156,12 +158,12 @@ class Disk:
         writer.close()
         return seconds
 
-    def read_bare(self, name: str) -> float:
+    def read_bare(self, name: str, *, mapped: bool = False) -> float:
         """Seconds of pyarrow alone."""
         began = time.perf_counter()
         rows = 0
         for path in sorted((self._folder / name).glob("*.parquet")):
-            rows += pq.read_table(path).num_rows
+            rows += pq.read_table(path, memory_map=mapped).num_rows
         self._check(rows)
         return time.perf_counter() - began
 
@@ -170,9 +172,7 @@ class Disk:
         began = time.perf_counter()
         rows = 0
         with MistakeLog(self._folder / name) as log:
-            widths = log.metadata.to_configuration()
-            for _, table in log.tables():
-                records = Records.from_arrow(table, widths)
+            for _, records in log.pieces(batch=ROWS):
                 for first in range(0, len(records), ROWS):
                     chosen = range(first, min(first + ROWS, len(records)))
                     rows += len(batch_from_records(records, chosen).error_ids)
@@ -203,7 +203,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: getattr(arguments, name) for name in ("tokens", "targets", "width", "top_k")}
     one = make_records(1, **sizes).nbytes
     rounds = [make_records(number, **sizes) for number in range(1, 2 + int(arguments.megabytes * 1e6) // one)]
-    seconds: dict[str, list[float]] = {name: [] for name in (f"{w} {side}" for w in KINDS for side in SIDES)}
+    seconds: dict[str, list[float]] = {name: [] for name in [MAPPED, *(f"{w} {side}" for w in KINDS for side in SIDES)]}
     with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-", dir=arguments.folder) as folder:
         disk = Disk(Path(folder), rounds, arguments.file_megabytes << 20)
         for repeat in range(arguments.repeats + 1):
@@ -223,11 +223,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     taken = read(way)
                     if repeat:
                         seconds[f"{kind} {way}"].append(taken)
+                if kind == "read warm" and repeat:
+                    seconds[MAPPED].append(disk.read_bare("bare", mapped=True))
             for way in SIDES:
                 remove(Path(folder) / way)
         megabytes = disk.bytes / 1e6
+    sides = {what: (f"{what} bare", f"{what} log") for what in KINDS} | {MAPPED: (MAPPED, "read warm log")}
     ratios = {
-        what: [a / b for a, b in zip(seconds[f"{what} bare"], seconds[f"{what} log"], strict=True)] for what in KINDS
+        what: [a / b for a, b in zip(seconds[bare], seconds[log], strict=True)] for what, (bare, log) in sides.items()
     }
     return {
         "machine": machine(),
@@ -235,6 +238,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "megabytes": megabytes,
         "megabytes_per_second": {name: megabytes / statistics.median(taken) for name, taken in seconds.items()},
         "seconds": {name: spread(taken) for name, taken in seconds.items()},
+        "sides": sides,
         "ratio": {what: statistics.median(found) for what, found in ratios.items()},
         "ratio_quartiles": {
             what: [float(np.quantile(found, q)) for q in (0.25, 0.75)] for what, found in ratios.items()
@@ -261,12 +265,12 @@ def main() -> None:
     rows = [
         [
             what,
-            f"{rates[f'{what} bare']:.0f}",
-            f"{rates[f'{what} log']:.0f}",
+            f"{rates[bare]:.0f}",
+            f"{rates[log]:.0f}",
             f"{result['ratio'][what]:.3f}",
             "{:.3f} to {:.3f}".format(*result["ratio_quartiles"][what]),
         ]
-        for what in KINDS
+        for what, (bare, log) in result["sides"].items()
     ]
     title = f"{result['megabytes']:.0f} MB of records, {arguments.repeats} repeats, medians"
     print_table(title, ["", "pyarrow MB/s", "log MB/s", "log / pyarrow", "quartiles"], rows)

@@ -13,6 +13,7 @@ once a step. HTTP and Ray are left out here; `serving_http.py` has them.
 from __future__ import annotations
 
 import argparse
+import functools
 import queue
 import random
 import statistics
@@ -36,7 +37,7 @@ from fused_models import add_model_options, device_line, load_models
 from workload import BUILTIN, print_table, write_json
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Finished, GenerationRequest, Piece
+from tc_ray.serving.engine import Engine, Event, Finished, GenerationRequest, Piece
 from tc_ray.serving.settings import EngineLimits
 
 LAM = 0.5
@@ -83,6 +84,11 @@ def requests(arguments: argparse.Namespace, vocab: int, lam: float) -> Iterator[
         yield GenerationRequest(tuple(dice.randrange(2, vocab) for _ in range(prompt)), new, lam=lam)
 
 
+def stamped(events: queue.Queue[Any]) -> Callable[[int, Event], None]:
+    """Puts each event there, with the time it came at."""
+    return lambda _, event: events.put((time.perf_counter(), event))
+
+
 def continuous(model: FusedModel, lam: float, clients: int, arguments: argparse.Namespace) -> Figures:
     """N clients at the engine for `--seconds`, after a warm-up; requests begun before the end count to their end."""
     limits = EngineLimits(max_running=clients, max_waiting=clients, prefix_bytes=0)
@@ -97,7 +103,7 @@ def continuous(model: FusedModel, lam: float, clients: int, arguments: argparse.
                 request = next(series)
             events: queue.Queue[Any] = queue.Queue()
             sent = last = time.perf_counter()
-            engine.submit([request], lambda _, event, to=events: to.put((time.perf_counter(), event)))
+            engine.submit([request], stamped(events))
             first = None
             while not isinstance((item := events.get())[1], Finished):
                 now, event = item
@@ -159,10 +165,10 @@ def measure(model: FusedModel, arguments: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, Callable[[], Figures]] = {}
     for clients in arguments.clients:
         for name, lam in (("Pilot", 0.0), ("fused", LAM)):
-            rows[f"{clients} clients, {name}"] = lambda lam=lam, n=clients: continuous(model, lam, n, arguments)
+            rows[f"{clients} clients, {name}"] = functools.partial(continuous, model, lam, clients, arguments)
     rows["one by one, fused"] = lambda: in_batches(model, LAM, 1, arguments)
     for size in arguments.against:
-        rows[f"static batches of {size}, fused"] = lambda n=size: in_batches(model, LAM, n, arguments)
+        rows[f"static batches of {size}, fused"] = functools.partial(in_batches, model, LAM, size, arguments)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
     for repeat in range(arguments.repeats):
         for name in rows if repeat % 2 == 0 else reversed(rows):

@@ -39,43 +39,49 @@ def batch_from_records(records: Records, rows: Sequence[int] | None = None) -> C
             f"the Copilot reads one state a position, these records hold {records.rationale_layers} layers"
         )
     chosen = np.arange(len(records)) if rows is None else np.asarray(rows, np.int64)
-    count, width, entries = len(chosen), records.rationale_dim, records.error_ids.shape[1]
     lengths = np.diff(records.seq_offsets)[chosen]
     starts = records.target_start.astype(np.int64)[chosen]
     states = np.diff(records.rationale_offsets)[chosen]
     targets = np.diff(records.target_offsets)[chosen]
-    question_ids = np.zeros((count, int(starts.max())), np.int64)
-    state_bits = np.zeros((count, int(states.max()), width), np.uint16)
-    state_position = np.full((count, int(states.max())), -1, np.int64)
-    row_position = np.full((count, int(targets.max())), -1, np.int64)
-    error_ids = np.zeros((count, int(targets.max()), entries), np.int64)
-    error_values = np.zeros((count, int(targets.max()), entries), np.float32)
-    flat = records.rationale.reshape(-1, width)
-    question_bits = None if records.question is None else np.zeros((count, int(starts.max()), width), np.uint16)
-    question_offsets = records.question_offsets
-    for b, row in enumerate(chosen):
-        first = records.seq_offsets[row]
-        question_ids[b, : starts[b]] = records.input_ids[first : first + starts[b]]
-        if question_bits is not None and records.question is not None:
-            question_bits[b, : starts[b]] = records.question[question_offsets[row] : question_offsets[row + 1]]
-        span = slice(records.rationale_offsets[row], records.rationale_offsets[row + 1])
-        state_bits[b, : states[b]] = flat[span]
-        # the last state stored is the one that predicts the last token: position length - 2
-        state_position[b, : states[b]] = np.arange(lengths[b] - 1 - states[b], lengths[b] - 1)
-        span = slice(records.target_offsets[row], records.target_offsets[row + 1])
-        row_position[b, : targets[b]] = np.arange(starts[b] - 1, starts[b] - 1 + targets[b])
-        error_ids[b, : targets[b]] = records.error_ids[span]
-        error_values[b, : targets[b]] = records.error_values[span]
+    first_target = records.target_offsets[chosen]
+    question = None
+    if records.question is not None:
+        question = _bfloat16(_padded(records.question, records.question_offsets[chosen], starts))
     return CopilotBatch(
-        torch.from_numpy(question_ids),
-        torch.arange(question_ids.shape[1]) < torch.from_numpy(starts)[:, None],
-        _bfloat16(state_bits),
-        torch.from_numpy(state_position),
-        torch.from_numpy(row_position),
-        torch.from_numpy(error_ids),
-        torch.from_numpy(error_values),
-        None if question_bits is None else _bfloat16(question_bits),
+        torch.from_numpy(_padded(records.input_ids, records.seq_offsets[chosen], starts, np.int64)),
+        torch.from_numpy(np.arange(starts.max()) < starts[:, None]),
+        _bfloat16(
+            _padded(records.rationale.reshape(-1, records.rationale_dim), records.rationale_offsets[chosen], states)
+        ),
+        # the last state stored is the one that predicts the last token: position length - 2
+        torch.from_numpy(_positions(lengths - 1 - states, states)),
+        torch.from_numpy(_positions(starts - 1, targets)),
+        torch.from_numpy(_padded(records.error_ids, first_target, targets, np.int64)),
+        torch.from_numpy(_padded(records.error_values, first_target, targets)),
+        question,
     )
+
+
+def _padded(
+    flat: np.ndarray, first: np.ndarray, lengths: np.ndarray, dtype: type[np.generic] | None = None
+) -> np.ndarray:
+    """[B, longest, ...]: `lengths[b]` values of `flat` from `first[b]` on, then zeros.
+
+    Only the padding is zeroed, and plain ints are sliced with: of rows of 100 kB both cost as much as the copy itself.
+    """
+    longest = int(lengths.max())
+    padded = np.empty((len(lengths), longest, *flat.shape[1:]), dtype or flat.dtype)
+    for row, start, length in zip(padded, first.tolist(), lengths.tolist(), strict=True):
+        row[:length] = flat[start : start + length]
+        if length < longest:
+            row[length:] = 0
+    return padded
+
+
+def _positions(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64 [B, longest]: `lengths[b]` positions from `first[b]` on, then -1."""
+    place = np.arange(lengths.max())
+    return np.where(place < lengths[:, None], first[:, None] + place, -1)
 
 
 def _bfloat16(bits: np.ndarray) -> torch.Tensor:

@@ -8,6 +8,7 @@ buffer, or a shuffle block, and one data file.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from tc_ray.copilot.batching import pooled_records
 from tc_ray.copilot.buffer import RoundBuffer, draw
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
+from tc_ray.mistakelog.store import StoredFile
 
 SHUFFLE_BYTES = 512 * 2**20
 """Data files of this size together are shuffled row by row; the order of all files is drawn for each epoch."""
@@ -121,22 +123,26 @@ class Epochs:
 
 
 class _Rounds:
-    """Records by round, each data file read once when its first round is asked for."""
+    """Records by round, each data file read once, ahead of what is asked for."""
 
     def __init__(self, mistakes: MistakeLog, pooling: str) -> None:
         self._mistakes, self._pooling = mistakes, pooling
-        self._coming = mistakes.files
+        self._last = max(file.round_max for file in mistakes.files)
+        self._pieces: Iterator[tuple[StoredFile, Records]] | None = None
+        self._next: tuple[StoredFile, Records] | None = None
         self._held: dict[int, list[Records]] = {}
 
     def take(self, number: int) -> Records | None:
-        """Records of a round, once; those of earlier rounds are let go."""
-        while self._coming and self._coming[0].round_min <= number:
-            file = self._coming.pop(0)
-            if file.round_max < number or (records := self._mistakes.file_records(file)) is None:
-                continue
+        """Records of a round, once; those of earlier rounds are let go. Rounds are asked for in order."""
+        if self._pieces is None:
+            self._pieces = self._mistakes.pieces((number, self._last))
+            self._next = next(self._pieces, None)
+        while self._next is not None and self._next[0].round_min <= number:
+            records = self._next[1]
             for found in np.unique(records.round[records.round >= number]):
                 part = pooled_records(records.select(np.flatnonzero(records.round == found)), self._pooling)
                 self._held.setdefault(int(found), []).append(part)
+            self._next = next(self._pieces, None)
         for earlier in [found for found in self._held if found < number]:
             del self._held[earlier]
         parts = self._held.pop(number, [])

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from zlib_ng.zlib_ng import crc32 as crc32_of
 
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.output import Finished, LocalOutput, ObjectOutput, open_output
@@ -25,6 +26,7 @@ TEMPORARY_SUFFIX = ".tmp"
 """Added to a local file's name while it is written."""
 # rows wait in memory until a row group of this size: small ones read slowly
 _ROW_GROUP_BYTES = 16 << 20
+_PIECE_BYTES = 3 << 20
 
 Compression = Literal["none", "zstd"]
 
@@ -160,52 +162,100 @@ class BadFileError(ValueError):
         return f"{self.name}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Committed:
+    """What a file's commit says about it; None is not checked."""
+
+    size: int | None = None
+    crc32: int | None = None
+    sha256: str | None = None
+    """Checked only where there is no crc32 (logs of older versions): it takes twenty times as long."""
+    rows: int | None = None
+
+
 def read_file(
-    location: Location,
-    name: str,
-    columns: list[str] | None = None,
-    *,
-    size: int | None = None,
-    crc32: int | None = None,
-    sha256: str | None = None,
-    rows: int | None = None,
+    location: Location, name: str, columns: list[str] | None = None, committed: Committed = Committed()
 ) -> pa.Table:
     """Rows of one data file with the types of `ROW_SCHEMA`, checked against what its commit says before they are parsed.
 
     Args:
         columns: default: all.
-        size, crc32, rows: as committed; None is not checked.
-        sha256: checked only where there is no crc32 (logs of older versions): it takes five times as long.
 
     Raises:
         BadFileError: names the file and what is wrong with it.
         OSError: the location cannot be read at all just now.
     """
+    content = _checked(location, name, committed)
+    schema = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(column) for column in columns])
+    with _parsing(name):
+        file = _parquet(name, content, schema, committed.rows)
+        return file.read(columns=schema.names, use_threads=False).select(schema.names).cast(schema)
+
+
+def read_pieces(location: Location, name: str, committed: Committed = Committed(), *, rows: int) -> Iterator[pa.Table]:
+    """As `read_file`, all columns, but some rows at a time: nothing is parsed before the whole file was checked.
+
+    A piece is some `_PIECE_BYTES`, which the processor's cache holds and the memory pool hands out again: parsing to pieces
+    takes half the time of parsing to one table.
+
+    Args:
+        rows: a piece has a multiple of this many, but for the file's last.
+    """
+    content = _checked(location, name, committed)
+    with _parsing(name):
+        file = _parquet(name, content, ROW_SCHEMA, committed.rows)
+        fitting = file.metadata.num_rows * _PIECE_BYTES // content.size // rows * rows
+        if committed.crc32 is None and not committed.sha256:
+            fitting = file.metadata.num_rows  # unchecked: no row is delivered unless all of them can be parsed
+        pieces = file.iter_batches(max(rows, fitting), columns=ROW_SCHEMA.names, use_threads=False)
+    while True:
+        with _parsing(name):
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            table = pa.Table.from_batches([piece])
+            if not table.schema.equals(ROW_SCHEMA):
+                table = table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+        yield table
+
+
+def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
+    """Content of a file that is what was committed."""
     try:
         found = location.size(name)
         if found is None:
             raise BadFileError(name, "missing")
-        if size is not None and found != size:
-            raise BadFileError(name, f"{found} bytes, committed with {size}")
+        if committed.size is not None and found != committed.size:
+            raise BadFileError(name, f"{found} bytes, committed with {committed.size}")
         if found == 0:
             raise BadFileError(name, "empty")
         content = location.buffer(name)
     except FileNotFoundError:
         raise BadFileError(name, "missing") from None
-    if crc32 is not None:
-        if zlib.crc32(content) != crc32:
+    if committed.crc32 is not None:
+        if crc32_of(content) != committed.crc32:
             raise BadFileError(name, "its bytes differ from those committed (CRC-32)")
-    elif sha256 and hashlib.sha256(content).hexdigest() != sha256:
+    elif committed.sha256 and hashlib.sha256(content).hexdigest() != committed.sha256:
         raise BadFileError(name, "its bytes differ from those committed (SHA-256)")
-    schema = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(column) for column in columns])
+    return content
+
+
+def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None) -> pq.ParquetFile:
+    """The opened file, with the columns of `schema` and as many rows as were committed."""
+    file = pq.ParquetFile(pa.BufferReader(content))
+    if rows is not None and file.metadata.num_rows != rows:
+        raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
+    absent = [column for column in schema.names if column not in file.schema_arrow.names]
+    if absent:
+        raise BadFileError(name, f"columns {', '.join(absent)} are missing: no file of this log")
+    return file
+
+
+@contextlib.contextmanager
+def _parsing(name: str) -> Iterator[None]:
+    """Turns what Arrow raises into `BadFileError`."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        if rows is not None and file.metadata.num_rows != rows:
-            raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
-        absent = [column for column in schema.names if column not in file.schema_arrow.names]
-        if absent:
-            raise BadFileError(name, f"columns {', '.join(absent)} are missing: no file of this log")
-        return file.read(columns=schema.names, use_threads=False).select(schema.names).cast(schema)
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, BadFileError):
             raise

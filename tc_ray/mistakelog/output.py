@@ -13,13 +13,13 @@ import mmap
 import os
 import queue
 import threading
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from zlib_ng.zlib_ng import crc32
 
 from tc_ray.mistakelog.location import Location
 
@@ -106,7 +106,7 @@ class _Checksums:
         self._sums = (_Sum(self._sha256.update, path), _Sum(self._add_crc32, path))
 
     def _add_crc32(self, block: memoryview) -> None:
-        self._crc32 = zlib.crc32(block, self._crc32)
+        self._crc32 = crc32(block, self._crc32)
 
     def put(self, item: bytes | int) -> None:
         """Bytes, or (of a file) the size up to which it is written."""

@@ -39,21 +39,25 @@ def list_array(values: Array, offsets: Array) -> pa.ListArray:
 
 
 def flat_column(column: pa.ChunkedArray) -> tuple[Array, Array]:
-    """Flat values and int64 offsets [N+1] of a list or binary column."""
+    """Flat values and int64 offsets [N+1] of a list or binary column; of one chunk the values are a view."""
     if column.null_count:
         raise LogSchemaError(f"{column.null_count} null cells in a list or binary column")
-    values, lengths = [], []
-    for chunk in column.chunks:
-        if pa.types.is_binary(chunk.type):
-            _, offset_buffer, data = chunk.buffers()
-            offsets = np.frombuffer(offset_buffer, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            flat = np.frombuffer(data if data is not None else b"", np.uint8)[offsets[0] : offsets[-1]]
-        else:
-            offsets = chunk.offsets.to_numpy()
-            flat = chunk.values[int(offsets[0]) : int(offsets[-1])].to_numpy(zero_copy_only=False)
-        values.append(flat)
-        lengths.append(np.diff(offsets))
-    if not values:
+    if not column.num_chunks:
         empty = np.uint8 if pa.types.is_binary(column.type) else column.type.value_type.to_pandas_dtype()
         return np.zeros(0, empty), np.zeros(1, np.int64)
-    return values[0] if len(values) == 1 else np.concatenate(values), offsets_of(np.concatenate(lengths))
+    parts = [_flat_chunk(chunk) for chunk in column.chunks]
+    if len(parts) == 1:
+        values, offsets = parts[0]
+        return values, offsets.astype(np.int64) - offsets[0]
+    lengths = np.concatenate([np.diff(offsets) for _, offsets in parts])
+    return np.concatenate([values for values, _ in parts]), offsets_of(lengths)
+
+
+def _flat_chunk(chunk: pa.Array) -> tuple[Array, Array]:
+    """Values of a chunk's cells, and its int32 offsets, which need not begin with 0."""
+    if pa.types.is_binary(chunk.type):
+        _, offset_buffer, data = chunk.buffers()
+        offsets = np.frombuffer(offset_buffer, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        return np.frombuffer(data if data is not None else b"", np.uint8)[offsets[0] : offsets[-1]], offsets
+    offsets = chunk.offsets.to_numpy()
+    return chunk.values[int(offsets[0]) : int(offsets[-1])].to_numpy(zero_copy_only=False), offsets

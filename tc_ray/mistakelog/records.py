@@ -43,6 +43,7 @@ _RAGGED = {
     "rationale_offsets": ("rationale",),
     "target_offsets": ("error_ids", "error_values", "error_rest", "token_loss", "token_correct"),
 }
+_RAGGED_COLUMNS = tuple(field.name for field in ROW_SCHEMA if pa.types.is_list(field.type) or field.name == "rationale")
 # Arrow's plain list and binary arrays, the only ones Delta knows, count with 32 bits: longer columns become chunks
 _CHUNK_LIMIT = 2**31 - 1
 
@@ -313,7 +314,8 @@ class Records:
         if metadata is None:
             metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         widths = [metadata.get(PREFIX + key) for key in ("rationale_layers", "rationale_dim", "top_k")]
-        absent = [name for name in ROW_SCHEMA.names if name not in table.column_names]
+        present = set(table.column_names)
+        absent = [name for name in ROW_SCHEMA.names if name not in present]
         if None in widths or absent:
             raise LogSchemaError(
                 f"these rows lack {absent}: read all columns"
@@ -326,8 +328,11 @@ class Records:
             raise LogSchemaError(
                 "the number of errors a token was not chosen when this metadata was read (top_k 0): read it again"
             )
-        table = table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
-        ragged = {name: flat_column(table.column(name)) for name in ROW_SCHEMA.names if not _is_scalar(name)}
+        if not table.schema.equals(
+            ROW_SCHEMA
+        ):  # of a small piece of a file the cast would cost as much as all the rest
+            table = table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+        ragged = {name: flat_column(table.column(name)) for name in _RAGGED_COLUMNS}
         question = None
         if metadata.get(PREFIX + "question") == "states":
             values, offsets = flat_column(table.column("question"))
@@ -377,10 +382,6 @@ def _check(good: Array, message: str, records: Records) -> None:
         raise ValueError(
             f"records.{message} (record {bad[0]}, sample_id {records.sample_id[bad[0]]}, {len(bad)} in all)"
         )
-
-
-def _is_scalar(name: str) -> bool:
-    return name == "question" or not (pa.types.is_list(ROW_SCHEMA.field(name).type) or name == "rationale")
 
 
 def _numpy(column: pa.ChunkedArray, name: str) -> Array:

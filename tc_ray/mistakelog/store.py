@@ -23,7 +23,7 @@ from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
 from tc_ray.mistakelog.commits import LOG_FOLDER, Commit, CommitLog, Fate, commit_name
-from tc_ray.mistakelog.datafile import DataFile, read_file
+from tc_ray.mistakelog.datafile import Committed, DataFile, read_file, read_pieces
 from tc_ray.mistakelog.location import Location, sync
 from tc_ray.mistakelog.repair import repair
 from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogMetadata, LogSchemaError
@@ -68,6 +68,11 @@ class StoredFile:
     sha256: str | None = None
     """None: not in the commits that are left."""
     crc32: int | None = None
+
+    @property
+    def committed(self) -> Committed:
+        """What its bytes are checked against."""
+        return Committed(self.bytes, self.crc32, self.sha256, self.rows)
 
 
 class LogStore:
@@ -211,15 +216,11 @@ class LogStore:
 
     def read(self, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
         """Rows of a file, checked before they are parsed; see `read_file`."""
-        return read_file(
-            self.location,
-            file.name,
-            columns,
-            size=file.bytes,
-            crc32=file.crc32,
-            sha256=file.sha256,
-            rows=file.rows,
-        )
+        return read_file(self.location, file.name, columns, file.committed)
+
+    def read_pieces(self, file: StoredFile, rows: int) -> Iterator[pa.Table]:
+        """Rows of a file, some at a time, all checked before the first is parsed; see `datafile.read_pieces`."""
+        return read_pieces(self.location, file.name, file.committed, rows=rows)
 
     def commit(
         self,

@@ -135,6 +135,10 @@ def test_500_damaged_files(tmp_path: Path) -> None:
     ]
     assert {error.name for error in some.bad_files} == bad
 
+    pieces = MistakeLog(tmp_path)
+    assert_same(Records.concat([records for _, records in pieces.pieces()]), log.records())
+    assert {error.name for error in pieces.bad_files} == bad
+
     update = tail.poll()
     assert {error.name for error in update.bad} == bad
     assert len(update.new) == len(whole)

@@ -163,7 +163,7 @@ def test_block_keeps_what_was_written_before_the_disk_was_full(
     disk.full = True
     pilot.train()
     until(lambda: disk.refused >= 3)
-    assert not list(tmp_path.glob("*.tmp"))
+    until(lambda: not list(tmp_path.glob("*.tmp")))  # each try begins a file and takes it away again
     disk.full = False
     assert pilot.writer.flush(4)
     pilot.writer.close()

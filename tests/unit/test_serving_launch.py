@@ -93,7 +93,7 @@ def test_weights_that_are_cut_off(export: Path, kept: float) -> None:
     weights = export / "copilot/model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: int(len(content) * kept) + 4])
-    with pytest.raises(ServingError, match="safetensors.*damaged"):
+    with pytest.raises(ServingError, match=r"safetensors.*damaged"):
         start_server([export])
 
 
@@ -152,7 +152,7 @@ def test_what_is_counted_as_memory(export: Path) -> None:
     weights = weight_bytes(export)
     assert weights == 4 * sum(size_of(path) for path in export.glob("*/*.safetensors"))
     check_memory([model], limits, 1, 10**9 + 10**9)
-    with pytest.raises(ServingError, match="2 replicas .* 2 x 1.0 GB of cache"):
+    with pytest.raises(ServingError, match=r"2 replicas .* 2 x 1.0 GB of cache"):
         check_memory([model, model], limits, 2, 4 * 10**9)
     check_memory([model], limits, 100, None)
 

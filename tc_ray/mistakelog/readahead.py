@@ -1,0 +1,93 @@
+"""Reads sources ahead of the one who works on them: threads, bounded queues, order kept.
+
+Invariant: items come source by source, each source's in order, whatever the threads do; at most `depth` items of a source wait,
+and at most `ahead` sources besides the current one have been begun. When the reader stops early, the threads do too; one that is
+let go unclosed keeps no process from ending. Used by `reader`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Feed(Generic[T]):
+    """Items of one source on their way from its thread to the reader."""
+
+    def __init__(self, source: Callable[[], Iterator[T]], depth: int) -> None:
+        self._depth = depth
+        self._changed = threading.Condition()
+        self._items: deque[T] = deque()
+        self._ended = self._stopped = False
+        self._error: BaseException | None = None
+        # a daemon: it may wait for room for ever, if an exception's traceback keeps the reader from being closed
+        self._thread = threading.Thread(target=self._fill, args=(source,), name="mistake-log-read", daemon=True)
+        self._thread.start()
+
+    def _fill(self, source: Callable[[], Iterator[T]]) -> None:
+        try:
+            for item in source():
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._items) < self._depth or self._stopped)
+                    if self._stopped:
+                        return
+                    self._items.append(item)
+                    self._changed.notify_all()
+                del item  # it must not live here while the next one is made
+        except BaseException as error:  # noqa: BLE001 - raised again where the items are used
+            self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Nobody wants the rest; waits until what is being read is read."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._items or self._ended)
+                if not self._items:
+                    break
+                waiting = [self._items.popleft()]
+                self._changed.notify_all()
+            yield waiting.pop()  # no name keeps it alive while the next one is waited for
+        if self._error is not None:
+            raise self._error
+
+
+def read_ahead(
+    sources: Iterable[Callable[[], Iterator[T]]], *, ahead: int, depth: int
+) -> Generator[Iterator[T], None, None]:
+    """The items of each source, in order; to be used up before the next source is asked for.
+
+    Args:
+        sources: each is called once, in a thread of its own.
+        ahead: sources that are begun besides the current one.
+        depth: items of a source that may wait.
+
+    Raises (from a source's items):
+        what the source has raised.
+    """
+    coming: deque[_Feed[T]] = deque()
+    waiting = iter(sources)
+    try:
+        while True:
+            while len(coming) <= ahead and (source := next(waiting, None)) is not None:
+                coming.append(_Feed(source, depth))
+            if not coming:
+                return
+            yield iter(coming[0])
+            coming.popleft().stop()
+    finally:
+        for feed in coming:
+            feed.stop()
