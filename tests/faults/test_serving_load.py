@@ -112,6 +112,8 @@ def soak(server: Server, bodies: Path, seconds: float) -> None:
     assert soon(lambda: sum(figures(server.url, "tc_ray_running_sequences").values()) == 0, 30)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_64_clients_for_a_while(server: Server, bodies: Path) -> None:
     soak(server, bodies, 12)
 
