@@ -197,8 +197,9 @@ class MistakeLog:
     def pieces(self, rounds: tuple[int, int] | None = None, *, batch: int = 1) -> Iterator[tuple[StoredFile, Records]]:
         """Rows as `Records` of some megabytes, file by file, by round: for going through a log of any size.
 
-        Every file is checked whole before its first rows come; damaged files are passed over; see `bad_files`. Files are read and
-        parsed in threads while the caller works; some pieces of two files are in memory. It takes half the time of `tables`.
+        Every file is checked whole before its first rows come; damaged files are passed over; see `bad_files`. (A file that is what was
+        committed, but whose rows contradict themselves, has given those before.) Files are read and parsed in threads while the
+        caller works; some pieces of two files are in memory.
 
         Args:
             rounds: as for `arrow`.
