@@ -75,8 +75,12 @@ class Stream(threading.Thread):
                 if self.status != 200:
                     self.end = str(json.loads(response.read())["error"]["code"])
                     return
-                for line in response.iter_lines():
-                    self._take(line)
+                # not iter_lines, which also ends lines at characters that a text may hold
+                rest = b""
+                for block in response.iter_raw():
+                    *lines, rest = (rest + block).split(b"\n")
+                    for line in lines:
+                        self._take(line.decode())
         except httpx.HTTPError as error:
             self.end = f"cut: {type(error).__name__}"
         finally:
