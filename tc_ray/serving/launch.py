@@ -23,7 +23,7 @@ from typing import Any
 
 from tc_ray.serving.auth import KEY_VARIABLE, configured_digests, require_key_for
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.exports import check_tokenizer, named_models, weight_bytes
+from tc_ray.serving.exports import check_tokenizer, first_line, named_models, weight_bytes
 from tc_ray.serving.memory import available_memory_bytes, check_memory
 from tc_ray.serving.options import build_settings
 from tc_ray.serving.settings import ReplicaSettings, Scale
@@ -172,7 +172,10 @@ def _connect(settings: ReplicaSettings, scale: Scale) -> bool:
         return False
     os.environ.update(variables)
     cpus = max(os.cpu_count() or 1, scale.max_replicas * (settings.threads or 1))
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+    except Exception as error:  # Ray raises a plain one when a busy machine takes too long
+        raise ServingError(f"a local Ray could not be started: {first_line(error)}") from error
     return True
 
 

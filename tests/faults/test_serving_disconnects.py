@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests.serving_cluster import PROMPT, figures, replica_pids, server_of, soon
 from tests.serving_samples import make_export
 
 DISCONNECTS = 500
-WARM_UP = 60
+WARM_UP = 250
 SLACK = 3
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -41,6 +42,7 @@ class Process:
     threads: int
     descriptors: int
     resident_mb: float
+    names: Counter[str]
 
     @staticmethod
     def of(pid: int) -> Process:
@@ -48,7 +50,11 @@ class Process:
         status = Path(f"/proc/{pid}/status").read_text()
         fields = dict(line.split(":", 1) for line in status.splitlines())
         descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-        return Process(int(fields["Threads"]), descriptors, int(fields["VmRSS"].split()[0]) / 1024)
+        names: Counter[str] = Counter()
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                names[(task / "comm").read_text().strip()] += 1
+        return Process(int(fields["Threads"]), descriptors, int(fields["VmRSS"].split()[0]) / 1024, names)
 
 
 def leave(server: Server, number: int) -> str:
@@ -104,6 +110,8 @@ def test_500_disconnects_leave_nothing(server: Server) -> None:
     )
     settled = soon(quiet, 30)
     after = {pid: Process.of(pid) for pid in before}
-    print(f"before {before}\nafter  {after}")
+    for pid, one in before.items():
+        more = {name: count for name, count in (after[pid].names - one.names).items() if count}
+        print(f"before {one}\nafter  {after[pid]}\nmore threads: {more}")
     assert settled, (before, after)
     assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
