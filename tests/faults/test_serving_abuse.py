@@ -17,14 +17,11 @@ import pytest
 
 from tests.bad_requests import ALIVE, COMPLETIONS, JSON_TYPE, MINIMAL, BadRequest, bad_requests
 from tests.raw_http import PIECE_BYTES, Answer, exchange, send
-from tests.serving_process import ServingProcess
+from tests.serving_process import TRIES, ServingProcess, timed
 from tests.serving_samples import make_export
 
 MAX_ANSWER_S = 0.1
 MAX_GROWTH_BYTES = 50_000_000
-TRIES = 5
-"""A refusal later than MAX_ANSWER_S is asked for again, for other processes of a busy machine can hold it up. Where they hold
-up all of the tries, the time counts that the server itself was on a CPU."""
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +65,14 @@ def once(server: ServingProcess, request: BadRequest) -> Answer:
     return exchange(server.port, request.method, request.path, request.headers, body)
 
 
-def timed(server: ServingProcess, ask: Callable[[], Answer]) -> tuple[Answer, float, list[float]]:
-    """An answer, the seconds that count for it (TRIES says which), and the seconds of all tries."""
-    seconds, cpu = [], []
-    for _ in range(TRIES):
-        begun = server.cpu_s()
+def seconds_of(server: ServingProcess, ask: Callable[[], Answer]) -> tuple[Answer, float, list[float]]:
+    """See `timed`."""
+
+    def once_more() -> tuple[Answer, float]:
         answer = ask()
-        seconds.append(answer.seconds)
-        cpu.append(server.cpu_s() - begun)
-        if answer.seconds < MAX_ANSWER_S:
-            return answer, answer.seconds, seconds
-    return answer, min(cpu), seconds
+        return answer, answer.seconds
+
+    return timed(server, once_more, MAX_ANSWER_S)
 
 
 class Document:
@@ -108,7 +102,7 @@ def test_bad_requests_are_refused_quickly_as_documented(server: ServingProcess) 
     assert len([request for request in requests if request.method == "POST" and request.body]) > 300
     wrong, seconds, held_up = [], [], 0
     for request in requests:
-        answer, counted, tries = timed(server, lambda request=request: once(server, request))  # type: ignore[misc]
+        answer, counted, tries = seconds_of(server, lambda request=request: once(server, request))  # type: ignore[misc]
         seconds.append(tries[0])
         held_up += counted not in tries
         faults = document.faults(request, answer)
@@ -130,7 +124,7 @@ def test_bad_requests_are_refused_quickly_as_documented(server: ServingProcess) 
 @pytest.mark.parametrize("path", MINIMAL)
 def test_200_megabytes_are_refused_unread(server: ServingProcess, path: str) -> None:
     body = bytes(200_000_000)
-    answer, seconds, _ = timed(server, lambda: exchange(server.port, "POST", path, JSON_TYPE, body))
+    answer, seconds, _ = seconds_of(server, lambda: exchange(server.port, "POST", path, JSON_TYPE, body))
     assert (answer.status, answer.json()["error"]["code"]) == (413, "body_too_large")
     assert seconds < MAX_ANSWER_S
     assert answer.sent_bytes < 20_000_000
@@ -138,7 +132,7 @@ def test_200_megabytes_are_refused_unread(server: ServingProcess, path: str) -> 
 
 @pytest.mark.parametrize("piece", [b" " * PIECE_BYTES, b'{"a":' * 10_000, b"[" * PIECE_BYTES])
 def test_a_body_without_end_is_refused_at_the_limit(server: ServingProcess, piece: bytes) -> None:
-    answer, seconds, _ = timed(
+    answer, seconds, _ = seconds_of(
         server, lambda: exchange(server.port, "POST", COMPLETIONS, JSON_TYPE, itertools.repeat(piece))
     )
     assert (answer.status, answer.json()["error"]["code"]) == (413, "body_too_large")
