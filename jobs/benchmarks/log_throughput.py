@@ -7,18 +7,22 @@ Writing: the same Arrow tables go (a) through pyarrow's ParquetWriter alone, cut
 round is acknowledged. Reading: (a) pyarrow's `read_table` of every file, with its threads, to Arrow tables and no further, as it is called
 by default and ("mapped") with `memory_map=True`; (b) from the table's version to padded Copilot batches: file list, checksums,
 parsing, Records, batches of 16. With the files in the page cache ("warm") and dropped from it ("cold", read from the disk).
-Interleaved, in turn; the data is random, as hidden states nearly are. Needs no Ray and no model.
+Each way of reading has a process of its own, which has read once before it is measured. Interleaved, in turn; the data is random,
+as hidden states nearly are. Needs no Ray and no model.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +47,14 @@ from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
 
-KINDS, SIDES = ("write", "read warm", "read cold"), ("bare", "log")
-MAPPED = "read warm mapped"
+SIDES, WAYS = ("bare", "log"), ("bare", "mapped", "log")
+PAIRS = {
+    "write": ("write bare", "write log"),
+    "read warm": ("read warm bare", "read warm log"),
+    "read cold": ("read cold bare", "read cold log"),
+    "read warm, mapped": ("read warm mapped", "read warm log"),
+    "read cold, mapped": ("read cold mapped", "read cold log"),
+}
 ROWS = 16
 ROW_GROUP_BYTES = 16 << 20
 
@@ -158,36 +168,63 @@ class Disk:
         writer.close()
         return seconds
 
-    def read_bare(self, name: str, *, mapped: bool = False) -> float:
-        """Seconds of pyarrow alone."""
-        began = time.perf_counter()
-        rows = 0
-        for path in sorted((self._folder / name).glob("*.parquet")):
-            rows += pq.read_table(path, memory_map=mapped).num_rows
-        self._check(rows)
-        return time.perf_counter() - began
-
-    def read_log(self, name: str) -> float:
-        """Seconds from the version to Copilot batches."""
-        began = time.perf_counter()
-        rows = 0
-        with MistakeLog(self._folder / name) as log:
-            for _, records in log.pieces(batch=ROWS):
-                for first in range(0, len(records), ROWS):
-                    chosen = range(first, min(first + ROWS, len(records)))
-                    rows += len(batch_from_records(records, chosen).error_ids)
-        self._check(rows)
-        return time.perf_counter() - began
-
     def forget(self, name: str) -> None:
         """Drop a folder's files from the page cache."""
         for path in (self._folder / name).rglob("*.parquet"):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _check(self, rows: int) -> None:
-        if rows != ROWS * len(self._rounds):
-            raise SystemExit(f"{rows} rows read, {ROWS * len(self._rounds)} written")
+
+def read_bare(folder: Path, *, mapped: bool = False) -> int:
+    """Rows that pyarrow alone reads."""
+    return sum(pq.read_table(path, memory_map=mapped).num_rows for path in sorted(folder.glob("*.parquet")))
+
+
+def read_log(folder: Path) -> int:
+    """Rows read from the version to Copilot batches."""
+    rows = 0
+    with MistakeLog(folder) as log:
+        for _, records in log.pieces(batch=ROWS):
+            for first in range(0, len(records), ROWS):
+                chosen = range(first, min(first + ROWS, len(records)))
+                rows += len(batch_from_records(records, chosen).error_ids)
+    return rows
+
+
+def timed_read(way: str, folder: Path, rows: int) -> float:
+    """Seconds of one read, in the process it is called in."""
+    torch.set_num_threads(1)
+    reads: dict[str, Callable[[Path], int]] = {
+        "bare": read_bare,
+        "mapped": partial(read_bare, mapped=True),
+        "log": read_log,
+    }
+    began = time.perf_counter()
+    found = reads[way](folder)
+    taken = time.perf_counter() - began
+    if found != rows:
+        raise RuntimeError(f"{found} rows read, {rows} written")
+    return taken
+
+
+class Readers:
+    """A process for each way to read: memory that one has freed, and the allocator kept, would make another look faster."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self._folder, self._rows = folder, rows
+        context = multiprocessing.get_context("spawn")
+        self._pools = {way: context.Pool(1) for way in WAYS}
+
+    def read(self, way: str) -> float:
+        """Seconds of one read."""
+        folder = self._folder / ("log" if way == "log" else "bare")
+        return self._pools[way].apply(timed_read, (way, folder, self._rows))
+
+    def close(self) -> None:
+        """End the processes."""
+        for pool in self._pools.values():
+            pool.close()
+            pool.join()
 
 
 def remove(folder: Path) -> None:
@@ -203,34 +240,34 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: getattr(arguments, name) for name in ("tokens", "targets", "width", "top_k")}
     one = make_records(1, **sizes).nbytes
     rounds = [make_records(number, **sizes) for number in range(1, 2 + int(arguments.megabytes * 1e6) // one)]
-    seconds: dict[str, list[float]] = {name: [] for name in [MAPPED, *(f"{w} {side}" for w in KINDS for side in SIDES)]}
-    with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-", dir=arguments.folder) as folder:
+    seconds: dict[str, list[float]] = {name: [] for pair in PAIRS.values() for name in pair}
+    with (
+        tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-", dir=arguments.folder) as folder,
+        closing(Readers(Path(folder), ROWS * len(rounds))) as readers,
+    ):
         disk = Disk(Path(folder), rounds, arguments.file_megabytes << 20)
         for repeat in range(arguments.repeats + 1):
-            ways: list[tuple[str, Callable[[str], float]]] = [("bare", disk.write_bare), ("log", disk.write_log)]
-            for way, write in ways if repeat % 2 == 0 else reversed(ways):
+            writes: list[tuple[str, Callable[[str], float]]] = [("bare", disk.write_bare), ("log", disk.write_log)]
+            for way, write in writes if repeat % 2 == 0 else reversed(writes):
                 os.sync()
                 taken = write(way)
                 if repeat:  # the first is a warm-up
                     seconds[f"write {way}"].append(taken)
-            reads: list[tuple[str, Callable[[str], float]]] = [("bare", disk.read_bare), ("log", disk.read_log)]
             os.sync()
-            for turn in range(4 if repeat else 2):
+            for turn in range(4):
                 kind = ("read warm", "read cold")[turn % 2]
-                for way, read in reads if turn < 2 else reversed(reads):
+                ways = [*WAYS] if turn < 2 else [*reversed(WAYS)]
+                for way in ways:
                     if kind == "read cold":
-                        disk.forget(way)
-                    taken = read(way)
+                        disk.forget("log" if way == "log" else "bare")
+                    taken = readers.read(way)
                     if repeat:
                         seconds[f"{kind} {way}"].append(taken)
-                if kind == "read warm" and repeat:
-                    seconds[MAPPED].append(disk.read_bare("bare", mapped=True))
             for way in SIDES:
                 remove(Path(folder) / way)
         megabytes = disk.bytes / 1e6
-    sides = {what: (f"{what} bare", f"{what} log") for what in KINDS} | {MAPPED: (MAPPED, "read warm log")}
     ratios = {
-        what: [a / b for a, b in zip(seconds[bare], seconds[log], strict=True)] for what, (bare, log) in sides.items()
+        what: [a / b for a, b in zip(seconds[bare], seconds[log], strict=True)] for what, (bare, log) in PAIRS.items()
     }
     return {
         "machine": machine(),
@@ -238,7 +275,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "megabytes": megabytes,
         "megabytes_per_second": {name: megabytes / statistics.median(taken) for name, taken in seconds.items()},
         "seconds": {name: spread(taken) for name, taken in seconds.items()},
-        "sides": sides,
         "ratio": {what: statistics.median(found) for what, found in ratios.items()},
         "ratio_quartiles": {
             what: [float(np.quantile(found, q)) for q in (0.25, 0.75)] for what, found in ratios.items()
@@ -270,7 +306,7 @@ def main() -> None:
             f"{result['ratio'][what]:.3f}",
             "{:.3f} to {:.3f}".format(*result["ratio_quartiles"][what]),
         ]
-        for what, (bare, log) in result["sides"].items()
+        for what, (bare, log) in PAIRS.items()
     ]
     title = f"{result['megabytes']:.0f} MB of records, {arguments.repeats} repeats, medians"
     print_table(title, ["", "pyarrow MB/s", "log MB/s", "log / pyarrow", "quartiles"], rows)

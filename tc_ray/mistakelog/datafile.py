@@ -26,7 +26,7 @@ TEMPORARY_SUFFIX = ".tmp"
 """Added to a local file's name while it is written."""
 # rows wait in memory until a row group of this size: small ones read slowly
 _ROW_GROUP_BYTES = 16 << 20
-_PIECE_BYTES = 3 << 20
+_PIECE_BYTES = 6 << 20
 
 Compression = Literal["none", "zstd"]
 
