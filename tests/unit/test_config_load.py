@@ -11,7 +11,7 @@ import pytest
 from tc_ray.config.load import ConfigError, describe_fields, dump_config, load_config, save_config
 from tc_ray.config.schema import RunConfig
 
-RECIPES = sorted((Path(__file__).parents[2] / "jobs").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
 
 
 def write(folder: Path, text: str) -> Path:
