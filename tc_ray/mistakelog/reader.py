@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from tc_ray.mistakelog.datafile import BadFileError
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.readahead import read_ahead
-from tc_ray.mistakelog.reader_lease import ReaderLease, hold
+from tc_ray.mistakelog.reader_lease import LOOKING, ReaderLease, hold
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
 from tc_ray.mistakelog.store import LogStore, StoredFile
@@ -73,7 +73,7 @@ class LogTail:
         if run is not None and run != self._store.metadata.run:
             raise ValueError(f"{location} is the log of run {self._store.metadata.run!r}, not {run!r}")
         self._known: set[str] = set()
-        self._lease = hold(self._store.location, self._store.version)
+        self._lease = _held(self._store)
 
     @property
     def metadata(self) -> LogMetadata:
@@ -90,8 +90,13 @@ class LogTail:
         Raises:
             OSError: the location cannot be read just now; the next poll tries again.
         """
+        held = self._lease.version
         self._store.refresh(version)
-        self._lease.move(self._store.version)
+        if self._store.version != held:
+            # what was found while nothing held it may be gone by now: look again, holding all there is
+            self._lease.move(LOOKING)
+            self._store.refresh(version)
+            self._lease.move(self._store.version)
         files = {file.name: file for file in self._store.files()}
         added = [file for name, file in files.items() if name not in self._known and file.round_max >= min_round]
         new: list[tuple[str, Records]] = []
@@ -130,7 +135,7 @@ class MistakeLog:
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         self._store = LogStore(location, version, storage_options)
-        self._lease: ReaderLease = hold(self._store.location, self._store.version)
+        self._lease = _held(self._store, version)
         self._files = self._store.files()
         self.bad_files: list[BadFileError] = []
         """Files found damaged so far: their rows are in nothing that this object returned."""
@@ -249,6 +254,14 @@ class MistakeLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _held(store: LogStore, version: int | None = None) -> ReaderLease:
+    """A lease on `version`, or on the newest one, to which `store` moves while nothing can be removed."""
+    lease = hold(store.location)
+    store.refresh(version)
+    lease.move(store.version)
+    return lease
 
 
 class _DatasetRead:

@@ -1,9 +1,11 @@
 """Leases of readers: which versions of a log are being read, so that vacuum leaves their files alone.
 
 Invariant: a version held here is in `held_versions` from the moment `hold` or `move` returns until its holder lets it go, or
-is dead and its file has not been touched for `FRESH_SECONDS`. A lease is a file `_tc_ray/readers/ID.json`; one thread of a
-process renews all of its leases. Where a reader may not write (a read-only share, a public bucket) there is no lease, and
-`vacuum_grace_seconds` is all that it has. Taken by readers, read by vacuum.
+is dead and its file has not been touched for `FRESH_SECONDS`. A reader that is about to look for the newest version holds
+`LOOKING` first, which stands for every version: between its look and its lease on what it found, nothing is removed, however
+long it takes. A lease is a file `_tc_ray/readers/ID.json`; one thread of a process renews all of its leases. Where a reader may
+not write (a read-only share, a public bucket) there is no lease, and `vacuum_grace_seconds` is all that it has. Taken by readers,
+read by vacuum.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from tc_ray.mistakelog.process import ProcessId, is_running, this_process
 log = logging.getLogger(__name__)
 
 FRESH_SECONDS = 60.0
+LOOKING = -1
+"""Held as a version: all of them, because the holder is about to choose one."""
 _RENEW_SECONDS = 15.0
 _FOLDER = "_tc_ray/readers"
 
@@ -32,7 +36,7 @@ class ReaderLease:
 
     Args:
         location: of the table.
-        version: of the table.
+        version: of the table, or `LOOKING`.
     """
 
     def __init__(self, location: Location, version: int) -> None:
@@ -45,11 +49,11 @@ class ReaderLease:
 
     @property
     def version(self) -> int | None:
-        """The version held; None: no lease, the location cannot be written."""
+        """The version held, or `LOOKING`; None: no lease, the location cannot be written."""
         return self._version
 
     def move(self, version: int) -> None:
-        """Hold another version instead."""
+        """Hold another version, or `LOOKING`, instead."""
         with self._lock:
             if version == self._version or not self._finish.alive:
                 return
@@ -84,8 +88,8 @@ class ReaderLease:
             self._finish()
 
 
-def hold(location: Location, version: int) -> ReaderLease:
-    """Hold a version against vacuum."""
+def hold(location: Location, version: int = LOOKING) -> ReaderLease:
+    """Hold a version against vacuum; without one: every version, until `move` tells which was found."""
     return ReaderLease(location, version)
 
 
@@ -131,6 +135,7 @@ class HeldVersion:
     """A lease as vacuum sees it."""
 
     version: int
+    """Or `LOOKING`."""
     process: ProcessId
 
 

@@ -4,12 +4,12 @@ A file stays while it is in the newest version, in a version that a reader's lea
 `grace_seconds` ago. A file that was never committed stays for `orphan_seconds` from its last change, and while its name says that
 the current attempt wrote it and a run is at work: its writer may be waiting for space, and commits it later.
 
-Why a reader that has just looked is safe. The caller is the one committer and does not commit meanwhile, so the version it
-stands at stays the newest. It takes the time, then reads the leases. A reader takes the newest version V, then its lease on V.
-Where that lease is seen, V's files stay. Where it is not, it was written after the time was taken; so each of V's files is in the
-newest version still, or left it no longer ago than the reader took from its look to its lease: less than `grace_seconds`, unless
-a reader takes longer than that between its two steps. Who opens an older version by number looks first and then finds its files
-or is told that they are gone.
+Why a reader that is just looking is safe, however slow it is. The caller is the one committer and does not commit meanwhile, so
+the version it stands at, N, stays the newest until it is done. A reader takes a lease on all versions, looks for the newest one,
+V, and then makes it a lease on V. Where vacuum sees the first lease, nothing that was ever in the table goes; where it sees the
+second, V's files stay. Where it sees neither, the reader looked after vacuum had read the leases: V is N, whose files stay, or a
+later one. `grace_seconds` is for readers without a lease. Who opens an older version by number finds its files or is told that they
+are gone.
 
 Small leftovers of processes that died (leases never taken, files half replaced) go by the same age as orphans.
 
@@ -32,7 +32,7 @@ from tc_ray.mistakelog.commits import LOG_FOLDER
 from tc_ray.mistakelog.datafile import TEMPORARY_SUFFIX
 from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
 from tc_ray.mistakelog.location import Entry, Location
-from tc_ray.mistakelog.reader_lease import held_versions
+from tc_ray.mistakelog.reader_lease import LOOKING, held_versions
 from tc_ray.mistakelog.store import LogStore
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ class Vacuum:
     foreign: list[str] = field(default_factory=list)
     """Parquet files that tc-ray did not write and the table never held."""
     held: list[int] = field(default_factory=list)
-    """Versions that readers hold."""
+    """Versions that readers hold; see `looking`."""
+    looking: int = 0
+    """Readers that were about to choose a version: nothing that was ever in the table was removed."""
     recent_bytes: int = 0
     """Of data files written in the last two `grace_seconds`: files wait that long, then for a vacuum or a reader."""
     disk_bytes: int = 0
@@ -78,6 +80,10 @@ class Vacuum:
             told.append(f"{len(self.waiting)} files ({size:,} bytes) left the table but stay for now")
         if self.held:
             told.append(f"versions held by readers: {', '.join(map(str, sorted(set(self.held))))}")
+        if self.looking:
+            told.append(
+                f"{self.looking} readers are about to choose a version: nothing that was in the table is removed just now"
+            )
         told += [f"not ours, left alone: {name}" for name in self.foreign]
         return told
 
@@ -91,6 +97,7 @@ class Vacuum:
             "waiting": [entry.name for entry in self.waiting],
             "foreign": self.foreign,
             "held_versions": sorted(set(self.held)),
+            "looking": self.looking,
             "disk_bytes": self.disk_bytes,
         }
 
@@ -117,7 +124,7 @@ def clean(
     now, disk_now = time.time(), _disk_time(place, dry_run)
     needed = {file.name for file in store.files()}
     result = Vacuum(str(place), dry_run)
-    readable = _hold(store, needed, result, disk_now)
+    known = _hold(store, needed, result, disk_now)
     fates = store.fates()
     for entry in aside:
         lease = _LEASE.match(entry.name)
@@ -133,9 +140,9 @@ def clean(
         if entry.name in needed:
             result.disk_bytes += entry.size
         elif (fate := fates.get(entry.name)) is not None:
-            # a file that an unreadable version might hold is not removed on a guess
+            # a file that a version which is not known might hold is not removed on a guess
             old = now - (fate.removed or 0.0) > grace_seconds
-            if old and readable:
+            if old and known:
                 _remove(place, entry, result)
             else:
                 _keep(entry, result)
@@ -163,10 +170,11 @@ def _disk_time(location: Location, dry_run: bool) -> float:
 
 
 def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> bool:
-    """Add to `needed` the files of the versions that readers hold; False: one of those versions cannot be read."""
-    readable = True
-    for lease in held_versions(store.location, disk_now, forget=not result.dry_run):
-        result.held.append(lease.version)
+    """Add to `needed` the files of the versions that readers hold; False: they cannot be told, or might be any."""
+    leases = held_versions(store.location, disk_now, forget=not result.dry_run)
+    result.held = [lease.version for lease in leases if lease.version != LOOKING]
+    result.looking = len(leases) - len(result.held)
+    known = not result.looking
     for version in sorted(set(result.held)):
         try:
             needed |= {file.name for file in store.files_at(version)}
@@ -177,8 +185,8 @@ def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) ->
                 version,
                 error,
             )
-            readable = False
-    return readable
+            known = False
+    return known
 
 
 def _in_progress(name: str, live_attempt: int | None) -> bool:

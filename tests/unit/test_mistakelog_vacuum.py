@@ -15,7 +15,8 @@ from tc_ray.mistakelog.lease import LEASE_NUMBER, LeaseHeldError, RunLease
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.maintenance import Maintenance
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.reader import LogTail, MistakeLog
+from tc_ray.mistakelog.reader_lease import LOOKING, ReaderLease
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
 from tc_ray.mistakelog.vacuum import Vacuum, clean, vacuum_log
@@ -64,6 +65,40 @@ def test_a_held_version_keeps_its_files(tmp_path: Path) -> None:
     assert len(reader.records()) == 8 * ROWS and not reader.bad_files
     reader.close()
     assert removed(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)) == held
+
+
+@pytest.mark.parametrize("follow", [True, False], ids=["tail", "log"])
+def test_a_reader_that_is_held_up_before_its_lease_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    written(tmp_path)
+    tail = LogTail(tmp_path) if follow else None
+    move, seen = ReaderLease.move, []
+
+    def held_up(lease: ReaderLease, version: int) -> None:
+        # the reader has looked and stands here for long: meanwhile the log is merged and vacuumed without any grace
+        if version != LOOKING and not seen:
+            monkeypatch.setattr(ReaderLease, "move", move)
+            compact_log(tmp_path, 1 << 20)
+            seen.append(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0))
+        move(lease, version)
+
+    monkeypatch.setattr(ReaderLease, "move", held_up)
+    if tail is not None:
+        # a commit, so that there is something to look for
+        with RunLease.take(Location(tmp_path), "test") as lease:
+            LogStore(tmp_path).commit(numbers={LEASE_NUMBER: lease.number})
+        update = tail.poll()
+        assert not update.bad and sum(len(records) for _, records in update.new) == 8 * ROWS
+        assert tail.poll().removed == sorted(name for name, _ in update.new)
+        tail.close()
+    else:
+        with MistakeLog(tmp_path) as log:
+            assert len(log.records()) == 8 * ROWS and not log.bad_files
+    (vacuum,) = seen
+    assert (vacuum.removed, vacuum.looking) == ([], 1)
+    assert "about to choose a version" in "\n".join(vacuum.lines())
+    assert removed(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0))
 
 
 def test_a_version_that_cannot_be_read_keeps_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
