@@ -85,21 +85,23 @@ class ParquetPart:
         self._waiting: list[pa.Table] = []
         self._waiting_bytes = 0
         self.rows = 0
-        self.bytes = 0
 
-    def write(self, table: pa.Table) -> None:
-        """Add rows. `bytes` counts them in memory, uncompressed.
+    def write(self, table: pa.Table, size: int | None = None) -> None:
+        """Add rows.
+
+        Args:
+            size: bytes in memory, of a caller who knows.
 
         Raises:
             OSError: the disk or store does not take them; `abort` then.
         """
-        size = table.get_total_buffer_size()
         self._waiting.append(table)
-        self._waiting_bytes += size
+        self._waiting_bytes += table.get_total_buffer_size() if size is None else size
         self.rows += table.num_rows
-        self.bytes += size
         if self._waiting_bytes >= _ROW_GROUP_BYTES:
             self._write_row_group()
+            assert self._output is not None
+            self._output.advance()
 
     def _open(self) -> Any:
         if self._writer is None:
@@ -119,8 +121,6 @@ class ParquetPart:
     def _write_row_group(self) -> None:
         if self._waiting:
             self._open().write_table(pa.concat_tables(self._waiting))
-            assert self._output is not None
-            self._output.advance()
         self._waiting, self._waiting_bytes = [], 0
 
     def finish(self) -> Finished:

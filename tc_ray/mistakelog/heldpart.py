@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
 
 import pyarrow as pa
 
@@ -36,8 +35,7 @@ class HeldPart:
 
     def clear(self) -> None:
         """Forget all rows: they stand in a finished file, or were counted as dropped."""
-        self._tables: list[pa.Table] = []
-        self._metadata: dict[str, str] = {}
+        self._tables: list[tuple[pa.Table, int]] = []
         self._written = 0
         self.counts: dict[int, int] = {}
         """Rows by round."""
@@ -49,12 +47,12 @@ class HeldPart:
         """Rows held."""
         return sum(self.counts.values())
 
-    def add(self, round: int, table: pa.Table, metadata: Mapping[str, str]) -> None:
-        """Take rows of a round that has ended; `metadata` goes into the file."""
-        self._tables.append(table)
-        self._metadata = dict(metadata)
+    def add(self, round: int, table: pa.Table) -> None:
+        """Take rows of a round that has ended; the metadata of the table's schema goes into the file."""
+        size = table.get_total_buffer_size()
+        self._tables.append((table, size))
         self.counts[round] = self.counts.get(round, 0) + table.num_rows
-        self.bytes += table.get_total_buffer_size()
+        self.bytes += size
 
     def write(self, name: str) -> None:
         """Bring to the file what is not in it yet.
@@ -68,10 +66,12 @@ class HeldPart:
         if self._part is None and self._tables:
             # after a failure another name: the upload that seemed to fail might still arrive
             unique = name if not self._tries else f"{name.removesuffix('.parquet')}-t{self._tries}.parquet"
-            self._part, self._written = ParquetPart(self._location, unique, self._compression, self._metadata), 0
-        for table in self._tables[self._written :]:
+            told = self._tables[0][0].schema.metadata or {}
+            metadata = {key.decode(): value.decode() for key, value in told.items()}
+            self._part, self._written = ParquetPart(self._location, unique, self._compression, metadata), 0
+        for table, size in self._tables[self._written :]:
             assert self._part is not None
-            self._part.write(table)
+            self._part.write(table, size)
             self._written += 1
 
     def finish(self, name: str) -> tuple[str, Finished]:

@@ -1,8 +1,7 @@
 """What a data file is written into: bytes on their way to a disk or an object store, counted and hashed.
 
-Hashing runs in threads beside the writing. Locally Arrow writes to the file itself, without a detour through Python,
-and the threads read along in the page cache through a memory map; while the rest is hashed, the file is already being
-synced. Into an object store every block passes through Python anyway. Used by `ParquetPart` only.
+Hashing and syncing run in threads beside the writing. Locally Arrow writes to the file itself, without a detour through
+Python, and hashing reads along in the page cache through a memory map. Into an object store every block passes through Python anyway. Used by `ParquetPart` only.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,7 @@ from zlib_ng.zlib_ng import crc32
 from tc_ray.mistakelog.location import Location
 
 _WAITING_BLOCKS = 64
-_BLOCK = 1 << 20
-"""Added at a time: each call lets other threads run."""
+_WORTH_READING = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,17 +35,15 @@ class Finished:
     crc32: int
 
 
-class _Sum:
-    """A thread that adds to one checksum what it is given, in order.
+class _Checksums:
+    """A thread that adds what is written to both checksums, in order: SHA-256 alone nearly keeps up with a fast disk.
 
     Args:
-        add: takes a block.
         path: of the file that sizes refer to; None: bytes are given.
     """
 
-    def __init__(self, add: Callable[[memoryview], object], path: Path | None) -> None:
-        self._add, self._path = add, path
-        self.size = 0
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._sha256, self._crc32, self._size = path, hashlib.sha256(), 0, 0
         self._error: BaseException | None = None
         self._queue: queue.Queue[bytes | int | None] = queue.Queue(_WAITING_BLOCKS)
         self._thread = threading.Thread(target=self._work, name="mistake-log-checksum", daemon=True)
@@ -64,66 +59,89 @@ class _Sum:
             self._queue.put(None)
             self._thread.join()
 
-    def check(self) -> None:
-        """Raise what went wrong in the thread."""
+    def finish(self) -> Finished:
+        """Checksums of all that was put."""
+        self.stop()
         if self._error is not None:
             raise self._error
+        return Finished(self._size, self._sha256.hexdigest(), self._crc32)
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             if self._error is not None:
                 continue  # the writer must not wait for a full queue
             try:
-                self._blocks(memoryview(item)) if isinstance(item, bytes) else self._follow(item)
-            except BaseException as error:  # noqa: BLE001 - raised again by `check`
+                self._add(memoryview(item)) if isinstance(item, bytes) else self._follow(item)
+            except BaseException as error:  # noqa: BLE001 - raised again by `finish`
                 self._error = error
 
     def _follow(self, size: int) -> None:
-        if size == self.size:
-            return
         assert self._path is not None
-        start = self.size - self.size % mmap.ALLOCATIONGRANULARITY
-        with (
-            open(self._path, "rb") as file,
-            mmap.mmap(file.fileno(), size - start, offset=start, prot=mmap.PROT_READ) as written,
-            memoryview(written) as view,
-            view[self.size - start :] as fresh,
-        ):
-            self._blocks(fresh)
+        with open(self._path, "rb") as file:
+            while size > self._size:
+                start = self._size - self._size % mmap.ALLOCATIONGRANULARITY
+                with (
+                    mmap.mmap(file.fileno(), size - start, offset=start, prot=mmap.PROT_READ) as written,
+                    memoryview(written) as view,
+                    view[self._size - start :] as fresh,
+                ):
+                    self._add(fresh)
+                # Parquet is only ever appended to: what of the next row group stands there already need not wait for its end
+                grown = os.fstat(file.fileno()).st_size
+                size = grown if grown >= self._size + _WORTH_READING else size
 
-    def _blocks(self, data: memoryview) -> None:
-        for at in range(0, len(data), _BLOCK):
-            with data[at : at + _BLOCK] as block:
-                self._add(block)
-        self.size += len(data)
+    def _add(self, data: memoryview) -> None:
+        # whole, since each call waits for the interpreter's lock afterwards
+        self._sha256.update(data)
+        self._crc32 = crc32(data, self._crc32)
+        self._size += len(data)
 
 
-class _Checksums:
-    """Both checksums of a file, each in a thread of its own: SHA-256 alone nearly keeps up with a fast disk."""
+class _Syncing:
+    """A thread that brings a file to the disk while it is written, so that little is left to wait for at its end.
 
-    def __init__(self, path: Path | None) -> None:
-        self._sha256, self._crc32 = hashlib.sha256(), 0
-        self._sums = (_Sum(self._sha256.update, path), _Sum(self._add_crc32, path))
+    The system tells of a page that could not be written once, to the sync that meets it first: that may be one of these, so
+    `check` must raise it.
+    """
 
-    def _add_crc32(self, block: memoryview) -> None:
-        self._crc32 = crc32(block, self._crc32)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._error: OSError | None = None
+        self._more = threading.Semaphore(0)
+        self._ending = False
+        self._thread = threading.Thread(target=self._work, name="mistake-log-sync", daemon=True)
+        self._thread.start()
 
-    def put(self, item: bytes | int) -> None:
-        """Bytes, or (of a file) the size up to which it is written."""
-        for one in self._sums:
-            one.put(item)
+    def advance(self) -> None:
+        """More has been written."""
+        self._more.release()
 
     def stop(self) -> None:
-        """End the threads when everything is added."""
-        for one in self._sums:
-            one.stop()
+        """End the thread."""
+        self._ending = True
+        self._more.release()
+        self._thread.join()
 
-    def finish(self) -> Finished:
-        """Checksums of all that was put."""
-        self.stop()
-        for one in self._sums:
-            one.check()
-        return Finished(self._sums[0].size, self._sha256.hexdigest(), self._crc32)
+    def check(self) -> None:
+        """Raise what went wrong in the thread, which has ended."""
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        try:
+            handle = os.open(self._path, os.O_RDONLY)
+            try:
+                while True:
+                    self._more.acquire()
+                    while self._more.acquire(blocking=False):
+                        pass  # one sync does for all that was written by now
+                    if self._ending:
+                        return
+                    os.fdatasync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            self._error = error
 
 
 class LocalOutput:
@@ -133,25 +151,35 @@ class LocalOutput:
         self._path = path
         self.sink = pa.OSFile(str(path), "wb")
         self._checksums = _Checksums(path)
+        self._syncing: _Syncing | None = None
 
     def advance(self) -> None:
-        """More has been written: hash it meanwhile."""
+        """More has been written: hash it and bring it to the disk meanwhile."""
         self._checksums.put(int(self.sink.tell()))
+        if self._syncing is None:
+            self._syncing = _Syncing(self._path)
+        self._syncing.advance()
 
     def complete(self) -> Finished:
         """Bring everything to the disk."""
-        self.advance()
+        self._checksums.put(int(self.sink.tell()))
         self.sink.close()
+        if self._syncing is not None:
+            self._syncing.stop()
         handle = os.open(self._path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
             self._checksums.stop()
+        if self._syncing is not None:
+            self._syncing.check()
         return self._checksums.finish()
 
     def abandon(self) -> None:
         """Close an unfinished file; its owner deletes it."""
+        if self._syncing is not None:
+            self._syncing.stop()
         self._checksums.stop()
         with contextlib.suppress(OSError):
             self.sink.close()

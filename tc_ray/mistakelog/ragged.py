@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ def offsets_of(lengths: Array) -> Array:
     return offsets
 
 
+def lengths_of(offsets: Array) -> Array:
+    """[N] lengths of the parts between offsets [N+1] (`np.diff` takes several times as long for short ones)."""
+    return offsets[1:] - offsets[:-1]
+
+
 def flat_index(starts: Array, lengths: Array) -> Array:
     """Index of every element of ragged parts: its part's start plus its place in the part."""
     return np.repeat(starts - offsets_of(lengths)[:-1], lengths) + np.arange(lengths.sum())
@@ -32,10 +38,11 @@ def binary_array(offsets: Array, values: Array) -> pa.Array:
     )
 
 
-def list_array(values: Array, offsets: Array) -> pa.ListArray:
-    """List cells over the memory of flat `values` (bools are packed); offsets [N+1] in values."""
-    flat = pa.array(values[offsets[0] : offsets[-1]])
-    return pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), flat)
+def list_arrays(values: Sequence[Array], offsets: Array) -> list[pa.ListArray]:
+    """List cells over the memory of flat `values` (bools are packed), of each the same; offsets [N+1] in values."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    counted = pa.array((offsets - first).astype(np.int32))
+    return [pa.ListArray.from_arrays(counted, pa.array(flat[first:last])) for flat in values]
 
 
 def flat_column(column: pa.ChunkedArray) -> tuple[Array, Array]:
@@ -49,7 +56,7 @@ def flat_column(column: pa.ChunkedArray) -> tuple[Array, Array]:
     if len(parts) == 1:
         values, offsets = parts[0]
         return values, offsets.astype(np.int64) - offsets[0]
-    lengths = np.concatenate([np.diff(offsets) for _, offsets in parts])
+    lengths = np.concatenate([lengths_of(offsets) for _, offsets in parts])
     return np.concatenate([values for values, _ in parts]), offsets_of(lengths)
 
 

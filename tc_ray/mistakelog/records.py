@@ -8,7 +8,7 @@ consecutive positions that end at position S-2, the one that predicts the last t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from tc_ray.mistakelog.dense import listed_errors, vocabulary_order
-from tc_ray.mistakelog.ragged import Array, binary_array, flat_column, flat_index, list_array, offsets_of
+from tc_ray.mistakelog.ragged import Array, binary_array, flat_column, flat_index, lengths_of, list_arrays, offsets_of
 from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogSchemaError
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -150,7 +150,7 @@ class Records:
             offsets = getattr(self, offsets_name)
             if offsets.shape != (count + 1,):
                 raise ValueError(f"records.{offsets_name}: shape {offsets.shape}, expected ({count + 1},)")
-            if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
                 raise ValueError(f"records.{offsets_name}: must start at 0 and never fall")
             for name in arrays:
                 array = getattr(self, name)
@@ -158,7 +158,7 @@ class Records:
                     raise ValueError(f"records.{name}: expected one dimension, got shape {array.shape}")
                 if len(array) != offsets[-1]:
                     raise ValueError(f"records.{name}: length {len(array)}, but {offsets_name} ends at {offsets[-1]}")
-        sequence, positions, targets = (np.diff(getattr(self, name)) for name in _RAGGED)
+        sequence, positions, targets = (lengths_of(getattr(self, name)) for name in _RAGGED)
         _check(sequence >= 1, "input_ids: empty sequence", self)
         start = self.target_start.astype(np.int64)
         _check((start >= 1) & (start <= sequence), "target_start: outside 1..len(input_ids)", self)
@@ -185,13 +185,13 @@ class Records:
         parts: dict[str, Array] = {name: getattr(self, name)[chosen] for name in _PER_RECORD}
         for offsets_name, arrays in _RAGGED.items():
             offsets = getattr(self, offsets_name)
-            starts, lengths = offsets[chosen], np.diff(offsets)[chosen]
+            starts, lengths = offsets[chosen], lengths_of(offsets)[chosen]
             parts[offsets_name] = offsets_of(lengths)
             flat = flat_index(starts, lengths)
             parts.update({name: getattr(self, name)[flat] for name in arrays})
         if self.question is not None:
             offsets = self.question_offsets
-            parts["question"] = self.question[flat_index(offsets[chosen], np.diff(offsets)[chosen])]
+            parts["question"] = self.question[flat_index(offsets[chosen], lengths_of(offsets)[chosen])]
         return replace(self, **parts)  # type: ignore[arg-type]
 
     def truncated(self, top_k: int) -> Records:
@@ -229,7 +229,7 @@ class Records:
         if len(shapes) > 1:
             raise ValueError(f"records differ in ({', '.join(names)}, question): {sorted(shapes)}")
         joined = {
-            name: offsets_of(np.concatenate([np.diff(getattr(part, name)) for part in parts]))
+            name: offsets_of(np.concatenate([lengths_of(getattr(part, name)) for part in parts]))
             if name in _RAGGED
             else np.concatenate([getattr(part, name) for part in parts])
             for name in _DTYPES
@@ -244,20 +244,28 @@ class Records:
         The table has several chunks where a column would pass 2 GiB. Its schema metadata holds what `from_arrow` needs.
         """
         self.validate()
-        limits = (
+        batches = [self._batch(run, first, last) for first, last in self._chunks()]
+        return pa.Table.from_batches(batches, schema=ROW_SCHEMA).replace_schema_metadata(self.arrow_metadata())
+
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        """First record and the one after the last of parts that one Arrow array can hold."""
+        limits = [
             self.rationale_offsets * (self.rationale_layers * self.rationale_dim * 2),
             self.target_offsets * (self.top_k + 1),
-            self.question_offsets * (self.rationale_dim * 2),
-        )
-        batches, first = [], 0
-        while first < len(self):
+        ]
+        if self.question is not None:
+            limits.append(self.question_offsets * (self.rationale_dim * 2))
+        first, count = 0, len(self)
+        if count and all(limit[-1] <= _CHUNK_LIMIT for limit in limits):  # nearly always
+            yield 0, count
+            return
+        while first < count:
             ends = [int(np.searchsorted(limit, limit[first] + _CHUNK_LIMIT, side="right")) - 1 for limit in limits]
-            last = min(*ends, len(self))
+            last = min(*ends, count)
             if last <= first:
                 raise ValueError(f"record {first} (sample_id {self.sample_id[first]}) alone passes 2 GiB in one column")
-            batches.append(self._batch(run, first, last))
+            yield first, last
             first = last
-        return pa.Table.from_batches(batches, schema=ROW_SCHEMA).replace_schema_metadata(self.arrow_metadata())
 
     def arrow_metadata(self) -> dict[str, str]:
         """The widths that rows alone do not tell, keyed as in the table's configuration."""
@@ -280,7 +288,7 @@ class Records:
         state_offsets = ((position - position[0]) * state_bytes).astype(np.int32)
         columns = {name: pa.array(getattr(self, name)[first:last]) for name in _PER_RECORD}
         columns["run"] = pa.repeat(run, rows)
-        columns["input_ids"] = list_array(self.input_ids, seq)
+        columns["input_ids"] = list_arrays([self.input_ids], seq)[0]
         columns["question"] = pa.nulls(rows, pa.binary())
         if self.question is not None:
             asked = self.question_offsets[first : last + 1]
@@ -291,13 +299,14 @@ class Records:
         if self.error == "dense":
             part = slice(target[0], target[-1])
             values = vocabulary_order(self.error_ids[part], self.error_values[part])
-            columns["error_ids"] = list_array(self.error_ids[:0].reshape(-1), np.zeros(rows + 1, np.int64))
-            columns["error_values"] = list_array(values.reshape(-1), (target - target[0]) * width)
+            columns["error_ids"] = list_arrays([self.error_ids[:0].reshape(-1)], np.zeros(rows + 1, np.int64))[0]
+            columns["error_values"] = list_arrays([values.reshape(-1)], (target - target[0]) * width)[0]
         else:
-            for name in ("error_ids", "error_values"):
-                columns[name] = list_array(getattr(self, name).reshape(-1), target * width)
-        for name in ("error_rest", "token_loss", "token_correct"):
-            columns[name] = list_array(getattr(self, name), target)
+            listed = ("error_ids", "error_values")
+            flat = [getattr(self, name).reshape(-1) for name in listed]
+            columns |= zip(listed, list_arrays(flat, target * width), strict=True)
+        single = ("error_rest", "token_loss", "token_correct")
+        columns |= zip(single, list_arrays([getattr(self, name) for name in single], target), strict=True)
         return pa.RecordBatch.from_arrays([columns[name] for name in ROW_SCHEMA.names], schema=ROW_SCHEMA)
 
     @classmethod
@@ -337,7 +346,7 @@ class Records:
         if metadata.get(PREFIX + "question") == "states":
             values, offsets = flat_column(table.column("question"))
             starts = np.asarray(table.column("target_start").to_numpy(), np.int64)
-            if not np.array_equal(np.diff(offsets), starts * dim * 2):
+            if not np.array_equal(lengths_of(offsets), starts * dim * 2):
                 raise LogSchemaError(f"column question: a cell is not target_start x {dim} bf16 states")
             question = values.view(np.uint16)
         state_offsets = ragged["rationale"][1]
@@ -377,8 +386,8 @@ class Records:
 
 
 def _check(good: Array, message: str, records: Records) -> None:
-    bad = np.flatnonzero(~good)
-    if len(bad):
+    if not good.all():
+        bad = np.flatnonzero(~good)
         raise ValueError(
             f"records.{message} (record {bad[0]}, sample_id {records.sample_id[bad[0]]}, {len(bad)} in all)"
         )

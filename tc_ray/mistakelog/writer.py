@@ -304,7 +304,7 @@ class RecordWriter:
         for batch in self._unfinished:
             if batch.round <= round and batch.count:
                 assert isinstance(batch.records, Records)
-                self._held.add(batch.round, batch.records.to_arrow(self._run), batch.records.arrow_metadata())
+                self._held.add(batch.round, batch.records.to_arrow(self._run))
         self._unfinished = [batch for batch in self._unfinished if batch.round > round]
         if self._held.rows:
             self._until_written(lambda: self._held.write(self._name()))
