@@ -16,6 +16,7 @@ import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from tc_ray.serving.api.answers import ErrorDetail, as_json
 from tc_ray.serving.app import drain
 from tc_ray.serving.replica import Replica
 from tests.serving_client import CHAT, COMPLETION, PATHS, client_of, events, make_app, post, served, settings_of
@@ -64,6 +65,12 @@ def busy_within(engine: Any, sequences: int, seconds: float = FREE_WITHIN_S) -> 
             return True
         time.sleep(0.01)
     return False
+
+
+def test_no_text_ends_the_line_it_is_sent_in() -> None:
+    text = "a\x85b\u2028c\u2029d\x0b\x0c\x1c\x1d\x1e\r\nü\U0001f600"
+    sent = as_json(ErrorDetail(message=text, type="server_error", param=None, code=None))
+    assert sent.splitlines() == [sent] and json.loads(sent)["message"] == text
 
 
 @pytest.mark.parametrize("path", list(PATHS))

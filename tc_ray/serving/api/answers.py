@@ -251,9 +251,14 @@ class ErrorEnvelope(Answer):
     error: ErrorDetail
 
 
+# httpx' `iter_lines`, for one, cuts there; within JSON they only ever stand in strings
+_LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
+
+
 def as_json(answer: BaseModel) -> str:
-    """An answer, or a chunk, as it is sent."""
-    return answer.model_dump_json(by_alias=True)
+    """An answer, or a chunk, as it is sent: without characters that some readers of event streams take for the end of a line."""
+    text = answer.model_dump_json(by_alias=True)
+    return text if text.isascii() else text.translate(_LINE_ENDS)
 
 
 def finite(logprob: float) -> float:
