@@ -7,7 +7,7 @@ token) and takes its tokens as they come. Rows: the engine with the Pilot alone 
 and, for N of `--against`, what a server without continuous batching does with the same requests: one `generate` after the
 other (`one by one`), and batches of N that begin and end together (`static`), whose clients wait for the longest answer.
 `bound`: the fused engine cannot be faster than Pilot bytes / (Pilot + Copilot bytes) of the Pilot's, as every weight is read
-once a step. HTTP and Ray are left out here; `serving_http.py` has them.
+once a step. HTTP and Ray are left out.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from tc_ray.tracking.statusfile import read_status
 from tests.faults.test_driver_killed import alive
 from tests.tiny_run import assert_log_is_exact, tiny_config
 
-ROUNDS = 400
+# on a fast machine some forty pass between two looks at the figures
+ROUNDS = 1200
 REPOSITORY = Path(__file__).parents[2]
 FIELDS = (
     "round",
@@ -42,7 +43,7 @@ FIELDS = (
 
 
 def config_of(folder: Path) -> RunConfig:
-    return tiny_config(folder, pilot__max_rounds=ROUNDS, copilot__steps_per_round=1)
+    return tiny_config(folder, pilot__epochs=150, pilot__max_rounds=ROUNDS, copilot__steps_per_round=1)
 
 
 def rounds_done(run: Path) -> int:
