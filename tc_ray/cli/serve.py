@@ -29,7 +29,10 @@ def serve(
         int | None, typer.Option(help="Most replicas: their number follows the requests under way.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="torch threads a replica; default: its share of the CPUs.")
+        int | None,
+        typer.Option(
+            help="torch threads, and CPUs, a replica; default: its share of this machine's CPUs, 1 on a cluster."
+        ),
     ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Put the models on a GPU, one a replica.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Most new tokens of a request; default: 512.")] = None,
@@ -48,7 +51,13 @@ def serve(
         int | None, typer.Option(help="Sequences that may wait; more are answered with 429; default: 64.")
     ] = None,
     cache_mb: Annotated[int | None, typer.Option(help="Memory for a model's caches, MiB; default: 2048.")] = None,
-    request_timeout: Annotated[
+    prefix_bytes: Annotated[
+        int | None, typer.Option(help="Memory for prompts that later ones may begin with, a model; default: 256 MiB.")
+    ] = None,
+    prefill_tokens: Annotated[
+        int | None, typer.Option(help="Most prompt tokens computed between two steps of the batch; default: 512.")
+    ] = None,
+    request_timeout_s: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="A request that takes longer fails; default: 600.")
     ] = None,
     drain_s: Annotated[
@@ -80,7 +89,9 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         cache_mb=cache_mb,
-        request_timeout_s=request_timeout,
+        prefix_bytes=prefix_bytes,
+        prefill_tokens=prefill_tokens,
+        request_timeout_s=request_timeout_s,
         drain_s=drain_s,
         watch_s=watch_s,
     )

@@ -43,7 +43,10 @@ class LogSection(Section):
         "captures top_k_captured of |l| in the first top_k_rounds rounds, at most 256",
     )
     top_k_captured: float = Field(0.999, gt=0, lt=1, description="share of the sum of |l| that top_k: auto captures")
-    top_k_rounds: Positive = Field(4, description="rounds that top_k: auto is measured over")
+    top_k_rounds: Positive = Field(
+        4,
+        description="rounds that top_k: auto is measured over; fewer where queue_rounds, a checkpoint or lockstep wants it",
+    )
     sampling: Literal["all", "fraction", "mistakes"] = Field(
         "all",
         description="records kept: every one; sampling_fraction of them, chosen by seed, round and sample; or those with a "

@@ -47,7 +47,9 @@ class ModelSection(Section):
     random_weights: bool = Field(
         False, description="build the Pilot from its config with random weights (tests, training from scratch)"
     )
-    cache: Path | None = Field(None, description="where converted builtin models are kept; default ~/.cache/tc-ray")
+    cache: Path | None = Field(
+        None, description="where converted builtin models are kept; default $TC_RAY_CACHE, else ~/.cache/tc-ray"
+    )
 
 
 class SequencesSection(Section):

@@ -1,7 +1,7 @@
 """The HTTP application: OpenAI's routes over the engines of one replica. Plain FastAPI; the replica puts it into Ray Serve.
 
 Invariant: an answer is complete or says that it is not, and every refusal is OpenAI's error envelope. What a request passes,
-from the outside in: figures, key, admission, bound of the body, route. `app.state.draining` true refuses new work.
+from the outside in: figures, key, admission, bound of the body, route.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | None = None) -> FastAPI:
     """The application over a catalogue, which may change while it runs. Its end closes the engines.
 
-    replica: this replica's name in the figures. `app.state`: draining (bool, see `drain`), metrics, catalogue.
+    replica: this replica's name in the figures. `app.state`: metrics, catalogue.
     """
 
     @contextlib.asynccontextmanager
@@ -45,7 +45,6 @@ def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | N
     # No documentation pages: they load scripts from elsewhere. /openapi.json stays. An address that is not there is told so,
     # not redirected to what the client's Host header says.
     app = FastAPI(title="tc-ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    app.state.draining = False
     app.state.metrics = metrics
     app.state.catalogue = catalogue
     # The one added last is outermost: without a key nothing is counted against one, and no refused body is read.
@@ -59,11 +58,6 @@ def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | N
     app.include_router(page)
     app.openapi = lambda: document(catalogue, settings)  # type: ignore[method-assign]
     return app
-
-
-def drain(app: FastAPI, draining: bool = True) -> None:
-    """Refuse new work with 503 from now on (or take it again), and let what is under way go on."""
-    app.state.draining = draining
 
 
 def _add_error_handlers(app: FastAPI) -> None:

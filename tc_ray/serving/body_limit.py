@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,8 +33,8 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if _stated_bytes(scope) > self._limit_bytes:
-            await self._refuse(self._too_long(), scope, receive, send)
+        if stated_bytes(scope) > self._limit_bytes:
+            await self._refuse(body_too_large(self._limit_bytes), scope, receive, send)
             return
         try:
             body = await asyncio.wait_for(self._read(receive), self._timeout_s)
@@ -41,10 +42,7 @@ class BodyLimit:
             await self._refuse(error, scope, receive, send)
             return
         except asyncio.TimeoutError:  # the builtin's alias only from Python 3.11 on
-            late = RequestError(
-                f"The body did not arrive within {self._timeout_s:g} s.", status=408, code="body_timeout"
-            )
-            await self._refuse(late, scope, receive, send)
+            await self._refuse(body_late(self._timeout_s), scope, receive, send)
             return
         if body is None:
             return
@@ -59,9 +57,6 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    def _too_long(self) -> RequestError:
-        return RequestError(f"The body is longer than {self._limit_bytes} bytes.", status=413, code="body_too_large")
-
     async def _read(self, receive: Receive) -> bytes | None:
         """The body; None when the client has gone."""
         body = bytearray()
@@ -71,19 +66,36 @@ class BodyLimit:
                 return None
             body += message.get("body", b"")
             if len(body) > self._limit_bytes:
-                raise self._too_long()
+                raise body_too_large(self._limit_bytes)
             if not message.get("more_body", False):
                 return bytes(body)
 
     async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("state", {})["refused"] = error.code
-        response = error.response()
-        headers = [*response.raw_headers, (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await send({"type": "http.response.body", "body": response.body, "more_body": True})
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_discard(receive), LINGER_S)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await refuse_body(error, receive, send)
+
+
+async def refuse_body(
+    error: RequestError, receive: Receive, send: Send, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    """Answer with an error while a body is still coming, read on for a moment, and end the connection."""
+    response = error.response()
+    told = [*response.raw_headers, (b"connection", b"close"), *headers]
+    await send({"type": "http.response.start", "status": error.status, "headers": told})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(_discard(receive), LINGER_S)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def body_too_large(limit_bytes: int) -> RequestError:
+    """413."""
+    return RequestError(f"The body is longer than {limit_bytes} bytes.", status=413, code="body_too_large")
+
+
+def body_late(timeout_s: float) -> RequestError:
+    """408."""
+    return RequestError(f"The body did not arrive within {timeout_s:g} s.", status=408, code="body_timeout")
 
 
 async def _discard(receive: Receive) -> None:
@@ -95,7 +107,7 @@ async def _discard(receive: Receive) -> None:
         more = message["type"] == "http.request" and message.get("more_body", False)
 
 
-def _stated_bytes(scope: Scope) -> int:
+def stated_bytes(scope: Scope) -> int:
     """The length that the client states, 0 for none."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():

@@ -21,6 +21,7 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tc_ray.serving.body_limit import BODY_TIMEOUT_S, body_late, body_too_large, refuse_body, stated_bytes
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.stream_progress import DivergedError, StreamProgress
 
@@ -29,6 +30,8 @@ PROXY_CALLBACK = "tc_ray.serving.guard.middlewares"
 MAX_BODY_VARIABLE = "TC_RAY_MAX_BODY_BYTES"
 DEFAULT_MAX_BODY_BYTES = 16 * 2**20
 """Where the variable is not set; the app's own, smaller bound then answers first in most cases."""
+MAX_HELD_BYTES = 2**28
+"""Of all bodies that a proxy holds: a client needs no key to send one."""
 
 RESUME_HEADER = b"x-tc-ray-resume"
 SEED_HEADER = b"x-tc-ray-seed"
@@ -66,11 +69,23 @@ def guarded_body_bytes() -> int:
 
 
 class StreamGuard:
-    """See the module. `max_body_bytes`: longer bodies are answered with 413; the guard holds each body until its end."""
+    """See the module. The guard holds each body until its request has ended, to send it again.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> None:
+    Args:
+        max_body_bytes: longer bodies are answered with 413. body_timeout_s: those that take longer to arrive with 408.
+        max_held_bytes: with 503 when the bodies of all requests under way come to more.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+        max_held_bytes: int = MAX_HELD_BYTES,
+    ) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._max_held_bytes, self._held_bytes = max_held_bytes, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -81,27 +96,47 @@ class StreamGuard:
             # Serve's list of routes and the like: no part of this API, and Serve asks for no key.
             await send_error(send, RequestError("Not Found.", status=404))
             return
-        body = await self._body(scope, receive, send)
-        if body is not None:
-            await _Relay(self._app, scope, body, receive, send).run()
+        body = bytearray()
+        try:
+            if await self._taken(scope, receive, send, body):
+                await _Relay(self._app, scope, bytes(body), receive, send).run()
+        finally:
+            self._held_bytes -= len(body)
 
-    async def _body(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
-        """The whole body; None when the client left or was answered with 413."""
-        stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        body, more = bytearray(), True
-        too_long = stated.isdigit() and int(stated) > self._max_body_bytes
-        while more and not too_long:
+    async def _taken(self, scope: Scope, receive: Receive, send: Send, body: bytearray) -> bool:
+        """Whether the whole body is there; else the client has left or was told why it is not taken."""
+        try:
+            return await asyncio.wait_for(self._read(scope, receive, body), self._body_timeout_s)
+        except asyncio.TimeoutError:  # the builtin's alias only from Python 3.11 on
+            refused = body_late(self._body_timeout_s)
+        except RequestError as error:
+            refused = error
+        await refuse_body(refused, receive, send, [GUARD_HEADER])
+        return False
+
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+        """Take the body in; False when the client left. Raises RequestError; what is in `body` by then counts as held."""
+        if stated_bytes(scope) > self._max_body_bytes:
+            raise body_too_large(self._max_body_bytes)
+        more = True
+        while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
+                return False
+            part = message.get("body", b"")
             more = message.get("more_body", False)
-            too_long = len(body) > self._max_body_bytes
-        if not too_long:
-            return bytes(body)
-        reason = f"The body is longer than {self._max_body_bytes} bytes."
-        await send_error(send, RequestError(reason, status=413, code="body_too_large"))
-        return None
+            body += part
+            self._held_bytes += len(part)
+            if len(body) > self._max_body_bytes:
+                raise body_too_large(self._max_body_bytes)
+            if self._held_bytes > self._max_held_bytes:
+                raise RequestError(
+                    "The bodies of the requests under way are too much for this server.",
+                    status=503,
+                    code="unavailable",
+                    retry_after_s=1,
+                )
+        return True
 
 
 class _Relay:

@@ -24,7 +24,7 @@ from typing import Any
 from tc_ray.serving.auth import KEY_VARIABLE, configured_digests, require_key_for
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.exports import check_tokenizer, first_line, named_models, weight_bytes
-from tc_ray.serving.memory import available_memory_bytes, check_memory
+from tc_ray.serving.memory import available_cpus, available_memory_bytes, check_memory
 from tc_ray.serving.options import build_settings
 from tc_ray.serving.settings import ReplicaSettings, Scale
 
@@ -127,8 +127,8 @@ def start_server(
     here = _runs_here()
     if here:
         check_memory(models, settings.engine, scale.max_replicas, available_memory_bytes())
-        if settings.threads is None and scale.max_replicas > 1:
-            settings = replace(settings, threads=max(1, (os.cpu_count() or 1) // scale.max_replicas))
+        if settings.threads is None:
+            settings = replace(settings, threads=max(1, available_cpus() // scale.max_replicas))
     for model in models:
         check_tokenizer(Path(model.export))
     for model in models:
@@ -171,7 +171,7 @@ def _connect(settings: ReplicaSettings, scale: Scale) -> bool:
             raise ServingError(f"RAY_ADDRESS {address} cannot be joined: {error}") from error
         return False
     os.environ.update(variables)
-    cpus = max(os.cpu_count() or 1, scale.max_replicas * (settings.threads or 1))
+    cpus = max(available_cpus(), scale.max_replicas * (settings.threads or 1))
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False)
     except Exception as error:  # Ray raises a plain one when a busy machine takes too long

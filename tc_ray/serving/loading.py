@@ -1,6 +1,7 @@
 """One exported run in a replica: its Pilot, loaded once, and engines for the Copilots that come and go beside it.
 
-Invariant: an engine is handed out only after it has generated a token, so what is put in its predecessor's place works.
+Invariant: an engine is handed out only after it has generated tokens with its Copilot, so what is put in its predecessor's
+place works.
 Used by replica.py at the start and by reload.py for a newer Copilot.
 """
 
@@ -31,8 +32,16 @@ if TYPE_CHECKING:
     from tc_ray.serving.engine import Turns
 
 
+SETTLE_TRIES, SETTLE_PAUSE_S = 10, 1.0
+
+
 class ExportChanged(Exception):
     """The files changed while they were read: look again later."""
+
+
+def still_written(source: Path) -> ServingError:
+    """What to raise when they go on changing."""
+    return ServingError(f"{source} is still being written; start again when it is complete")
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,15 @@ class LoadedRun:
         self._vocabulary = vocabulary_hash(self._tokenizer)
         self._pilot_version = pilot_version(self.export)
         self._turns = turns
+
+    def load_copilot_settled(self, source: Path) -> LoadedCopilot:
+        """As `load_copilot`, for one that must be had now: waits a while for whoever is writing it. Raises ServingError."""
+        for _ in range(SETTLE_TRIES):
+            try:
+                return self.load_copilot(source)
+            except ExportChanged:
+                time.sleep(SETTLE_PAUSE_S)
+        raise still_written(source)
 
     def load_copilot(self, source: Path) -> LoadedCopilot:
         """An engine for this Pilot and the Copilot of the export folder `source`.

@@ -1,4 +1,4 @@
-"""Whether the models of a server fit into this machine's memory, estimated before anything is loaded.
+"""What this machine has for a server: whether its models fit into memory, estimated before anything is loaded; its CPUs.
 
 Invariant: the estimate is a lower bound of what the server will hold when its caches are full, so a refusal is never
 wrong by much and always says which numbers it adds up. Used by launch.py where the replicas run on this machine.
@@ -6,6 +6,7 @@ wrong by much and always says which numbers it adds up. Used by launch.py where 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +26,12 @@ def check_memory(
     if available_bytes is None:
         return
     weights = sum(weight_bytes(Path(model.export)) for model in models)
-    needed = replicas * (weights + len(models) * limits.cache_bytes + PROCESS_BYTES)
+    caches = limits.cache_bytes + limits.prefix_bytes
+    needed = replicas * (weights + len(models) * caches + PROCESS_BYTES)
     if needed > available_bytes:
         raise ServingError(
             f"not enough memory: {replicas} replica{'s' if replicas > 1 else ''} with {_gb(weights)} of weights (fp32) and "
-            f"{len(models)} x {_gb(limits.cache_bytes)} of cache need {_gb(needed)}, {_gb(available_bytes)} are available; "
+            f"{len(models)} x {_gb(caches)} of caches need {_gb(needed)}, {_gb(available_bytes)} are available; "
             "use fewer replicas or models, or a smaller --cache-mb"
         )
 
@@ -38,6 +40,16 @@ def available_memory_bytes() -> int | None:
     """Memory that new processes can take: of the machine, or of the control group where that has less. None: unknown."""
     found = [bytes_ for bytes_ in (_machine_bytes(), _group_bytes()) if bytes_ is not None]
     return min(found) if found else None
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: of those it is bound to, as many as the control group's quota makes up."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
+        return bound if quota == "max" else max(1, min(bound, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return bound
 
 
 def _machine_bytes() -> int | None:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.settings import EngineLimits, Limits, ModelSettings, ReplicaSettings, Scale
 
-_MAY_BE_ZERO = {"max_waiting", "watch_s"}
+_MAY_BE_ZERO = {"max_waiting", "watch_s", "prefix_bytes"}
 DRAIN_MARGIN_S = 30.0
 """Default of drain_s, over the longest a request can take."""
 

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.exports import Signature, copilot_signature, copilot_version, find_export
-from tc_ray.serving.loading import ExportChanged, LoadedCopilot, LoadedRun
+from tc_ray.serving.loading import (
+    SETTLE_PAUSE_S,
+    SETTLE_TRIES,
+    ExportChanged,
+    LoadedCopilot,
+    LoadedRun,
+    still_written,
+)
 
 if TYPE_CHECKING:
     from tc_ray.serving.catalogue import Catalogue
@@ -91,10 +98,17 @@ class Reloader:
         with self._loading:
             return [run.name for run in self._current if self._look_at(run)]
 
-    def raise_refused(self) -> None:
-        """Raise ServingError for the first Copilot that was refused since the last `configure`."""
-        for run in self._refused:
-            raise ServingError(self._reasons[run])
+    def load_all(self) -> None:
+        """Load now what `configure` named. Raises ServingError for the first that is refused, or still being written."""
+        for _ in range(SETTLE_TRIES):
+            self.look()
+            for run in self._refused:
+                raise ServingError(self._reasons[run])
+            waiting = [source for run, source in self._sources.items() if source != self._current[run].source]
+            if not waiting:
+                return
+            time.sleep(SETTLE_PAUSE_S)
+        raise still_written(waiting[0])
 
     def _run(self) -> None:
         while not self._ended.is_set():

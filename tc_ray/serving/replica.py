@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -35,13 +34,13 @@ class Replica:
         from tc_ray.serving.engine import Turns
 
         disable_progress_bar()  # Serve copies a replica's output to the user's terminal
-        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        torch.set_num_threads(settings.threads or 1)
         turns = Turns()
         loaded: dict[LoadedRun, LoadedCopilot] = {}
         for model in settings.models:
             begun = time.monotonic()
             run = LoadedRun(model, settings, turns)
-            loaded[run] = run.load_copilot(run.export)
+            loaded[run] = run.load_copilot_settled(run.export)
             logger.info(
                 "%s: loaded in %.1f s, Copilot %s",
                 model.name,
@@ -50,7 +49,7 @@ class Replica:
             )
         self.catalogue = Catalogue([copilot.served for copilot in loaded.values()])
         self.reloader = Reloader(self.catalogue, loaded, watch_s=settings.watch_s, drain_s=settings.drain_s)
-        self._configured = False
+        self._serving = False
 
     def configure(self, user_config: Any) -> None:
         """Serve's user_config: which folders the Copilots come from.
@@ -59,11 +58,9 @@ class Replica:
         then says that the deployment failed. Later they are loaded in the background, and what is wrong is logged:
         an error would make Serve end a replica that serves well.
         """
-        if not self._configured:
+        if not self._serving:
             self.reloader.configure(user_config)
-            self.reloader.look()
-            self.reloader.raise_refused()
-            self._configured = True
+            self.reloader.load_all()
             return
         try:
             self.reloader.configure(user_config)
@@ -71,12 +68,13 @@ class Replica:
             logger.error("the new user_config is not used: %s", error)
 
     async def unhealthy(self) -> str | None:
-        """What is wrong with the first engine that does not generate, each trying one token; None: nothing."""
+        """What is wrong with the first engine that does not generate; None: nothing, and the replica serves from now on."""
         for served in self.catalogue:
             reason = await asyncio.to_thread(served.engine.unhealthy)
             # One that was replaced while it was tried is stopped, and that is no fault.
             if reason and self.catalogue.find(served.name) is served:
                 return f"{served.name}: {reason}"
+        self._serving = True
         return None
 
 

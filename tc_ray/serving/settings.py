@@ -38,7 +38,7 @@ class EngineLimits:
     prefix_bytes: int = 2**28
     """Memory for prompts computed lately, which later prompts may begin with; 0: none is kept."""
     prefill_tokens: int = 512
-    """Prompt tokens computed between two steps of the batch, at most one prompt longer."""
+    """Most prompt tokens computed between two steps of the batch."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class ReplicaSettings:
     limits: Limits = field(default_factory=Limits)
     engine: EngineLimits = field(default_factory=EngineLimits)
     threads: int | None = None
-    """torch threads; None: one a CPU of the replica's machine."""
+    """torch threads, and CPUs that Ray reserves for a replica; None: 1 (`tc-ray serve` on a Ray of its own shares out the
+    machine's)."""
     gpu: bool = False
     watch_s: float | None = 10.0
     """How often to look for a newer Copilot in the export folders; None: never."""

@@ -143,6 +143,29 @@ def test_scores_equal_offline_beside_a_generation(engine: Engine, model: FusedMo
     assert all(len(token.top) == 2 and token.top[0][1] >= token.fused - 1e-5 for token in scored.tokens)
 
 
+def test_long_texts_are_scored_in_parts_and_one_at_a_time(
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = (prompt * 20)[:100]
+    parts: list[int] = []
+    handle = model.pilot.model.register_forward_pre_hook(
+        lambda _, __, given: parts.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        collectors = [Collector(engine, ScoreRequest(ids[:length], 5, lam=0.7)) for length in (100, 50)]
+        found = [collector.all()[1] for collector in collectors]
+    finally:
+        handle.remove()
+    assert parts == [32, 32, 32, 3, 32, 17]  # the second begins when the first has ended
+    for length, scored in zip((100, 50), found, strict=True):
+        assert isinstance(scored, Scored)
+        expected = model.score(torch.tensor([ids[:length]]), prompt_length=5, lam=0.7)
+        # fp32 sums in another order where the cache cuts the sequence
+        for name in ("pilot", "fused"):
+            given = torch.tensor([getattr(token, name) for token in scored.tokens])
+            torch.testing.assert_close(given, getattr(expected, f"{name}_logprobs")[0], atol=1e-4, rtol=1e-4)
+
+
 def test_penalties_make_repeats_unlikely(engine: Engine, prompt: tuple[int, ...]) -> None:
     def repeats(**penalties: float) -> int:
         collector = Collector(engine, GenerationRequest(prompt, 60, **penalties))  # type: ignore[arg-type]
@@ -191,6 +214,16 @@ def test_prompts_begin_with_what_was_computed_before(engine: Engine, prompt: tup
     assert engine.load().cached_tokens == len(long) - 1 + end.cached_tokens
 
 
+def test_prompts_of_others_are_not_begun_with(engine: Engine, prompt: tuple[int, ...]) -> None:
+    """How many tokens were reused would tell what the others asked."""
+    cached = []
+    for owner in (b"a", b"b", b"", b"a"):
+        end = Collector(engine, GenerationRequest(prompt * 8, 2, owner=owner)).all()[1]
+        assert isinstance(end, Finished)
+        cached.append(end.cached_tokens)
+    assert cached == [0, 0, 0, len(prompt) * 8 - 1]
+
+
 def test_cancelled_within_one_token(engine: Engine, model: FusedModel, prompt: tuple[int, ...]) -> None:
     forwards: list[int] = []
     cancelled_at: list[int] = []
@@ -237,8 +270,9 @@ def test_what_waits_is_bounded_and_can_be_cancelled(engine: Engine, prompt: tupl
 
 
 def test_several_are_admitted_together_or_not_at_all(engine: Engine, prompt: tuple[int, ...]) -> None:
-    with pytest.raises(RequestError, match="too many"):
+    with pytest.raises(RequestError, match="needs 11 places, and the server has 10") as never:
         engine.submit([GenerationRequest(prompt, 4)] * 11, lambda *_: None)
+    assert never.value.status == 400
     assert engine.load().waiting + engine.load().running == 0
     events: list[int] = []
     done = threading.Event()
@@ -311,6 +345,21 @@ def test_failed_step_ends_those_in_it_and_the_next_begin_anew(
     finally:
         handle.remove()
         engine.close()
+
+
+def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
+    engine: Engine, model: FusedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.unhealthy() is None
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("broken")
+
+    for owner, name in ((engine._batch, "step"), (model.copilot, "question_memory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            assert engine.unhealthy() == "Generation failed in the server (RuntimeError)."
+        assert engine.unhealthy() is None
 
 
 def test_close_lets_go_on_for_a_while_then_fails_the_rest(

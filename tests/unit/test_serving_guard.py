@@ -266,6 +266,44 @@ def test_long_body_is_refused(headers: list[tuple[bytes, bytes]]) -> None:
     assert (client.status, client.error["code"]) == (413, "body_too_large")
 
 
+def sent_by(guard: StreamGuard, *parts: Message) -> list[Message]:
+    """What a client gets that sends these parts of a body and then nothing more."""
+    sent: list[Message] = []
+    queue = list(parts)
+
+    async def receive() -> Message:
+        if queue:
+            return queue.pop(0)
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(guard({"type": "http", "path": "/v1/completions", "headers": []}, receive, send))
+    return sent
+
+
+def test_body_that_never_comes_whole_is_refused() -> None:
+    sent = sent_by(
+        StreamGuard(Replicas(), body_timeout_s=0.05), {"type": "http.request", "body": b"{", "more_body": True}
+    )
+    assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
+    assert sent[-1]["more_body"] is False
+
+
+def test_bodies_held_at_once_are_bounded() -> None:
+    whole: Message = {"type": "http.request", "body": b"{}", "more_body": False}
+    guard = StreamGuard(Replicas(*[answers(200, b"{}")] * 2), max_held_bytes=100)
+    guard._held_bytes = 99  # of others
+    sent = sent_by(guard, whole)
+    assert sent[0]["status"] == 503 and dict(sent[0]["headers"])[b"retry-after"] == b"1"
+    assert guard._held_bytes == 99
+    guard._held_bytes = 98
+    assert sent_by(guard, whole)[0]["status"] == 200
+    assert guard._held_bytes == 98
+
+
 def test_nothing_is_sent_again_for_a_client_that_left() -> None:
     async def replica(_: Scope, receive: Receive, send: Send) -> None:
         await streams(event(0, "a"))(_, receive, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -10,15 +11,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tc_ray.serving import reload
+from tc_ray.serving import loading, reload
 from tc_ray.serving.engine import Finished, GenerationRequest
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.exports import copilot_version
+from tc_ray.serving.loading import ExportChanged, LoadedRun
 from tc_ray.serving.replica import Replica
 from tc_ray.serving.settings import EngineLimits, ModelSettings, ReplicaSettings
 from tests.serving_samples import Collector, make_export
@@ -214,10 +217,33 @@ def test_user_config_that_cannot_be_meant(
 ) -> None:
     with pytest.raises(ServingError, match=words):
         bench.replica.configure(user_config)
-    bench.replica.configure({})
+    # Serve gives no user_config at the start where there is none, and asks for health before it sends requests
+    assert asyncio.run(bench.replica.unhealthy()) is None
     with caplog.at_level(logging.ERROR, "tc_ray.serving"):
         bench.replica.configure(user_config)  # of a replica that serves already: told, and no more
     assert words in caplog.text
+    assert bench.say()
+
+
+def test_copilot_that_is_being_written_at_the_start_is_waited_for(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "SETTLE_PAUSE_S", 0.01)
+    read, tries = LoadedRun._read, []
+
+    def changing(run: LoadedRun, source: Path) -> Any:
+        tries.append(source)
+        if len(tries) < settles:
+            raise ExportChanged
+        return read(run, source)
+
+    monkeypatch.setattr(LoadedRun, "_read", changing)
+    settings = ReplicaSettings((ModelSettings("m", str(made)),), threads=1, watch_s=None)
+    settles = 3
+    replica = Replica(settings)
+    replica.catalogue.find("m").engine.close()
+    assert len(tries) == 3
+    settles = 1000
+    with pytest.raises(ServingError, match="still being written"):
+        Replica(settings)
 
 
 def test_watch_sees_a_change_by_itself(bench: Bench) -> None:

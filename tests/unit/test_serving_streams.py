@@ -1,4 +1,4 @@
-"""Streams that break off, go on elsewhere, or lose their client; deadlines; swapped models; a draining server."""
+"""Streams that break off, go on elsewhere, or lose their client; deadlines; swapped models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from tc_ray.serving.api.answers import ErrorDetail, as_json
-from tc_ray.serving.app import drain
 from tc_ray.serving.replica import Replica
 from tests.serving_client import CHAT, COMPLETION, PATHS, client_of, events, make_app, post, served, settings_of
 from tests.serving_samples import make_export
@@ -240,23 +238,3 @@ def test_model_that_is_swapped_while_requests_come(settings: Any) -> None:
         catalogue.find = find
         assert post(client, "/v1/completions", COMPLETION)["choices"] == before
         assert len(looked_up) > 1
-
-
-def test_draining_server_refuses_new_work_and_ends_the_old(settings: Any) -> None:
-    app: FastAPI = make_app(settings)
-    with served(app) as url, httpx.Client(base_url=url, timeout=30) as http:
-        body = {**COMPLETION, "max_tokens": 600, "stream": True}
-        with http.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            drain(app)
-            for path in PATHS:
-                refused = http.post(path, json=PATHS[path])
-                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-                assert refused.headers["Retry-After"] == "1"
-            ready = http.get("/ready")
-            assert (ready.status_code, ready.json()["reason"]) == (503, "the server is shutting down")
-            assert http.get("/health").status_code == 200
-            assert [line for line in lines if line][-1] == "data: [DONE]"
-        drain(app, False)
-        assert http.post("/v1/completions", json=COMPLETION).status_code == 200

@@ -107,12 +107,15 @@ def teacher_forced_rows(
     corrections: bool = False,
     layers: bool = False,
     rows_at_a_time: int | None = None,
+    positions_at_a_time: int | None = None,
 ) -> Iterator[Rows]:
     """What decoding saw at each token of the completions, in order.
 
     Args:
         corrections: run the Copilot also where every lam is 0. layers: give the Pilot's layers too.
         rows_at_a_time: tokens given together at most; default: as many as memory is meant for.
+        positions_at_a_time: compute the Pilot's pass in parts of so many, with its cache (decoder-only, without `layers`),
+            and give rows of no token after each, so that the caller can do something else; default: in one pass.
     """
     if given.ids.shape[1] <= given.start:
         return
@@ -120,9 +123,19 @@ def teacher_forced_rows(
     # every position of an encoder-decoder's decoder makes a row, those of a forced prefix too
     first = given.start - 1 if given.question is None else 0
     listened = family.layers(model.pilot) if layers else []
-    with model._tap.recording(), layer_states(listened, first) as by_layer:
-        final = _final_states(model, given)
-    states = model._tap.take()
+    by_layer: Sequence[torch.Tensor] = ()
+    if positions_at_a_time is None:
+        with model._tap.recording(), layer_states(listened, first) as by_layer:
+            final = _final_states(model, given)
+        states = model._tap.take()
+    else:
+        parts = []
+        for part in _pilot_parts(model, given, positions_at_a_time):
+            parts.append(part)
+            none = torch.zeros(len(given.ids), 0, model.vocab_size, device=given.ids.device)
+            yield Rows(slice(0, 0), none, none, None, ())
+        final, states = (torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
+        del parts
     runs = corrections or bool((given.lam != 0).any())
     cache = CopilotCache()
     if runs and given.question is None:
@@ -167,6 +180,16 @@ def _final_states(model: FusedModel, given: Completions) -> torch.Tensor:
         arguments |= {"encoder_hidden_states": given.question, "encoder_attention_mask": given.question_mask}
     final: torch.Tensor = model._family.decoder(model.pilot)(**arguments).last_hidden_state
     return final
+
+
+def _pilot_parts(model: FusedModel, given: Completions, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Final states and tapped states, some positions at a time, of sequences without padding."""
+    inputs, cache = given.ids[:, :-1], model.new_cache()
+    for first in range(0, inputs.shape[1], size):
+        part = inputs[:, first : first + size]
+        with model._tap.recording():
+            out = model._family.decoder(model.pilot)(input_ids=part, past_key_values=cache, use_cache=True)
+        yield out.last_hidden_state, model._tap.take()
 
 
 def log_probs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Who is let in before anything is read or computed: not while draining, not over a key's limit, not into a full queue.
+"""Who is let in before anything is read or computed: not over a key's limit, not into a full queue.
 
 Invariant: a refusal costs nothing but itself: no body is read, no prompt tokenised. Added to the app by app.py, behind the
 check of the key.
@@ -24,12 +24,12 @@ class Admission:
         self._under_way: Counter[bytes] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 503 or 429."""
+        """Pass the request on, or answer 429."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         key = scope.setdefault("state", {}).get("key", b"")
-        refusal = self._refusal(scope, key)
+        refusal = self._refusal(key)
         if refusal is not None:
             await refusal.answer(scope, receive, send)
             return
@@ -41,14 +41,7 @@ class Admission:
             if not self._under_way[key]:
                 del self._under_way[key]
 
-    def _refusal(self, scope: Scope, key: bytes) -> RequestError | None:
-        if scope["app"].state.draining:
-            return RequestError(
-                "This server is shutting down; send the request to another.",
-                status=503,
-                code="draining",
-                retry_after_s=1,
-            )
+    def _refusal(self, key: bytes) -> RequestError | None:
         if self._under_way[key] >= self._max_key_requests:
             return RequestError(
                 f"{self._max_key_requests} requests of this key are under way already; wait for one to end.",

@@ -24,7 +24,7 @@ _STATUS = {
     413: "The body is too long.",
     429: "Too many requests of this key, or on this server.",
     500: "The server failed.",
-    503: "The server is shutting down, or its engine has stopped.",
+    503: "The server is shutting down, its engine has stopped, or no place is free.",
     504: "The request was not done by its deadline.",
 }
 _WORK = (400, 404, 408, 413, 429, 500, 503, 504)

@@ -108,9 +108,9 @@ def make_router(service: Service) -> APIRouter:
         return _state(await service.unhealthy())
 
     @router.get("/ready")
-    async def ready(request: Request) -> Response:
-        draining = "the server is shutting down" if request.app.state.draining else None
-        return _state(draining or await service.unhealthy())
+    async def ready() -> Response:
+        full = None if catalogue.has_room() else "as many requests run and wait as may"
+        return _state(await service.unhealthy() or full)
 
     @router.get("/metrics")
     async def metrics() -> Response:

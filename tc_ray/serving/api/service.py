@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from tc_ray.serving.api.feed import Feed
 from tc_ray.serving.api.metrics import Metrics
 from tc_ray.serving.api.requests import AnyBody, read_body
 from tc_ray.serving.catalogue import Catalogue, ServedModel
+from tc_ray.serving.engine import GenerationRequest
 from tc_ray.serving.engine import Request as EngineRequest
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.settings import Limits
@@ -84,7 +85,9 @@ class Service:
             served.check_room()
             planned = await asyncio.to_thread(plan, served)
             try:
-                feed = Feed(served.engine, planned.requests, partial(self._first_token, request, served.name))
+                feed = Feed(
+                    served.engine, _owned(planned.requests, request), partial(self._first_token, request, served.name)
+                )
             except RequestError as error:
                 if error.code in _LEAVING and self.catalogue.find(name) is not served:
                     continue  # swapped since it was looked up
@@ -97,6 +100,12 @@ class Service:
     async def unhealthy(self) -> str | None:
         """What is wrong with this replica, None when all is well."""
         return await self._vitals.check()
+
+
+def _owned(requests: Sequence[EngineRequest], request: Request) -> list[EngineRequest]:
+    """The requests as those of the client's key, if there are keys."""
+    key = getattr(request.state, "key", b"")
+    return [replace(one, owner=key) if isinstance(one, GenerationRequest) else one for one in requests]
 
 
 class Vitals:

@@ -18,7 +18,9 @@ class GenerationRequest:
 
     seed None draws one. presence_penalty, frequency_penalty: subtracted from the fused logits of tokens generated before,
     once and once an occurrence. logprobs: None for none, else how many of the likeliest tokens to name beside the chosen
-    one (0: none). explain: report what the Pilot would have said. deadline_s: `time.monotonic()` at which it fails.
+    one (0: none). explain: report what the Pilot would have said. ignore_end: end tokens do not end it (for checks).
+    owner: whose prompt it is; only prompts of the same owner are begun with one another's. deadline_s: `time.monotonic()` at
+    which it fails.
     """
 
     prompt_ids: tuple[int, ...]
@@ -33,6 +35,8 @@ class GenerationRequest:
     frequency_penalty: float = 0.0
     logprobs: int | None = None
     explain: bool = False
+    ignore_end: bool = False
+    owner: bytes = b""
     deadline_s: float | None = None
 
 

@@ -1,8 +1,8 @@
 """Continuous batching of one fused model in a thread: requests join and leave the running batch at each token.
 
 Invariant: every accepted request ends with exactly one last event unless it was cancelled, and what is cancelled stops
-before the next token; the caches never pass `limits.cache_bytes`: a sequence is admitted when it fits to its last token, in
-the order of arrival. An error in the batch fails those in it and no others. The app knows `submit`, `unhealthy`, `load` and
+before the next token; the caches never pass `limits.cache_bytes` (but while one is moved to a larger block, of which both are
+there for a moment): a sequence is admitted when it fits to its last token, in the order of arrival. An error in the batch fails those in it and no others. The app knows `submit`, `unhealthy`, `load` and
 `close`; everything about models stands in `FusedBatch`.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from tc_ray.models.fusion.batch import FusedBatch, Prefill, Room
-from tc_ray.serving.engine.contract import Event, Failed, GenerationRequest, Load, Request, Scored, Ticket
+from tc_ray.serving.engine.contract import Event, Failed, GenerationRequest, Load, Piece, Request, Scored, Ticket
 from tc_ray.serving.engine.prefixes import Prefixes
 from tc_ray.serving.engine.scoring import scored
 from tc_ray.serving.engine.sequence import Sequence
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 STALL_S = 120.0
 """Work under way without any progress for so long counts as unhealthy."""
 PROBE_S = 30.0
-"""An idle engine must generate its one token within this."""
+"""An idle engine must generate its two tokens within this."""
 _NICENESS = 4
 """Of the engine's thread and torch's under it, beside those that answer clients."""
 
@@ -85,12 +85,19 @@ class Engine:
         """
         for request in requests:
             self._check_fits(request)
+        places = self.limits.max_running + self.limits.max_waiting
+        if len(requests) > places:
+            raise RequestError(
+                f"The request needs {len(requests)} places, and the server has {places}; ask for fewer choices or prompts.",
+                param="n",
+                code="too_many_choices",
+            )
         with self._changed:
             self._check_open()
             free = self.free_places()
             if len(requests) > free:
                 raise RequestError(
-                    f"{self.limits.max_running + self.limits.max_waiting - free} generations run or wait already, "
+                    f"{places - free} generations run or wait already, "
                     f"{len(requests)} more are too many; try again later.",
                     status=429,
                     code="queue_full",
@@ -105,7 +112,11 @@ class Engine:
         return max(0, self.limits.max_running + self.limits.max_waiting - under_way)
 
     def unhealthy(self) -> str | None:
-        """What is wrong, None when all is well. An idle engine is made to generate one token, so this may take a while."""
+        """What is wrong, None when all is well.
+
+        An idle engine is made to generate two tokens with the Copilot, one from the prompt and one in the batch, so this may
+        take a while; a busy one must have computed something lately.
+        """
         if self._ended or not self._thread.is_alive():
             return "the engine has stopped"
         if self._busy():
@@ -115,13 +126,16 @@ class Engine:
         with self._changed:
             if self._closing:
                 return None
-            probe = GenerationRequest((next(iter(self._end_ids), 0),), 1)
+            lam = float(self._model.default_lam) or 1.0
+            probe = GenerationRequest((next(iter(self._end_ids), 0),), 2, lam=lam, ignore_end=True)
             [ticket] = self._queue([probe], lambda _, event: events.put(event))
+        until = time.monotonic() + PROBE_S
         try:
-            event = events.get(timeout=PROBE_S)
+            while isinstance(event := events.get(timeout=max(0.0, until - time.monotonic())), Piece):
+                pass
         except queue.Empty:
             ticket.cancel()
-            return f"the engine did not generate a token within {PROBE_S:.0f} s"
+            return f"the engine did not generate two tokens within {PROBE_S:.0f} s"
         return event.message if isinstance(event, Failed) else None
 
     def load(self) -> Load:
@@ -215,6 +229,7 @@ class Engine:
         self._last_progress_s = time.monotonic()
 
     def _count(self, **more: int) -> None:
+        self._progress()
         self._totals = replace(self._totals, **{name: getattr(self._totals, name) + n for name, n in more.items()})
 
     def _round(self) -> None:
@@ -226,7 +241,6 @@ class Engine:
             self._step()
         if self._scoring:
             self._score()
-        self._progress()
 
     def _drop_gone(self) -> None:
         now = time.monotonic()
@@ -248,13 +262,15 @@ class Engine:
                 if full or self._batch.planned_bytes([*rooms, room]) > self.limits.cache_bytes:
                     return
                 rooms.append(room)
-                sequence = Sequence(ticket, self._tokenizer, self._end_ids, self._lam(ticket.request), room)
+                end_ids = frozenset() if ticket.request.ignore_end else self._end_ids
+                sequence = Sequence(ticket, self._tokenizer, end_ids, self._lam(ticket.request), room)
                 with self._changed:
                     self._waiting.popleft()
                     self._joining.append(sequence)
             else:
                 with self._changed:
-                    self._scoring.append((self._waiting.popleft(), scored(self._model, ticket.request)))
+                    parts = scored(self._model, ticket.request, self.limits.prefill_tokens)
+                    self._scoring.append((self._waiting.popleft(), parts))
 
     def _compute_prompts(self) -> None:
         left = self.limits.prefill_tokens
@@ -263,7 +279,7 @@ class Engine:
             stays = False
             try:
                 prefill = sequence.prefill or self._begin(sequence)
-                computed = prefill.advance(self.limits.prefill_tokens)
+                computed = prefill.advance(left)
                 left -= computed
                 self._count(prompt_tokens=computed)
                 stays = not prefill.done or self._join(sequence, prefill)
@@ -273,15 +289,15 @@ class Engine:
                 self._joining.popleft()
 
     def _begin(self, sequence: Sequence) -> Prefill:
-        ids = sequence.request.prompt_ids
-        prefill = self._batch.prefill(ids, sequence.lam, prefix=self._prefixes.longest(ids))
+        ids, owner = sequence.request.prompt_ids, sequence.request.owner
+        prefill = self._batch.prefill(ids, sequence.lam, prefix=self._prefixes.longest(ids, owner))
         self._count(cached_tokens=prefill.reused)
         sequence.start(prefill)
         return prefill
 
     def _join(self, sequence: Sequence, prefill: Prefill) -> bool:
         """Say the first token of a computed prompt; whether there is more to say, in the batch."""
-        self._prefixes.keep(prefill)
+        self._prefixes.keep(prefill, sequence.request.owner)
         pilot, fused = prefill.pilot[0], prefill.fused[0]
         chosen = int(fused.argmax()) if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
         self._count(generated_tokens=1)
@@ -337,11 +353,10 @@ class Engine:
             self._scoring.popleft()
             _fail(ticket, error)
             return
-        if found is not None:
+        self._progress()
+        if found is not None:  # till then the next ones hold nothing: one text's states are in memory at a time
             self._scoring.popleft()
             ticket.send(found)
-        else:
-            self._scoring.rotate(-1)
 
 
 def _over(ticket: Ticket, now_s: float) -> bool:

@@ -1,4 +1,8 @@
-"""Prompts computed lately, to begin the next ones with: a system prompt is computed once. Used by the engine's thread alone."""
+"""Prompts computed lately, to begin the next ones with: a system prompt is computed once. Used by the engine's thread alone.
+
+Invariant: a prompt is begun with those of its own owner only: how many tokens were reused is told to the client, who could
+otherwise guess at other people's prompts.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +19,30 @@ class Prefixes:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._kept: OrderedDict[tuple[int, ...], PromptPrefix] = OrderedDict()
+        self._kept: OrderedDict[tuple[bytes, tuple[int, ...]], PromptPrefix] = OrderedDict()
         self.nbytes = 0
         """Bytes held."""
 
-    def longest(self, ids: tuple[int, ...]) -> PromptPrefix | None:
-        """The kept prompt that shares the longest beginning with `ids`, if that is worth it."""
+    def longest(self, ids: tuple[int, ...], owner: bytes = b"") -> PromptPrefix | None:
+        """The owner's kept prompt that shares the longest beginning with `ids`, if that is worth it."""
         best, shared = None, MIN_TOKENS - 1
-        for prefix in self._kept.values():
-            if prefix.ids[: shared + 1] == ids[: shared + 1]:  # else it cannot be longer
+        for (whose, _), prefix in self._kept.items():
+            if whose == owner and prefix.ids[: shared + 1] == ids[: shared + 1]:  # else it cannot be longer
                 count = _common(prefix.ids, ids)
                 if count > shared:
                     best, shared = prefix, count
         if best is not None:
-            self._kept.move_to_end(best.ids)
+            self._kept.move_to_end((owner, best.ids))
         return best
 
-    def keep(self, prefill: Prefill) -> None:
+    def keep(self, prefill: Prefill, owner: bytes = b"") -> None:
         """Keep a computed prompt, letting go those not used for longest."""
-        if not self._budget or len(prefill.ids) < MIN_TOKENS or prefill.ids in self._kept:
+        if not self._budget or len(prefill.ids) < MIN_TOKENS or (owner, prefill.ids) in self._kept:
             return
         prefix = prefill.prefix()
         if prefix is None or prefix.nbytes > self._budget:
             return
-        self._kept[prefix.ids] = prefix
+        self._kept[owner, prefix.ids] = prefix
         self.nbytes += prefix.nbytes
         while self.nbytes > self._budget:
             _, oldest = self._kept.popitem(last=False)

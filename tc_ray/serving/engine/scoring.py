@@ -1,4 +1,4 @@
-"""Scoring of given text beside a running batch, some rows at a time. Used by the engine's thread alone."""
+"""Scoring of given text beside a running batch, some positions and rows at a time. Used by the engine's thread alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ _ROWS = 16
 """Rows scored between two steps of the batch."""
 
 
-def scored(model: FusedModel, request: ScoreRequest) -> Iterator[Scored | None]:
-    """Scores of `request`, the last thing given; before it None after each part of the work."""
+def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator[Scored | None]:
+    """Scores of `request`, the last thing given; before it None after each part of the work.
+
+    positions: of the Pilot's pass that are computed in one part.
+    """
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([request.ids], device=device)
     lam = model.default_lam if request.lam is None else request.lam
@@ -27,7 +30,7 @@ def scored(model: FusedModel, request: ScoreRequest) -> Iterator[Scored | None]:
         torch.tensor([lam], dtype=torch.float32, device=device),
     )
     tokens: list[ScoredToken] = []
-    for rows in teacher_forced_rows(model, given, rows_at_a_time=_ROWS):
+    for rows in teacher_forced_rows(model, given, rows_at_a_time=_ROWS, positions_at_a_time=positions):
         said = given.tokens[:, rows.span]
         pilot, fused = (log_probs_of(logits, said)[0].tolist() for logits in (rows.pilot, rows.fused))
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(pilot)
