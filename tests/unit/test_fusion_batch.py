@@ -98,9 +98,11 @@ def test_each_sequence_is_as_if_alone(family: str, name: str) -> None:
     for number, (tokens, logits) in enumerate(run_together(model)):
         expected, expected_logits = alone(model, PROMPTS[number], LAMS[number], NEW)
         assert tokens == expected, number
-        # fp32 sums in another order, which feedback through random weights amplifies from row to row; where a probability
-        # is clamped, a tiny one may fall on either side of 0
-        torch.testing.assert_close(logits.softmax(1), expected_logits.softmax(1), atol=1e-3, rtol=1e-3)
+        # fp32 sums in another order, which feedback through random weights amplifies from row to row (0.002 by the last one on
+        # some processors); where a probability is clamped, a tiny one may fall on either side of 0
+        found, wanted = logits.softmax(1), expected_logits.softmax(1)
+        torch.testing.assert_close(found[:4], wanted[:4], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -355,11 +355,19 @@ def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("broken")
 
-    for owner, name in ((engine._batch, "step"), (model.copilot, "question_memory")):
+    def idle() -> bool:
+        """One that is busy is not tried."""
+        until = time.monotonic() + 10
+        while (busy := engine._busy()) and time.monotonic() < until:
+            time.sleep(0.005)
+        return not busy
+
+    for name in ("step", "question_memory"):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, broken)
+            assert idle()
+            patch.setattr(engine._batch if name == "step" else model.copilot, name, broken)
             assert engine.unhealthy() == "Generation failed in the server (RuntimeError)."
-        assert engine.unhealthy() is None
+        assert idle() and engine.unhealthy() is None
 
 
 def test_close_lets_go_on_for_a_while_then_fails_the_rest(

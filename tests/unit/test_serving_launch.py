@@ -148,11 +148,11 @@ def test_not_enough_memory(export: Path) -> None:
 
 
 def test_what_is_counted_as_memory(export: Path) -> None:
-    model, limits = ModelSettings("a", str(export)), EngineLimits(cache_bytes=10**9)
+    model, limits = ModelSettings("a", str(export)), EngineLimits(cache_bytes=6 * 10**8, prefix_bytes=4 * 10**8)
     weights = weight_bytes(export)
     assert weights == 4 * sum(size_of(path) for path in export.glob("*/*.safetensors"))
     check_memory([model], limits, 1, 10**9 + 10**9)
-    with pytest.raises(ServingError, match=r"2 replicas .* 2 x 1.0 GB of cache"):
+    with pytest.raises(ServingError, match=r"2 replicas .* 2 x 1.0 GB of caches"):
         check_memory([model, model], limits, 2, 4 * 10**9)
     check_memory([model], limits, 100, None)
 

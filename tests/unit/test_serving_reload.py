@@ -198,8 +198,9 @@ def test_user_config_names_another_folder(bench: Bench, made: Path, tmp_path: Pa
     train(other)
     bench.replica.configure({"copilots": {"m": str(other.parent)}})
     assert bench.version == copilot_version(other)
+    assert asyncio.run(bench.replica.unhealthy()) is None
     bench.replica.configure({"copilots": {}})
-    assert bench.replica.reloader.look() == ["m"]
+    assert bench.replica.reloader.look() == ["m"], "a replica that serves loads it in the background"
     assert bench.version == copilot_version(bench.export)
 
 
