@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from tc_ray.serving.engine import Engine
-from tc_ray.serving.errors import RequestError
+from tc_ray.serving.errors import RequestError, queue_full
 from tc_ray.serving.prompt import PromptEncoder
 
 
@@ -39,13 +39,6 @@ class ServedModel:
         """Raise RequestError 429 when the engine is full: cheaper to know before a prompt is tokenised."""
         if not self.has_room():
             raise queue_full()
-
-
-def queue_full() -> RequestError:
-    """429: too much runs and waits already."""
-    return RequestError(
-        "Too many requests run or wait already; try again later.", status=429, code="queue_full", retry_after_s=1
-    )
 
 
 class Catalogue:

@@ -6,7 +6,7 @@ client sent except the (shortened) name of a field. Used all over serving; Servi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -74,10 +74,21 @@ class RequestError(Exception):
         """The answer to the client."""
         return JSONResponse(self.envelope(), self.status, self.headers)
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(
+        self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Answer a request with this error, from a middleware; metrics.py finds the code in the scope's state."""
         scope.setdefault("state", {})["refused"] = self.code
-        await self.response()(scope, receive, send)
+        response = self.response()
+        response.headers.update(headers or {})
+        await response(scope, receive, send)
+
+
+def queue_full() -> RequestError:
+    """429: too much runs and waits already."""
+    return RequestError(
+        "Too many requests run or wait already; try again later.", status=429, code="queue_full", retry_after_s=1
+    )
 
 
 def invalid_value(param: str, reason: str) -> RequestError:

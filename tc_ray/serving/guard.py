@@ -2,8 +2,9 @@
 
 Serve ends a response without a word when its replica dies. The guard sends the request again to another replica: a stream
 is repeated there with the same seed and goes on after the last chunk that its client has, an answer that had not begun is
-made anew. What cannot be saved ends in an error event or an error body. It also bounds bodies, removes headers that are not a client's business, and gives
-Serve's own plain-text errors OpenAI's envelope.
+made anew. What cannot be saved ends in an error event or an error body. It also bounds bodies, removes headers that are not a client's business, gives
+Serve's own plain-text errors OpenAI's envelope, and, for a moment after a replica said that it is full, says so itself: under a
+rush of clients a refusal must not cost what an answer costs. Serve asks the emptier of two replicas, so the others are full too.
 Invariant: a stream that has begun ends with `data: [DONE]` or an error event, unless the client has left.
 Serve's proxy finds it by `PROXY_CALLBACK_VARIABLE`; launch.py sets that.
 """
@@ -22,7 +23,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.serving.body_limit import BODY_TIMEOUT_S, body_late, body_too_large, refuse_body, stated_bytes
-from tc_ray.serving.errors import RequestError
+from tc_ray.serving.errors import RequestError, queue_full
 from tc_ray.serving.stream_progress import DivergedError, StreamProgress
 
 PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -37,6 +38,8 @@ RESUME_HEADER = b"x-tc-ray-resume"
 SEED_HEADER = b"x-tc-ray-seed"
 COPILOT_HEADER = b"x-tc-ray-copilot"
 """Of a response: the version of the Copilot that made it."""
+FULL_HEADER = b"x-tc-ray-full"
+"""Of a refusal that any other request would get too."""
 GUARD_HEADER = (b"x-tc-ray-guard", b"1")
 """Of every response that went through the guard: launch.py looks for it."""
 _NOT_FROM_CLIENTS = {
@@ -54,6 +57,9 @@ MAX_RESUMES = 3
 RESUME_WITHIN_S = 60.0
 """How long a stream waits for a replica with a free place."""
 MAX_WAIT_S = 5.0
+FULL_S = 0.25
+"""How long a replica's word that it is full is repeated without asking again."""
+MAX_FULL_KEYS = 1000
 
 logger = logging.getLogger("tc_ray.serving")
 
@@ -86,6 +92,7 @@ class StreamGuard:
         self._app = app
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         self._max_held_bytes, self._held_bytes = max_held_bytes, 0
+        self._full = _Full()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -98,8 +105,15 @@ class StreamGuard:
             return
         body = bytearray()
         try:
-            if await self._taken(scope, receive, send, body):
-                await _Relay(self._app, scope, bytes(body), receive, send).run()
+            if not await self._taken(scope, receive, send, body):
+                return
+            if self._full.now(scope):
+                await send_error(send, queue_full())
+                return
+            relay = _Relay(self._app, scope, bytes(body), receive, send)
+            await relay.run()
+            if relay.full:
+                self._full.note(scope)
         finally:
             self._held_bytes -= len(body)
 
@@ -139,13 +153,37 @@ class StreamGuard:
         return True
 
 
+class _Full:
+    """Which clients were told lately that the server is full.
+
+    By the key that they sent, which the replica has found good: nobody is told so here who would be told 401 there.
+    """
+
+    def __init__(self) -> None:
+        self._until: dict[bytes, float] = {}
+
+    def note(self, scope: Scope) -> None:
+        """A replica has refused this request because it is full."""
+        if len(self._until) >= MAX_FULL_KEYS:
+            self._until.clear()
+        self._until[_authorization(scope)] = time.monotonic() + FULL_S
+
+    def now(self, scope: Scope) -> bool:
+        """Whether this request would be refused for the same reason."""
+        return scope.get("method") == "POST" and time.monotonic() < self._until.get(_authorization(scope), 0.0)
+
+
+def _authorization(scope: Scope) -> bytes:
+    return next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+
+
 class _Relay:
-    """One request, over as many replicas as it takes."""
+    """One request, over as many replicas as it takes. full: it was refused because the server is full."""
 
     def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._body = app, scope, body
         self._client_receive, self._client_send = receive, send
-        self._gone = False
+        self._gone = self.full = False
         self._stream: StreamProgress | None = None
         """Set once the client has the head of a stream."""
         self._identity: dict[bytes, bytes] = {}
@@ -204,7 +242,7 @@ class _Relay:
             await self._app(scope, receive, attempt.send)
         except Exception:  # whatever it was, the client must be told; the proxy's log has it
             logger.exception("a request failed in Ray Serve's proxy")
-        self._stream = attempt.stream
+        self._stream, self.full = attempt.stream, attempt.full
         if self._stream is not None and not attempt.complete:
             self._stream.repeat()
         return attempt
@@ -228,7 +266,7 @@ class _Attempt:
     def __init__(self, send: Send, stream: StreamProgress | None, identity: dict[bytes, bytes]) -> None:
         self._send_to_client = send
         self.stream = stream
-        self.complete = False
+        self.complete = self.full = False
         self.refusal: RequestError | None = None
         self._identity = identity
         self._resumed = stream is not None
@@ -247,6 +285,7 @@ class _Attempt:
     async def _begin(self, start: Message) -> None:
         headers = dict(start["headers"])
         kind, status = headers.get(b"content-type", b""), start["status"]
+        self.full = status == 429 and FULL_HEADER in headers
         self._start = start
         if status == 200 and kind.startswith(b"text/event-stream"):
             named = {name: headers[name] for name in (SEED_HEADER, COPILOT_HEADER) if name in headers}

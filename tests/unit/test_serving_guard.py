@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from tc_ray.serving import guard
+from tc_ray.serving.errors import queue_full
 from tc_ray.serving.guard import StreamGuard
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -302,6 +305,41 @@ def test_bodies_held_at_once_are_bounded() -> None:
     guard._held_bytes = 98
     assert sent_by(guard, whole)[0]["status"] == 200
     assert guard._held_bytes == 98
+
+
+def test_full_server_is_not_asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "FULL_S", 0.2)
+    said = json.dumps(queue_full().envelope()).encode()
+    full = answers(429, said, retry_after=b"1", x_tc_ray_full=b"1")
+    replicas = Replicas(full, answers(200, b"{}"), full, answers(429, said, retry_after=b"1"), answers(200, b"{}"))
+    both = StreamGuard(replicas)
+
+    def ask(key: bytes, method: str = "POST") -> tuple[int, bool]:
+        """Status, and whether a replica was asked."""
+        before, sent = len(replicas.asked), []
+        scope = {"type": "http", "method": method, "path": "/v1/score", "headers": [(b"authorization", key)]}
+        parts: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+        async def receive() -> Message:
+            return parts.pop(0)
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        asyncio.run(both(scope, receive, send))
+        if sent[0]["status"] == 429:
+            assert dict(sent[0]["headers"])[b"retry-after"] == b"1" and sent[1]["body"] == said
+        return sent[0]["status"], len(replicas.asked) > before
+
+    assert ask(b"Bearer a") == (429, True)
+    assert ask(b"Bearer a") == (429, False)
+    assert ask(b"Bearer b") == (200, True), "a key that no replica has found good is not told anything here"
+    time.sleep(0.25)
+    assert ask(b"Bearer a") == (429, True)
+    assert ask(b"Bearer a") == (429, False)
+    time.sleep(0.25)
+    assert ask(b"Bearer a") == (429, True), "a limit of its own, or one model of several"
+    assert ask(b"Bearer a") == (200, True)
 
 
 def test_nothing_is_sent_again_for_a_client_that_left() -> None:

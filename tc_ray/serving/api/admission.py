@@ -10,8 +10,11 @@ from collections import Counter
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tc_ray.serving.catalogue import Catalogue, queue_full
-from tc_ray.serving.errors import RequestError
+from tc_ray.serving.catalogue import Catalogue
+from tc_ray.serving.errors import RequestError, queue_full
+
+FULL_HEADER = "X-TC-Ray-Full"
+"""Of a refusal that any other request would get too: lets the stream guard refuse the next ones by itself."""
 
 
 class Admission:
@@ -29,8 +32,16 @@ class Admission:
             await self._app(scope, receive, send)
             return
         key = scope.setdefault("state", {}).get("key", b"")
-        refusal = self._refusal(key)
-        if refusal is not None:
+        if len(self._catalogue) and not self._catalogue.has_room():
+            await queue_full().answer(scope, receive, send, {FULL_HEADER: "1"})
+            return
+        if self._under_way[key] >= self._max_key_requests:
+            refusal = RequestError(
+                f"{self._max_key_requests} requests of this key are under way already; wait for one to end.",
+                status=429,
+                code="key_limit",
+                retry_after_s=1,
+            )
             await refusal.answer(scope, receive, send)
             return
         self._under_way[key] += 1
@@ -40,15 +51,3 @@ class Admission:
             self._under_way[key] -= 1
             if not self._under_way[key]:
                 del self._under_way[key]
-
-    def _refusal(self, key: bytes) -> RequestError | None:
-        if self._under_way[key] >= self._max_key_requests:
-            return RequestError(
-                f"{self._max_key_requests} requests of this key are under way already; wait for one to end.",
-                status=429,
-                code="key_limit",
-                retry_after_s=1,
-            )
-        if len(self._catalogue) and not self._catalogue.has_room():
-            return queue_full()
-        return None
