@@ -20,6 +20,9 @@ from tc_ray.serving.settings import ReplicaSettings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+SWITCH_S = 0.0005
+"""The interpreter's lock changes hands after so long, not after 5 ms: a request passes through the event loops a dozen times, and
+each time would wait that long for the engine's thread."""
 logger = logging.getLogger("tc_ray.serving")
 
 
@@ -35,6 +38,7 @@ class Replica:
 
         disable_progress_bar()  # Serve copies a replica's output to the user's terminal
         torch.set_num_threads(settings.threads or 1)
+        sys.setswitchinterval(SWITCH_S)
         turns = Turns()
         loaded: dict[LoadedRun, LoadedCopilot] = {}
         for model in settings.models:
