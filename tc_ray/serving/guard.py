@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -57,8 +58,10 @@ MAX_RESUMES = 3
 RESUME_WITHIN_S = 60.0
 """How long a stream waits for a replica with a free place."""
 MAX_WAIT_S = 5.0
-FULL_S = 0.25
+FULL_S = 0.1
 """How long a replica's word that it is full is repeated without asking again."""
+FORGET_FULL_S = 2.0
+"""When nothing was refused for so long, all is asked for as before."""
 MAX_FULL_KEYS = 1000
 
 logger = logging.getLogger("tc_ray.serving")
@@ -107,13 +110,14 @@ class StreamGuard:
         try:
             if not await self._taken(scope, receive, send, body):
                 return
-            if self._full.now(scope):
+            if self._full.refuses(scope):
                 await send_error(send, queue_full())
                 return
-            relay = _Relay(self._app, scope, bytes(body), receive, send)
-            await relay.run()
-            if relay.full:
-                self._full.note(scope)
+            answered = self._full.asking(scope)
+            try:
+                await _Relay(self._app, scope, bytes(body), receive, send, answered).run()
+            finally:
+                answered(False)
         finally:
             self._held_bytes -= len(body)
 
@@ -153,24 +157,62 @@ class StreamGuard:
         return True
 
 
+@dataclass
+class _Pressure:
+    """A client that was refused lately. until: nothing is asked for it before. window: so many of its requests may be waiting
+    for a replica's first word at once; asked: so many are."""
+
+    until: float = 0.0
+    window: int = 1
+    asked: int = 0
+
+
 class _Full:
     """Which clients were told lately that the server is full.
 
-    By the key that they sent, which the replica has found good: nobody is told so here who would be told 401 there.
+    A client is told so again for a moment; then one request is let through, and with each that is taken one more at once,
+    until a replica refuses again: a rush of clients does not become a rush upon the replicas whenever a place is free.
+    Clients are told apart by the key that they sent, which the replica has found good: nobody is told so here who would be told 401 there.
     """
 
     def __init__(self) -> None:
-        self._until: dict[bytes, float] = {}
+        self._pressures: dict[bytes, _Pressure] = {}
 
-    def note(self, scope: Scope) -> None:
-        """A replica has refused this request because it is full."""
-        if len(self._until) >= MAX_FULL_KEYS:
-            self._until.clear()
-        self._until[_authorization(scope)] = time.monotonic() + FULL_S
+    def refuses(self, scope: Scope) -> bool:
+        """Whether this request is not to be asked for."""
+        key = _authorization(scope)
+        pressure = self._pressures.get(key)
+        if pressure is None or scope.get("method") != "POST":
+            return False
+        now = time.monotonic()
+        if now > pressure.until + FORGET_FULL_S:
+            del self._pressures[key]
+            return False
+        return now < pressure.until or pressure.asked >= pressure.window
 
-    def now(self, scope: Scope) -> bool:
-        """Whether this request would be refused for the same reason."""
-        return scope.get("method") == "POST" and time.monotonic() < self._until.get(_authorization(scope), 0.0)
+    def asking(self, scope: Scope) -> Callable[[bool], None]:
+        """A request goes to a replica; call the result with whether it was refused as full, when that is known."""
+        key = _authorization(scope)
+        pressure = self._pressures.get(key) if scope.get("method") == "POST" else None
+        if pressure is not None:
+            pressure.asked += 1
+        known = False
+
+        def answered(full: bool) -> None:
+            nonlocal known
+            if known:
+                return
+            known = True
+            if pressure is not None:
+                pressure.asked -= 1
+                pressure.window += not full
+            if full:
+                if len(self._pressures) >= MAX_FULL_KEYS:
+                    self._pressures.clear()
+                again = self._pressures.setdefault(key, _Pressure())
+                again.until, again.window = time.monotonic() + FULL_S, 1
+
+        return answered
 
 
 def _authorization(scope: Scope) -> bytes:
@@ -178,12 +220,20 @@ def _authorization(scope: Scope) -> bytes:
 
 
 class _Relay:
-    """One request, over as many replicas as it takes. full: it was refused because the server is full."""
+    """One request, over as many replicas as it takes. answered: told, with the first word of a replica, whether it is full."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        scope: Scope,
+        body: bytes,
+        receive: Receive,
+        send: Send,
+        answered: Callable[[bool], None],
+    ) -> None:
         self._app, self._scope, self._body = app, scope, body
         self._client_receive, self._client_send = receive, send
-        self._gone = self.full = False
+        self._gone, self._answered = False, answered
         self._stream: StreamProgress | None = None
         """Set once the client has the head of a stream."""
         self._identity: dict[bytes, bytes] = {}
@@ -223,7 +273,7 @@ class _Relay:
         await self._client_send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _attempt(self) -> _Attempt:
-        attempt = _Attempt(self._client_send, self._stream, self._identity)
+        attempt = _Attempt(self._client_send, self._stream, self._identity, self._answered)
         handed_over = False
 
         async def receive() -> Message:
@@ -242,7 +292,7 @@ class _Relay:
             await self._app(scope, receive, attempt.send)
         except Exception:  # whatever it was, the client must be told; the proxy's log has it
             logger.exception("a request failed in Ray Serve's proxy")
-        self._stream, self.full = attempt.stream, attempt.full
+        self._stream = attempt.stream
         if self._stream is not None and not attempt.complete:
             self._stream.repeat()
         return attempt
@@ -263,12 +313,18 @@ class _Attempt:
     stream: the stream the client has begun to read, if it is one.
     """
 
-    def __init__(self, send: Send, stream: StreamProgress | None, identity: dict[bytes, bytes]) -> None:
+    def __init__(
+        self,
+        send: Send,
+        stream: StreamProgress | None,
+        identity: dict[bytes, bytes],
+        answered: Callable[[bool], None],
+    ) -> None:
         self._send_to_client = send
         self.stream = stream
-        self.complete = self.full = False
+        self.complete = False
         self.refusal: RequestError | None = None
-        self._identity = identity
+        self._identity, self._answered = identity, answered
         self._resumed = stream is not None
         self._start: Message | None = None
         """Head of a response that is held back until its body has come."""
@@ -285,7 +341,7 @@ class _Attempt:
     async def _begin(self, start: Message) -> None:
         headers = dict(start["headers"])
         kind, status = headers.get(b"content-type", b""), start["status"]
-        self.full = status == 429 and FULL_HEADER in headers
+        self._answered(status == 429 and FULL_HEADER in headers)
         self._start = start
         if status == 200 and kind.startswith(b"text/event-stream"):
             named = {name: headers[name] for name in (SEED_HEADER, COPILOT_HEADER) if name in headers}

@@ -310,14 +310,15 @@ def test_bodies_held_at_once_are_bounded() -> None:
 def test_full_server_is_not_asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "FULL_S", 0.2)
     said = json.dumps(queue_full().envelope()).encode()
-    full = answers(429, said, retry_after=b"1", x_tc_ray_full=b"1")
-    replicas = Replicas(full, answers(200, b"{}"), full, answers(429, said, retry_after=b"1"), answers(200, b"{}"))
+    full, good = answers(429, said, retry_after=b"1", x_tc_ray_full=b"1"), answers(200, b"{}")
+    replicas = Replicas(full, good, full, answers(429, said, retry_after=b"1"), good, good)
     both = StreamGuard(replicas)
 
-    def ask(key: bytes, method: str = "POST") -> tuple[int, bool]:
+    async def ask(key: bytes) -> tuple[int, bool]:
         """Status, and whether a replica was asked."""
-        before, sent = len(replicas.asked), []
-        scope = {"type": "http", "method": method, "path": "/v1/score", "headers": [(b"authorization", key)]}
+        before = len(replicas.asked)
+        sent: list[Message] = []
+        scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": [(b"authorization", key)]}
         parts: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
 
         async def receive() -> Message:
@@ -326,20 +327,57 @@ def test_full_server_is_not_asked_again_at_once(monkeypatch: pytest.MonkeyPatch)
         async def send(message: Message) -> None:
             sent.append(message)
 
-        asyncio.run(both(scope, receive, send))
+        await both(scope, receive, send)
         if sent[0]["status"] == 429:
             assert dict(sent[0]["headers"])[b"retry-after"] == b"1" and sent[1]["body"] == said
         return sent[0]["status"], len(replicas.asked) > before
 
-    assert ask(b"Bearer a") == (429, True)
-    assert ask(b"Bearer a") == (429, False)
-    assert ask(b"Bearer b") == (200, True), "a key that no replica has found good is not told anything here"
-    time.sleep(0.25)
-    assert ask(b"Bearer a") == (429, True)
-    assert ask(b"Bearer a") == (429, False)
-    time.sleep(0.25)
-    assert ask(b"Bearer a") == (429, True), "a limit of its own, or one model of several"
-    assert ask(b"Bearer a") == (200, True)
+    async def run() -> None:
+        assert await ask(b"Bearer a") == (429, True)
+        assert await ask(b"Bearer a") == (429, False)
+        assert await ask(b"Bearer b") == (200, True), "a key that no replica has found good is not told anything here"
+        await asyncio.sleep(0.25)
+        assert await ask(b"Bearer a") == (429, True)
+        assert await ask(b"Bearer a") == (429, False)
+        await asyncio.sleep(0.25)
+        assert await ask(b"Bearer a") == (429, True), "a limit of its own, or one model of several"
+        assert await ask(b"Bearer a") == (200, True)
+        monkeypatch.setattr(guard, "FORGET_FULL_S", 0.0)
+        assert await ask(b"Bearer a") == (200, True)
+        assert not both._full._pressures
+
+    asyncio.run(run())
+
+
+def test_free_places_are_asked_for_one_more_at_a_time() -> None:
+    full = guard._Full()
+    scope = {"type": "http", "method": "POST", "headers": []}
+    full.asking(scope)(True)
+    assert full.refuses(scope)
+    full._pressures[b""].until = time.monotonic()
+    asked: list[Any] = []
+
+    def let_through() -> int:
+        """So many at once."""
+        count = 0
+        while not full.refuses(scope):
+            asked.append(full.asking(scope))
+            count += 1
+        return count
+
+    assert let_through() == 1
+    for expected in (2, 4, 8):  # each that is taken lets one more be asked for
+        waiting, asked[:] = list(asked), []
+        for answered in waiting:
+            answered(False)
+            answered(False)
+        assert let_through() == expected
+    first, *others = asked
+    first(True)
+    assert full.refuses(scope)
+    for answered in others:
+        answered(False)
+    assert full._pressures[b""].asked == 0
 
 
 def test_nothing_is_sent_again_for_a_client_that_left() -> None:
