@@ -2,9 +2,9 @@
 
 Serve ends a response without a word when its replica dies. The guard sends the request again to another replica: a stream
 is repeated there with the same seed and goes on after the last chunk that its client has, an answer that had not begun is
-made anew. What cannot be saved ends in an error event or an error body. It also bounds bodies, removes headers that are not a client's business, gives
-Serve's own plain-text errors OpenAI's envelope, and, for a moment after a replica said that it is full, says so itself: under a
-rush of clients a refusal must not cost what an answer costs. Serve asks the emptier of two replicas, so the others are full too.
+made anew. What cannot be saved ends in an error event or an error body. It also bounds bodies, removes headers that are not
+a client's business, gives Serve's own plain-text errors OpenAI's envelope, and refuses by itself while the replicas are full
+(pressure.py).
 Invariant: a stream that has begun ends with `data: [DONE]` or an error event, unless the client has left.
 Serve's proxy finds it by `PROXY_CALLBACK_VARIABLE`; launch.py sets that.
 """
@@ -17,7 +17,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -25,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.serving.body_limit import BODY_TIMEOUT_S, body_late, body_too_large, refuse_body, stated_bytes
 from tc_ray.serving.errors import RequestError, queue_full
+from tc_ray.serving.pressure import FULL_HEADER, Passage, Pressure
 from tc_ray.serving.stream_progress import DivergedError, StreamProgress
 
 PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -39,8 +39,6 @@ RESUME_HEADER = b"x-tc-ray-resume"
 SEED_HEADER = b"x-tc-ray-seed"
 COPILOT_HEADER = b"x-tc-ray-copilot"
 """Of a response: the version of the Copilot that made it."""
-FULL_HEADER = b"x-tc-ray-full"
-"""Of a refusal that any other request would get too."""
 GUARD_HEADER = (b"x-tc-ray-guard", b"1")
 """Of every response that went through the guard: launch.py looks for it."""
 _NOT_FROM_CLIENTS = {
@@ -58,11 +56,6 @@ MAX_RESUMES = 3
 RESUME_WITHIN_S = 60.0
 """How long a stream waits for a replica with a free place."""
 MAX_WAIT_S = 5.0
-FULL_S = 0.1
-"""How long a replica's word that it is full is repeated without asking again."""
-FORGET_FULL_S = 2.0
-"""When nothing was refused for so long, all is asked for as before."""
-MAX_FULL_KEYS = 1000
 
 logger = logging.getLogger("tc_ray.serving")
 
@@ -95,7 +88,7 @@ class StreamGuard:
         self._app = app
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         self._max_held_bytes, self._held_bytes = max_held_bytes, 0
-        self._full = _Full()
+        self._pressure = Pressure()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -110,14 +103,14 @@ class StreamGuard:
         try:
             if not await self._taken(scope, receive, send, body):
                 return
-            if self._full.refuses(scope):
+            if self._pressure.refuses(scope):
                 await send_error(send, queue_full())
                 return
-            answered = self._full.asking(scope)
+            passage = self._pressure.passage(scope)
             try:
-                await _Relay(self._app, scope, bytes(body), receive, send, answered).run()
+                await _Relay(self._app, scope, bytes(body), receive, send, passage).run()
             finally:
-                answered(False)
+                passage.end()
         finally:
             self._held_bytes -= len(body)
 
@@ -157,70 +150,8 @@ class StreamGuard:
         return True
 
 
-@dataclass
-class _Pressure:
-    """A client that was refused lately. until: nothing is asked for it before. window: so many of its requests may be waiting
-    for a replica's first word at once; asked: so many are."""
-
-    until: float = 0.0
-    window: int = 1
-    asked: int = 0
-
-
-class _Full:
-    """Which clients were told lately that the server is full.
-
-    A client is told so again for a moment; then one request is let through, and with each that is taken one more at once,
-    until a replica refuses again: a rush of clients does not become a rush upon the replicas whenever a place is free.
-    Clients are told apart by the key that they sent, which the replica has found good: nobody is told so here who would be told 401 there.
-    """
-
-    def __init__(self) -> None:
-        self._pressures: dict[bytes, _Pressure] = {}
-
-    def refuses(self, scope: Scope) -> bool:
-        """Whether this request is not to be asked for."""
-        key = _authorization(scope)
-        pressure = self._pressures.get(key)
-        if pressure is None or scope.get("method") != "POST":
-            return False
-        now = time.monotonic()
-        if now > pressure.until + FORGET_FULL_S:
-            del self._pressures[key]
-            return False
-        return now < pressure.until or pressure.asked >= pressure.window
-
-    def asking(self, scope: Scope) -> Callable[[bool], None]:
-        """A request goes to a replica; call the result with whether it was refused as full, when that is known."""
-        key = _authorization(scope)
-        pressure = self._pressures.get(key) if scope.get("method") == "POST" else None
-        if pressure is not None:
-            pressure.asked += 1
-        known = False
-
-        def answered(full: bool) -> None:
-            nonlocal known
-            if known:
-                return
-            known = True
-            if pressure is not None:
-                pressure.asked -= 1
-                pressure.window += not full
-            if full:
-                if len(self._pressures) >= MAX_FULL_KEYS:
-                    self._pressures.clear()
-                again = self._pressures.setdefault(key, _Pressure())
-                again.until, again.window = time.monotonic() + FULL_S, 1
-
-        return answered
-
-
-def _authorization(scope: Scope) -> bytes:
-    return next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-
-
 class _Relay:
-    """One request, over as many replicas as it takes. answered: told, with the first word of a replica, whether it is full."""
+    """One request, over as many replicas as it takes."""
 
     def __init__(
         self,
@@ -229,11 +160,11 @@ class _Relay:
         body: bytes,
         receive: Receive,
         send: Send,
-        answered: Callable[[bool], None],
+        passage: Passage,
     ) -> None:
         self._app, self._scope, self._body = app, scope, body
         self._client_receive, self._client_send = receive, send
-        self._gone, self._answered = False, answered
+        self._gone, self._passage = False, passage
         self._stream: StreamProgress | None = None
         """Set once the client has the head of a stream."""
         self._identity: dict[bytes, bytes] = {}
@@ -273,7 +204,7 @@ class _Relay:
         await self._client_send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _attempt(self) -> _Attempt:
-        attempt = _Attempt(self._client_send, self._stream, self._identity, self._answered)
+        attempt = _Attempt(self._client_send, self._stream, self._identity, self._passage)
         handed_over = False
 
         async def receive() -> Message:
@@ -318,13 +249,13 @@ class _Attempt:
         send: Send,
         stream: StreamProgress | None,
         identity: dict[bytes, bytes],
-        answered: Callable[[bool], None],
+        passage: Passage,
     ) -> None:
         self._send_to_client = send
         self.stream = stream
         self.complete = False
         self.refusal: RequestError | None = None
-        self._identity, self._answered = identity, answered
+        self._identity, self._passage = identity, passage
         self._resumed = stream is not None
         self._start: Message | None = None
         """Head of a response that is held back until its body has come."""
@@ -341,7 +272,8 @@ class _Attempt:
     async def _begin(self, start: Message) -> None:
         headers = dict(start["headers"])
         kind, status = headers.get(b"content-type", b""), start["status"]
-        self._answered(status == 429 and FULL_HEADER in headers)
+        if status == 429 and FULL_HEADER in headers:
+            self._passage.full()
         self._start = start
         if status == 200 and kind.startswith(b"text/event-stream"):
             named = {name: headers[name] for name in (SEED_HEADER, COPILOT_HEADER) if name in headers}

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from tc_ray.serving import guard
-from tc_ray.serving.errors import queue_full
 from tc_ray.serving.guard import StreamGuard
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -305,79 +302,6 @@ def test_bodies_held_at_once_are_bounded() -> None:
     guard._held_bytes = 98
     assert sent_by(guard, whole)[0]["status"] == 200
     assert guard._held_bytes == 98
-
-
-def test_full_server_is_not_asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "FULL_S", 0.2)
-    said = json.dumps(queue_full().envelope()).encode()
-    full, good = answers(429, said, retry_after=b"1", x_tc_ray_full=b"1"), answers(200, b"{}")
-    replicas = Replicas(full, good, full, answers(429, said, retry_after=b"1"), good, good)
-    both = StreamGuard(replicas)
-
-    async def ask(key: bytes) -> tuple[int, bool]:
-        """Status, and whether a replica was asked."""
-        before = len(replicas.asked)
-        sent: list[Message] = []
-        scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": [(b"authorization", key)]}
-        parts: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
-
-        async def receive() -> Message:
-            return parts.pop(0)
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        await both(scope, receive, send)
-        if sent[0]["status"] == 429:
-            assert dict(sent[0]["headers"])[b"retry-after"] == b"1" and sent[1]["body"] == said
-        return sent[0]["status"], len(replicas.asked) > before
-
-    async def run() -> None:
-        assert await ask(b"Bearer a") == (429, True)
-        assert await ask(b"Bearer a") == (429, False)
-        assert await ask(b"Bearer b") == (200, True), "a key that no replica has found good is not told anything here"
-        await asyncio.sleep(0.25)
-        assert await ask(b"Bearer a") == (429, True)
-        assert await ask(b"Bearer a") == (429, False)
-        await asyncio.sleep(0.25)
-        assert await ask(b"Bearer a") == (429, True), "a limit of its own, or one model of several"
-        assert await ask(b"Bearer a") == (200, True)
-        monkeypatch.setattr(guard, "FORGET_FULL_S", 0.0)
-        assert await ask(b"Bearer a") == (200, True)
-        assert not both._full._pressures
-
-    asyncio.run(run())
-
-
-def test_free_places_are_asked_for_one_more_at_a_time() -> None:
-    full = guard._Full()
-    scope = {"type": "http", "method": "POST", "headers": []}
-    full.asking(scope)(True)
-    assert full.refuses(scope)
-    full._pressures[b""].until = time.monotonic()
-    asked: list[Any] = []
-
-    def let_through() -> int:
-        """So many at once."""
-        count = 0
-        while not full.refuses(scope):
-            asked.append(full.asking(scope))
-            count += 1
-        return count
-
-    assert let_through() == 1
-    for expected in (2, 4, 8):  # each that is taken lets one more be asked for
-        waiting, asked[:] = list(asked), []
-        for answered in waiting:
-            answered(False)
-            answered(False)
-        assert let_through() == expected
-    first, *others = asked
-    first(True)
-    assert full.refuses(scope)
-    for answered in others:
-        answered(False)
-    assert full._pressures[b""].asked == 0
 
 
 def test_nothing_is_sent_again_for_a_client_that_left() -> None:

@@ -1,0 +1,88 @@
+"""What a proxy knows of the room behind it, so that under a rush of clients a refusal does not cost what an answer costs.
+
+When a replica says that it is full, as many requests as are under way through this proxy just then are taken for all that
+there is room for: from then on one is let through when one has ended, and now and then one more, as a trial. A client is
+refused here only if a replica has refused its key as full before: nobody is told so here who would be told 401 there.
+Invariant: where nothing was refused for `FORGET_S`, everything is let through. Used by the stream guard, in one event loop.
+"""
+
+from __future__ import annotations
+
+import time
+
+from starlette.types import Scope
+
+FULL_HEADER = b"x-tc-ray-full"
+"""Of a refusal that any other request would get too."""
+FORGET_S = 2.0
+TRIAL_S = 0.5
+"""Between trials; each that succeeds makes the next one twice as large."""
+MAX_TRIAL = 64
+MAX_KEYS = 1000
+
+
+class Passage:
+    """A request on its way to the replicas."""
+
+    def __init__(self, pressure: Pressure, key: bytes, counts: bool) -> None:
+        self._pressure, self._key, self._counts = pressure, key, counts
+        pressure.under_way += counts
+
+    def full(self) -> None:
+        """It was refused because the server is full."""
+        if self._counts:
+            self.end()
+            self._pressure.note_full(self._key)
+
+    def end(self) -> None:
+        """It has been answered, or given up. A second call does nothing."""
+        self._pressure.under_way -= self._counts
+        self._counts = False
+
+
+class Pressure:
+    """One proxy's."""
+
+    def __init__(self) -> None:
+        self.under_way = 0
+        """Requests for work that are with replicas."""
+        self._room: int | None = None
+        """None: nothing was refused lately."""
+        self._told: set[bytes] = set()
+        self._refused_s = self._trial_s = 0.0
+        self._trial = 1
+
+    def refuses(self, scope: Scope) -> bool:
+        """Whether a request is to be refused without asking a replica."""
+        if self._room is None or scope.get("method") != "POST":
+            return False
+        now = time.monotonic()
+        if now > self._refused_s + FORGET_S:
+            self._room = None
+            self._told.clear()
+            return False
+        if self.under_way < self._room or _key(scope) not in self._told:
+            return False
+        if now >= self._trial_s:
+            self._room = self.under_way + self._trial
+            self._trial, self._trial_s = min(2 * self._trial, MAX_TRIAL), now + TRIAL_S
+            return False
+        self._refused_s = now
+        return True
+
+    def passage(self, scope: Scope) -> Passage:
+        """For a request that goes to the replicas now."""
+        return Passage(self, _key(scope), scope.get("method") == "POST")
+
+    def note_full(self, key: bytes) -> None:
+        """A replica refused a request with this key, which is no longer counted, because it is full."""
+        if len(self._told) >= MAX_KEYS:
+            self._told.clear()
+        self._told.add(key)
+        self._room, self._trial = self.under_way, 1
+        self._refused_s = time.monotonic()
+        self._trial_s = self._refused_s + TRIAL_S
+
+
+def _key(scope: Scope) -> bytes:
+    return next((value for name, value in scope["headers"] if name == b"authorization"), b"")
