@@ -1,0 +1,155 @@
+"""The engine when things go wrong: deadlines, failed prompts and steps, a broken Copilot, its end, its death."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tc_ray.models.fusion import FusedModel
+from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, Turns
+from tc_ray.serving.errors import RequestError
+from tests.serving_samples import Collector, make_export
+from tests.unit.test_serving_engine import LIMITS, offline
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="module")
+def model(export: Path) -> FusedModel:
+    return FusedModel.from_pretrained(export)
+
+
+@pytest.fixture
+def engine(model: FusedModel, export: Path) -> Iterator[Engine]:
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def prompt(export: Path) -> tuple[int, ...]:
+    return tuple(AutoTokenizer.from_pretrained(export / "pilot")("Tom has 3 apples")["input_ids"])
+
+
+def test_deadline(engine: Engine, prompt: tuple[int, ...]) -> None:
+    collector = Collector(engine, GenerationRequest(prompt, 3000, deadline_s=time.monotonic() + 0.3))
+    pieces, end = collector.all()
+    assert pieces
+    assert end == Failed("The request was not done by its deadline.", "deadline_exceeded", 504)
+    assert Collector(engine, ScoreRequest(prompt, 1, deadline_s=time.monotonic() - 1)).all()[1] == end
+
+
+def test_failed_prompt_says_so_and_others_go_on(engine: Engine, prompt: tuple[int, ...]) -> None:
+    beside = Collector(engine, GenerationRequest(prompt, 200))
+    beside.next()
+    pieces, end = Collector(engine, GenerationRequest((10**6,), 4)).all()
+    assert (pieces, end) == ([], Failed("Generation failed in the server (IndexError)."))
+    assert isinstance(beside.all()[1], Finished)
+
+
+def test_failed_step_ends_those_in_it_and_the_next_begin_anew(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
+    steps: list[int] = []
+
+    def break_once(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            raise RuntimeError("out of memory")
+
+    handle = model.pilot.register_forward_pre_hook(break_once)
+    try:
+        collectors = [Collector(engine, GenerationRequest(prompt, 3000)) for _ in range(2)]
+        for collector in collectors:
+            assert collector.all()[1] == Failed("Generation failed in the server (RuntimeError).")
+        assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Finished)
+        assert engine.unhealthy() is None
+    finally:
+        handle.remove()
+        engine.close()
+
+
+def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
+    engine: Engine, model: FusedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.unhealthy() is None
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("broken")
+
+    def idle() -> bool:
+        """One that is busy is not tried."""
+        until = time.monotonic() + 10
+        while (busy := engine._busy()) and time.monotonic() < until:
+            time.sleep(0.005)
+        return not busy
+
+    for name in ("step", "question_memory"):
+        with monkeypatch.context() as patch:
+            assert idle()
+            patch.setattr(engine._batch if name == "step" else model.copilot, name, broken)
+            assert engine.unhealthy() == "Generation failed in the server (RuntimeError)."
+        assert idle() and engine.unhealthy() is None
+
+
+def test_close_lets_go_on_for_a_while_then_fails_the_rest(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, max_running=1))
+    short, long, waiting = (Collector(engine, GenerationRequest(prompt, count)) for count in (20, 3000, 5))
+    closing = threading.Thread(target=engine.close, args=(1.0,))
+    short.next()
+    closing.start()
+    assert isinstance(short.all()[1], Finished)
+    with pytest.raises(RequestError) as refused:
+        Collector(engine, GenerationRequest(prompt, 4))
+    assert (refused.value.status, refused.value.code) == (503, "shutting_down")
+    closing.join()
+    shut = Failed("The server is shutting down.", "shutting_down", 503)
+    assert long.all()[1] == shut
+    assert waiting.all()[1] == shut
+    assert engine.unhealthy() == "the engine has stopped"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_dead_engine_is_told(export: Path, prompt: tuple[int, ...]) -> None:
+    def deadly(*_: object) -> None:
+        raise KeyboardInterrupt  # no Exception: ends the thread
+
+    dying = FusedModel.from_pretrained(export)
+    engine = Engine(dying, AutoTokenizer.from_pretrained(export / "pilot"))
+    assert engine.unhealthy() is None
+    dying.pilot.register_forward_pre_hook(deadly)
+    assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Failed)
+    engine.close()
+    assert engine.unhealthy() == "the engine has stopped"
+    with pytest.raises(RequestError) as refused:
+        Collector(engine, GenerationRequest(prompt, 4))
+    assert refused.value.status == 503
+
+
+def test_two_engines_of_one_pilot_take_turns(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
+    """As while a newer Copilot takes over: both tap the same Pilot."""
+    other = FusedModel.join(model.pilot, FusedModel.from_pretrained(export).copilot, lam=2.0)
+    turn, tokenizers = Turns(), [AutoTokenizer.from_pretrained(export / "pilot") for _ in range(2)]
+    engines = [Engine(one, own, LIMITS, turn=turn) for one, own in zip((model, other), tokenizers, strict=True)]
+    try:
+        collectors = [Collector(engine, GenerationRequest(prompt, 40)) for engine in engines * 3]
+        for collector in collectors:
+            collector.all()
+        for number, collector in enumerate(collectors):
+            expected = offline(model, prompt, max_new_tokens=40, do_sample=False, lam=(0.5, 2.0)[number % 2])
+            assert [token.id for token in collector.tokens] == expected
+    finally:
+        for engine in engines:
+            engine.close()
