@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, Turns
+from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, ScoreRequest, Turns
 from tc_ray.serving.errors import RequestError
 from tests.serving_samples import Collector, make_export
 from tests.unit.test_serving_engine import LIMITS, offline
