@@ -123,13 +123,15 @@ def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, ma
     from tc_ray.serving.catalogue import Catalogue, ServedModel
     from tc_ray.serving.engine import Engine
     from tc_ray.serving.prompt import PromptEncoder
-    from tc_ray.serving.settings import Limits, ModelSettings, ReplicaSettings
+    from tc_ray.serving.settings import EngineLimits, Limits, ModelSettings, ReplicaSettings
 
     torch.set_num_threads(1)
     model = FusedModel.from_pretrained(export)
     tokenizer = [AutoTokenizer.from_pretrained(export / "pilot") for _ in range(2)]
     encoder = PromptEncoder(tokenizer[0], model.config.vocab_size)
-    served = ServedModel("demo", Engine(model, tokenizer[1]), encoder, model.default_lam)
+    # kept prompts may fill what they are given, 256 MiB by default: here, where memory is watched, little
+    engine = Engine(model, tokenizer[1], EngineLimits(prefix_bytes=2**22))
+    served = ServedModel("demo", engine, encoder, model.default_lam)
     settings = ReplicaSettings(
         models=(ModelSettings("demo", str(export)),),
         key_digests=(digest(key),) if key else (),
