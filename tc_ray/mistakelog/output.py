@@ -1,7 +1,8 @@
 """What a data file is written into: bytes on their way to a disk or an object store, counted and hashed.
 
 Hashing and syncing run in threads beside the writing. Locally Arrow writes to the file itself, without a detour through
-Python, and hashing reads along in the page cache through a memory map. Into an object store every block passes through Python anyway. Used by `ParquetPart` only.
+Python, and hashing reads along in the page cache through a memory map. Into an object store every block passes through
+Python anyway. Used by `ParquetPart` only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tc_ray.mistakelog.location import Location
 
 _WAITING_BLOCKS = 64
 _WORTH_READING = 1 << 20
+"""Bytes of a row group that is still being written, from which on hashing goes on at once."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import time
 from starlette.types import Scope
 
 FULL_HEADER = b"x-tc-ray-full"
-"""Of a refusal that any other request would get too."""
+"""Of a replica's refusal that any other request would get too: no model has a free place."""
 FORGET_S = 2.0
 TRIAL_S = 0.5
 """Between trials; each that succeeds makes the next one twice as large."""

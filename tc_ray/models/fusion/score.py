@@ -114,8 +114,8 @@ def teacher_forced_rows(
     Args:
         corrections: run the Copilot also where every lam is 0. layers: give the Pilot's layers too.
         rows_at_a_time: tokens given together at most; default: as many as memory is meant for.
-        positions_at_a_time: compute the Pilot's pass in parts of so many, with its cache (decoder-only, without `layers`),
-            and give rows of no token after each, so that the caller can do something else; default: in one pass.
+        positions_at_a_time: compute the Pilot's pass in parts of so many, with its cache (decoder-only, no padding, no
+            `layers`), and give rows of no token after each, so that the caller can do something else; default: in one pass.
     """
     if given.ids.shape[1] <= given.start:
         return

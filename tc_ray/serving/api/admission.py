@@ -12,9 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tc_ray.serving.catalogue import Catalogue
 from tc_ray.serving.errors import RequestError, queue_full
-
-FULL_HEADER = "X-TC-Ray-Full"
-"""Of a refusal that any other request would get too: lets the stream guard refuse the next ones by itself."""
+from tc_ray.serving.pressure import FULL_HEADER
 
 
 class Admission:
@@ -33,7 +31,7 @@ class Admission:
             return
         key = scope.setdefault("state", {}).get("key", b"")
         if len(self._catalogue) and not self._catalogue.has_room():
-            await queue_full().answer(scope, receive, send, {FULL_HEADER: "1"})
+            await queue_full().answer(scope, receive, send, {FULL_HEADER.decode(): "1"})
             return
         if self._under_way[key] >= self._max_key_requests:
             refusal = RequestError(
