@@ -2,8 +2,9 @@
 
 Invariant: every accepted request ends with exactly one last event unless it was cancelled, and what is cancelled stops
 before the next token; the caches never pass `limits.cache_bytes` (but while one is moved to a larger block, of which both are
-there for a moment): a sequence is admitted when it fits to its last token, in the order of arrival. An error in the batch fails those in it and no others. The app knows `submit`, `unhealthy`, `load` and
-`close`; everything about models stands in `FusedBatch`.
+there for a moment): a sequence is admitted when it fits to its last token, in the order of arrival. An error in the batch fails
+those in it and no others. The app knows `submit`, `unhealthy`, `load` and `close`; everything about models stands in
+`FusedBatch`.
 """
 
 from __future__ import annotations
