@@ -58,7 +58,7 @@ class Maintenance:
 
     def __init__(self, store: LogStore, upkeep: Upkeep, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._upkeep, self._clock = store, upkeep, clock
-        self._vacuum_due = self._clock()
+        self._vacuum_due = self._staged_due = self._clock()
         self._disk: Vacuum | None = None
         self._said: dict[str, float] = {}
         self._bad: set[str] = set()
@@ -91,12 +91,16 @@ class Maintenance:
         if self._clock() < self._vacuum_due:
             return
         limits = self._upkeep
+        staged = self._clock() >= self._staged_due
         done.vacuum = self._disk = clean(
             self._store,
             orphan_seconds=limits.orphan_seconds,
             grace_seconds=limits.grace_seconds,
             live_attempt=attempt,
+            staged=staged,
         )
+        if staged:  # none is old enough sooner, and the list of commits grows as long as the run
+            self._staged_due = self._clock() + limits.orphan_seconds
         shortest, longest = _VACUUM_SECONDS
         self._vacuum_due = self._clock() + min(max(limits.grace_seconds / 4, shortest), longest)
         if done.vacuum.removed:

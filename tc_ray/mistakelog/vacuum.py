@@ -108,6 +108,7 @@ def clean(
     orphan_seconds: float,
     grace_seconds: float,
     live_attempt: int | None,
+    staged: bool = True,
     dry_run: bool = False,
 ) -> Vacuum:
     """One vacuum; the caller holds the run's lease, so that `store` stands at the newest version.
@@ -116,11 +117,12 @@ def clean(
         orphan_seconds: age, since their last change, at which files that were never committed are removed.
         grace_seconds: how long files that left the table stay.
         live_attempt: of the run at work: its uncommitted files stay; None: no run is.
+        staged: look for commits that a crash left half made, too: lists the transaction log, whose files stay for good.
         dry_run: remove nothing.
     """
     place = store.location
     entries = place.list(recursive=False)
-    aside = place.list("_tc_ray", recursive=True) + place.list(LOG_FOLDER, recursive=False)
+    aside = place.list("_tc_ray", recursive=True) + (place.list(LOG_FOLDER, recursive=False) if staged else [])
     now, disk_now = time.time(), _disk_time(place, dry_run)
     needed = {file.name for file in store.files()}
     result = Vacuum(str(place), dry_run)

@@ -198,6 +198,23 @@ def test_upkeep_merges_retires_and_removes(tmp_path: Path) -> None:
     assert len(MistakeLog(tmp_path).records()) == 16 * ROWS
 
 
+def test_upkeep_lists_the_commits_now_and_then_only(tmp_path: Path) -> None:
+    """They stay as long as the table does, so that the list grows without end."""
+    written(tmp_path)
+    now = [0.0]
+    keeper = Maintenance(LogStore(tmp_path), upkeep(compact=False), clock=lambda: now[0])
+    staged = tmp_path / "_delta_log/00000000000000000099.json#1"
+    seen = []
+    for seconds in (0, 61, HOUR + 1, 61):
+        staged.write_bytes(b"")
+        age(staged, 2 * HOUR)
+        now[0] += seconds
+        done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=8, copilot_round=8, attempt=1)
+        assert done.vacuum is not None
+        seen.append(not staged.exists())
+    assert seen == [True, False, True, False]
+
+
 def test_upkeep_says_once_why_a_limit_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     written(tmp_path)
     now = [0.0]
