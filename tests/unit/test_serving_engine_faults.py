@@ -12,7 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
+from tc_ray.models.fusion.batch import FusedBatch
 from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, ScoreRequest, Turns
+from tc_ray.serving.engine.engine import FAILURES
 from tc_ray.serving.errors import RequestError
 from tests.serving_samples import Collector, make_export
 from tests.unit.test_serving_engine import LIMITS, offline
@@ -100,6 +102,36 @@ def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
             patch.setattr(engine._batch if name == "step" else model.copilot, name, broken)
             assert engine.unhealthy() == "Generation failed in the server (RuntimeError)."
         assert idle() and engine.unhealthy() is None
+
+
+def test_an_engine_that_fails_time_after_time_is_unhealthy_though_requests_keep_coming(
+    engine: Engine, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompts are computed, which is progress, and it is never idle."""
+    go_on = threading.Event()
+
+    def broken(*_: object) -> None:
+        go_on.wait(10)
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedBatch, "step", broken)
+        for failures in range(FAILURES):
+            waiting = Collector(engine, GenerationRequest(prompt, 4))
+            waiting.next()
+            assert engine.unhealthy() is None, failures
+            go_on.set()
+            assert isinstance(waiting.all()[1], Failed)
+            go_on.clear()
+        waiting = Collector(engine, GenerationRequest(prompt, 4))
+        waiting.next()
+        assert engine.unhealthy() == f"the engine failed {FAILURES} times, and no request was done in between"
+        go_on.set()
+        waiting.all()
+    assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Finished)
+    beside = Collector(engine, GenerationRequest(prompt, 3000))
+    beside.next()
+    assert engine.unhealthy() is None
 
 
 def test_close_lets_go_on_for_a_while_then_fails_the_rest(

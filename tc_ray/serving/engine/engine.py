@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 STALL_S = 120.0
 """Work under way without any progress for so long counts as unhealthy."""
+FAILURES = 5
+"""Errors one after the other, and no request done between them, count too: while new ones come, their prompts are progress."""
 PROBE_S = 30.0
 """An idle engine must generate its two tokens within this."""
 _NICENESS = 4
@@ -67,6 +69,8 @@ class Engine:
         self._closing = self._ended = False
         self._totals = Load(0, 0, 0, self.limits.cache_bytes)
         self._last_progress_s = time.monotonic()
+        self._failures = 0
+        """Since the last request that was done."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="tc-ray-engine", daemon=True)
         self._thread.start()
@@ -116,11 +120,13 @@ class Engine:
         """What is wrong, None when all is well.
 
         An idle engine is made to generate two tokens with the Copilot, one from the prompt and one in the batch, so this may
-        take a while; a busy one must have computed something lately.
+        take a while; a busy one must have computed something lately, and must not have failed time after time.
         """
         if self._ended or not self._thread.is_alive():
             return "the engine has stopped"
         if self._busy():
+            if self._failures >= FAILURES:
+                return f"the engine failed {self._failures} times, and no request was done in between"
             still_s = time.monotonic() - self._last_progress_s
             return f"the engine has given no token for {still_s:.0f} s" if still_s > STALL_S else None
         events: queue.Queue[Event] = queue.Queue()
@@ -285,7 +291,7 @@ class Engine:
                 self._count(prompt_tokens=computed)
                 stays = not prefill.done or self._join(sequence, prefill)
             except Exception as error:  # noqa: BLE001 - logged, and told to the client
-                _fail(sequence.ticket, error)
+                self._fail(error, [sequence.ticket])
             if not stays:
                 self._joining.popleft()
 
@@ -303,6 +309,7 @@ class Engine:
         chosen = int(fused.argmax()) if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
         self._count(generated_tokens=1)
         if sequence.say(chosen, pilot, fused):
+            self._failures = 0
             return False
         try:
             self._batch.reserve([other.room for other in (*self._running, sequence)], self.limits.cache_bytes)
@@ -331,14 +338,20 @@ class Engine:
             return
         self._count(generated_tokens=len(self._running), steps=1)
         for row in reversed(ended):
+            self._failures = 0
             self._leave(row)
 
     def _begin_anew(self, error: Exception) -> None:
         """The caches may be half written: everything in the batch ends here, and the next requests get a new one."""
         failed, self._running = self._running, []
         self._batch = FusedBatch(self._model)
-        for sequence in failed:
-            _fail(sequence.ticket, error)
+        self._fail(error, [sequence.ticket for sequence in failed])
+
+    def _fail(self, error: Exception, tickets: list[Ticket]) -> None:
+        logger.error("generation failed", exc_info=error)
+        self._failures += 1
+        for ticket in tickets:
+            ticket.send(Failed(f"Generation failed in the server ({type(error).__name__})."))
 
     def _leave(self, row: int) -> None:
         self._batch.leave(row)
@@ -352,10 +365,11 @@ class Engine:
                 found = next(work)
         except Exception as error:  # noqa: BLE001 - as above
             self._scoring.popleft()
-            _fail(ticket, error)
+            self._fail(error, [ticket])
             return
         self._progress()
         if found is not None:  # till then the next ones hold nothing: one text's states are in memory at a time
+            self._failures = 0
             self._scoring.popleft()
             ticket.send(found)
 
@@ -370,11 +384,6 @@ def _over(ticket: Ticket, now_s: float) -> bool:
     ticket.send(Failed("The request was not done by its deadline.", "deadline_exceeded", 504))
     ticket.cancel()
     return True
-
-
-def _fail(ticket: Ticket, error: Exception) -> None:
-    logger.error("generation failed", exc_info=error)
-    ticket.send(Failed(f"Generation failed in the server ({type(error).__name__})."))
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
