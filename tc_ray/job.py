@@ -8,6 +8,7 @@ done and goes on from the last checkpoints. Called by the command line and by jo
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tc_ray.mistakelog.store import is_table
 from tc_ray.session import ray_session
 
 LOG_POLL_SECONDS = 1.0
+TEND_SECONDS = 5.0
 ERROR_SIZE_ROUNDS = 16
 """Rounds at the end of the log whose mean squared error is set beside that of held-out data."""
 FREE_TO_CHANGE = (
@@ -313,10 +315,14 @@ class _Job:
         return mlflow_command(resolve_uri(self.config))
 
     def _watch_log(self) -> None:
-        """Once a second, tell the tracker how far the log and the Copilot are."""
+        """Once a second, tell the tracker how far the log and the Copilot are; now and then, have the Ledger free space."""
         import ray
 
+        tended = time.monotonic()
         while self.ledger is not None and not self.stop_watching.wait(LOG_POLL_SECONDS):
+            if time.monotonic() > tended + TEND_SECONDS:
+                self.ledger.tend.remote()
+                tended = time.monotonic()
             state = ray.get(self.ledger.state.remote())
             self.tracker.log.remote(
                 {

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from tc_ray.inspection.source import LogPlace
+    from tc_ray.mistakelog.reader import MistakeLog
 
 EXIT_FINDINGS = 1
 
@@ -58,6 +59,7 @@ def stats(
         typer.echo(json.dumps(found.to_dict(texts, top), indent=1))
     else:
         print_view(stats_view(found, texts, size(found.bytes), top))
+    _refuse_damage(opened)
 
 
 @log.command("show")
@@ -97,6 +99,7 @@ def show(
 
         html.write_text(sample_page(opened.metadata, samples, texts), encoding="utf-8")
         typer.echo(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
+        _refuse_damage(opened)
         return
     print_view(legend())
     for sights in samples.values():
@@ -104,6 +107,7 @@ def show(
         print_view(sample_view(sights, texts))
     if not texts.known:
         typer.echo(f"\n{texts.note}")
+    _refuse_damage(opened)
 
 
 @log.command("report")
@@ -124,13 +128,19 @@ def report(
     texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
     write_report(opened, texts, out, parse_rounds(rounds))
     typer.echo(f"{out}: {size(out.stat().st_size)}, {texts.note}")
+    _refuse_damage(opened)
 
 
 @log.command("export")
 def export(
     source: Log,
     out: Annotated[Path, typer.Option("--out", help="Folder, or a .parquet or .jsonl file; must not exist.")],
-    format: Annotated[str, typer.Option("--format", help="parquet: rows as they are; jsonl: readable.")] = "parquet",
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="parquet: rows as they are; jsonl: readable. Default: as the name in --out ends."
+        ),
+    ] = None,
     rounds: Rounds = None,
     columns: Annotated[
         str | None,
@@ -141,12 +151,18 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Copy rows out of the log, as Parquet files or as JSON lines."""
-    from tc_ray.inspection.export import export_jsonl, export_parquet
+    from tc_ray.inspection.export import JSON_SUFFIXES, export_jsonl, export_parquet
     from tc_ray.inspection.tokens import find_tokenizer
     from tc_ray.tracking.progress import size
 
+    named = {".parquet": "parquet", **dict.fromkeys(JSON_SUFFIXES, "jsonl")}.get(out.suffix)
+    format = format or named or "parquet"
     if format not in ("parquet", "jsonl"):
         raise ValueError(f"--format {format!r}: expected parquet or jsonl")
+    if named is not None and named != format:
+        raise ValueError(f"--format {format} --out {out}: a file of that name would be taken for {named}")
+    if tokenizer is not None and format == "parquet":
+        raise ValueError("--tokenizer is for jsonl: a Parquet export holds token ids and no texts")
     place = _place(source, storage)
     opened = place.open()
     chosen = [name.strip() for name in columns.split(",")] if columns else None
@@ -188,10 +204,13 @@ def compact(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Merge the small files of a log that no run is writing to."""
+    """Merge the small files of a log that no run is writing to. Exit code 1: some are damaged, and were left as they are."""
     from tc_ray.mistakelog.compaction import compact_log
 
-    _tell(compact_log(_location(_place(source, storage)), target_bytes=target_bytes), as_json)
+    result = compact_log(_location(_place(source, storage)), target_bytes=target_bytes)
+    _tell(result, as_json)
+    if not result.good:
+        raise typer.Exit(EXIT_FINDINGS)
 
 
 @log.command("vacuum")
@@ -243,6 +262,17 @@ def _location(place: LogPlace) -> Any:
     from tc_ray.mistakelog.location import Location
 
     return Location(place.uri, place.options or None)
+
+
+def _refuse_damage(opened: MistakeLog) -> None:
+    """What was shown lacks rows: a script must not take it for all there is."""
+    if opened.bad_files:
+        typer.echo(
+            f"{len(opened.bad_files)} damaged files were passed over, their rows are missing above: "
+            "`tc-ray log verify` names what is wrong with them",
+            err=True,
+        )
+        raise typer.Exit(EXIT_FINDINGS)
 
 
 def _tell(result: Any, as_json: bool) -> None:

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner, StepResult
 from tc_ray.data.train_table import TrainTable
 from tc_ray.mistakelog.datafile import BadFileError
+from tc_ray.mistakelog.outage import patiently
 from tc_ray.mistakelog.reader import LogTail
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
@@ -86,13 +88,15 @@ class CopilotWorker:
         self._report(at, None)
         if at.step and not self.rank:
             self.job.tracker.event.remote("resume", f"Copilot goes on after step {at.step}")
-        tail = LogTail(self.config.log_location, storage_options=self.config.log.storage_options)
+        place, who = self.config.log_location, f"Copilot {self.rank}"
+        tail = patiently(lambda: LogTail(place, storage_options=self.config.log.storage_options), who)
         buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
         seen_version = -1
         while at.step < self.job.total_steps:
             version, committed, _ = self._log_position()
             if version > seen_version:
-                update = tail.poll(version, min_round=self._first_round(committed))
+                poll = partial(tail.poll, version, min_round=self._first_round(committed))
+                update = patiently(poll, who)
                 for name in update.removed:
                     buffer.remove(name)
                 for name, records in update.new:

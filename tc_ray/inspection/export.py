@@ -44,6 +44,7 @@ FIELDS = (
 """Fields of a JSON line. tokens: one object a target token (id, text, p, error, loss, correct, and `instead`: the likeliest
 others with id, text, p). states: [positions][layers][dim] numbers, the first of position `states_first`; with --states."""
 OTHERS = 3
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _STATES = ("states", "states_first")
 _ROWS = 512
 
@@ -130,7 +131,7 @@ def export_jsonl(
     fields = [name for name in FIELDS if (columns is None or name in columns) and (states or name not in _STATES)]
     # tables() gives COLUMNS only of ROW_SCHEMA: states need their own column
     read = [*COLUMNS, "rationale"] if set(fields) & set(_STATES) else COLUMNS
-    folder = out.suffix not in (".jsonl", ".json", ".ndjson")
+    folder = out.suffix not in JSON_SUFFIXES
     temporary = _beside(out)
     try:
         if folder:

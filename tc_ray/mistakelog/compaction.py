@@ -12,15 +12,15 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltalake.exceptions import DeltaError
 
-from tc_ray.mistakelog.datafile import Compression, DataFile, ParquetPart
+from tc_ray.mistakelog.datafile import BadFileError, Compression, DataFile, ParquetPart, compression_of
 from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
 from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.store import LogStore, StoredFile
+from tc_ray.mistakelog.store import CommitConflictError, LogStore, StoredFile
 
 _FEWEST_FILES = 8
 _MERGED = -1
@@ -72,10 +72,13 @@ def merge_plan(
     return groups
 
 
-def write_merged(store: LogStore, group: Sequence[StoredFile], compression: Compression = "none") -> DataFile:
+def write_merged(store: LogStore, group: Sequence[StoredFile], compression: Compression | None = "none") -> DataFile:
     """Write the rows of a group, in its order, to one new file; commit it with the group as `remove`.
 
     In memory is one file of the group at a time, and a row group.
+
+    Args:
+        compression: None: as the first file of the group has it.
 
     Raises:
         BadFileError: a file of the group is not what was committed; nothing was written.
@@ -83,13 +86,19 @@ def write_merged(store: LogStore, group: Sequence[StoredFile], compression: Comp
     """
     first, last = min(file.round_min for file in group), max(file.round_max for file in group)
     name = f"rounds-{first:08d}-{last:08d}-merged-{uuid.uuid4().hex[:12]}.parquet"
-    part = ParquetPart(store.location, name, compression, store.metadata.to_configuration())
+    part: ParquetPart | None = None
     try:
         for file in group:
-            part.write(store.read(file))
+            rows = store.read(file)
+            if part is None:
+                codec = compression or compression_of(store.location, file.name)
+                part = ParquetPart(store.location, name, codec, store.metadata.to_configuration())
+            part.write(rows)
+        assert part is not None, "a group has files"
         done = part.finish()
     except BaseException:
-        part.abort()
+        if part is not None:
+            part.abort()
         raise
     rank, attempt = min(file.rank for file in group), min(file.attempt for file in group)
     return DataFile(
@@ -102,13 +111,14 @@ def merge(
     group: Sequence[StoredFile],
     *,
     numbers: Mapping[str, int],
-    compression: Compression = "none",
+    compression: Compression | None = "none",
     note: Mapping[str, object] | None = None,
 ) -> DataFile:
     """Replace a group by one file of the same rows.
 
     Args:
         numbers: as for `LogStore.commit`: those that show a second committer.
+        compression: as for `write_merged`.
 
     Raises:
         BadFileError, OSError: see `write_merged`.
@@ -120,14 +130,20 @@ def merge(
         store.commit(
             add=[merged], remove=group, numbers=numbers, note={"kind": "merge", **(note or {})}, data_change=False
         )
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError, DeltaError):
-            # an error does not say that the commit was not made: only a file that is in no version may go. Looked up
-            # beside `store`, which must stay at the version its owner knows: that is what shows a second committer
-            if merged.name not in {file.name for file in LogStore(store.location).files()}:
+            # an error does not say that the commit was not made: only a file that is in no version may go, and not from an
+            # object store that the commit may still reach (vacuum will see). Looked up beside `store`, which must stay at
+            # the version its owner knows: that is what shows a second committer
+            decided = isinstance(error, CommitConflictError) or not _may_arrive_late(store.location)
+            if decided and merged.name not in {file.name for file in LogStore(store.location).files()}:
                 store.location.delete(merged.name)
         raise
     return merged
+
+
+def _may_arrive_late(location: Location) -> bool:
+    return location.local is None
 
 
 @dataclass(frozen=True)
@@ -138,12 +154,25 @@ class Compaction:
     files_before: int
     files_after: int
     bytes_merged: int
+    bad: list[BadFileError] = field(default_factory=list)
+    """Damaged files, left as they are."""
+
+    @property
+    def good(self) -> bool:
+        """No damage was met."""
+        return not self.bad
 
     def lines(self) -> list[str]:
         """For a terminal."""
+        told = [f"BAD {error.name}: {error.reason}" for error in self.bad]
+        if self.bad:
+            told.append(
+                "damaged files were left as they are: `tc-ray log verify --quarantine` takes them out of the log"
+            )
         if self.files_before == self.files_after:
-            return [f"{self.location}: {self.files_before} files, none to merge"]
+            return [*told, f"{self.location}: {self.files_before} files, none to merge"]
         return [
+            *told,
             f"{self.location}: {self.files_before} files became {self.files_after} ({self.bytes_merged:,} bytes merged)",
             "the old ones are removed by `tc-ray log vacuum` when no reader needs them",
         ]
@@ -155,6 +184,7 @@ class Compaction:
             "files_before": self.files_before,
             "files_after": self.files_after,
             "bytes_merged": self.bytes_merged,
+            "bad": [{"name": error.name, "reason": error.reason} for error in self.bad],
         }
 
 
@@ -162,23 +192,28 @@ def compact_log(
     location: str | Path | Location,
     target_bytes: int,
     *,
-    compression: Compression = "none",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Compaction:
-    """Merge all small files of a log that no run is writing.
+    """Merge all small files of a log that no run is writing. Damaged ones are passed over, pages stay compressed as they were.
 
     Raises:
         LeaseHeldError: a run, or another command, is at work on the log.
-        BadFileError: a file is damaged: `tc-ray log verify --quarantine` first.
     """
     place = Location(location)
     with RunLease.take(place, "tc-ray log compact") as lease:
         store = LogStore(place)
         before = store.files()
-        merged_bytes = 0
+        merged_bytes, bad = 0, []
         newest = max((file.round_max for file in before), default=0)
         for group in merge_plan(before, target_bytes, newest, eager=True):
-            merged = merge(store, group, numbers={LEASE_NUMBER: lease.number}, compression=compression)
-            merged_bytes += merged.bytes
-            progress(f"{len(group)} files became {merged.name}")
-        return Compaction(str(place), len(before), len(store.files()), merged_bytes)
+            while len(group) > 1:
+                try:
+                    merged = merge(store, group, numbers={LEASE_NUMBER: lease.number}, compression=None)
+                except BadFileError as error:
+                    bad.append(error)
+                    group = [file for file in group if file.name != error.name]
+                    continue
+                merged_bytes += merged.bytes
+                progress(f"{len(group)} files became {merged.name}")
+                break
+        return Compaction(str(place), len(before), len(store.files()), merged_bytes, bad)

@@ -219,6 +219,15 @@ def read_pieces(location: Location, name: str, committed: Committed = Committed(
         yield table
 
 
+def compression_of(location: Location, name: str) -> Compression:
+    """How a whole file's pages are compressed, for a file that stands in for it."""
+    metadata = pq.ParquetFile(pa.BufferReader(location.buffer(name))).metadata
+    codecs = (
+        {metadata.row_group(0).column(i).compression for i in range(metadata.num_columns)} if metadata.num_rows else ()
+    )
+    return "zstd" if "ZSTD" in codecs else "none"
+
+
 def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
     """Content of a file that is what was committed."""
     try:
@@ -257,6 +266,6 @@ def _parsing(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, BadFileError):
+        if isinstance(error, (BadFileError, MemoryError)):  # that memory is short says nothing of the file
             raise
         raise BadFileError(name, f"no readable Parquet of this log: {str(error).splitlines()[0][:200]}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow.compute as pc
 
-from tc_ray.mistakelog.datafile import DataFile, ParquetPart
+from tc_ray.mistakelog.datafile import DataFile, ParquetPart, compression_of
 from tc_ray.mistakelog.store import LogStore, StoredFile
 
 _TRIMMED = -1
@@ -28,7 +28,8 @@ def trimmed(store: LogStore, file: StoredFile, watermark: int, attempt: int) -> 
     rows = store.read(file)
     rows = rows.filter(pc.field("round") <= watermark)
     name = f"{file.name.removesuffix('.parquet')}-cut{watermark}-a{attempt}.parquet"
-    part = ParquetPart(store.location, name, "none", store.metadata.to_configuration())
+    codec = compression_of(store.location, file.name)
+    part = ParquetPart(store.location, name, codec, store.metadata.to_configuration())
     try:
         part.write(rows)
         done = part.finish()

@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.process import ProcessId, is_running, this_process
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.store import CommitConflictError, LogStore
+from tc_ray.mistakelog.store import CommitConflictError, LogStore, full_disk_named
 
 LEASE_NUMBER = "tc_ray/lease"
 STALE_SECONDS = 60.0
@@ -60,6 +60,7 @@ class RunLease:
 
     Raises (from `take`):
         LeaseHeldError: names the holder's host, process and start.
+        LogFullError: no space for the lease.
     """
 
     def __init__(self, location: Location, number: int) -> None:
@@ -83,7 +84,8 @@ class RunLease:
             mine = secrets.randbits(62)
             # first the file, so that the number is never there without it
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            location.write(_file(mine), Holder(this_process(), now, what).to_json())
+            with full_disk_named(location):
+                location.write(_file(mine), Holder(this_process(), now, what).to_json())
             try:
                 store.commit(numbers={LEASE_NUMBER: mine}, note={"kind": "lease", "what": what})
             except CommitConflictError:

@@ -108,6 +108,7 @@ class Ledger:
     def _load(self) -> None:
         """Read everything this object knows from the table."""
         self._store.refresh()
+        self._store.settle()  # what another Ledger, or a commit that seemed to fail, has left
         if self._lease is not None and self._store.number(LEASE_NUMBER) != self._lease:
             raise LeaseLostError(f"{self._store.location}: another process has taken this log over; this run must stop")
         self._attempt = self._number("attempt", 0)
@@ -221,9 +222,17 @@ class Ledger:
             LogFullError: no space for the commit; call again when there is.
             ValueError: the file is not in the table's folder with the stated size.
         """
-        self._retrying(lambda: self._commit_file(file))
+        try:
+            self._retrying(lambda: self._commit_file(file))
+        except LogFullError:
+            self.tend()
+            raise
         self._maintain()
         return self._store.version
+
+    def tend(self) -> None:
+        """Let go of what may go: for times without a commit, when the next file waits for the space that this frees."""
+        self._maintain(merge=False)
 
     def _commit_file(self, file: DataFile) -> None:
         if file.attempt < self._attempt:
@@ -255,7 +264,7 @@ class Ledger:
         if file.name is not None:
             self._rows, self._bytes, self._files = self._rows + file.rows, self._bytes + file.bytes, self._files + 1
 
-    def _maintain(self) -> None:
+    def _maintain(self, merge: bool = True) -> None:
         if self._maintenance is None:
             return
         try:
@@ -264,6 +273,7 @@ class Ledger:
                 safe_round=min(self._checkpoint_round, *self._covered),
                 copilot_round=self._copilot_round,
                 attempt=self._attempt,
+                merge=merge,
             )
         except CommitConflictError:
             self._load()  # is the lease lost? if not, upkeep has time until the next commit

@@ -9,9 +9,17 @@ from typing import Any
 from tc_ray.mistakelog.datafile import DataFile
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.outage import patiently
 from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
+
+
+class LedgerActor(Ledger):
+    """A Ledger that, restarted while the log cannot be reached, waits: an actor whose start fails is not started again."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        patiently(lambda: Ledger.__init__(self, *args, **options), "Ledger")
 
 
 def start_ledger(
@@ -38,7 +46,7 @@ def start_ledger(
     place = Location(location)
     # made here too, so that a bad location is reported to the caller at once and the restarted actor only opens
     LogStore.create(place, metadata)
-    actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0)(Ledger)
+    actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0)(LedgerActor)
     handle = actor.remote(place, writers=writers, run=run, lease=lease, upkeep=upkeep)
     ray.get(handle.state.remote())
     return handle

@@ -64,7 +64,13 @@ class Maintenance:
         self._bad: set[str] = set()
 
     def maintain(
-        self, *, numbers: Mapping[str, int], safe_round: int, copilot_round: int | None, attempt: int
+        self,
+        *,
+        numbers: Mapping[str, int],
+        safe_round: int,
+        copilot_round: int | None,
+        attempt: int,
+        merge: bool = True,
     ) -> Maintained:
         """Do what is due.
 
@@ -73,6 +79,7 @@ class Maintenance:
             safe_round: last round that no restart of the Pilot takes back: that of its newest checkpoint.
             copilot_round: last round consumed by the Copilot; None: there is no Copilot.
             attempt: of the run at work.
+            merge: False: only what frees space, nothing that needs some first.
 
         Raises:
             CommitConflictError: another process commits to this log.
@@ -81,7 +88,7 @@ class Maintenance:
         try:
             self._vacuum(done, attempt)  # first: what it frees is not missed, and its figures are fresh
             self._retire(done, numbers, safe_round, copilot_round)
-            if self._upkeep.compact:
+            if self._upkeep.compact and merge:
                 self._merge(done, numbers, safe_round)
         except (OSError, DeltaError, pa.ArrowException) as error:
             self._say(type(error).__name__, f"upkeep is put off: {error}")

@@ -1,7 +1,8 @@
 """Times at which the log cannot be written: which errors pass by themselves, how long it lasted, what it cost.
 
 Invariant: an error counts as passing only if the same write may succeed later without anybody changing the run: no space, no
-quota, a store that does not answer. All others (no permission, a vanished folder) are failures. Used by the record writer.
+quota, a store that does not answer. All others (no permission, a vanished folder) are failures. Used by the record writer, and by the Ledger and the Copilot at their
+reading.
 """
 
 from __future__ import annotations
@@ -9,8 +10,14 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from collections.abc import Callable
+from typing import TypeVar
+
+FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.1, 2.0
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _PASSING_ERRNOS = {
     errno.ENOSPC,
@@ -49,6 +56,21 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(error, (ConnectionError, TimeoutError)) or error.errno in _PASSING_ERRNOS:
         return True
     return error.errno is None and any(text in str(error).lower() for text in _PASSING_TEXTS)
+
+
+def patiently(act: Callable[[], T], who: str) -> T:
+    """What `act` returns; it is repeated as long as it fails with an error that may pass. who: begins the message, said once."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return act()
+        except OSError as error:
+            if not may_pass(error):
+                raise
+            if pause == FIRST_PAUSE_SECONDS:
+                log.warning("%s: the log cannot be read (%s); trying again until it can", who, error)
+        time.sleep(pause)
+        pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
 
 class OutageClock:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from tc_ray.mistakelog.datafile import BadFileError
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.readahead import read_ahead
-from tc_ray.mistakelog.reader_lease import LOOKING, ReaderLease, hold
+from tc_ray.mistakelog.reader_lease import LOOKING, ReaderLease, held, hold
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
 from tc_ray.mistakelog.store import LogStore, StoredFile
@@ -73,7 +73,7 @@ class LogTail:
         if run is not None and run != self._store.metadata.run:
             raise ValueError(f"{location} is the log of run {self._store.metadata.run!r}, not {run!r}")
         self._known: set[str] = set()
-        self._lease = _held(self._store)
+        self._lease = held(self._store)
 
     @property
     def metadata(self) -> LogMetadata:
@@ -90,9 +90,9 @@ class LogTail:
         Raises:
             OSError: the location cannot be read just now; the next poll tries again.
         """
-        held = self._lease.version
+        leased = self._lease.version
         self._store.refresh(version)
-        if self._store.version != held:
+        if self._store.version != leased:
             # what was found while nothing held it may be gone by now: look again, holding all there is
             self._lease.move(LOOKING)
             self._store.refresh(version)
@@ -135,7 +135,7 @@ class MistakeLog:
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         self._store = LogStore(location, version, storage_options)
-        self._lease = _held(self._store, version)
+        self._lease = held(self._store, version)
         self._files = self._store.files()
         self.bad_files: list[BadFileError] = []
         """Files found damaged so far: their rows are in nothing that this object returned."""
@@ -256,21 +256,16 @@ class MistakeLog:
         self.close()
 
 
-def _held(store: LogStore, version: int | None = None) -> ReaderLease:
-    """A lease on `version`, or on the newest one, to which `store` moves while nothing can be removed."""
-    lease = hold(store.location)
-    store.refresh(version)
-    lease.move(store.version)
-    return lease
-
-
 class _DatasetRead:
-    """Reads one file in a Ray task. On the driver it holds the log, and so the lease; a task gets what it needs to read."""
+    """Reads one file in a Ray task. On the driver it holds the version, a task gets what it needs to read."""
 
-    def __init__(self, log: MistakeLog | None, rounds: tuple[int, int] | None, columns: list[str] | None) -> None:
-        self._log, self._rounds, self._columns = log, rounds, columns
-        self._store = log._store if log is not None else None
-        self._files = {file.name: file for file in log.files} if log is not None else {}
+    def __init__(self, log: MistakeLog, rounds: tuple[int, int] | None, columns: list[str] | None) -> None:
+        self._rounds, self._columns = rounds, columns
+        self._store: LogStore | None = log._store
+        self._files = {file.name: file for file in log.files}
+        self._lease: ReaderLease | None = hold(
+            log.location, log.version
+        )  # rows are read later: the log may be closed by then
 
     def __getstate__(self) -> dict[str, Any]:
         assert self._store is not None
@@ -281,7 +276,7 @@ class _DatasetRead:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._log, self._files = None, state["files"]
+        self._lease, self._files = None, state["files"]
         self._store = LogStore(*state["place"])
         self._rounds, self._columns = state["asked"]
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.process import ProcessId, is_running, this_process
+from tc_ray.mistakelog.store import LogStore
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class ReaderLease:
         self._location, self._name = location, f"{_FOLDER}/{uuid.uuid4().hex}.json"
         self._lock = threading.Lock()
         self._version: int | None = None
+        self._wanted = version
         self._finish = weakref.finalize(self, _give_back, location, self._name, os.getpid())
         self.move(version)
         _renewer.add(self)
@@ -55,32 +57,34 @@ class ReaderLease:
     def move(self, version: int) -> None:
         """Hold another version, or `LOOKING`, instead."""
         with self._lock:
-            if version == self._version or not self._finish.alive:
-                return
-            told = {"version": version, "time": time.time(), **this_process().to_dict()}
-            try:
-                self._location.write(self._name, json.dumps(told).encode())
-                self._version = version
-            except OSError as error:
-                # a lease on the old version may still stand there, which holds too much at most
-                log.debug("%s: no reader's lease on version %d: %s", self._location, version, error)
-                self._version = None
+            self._wanted = version
+            if version != self._version and self._finish.alive:
+                self._write()
+
+    def _write(self) -> None:
+        told = {"version": self._wanted, "time": time.time(), **this_process().to_dict()}
+        try:
+            self._location.write(self._name, json.dumps(told).encode())
+            self._version = self._wanted
+        except OSError as error:
+            # a lease on the old version may still stand there, which holds too much at most
+            log.debug("%s: no reader's lease on version %d: %s", self._location, self._wanted, error)
+            self._version = None
 
     def renew(self) -> None:
-        """Show that the reader lives; for the renewing thread."""
+        """Show that the reader lives; for the renewing thread. What could not be written before is tried again."""
         with self._lock:
-            if self._version is None or not self._finish.alive:
+            if not self._finish.alive:
+                return
+            if self._version is None:
+                self._write()
                 return
             try:
                 self._location.touch(self._name)
             except FileNotFoundError:  # taken for dead: this process was stopped for long, or the clock jumped
-                version, self._version = self._version, None
+                self._write()
             except OSError as error:
                 log.debug("%s: a reader's lease could not be renewed just now: %s", self._location, error)
-                return
-            else:
-                return
-        self.move(version)
 
     def release(self) -> None:
         """Give the lease back; a second call does nothing."""
@@ -91,6 +95,14 @@ class ReaderLease:
 def hold(location: Location, version: int = LOOKING) -> ReaderLease:
     """Hold a version against vacuum; without one: every version, until `move` tells which was found."""
     return ReaderLease(location, version)
+
+
+def held(store: LogStore, version: int | None = None) -> ReaderLease:
+    """A lease on `version`, or on the newest one, to which `store` moves while nothing can be removed."""
+    lease = hold(store.location)
+    store.refresh(version)
+    lease.move(store.version)
+    return lease
 
 
 def _give_back(location: Location, name: str, owner: int) -> None:

@@ -1,7 +1,8 @@
 """What a power cut can leave in a local table's transaction log, put right before the next commit.
 
-delta-rs does not bring its files to the disk. The store does so after each commit and before anything is acknowledged, so
-after a power cut only the newest commit, never acknowledged, can be torn, besides Delta's own checkpoint, which only sums
+delta-rs does not bring its files to the disk. The store does so after each commit and before anything is acknowledged, and who
+takes a log up brings the newest ones there again: the one before may have been killed in between. So after a power
+cut only the newest commit, never acknowledged, can be torn, besides Delta's own checkpoint, which only sums
 commits up. Both are moved aside, not deleted. A torn commit with whole ones after it is damage that no crash makes:
 that is refused by name. Called by the holder of the run's lease; object stores have no torn files.
 """
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def repair(location: Location) -> list[str]:
-    """Move torn files of the transaction log aside.
+    """Move torn files of the transaction log aside, and bring the whole ones to the disk.
 
     Returns:
         What was moved, in words; empty nearly always.
@@ -45,11 +46,18 @@ def repair(location: Location) -> list[str]:
     told = [_move(location, path, reason) for path, reason in [*_torn_commits(folder), *_torn_checkpoints(folder)]]
     for line in told:
         log.warning("%s: %s", location, line)
+    for path in _newest(folder):
+        sync(path)
+    sync(folder)
     return told
 
 
+def _newest(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _COMMIT.fullmatch(path.name))[-_NEWEST:]
+
+
 def _torn_commits(folder: Path) -> list[tuple[Path, str]]:
-    newest = sorted(path for path in folder.iterdir() if _COMMIT.fullmatch(path.name))[-_NEWEST:]
+    newest = _newest(folder)
     torn: list[tuple[Path, str]] = []
     for path in reversed(newest):
         try:

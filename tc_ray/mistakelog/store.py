@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from tc_ray.mistakelog.commits import LOG_FOLDER, Commit, CommitLog, Fate, commit_name
@@ -98,7 +98,7 @@ class LogStore:
             raise LogSchemaError(f"{self.location}: no Mistake Log here (no Delta table)")
         self._table = DeltaTable(self.location.uri, version=version, storage_options=self.location.options)
         self._commits = CommitLog(self.location)
-        self._metadata_version = self._table.version()
+        self._durable = self._metadata_version = self._table.version()
         self._metadata = self._read_metadata()
 
     @classmethod
@@ -157,6 +157,19 @@ class LogStore:
             self._table.update_incremental()
         elif version != self._table.version():
             self._table.load_as_version(version)
+
+    def settle(self) -> None:
+        """Bring the commits up to this version to the disk: before anything of what they say is acknowledged.
+
+        For one who commits, and has called `repair` before this store was opened.
+
+        Raises:
+            LogFullError: no space (some systems find that out only now).
+        """
+        if self.version > self._durable:
+            with full_disk_named(self.location):
+                _make_durable(self.location, [commit_name(one) for one in range(self._durable + 1, self.version + 1)])
+            self._durable = self.version
 
     def number(self, name: str) -> int | None:
         """The number last committed under `name` (an application transaction), or None."""
@@ -288,7 +301,6 @@ class LogStore:
         )
 
     def _change(self, change: Callable[[], object]) -> None:
-        before = self.version
         try:
             with full_disk_named(self.location):
                 change()
@@ -296,14 +308,17 @@ class LogStore:
             raise CommitConflictError(f"{self.location}: {error}") from error
         # the table object does not see its own transaction before this
         self._table.update_incremental()
-        _make_durable(self.location, [commit_name(version) for version in range(before + 1, self.version + 1)])
+        self.settle()
 
     def _checkpoint(self) -> None:
         """Sum the commits up in one Parquet file of Delta's own, so that opening the table stays quick."""
         try:
             with full_disk_named(self.location):
                 self._table.create_checkpoint()
-        except LogFullError as error:  # the commit itself stands; the next hundred will be summed up with these
+        except (
+            OSError,
+            DeltaError,
+        ) as error:  # the commit itself stands; the next hundred will be summed up with these
             log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
             return
         _make_durable(

@@ -20,6 +20,7 @@ from tc_ray.mistakelog.datafile import BadFileError
 from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.quarantine import Quarantined, quarantined, set_aside
+from tc_ray.mistakelog.reader_lease import held
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import LogSchemaError
 from tc_ray.mistakelog.store import LogStore, StoredFile
@@ -177,7 +178,12 @@ def verify_log(
     """
     place = Location(location)
     if not quarantine:
-        return verify(LogStore(place, version), progress)
+        store = LogStore(place, version)
+        reading = held(store, version)
+        try:
+            return verify(store, progress)
+        finally:
+            reading.release()
     if version is not None:
         raise ValueError("quarantine changes the newest version only: leave out the version")
     with RunLease.take(place, "tc-ray log verify") as lease:

@@ -21,14 +21,13 @@ from tc_ray.mistakelog.datafile import TEMPORARY_SUFFIX, Compression, DataFile, 
 from tc_ray.mistakelog.heldpart import HeldPart
 from tc_ray.mistakelog.ledger import FencedError
 from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.outage import OutageClock, may_pass
+from tc_ray.mistakelog.outage import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, OutageClock, may_pass
 from tc_ray.mistakelog.output import Finished
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.roundqueue import Batch, Cut, PendingRecords, RoundQueue
 
 log = logging.getLogger(__name__)
 
-_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.1, 2.0
 # under `stop` the rows are gone: what tells that there is space again is a file of about their size, within these bounds
 _PROBE_BYTES = (64 << 10, 16 << 20)
 _CONSEQUENCE = {
@@ -342,7 +341,7 @@ class RecordWriter:
 
     def _until_written(self, act: Callable[[], T], repeat: bool = False) -> T | None:
         """Run `act` again until the disk or store takes it; None: given up by policy `stop` (not with `repeat`)."""
-        pause = _FIRST_PAUSE_SECONDS
+        pause = FIRST_PAUSE_SECONDS
         probe_bytes = 0
         result: T | None = None
         while True:
@@ -360,7 +359,7 @@ class RecordWriter:
                         probe_bytes = min(max(self._held.bytes, _PROBE_BYTES[0]), _PROBE_BYTES[1])
                     self._stop_recording()
                 self._wait(error, pause)
-                pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+                pause = min(2 * pause, LAST_PAUSE_SECONDS)
                 continue
             with self._changed:
                 self._recording = True

@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -25,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tc_ray.serving.body_limit import BODY_TIMEOUT_S, body_late, body_too_large, refuse_body, stated_bytes
 from tc_ray.serving.errors import RequestError, queue_full
 from tc_ray.serving.pressure import FULL_HEADER, Passage, Pressure
+from tc_ray.serving.settings import SWITCH_S
 from tc_ray.serving.stream_progress import DivergedError, StreamProgress
 
 PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -61,7 +63,8 @@ logger = logging.getLogger("tc_ray.serving")
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray Serve's proxy calls at its start."""
+    """What Ray Serve's proxy calls at its start, in its process."""
+    sys.setswitchinterval(SWITCH_S)
     return [Middleware(StreamGuard, max_body_bytes=guarded_body_bytes())]
 
 
@@ -108,7 +111,7 @@ class StreamGuard:
                 return
             passage = self._pressure.passage(scope)
             try:
-                await _Relay(self._app, scope, bytes(body), receive, send, passage).run()
+                await _Relay(self._app, scope, body, receive, send, passage).run()
             finally:
                 passage.end()
         finally:
@@ -157,7 +160,7 @@ class _Relay:
         self,
         app: ASGIApp,
         scope: Scope,
-        body: bytes,
+        body: bytearray,
         receive: Receive,
         send: Send,
         passage: Passage,
@@ -211,7 +214,7 @@ class _Relay:
             nonlocal handed_over
             if not handed_over:
                 handed_over = True
-                return {"type": "http.request", "body": self._body, "more_body": False}
+                return {"type": "http.request", "body": bytes(self._body), "more_body": False}
             message = await self._client_receive()
             if message["type"] == "http.disconnect":
                 self._gone = True

@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING, Any
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.loading import LoadedCopilot, LoadedRun
 from tc_ray.serving.reload import Reloader
-from tc_ray.serving.settings import ReplicaSettings
+from tc_ray.serving.settings import SWITCH_S, ReplicaSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-SWITCH_S = 0.0005
-"""The interpreter's lock changes hands after so long, not after 5 ms: a request passes through the event loops a dozen times, and
-each time would wait that long for the engine's thread."""
 logger = logging.getLogger("tc_ray.serving")
 
 

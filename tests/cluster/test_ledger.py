@@ -12,7 +12,9 @@ import ray
 
 from tc_ray.mistakelog.ledger import FencedError
 from tc_ray.mistakelog.ledger_actor import start_ledger, submit_to
+from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.reader_lease import held_versions
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import LogSchemaError
 from tc_ray.mistakelog.writer import RecordWriter
@@ -94,7 +96,10 @@ def test_killing_the_ledger_loses_and_doubles_nothing(tmp_path: Path) -> None:
     log = MistakeLog(tmp_path)
     ray.get(ledger.begin_attempt.remote(10, 2))
     assert log.dataset(columns=["round"]).max("round") == ROUNDS
-    assert MistakeLog(tmp_path).dataset().max("round") == 10
+    with MistakeLog(tmp_path) as newest:
+        later = newest.dataset()
+    assert [held.version for held in held_versions(Location(tmp_path))].count(newest.version) == 1
+    assert later.max("round") == 10, "the rows are read when the log that they come from is closed"
 
 
 def test_a_new_attempt_stops_the_writer_of_the_old(tmp_path: Path) -> None:

@@ -14,15 +14,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tc_ray.mistakelog.commits import dropped_records
+from tc_ray.mistakelog.compaction import compact_log
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.upkeep import Upkeep
+from tc_ray.mistakelog.vacuum import vacuum_log
 from tc_ray.mistakelog.verify import verify_log
 from tc_ray.mistakelog.writer import RecordWriter
 from tests.mistakelog_samples import assert_same, metadata, random_records
@@ -91,6 +95,47 @@ def pilot(root: Path, policy: str) -> None:
     print(json.dumps(told), flush=True)
 
 
+def tended(root: Path) -> None:
+    """As `pilot`: the disk is full of files that have left the log, and no commit comes that would have them removed."""
+    folder, grace_seconds = root / "log", 2.0
+    LogStore.create(folder, metadata())
+    ledger = Ledger(folder, writers=1, run="test", upkeep=Upkeep(True, 1 << 20, None, None, 1, grace_seconds, 3600))
+    attempt = ledger.begin_attempt(0, 1)
+    writer = RecordWriter(
+        folder,
+        ledger.commit,
+        run="test",
+        rank=0,
+        attempt=attempt,
+        flush_rounds=1,
+        file_bytes=1 << 20,
+        queue_rounds=16,
+    )
+
+    def train(number: int) -> None:
+        writer.put(batch(number, 0), number)
+        writer.end_round(number)
+
+    for number in range(1, FILLED + 1):
+        train(number)
+        writer.flush(number)
+        ledger.report_checkpoint(number)
+    debris = len(list(folder.glob("*.parquet"))) - ledger.state().files
+    fill(root / "ballast")
+    train(FILLED + 1)
+    waited = not writer.flush(FILLED + 1, timeout=2 * grace_seconds)
+    ledger.tend()
+    went_on = writer.flush(FILLED + 1, timeout=30)
+    writer.close()
+    # and once more, with nobody at work but the command
+    compact_log(folder, 1 << 20)
+    time.sleep(0.1)
+    fill(root / "more")
+    removed = len(vacuum_log(folder, orphan_seconds=3600, grace_seconds=0).removed)
+    rows = len(MistakeLog(folder).records())
+    print(json.dumps({"debris": debris, "waited": waited, "went_on": went_on, "removed": removed, "rows": rows}))
+
+
 def fill(ballast: Path) -> None:
     """Take all space, to the last block."""
     with ballast.open("wb", buffering=0) as file:
@@ -118,19 +163,32 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("policy", ["block", "subsample", "stop"])
-def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
+def told_by(what: str, root: Path, copy: Path) -> dict[str, Any]:
+    """What a run on a small disk of its own has printed."""
     run = subprocess.run(
-        mounted([sys.executable, "-m", "tests.faults.test_disk_full", str(root), policy], root),
+        mounted([sys.executable, "-m", "tests.faults.test_disk_full", str(root), what], root),
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COPY_TO": str(tmp_path / "copy")},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COPY_TO": str(copy)},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    told = json.loads(run.stdout.splitlines()[-1])
+    return dict(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_what_has_left_the_log_makes_room_though_no_commit_comes(tmp_path: Path, root: Path) -> None:
+    told = told_by("tended", root, tmp_path / "copy")
+    assert told["debris"] > 5, "nothing was merged: the test shows nothing"
+    assert told["waited"], "the disk was not full"
+    assert told["went_on"] and told["removed"] > 1
+    assert told["rows"] == (FILLED + 1) * ROWS
+
+
+@pytest.mark.parametrize("policy", ["block", "subsample", "stop"])
+def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
+    told = told_by(policy, root, tmp_path / "copy")
     stats, drops = told["stats"], {int(round): count for round, count in told["drops"].items()}
     assert stats["full_seconds"] > 0.4, "the disk was never full"
     assert told["state"]["round"] == END
@@ -162,4 +220,7 @@ def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
 
 
 if __name__ == "__main__":
-    pilot(Path(sys.argv[1]), sys.argv[2])
+    if sys.argv[2] == "tended":
+        tended(Path(sys.argv[1]))
+    else:
+        pilot(Path(sys.argv[1]), sys.argv[2])

@@ -125,8 +125,19 @@ def test_the_checks_see_what_they_look_for() -> None:
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
 
 
-@pytest.mark.parametrize("module", ["tc_ray", "tc_ray.config.schema", "tc_ray.config.load", "tc_ray.cli.main"])
+LIGHT = [
+    "tc_ray",
+    "tc_ray.config.schema",
+    "tc_ray.config.load",
+    "tc_ray.cli.main",
+    "tc_ray.serving.guard",
+    "tc_ray.serving.board",
+]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_imports(module: str) -> None:
+    """For the command line's sake, and because the last two run in processes of their own beside busy replicas."""
     code = f"import sys, {module}; print(sorted({{'torch', 'ray', 'transformers', 'mlflow'}} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -69,9 +69,7 @@ def test_report_and_export(run: Path, tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert "Mistake Log of trial" in (tmp_path / "r.html").read_text()
     out = tmp_path / "rows.jsonl"
-    exported = tc_ray_log(
-        "export", run, "--format", "jsonl", "--out", out, "--rounds", "1:2", "--columns", "round,answer"
-    )
+    exported = tc_ray_log("export", run, "--out", out, "--rounds", "1:2", "--columns", "round,answer")
     assert exported.returncode == 0 and "4 rows" in exported.stdout, exported.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     tokenizer = make_tokenizer()
@@ -88,6 +86,9 @@ def test_mistakes_of_the_user_end_in_one_line_and_code_2(run: Path, tmp_path: Pa
         (("stats", run, "--rounds", "9:2"), "expected A:B"),
         (("stats", run, "--tokenizer", tmp_path), "no tokenizer can be read there"),
         (("export", run, "--out", tmp_path / "x", "--format", "csv"), "expected parquet or jsonl"),
+        (("export", run, "--out", tmp_path / "x.parquet", "--format", "jsonl"), "would be taken for parquet"),
+        (("export", run, "--out", tmp_path / "x.jsonl", "--format", "parquet"), "would be taken for jsonl"),
+        (("export", run, "--out", tmp_path / "x", "--tokenizer", "gpt2"), "--tokenizer is for jsonl"),
     ):
         result = tc_ray_log(*arguments)
         assert result.returncode == 2, arguments
@@ -101,6 +102,16 @@ def test_verify_finds_a_broken_file_and_takes_it_out(tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:-9])
     found = tc_ray_log("verify", folder)
     assert found.returncode == 1 and broken.name in found.stdout
+    for command in (
+        ("stats",),
+        ("stats", "--json"),
+        ("show", "--worst", "1"),
+        ("report", "--out", tmp_path / "r.html"),
+    ):
+        gaps = tc_ray_log(command[0], folder, *command[1:])
+        assert gaps.returncode == 1 and "1 damaged files were passed over" in gaps.stderr, command
+    compacted = tc_ray_log("compact", folder)
+    assert compacted.returncode == 1 and broken.name in compacted.stdout
     aside = tc_ray_log("verify", folder, "--quarantine", "--json")
     assert aside.returncode == 1 and broken.name in json.dumps(json.loads(aside.stdout))
     assert tc_ray_log("verify", folder).returncode == 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tc_ray.mistakelog.compaction import compact_log, merge, merge_plan
-from tc_ray.mistakelog.datafile import BadFileError
+from tc_ray.mistakelog.datafile import BadFileError, Compression
 from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
@@ -81,7 +82,9 @@ def test_files_of_several_ranks_are_neighbours() -> None:
     assert [(member.round_min, member.rank) for member in group] == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
 
 
-def written(folder: Path, rounds: int = 8, ranks: int = 1) -> tuple[Ledger, list[Records]]:
+def written(
+    folder: Path, rounds: int = 8, ranks: int = 1, compression: Compression = "none"
+) -> tuple[Ledger, list[Records]]:
     """A log with one file a round and rank."""
     LogStore.create(folder, metadata())
     ledger = Ledger(folder, writers=ranks, run="test")
@@ -97,6 +100,7 @@ def written(folder: Path, rounds: int = 8, ranks: int = 1) -> tuple[Ledger, list
             flush_rounds=1,
             file_bytes=2**30,
             queue_rounds=8,
+            compression=compression,
         )
         for number in range(1, rounds + 1):
             put.append(random_records(ROWS, round=number, rank=rank, first_sample=100 * number + 10 * rank))
@@ -150,9 +154,40 @@ def test_a_damaged_file_is_not_laundered(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     (tmp_path / victim.name).write_bytes(content)
     with pytest.raises(BadFileError, match="CRC-32"):
-        compact_log(tmp_path, 1 << 20)
+        merge(LogStore(tmp_path), LogStore(tmp_path).files(), numbers={"x": 1})
     assert len(LogStore(tmp_path).files()) == 8
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+    done = compact_log(tmp_path, 1 << 20)
+    assert not done.good and [error.name for error in done.bad] == [victim.name]
+    assert "tc-ray log verify --quarantine" in "\n".join(done.lines())
+    assert sorted(file.rows for file in LogStore(tmp_path).files()) == [ROWS, 7 * ROWS]
+    assert [error.name for error in verify_log(tmp_path).bad] == [victim.name], "the rest was merged and is whole"
+
+
+def test_pages_stay_compressed_as_they_were(tmp_path: Path) -> None:
+    written(tmp_path, compression="zstd")
+    compact_log(tmp_path, 1 << 20)
+    Ledger(tmp_path, writers=1, run="test").begin_attempt(5, 1)
+    files = {path.name: pq.ParquetFile(path).metadata.row_group(0).column(0) for path in tmp_path.glob("*.parquet")}
+    assert any("merged" in name and "cut5" not in name for name in files) and any("cut5" in name for name in files)
+    assert {column.compression for column in files.values()} == {"ZSTD"}
+
+
+def test_a_merged_file_stays_while_its_commit_may_still_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that did not answer in time may get the commit later. Vacuum takes the file if it never does."""
+    written(tmp_path)
+    store = LogStore(tmp_path)
+
+    def lost(**_: object) -> int:
+        raise TimeoutError("no answer")
+
+    for remote in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "commit", lost)
+            patch.setattr("tc_ray.mistakelog.compaction._may_arrive_late", lambda location, remote=remote: remote)
+            with pytest.raises(TimeoutError):
+                merge(store, store.files(), numbers={"x": 1})
+        assert any("merged" in path.name for path in tmp_path.iterdir()) == remote
 
 
 def test_a_second_committer_wins_and_the_merged_file_goes(tmp_path: Path) -> None:

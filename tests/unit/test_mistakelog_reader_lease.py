@@ -97,6 +97,10 @@ def test_no_lease_where_nothing_can_be_written(tmp_path: Path) -> None:
     assert lease.version is None
     lease.move(4)
     lease.renew()
+    assert lease.version is None
+    (tmp_path / "_tc_ray").unlink()  # as when a full disk has space again
+    lease.renew()
+    assert lease.version == 4 and versions(tmp_path) == [4]
     lease.release()
 
 

@@ -17,7 +17,7 @@ from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.maintenance import Maintenance
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.reader_lease import LOOKING, ReaderLease
-from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.store import LogFullError, LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
 from tc_ray.mistakelog.vacuum import Vacuum, clean, vacuum_log
 from tests.unit.test_mistakelog_compaction import ROWS, written
@@ -112,6 +112,34 @@ def test_a_version_that_cannot_be_read_keeps_everything(tmp_path: Path, caplog: 
         done = clean(store, orphan_seconds=0, grace_seconds=0, live_attempt=None)
     assert done.removed == []
     assert f"version {reader.version} is held by a reader but cannot be read" in caplog.text
+
+
+def test_a_full_disk_is_vacuumed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease needs a few bytes, which are there only when the first files are gone."""
+    written(tmp_path)
+    compact_log(tmp_path, 1 << 20)
+    before, write = data_files(tmp_path), Location.write
+
+    def full(location: Location, name: str, data: bytes) -> None:
+        if data_files(tmp_path) == before:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(location, name, data)
+
+    monkeypatch.setattr(Location, "write", full)
+    with pytest.raises(LogFullError, match=f"no space left at {tmp_path}"):
+        vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=HOUR)
+    assert len(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0).removed) == 8
+    assert data_files(tmp_path) == {file.name for file in LogStore(tmp_path).files()}
+
+
+def test_a_ledger_frees_space_without_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path)
+    compact_log(tmp_path, 1 << 20)
+    ledger = Ledger(tmp_path, writers=1, run="test", upkeep=upkeep())
+    version = ledger.state().version
+    ledger.tend()
+    assert data_files(tmp_path) == {file.name for file in LogStore(tmp_path).files()}
+    assert ledger.state().version == version, "nothing is merged: that needs space first"
 
 
 def test_orphans_go_by_age_and_name(tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tc_ray.mistakelog.compaction import compact_log
 from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.reader_lease import held_versions
 from tc_ray.mistakelog.schema import ROW_SCHEMA
 from tc_ray.mistakelog.store import LogStore, StoredFile
+from tc_ray.mistakelog.vacuum import vacuum_log
 from tc_ray.mistakelog.verify import check_file, verify_log
 from tests.unit.test_mistakelog_compaction import ROWS, written
 
@@ -122,6 +125,40 @@ def test_a_row_that_is_there_twice_is_counted(tmp_path: Path) -> None:
     store.commit(add=[again], numbers={"x": 1})
     result = verify_log(tmp_path)
     assert (result.twice, result.good, result.bad) == (ROWS, False, [])
+
+
+def test_the_version_is_held_while_it_is_checked(tmp_path: Path) -> None:
+    """Checking a large log takes longer than removed files stay."""
+    written(tmp_path)
+    removed = []
+
+    def meanwhile(done: int, _: int) -> None:
+        if done == 1:
+            compact_log(tmp_path, 1 << 20)
+            removed.extend(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0).removed)
+
+    result = verify_log(tmp_path, progress=meanwhile)
+    assert result.good and result.files == 8 and not removed
+    assert held_versions(Location(tmp_path)) == []
+
+
+def test_short_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No healthy file may leave the log for it."""
+    ledger, _ = written(tmp_path)
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise pa.ArrowMemoryError("malloc of size 512 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "read", no_memory)
+    for act in (
+        lambda: verify_log(tmp_path),
+        lambda: MistakeLog(tmp_path).records(),
+        lambda: ledger.quarantine(LogStore(tmp_path).files()[0].name, "a reader's opinion"),
+        lambda: verify_log(tmp_path, quarantine=True),
+    ):
+        with pytest.raises(MemoryError):
+            act()
+    assert len(LogStore(tmp_path).files()) == 8 and quarantined(Location(tmp_path)) == []
 
 
 def test_files_beside_the_table_are_counted(tmp_path: Path) -> None:

@@ -212,13 +212,15 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_environment_of_the_proxy_can_be_called() -> None:
+def test_environment_of_the_proxy_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """The names in it are strings that only Ray resolves."""
     from ray.serve._private.http_util import validate_http_proxy_callback_return
     from ray.serve._private.utils import call_function_from_import_path
 
     from tc_ray.serving.settings import ReplicaSettings
 
+    monkeypatch.setattr(sys, "setswitchinterval", (intervals := []).append)
     variables = launch.proxy_environment(ReplicaSettings(models=()))
     made = call_function_from_import_path(variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
     assert [one.cls.__name__ for one in validate_http_proxy_callback_return(made)] == ["StreamGuard"]
+    assert intervals == [0.0005], "or a thread that waits for the interpreter waits ten times as long"

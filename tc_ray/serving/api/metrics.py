@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,7 +18,8 @@ from prometheus_client.registry import Collector
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tc_ray.serving.catalogue import Catalogue
+if TYPE_CHECKING:  # the board's process needs none of the engine, which takes seconds and 400 MB to import
+    from tc_ray.serving.catalogue import Catalogue
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 GONE = 499
