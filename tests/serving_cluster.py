@@ -17,7 +17,7 @@ import httpx
 import ray
 
 from tc_ray.serving.guard import PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
-from tc_ray.serving.launch import Server, start_server
+from tc_ray.serving.launch import NICENESS_VARIABLE, Server, start_server
 
 PROMPT = "Tom has 3 apples"
 
@@ -34,6 +34,7 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
     """A Ray of its own, whose proxies will have the stream guard."""
     before = os.environ.get(PROXY_CALLBACK_VARIABLE)
     os.environ[PROXY_CALLBACK_VARIABLE] = PROXY_CALLBACK
+    os.environ.setdefault(NICENESS_VARIABLE, "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine takes longer than Ray's 30 s
     ray.init(address="local", num_cpus=cpus, include_dashboard=False)
     try:

@@ -31,6 +31,7 @@ from tc_ray.serving.settings import ReplicaSettings, Scale
 APPLICATION = "tc-ray"
 _CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of Ray Serve's controller actor."""
+NICENESS_VARIABLE = "RAY_worker_niceness"
 _STILL_LOADING_S = 10.0
 _STOP_MARGIN_S = 15.0
 """For Serve to see that a replica has drained, on top of the time it has for that."""
@@ -171,6 +172,8 @@ def _connect(settings: ReplicaSettings, scale: Scale) -> bool:
             raise ServingError(f"RAY_ADDRESS {address} cannot be joined: {error}") from error
         return False
     os.environ.update(variables)
+    # Ray gives its workers the priority of background work (15), Serve's proxy too: what answers clients came last
+    os.environ.setdefault(NICENESS_VARIABLE, "0")
     cpus = max(available_cpus(), scale.max_replicas * (settings.threads or 1))
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False)

@@ -41,8 +41,8 @@ FAILURES = 5
 """Errors one after the other, and no request done between them, count too: while new ones come, their prompts are progress."""
 PROBE_S = 30.0
 """An idle engine must generate its two tokens within this."""
-_NICENESS = 4
-"""Of the engine's thread and torch's under it, beside those that answer clients."""
+_NICENESS = 15
+"""Of the engine's thread and torch's under it, beside those that answer clients: they need little, but at once."""
 
 
 class Engine:
