@@ -269,6 +269,37 @@ def test_what_waits_is_bounded_and_can_be_cancelled(engine: Engine, prompt: tupl
         collector.ticket.cancel()
 
 
+def test_the_place_of_one_that_has_ended_is_free_when_its_client_hears_of_it(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    """Its next request may be there before the batch is rid of the row: it must not be refused for that."""
+    engine = Engine(
+        model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, max_running=1, max_waiting=0)
+    )
+    ends: list[object] = []
+    done = threading.Event()
+
+    def again(_: int, event: object) -> None:
+        if isinstance(event, Piece):
+            return
+        ends.append(event)
+        if len(ends) == 4:
+            done.set()
+            return
+        try:
+            engine.submit([GenerationRequest(prompt, len(ends))], again)
+        except RequestError as error:
+            ends.append(error)
+            done.set()
+
+    try:
+        engine.submit([GenerationRequest(prompt, 4)], again)
+        assert done.wait(30)
+        assert [type(end) for end in ends] == [Finished] * 4, ends
+    finally:
+        engine.close()
+
+
 def test_several_are_admitted_together_or_not_at_all(engine: Engine, prompt: tuple[int, ...]) -> None:
     with pytest.raises(RequestError, match="needs 11 places, and the server has 10") as never:
         engine.submit([GenerationRequest(prompt, 4)] * 11, lambda *_: None)

@@ -113,7 +113,9 @@ class Engine:
     def free_places(self) -> int:
         """Generations that would be accepted now: cheap enough to ask before anything else is done for a request."""
         with self._changed:
-            under_way = len(self._waiting) + len(self._joining) + len(self._running) + len(self._scoring)
+            # a client that has got its end may ask again before the batch is rid of the old row
+            held = sum(not sequence.ended for sequence in (*self._joining, *self._running))
+            under_way = held + len(self._waiting) + len(self._scoring)
         return max(0, self.limits.max_running + self.limits.max_waiting - under_way)
 
     def unhealthy(self) -> str | None:

@@ -28,6 +28,8 @@ class Sequence:
         self.sampler = Sampler(self.request)
         self.last = -1
         """The token said last."""
+        self.ended = False
+        """The client has been told so, or is just being told: its place is free for the next."""
         self._text = IncrementalText(tokenizer, self.request.prompt_ids, self.request.stops)
         self._end_ids = end_ids
         self._count = 0
@@ -53,6 +55,7 @@ class Sequence:
         elif self._count >= self.request.max_new_tokens:
             reason = "length"
         if reason is not None:
+            self.ended = True
             text += self._text.finish()
         self.ticket.send(Piece(text, (described(self.request, chosen, pilot, fused),)))
         if reason is not None:
