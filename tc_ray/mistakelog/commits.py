@@ -47,6 +47,8 @@ class Fate(NamedTuple):
     crc32: int | None
     removed: float | None
     """Unix seconds at which it left the table; None: it did not."""
+    left: int | None = None
+    """The version that it left with: no later one has it, names are not used twice."""
 
 
 class CommitLog:
@@ -82,7 +84,7 @@ class CommitLog:
                 self._fates[file.name] = Fate(file.sha256 or None, file.crc32 or None, None)
         for name, seconds in commit.removed.items():
             known = self._fates.get(name, Fate(None, None, None))
-            self._fates[name] = known._replace(removed=seconds or commit.time)
+            self._fates[name] = known._replace(removed=seconds or commit.time, left=commit.version)
 
     def _load(self, versions: range) -> Iterator[Commit | None]:
         if self._location.local is not None or len(versions) < 2:

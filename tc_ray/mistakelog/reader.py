@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from tc_ray.mistakelog.datafile import BadFileError
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.readahead import read_ahead
-from tc_ray.mistakelog.reader_lease import LOOKING, ReaderLease, held, hold
+from tc_ray.mistakelog.reader_lease import ReaderLease, held, hold
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
 from tc_ray.mistakelog.store import LogStore, StoredFile
@@ -93,8 +93,8 @@ class LogTail:
         leased = self._lease.version
         self._store.refresh(version)
         if self._store.version != leased:
-            # what was found while nothing held it may be gone by now: look again, holding all there is
-            self._lease.move(LOOKING)
+            # what was found while nothing held it may be gone by now: look again, holding whatever may be found
+            self._lease.move(self._store.version, onwards=True)
             self._store.refresh(version)
             self._lease.move(self._store.version)
         files = {file.name: file for file in self._store.files()}

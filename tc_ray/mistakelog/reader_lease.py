@@ -1,9 +1,9 @@
 """Leases of readers: which versions of a log are being read, so that vacuum leaves their files alone.
 
 Invariant: a version held here is in `held_versions` from the moment `hold` or `move` returns until its holder lets it go, or
-is dead and its file has not been touched for `FRESH_SECONDS`. A reader that is about to look for the newest version holds
-`LOOKING` first, which stands for every version: between its look and its lease on what it found, nothing is removed, however
-long it takes. A lease is a file `_tc_ray/readers/ID.json`; one thread of a process renews all of its leases. Where a reader may
+is dead and its file has not been touched for `FRESH_SECONDS`. A reader that is about to look for the newest version first holds the
+one it knows "and all later ones": between its look and its lease on what it found, nothing of them is removed, however long it
+takes. A lease is a file `_tc_ray/readers/ID.json`; one thread of a process renews all of its leases. Where a reader may
 not write (a read-only share, a public bucket) there is no lease, and `vacuum_grace_seconds` is all that it has. Taken by readers,
 read by vacuum.
 """
@@ -26,8 +26,6 @@ from tc_ray.mistakelog.store import LogStore
 log = logging.getLogger(__name__)
 
 FRESH_SECONDS = 60.0
-LOOKING = -1
-"""Held as a version: all of them, because the holder is about to choose one."""
 _RENEW_SECONDS = 15.0
 _FOLDER = "_tc_ray/readers"
 
@@ -37,46 +35,48 @@ class ReaderLease:
 
     Args:
         location: of the table.
-        version: of the table, or `LOOKING`.
+        version: of the table.
+        onwards: and all later ones, because the holder is about to choose one.
     """
 
-    def __init__(self, location: Location, version: int) -> None:
+    def __init__(self, location: Location, version: int, onwards: bool = False) -> None:
         self._location, self._name = location, f"{_FOLDER}/{uuid.uuid4().hex}.json"
         self._lock = threading.Lock()
-        self._version: int | None = None
-        self._wanted = version
+        self._held: tuple[int, bool] | None = None
+        self._wanted = version, onwards
         self._finish = weakref.finalize(self, _give_back, location, self._name, os.getpid())
-        self.move(version)
+        self.move(version, onwards)
         _renewer.add(self)
 
     @property
     def version(self) -> int | None:
-        """The version held, or `LOOKING`; None: no lease, the location cannot be written."""
-        return self._version
+        """The version held, or the first of those held; None: no lease, the location cannot be written."""
+        return None if self._held is None else self._held[0]
 
-    def move(self, version: int) -> None:
-        """Hold another version, or `LOOKING`, instead."""
+    def move(self, version: int, onwards: bool = False) -> None:
+        """Hold another version instead; onwards: and all later ones."""
         with self._lock:
-            self._wanted = version
-            if version != self._version and self._finish.alive:
+            self._wanted = version, onwards
+            if self._wanted != self._held and self._finish.alive:
                 self._write()
 
     def _write(self) -> None:
-        told = {"version": self._wanted, "time": time.time(), **this_process().to_dict()}
+        version, onwards = self._wanted
+        told = {"version": version, "onwards": onwards, "time": time.time(), **this_process().to_dict()}
         try:
             self._location.write(self._name, json.dumps(told).encode())
-            self._version = self._wanted
+            self._held = self._wanted
         except OSError as error:
             # a lease on the old version may still stand there, which holds too much at most
-            log.debug("%s: no reader's lease on version %d: %s", self._location, self._wanted, error)
-            self._version = None
+            log.debug("%s: no reader's lease on version %d: %s", self._location, version, error)
+            self._held = None
 
     def renew(self) -> None:
         """Show that the reader lives; for the renewing thread. What could not be written before is tried again."""
         with self._lock:
             if not self._finish.alive:
                 return
-            if self._version is None:
+            if self._held is None:
                 self._write()
                 return
             try:
@@ -92,14 +92,14 @@ class ReaderLease:
             self._finish()
 
 
-def hold(location: Location, version: int = LOOKING) -> ReaderLease:
-    """Hold a version against vacuum; without one: every version, until `move` tells which was found."""
+def hold(location: Location, version: int) -> ReaderLease:
+    """Hold a version against vacuum."""
     return ReaderLease(location, version)
 
 
 def held(store: LogStore, version: int | None = None) -> ReaderLease:
-    """A lease on `version`, or on the newest one, to which `store` moves while nothing can be removed."""
-    lease = hold(store.location)
+    """A lease on `version`, or on the newest one, to which `store` moves while nothing of it can be removed."""
+    lease = ReaderLease(store.location, store.version, onwards=True)
     store.refresh(version)
     lease.move(store.version)
     return lease
@@ -147,7 +147,8 @@ class HeldVersion:
     """A lease as vacuum sees it."""
 
     version: int
-    """Or `LOOKING`."""
+    onwards: bool
+    """And all later ones: the reader is about to choose one."""
     process: ProcessId
 
 
@@ -162,7 +163,7 @@ def held_versions(location: Location, now: float | None = None, *, forget: bool 
     for entry in location.list(_FOLDER, recursive=False):
         try:
             told = json.loads(location.read(entry.name))
-            lease = HeldVersion(int(told["version"]), ProcessId.from_dict(told))
+            lease = HeldVersion(int(told["version"]), bool(told.get("onwards")), ProcessId.from_dict(told))
         except FileNotFoundError:
             continue  # given back meanwhile
         except (ValueError, KeyError, TypeError):

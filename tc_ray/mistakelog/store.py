@@ -205,7 +205,7 @@ class LogStore:
         fates = self._commits.fates(int(table.version()))
         files = []
         for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
-            sha256, crc32, _ = fates.get(row["path"], Fate(None, None, None))
+            fate = fates.get(row["path"], Fate(None, None, None))
             found = StoredFile(
                 name=row["path"],
                 rows=row["num_records"],
@@ -215,8 +215,8 @@ class LogStore:
                 round_max=row.get("max.round"),
                 rank=row.get("min.rank"),
                 attempt=row.get("min.attempt"),
-                sha256=sha256,
-                crc32=crc32,
+                sha256=fate.sha256,
+                crc32=fate.crc32,
             )
             missing = [key for key, value in asdict(found).items() if value is None and key not in ("sha256", "crc32")]
             if missing:

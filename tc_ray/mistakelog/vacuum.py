@@ -5,10 +5,11 @@ A file stays while it is in the newest version, in a version that a reader's lea
 the current attempt wrote it and a run is at work: its writer may be waiting for space, and commits it later.
 
 Why a reader that is just looking is safe, however slow it is. The caller is the one committer and does not commit meanwhile, so
-the version it stands at, N, stays the newest until it is done. A reader takes a lease on all versions, looks for the newest one,
-V, and then makes it a lease on V. Where vacuum sees the first lease, nothing that was ever in the table goes; where it sees the
-second, V's files stay. Where it sees neither, the reader looked after vacuum had read the leases: V is N, whose files stay, or a
-later one. `grace_seconds` is for readers without a lease. Who opens an older version by number finds its files or is told that they
+the version it stands at, N, stays the newest until it is done. A reader takes a lease on the version it knows, K, and all later ones,
+looks for the newest, V, which is K or later, and then makes it a lease on V. Where vacuum sees the first lease, only what left the
+table with K or before goes: no version from K on has it, since names are not used twice. Where it sees the second, V's files stay.
+Where it sees neither, the reader looked after vacuum had read the leases: V is N, whose files stay, or a later one. (So readers
+that look all the time do not keep vacuum from its work, as they would if they held everything.) `grace_seconds` is for readers without a lease. Who opens an older version by number finds its files or is told that they
 are gone.
 
 Small leftovers of processes that died (leases never taken, files half replaced) go by the same age as orphans.
@@ -32,7 +33,7 @@ from tc_ray.mistakelog.commits import LOG_FOLDER
 from tc_ray.mistakelog.datafile import TEMPORARY_SUFFIX
 from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
 from tc_ray.mistakelog.location import Entry, Location
-from tc_ray.mistakelog.reader_lease import LOOKING, held_versions
+from tc_ray.mistakelog.reader_lease import held_versions
 from tc_ray.mistakelog.store import LogFullError, LogStore
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Vacuum:
     held: list[int] = field(default_factory=list)
     """Versions that readers hold; see `looking`."""
     looking: int = 0
-    """Readers that were about to choose a version: nothing that was ever in the table was removed."""
+    """Readers that were about to choose a version: nothing was removed that they may find."""
     recent_bytes: int = 0
     """Of data files written in the last two `grace_seconds`: files wait that long, then for a vacuum or a reader."""
     disk_bytes: int = 0
@@ -83,7 +84,7 @@ class Vacuum:
             told.append(f"versions held by readers: {', '.join(map(str, sorted(set(self.held))))}")
         if self.looking:
             told.append(
-                f"{self.looking} readers are about to choose a version: nothing that was in the table is removed just now"
+                f"{self.looking} readers are about to choose a version: what has left the table only lately stays"
             )
         told += [f"not ours, left alone: {name}" for name in self.foreign]
         return told
@@ -127,7 +128,7 @@ def clean(
     now, disk_now = time.time(), _disk_time(place, dry_run)
     needed = {file.name for file in store.files()}
     result = Vacuum(str(place), dry_run)
-    known = _hold(store, needed, result, disk_now)
+    settled = _hold(store, needed, result, disk_now)
     fates = store.fates()
     for entry in aside:
         lease = _LEASE.match(entry.name)
@@ -143,9 +144,8 @@ def clean(
         if entry.name in needed:
             result.disk_bytes += entry.size
         elif (fate := fates.get(entry.name)) is not None:
-            # a file that a version which is not known might hold is not removed on a guess
             old = now - (fate.removed or 0.0) > grace_seconds
-            if old and known:
+            if old and (math.inf if fate.left is None else fate.left) <= settled:
                 _remove(place, entry, result)
             else:
                 _keep(entry, result)
@@ -172,12 +172,17 @@ def _disk_time(location: Location, dry_run: bool) -> float:
         return time.time()
 
 
-def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> bool:
-    """Add to `needed` the files of the versions that readers hold; False: they cannot be told, or might be any."""
+def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> float:
+    """Add to `needed` the files of the versions that readers hold.
+
+    Returns:
+        The last version that a file may have left with to be in none of them: infinite where no reader is looking, -1 where
+        the files of a version cannot be told.
+    """
     leases = held_versions(store.location, disk_now, forget=not result.dry_run)
-    result.held = [lease.version for lease in leases if lease.version != LOOKING]
+    result.held = [lease.version for lease in leases if not lease.onwards]
     result.looking = len(leases) - len(result.held)
-    known = not result.looking
+    settled = min((lease.version for lease in leases if lease.onwards), default=math.inf)
     for version in sorted(set(result.held)):
         try:
             needed |= {file.name for file in store.files_at(version)}
@@ -188,8 +193,8 @@ def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) ->
                 version,
                 error,
             )
-            known = False
-    return known
+            settled = -1
+    return settled
 
 
 def _in_progress(name: str, live_attempt: int | None) -> bool:

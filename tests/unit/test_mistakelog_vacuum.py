@@ -16,7 +16,7 @@ from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.maintenance import Maintenance
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
-from tc_ray.mistakelog.reader_lease import LOOKING, ReaderLease
+from tc_ray.mistakelog.reader_lease import ReaderLease
 from tc_ray.mistakelog.store import LogFullError, LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
 from tc_ray.mistakelog.vacuum import Vacuum, clean, vacuum_log
@@ -75,13 +75,13 @@ def test_a_reader_that_is_held_up_before_its_lease_loses_nothing(
     tail = LogTail(tmp_path) if follow else None
     move, seen = ReaderLease.move, []
 
-    def held_up(lease: ReaderLease, version: int) -> None:
+    def held_up(lease: ReaderLease, version: int, onwards: bool = False) -> None:
         # the reader has looked and stands here for long: meanwhile the log is merged and vacuumed without any grace
-        if version != LOOKING and not seen:
+        if not onwards and not seen:
             monkeypatch.setattr(ReaderLease, "move", move)
             compact_log(tmp_path, 1 << 20)
             seen.append(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0))
-        move(lease, version)
+        move(lease, version, onwards)
 
     monkeypatch.setattr(ReaderLease, "move", held_up)
     if tail is not None:
@@ -99,6 +99,23 @@ def test_a_reader_that_is_held_up_before_its_lease_loses_nothing(
     assert (vacuum.removed, vacuum.looking) == ([], 1)
     assert "about to choose a version" in "\n".join(vacuum.lines())
     assert removed(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0))
+
+
+def test_readers_that_look_all_the_time_keep_only_what_they_may_find(tmp_path: Path) -> None:
+    written(tmp_path)
+    before = data_files(tmp_path)
+    known = LogStore(tmp_path).version
+    compact_log(tmp_path, 1 << 20)
+    merged = LogStore(tmp_path)
+    (version,) = {fate.left for name, fate in merged.fates().items() if name in before}
+    assert version is not None and known < version <= merged.version
+    looking = ReaderLease(Location(tmp_path), version - 1, onwards=True)
+    done = vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)
+    assert (done.removed, done.held, done.looking) == ([], [], 1), "the version before the merge may be found"
+    looking.move(version, onwards=True)
+    done = vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)
+    assert (removed(done), done.looking) == (before, 1), "from the merge on, no version has them"
+    looking.release()
 
 
 def test_a_version_that_cannot_be_read_keeps_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
