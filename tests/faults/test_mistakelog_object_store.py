@@ -151,7 +151,7 @@ def pilot(uri: str, checkpoint: Path, options: dict[str, str]) -> None:
         ledger.finish_pilot(ROUNDS)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_in_the_middle_nothing_is_lost_doubled_or_torn(
     place: Location, options: dict[str, str], tmp_path: Path, kills: int
 ) -> None:
