@@ -15,7 +15,6 @@ import asyncio
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -25,8 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.serving.body_limit import BODY_TIMEOUT_S, body_late, body_too_large, refuse_body, stated_bytes
 from tc_ray.serving.errors import RequestError, queue_full
+from tc_ray.serving.latency import prepare_process
 from tc_ray.serving.pressure import FULL_HEADER, Passage, Pressure
-from tc_ray.serving.settings import SWITCH_S
 from tc_ray.serving.stream_progress import DivergedError, StreamProgress
 
 PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -64,7 +63,7 @@ logger = logging.getLogger("tc_ray.serving")
 
 def middlewares() -> list[Middleware]:
     """What Ray Serve's proxy calls at its start, in its process."""
-    sys.setswitchinterval(SWITCH_S)
+    prepare_process()
     return [Middleware(StreamGuard, max_body_bytes=guarded_body_bytes())]
 
 

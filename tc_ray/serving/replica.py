@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from tc_ray.serving.errors import ServingError
+from tc_ray.serving.latency import prepare_process
 from tc_ray.serving.loading import LoadedCopilot, LoadedRun
 from tc_ray.serving.reload import Reloader
-from tc_ray.serving.settings import SWITCH_S, ReplicaSettings
+from tc_ray.serving.settings import ReplicaSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -35,7 +35,7 @@ class Replica:
 
         disable_progress_bar()  # Serve copies a replica's output to the user's terminal
         torch.set_num_threads(settings.threads or 1)
-        sys.setswitchinterval(SWITCH_S)
+        prepare_process()
         turns = Turns()
         loaded: dict[LoadedRun, LoadedCopilot] = {}
         for model in settings.models:

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SWITCH_S = 0.0005
-"""In replicas and in Serve's proxy the interpreter's lock changes hands after so long, not after 5 ms: a request passes through
-their event loops a dozen times, and each time would wait that long for another thread (the engine's; Serve's router)."""
-
 
 @dataclass(frozen=True)
 class Limits:
