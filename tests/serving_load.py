@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import subprocess
@@ -121,6 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("clients", type=int)
     parser.add_argument("seconds", type=float)
     given = parser.parse_args()
+    gc.disable()  # its pauses would be taken for the server's
     results = asyncio.run(load(given.url, json.loads(given.bodies.read_text()), given.clients, given.seconds))
     for one in results:
         print(json.dumps(asdict(one)))
