@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine import Engine, Failed, Finished, Piece, Request, Scored, Ticket, Token
+from tc_ray.serving.settings import EngineLimits
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -20,6 +21,8 @@ CHAT_TEMPLATE = (
 )
 MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "a"), ("Ġa", "n"), ("Ġ", "3"), ("l", "e"), ("p", "le"), ("ð", "Ł")]
 """Ġ is the blank; ðŁ are the first two bytes of an emoji, so that characters break at odd places."""
+
+LIMITS = EngineLimits(max_running=6, max_waiting=4, cache_bytes=2**26, prefill_tokens=32)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -67,6 +70,13 @@ def make_export(folder: Path, *, positions: int = 4096, lam: float = 0.5) -> Pat
     FusedModel.join(pilot, copilot, lam=lam).save_pretrained(export)
     tokenizer.save_pretrained(export / "pilot")
     return export
+
+
+def offline(model: FusedModel, prompt: tuple[int, ...], **options: object) -> list[int]:
+    """Tokens that `generate` alone gives after the prompt."""
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
 class Collector:

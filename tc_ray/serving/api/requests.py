@@ -7,6 +7,7 @@ Used by the routes, plan.py and schema.py.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -217,9 +218,9 @@ class GenerationFields(Weighted):
             raise invalid_value("stream_options", "needs `stream`: true")
         return bool(self.stream_options.include_usage)
 
+    @abstractmethod
     def named_tokens(self) -> int | None:
         """How many of the likeliest tokens to name beside each token; None: no log-probabilities at all."""
-        raise NotImplementedError
 
     def explains(self) -> bool:
         """Whether the answer tells what the Copilot changed."""

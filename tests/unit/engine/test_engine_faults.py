@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,30 +15,7 @@ from tc_ray.models.fusion.batch import FusedBatch
 from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, ScoreRequest, Turns
 from tc_ray.serving.engine.engine import FAILURES
 from tc_ray.serving.errors import RequestError
-from tests.serving_samples import Collector, make_export
-from tests.unit.test_serving_engine import LIMITS, offline
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_export(tmp_path_factory.mktemp("serving"))
-
-
-@pytest.fixture(scope="module")
-def model(export: Path) -> FusedModel:
-    return FusedModel.from_pretrained(export)
-
-
-@pytest.fixture
-def engine(model: FusedModel, export: Path) -> Iterator[Engine]:
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def prompt(export: Path) -> tuple[int, ...]:
-    return tuple(AutoTokenizer.from_pretrained(export / "pilot")("Tom has 3 apples")["input_ids"])
+from tests.serving_samples import LIMITS, Collector, offline
 
 
 def test_deadline(engine: Engine, prompt: tuple[int, ...]) -> None:

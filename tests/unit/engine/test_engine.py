@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,38 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine import Engine, Finished, GenerationRequest, Piece, Scored, ScoreRequest
 from tc_ray.serving.errors import RequestError
-from tc_ray.serving.settings import EngineLimits
-from tests.serving_samples import Collector, make_export
-
-LIMITS = EngineLimits(max_running=6, max_waiting=4, cache_bytes=2**26, prefill_tokens=32)
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_export(tmp_path_factory.mktemp("serving"))
-
-
-@pytest.fixture(scope="module")
-def model(export: Path) -> FusedModel:
-    return FusedModel.from_pretrained(export)
-
-
-@pytest.fixture
-def engine(model: FusedModel, export: Path) -> Iterator[Engine]:
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def prompt(export: Path) -> tuple[int, ...]:
-    return tuple(AutoTokenizer.from_pretrained(export / "pilot")("Tom has 3 apples")["input_ids"])
-
-
-def offline(model: FusedModel, prompt: tuple[int, ...], **options: object) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+from tests.serving_samples import LIMITS, Collector, offline
 
 
 def decoded(export: Path, ids: list[int]) -> str:
