@@ -295,6 +295,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
+    if arguments.folder is not None and not arguments.folder.is_dir():
+        parser.error(f"--folder: {arguments.folder} is no folder; make it, or name another on that disk")
     result = measure(arguments)
     print(result["machine"])
     rates = result["megabytes_per_second"]
