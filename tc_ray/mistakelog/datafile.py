@@ -120,7 +120,10 @@ class ParquetPart:
 
     def _write_row_group(self) -> None:
         if self._waiting:
-            self._open().write_table(pa.concat_tables(self._waiting))
+            writer = self._open()
+            assert self._output is not None
+            self._output.growing()
+            writer.write_table(pa.concat_tables(self._waiting))
         self._waiting, self._waiting_bytes = [], 0
 
     def finish(self) -> Finished:

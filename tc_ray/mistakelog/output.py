@@ -13,9 +13,10 @@ import mmap
 import os
 import queue
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 from zlib_ng.zlib_ng import crc32
@@ -25,6 +26,9 @@ from tc_ray.mistakelog.location import Location
 _WAITING_BLOCKS = 64
 _WORTH_READING = 1 << 20
 """Bytes of a row group that is still being written, from which on hashing goes on at once."""
+_GROWING = -1
+"""Instead of a size: a row group is being written now."""
+_LOOK_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class _Checksums:
         self._thread.start()
 
     def put(self, item: bytes | int) -> None:
-        """Bytes, or (of a file) the size up to which it is written."""
+        """Bytes, or (of a file) the size up to which it is written, or that it grows until the next size is put."""
         self._queue.put(item)
 
     def stop(self) -> None:
@@ -80,17 +84,26 @@ class _Checksums:
     def _follow(self, size: int) -> None:
         assert self._path is not None
         with open(self._path, "rb") as file:
-            while size > self._size:
-                start = self._size - self._size % mmap.ALLOCATIONGRANULARITY
-                with (
-                    mmap.mmap(file.fileno(), size - start, offset=start, prot=mmap.PROT_READ) as written,
-                    memoryview(written) as view,
-                    view[self._size - start :] as fresh,
-                ):
-                    self._add(fresh)
-                # Parquet is only ever appended to: what of the next row group stands there already need not wait for its end
+            if size != _GROWING:
+                self._read(file, size)
+            # Parquet is only ever appended to: what of a row group stands there already need not wait for its end
+            while size == _GROWING and self._queue.empty():
                 grown = os.fstat(file.fileno()).st_size
-                size = grown if grown >= self._size + _WORTH_READING else size
+                if grown >= self._size + _WORTH_READING:
+                    self._read(file, grown)
+                else:
+                    time.sleep(_LOOK_SECONDS)
+
+    def _read(self, file: BinaryIO, size: int) -> None:
+        if size <= self._size:
+            return
+        start = self._size - self._size % mmap.ALLOCATIONGRANULARITY
+        with (
+            mmap.mmap(file.fileno(), size - start, offset=start, prot=mmap.PROT_READ) as written,
+            memoryview(written) as view,
+            view[self._size - start :] as fresh,
+        ):
+            self._add(fresh)
 
     def _add(self, data: memoryview) -> None:
         # whole, since each call waits for the interpreter's lock afterwards
@@ -155,8 +168,12 @@ class LocalOutput:
         self._checksums = _Checksums(path)
         self._syncing: _Syncing | None = None
 
+    def growing(self) -> None:
+        """A row group is about to be written: hash it meanwhile. `advance`, `complete` or `abandon` follows."""
+        self._checksums.put(_GROWING)
+
     def advance(self) -> None:
-        """More has been written: hash it and bring it to the disk meanwhile."""
+        """More has been written: hash the rest and bring it to the disk meanwhile."""
         self._checksums.put(int(self.sink.tell()))
         if self._syncing is None:
             self._syncing = _Syncing(self._path)
@@ -208,6 +225,9 @@ class ObjectOutput:
 
     def close(self) -> None:
         """Called by Arrow; `complete` is what ends the upload."""
+
+    def growing(self) -> None:
+        """Blocks are hashed as they come."""
 
     def advance(self) -> None:
         """Blocks were hashed as they came."""

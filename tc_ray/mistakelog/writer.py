@@ -286,7 +286,9 @@ class RecordWriter:
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
             entry = self._queue.pop()
-            self._changed.notify_all()
+            if 2 * self._queue.depth <= self._queue_rounds:
+                # not at each place that becomes free: the two threads would take turns round by round
+                self._changed.notify_all()
             return entry
 
     def _take(self, batch: Batch) -> None:
