@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,7 +199,9 @@ def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
     from transformers import AutoConfig
 
     config: CopilotConfig = _read(CopilotConfig.from_pretrained, copilot.folder, "has no readable config")
-    check_fit(_read(AutoConfig.from_pretrained, pilot, "has no readable config"), config)
+    check_fit(
+        _read(partial(AutoConfig.from_pretrained, trust_remote_code=False), pilot, "has no readable config"), config
+    )
     own, trained, beside = _tokenizer_hash(pilot), config.tokenizer, copilot.own_pilot
     if own != trained and beside is not None and _has_tokenizer(beside):
         # not told, or told by a version of transformers that read the same files otherwise
@@ -225,7 +228,9 @@ def _tokenizer_hash(folder: Path) -> str:
 
     if not _has_tokenizer(folder):
         raise FuseError(f"{folder} has no tokenizer (tokenizer_config.json is missing)")
-    return vocabulary_hash(_read(AutoTokenizer.from_pretrained, folder, "has no readable tokenizer"))
+    return vocabulary_hash(
+        _read(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), folder, "has no readable tokenizer")
+    )
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tc_ray.config.load import load_config, save_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.folder_lock import FolderLock
 from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.repair import repair
@@ -82,7 +83,7 @@ def run_job(config: RunConfig) -> JobResult:
         config.log.path = Location(config.log.path).uri
     _check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with ray_session(config):
+    with FolderLock(folder, f"run {config.run.name}"), ray_session(config):
         return _Job(config, folder).run()
 
 
@@ -124,7 +125,7 @@ class _Job:
         self.view: threading.Thread | None = None
 
     def run(self) -> JobResult:
-        """All phases, under the run's lease."""
+        """All phases, under the lease of the run's log."""
         # before anything is touched, where there is a log already; a first start takes it as soon as there is one
         repair(self.log)
         if self.config.log.enabled and is_table(self.log):
@@ -175,8 +176,14 @@ class _Job:
         model = self.config.model
         self.pilot_path = resolve_model(model.pilot, model.cache)
         self.base_path = resolve_model(model.copilot, model.cache) if model.copilot else self.pilot_path
-        self.tokenizer = AutoTokenizer.from_pretrained(self.pilot_path)
-        self.shape = AutoConfig.from_pretrained(self.pilot_path)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.pilot_path, trust_remote_code=False)
+            self.shape = AutoConfig.from_pretrained(self.pilot_path, trust_remote_code=False)
+        except ValueError as error:
+            said = str(error).strip().split("\n")[0]
+            raise JobError(
+                f"model.pilot {model.pilot} cannot be read (code in a model folder is never run): {said}"
+            ) from error
         encoder_decoder = family_of(self.shape).encoder_decoder
         if self.config.log.enabled:
             try:
@@ -342,7 +349,13 @@ class _Job:
 
         from tc_ray.tracking.progress import ProgressView
 
-        ProgressView().follow(lambda: ray.get(self.tracker.status.remote()), self.stop_watching)
+        def status() -> Any:
+            try:
+                return ray.get(self.tracker.status.remote())
+            except ray.exceptions.RayActorError:
+                return None  # lost with its node: it comes back elsewhere
+
+        ProgressView().follow(status, self.stop_watching)
 
 
 def logged_error_size(log: Location) -> float:

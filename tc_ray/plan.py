@@ -276,7 +276,9 @@ def _tokenizer(config: RunConfig, pilot: ModelConfig, notes: list[str]) -> PreTr
     from tc_ray.data.prompts import check_template
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(pilot.place, local_files_only=pilot.local_only)
+        tokenizer = AutoTokenizer.from_pretrained(
+            pilot.place, local_files_only=pilot.local_only, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         notes.append(
             f"data size unknown: the tokenizer of {config.model.pilot} cannot be read here ({first_line(error)})"

@@ -52,7 +52,7 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
         test_file, source, stem = None, "the run's own test split", "evaluation"
         if data is not None:
             stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
-            tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final")
+            tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
             prepared = prepare_test_file(
                 str(data),
                 config.data,
@@ -60,7 +60,9 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
                 folder / "data" / stem,
                 seed=config.run.seed,
                 items=folder / "data" / ITEMS_FILE,
-                encoder_decoder=AutoConfig.from_pretrained(folder / "pilot" / "final").is_encoder_decoder,
+                encoder_decoder=AutoConfig.from_pretrained(
+                    folder / "pilot" / "final", trust_remote_code=False
+                ).is_encoder_decoder,
             )
             for line in prepared.notes:
                 print(line, flush=True)

@@ -78,7 +78,12 @@ def _find(name: str, config: RunConfig, notes: list[str]) -> ModelConfig | None:
     place = resolve_model(name, folder)
     local_only = isinstance(place, str) and not _hub_answers()
     try:
-        return ModelConfig(name, place, local_only, AutoConfig.from_pretrained(place, local_files_only=local_only))
+        return ModelConfig(
+            name,
+            place,
+            local_only,
+            AutoConfig.from_pretrained(place, local_files_only=local_only, trust_remote_code=False),
+        )
     except (OSError, ValueError) as error:
         # a hub id without the hub is no reason to refuse a plan; the run itself will
         reason = "the hub is not to be reached, and it is not in the cache" if local_only else first_line(error)

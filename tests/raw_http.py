@@ -38,7 +38,10 @@ def exchange(
     *,
     seconds: float = 30,
 ) -> Answer:
-    """Send a request and read its answer, sending no more once there is one. A body in pieces has no stated length."""
+    """Send a request and read its answer, sending no more once there is one.
+
+    A body in pieces is sent in chunks, unless the headers state its length.
+    """
     head = [f"{method} {target} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
     head += [f"{name}: {value}" for name, value in headers.items()]
     pieces: Iterator[bytes]
@@ -46,6 +49,8 @@ def exchange(
         if "Content-Length" not in headers:
             head.append(f"Content-Length: {len(body)}")
         pieces = (body[at : at + PIECE_BYTES] for at in range(0, len(body), PIECE_BYTES))
+    elif "Content-Length" in headers:
+        pieces = iter(body)
     else:
         head.append("Transfer-Encoding: chunked")
         pieces = chunked(body)
@@ -70,7 +75,10 @@ def send(head: bytes, pieces: Iterable[bytes], port: int, *, seconds: float = 30
             rest = memoryview(piece)
             while rest and not select.select([connection], [], [], 0)[0]:
                 if select.select([connection], [connection], [], seconds)[1]:
-                    count = connection.send(rest[:PIECE_BYTES])
+                    try:
+                        count = connection.send(rest[:PIECE_BYTES])
+                    except ConnectionError:
+                        break  # closed since it was looked at; an answer that came before can still be read
                     rest, sent = rest[count:], sent + count
             if rest:
                 break

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import socket
 import threading
 import time
@@ -102,25 +101,44 @@ class Stream(threading.Thread):
 
 
 def replica_pids(name: str = "ServeReplica:tc-ray:FusedModel") -> list[int]:
-    """Processes of the replicas that run now, by the title that Ray gives them."""
+    """Processes of the replicas that run now, by the title that Ray gives them; other Rays of the machine are not ours."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                title = (folder / "cmdline").read_bytes().decode(errors="replace")
-                if title.startswith(f"ray::{name}") and _is_ours(int(folder.name)):
-                    found.append(int(folder.name))
+    for pid in processes_under(os.getpid()):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").startswith(f"ray::{name}"):
+                found.append(pid)
     return sorted(found)
 
 
-def _is_ours(pid: int) -> bool:
-    """Whether a process descends from this one: other Rays of the machine are not ours."""
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        status = Path(f"/proc/{pid}/status").read_text()
-        pid = int(re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1])  # type: ignore[index]
+def processes_under(ancestor: int) -> dict[int, int]:
+    """The processes that descend from one, and when each began, for their numbers are used again."""
+    stats = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                stats[int(folder.name)] = _stat(int(folder.name))
+
+    def descends(pid: int) -> bool:
+        while pid in stats:
+            pid = int(stats[pid][1])
+            if pid == ancestor:
+                return True
+        return False
+
+    return {pid: int(stat[19]) for pid, stat in stats.items() if descends(pid)}
+
+
+def runs(pid: int, begun: int) -> bool:
+    """Whether a process that began then has not ended yet; one that only waits for its parent to take note has."""
+    with contextlib.suppress(OSError):
+        stat = _stat(pid)
+        return int(stat[19]) == begun and stat[0] not in "ZX"
     return False
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and so on, as /proc tells them after the name, which may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def figures(url: str, name: str, **headers: str) -> dict[str, float]:

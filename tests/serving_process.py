@@ -82,14 +82,24 @@ class ServingProcess:
 
     def memory_bytes(self) -> tuple[int, int]:
         """Resident memory of the server now, and its peak since the last call of `forget_peak`."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        fields = dict(line.split(":", 1) for line in status.splitlines())
-        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return now, peak
+        return memory_bytes(self.process.pid)
 
     def forget_peak(self) -> None:
         """Begin a new peak."""
-        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5", encoding="utf-8")
+        forget_peak(self.process.pid)
+
+
+def memory_bytes(pid: int) -> tuple[int, int]:
+    """Resident memory of a process now, and its peak since the last call of `forget_peak`."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def forget_peak(pid: int) -> None:
+    """Begin a new peak."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="utf-8")
 
 
 def timed(

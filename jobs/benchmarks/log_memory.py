@@ -3,8 +3,8 @@
 python jobs/benchmarks/log_memory.py [--minutes 30] [--rounds-per-second 5] [--json FILE]
 
 One process writes records through a RecordWriter and a real Ledger with retention and compaction on, at a steady rate; another
-follows the log with a LogTail and a buffer of the newest 128 rounds, and works on each round ten times longer than the
-writer takes for one. Both report their resident memory every few seconds. A straight line is fitted to each series after the
+follows the log as a learner does, with a LogTail and a buffer of the newest 128 rounds: before each step it takes what is new,
+and a step takes as long as the writer takes for ten rounds. Both report their resident memory every few seconds. A straight line is fitted to each series after the
 first third (when every buffer has filled): its slope, in MB an hour, and the growth over the rest of the run are printed.
 Needs no Ray and no model.
 """

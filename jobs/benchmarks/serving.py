@@ -56,6 +56,10 @@ class Figures:
     def told(self) -> dict[str, float]:
         """As numbers for the table."""
         first = sorted(self.first_token_s)
+        if not first:
+            raise SystemExit(
+                f"no request got its first token within {self.seconds:.0f} s: give --seconds a larger number"
+            )
         return {
             "tokens_per_second": self.tokens / self.seconds,
             "requests": float(self.requests),

@@ -181,7 +181,10 @@ def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
 def _check_tokenizer(pilot: Path | str, mistakes: MistakeLog) -> None:
     from transformers import AutoTokenizer
 
-    if tokenizer_hash(AutoTokenizer.from_pretrained(pilot)) != mistakes.metadata.tokenizer_hash:
+    if (
+        tokenizer_hash(AutoTokenizer.from_pretrained(pilot, trust_remote_code=False))
+        != mistakes.metadata.tokenizer_hash
+    ):
         raise StoredLogError(
             f"{mistakes.location} was written with another tokenizer than that of model.pilot {pilot}: token ids would mean "
             "other tokens"

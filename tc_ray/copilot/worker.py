@@ -187,7 +187,7 @@ def build_copilot(
 
     torch.manual_seed(config.run.seed)
     pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
-    base_config = AutoConfig.from_pretrained(base_path)
+    base_config = AutoConfig.from_pretrained(base_path, trust_remote_code=False)
     return Copilot.from_decoder(
         base_path,
         choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
@@ -198,7 +198,7 @@ def build_copilot(
         pooling=config.log.pooling,
         tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
         positions=config.log.positions,
-        tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path)),
+        tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
         random_weights=config.model.random_weights,
     )
 

@@ -55,7 +55,7 @@ def evaluate_finished(
             tracker.event.remote("evaluate", line)
 
     fusion = config.fusion
-    tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
     return evaluate(
         fused,
         _metric(config, tokenizer, fused.vocab_size),

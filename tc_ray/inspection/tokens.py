@@ -149,7 +149,7 @@ def _load(place: str, local_only: bool) -> PreTrainedTokenizerBase:
     if place.startswith((".", "/", "~")) and not folder.is_dir():
         raise OSError(f"there is no folder {place}")
     name = str(folder) if folder.is_dir() else str(default_cache() / place) if place in BUILTIN_MODELS else place
-    return AutoTokenizer.from_pretrained(name, local_files_only=local_only)
+    return AutoTokenizer.from_pretrained(name, local_files_only=local_only, trust_remote_code=False)
 
 
 def _byte_text(piece: str) -> str:

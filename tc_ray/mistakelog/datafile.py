@@ -20,7 +20,7 @@ from zlib_ng.zlib_ng import crc32 as crc32_of
 
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.output import Finished, LocalOutput, ObjectOutput, open_output
-from tc_ray.mistakelog.schema import ROW_SCHEMA
+from tc_ray.mistakelog.schema import PREFIX, READABLE_VERSIONS, ROW_SCHEMA
 
 TEMPORARY_SUFFIX = ".tmp"
 """Added to a local file's name while it is written."""
@@ -146,10 +146,12 @@ class ParquetPart:
         if self._output is None:
             return
         # closing writes the footer: on a full disk it fails, and the file goes anyway
-        if self._writer is not None:  # else not even the header could be written
-            with contextlib.suppress(OSError):
-                self._writer.close()
-        self._output.abandon()
+        try:
+            if self._writer is not None:  # else not even the header could be written
+                with contextlib.suppress(OSError):
+                    self._writer.close()
+        finally:
+            self._output.abandon()
         if self._location.local is not None:
             self._location.delete(self._temporary)
 
@@ -255,6 +257,12 @@ def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
 def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None) -> pq.ParquetFile:
     """The opened file, with the columns of `schema` and as many rows as were committed."""
     file = pq.ParquetFile(pa.BufferReader(content))
+    version = (file.metadata.metadata or {}).get(f"{PREFIX}schema_version".encode())
+    if version is not None and version.decode() not in READABLE_VERSIONS:
+        raise BadFileError(
+            name,
+            f"Mistake Log schema version {version.decode()}, but this tc-ray reads {' and '.join(READABLE_VERSIONS)}",
+        )
     if rows is not None and file.metadata.num_rows != rows:
         raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
     absent = [column for column in schema.names if column not in file.schema_arrow.names]

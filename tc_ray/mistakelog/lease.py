@@ -26,6 +26,7 @@ from tc_ray.mistakelog.store import CommitConflictError, LogStore, full_disk_nam
 LEASE_NUMBER = "tc_ray/lease"
 STALE_SECONDS = 60.0
 _TOUCH_SECONDS = 10.0
+WAIT_FOR_IT = "Wait for it to end, or end it, and try again."
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,14 @@ class Holder:
     """When the lease was taken, ISO 8601, UTC."""
     what: str
     """The run or command, for messages."""
+
+    def __str__(self) -> str:
+        return f"{self.what}, process {self.process.pid} on host {self.process.host}, started {self.started}"
+
+    @classmethod
+    def this(cls, what: str) -> Holder:
+        """This process, from now on."""
+        return cls(this_process(), datetime.now(timezone.utc).isoformat(timespec="seconds"), what)
 
     def to_json(self) -> bytes:
         """Content of the lease's file."""
@@ -80,12 +89,11 @@ class RunLease:
             current = store.number(LEASE_NUMBER)
             holder = _holder(location, current)
             if holder is not None:
-                raise LeaseHeldError(f"{location} is in use: {holder}. Wait for it to end, or end it, and try again.")
+                raise LeaseHeldError(f"{location} is in use: {holder}. {WAIT_FOR_IT}")
             mine = secrets.randbits(62)
             # first the file, so that the number is never there without it
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             with full_disk_named(location):
-                location.write(_file(mine), Holder(this_process(), now, what).to_json())
+                location.write(_file(mine), Holder.this(what).to_json())
             try:
                 store.commit(numbers={LEASE_NUMBER: mine}, note={"kind": "lease", "what": what})
             except CommitConflictError:
@@ -127,17 +135,12 @@ def _holder(location: Location, number: int | None) -> str | None:
     silent = time.time() - entries[0].modified
     running = is_running(holder.process)
     if running is False or (running is None and silent > STALE_SECONDS):
-        log.warning("%s: the lease of a dead process is taken over (%s)", location, _words(holder))
+        log.warning("%s: the lease of a dead process is taken over (%s)", location, holder)
         return None
     seen = (
         "" if running else f", last sign of life {max(0.0, silent):.0f} s ago (taken over after {STALE_SECONDS:.0f} s)"
     )
-    return _words(holder) + seen
-
-
-def _words(holder: Holder) -> str:
-    process = holder.process
-    return f"{holder.what}, process {process.pid} on host {process.host}, started {holder.started}"
+    return f"{holder}{seen}"
 
 
 def _keep_touching(location: Location, name: str, stop: threading.Event) -> None:

@@ -28,7 +28,8 @@ _WORTH_READING = 1 << 20
 """Bytes of a row group that is still being written, from which on hashing goes on at once."""
 _GROWING = -1
 """Instead of a size: a row group is being written now."""
-_LOOK_SECONDS = 0.001
+_LOOK_SECONDS = (0.001, 0.01)
+"""Between looks at a file that grows: shortest, and longest when nothing comes (a disk that stalls)."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,15 @@ class _Checksums:
             if size != _GROWING:
                 self._read(file, size)
             # Parquet is only ever appended to: what of a row group stands there already need not wait for its end
+            pause = _LOOK_SECONDS[0]
             while size == _GROWING and self._queue.empty():
                 grown = os.fstat(file.fileno()).st_size
                 if grown >= self._size + _WORTH_READING:
                     self._read(file, grown)
+                    pause = _LOOK_SECONDS[0]
                 else:
-                    time.sleep(_LOOK_SECONDS)
+                    time.sleep(pause)
+                    pause = min(2 * pause, _LOOK_SECONDS[1])
 
     def _read(self, file: BinaryIO, size: int) -> None:
         if size <= self._size:

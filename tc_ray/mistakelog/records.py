@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tc_ray.mistakelog.dense import listed_errors, vocabulary_order
 from tc_ray.mistakelog.ragged import Array, binary_array, flat_column, flat_index, lengths_of, list_arrays, offsets_of
-from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogSchemaError
+from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, LogSchemaError
 
 _DTYPES: dict[str, type[np.generic]] = {
     "round": np.int64,
@@ -271,7 +271,8 @@ class Records:
         """The widths that rows alone do not tell, keyed as in the table's configuration."""
         names = ("rationale_layers", "rationale_dim", "top_k", "error")
         question = "ids" if self.question is None else "states"
-        return {PREFIX + name: str(getattr(self, name)) for name in names} | {PREFIX + "question": question}
+        told = {name: getattr(self, name) for name in names} | {"question": question, "schema_version": SCHEMA_VERSION}
+        return {PREFIX + name: str(value) for name, value in told.items()}
 
     def _true_ids(self) -> Array:
         """int32 [sum n]: `input_ids[target_start:]` of record after record."""

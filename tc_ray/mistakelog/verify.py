@@ -46,8 +46,8 @@ class Verification:
     vacuum, or foreign ones. No reader sees them."""
     quarantined: list[Quarantined] = field(default_factory=list)
     """Taken out of the table now."""
-    quarantined_before: int = 0
-    """Files taken out earlier."""
+    quarantined_before: list[Quarantined] = field(default_factory=list)
+    """Taken out earlier, by a run or by this command."""
 
     @property
     def good(self) -> bool:
@@ -63,12 +63,10 @@ class Verification:
         if self.twice:
             told.append(f"BAD {self.twice} rows have the round and sample of another row")
         told += [f"no checksum (not committed by tc-ray): {name}" for name in self.unchecked]
-        for line in self.quarantined:
-            told.append(
-                f"quarantined {line.name}: {line.rows} rows of rounds {line.round_min} to {line.round_max} are lost"
-            )
-        if self.quarantined_before:
-            told.append(f"{self.quarantined_before} files were quarantined earlier")
+        for when, lines in (("quarantined earlier", self.quarantined_before), ("quarantined", self.quarantined)):
+            for line in lines:
+                lost = f"{line.rows} rows of rounds {line.round_min} to {line.round_max} are lost"
+                told.append(f"{when} {line.name}: {lost} ({line.reason})")
         if self.orphans:
             told.append(
                 f"{len(self.orphans)} Parquet files beside the table, which no reader sees (`tc-ray log vacuum` removes ours)"
@@ -92,7 +90,7 @@ class Verification:
             "twice": self.twice,
             "orphans": self.orphans,
             "quarantined": [asdict(line) for line in self.quarantined],
-            "quarantined_before": self.quarantined_before,
+            "quarantined_before": [asdict(line) for line in self.quarantined_before],
         }
 
 
@@ -154,7 +152,7 @@ def verify(store: LogStore, progress: Callable[[int, int], None] = lambda done, 
         for entry in store.location.list(recursive=False)
         if entry.name.endswith((".parquet", ".parquet.tmp")) and entry.name not in known
     )
-    result.quarantined_before = len(quarantined(store.location))
+    result.quarantined_before = quarantined(store.location)
     return result
 
 

@@ -2,8 +2,8 @@
 
 Invariant: a data file holds whole rounds of one rank, in order, and is handed to the Ledger only when it is complete and
 on disk; `flush` returns True only after the Ledger acknowledged. Every record that was put is in the log or counted as dropped
-in the commit that covers its round. The step waits for the disk only when the queue is full, or not at all by policy, and both
-are counted. In memory are at most the queue, the round that has not ended, and the rows of the file being written
+in the commit that covers its round. The step waits for the disk only when the queue was full, until half is free or a file is
+cut, or not at all by policy, and both are counted. In memory are at most the queue, the round that has not ended, and the rows of the file being written
 (`file_bytes` and one round). Called by the Pilot's loop: `put` a micro-batch, `end_round`, and at checkpoints `flush`.
 """
 
@@ -287,7 +287,7 @@ class RecordWriter:
             self._changed.wait_for(lambda: self._queue or self._closing)
             entry = self._queue.pop()
             if 2 * self._queue.depth <= self._queue_rounds:
-                # not at each place that becomes free: the two threads would take turns round by round
+                # not at each place that becomes free: the two threads would take turns micro-batch by micro-batch
                 self._changed.notify_all()
             return entry
 
@@ -316,6 +316,8 @@ class RecordWriter:
     def _cut(self, cut: Cut) -> None:
         full = cut.round - self._covered >= self._flush_rounds or self._held.bytes >= self._file_bytes
         if cut.round > self._covered and (cut.force or full):
+            with self._changed:  # `put` need not wait for a commit where there is a place
+                self._changed.notify_all()
             self._commit(self._covered + 1, cut.round)
 
     def _commit(self, first: int, last: int) -> None:

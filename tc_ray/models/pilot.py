@@ -22,22 +22,26 @@ from tc_ray.models.taps import LayerTap
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_pilot(path: Path | str, *, dtype: torch.dtype, random_weights: bool = False) -> Any:
-    """Load a language model, decoder-only or encoder-decoder, from a folder or hub id.
+def load_pilot(
+    path: Path | str, *, dtype: torch.dtype, random_weights: bool = False, safetensors: bool | None = None
+) -> Any:
+    """Load a language model, decoder-only or encoder-decoder, from a folder or hub id. Code that comes with it is never run.
 
     Args:
         random_weights: read only its config.
+        safetensors: True: weights in no other format; None: other formats where there is no such file.
 
     Raises:
         UnknownFamilyError: a family without an adapter, found out before any weight is read.
+        OSError: no weights of the format.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     auto = AutoModelForSeq2SeqLM if family_of(config).encoder_decoder else AutoModelForCausalLM
     if random_weights:
         return auto.from_config(config, dtype=dtype)
-    return auto.from_pretrained(path, dtype=dtype)
+    return auto.from_pretrained(path, dtype=dtype, use_safetensors=safetensors, trust_remote_code=False)
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:

@@ -210,7 +210,7 @@ def _convert(gguf: Path, model: BuiltinModel, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         tokenizer.model_max_length = model.max_length_tokens
         pilot.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
@@ -228,7 +228,7 @@ def _convert(gguf: Path, model: BuiltinModel, folder: Path) -> None:
         for key, value in pilot.state_dict().items():
             if not torch.equal(value, back[key]):
                 raise ModelSourceError(f"conversion of {gguf.name}: weight {key} changed when read back")
-        again = AutoTokenizer.from_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer_hash(again) != tokenizer_hash(tokenizer):
         raise ModelSourceError(f"conversion of {gguf.name}: the tokenizer changed when read back")
     if again.decode(again(_ROUND_TRIP, add_special_tokens=False)["input_ids"]) != _ROUND_TRIP:

@@ -48,7 +48,7 @@ def save_merged(engine: Any, config: RunConfig, model_path: Path | str, folder: 
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     merged.to(torch.bfloat16 if engine.bfloat16_enabled() else torch.float32).save_pretrained(temporary)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     # served chats must be asked as the training rows were
     tokenizer.chat_template = serving_template(config.data) or tokenizer.chat_template
     tokenizer.save_pretrained(temporary)

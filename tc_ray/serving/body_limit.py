@@ -39,7 +39,7 @@ class BodyLimit:
         try:
             body = await asyncio.wait_for(self._read(receive), self._timeout_s)
         except RequestError as error:
-            await self._refuse(error, scope, receive, send)
+            await self._refuse(without_frames(error), scope, receive, send)
             return
         except asyncio.TimeoutError:  # the builtin's alias only from Python 3.11 on
             await self._refuse(body_late(self._timeout_s), scope, receive, send)
@@ -88,9 +88,20 @@ async def refuse_body(
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def without_frames(error: RequestError) -> RequestError:
+    """The error without its traceback, whose frames hold the body, and itself: only the garbage collector would free them."""
+    return error.with_traceback(None)
+
+
 def body_too_large(limit_bytes: int) -> RequestError:
     """413."""
     return RequestError(f"The body is longer than {limit_bytes} bytes.", status=413, code="body_too_large")
+
+
+def bodies_too_many() -> RequestError:
+    """503: those of all requests under way together."""
+    text = "The bodies of the requests under way are too much for this server."
+    return RequestError(text, status=503, code="unavailable", retry_after_s=1)
 
 
 def body_late(timeout_s: float) -> RequestError:

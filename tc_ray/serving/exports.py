@@ -73,7 +73,7 @@ def check_tokenizer(export: Path) -> None:
     from tc_ray.models.source import vocabulary_hash
 
     try:
-        own = vocabulary_hash(AutoTokenizer.from_pretrained(export / "pilot"))
+        own = vocabulary_hash(AutoTokenizer.from_pretrained(export / "pilot", trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         raise ServingError(f"{export}/pilot has no readable tokenizer: {first_line(error)}") from error
     if own != trained:

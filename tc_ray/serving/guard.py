@@ -22,7 +22,15 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tc_ray.serving.body_limit import BODY_TIMEOUT_S, body_late, body_too_large, refuse_body, stated_bytes
+from tc_ray.serving.body_limit import (
+    BODY_TIMEOUT_S,
+    bodies_too_many,
+    body_late,
+    body_too_large,
+    refuse_body,
+    stated_bytes,
+    without_frames,
+)
 from tc_ray.serving.errors import RequestError, queue_full
 from tc_ray.serving.latency import prepare_process
 from tc_ray.serving.pressure import FULL_HEADER, Passage, Pressure
@@ -123,7 +131,9 @@ class StreamGuard:
         except asyncio.TimeoutError:  # the builtin's alias only from Python 3.11 on
             refused = body_late(self._body_timeout_s)
         except RequestError as error:
-            refused = error
+            refused = without_frames(error)
+        self._held_bytes -= len(body)
+        body.clear()
         await refuse_body(refused, receive, send, [GUARD_HEADER])
         return False
 
@@ -143,12 +153,7 @@ class StreamGuard:
             if len(body) > self._max_body_bytes:
                 raise body_too_large(self._max_body_bytes)
             if self._held_bytes > self._max_held_bytes:
-                raise RequestError(
-                    "The bodies of the requests under way are too much for this server.",
-                    status=503,
-                    code="unavailable",
-                    retry_after_s=1,
-                )
+                raise bodies_too_many()
         return True
 
 

@@ -75,9 +75,9 @@ class LoadedRun:
         self._device = "cuda" if settings.gpu else "cpu"
         folder = self.export / "pilot"
         try:
-            self._pilot: Any = _in_memory(load_pilot(folder, dtype=torch.float32)).to(self._device)
+            self._pilot: Any = _in_memory(load_pilot(folder, dtype=torch.float32, safetensors=True)).to(self._device)
             # Never used itself: fast tokenizers may not be used by two threads at once, so each engine gets a copy.
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise ServingError(f"{folder} cannot be loaded: {first_line(error)}") from error
         self._encoder = PromptEncoder(copy.deepcopy(self._tokenizer), self._pilot.config.vocab_size)
@@ -140,7 +140,9 @@ class LoadedRun:
                 )
             self._check_tokenizer(source)
             fusion = read_settings(source)
-            copilot = _in_memory(Copilot.from_pretrained(source / "copilot", dtype=torch.float32)).to(self._device)
+            copilot = _in_memory(
+                Copilot.from_pretrained(source / "copilot", dtype=torch.float32, use_safetensors=True)
+            ).to(self._device)
             if copilot_signature(source) != signature:
                 raise ExportChanged
             with self._turns:  # the tap's hooks are put on the Pilot's layers: not while a forward pass walks over them

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +21,20 @@ from transformers import AutoTokenizer
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.launch import Server, start_server
-from tests.serving_cluster import PROMPT, figures, free_port, server_of, soon
+from tests.raw_http import PIECE_BYTES, chunked, exchange
+from tests.serving_cluster import PROMPT, figures, free_port, replica_pids, server_of, soon
+from tests.serving_process import forget_peak, memory_bytes
 from tests.serving_samples import make_export
 
 KEY = "a key for the tests"
 BEARER = f"Bearer {KEY}"
+OTHER_KEY = "a second key"
 SECRET = "zebra quilt 81723"
 LONG_TOKENS = 19_000
 """So many tokens take far longer than the tests wait for the engine to be free."""
 FREE_WITHIN_S = 3.0
+BIG_BODY_BYTES = 200_000_000
+MAX_GROWTH_BYTES = 50_000_000
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(export: Path) -> Iterator[Server]:
     key_file = export.parent / "key"
-    key_file.write_text(KEY)
+    key_file.write_text(f"# of the tests\n{KEY}\n{OTHER_KEY}\n")
     options: dict[str, Any] = {"max_tokens": LONG_TOKENS, "max_running": 2, "max_waiting": 1, "threads": 1}
     with server_of([export.parent, f"second={export}"], key_file=key_file, **options) as server:
         yield server
@@ -134,6 +142,64 @@ def test_refusals(model: str, client: openai.OpenAI, http: httpx.Client) -> None
     response = http.post("/v1/completions", content=b"x" * (2**20 + 1))
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
     assert http.get("/v1/models", headers={b"X-Request-Id": b"\xff"}).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "wrong", "# of the tests"])
+def test_nothing_but_health_without_a_key_of_the_file(server: Server, model: str, key: str | None) -> None:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 1}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=30) as http:
+        asked = {
+            path: http.get(path) for path in ("/", "/v1/models", "/metrics", "/ready", "/openapi.json", "/nothing")
+        }
+        for stream in (False, True):
+            asked[f"stream {stream}"] = http.post("/v1/completions", json={**body, "stream": stream})
+        for what, answer in asked.items():
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), what
+            assert "www-authenticate" in answer.headers, what
+        assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("key", [KEY, OTHER_KEY])
+def test_each_key_of_the_file_opens_all(server: Server, model: str, key: str) -> None:
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as http:
+        assert [http.get(path).status_code for path in ("/v1/models", "/metrics", "/health")] == [200] * 3
+        body = {"model": model, "prompt": PROMPT, "max_tokens": 1}
+        assert http.post("/v1/completions", json=body).status_code == 200
+        assert http.get("/").status_code == 200
+        # as a browser sends it, which asks for a password
+        assert http.get("/", auth=("", key)).status_code == 200
+
+
+@pytest.mark.parametrize("way", ["of a stated length", "in chunks", "of a client that does not listen"])
+def test_big_body_is_not_held_by_the_proxy(server: Server, way: str) -> None:
+    headers = {"Authorization": BEARER, "Content-Type": "application/json"}
+    port = int(server.url.rpartition(":")[2])
+    pieces = itertools.repeat(b" " * PIECE_BYTES, BIG_BODY_BYTES // PIECE_BYTES)
+    [proxy] = replica_pids("ProxyActor")
+    before, _ = memory_bytes(proxy)
+    forget_peak(proxy)
+    if way == "of a client that does not listen":
+        # goes on after the refusal until the connection breaks
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        with (
+            contextlib.suppress(ConnectionError),
+            socket.create_connection(("127.0.0.1", port), timeout=30) as connection,
+        ):
+            connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}".encode())
+            connection.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+            for piece in chunked(pieces):
+                connection.sendall(piece)
+    else:
+        if way == "of a stated length":
+            headers["Content-Length"] = str(BIG_BODY_BYTES // PIECE_BYTES * PIECE_BYTES)
+        answer = exchange(port, "POST", "/v1/completions", headers, pieces)
+        assert (answer.status, answer.json()["error"]["code"]) == (413, "body_too_large")
+        print(f"refused after {answer.sent_bytes / 1e6:.1f} MB in {answer.seconds:.2f} s")
+    now, peak = memory_bytes(proxy)
+    print(f"proxy: {before / 1e6:.0f} MB before, {now / 1e6:.0f} MB after, {peak / 1e6:.0f} MB at most")
+    assert peak - before < MAX_GROWTH_BYTES
+    assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def under_way(server: Server) -> float:

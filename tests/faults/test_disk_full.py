@@ -2,7 +2,8 @@
 
 The Pilot's loop runs in a process of its own, on a tmpfs mounted for the test (as root, or in a name space of its own); the
 space is taken by a file beside the log. It must survive, show no partial file, count what it drops to the record, and go on
-by itself. The log is read and compared afterwards, row for row.
+by itself. Readers in another process look at the log all the time and compare what they are given, row for row; so does the
+test afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pytest
 from tc_ray.mistakelog.commits import dropped_records
 from tc_ray.mistakelog.compaction import compact_log
 from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
@@ -61,6 +62,10 @@ def pilot(root: Path, policy: str) -> None:
         queue_rounds=16,
         full_policy=policy,  # type: ignore[arg-type]
     )
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.test_disk_full", str(root), "watch"], stdout=subprocess.PIPE, text=True
+    )
+    assert watching.stdout is not None and watching.stdout.readline() == "ready\n"
     ballast = root / "ballast"
     refused = postponed = 0
     started = time.monotonic()
@@ -83,7 +88,11 @@ def pilot(root: Path, policy: str) -> None:
         time.sleep(0.05)
     writer.close()
     ledger.finish_pilot(END)
+    (root / "end").touch()
+    watched = watching.communicate(timeout=60)[0]
+    assert watching.returncode == 0, "a reader met what was never put; see above"
     told = {
+        "watched": json.loads(watched),
         "refused": refused,
         "postponed": postponed,
         "seconds": seconds,
@@ -134,6 +143,58 @@ def tended(root: Path) -> None:
     removed = len(vacuum_log(folder, orphan_seconds=3600, grace_seconds=0).removed)
     rows = len(MistakeLog(folder).records())
     print(json.dumps({"debris": debris, "waited": waited, "went_on": went_on, "removed": removed, "rows": rows}))
+
+
+def watch(root: Path) -> None:
+    """In a process of its own: a reader that follows the log and one that opens it anew, until `pilot` has ended.
+
+    Prints how often each looked before the disk was full, while it was, and after it was freed; and the rows in all.
+    """
+    folder, ballast, parent = root / "log", root / "ballast", os.getppid()
+    tail, seen, was_full = LogTail(folder, "test"), Seen(), False
+    looks = {phase: [0, 0] for phase in ("before", "full", "freed")}
+    print("ready", flush=True)
+    ended = False
+    while not ended:
+        # before the look, so that the last one sees the whole log; a `pilot` that failed has another parent take over
+        ended = (root / "end").exists() or os.getppid() != parent
+        full = ballast.exists()
+        was_full |= full
+        counts = looks["full" if full else "freed" if was_full else "before"]
+        update = tail.poll()
+        assert not update.bad and not update.removed, update
+        for _, records in update.new:
+            seen.check(records)
+        counts[0] += 1
+        if counts[0] % 10 == 1 or ended:
+            with MistakeLog(folder) as log:
+                anew = Seen()
+                anew.check(log.records())
+                assert not log.bad_files, log.bad_files
+                # the later look has all rows of the earlier one, and at the end no others
+                assert anew.samples >= seen.samples if not ended else anew.samples == seen.samples
+                counts[1] += 1
+        time.sleep(0.005)
+    print(json.dumps({**looks, "rows": len(seen.samples)}))
+
+
+class Seen:
+    """Rows that a reader was given: none twice, each as it was put."""
+
+    def __init__(self) -> None:
+        self.samples: set[int] = set()
+
+    def check(self, records: Records) -> None:
+        samples = records.sample_id.tolist()
+        assert len(set(samples)) == len(samples) and not self.samples & set(samples), "a row came twice"
+        self.samples |= set(samples)
+        for number in np.unique(records.round).tolist():
+            part = records.select(np.flatnonzero(records.round == number))
+            for half in (0, 1):
+                whole = batch(number, half)
+                kept = part.select(np.flatnonzero(np.isin(part.sample_id, whole.sample_id)))
+                if len(kept):
+                    assert_same(kept, whole)
 
 
 def fill(ballast: Path) -> None:
@@ -192,6 +253,9 @@ def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
     stats, drops = told["stats"], {int(round): count for round, count in told["drops"].items()}
     assert stats["full_seconds"] > 0.4, "the disk was never full"
     assert told["state"]["round"] == END
+    # the follower, and the one that opens the log anew
+    assert all(looks[0] >= 5 and looks[1] >= 1 for looks in (told["watched"]["full"], told["watched"]["freed"])), told
+    assert told["watched"]["rows"] == told["state"]["rows"]
     put = END * 2 * ROWS
     assert told["state"]["rows"] + sum(drops.values()) == put
     assert stats["dropped_records"] == told["state"]["dropped"] == sum(drops.values())
@@ -222,5 +286,7 @@ def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
 if __name__ == "__main__":
     if sys.argv[2] == "tended":
         tended(Path(sys.argv[1]))
+    elif sys.argv[2] == "watch":
+        watch(Path(sys.argv[1]))
     else:
         pilot(Path(sys.argv[1]), sys.argv[2])

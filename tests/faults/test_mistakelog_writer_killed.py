@@ -150,11 +150,13 @@ def test_no_committed_row_is_lost_doubled_or_torn(tmp_path: Path, kills: int) ->
         assert state.rows == state.round * ROWS == len(watcher.samples())
 
     watcher.read()
+    del restarts[0]  # the first start
     print(
         f"{kills} kills, {watcher.polls} polls, restart median {median(restarts):.3f} s, {max(restarts):.3f} s at most"
     )
-    # the longest says more about the other processes of a busy machine
-    assert median(restarts) < RESTART_SECONDS
+    # one in a hundred may be slow: on a busy machine it says more about the other processes
+    slow = [seconds for seconds in restarts if seconds > RESTART_SECONDS]
+    assert len(slow) <= len(restarts) // 100, f"restarts of more than {RESTART_SECONDS} s: {slow}"
     got = MistakeLog(folder).records()
     got = got.select(np.lexsort((got.sample_id, got.round)))
     assert got.round.tolist() == [number for number in range(1, rounds + 1) for _ in range(ROWS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import polars
 import pytest
@@ -47,6 +48,21 @@ def test_polars(folder: Path) -> None:
     assert found.rows() == [(number, 4) for number in range(1, 6)]
     loss = rows.group_by("seen").agg(polars.col("token_loss").list.mean().mean()).collect()
     assert set(loss["seen"]) == set(MistakeLog(folder).arrow(columns=["seen"])["seen"].to_pylist())
+
+
+def test_duckdb(folder: Path) -> None:
+    """Through the table's file list: rows of the fenced attempt, whose files are still in the folder, are not read."""
+    rows = DeltaTable(str(folder)).to_pyarrow_dataset()
+    averages = duckdb.sql("SELECT round, avg(list_avg(token_loss)) FROM rows GROUP BY round ORDER BY round")
+    count = duckdb.sql("SELECT count(*) FROM rows")
+    assert averages is not None and count is not None  # as it would be of a statement without an answer
+    assert count.fetchall() == [(rows.count_rows(),)] == [(4 * 5,)]
+    found = averages.fetchall()
+    log = MistakeLog(folder).arrow(columns=["round", "token_loss"]).to_pylist()
+    for number, mean in found:
+        means = [np.mean(row["token_loss"]) for row in log if row["round"] == number and row["token_loss"]]
+        assert mean == pytest.approx(np.mean(means))
+    assert [number for number, _ in found] == [1, 2, 3, 4, 5]
 
 
 def test_deltalake_and_numpy(folder: Path) -> None:

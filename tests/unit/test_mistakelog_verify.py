@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tc_ray.mistakelog.compaction import compact_log
+from tc_ray.mistakelog.datafile import BadFileError
 from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.reader_lease import held_versions
+from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import ROW_SCHEMA
 from tc_ray.mistakelog.store import LogStore, StoredFile
 from tc_ray.mistakelog.vacuum import vacuum_log
@@ -106,11 +108,29 @@ def replaced(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
     ],
 )
 def test_rows_are_checked_too(tmp_path: Path, change: Callable[[pa.Table], pa.Table], reason: str) -> None:
-    from tc_ray.mistakelog.datafile import BadFileError
-
     store, file = rewritten(tmp_path, change)
     with pytest.raises(BadFileError, match=reason):
         check_file(store, file)
+
+
+def test_a_file_of_an_unknown_schema_version_is_named_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As committed, and readable as Parquet, but a later tc-ray may mean something else by these columns."""
+    usual = Records.arrow_metadata
+
+    def later(records: Records) -> dict[str, str]:
+        return usual(records) | ({"tc_ray.schema_version": "9"} if records.round[0] == 3 else {})
+
+    monkeypatch.setattr(Records, "arrow_metadata", later)
+    written(tmp_path, rounds=ROUNDS)
+    victim = LogStore(tmp_path).files()[2].name
+    reason = "Mistake Log schema version 9, but this tc-ray reads 1 and 2"
+    result = verify_log(tmp_path)
+    assert [(bad.name, bad.reason) for bad in result.bad] == [(victim, reason)]
+    log = MistakeLog(tmp_path)
+    assert sum(len(records) for _, records in log.pieces(batch=1)) == (ROUNDS - 1) * ROWS
+    assert [(bad.name, bad.reason) for bad in log.bad_files] == [(victim, reason)]
 
 
 def test_a_row_that_is_there_twice_is_counted(tmp_path: Path) -> None:

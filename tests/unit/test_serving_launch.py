@@ -182,7 +182,25 @@ def test_versions_and_signatures(export: Path) -> None:
 )
 def test_command_ends_with_one_line_and_exit_code_2(export: Path, arguments: list[str], words: str) -> None:
     given = [str(export) if argument == "EXPORT" else argument for argument in arguments]
-    command = [sys.executable, "-m", "tc_ray.cli.main", "serve", "--port", str(free_port()), *given]
+    assert_refused(words, "--port", str(free_port()), *given)
+
+
+def test_command_whose_port_is_taken(export: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_refused(f"cannot listen on 127.0.0.1 port {port}: ", "--port", str(port), str(export))
+
+
+def test_command_with_a_copilot_of_another_tokenizer(export: Path) -> None:
+    # found only after transformers is loaded, which must not say a word of its own
+    change(export / "copilot/config.json", tokenizer="0123456789abcdef")
+    words = "the Copilot was trained with another tokenizer (0123456789abcdef)"
+    assert_refused(words, "--port", str(free_port()), "--cache-mb", "1", "--prefix-bytes", "1", str(export))
+
+
+def assert_refused(words: str, *arguments: str) -> None:
+    """`tc-ray serve` says these words in one line on stderr, nothing on stdout, and ends with exit code 2."""
+    command = [sys.executable, "-m", "tc_ray.cli.main", "serve", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("tc-ray: ") and words in result.stderr

@@ -153,7 +153,7 @@ class Copilot(PreTrainedModel):
         Raises:
             ValueError: layers the base does not have, or a base of the other architecture.
         """
-        base_config = AutoConfig.from_pretrained(base)
+        base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         family, pilot_family = family_of(base_config), family_of(pilot)
         if family.encoder_decoder != pilot_family.encoder_decoder:
             kinds = ("decoder-only", "encoder-decoder")
@@ -186,7 +186,11 @@ class Copilot(PreTrainedModel):
             copilot.question_embedding.weight.data.copy_(table)
         if output_ids is not None:
             copilot.output_ids.copy_(output_ids)
-        decoder = AutoModel.from_config(base_config) if random_weights else AutoModel.from_pretrained(base)
+        decoder = (
+            AutoModel.from_config(base_config)
+            if random_weights
+            else AutoModel.from_pretrained(base, trust_remote_code=False)
+        )
         decoder = decoder.float()
         if not random_weights:
             copilot.stack.load_layers(decoder, layers)

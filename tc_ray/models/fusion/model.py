@@ -217,8 +217,8 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
 
         folder = Path(folder)
         settings = read_settings(folder)
-        pilot = load_pilot(folder / "pilot", dtype=dtype)
-        copilot = Copilot.from_pretrained(folder / "copilot", dtype=dtype)
+        pilot = load_pilot(folder / "pilot", dtype=dtype, safetensors=True)
+        copilot = Copilot.from_pretrained(folder / "copilot", dtype=dtype, use_safetensors=True)
         fused = cls.join(pilot, copilot, lam=settings.lam, space=settings.space, feedback=settings.feedback)
         return fused.to(device)
 
