@@ -1,6 +1,7 @@
 """Many streaming clients in one process of their own: what each request got, when, and how it ended.
 
-Run as a module: URL of the server, a JSON file of request bodies, number of clients, seconds. Each client sends one request
+Run as a module: URL of the server, a JSON file of request bodies, number of clients, seconds, seconds in which the clients come one
+after the other. Each client sends one request
 after the other until the time is over, in an order of its own, and prints one JSON line for each when all have ended. A
 refused client waits a part of what Retry-After says. Plain sockets, so that the measurement costs less than what it measures.
 """
@@ -78,8 +79,8 @@ async def ask(host: str, port: int, body: dict[str, Any], outcome: Outcome) -> N
         writer.close()
 
 
-async def load(url: str, bodies: list[dict[str, Any]], clients: int, seconds: float) -> list[Outcome]:
-    """So many clients for so long; all requests begun are ended."""
+async def load(url: str, bodies: list[dict[str, Any]], clients: int, seconds: float, coming_s: float) -> list[Outcome]:
+    """So many clients for so long, which come within `coming_s`; all requests begun are ended."""
     address = urlsplit(url)
     assert address.hostname and address.port
     host, port = address.hostname, address.port
@@ -88,6 +89,7 @@ async def load(url: str, bodies: list[dict[str, Any]], clients: int, seconds: fl
 
     async def client(number: int) -> None:
         dice = random.Random(number)
+        await asyncio.sleep(coming_s * number / clients)
         while time.perf_counter() - began < seconds:
             outcome = Outcome(dice.randrange(len(bodies)), at_s=time.perf_counter() - began)
             outcomes.append(outcome)
@@ -102,9 +104,10 @@ async def load(url: str, bodies: list[dict[str, Any]], clients: int, seconds: fl
     return outcomes
 
 
-def start_load(url: str, bodies: Path, clients: int, seconds: float) -> subprocess.Popen[str]:
+def start_load(url: str, bodies: Path, clients: int, seconds: float, coming_s: float = 0.0) -> subprocess.Popen[str]:
     """Begin a load in a process of its own."""
-    command = [sys.executable, "-m", "tests.serving_load", url, str(bodies), str(clients), str(seconds)]
+    numbers = [str(clients), str(seconds), str(coming_s)]
+    command = [sys.executable, "-m", "tests.serving_load", url, str(bodies), *numbers]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -121,8 +124,11 @@ if __name__ == "__main__":
     parser.add_argument("bodies", type=Path)
     parser.add_argument("clients", type=int)
     parser.add_argument("seconds", type=float)
+    parser.add_argument("coming_s", type=float)
     given = parser.parse_args()
     gc.disable()  # its pauses would be taken for the server's
-    results = asyncio.run(load(given.url, json.loads(given.bodies.read_text()), given.clients, given.seconds))
+    results = asyncio.run(
+        load(given.url, json.loads(given.bodies.read_text()), given.clients, given.seconds, given.coming_s)
+    )
     for one in results:
         print(json.dumps(asdict(one)))

@@ -22,6 +22,8 @@ from tests.serving_load import Outcome, outcomes_of, start_load
 from tests.serving_samples import make_export
 
 REFUSED_P99_S = 0.05
+COMING_S = 10.0
+FIRST_WAVE_S = 5.0
 GROWTH_BYTES = 50 * 2**20
 
 
@@ -62,10 +64,12 @@ def memory_bytes(pid: int) -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
 
 
-def load_all(server: Server, bodies: Path, clients: int, seconds: float) -> tuple[list[Outcome], dict[str, list[int]]]:
+def load_all(
+    server: Server, bodies: Path, clients: int, seconds: float, coming_s: float = 0.0
+) -> tuple[list[Outcome], dict[str, list[int]]]:
     """Outcomes, and the memory of replica and proxy each second."""
     [replica], [proxy] = replica_pids(), replica_pids("ProxyActor")
-    process = start_load(server.url, bodies, clients, seconds)
+    process = start_load(server.url, bodies, clients, seconds, coming_s)
     memory: dict[str, list[int]] = {"replica": [], "proxy": []}
     ended = threading.Event()
 
@@ -129,22 +133,25 @@ def test_64_clients_for_ten_minutes(server: Server, bodies: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_four_times_as_many_as_there_are_places(server: Server, bodies: Path) -> None:
-    outcomes, _ = load_all(server, bodies, 4 * 80, 60)
+@pytest.mark.parametrize("coming_s", [COMING_S, 0.0])
+def test_four_times_as_many_as_there_are_places(server: Server, bodies: Path, coming_s: float) -> None:
+    """Every refusal counts where the clients come within ten seconds. Where all connect in one instant, opening 320 connections
+    and reading as many requests takes the two cores longer than the bound: the first wave is told apart, and printed.
+    """
+    outcomes, _ = load_all(server, bodies, 4 * 80, 60, coming_s)
     statuses = Counter(outcome.status for outcome in outcomes)
     assert set(statuses) == {200, 429}
     check_streams(outcomes, bodies)
     refused = [outcome for outcome in outcomes if outcome.status == 429]
     assert all(outcome.headers["retry-after"] == "1" for outcome in refused)
-    # from when all clients are there: the first instant opens 320 connections at once
-    late = [outcome for outcome in refused if outcome.at_s > 5]
-    by_replica = [outcome for outcome in late if "x-tc-ray-full" in outcome.headers]
-    p50, p99 = np.quantile([outcome.total_s for outcome in late], (0.5, 0.99))
-    from_the_start = np.quantile([outcome.total_s for outcome in refused], 0.99)
+    counted = refused if coming_s else [outcome for outcome in refused if outcome.at_s > FIRST_WAVE_S]
+    by_replica = [outcome for outcome in counted if "x-tc-ray-full" in outcome.headers]
+    p50, p99 = np.quantile([outcome.total_s for outcome in counted], (0.5, 0.99))
+    wave = [outcome.total_s for outcome in refused if outcome.at_s <= FIRST_WAVE_S]
     print(
-        f"{dict(statuses)}; refused in {1000 * p50:.1f} ms (median), {1000 * p99:.1f} ms (99th of a hundred; "
-        f"{1000 * from_the_start:.1f} ms with the first 5 s, {len(refused) - len(late)} more refusals); by the "
-        f"replica {len(by_replica)} of {len(late)}, in {1000 * np.median([o.total_s for o in by_replica] or [0]):.1f} ms; "
-        f"by the proxy, 99th {1000 * np.quantile([o.total_s for o in late if o not in by_replica], 0.99):.1f} ms"
+        f"{dict(statuses)}, clients come within {coming_s:g} s; {len(counted)} refused in {1000 * p50:.1f} ms (median), "
+        f"{1000 * p99:.1f} ms (99th of a hundred), by the replica {len(by_replica)}, in "
+        f"{1000 * np.median([outcome.total_s for outcome in by_replica] or [0]):.1f} ms; of the first {FIRST_WAVE_S:g} s "
+        f"{len(wave)}, 99th {1000 * np.quantile(wave or [0], 0.99):.1f} ms"
     )
     assert p99 <= REFUSED_P99_S
