@@ -40,9 +40,14 @@ class LogSection(Section):
     top_k: Positive | Literal["auto"] = Field(
         "auto",
         description="largest predicted probabilities kept a token, besides the true token; auto: the smallest k that "
-        "captures top_k_captured of |l| in the first top_k_rounds rounds, at most 256",
+        "captures top_k_captured of |l| in the first top_k_rounds rounds, at most top_k_limit",
     )
     top_k_captured: float = Field(0.999, gt=0, lt=1, description="share of the sum of |l| that top_k: auto captures")
+    top_k_limit: Positive = Field(
+        8192,
+        description="the most that top_k: auto chooses. An error takes 8 bytes a target token in the log; until k is chosen, "
+        "as many as this wait in memory for each target token of the first rounds",
+    )
     top_k_rounds: Positive = Field(
         4,
         description="rounds that top_k: auto is measured over; fewer where queue_rounds, a checkpoint or lockstep wants it",

@@ -17,7 +17,6 @@ from tc_ray.models.families import family_of
 from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_pilot
 from tc_ray.models.taps import log_pooling, tapped_layers
 from tc_ray.pilot.build_lock import stale_build_locks_removed
-from tc_ray.pilot.error_width import MAX_TOP_K
 
 
 def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) -> float:
@@ -88,7 +87,7 @@ def pilot_step(model: Any, config: RunConfig) -> PilotStep:
     log, family = config.log, family_of(model)
     return PilotStep(
         model,
-        top_k=MAX_TOP_K if log.top_k == "auto" else log.top_k,
+        top_k=log.top_k_limit if log.top_k == "auto" else log.top_k,
         record=log.enabled,
         pooling=log_pooling(log.rationale, log.pooling),
         layers=tapped_layers(log.rationale, len(family.layers(model))),

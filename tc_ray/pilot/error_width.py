@@ -1,7 +1,7 @@
 """`log.top_k: auto`: how many errors a token the log keeps, chosen from the run's first rounds.
 
-In rounds 1 to R the Pilot lists the MAX_TOP_K largest errors of every target token and adds up how much of the sum of |l|
-the first k of them hold. k is the smallest that holds `log.top_k_captured` of it, over all ranks. Invariant: R and what is
+In rounds 1 to R the Pilot lists the `log.top_k_limit` largest errors of every target token and adds up how much of the sum
+of |l| the first k of them hold. k is the smallest that holds `log.top_k_captured` of it, over all ranks. Invariant: R and what is
 measured are pure functions of config and weights, and rounds up to R are always measured and cut afterwards, whatever is
 known already: a restarted run writes the same rows. Used by `recorder`.
 """
@@ -12,9 +12,6 @@ import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.models.errors import SparseErrors
-
-MAX_TOP_K = 256
-"""Errors listed a token while k is not known, and the largest k that is chosen."""
 
 
 def measured_rounds(config: RunConfig, rounds: int) -> int:
@@ -37,7 +34,7 @@ class ErrorCurve:
     """How much of the sum of |l| the first k errors hold, added up on the device that computes them.
 
     Args:
-        top_k: errors listed a token besides the true one.
+        top_k: errors listed a token besides the true one: the largest k that can be chosen.
     """
 
     def __init__(self, top_k: int, device: torch.device) -> None:
@@ -70,12 +67,12 @@ class ErrorCurve:
         return 2.0 * float(self.sums[0])
 
 
-def told(top_k: int, captured: float, asked: float, rounds: int) -> str:
-    """The choice in a sentence, for people; captured and asked: shares of the sum of |l|."""
+def told(top_k: int, captured: float, asked: float, rounds: int, limit: int) -> str:
+    """The choice in a sentence, for people; captured and asked: shares of the sum of |l|. limit: `log.top_k_limit`."""
     share = f"{100 * captured:.2f}%" if captured < 0.9999 else f"{100 * captured:.6g}%"
     text = f"the log keeps the {top_k} largest errors a token: {share} of |l| in rounds 1 to {rounds}"
     if captured < asked:
         text += f", less than the {100 * asked:g}% of log.top_k_captured"
-        if top_k == MAX_TOP_K:
-            text += f": {MAX_TOP_K} is the most that auto takes, set log.top_k or log.error=dense for more"
+        if top_k == limit:
+            text += f": log.top_k_limit is {limit}; a higher one, or log.error=dense, keeps more"
     return text

@@ -2,7 +2,7 @@
 
 Invariant: what is recorded of a round is a pure function of the round, so a replayed round leaves the same records. Where
 `log.top_k` is auto, the records of the first rounds wait here until k is chosen over all ranks: in memory are at most
-`measured_rounds` rounds of this rank's records with MAX_TOP_K errors a token (2 KB a target token, beside its hidden states),
+`measured_rounds` rounds of this rank's records with `log.top_k_limit` errors of 8 bytes a target token, beside its hidden states,
 and there are never more rounds of them than the writer's queue may hold micro-batches. Called by `loop`.
 """
 
@@ -18,7 +18,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.writer import RecordWriter
 from tc_ray.models.pilot import PilotStep, StepRecord
-from tc_ray.pilot.error_width import MAX_TOP_K, ErrorCurve, measured_rounds, told
+from tc_ray.pilot.error_width import ErrorCurve, measured_rounds, told
 from tc_ray.pilot.host_copy import HostCopy, PendingRecords
 from tc_ray.pilot.recording import chosen_rows, to_records
 
@@ -68,7 +68,7 @@ class Recorder:
         self._waiting: deque[tuple[int, int]] = deque()
         self._acknowledged_tokens = 0
         if start_round < self._measured:
-            step.top_k = MAX_TOP_K
+            step.top_k = config.log.top_k_limit
         elif self._measured:
             if not stored_top_k:
                 raise ValueError(
@@ -132,7 +132,7 @@ class Recorder:
         top_k = self._top_k = self._step.top_k = int(standing)
         self._captured = self._curve.captured(top_k)
         if self._rank == 0:
-            self._tell("log", told(top_k, self._captured, asked, self._measured))
+            self._tell("log", told(top_k, self._captured, asked, self._measured, self._log.top_k_limit))
         return top_k
 
     def _release(self, top_k: int) -> None:

@@ -22,7 +22,7 @@ from tc_ray.models.pilot import load_pilot
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import log_metadata
 from tc_ray.pilot.recording import chosen_rows, to_records
-from tc_ray.plan import AUTO_TOP_K, make_plan
+from tc_ray.plan import make_plan
 from tests.family_samples import folder_of
 from tests.tiny_families import ENCODER_DECODER
 
@@ -129,11 +129,11 @@ def test_predicted_log_bytes_are_what_is_written(data: Path, tmp_path: Path, fam
 
 
 def test_what_cannot_be_known_is_said(data: Path, tmp_path: Path) -> None:
-    auto = make_plan(config_of("llama", data, tmp_path / "run", top_k="auto", top_k_captured=0.95))
-    fixed = make_plan(config_of("llama", data, tmp_path / "run", top_k=AUTO_TOP_K))
+    auto = make_plan(config_of("llama", data, tmp_path / "run", top_k="auto", top_k_captured=0.95, top_k_limit=40))
+    fixed = make_plan(config_of("llama", data, tmp_path / "run", top_k=40))
     assert auto.log_bytes_per_round == fixed.log_bytes_per_round
-    assert f"predicted with {AUTO_TOP_K} errors a token" in str(auto) and "predicted with" not in str(fixed)
-    assert "as many as hold 95% of |l|" in str(auto) and f"the {AUTO_TOP_K} largest errors a token" in str(fixed)
+    assert "predicted with the 40 errors a token of log.top_k_limit" in str(auto) and "predicted with" not in str(fixed)
+    assert "as many as hold 95% of |l|" in str(auto) and "the 40 largest errors a token" in str(fixed)
     mistakes = make_plan(config_of("llama", data, tmp_path / "run", sampling="mistakes", mistake_loss=2.5))
     assert "not ranked first or with a loss above 2.5" in str(mistakes) and "with every record" in str(mistakes)
     assert mistakes.log_bytes_per_round == make_plan(config_of("llama", data, tmp_path / "run")).log_bytes_per_round

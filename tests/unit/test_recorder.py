@@ -22,7 +22,7 @@ from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
 from tc_ray.models.errors import SparseErrors, sparse_errors
 from tc_ray.pilot.engine import pilot_step
-from tc_ray.pilot.error_width import MAX_TOP_K, ErrorCurve, measured_rounds, told
+from tc_ray.pilot.error_width import ErrorCurve, measured_rounds, told
 from tc_ray.pilot.log_metadata import log_metadata
 from tc_ray.pilot.recorder import Recorder
 from tests.family_samples import new_pilot, quiet, reference_model
@@ -33,6 +33,8 @@ from tests.tiny_model import make_tokenizer
 quiet()
 
 ROUNDS, MICRO = 5, 3
+LISTED = 256
+"""Errors listed a token while k is measured."""
 CPU = torch.device("cpu")
 
 
@@ -69,16 +71,16 @@ def test_the_smallest_k_that_holds_the_share() -> None:
     errors[torch.arange(40), targets] += 1.0
     size = errors.abs().double()
     others = size.scatter(1, targets[:, None], 0.0).sort(1, descending=True).values
-    curve = ErrorCurve(MAX_TOP_K, CPU)
+    curve = ErrorCurve(LISTED, CPU)
     for part in torch.arange(40).split(7):
-        curve.add(sparse_errors(log_probs[part], targets[part], MAX_TOP_K))
+        curve.add(sparse_errors(log_probs[part], targets[part], LISTED))
     for asked in (0.6, 0.9, 0.99, 0.999):
         k = curve.smallest(asked)
         held = [float((size.gather(1, targets[:, None]).sum() + others[:, :n].sum()) / size.sum()) for n in (k - 1, k)]
         assert held[0] < asked <= held[1]
         assert curve.captured(k) == pytest.approx(held[1], rel=1e-6)
-    assert curve.smallest(0.9999999999) == MAX_TOP_K
-    two = ErrorCurve(MAX_TOP_K, CPU)
+    assert curve.smallest(0.9999999999) == LISTED
+    two = ErrorCurve(LISTED, CPU)
     two.add(SparseErrors(torch.zeros(0, 257), torch.zeros(0, 257), torch.zeros(0)))
     assert two.smallest(0.999) == 1 and two.captured(1) == 1.0
 
@@ -96,8 +98,8 @@ def curve_of(tokens: slice) -> ErrorCurve:
     """Of 40 tokens, the odd ones of which the Pilot is much surer of."""
     torch.manual_seed(6)
     log_probs = (torch.randn(40, 300) * (1 + 4 * (torch.arange(40) % 2))[:, None]).log_softmax(-1)[tokens]
-    curve = ErrorCurve(MAX_TOP_K, CPU)
-    curve.add(sparse_errors(log_probs, torch.arange(40)[tokens], MAX_TOP_K))
+    curve = ErrorCurve(LISTED, CPU)
+    curve.add(sparse_errors(log_probs, torch.arange(40)[tokens], LISTED))
     return curve
 
 
@@ -116,11 +118,16 @@ def test_k_is_chosen_over_all_ranks(tmp_path: Path) -> None:
 
 
 def test_what_is_told_of_the_choice() -> None:
-    assert told(37, 0.99914, 0.999, 4) == "the log keeps the 37 largest errors a token: 99.91% of |l| in rounds 1 to 4"
-    assert "99.9995%" in told(37, 0.999995, 0.999, 4)
-    short = told(MAX_TOP_K, 0.91, 0.999, 4)
-    assert "91.00% of |l|" in short and "less than the 99.9%" in short and "log.error=dense" in short
-    assert "less than" in told(3, 0.91, 0.999, 4) and "dense" not in told(3, 0.91, 0.999, 4)
+    assert (
+        told(37, 0.99914, 0.999, 4, LISTED)
+        == "the log keeps the 37 largest errors a token: 99.91% of |l| in rounds 1 to 4"
+    )
+    assert "99.9995%" in told(37, 0.999995, 0.999, 4, LISTED)
+    short = told(LISTED, 0.91, 0.999, 4, LISTED)
+    assert "91.00% of |l|" in short and "less than the 99.9%" in short
+    assert "log.top_k_limit is 256" in short and "log.error=dense" in short
+    standing = told(3, 0.91, 0.999, 4, LISTED)
+    assert "less than" in standing and "limit" not in standing
 
 
 def test_truncated_is_what_the_smaller_k_would_have_listed() -> None:
@@ -129,7 +136,7 @@ def test_truncated_is_what_the_smaller_k_would_have_listed() -> None:
     base = random_records(8, seed=2)
     count = int(base.target_offsets[-1])
     made = {}
-    for k in (MAX_TOP_K, 5):
+    for k in (LISTED, 5):
         e = sparse_errors(log_probs[:count], targets[:count], k)
         made[k] = Records(
             **{
@@ -141,7 +148,7 @@ def test_truncated_is_what_the_smaller_k_would_have_listed() -> None:
             error_values=e.values.numpy(),
             error_rest=e.rest.numpy(),
         )
-    cut = made[MAX_TOP_K].truncated(5)
+    cut = made[LISTED].truncated(5)
     np.testing.assert_array_equal(cut.error_ids, made[5].error_ids)
     np.testing.assert_array_equal(cut.error_values, made[5].error_values)
     np.testing.assert_allclose(cut.error_rest, made[5].error_rest, atol=1e-6)
@@ -263,6 +270,22 @@ def test_the_log_is_that_of_the_chosen_k(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.error_rest, expected.error_rest, atol=1e-6)
     found.error_rest = expected.error_rest
     assert_same(found, expected)
+
+
+def test_no_more_than_the_limit_is_chosen(tmp_path: Path) -> None:
+    """A share that the limit does not reach is told; with the default one the log holds it, and no error more than it takes."""
+    found = {}
+    for name, limit in (("low", {"top_k_limit": 5}), ("default", {})):
+        run = Run(tmp_path / name, log={"top_k_rounds": 2, "top_k_captured": 0.99, **limit})
+        run.attempt(0, ROUNDS)
+        found[name] = run.records()
+        assert ("log.top_k_limit is 5" in run.told[0][1]) == bool(limit)
+    low, default = found["low"], found["default"]
+    assert low.top_k == 5 < default.top_k < VOCAB - 1
+    measured = np.repeat(default.round <= 2, np.diff(default.target_offsets))
+    size = np.abs(default.error_values[measured]).astype(np.float64)
+    whole = 2 * size[:, 0].sum()
+    assert size[:, :-1].sum() < 0.99 * whole <= size.sum()
 
 
 def test_nothing_is_in_the_log_until_k_is_chosen(tmp_path: Path) -> None:
