@@ -1,7 +1,7 @@
 """Cost of the Mistake Log to the Pilot: time of a round with logging on against off, interleaved in one process.
 
 python jobs/benchmarks/logging_overhead.py [--rounds 40] [--batch-size 16] [--tokens 80] [--targets 12] [--threads 1]
-    [--rationale pooled | all | 0,9,19,29] [--error top-k | dense] [--device cuda]
+    [--rationale pooled | all | 0,9,19,29] [--error top-k | dense] [--top-k 64] [--device cuda]
 
 One model with two training forwards on the same weights: one leaves a record (taps, errors, conversion, hand-over
 to the writer's queue), the other does not. The writer thread and a real Ledger write a real Delta table in a temporary
@@ -63,7 +63,12 @@ class Rounds:
         self.config = recipe_config(
             pilot.config.num_hidden_layers,
             pilot={"dtype": arguments.dtype, "method": arguments.method},
-            log={"top_k": TOP_K, "rationale": arguments.rationale, "error": arguments.error, "path": str(log_folder)},
+            log={
+                "top_k": arguments.top_k,
+                "rationale": arguments.rationale,
+                "error": arguments.error,
+                "path": str(log_folder),
+            },
         )
         pilot = add_adapters(pilot, self.config.pilot).to(self.device)
         log, shape = self.config.log, pilot.config
@@ -182,7 +187,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--rationale", type=rationale, default="pooled", help="as log.rationale; layers with commas")
-    parser.add_argument("--error", choices=("top-k", "dense"), default="top-k", help="as log.error; top-k keeps 64")
+    parser.add_argument("--error", choices=("top-k", "dense"), default="top-k", help="as log.error")
+    parser.add_argument("--top-k", type=int, default=TOP_K, help=f"errors kept a token (default {TOP_K})")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()

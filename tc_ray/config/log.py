@@ -42,9 +42,14 @@ class LogSection(Section):
         description="largest predicted probabilities kept a token, besides the true token; auto: the smallest k that "
         "captures top_k_captured of |l| in the first top_k_rounds rounds, at most top_k_limit",
     )
-    top_k_captured: float = Field(0.999, gt=0, lt=1, description="share of the sum of |l| that top_k: auto captures")
+    top_k_captured: float = Field(0.999, gt=0, lt=1, description="share of |l| that top_k: auto captures")
+    top_k_norm: Literal[1, 2] = Field(
+        2,
+        description="what |l| is: 2: the Euclidean norm of a token's errors, which the Copilot's loss measures; 1: the sum of "
+        "their sizes, for which thousands of errors a token can be needed (raise top_k_limit)",
+    )
     top_k_limit: Positive = Field(
-        8192,
+        1024,
         description="the most that top_k: auto chooses. An error takes 8 bytes a target token in the log; until k is chosen, "
         "as many as this wait in memory for each target token of the first rounds",
     )

@@ -123,16 +123,15 @@ class Recorder:
         assert self._curve is not None
         if self._world_size > 1:
             self._curve.add_over_ranks()
-        asked = self._log.top_k_captured
         standing = torch.zeros(1, dtype=torch.int64, device=self._curve.sums.device)
         if self._rank == 0:
-            standing[0] = self._choose(self._curve.smallest(asked))
+            standing[0] = self._choose(self._curve.smallest(self._log.top_k_captured, self._log.top_k_norm))
         if self._world_size > 1:
             torch.distributed.broadcast(standing, 0)
         top_k = self._top_k = self._step.top_k = int(standing)
-        self._captured = self._curve.captured(top_k)
+        self._captured = self._curve.captured(top_k, self._log.top_k_norm)
         if self._rank == 0:
-            self._tell("log", told(top_k, self._captured, asked, self._measured, self._log.top_k_limit))
+            self._tell("log", told(top_k, self._curve, self._log, self._measured))
         return top_k
 
     def _release(self, top_k: int) -> None:

@@ -20,7 +20,7 @@ from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.sampling import has_mistake
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
-from tc_ray.models.errors import SparseErrors, sparse_errors
+from tc_ray.models.errors import SparseErrors, full_errors, sparse_errors
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.error_width import ErrorCurve, measured_rounds, told
 from tc_ray.pilot.log_metadata import log_metadata
@@ -63,7 +63,8 @@ def test_measured_rounds(rounds: int, expected: int, sections: dict[str, Any]) -
     assert measured_rounds(config_of(**sections), rounds) == expected
 
 
-def test_the_smallest_k_that_holds_the_share() -> None:
+@pytest.mark.parametrize("norm", [1, 2])
+def test_the_smallest_k_that_holds_the_share(norm: int) -> None:
     """Against |l| of all tokens, sorted token by token."""
     torch.manual_seed(2)
     log_probs, targets = (3 * torch.randn(40, 300)).log_softmax(-1), torch.randint(0, 300, (40,))
@@ -71,18 +72,36 @@ def test_the_smallest_k_that_holds_the_share() -> None:
     errors[torch.arange(40), targets] += 1.0
     size = errors.abs().double()
     others = size.scatter(1, targets[:, None], 0.0).sort(1, descending=True).values
+    ordered = torch.cat([size.gather(1, targets[:, None]), others], 1)
     curve = ErrorCurve(LISTED, CPU)
     for part in torch.arange(40).split(7):
         curve.add(sparse_errors(log_probs[part], targets[part], LISTED))
     for asked in (0.6, 0.9, 0.99, 0.999):
-        k = curve.smallest(asked)
-        held = [float((size.gather(1, targets[:, None]).sum() + others[:, :n].sum()) / size.sum()) for n in (k - 1, k)]
-        assert held[0] < asked <= held[1]
-        assert curve.captured(k) == pytest.approx(held[1], rel=1e-6)
-    assert curve.smallest(0.9999999999) == LISTED
+        k = curve.smallest(asked, norm)
+        parts = [float(torch.linalg.vector_norm(ordered[:, : n + 1], norm, dim=1).sum()) for n in (k - 1, k)]
+        held = [part / float(torch.linalg.vector_norm(size, norm, dim=1).sum()) for part in parts]
+        assert (held[0] < asked or k == 1) and asked <= held[1]
+        assert curve.captured(k, norm) == pytest.approx(held[1], rel=1e-6)
+    assert curve.smallest(0.9999999999, 1) == LISTED
     two = ErrorCurve(LISTED, CPU)
     two.add(SparseErrors(torch.zeros(0, 257), torch.zeros(0, 257), torch.zeros(0)))
-    assert two.smallest(0.999) == 1 and two.captured(1) == 1.0
+    assert two.smallest(0.999, norm) == 1 and two.captured(1, norm) == 1.0
+
+
+def test_what_is_not_listed_never_flatters_the_share() -> None:
+    """4 of 300 even errors are listed: the squares of the others are known by their sum and the smallest one listed."""
+    log_probs, targets = torch.zeros(6, 300).log_softmax(-1), torch.zeros(6, dtype=torch.int64)
+    curve = ErrorCurve(4, CPU)
+    curve.add(sparse_errors(log_probs, targets, 4))
+    size = torch.full((300,), 1 / 300).double()
+    size[0] = 299 / 300
+    assert curve.captured(4, 2) == pytest.approx(float(size[:5].norm() / size.norm()), rel=1e-6)
+    uneven = torch.tensor([[0.0, 5, 4, 3, 2, 1, 0, -1]]).log_softmax(-1)
+    curve = ErrorCurve(2, CPU)
+    curve.add(sparse_errors(uneven, targets[:1], 2))
+    true = full_errors(uneven, targets[:1]).values[0].abs().sort(descending=True).values
+    share = float(true[:3].norm() / true.norm())
+    assert 0.98 * share < curve.captured(2, 2) < share
 
 
 def half_of_a_curve(rank: int, meeting: Path, out: Path) -> None:
@@ -114,19 +133,24 @@ def test_k_is_chosen_over_all_ranks(tmp_path: Path) -> None:
     whole, one, other = curve_of(slice(None)), curve_of(slice(0, None, 2)), curve_of(slice(1, None, 2))
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole.sums, rtol=1e-12, atol=0)
-    assert len({curve.smallest(0.9) for curve in (whole, one, other)}) == 3, "the ranks' own choices would do"
+    assert len({curve.smallest(0.9, 1) for curve in (whole, one, other)}) == 3, "the ranks' own choices would do"
 
 
 def test_what_is_told_of_the_choice() -> None:
-    assert (
-        told(37, 0.99914, 0.999, 4, LISTED)
-        == "the log keeps the 37 largest errors a token: 99.91% of |l| in rounds 1 to 4"
+    curve = ErrorCurve(3, CPU)
+    curve.sums[0] = torch.tensor([50.0, 80, 88, 90, 100])
+    curve.sums[1] = torch.tensor([70.0, 99, 99.914, 99.9995, 100])
+    log = RunConfig().log
+    assert told(2, curve, log, 4) == (
+        "the log keeps the 2 largest errors a token: 99.91% of |l| in rounds 1 to 4 (the Euclidean norm; 88.00% of the "
+        "summed errors)"
     )
-    assert "99.9995%" in told(37, 0.999995, 0.999, 4, LISTED)
-    short = told(LISTED, 0.91, 0.999, 4, LISTED)
-    assert "91.00% of |l|" in short and "less than the 99.9%" in short
-    assert "log.top_k_limit is 256" in short and "log.error=dense" in short
-    standing = told(3, 0.91, 0.999, 4, LISTED)
+    assert "99.9995% of |l|" in told(3, curve, log, 4)
+    summed = log.model_copy(update={"top_k_norm": 1, "top_k_limit": 3})
+    short = told(3, curve, summed, 4)
+    assert "90.00% of |l| in rounds 1 to 4 (the summed errors; 99.9995% of the Euclidean norm)" in short
+    assert "less than the 99.9%" in short and "log.top_k_limit is 3" in short and "log.error=dense" in short
+    standing = told(2, curve, summed, 4)
     assert "less than" in standing and "limit" not in standing
 
 
@@ -246,8 +270,9 @@ class Run:
         return made.select(np.lexsort((made.sample_id, made.round)))
 
 
-def test_the_log_is_that_of_the_chosen_k(tmp_path: Path) -> None:
-    run = Run(tmp_path / "auto", log={"top_k_rounds": 3, "top_k_captured": 0.9})
+@pytest.mark.parametrize("asked", [{"top_k_captured": 0.999}, {"top_k_captured": 0.9, "top_k_norm": 1}])
+def test_the_log_is_that_of_the_chosen_k(tmp_path: Path, asked: dict[str, float]) -> None:
+    run = Run(tmp_path / "auto", log={"top_k_rounds": 3, **asked})
     assert LogStore(run.config.log_location).metadata.top_k == 0
     run.attempt(0, ROUNDS)
     k = LogStore(run.config.log_location).metadata.top_k
@@ -258,11 +283,18 @@ def test_the_log_is_that_of_the_chosen_k(tmp_path: Path) -> None:
     assert found.top_k == k and len(found) == ROUNDS * 2 * MICRO
     # the share by hand, of the rounds measured
     measured = found.select(np.flatnonzero(found.round <= 3))
-    held = np.abs(measured.error_values).sum(dtype=np.float64)
-    assert held / (2 * measured.error_values[:, 0].sum(dtype=np.float64)) == pytest.approx(
-        run.metrics[-1]["captured_share"], rel=1e-6
-    )
-    assert run.metrics[-1]["captured_share"] >= 0.9
+    size, rest = np.abs(measured.error_values).astype(np.float64), measured.error_rest.astype(np.float64)
+    share = run.metrics[-1]["captured_share"]
+    assert asked["top_k_captured"] <= share < 1
+    if "top_k_norm" in asked:
+        assert size.sum() / (2 * size[:, 0].sum()) == pytest.approx(share, rel=1e-6)
+    else:
+        held = np.sqrt(np.square(size).sum(1))
+        most = np.sqrt(
+            np.square(size).sum(1) + rest * size[:, -1]
+        )  # each error that is not listed is below the last one
+        assert held.sum() / most.sum() <= share
+        assert np.sqrt(np.square(size[:, :-1]).sum(1)).sum() < 0.999 * held.sum() / share
     fixed = Run(tmp_path / "fixed", log={"top_k": k})
     fixed.attempt(0, ROUNDS)
     expected = fixed.records()
@@ -276,7 +308,7 @@ def test_no_more_than_the_limit_is_chosen(tmp_path: Path) -> None:
     """A share that the limit does not reach is told; with the default one the log holds it, and no error more than it takes."""
     found = {}
     for name, limit in (("low", {"top_k_limit": 5}), ("default", {})):
-        run = Run(tmp_path / name, log={"top_k_rounds": 2, "top_k_captured": 0.99, **limit})
+        run = Run(tmp_path / name, log={"top_k_rounds": 2, "top_k_captured": 0.99, "top_k_norm": 1, **limit})
         run.attempt(0, ROUNDS)
         found[name] = run.records()
         assert ("log.top_k_limit is 5" in run.told[0][1]) == bool(limit)
@@ -298,7 +330,7 @@ def test_nothing_is_in_the_log_until_k_is_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("died_after", [1, 2, 3, 4])
 def test_a_replay_writes_the_same_rows(tmp_path: Path, died_after: int) -> None:
     """Killed before, at and after the choice, and begun again from the start: bit for bit the log of one attempt."""
-    log = {"top_k_rounds": 2, "top_k_captured": 0.9}
+    log = {"top_k_rounds": 2, "top_k_captured": 0.9, "top_k_norm": 1}
     whole, torn = Run(tmp_path / "whole", log=log), Run(tmp_path / "torn", log=log)
     whole.attempt(0, ROUNDS)
     torn.attempt(0, died_after, close=False)
@@ -310,7 +342,7 @@ def test_a_replay_writes_the_same_rows(tmp_path: Path, died_after: int) -> None:
 
 
 def test_a_resumed_attempt_takes_k_from_the_log(tmp_path: Path) -> None:
-    log = {"top_k_rounds": 2, "top_k_captured": 0.9}
+    log = {"top_k_rounds": 2, "top_k_captured": 0.9, "top_k_norm": 1}
     whole, resumed = Run(tmp_path / "whole", log=log), Run(tmp_path / "resumed", log=log)
     whole.attempt(0, ROUNDS)
     resumed.attempt(0, 3)
@@ -330,7 +362,7 @@ def test_a_resumed_attempt_takes_k_from_the_log(tmp_path: Path) -> None:
 
 
 def test_the_first_choice_stands(tmp_path: Path) -> None:
-    run = Run(tmp_path, log={"top_k_rounds": 2, "top_k_captured": 0.9})
+    run = Run(tmp_path, log={"top_k_rounds": 2, "top_k_captured": 0.9, "top_k_norm": 1})
     assert run.ledger.choose_top_k(3) == 3
     run.attempt(0, ROUNDS)
     assert run.records().top_k == 3
