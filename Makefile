@@ -41,7 +41,7 @@ test: install  ## unit, cluster and fault tests that take seconds
 test-slow: install  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m 'not gpu'
 
-test-gpu: install  ## what needs a CUDA device (one test does: the copy of records from the device)
+test-gpu: install  ## what needs a CUDA device (copies of records, the recorder, losses, the serving engine)
 	$(BIN)/python -m pytest -m gpu
 
 lint: install  ## ruff and mypy

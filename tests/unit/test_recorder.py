@@ -214,7 +214,7 @@ class Run:
         self.told: list[tuple[str, str]] = []
         self.metrics: list[dict[str, float]] = []
 
-    def attempt(self, start: int, last: int, *, close: bool = True) -> Recorder:
+    def attempt(self, start: int, last: int, *, close: bool = True, device: torch.device = CPU) -> Recorder:
         log = self.config.log
         with self.lock:
             attempt = self.ledger.begin_attempt(start, 1)
@@ -230,12 +230,12 @@ class Run:
             full_policy=log.full_policy,
             start_round=start,
         )
-        step = pilot_step(new_pilot("llama").eval(), self.config).eval()
+        step = pilot_step(new_pilot("llama").eval(), self.config).eval().to(device)
         recorder = Recorder(
             self.config,
             writer,
             step,
-            CPU,
+            device,
             rank=0,
             world_size=1,
             attempt=attempt,
@@ -247,7 +247,9 @@ class Run:
         )
         for number in range(start + 1, last + 1):
             for batch in micro_batches(number):
-                ids, lengths, starts = (torch.from_numpy(batch[n]) for n in ("input_ids", "lengths", "target_start"))
+                ids, lengths, starts = (
+                    torch.from_numpy(batch[n]).to(device) for n in ("input_ids", "lengths", "target_start")
+                )
                 record = step(ids, lengths, starts, 1.0)[1]
                 recorder.record(record, batch, np.zeros(MICRO, np.int16), number)
             recorder.end_round(number)
@@ -302,6 +304,24 @@ def test_the_log_is_that_of_the_chosen_k(tmp_path: Path, asked: dict[str, float]
     np.testing.assert_allclose(found.error_rest, expected.error_rest, atol=1e-6)
     found.error_rest = expected.error_rest
     assert_same(found, expected)
+
+
+@pytest.mark.gpu
+def test_the_log_of_a_gpu_is_that_of_the_cpu(tmp_path: Path) -> None:
+    """Through the side stream and the writer; first rounds held back until k is known."""
+    log = {"top_k_rounds": 2, "top_k_captured": 0.9, "top_k_norm": 1}
+    found = {}
+    for device in ("cpu", "cuda"):
+        run = Run(tmp_path / device, log=log)
+        run.attempt(0, ROUNDS, device=torch.device(device))
+        found[device] = run.records()
+    cpu, cuda = found["cpu"], found["cuda"]
+    assert cuda.top_k == cpu.top_k and len(cuda) == len(cpu) == ROUNDS * 2 * MICRO
+    for name in ("round", "sample_id", "input_ids", "target_offsets", "token_correct"):
+        np.testing.assert_array_equal(getattr(cuda, name), getattr(cpu, name))
+    # fp32 sums in another order; states are kept in bf16
+    for name in ("error_values", "error_rest", "token_loss"):
+        np.testing.assert_allclose(getattr(cuda, name), getattr(cpu, name), atol=1e-4)
 
 
 def test_no_more_than_the_limit_is_chosen(tmp_path: Path) -> None:
