@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,18 @@ def test_teacher_forced_is_the_reference_s(fused: FusedModel, positions: str) ->
         assert measured.token_accuracy == pytest.approx(right)
     assert got["probability", 0.0].error_ratio == pytest.approx(1.0)
     assert abs(got["probability", 0.6].error_ratio - 1) > 0.05, "the Copilot changed nothing"
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_what_the_cpu_measures(fused: FusedModel) -> None:
+    """The states of a forward are kept in bf16, where another order of sums shows."""
+    on_cpu = teacher_forced(fused, held_out(), CHOICES, batch_size=3)
+    moved = copy.deepcopy(fused)
+    moved = FusedModel.join(moved.pilot.to("cuda"), moved.copilot.to("cuda"), lam=0.5)
+    for choice, found in teacher_forced(moved, held_out(), CHOICES, batch_size=3).items():
+        assert (found.squared_error, found.nll) == pytest.approx(
+            (on_cpu[choice].squared_error, on_cpu[choice].nll), rel=1e-2
+        )
 
 
 def test_nothing_to_measure_gives_nothing(fused: FusedModel) -> None:

@@ -97,6 +97,19 @@ def test_two_ranks_do_what_one_does(model_folder: Path, tmp_path: Path) -> None:
         assert float((first[1][name] - after).abs().max()) < 1e-3 * moved, name
 
 
+@pytest.mark.gpu
+def test_a_gpu_takes_the_steps_of_the_cpu(model_folder: Path) -> None:
+    """Losses of three steps; the sums run in another order."""
+    losses = {
+        device: train(
+            Learner(make_copilot(model_folder), section(), total_steps=10, device=device), model_folder, range(3)
+        )
+        for device in ("cpu", "cuda")
+    }
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4)
+    assert len(set(losses["cuda"])) == 3
+
+
 def test_restored_learner_goes_on_as_if_never_stopped(model_folder: Path, tmp_path: Path) -> None:
     straight = Learner(make_copilot(model_folder), section(), total_steps=8)
     straight_losses = train(straight, model_folder, range(6))

@@ -51,12 +51,13 @@ class CopilotBatch:
         *,
         positions: str,
     ) -> CopilotBatch:
-        """The batch that the log would give back for a Pilot forward, without the log (held-out measures, tests).
+        """The batch that the log would give back for a Pilot forward, on the host, without the log (held-out measures, tests).
 
         Args:
             step: record of the forward. input_ids: int64 [B, S] right padded. lengths, target_start: int64 [B].
             positions: `log.positions`, all or target.
         """
+        input_ids, lengths, target_start = input_ids.cpu(), lengths.cpu(), target_start.cpu()
         count, width = input_ids.shape
         position = torch.arange(width).expand(count, -1)
         first = torch.zeros_like(lengths) if positions == "all" else target_start - 1
