@@ -67,11 +67,13 @@ def test_scores_equal_offline_beside_a_generation(engine: Engine, model: FusedMo
 
 
 def test_a_cancelled_request_gives_its_device_memory_back(engine: Engine, prompt: tuple[int, ...]) -> None:
-    Collector(engine, GenerationRequest(prompt, 30)).all()
-    before = torch.cuda.memory_allocated()
-    for _ in range(20):
-        collector = Collector(engine, GenerationRequest(prompt, 400))
-        collector.next()
-        collector.ticket.cancel()
-    Collector(engine, GenerationRequest(prompt, 4)).all()  # after the last one's cache has gone
-    assert torch.cuda.memory_allocated() - before < 2**20
+    held = []
+    for _ in range(4):
+        for _ in range(20):
+            collector = Collector(engine, GenerationRequest(prompt, 400))
+            collector.next()
+            collector.ticket.cancel()
+        Collector(engine, GenerationRequest(prompt, 4)).all()  # after the last one's cache has gone
+        held.append(torch.cuda.memory_allocated())
+    print(held)
+    assert held[-1] - held[1] < 2**18, held  # of the first, the batch keeps the room it grew to
