@@ -113,10 +113,10 @@ class StreamGuard:
         try:
             if not await self._taken(scope, receive, send, body):
                 return
-            if self._pressure.refuses(scope):
+            passage = await self._pressure.admit(scope)
+            if passage is None:
                 await send_error(send, queue_full())
                 return
-            passage = self._pressure.passage(scope)
             try:
                 await _Relay(self._app, scope, body, receive, send, passage).run()
             finally:
@@ -279,6 +279,7 @@ class _Attempt:
     async def _begin(self, start: Message) -> None:
         headers = dict(start["headers"])
         kind, status = headers.get(b"content-type", b""), start["status"]
+        self._passage.answered()
         if status == 429 and FULL_HEADER in headers:
             self._passage.full()
         self._start = start

@@ -3,12 +3,17 @@
 When a replica says that it is full, as many requests as are under way through this proxy just then are taken for all that
 there is room for: from then on one is let through when one has ended, and now and then one more, as a trial. A client is
 refused here only if a replica has refused its key as full before: nobody is told so here who would be told 401 there.
+
+Of many that come in one instant only MAX_NEW are sent on before the replicas have answered; the others wait, HOLD_S at most,
+so that one refusal spares the rest the way.
 Invariant: where nothing was refused for `FORGET_S`, everything is let through. Used by the stream guard, in one event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import deque
 
 from starlette.types import Scope
 
@@ -19,6 +24,11 @@ TRIAL_S = 0.5
 """Between trials; each that succeeds makes the next one twice as large."""
 MAX_TRIAL = 64
 MAX_KEYS = 1000
+MAX_NEW = 16
+"""Requests that are sent on before a replica has said anything to them."""
+NEW_S = 0.1
+"""A request counts as new no longer than this: an answer in one piece comes late."""
+HOLD_S = 0.5
 
 
 class Passage:
@@ -26,7 +36,19 @@ class Passage:
 
     def __init__(self, pressure: Pressure, key: bytes, counts: bool) -> None:
         self._pressure, self._key, self._counts = pressure, key, counts
+        self._aged: asyncio.TimerHandle | None = None
         pressure.under_way += counts
+        if counts:
+            pressure.new += 1
+            self._aged = asyncio.get_running_loop().call_later(NEW_S, self.answered)
+
+    def answered(self) -> None:
+        """A replica has said something to it. A second call does nothing."""
+        if self._aged is not None:
+            self._aged.cancel()
+            self._aged = None
+            self._pressure.new -= 1
+            self._pressure.wake(1)
 
     def full(self) -> None:
         """It was refused because the server is full."""
@@ -35,7 +57,8 @@ class Passage:
             self._pressure.note_full(self._key)
 
     def end(self) -> None:
-        """It has been answered, or given up. A second call does nothing."""
+        """It has been answered to the end, or given up. A second call does nothing."""
+        self.answered()
         self._pressure.under_way -= self._counts
         self._counts = False
 
@@ -46,11 +69,37 @@ class Pressure:
     def __init__(self) -> None:
         self.under_way = 0
         """Requests for work that are with replicas."""
+        self.new = 0
+        """Those of them that wait for a first word."""
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._room: int | None = None
         """None: nothing was refused lately."""
         self._told: set[bytes] = set()
         self._refused_s = self._trial_s = 0.0
         self._trial = 1
+
+    async def admit(self, scope: Scope) -> Passage | None:
+        """The passage of a request that goes to the replicas, once it may; None: it is to be refused as they would."""
+        until = time.monotonic() + HOLD_S
+        wanted = self._waiting or self.new >= MAX_NEW
+        while not (refused := self.refuses(scope)) and scope.get("method") == "POST" and wanted:
+            if (left := until - time.monotonic()) <= 0:
+                break
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await asyncio.wait([turn], timeout=left)
+            finally:
+                if not turn.done():
+                    self._waiting.remove(turn)
+            wanted = self.new >= MAX_NEW
+        return None if refused else self.passage(scope)
+
+    def wake(self, count: int) -> None:
+        """Let so many of those that wait look again."""
+        while self._waiting and count:
+            self._waiting.popleft().set_result(None)
+            count -= 1
 
     def refuses(self, scope: Scope) -> bool:
         """Whether a request is to be refused without asking a replica."""
@@ -82,6 +131,7 @@ class Pressure:
         self._room, self._trial = self.under_way, 1
         self._refused_s = time.monotonic()
         self._trial_s = self._refused_s + TRIAL_S
+        self.wake(len(self._waiting))
 
 
 def _key(scope: Scope) -> bytes:
