@@ -47,8 +47,11 @@ class FolderLock:
                 "%s: this file system has no locks (%s); only the log's lease keeps a second run away", path, error
             )
             return
-        os.ftruncate(self._handle, 0)
-        os.write(self._handle, Holder.this(what).to_json())
+        try:
+            os.ftruncate(self._handle, 0)
+            os.write(self._handle, Holder.this(what).to_json())
+        except OSError as error:  # a full disk: the lock holds all the same
+            log.warning("%s: who holds the lock cannot be written there (%s)", path, error)
 
     def __enter__(self) -> FolderLock:  # noqa: PYI034 - Self needs Python 3.11
         return self

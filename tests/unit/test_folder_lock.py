@@ -71,3 +71,14 @@ def test_a_pilot_whose_folder_needs_its_own_code_is_refused(tmp_path: Path) -> N
     (model / "mine.py").write_text("raise SystemExit")
     with pytest.raises(JobError, match=r"model\.pilot .* \(code in a model folder is never run\)"):
         run_job(config)
+
+
+def test_a_disk_that_takes_no_byte_does_not_undo_the_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The content only says who holds it."""
+    (tmp_path / NAME).symlink_to("/dev/full")
+    with FolderLock(tmp_path, "run first"):
+        assert "who holds the lock cannot be written" in caplog.text
+        with pytest.raises(LeaseHeldError, match="in use: another run"):
+            FolderLock(tmp_path, "run second")
+    with FolderLock(tmp_path, "run third"):
+        pass
