@@ -81,19 +81,24 @@ class Pressure:
     async def admit(self, scope: Scope) -> Passage | None:
         """The passage of a request that goes to the replicas, once it may; None: it is to be refused as they would."""
         until = time.monotonic() + HOLD_S
-        wanted = self._waiting or self.new >= MAX_NEW
-        while not (refused := self.refuses(scope)) and scope.get("method") == "POST" and wanted:
-            if (left := until - time.monotonic()) <= 0:
-                break
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await asyncio.wait([turn], timeout=left)
-            finally:
-                if not turn.done():
-                    self._waiting.remove(turn)
-            wanted = self.new >= MAX_NEW
-        return None if refused else self.passage(scope)
+        wanted = scope.get("method") == "POST" and (self._waiting or self.new >= MAX_NEW)
+        try:
+            while not (refused := self.refuses(scope)) and wanted and (left := until - time.monotonic()) > 0:
+                await self._turn(left)
+                wanted = self.new >= MAX_NEW
+            return None if refused else self.passage(scope)
+        finally:
+            if self.new < MAX_NEW:  # whoever was called and did not go hands the turn on
+                self.wake(1)
+
+    async def _turn(self, timeout_s: float) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await asyncio.wait([turn], timeout=timeout_s)
+        finally:
+            if not turn.done():
+                self._waiting.remove(turn)
 
     def wake(self, count: int) -> None:
         """Let so many of those that wait look again."""

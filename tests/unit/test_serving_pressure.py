@@ -172,6 +172,20 @@ async def test_who_leaves_while_waiting_leaves_no_trace() -> None:
     assert all(task.done() for task in again)
 
 
+@in_a_loop
+async def test_who_is_called_and_does_not_go_hands_the_turn_on() -> None:
+    """Else those behind would wait to the end of their time though there is room, and newcomers behind them."""
+    found = Pressure()
+    tasks = await come(found, [b"a"] * (pressure.MAX_NEW + 3))
+    passages = [task.result() for task in tasks[: pressure.MAX_NEW]]
+    assert passages[0] is not None and passages[1] is not None
+    passages[0].answered()
+    tasks[pressure.MAX_NEW].cancel()
+    await asyncio.sleep(0.02)
+    assert [task.done() for task in tasks[pressure.MAX_NEW + 1 :]] == [True, False]
+    await tasks[-1]
+
+
 def test_a_full_server_is_told_by_the_guard(now: list[float]) -> None:
     said = json.dumps(queue_full().envelope()).encode()
     full, good = answers(429, said, retry_after=b"1", x_tc_ray_full=b"1"), answers(200, b"{}")
