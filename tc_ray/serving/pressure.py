@@ -28,7 +28,7 @@ MAX_NEW = 16
 """Requests that are sent on before a replica has said anything to them."""
 NEW_S = 0.1
 """A request counts as new no longer than this: an answer in one piece comes late."""
-HOLD_S = 0.5
+HOLD_S = 1.0
 
 
 class Passage:
