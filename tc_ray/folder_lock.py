@@ -17,7 +17,6 @@ from tc_ray.mistakelog.lease import WAIT_FOR_IT, Holder, LeaseHeldError
 from tc_ray.mistakelog.process import is_running
 
 NAME = "run.lock"
-_MOST_BYTES = 4096
 _WRITTEN_SECONDS = 1.0
 """Within this time the holder has written who it is."""
 
@@ -65,8 +64,7 @@ def _holder(path: Path) -> str:
     until = time.monotonic() + _WRITTEN_SECONDS
     while time.monotonic() < until:
         try:
-            with path.open("rb") as file:
-                holder = Holder.from_json(file.read(_MOST_BYTES))
+            holder = Holder.from_json(path.read_bytes())
             if is_running(holder.process) is not False:
                 return str(holder)
         except (ValueError, KeyError):

@@ -25,6 +25,8 @@ _ROW_BYTES = 64
 """Key columns, lengths and null maps of one record in Parquet."""
 _FILE_BYTES = 2500
 """Parquet header, footer and metadata of one data file."""
+AUTO_TOP_K = 64
+"""Errors a token that a plan counts with where the run chooses them (`log.top_k: auto`), if `log.top_k_limit` allows so many."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,8 @@ def _log_notes(config: RunConfig) -> list[str]:
     log, notes = config.log, []
     if log.top_k == "auto" and log.error == "top-k":
         notes.append(
-            f"log.top_k is chosen in the run's first rounds: the bytes are predicted with the {log.top_k_limit} errors a token "
-            "of log.top_k_limit, the most it can be"
+            f"log.top_k is chosen in the run's first rounds: the bytes are predicted with {min(AUTO_TOP_K, log.top_k_limit)} "
+            f"errors a token; it can be {log.top_k_limit} (log.top_k_limit) at most"
         )
     if log.sampling == "mistakes":
         notes.append("how many records have a mistake shows in the run: the bytes are predicted with every record")
@@ -216,7 +218,7 @@ def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: fl
     states = layers * (mean_tokens - 1 if log.positions == "all" else mean_targets)
     if sizes.encoder_decoder:
         states += mean_tokens - mean_targets
-    top_k = log.top_k_limit if log.top_k == "auto" else log.top_k
+    top_k = min(AUTO_TOP_K, log.top_k_limit) if log.top_k == "auto" else log.top_k
     errors = 4 * sizes.vocab_size if log.error == "dense" else 8 * (min(top_k, sizes.vocab_size - 1) + 1)
     record = states * sizes.hidden_size * 2 + mean_tokens * 4 + mean_targets * (errors + 4 + 4 + 1 / 8) + _ROW_BYTES
     records = record * config.pilot.batch_size * (log.sampling_fraction if log.sampling == "fraction" else 1.0)

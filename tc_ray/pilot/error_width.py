@@ -2,7 +2,8 @@
 
 In rounds 1 to R the Pilot lists the `log.top_k_limit` largest errors of every target token and adds up how much of |l| the
 first k of them hold. k is the smallest that holds `log.top_k_captured` of it, over all ranks. |l| is the norm of a token's
-error vector, of order `log.top_k_norm`: 2, the Euclidean one, is what the Copilot's loss measures (equation 7). Invariant: R and what is
+error vector l, of order `log.top_k_norm`; 2, the Euclidean one, is that of the Copilot's loss (equation 7).
+Invariant: R and what is
 measured are pure functions of config and weights, and rounds up to R are always measured and cut afterwards, whatever is
 known already: a restarted run writes the same rows. Used by `recorder`.
 """
@@ -58,20 +59,24 @@ class ErrorCurve:
         torch.distributed.all_reduce(self.sums)
 
     def smallest(self, captured: float, norm: int) -> int:
-        """Smallest k whose errors hold `captured` of the sum of |l|; all that are listed where none does."""
+        """Smallest k that holds `captured` of |l|, the norm of that order (1 or 2); all that are listed where none does."""
         curve = self.sums[norm - 1]
         enough = (curve[1:-1] >= captured * curve[-1]).nonzero()
         return int(enough[0]) + 1 if len(enough) else len(curve) - 2
 
     def captured(self, top_k: int, norm: int) -> float:
-        """Share of the sum of |l| that the true token and the first `top_k` others hold; 1 where there is no error."""
+        """Norms of the true token's and the first `top_k` others' errors / norms of all; 1 where there is no error."""
         curve = self.sums[norm - 1]
         whole = float(curve[-1])
         return min(1.0, float(curve[top_k]) / whole) if whole else 1.0
 
 
 def told(top_k: int, curve: ErrorCurve, log: LogSection, rounds: int) -> str:
-    """The choice in a sentence, for people."""
+    """The choice in a sentence, for people.
+
+    Args:
+        top_k: what stands. curve: of rounds 1 to `rounds`.
+    """
     names = ("the summed errors", "the Euclidean norm")
     shares = [curve.captured(top_k, norm) for norm in (1, 2)]
     mine, other = log.top_k_norm - 1, 2 - log.top_k_norm

@@ -5,8 +5,9 @@ there is room for: from then on one is let through when one has ended, and now a
 refused here only if a replica has refused its key as full before: nobody is told so here who would be told 401 there.
 
 Of many that come in one instant only MAX_NEW are sent on before the replicas have answered; the others wait, HOLD_S at most,
-so that one refusal spares the rest the way.
-Invariant: where nothing was refused for `FORGET_S`, everything is let through. Used by the stream guard, in one event loop.
+so that one refusal spares the rest the way. Answers in one piece come late by nature: each that is not there after NEW_S
+makes room for two, so that a steady load of them is not held back.
+Invariant: where nothing was refused for `FORGET_S`, nothing is refused here. Used by the stream guard, in one event loop.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ TRIAL_S = 0.5
 MAX_TRIAL = 64
 MAX_KEYS = 1000
 MAX_NEW = 16
-"""Requests that are sent on before a replica has said anything to them."""
+"""Requests that are sent on before a replica has said anything to them, at first."""
 NEW_S = 0.1
-"""A request counts as new no longer than this: an answer in one piece comes late."""
+"""A request counts as new no longer than this."""
 HOLD_S = 1.0
 
 
@@ -40,7 +41,7 @@ class Passage:
         pressure.under_way += counts
         if counts:
             pressure.new += 1
-            self._aged = asyncio.get_running_loop().call_later(NEW_S, self.answered)
+            self._aged = asyncio.get_running_loop().call_later(NEW_S, self._age)
 
     def answered(self) -> None:
         """A replica has said something to it. A second call does nothing."""
@@ -48,7 +49,12 @@ class Passage:
             self._aged.cancel()
             self._aged = None
             self._pressure.new -= 1
-            self._pressure.wake(1)
+            self._pressure.wake()
+
+    def _age(self) -> None:
+        self._pressure.allowed += 1
+        self.answered()
+        self._pressure.wake()
 
     def full(self) -> None:
         """It was refused because the server is full."""
@@ -71,7 +77,12 @@ class Pressure:
         """Requests for work that are with replicas."""
         self.new = 0
         """Those of them that wait for a first word."""
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self.allowed = MAX_NEW
+        """So many of them at most, unless they have waited for long."""
+        self._waiting: deque[tuple[bytes, asyncio.Future[bool]]] = deque()
+        """Key, and a future: True when it is called because there is room, False when it is to look what has changed."""
+        self._called = 0
+        """Those that were called and have not gone yet."""
         self._room: int | None = None
         """None: nothing was refused lately."""
         self._told: set[bytes] = set()
@@ -81,33 +92,45 @@ class Pressure:
     async def admit(self, scope: Scope) -> Passage | None:
         """The passage of a request that goes to the replicas, once it may; None: it is to be refused as they would."""
         until = time.monotonic() + HOLD_S
-        wanted = scope.get("method") == "POST" and (self._waiting or self.new >= MAX_NEW)
+        if not self.new:
+            self.allowed = MAX_NEW
+        may_go = scope.get("method") != "POST" or (not self._waiting and self._has_room())
+        waited, passage = False, None
         try:
-            while not (refused := self.refuses(scope)) and wanted and (left := until - time.monotonic()) > 0:
-                await self._turn(left)
-                wanted = self.new >= MAX_NEW
-            return None if refused else self.passage(scope)
+            while not self.refuses(scope, trial=may_go):
+                if may_go or (left := until - time.monotonic()) <= 0:
+                    passage = self.passage(scope)
+                    break
+                await self._turn(_key(scope), left, again=waited)
+                waited, may_go = True, self._has_room()
+            return passage
         finally:
-            if self.new < MAX_NEW:  # whoever was called and did not go hands the turn on
-                self.wake(1)
+            if passage is None:  # whoever was called and does not go hands the turn on
+                self.wake()
 
-    async def _turn(self, timeout_s: float) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+    async def _turn(self, key: bytes, timeout_s: float, *, again: bool) -> None:
+        """Wait to be called. again: somebody was quicker when this one was called, who keeps his place."""
+        entry: tuple[bytes, asyncio.Future[bool]] = key, asyncio.get_running_loop().create_future()
+        (self._waiting.appendleft if again else self._waiting.append)(entry)
         try:
-            await asyncio.wait([turn], timeout=timeout_s)
+            await asyncio.wait([entry[1]], timeout=timeout_s)
         finally:
-            if not turn.done():
-                self._waiting.remove(turn)
+            if entry[1].done():
+                self._called -= entry[1].result()
+            else:
+                self._waiting.remove(entry)
 
-    def wake(self, count: int) -> None:
-        """Let so many of those that wait look again."""
-        while self._waiting and count:
-            self._waiting.popleft().set_result(None)
-            count -= 1
+    def _has_room(self) -> bool:
+        return self.new + self._called < self.allowed
 
-    def refuses(self, scope: Scope) -> bool:
-        """Whether a request is to be refused without asking a replica."""
+    def wake(self) -> None:
+        """Call the next one that waits, if there is room for one."""
+        if self._waiting and self._has_room():
+            self._called += 1
+            self._waiting.popleft()[1].set_result(True)
+
+    def refuses(self, scope: Scope, *, trial: bool = True) -> bool:
+        """Whether a request is to be refused without asking a replica. trial: it may be let through as a trial."""
         if self._room is None or scope.get("method") != "POST":
             return False
         now = time.monotonic()
@@ -117,7 +140,7 @@ class Pressure:
             return False
         if self.under_way < self._room or _key(scope) not in self._told:
             return False
-        if now >= self._trial_s:
+        if trial and now >= self._trial_s:
             self._room = self.under_way + self._trial
             self._trial, self._trial_s = min(2 * self._trial, MAX_TRIAL), now + TRIAL_S
             return False
@@ -136,7 +159,11 @@ class Pressure:
         self._room, self._trial = self.under_way, 1
         self._refused_s = time.monotonic()
         self._trial_s = self._refused_s + TRIAL_S
-        self.wake(len(self._waiting))
+        self.allowed = MAX_NEW
+        told = [entry for entry in self._waiting if entry[0] == key]
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != key)
+        for _, turn in told:
+            turn.set_result(False)
 
 
 def _key(scope: Scope) -> bytes:

@@ -27,6 +27,8 @@ from tests.serving_samples import make_export
 REFUSED_P99_S = 0.05
 COMING_S = 10.0
 FIRST_WAVE_S = 5.0
+WAVE_S = 0.6
+"""0.36 s on two idle cores; 0.66 s when each request went to the replica before the first was refused."""
 GROWTH_BYTES = 50 * 2**20
 
 
@@ -138,8 +140,9 @@ def test_64_clients_for_ten_minutes(server: Server, bodies: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("coming_s", "seconds"), [(COMING_S, 60.0), (0.0, 150.0)])
 def test_four_times_as_many_as_there_are_places(server: Server, bodies: Path, coming_s: float, seconds: float) -> None:
-    """Every refusal counts. Where all 320 connect in one instant the first wave takes longer than the bound, as it would take a
-    server that does nothing but refuse (printed beside it), and is less than a hundredth of the refusals of this load.
+    """Every refusal counts. Where all 320 connect in one instant the first wave takes longer than the bound: nobody can be
+    refused before eighty streams were let in. It has a bound of its own, and the load lasts long enough for it to be less
+    than a hundredth of the refusals. Beside it is printed what a server that does nothing but refuse takes for such an instant.
     """
     alone = bare_refusals(bodies, 4 * 80) if not coming_s else []
     outcomes, _ = load_all(server, bodies, 4 * 80, seconds, coming_s)
@@ -158,6 +161,7 @@ def test_four_times_as_many_as_there_are_places(server: Server, bodies: Path, co
         f"instant by a server that only refuses {told(alone)}"
     )
     assert p99 <= REFUSED_P99_S
+    assert max(wave) <= WAVE_S
 
 
 def told(seconds: list[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -73,12 +74,19 @@ def test_a_pilot_whose_folder_needs_its_own_code_is_refused(tmp_path: Path) -> N
         run_job(config)
 
 
-def test_a_disk_that_takes_no_byte_does_not_undo_the_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_does_not_undo_the_lock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The content only says who holds it."""
-    (tmp_path / NAME).symlink_to("/dev/full")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
     with FolderLock(tmp_path, "run first"):
-        assert "who holds the lock cannot be written" in caplog.text
+        assert "who holds the lock cannot be written" in caplog.text and "No space left" in caplog.text
         with pytest.raises(LeaseHeldError, match="in use: another run"):
             FolderLock(tmp_path, "run second")
-    with FolderLock(tmp_path, "run third"):
-        pass
+    monkeypatch.undo()
+    with FolderLock(tmp_path, "run third"), pytest.raises(LeaseHeldError, match="in use: run third"):
+        FolderLock(tmp_path, "run fourth")

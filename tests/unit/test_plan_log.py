@@ -132,7 +132,9 @@ def test_what_cannot_be_known_is_said(data: Path, tmp_path: Path) -> None:
     auto = make_plan(config_of("llama", data, tmp_path / "run", top_k="auto", top_k_captured=0.95, top_k_limit=40))
     fixed = make_plan(config_of("llama", data, tmp_path / "run", top_k=40))
     assert auto.log_bytes_per_round == fixed.log_bytes_per_round
-    assert "predicted with the 40 errors a token of log.top_k_limit" in str(auto) and "predicted with" not in str(fixed)
+    assert "predicted with 40 errors a token; it can be 40 (log.top_k_limit) at most" in str(
+        auto
+    ) and "predicted with" not in str(fixed)
     assert "as many as hold 95% of |l|" in str(auto) and "the 40 largest errors a token" in str(fixed)
     mistakes = make_plan(config_of("llama", data, tmp_path / "run", sampling="mistakes", mistake_loss=2.5))
     assert "not ranked first or with a loss above 2.5" in str(mistakes) and "with every record" in str(mistakes)

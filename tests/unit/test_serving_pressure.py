@@ -98,92 +98,172 @@ def post(key: bytes) -> dict[str, object]:
     return {**POST, "headers": [(b"authorization", key)]}
 
 
-async def come(found: Pressure, keys: list[bytes]) -> list[asyncio.Task[Passage | None]]:
-    """Requests that come in one instant, each as far as it gets at once."""
-    tasks = [asyncio.ensure_future(found.admit(post(key))) for key in keys]
-    await asyncio.sleep(0.02)
-    return tasks
+@pytest.fixture
+def no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does a request age nor does anybody stop waiting."""
+    monkeypatch.setattr(pressure, "NEW_S", 1000.0)
+    monkeypatch.setattr(pressure, "HOLD_S", 1000.0)
+
+
+class Rush:
+    """Requests that come in one instant. gone: numbers of those let through, in their order; refused: of the others."""
+
+    def __init__(self, found: Pressure, keys: list[bytes]) -> None:
+        self.gone: dict[int, Passage] = {}
+        self.refused: list[int] = []
+        self.tasks = [asyncio.ensure_future(self._one(found, number, key)) for number, key in enumerate(keys)]
+
+    async def _one(self, found: Pressure, number: int, key: bytes) -> None:
+        passage = await found.admit(post(key))
+        if passage is None:
+            self.refused.append(number)
+        else:
+            self.gone[number] = passage
+
+    async def settle(self) -> list[int]:
+        """Who has gone when nothing moves any more."""
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return list(self.gone)
 
 
 @in_a_loop
-async def test_of_a_rush_the_rest_wait_for_the_first_answers_and_go_in_their_order() -> None:
+async def test_of_a_rush_the_rest_wait_for_the_first_answers_and_go_in_their_order(no_timers: None) -> None:
     found = Pressure()
-    tasks = await come(found, [b"a"] * 40)
-    assert [task.done() for task in tasks] == [True] * pressure.MAX_NEW + [False] * (40 - pressure.MAX_NEW)
-    first = tasks[0].result()
-    assert first is not None
-    first.answered()
-    first.answered()
-    await asyncio.sleep(0)
-    late = asyncio.ensure_future(found.admit(POST))
-    await asyncio.sleep(0.02)
-    assert tasks[pressure.MAX_NEW].done() and not tasks[pressure.MAX_NEW + 1].done() and not late.done()
+    rush = Rush(found, [b"a"] * 60)
+    assert await rush.settle() == list(range(pressure.MAX_NEW))
+    rush.gone[0].answered()
+    rush.gone[0].answered()
+    assert await rush.settle() == list(range(pressure.MAX_NEW + 1))
+    for number in range(1, 20):  # one after the other, and all in one turn of the loop
+        if number in rush.gone:
+            rush.gone[number].answered()
+    late = Rush(found, [b"a"])
+    await rush.settle()
+    assert not late.gone, "who comes now waits behind the others"
     assert (await found.admit({**POST, "method": "GET"})) is not None, "what asks for no work waits for nobody"
-    for task in [*tasks, late]:
-        await task
-    assert found.under_way == 41
+    while len(rush.gone) < 60:
+        next(passage for passage in rush.gone.values() if passage._aged).answered()
+        await rush.settle()
+        assert found.new <= pressure.MAX_NEW
+    assert list(rush.gone) == list(range(60))
+    rush.gone[59].answered()
+    assert await late.settle() == [0]
+    assert found.under_way == 61
 
 
 @in_a_loop
-async def test_one_refusal_spares_the_rest_of_its_key_the_way() -> None:
+async def test_one_refusal_spares_the_rest_of_its_key_the_way(no_timers: None) -> None:
     found = Pressure()
-    tasks = await come(found, [b"a"] * pressure.MAX_NEW + [b"a", b"b"] * 10)
-    first, second = tasks[0].result(), tasks[1].result()
-    assert first is not None and second is not None
-    second.answered()
-    first.full()
-    await asyncio.sleep(0.02)
-    waited = tasks[pressure.MAX_NEW :]
-    refused = [task.done() and task.result() is None for task in waited]
-    assert sum(refused[::2]) >= 9, "one may have taken the place that was free when the other was answered"
-    assert not any(refused[1::2]), "no replica has said anything to this key"
-    for task in tasks:
-        await task
-    assert all(task.result() is not None for task in waited[1::2])
+    rush = Rush(found, [b"a"] * pressure.MAX_NEW + [b"a", b"b"] * 10)
+    await rush.settle()
+    rush.gone[0].full()
+    gone = await rush.settle()
+    assert rush.refused == list(range(pressure.MAX_NEW, pressure.MAX_NEW + 20, 2))
+    assert gone == [*range(pressure.MAX_NEW), pressure.MAX_NEW + 1], "no replica has said anything to the other key"
+    for _ in range(20):
+        for passage in list(rush.gone.values()):
+            passage.answered()
+        await rush.settle()
+    assert len(rush.gone) == pressure.MAX_NEW + 10 and len(rush.refused) == 10
 
 
 @in_a_loop
-async def test_nobody_waits_long_for_answers_that_come_late() -> None:
-    """As many as 16 each 0.1 s go on where every answer comes in one piece, and all of them within a second."""
+async def test_nobody_waits_long_where_nothing_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pressure, "NEW_S", 1000.0)
+    monkeypatch.setattr(pressure, "HOLD_S", 0.3)
     found, began = Pressure(), time.monotonic()
-    tasks = await come(found, [b"a"] * 200)
-    await asyncio.sleep(pressure.NEW_S + 0.05)
-    assert 2 * pressure.MAX_NEW <= sum(task.done() for task in tasks) < 200
-    assert all(passage is not None for passage in await asyncio.gather(*tasks))
-    assert pressure.HOLD_S - 0.05 < time.monotonic() - began < pressure.HOLD_S + 0.5
-    assert found.under_way == 200
-    await asyncio.sleep(pressure.NEW_S + 0.05)
-    assert found.new == 0
+    rush = Rush(found, [b"a"] * 40)
+    assert len(await rush.settle()) == pressure.MAX_NEW
+    await asyncio.gather(*rush.tasks)
+    assert len(rush.gone) == found.under_way == 40 and time.monotonic() - began > 0.25
 
 
 @in_a_loop
-async def test_who_leaves_while_waiting_leaves_no_trace() -> None:
+async def test_a_steady_load_of_answers_in_one_piece_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that takes its time makes room for two; whoever comes after a pause finds the first bound again."""
+    monkeypatch.setattr(pressure, "NEW_S", 0.1)
+    monkeypatch.setattr(pressure, "HOLD_S", 1000.0)
     found = Pressure()
-    tasks = await come(found, [b"a"] * (pressure.MAX_NEW + 5))
-    for task in tasks[pressure.MAX_NEW :]:
+    rush = Rush(found, [b"a"] * 150)
+    await asyncio.wait_for(asyncio.gather(*rush.tasks), 30)
+    assert list(rush.gone) == list(range(150)) and found.allowed > 100
+    while found.new:
+        await asyncio.sleep(0.02)
+    monkeypatch.setattr(pressure, "NEW_S", 1000.0)
+    assert len(await Rush(found, [b"a"] * 40).settle()) == pressure.MAX_NEW
+
+
+@in_a_loop
+async def test_who_is_cancelled_while_waiting_leaves_no_trace(no_timers: None) -> None:
+    found = Pressure()
+    rush = Rush(found, [b"a"] * (pressure.MAX_NEW + 5))
+    await rush.settle()
+    for task in rush.tasks[pressure.MAX_NEW :]:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    for task in tasks[: pressure.MAX_NEW]:
-        passage = task.result()
-        assert passage is not None
+    await asyncio.gather(*rush.tasks, return_exceptions=True)
+    for passage in rush.gone.values():
         passage.end()
     assert (found.under_way, found.new) == (0, 0)
-    again = await come(found, [b"a"] * pressure.MAX_NEW)
-    assert all(task.done() for task in again)
+    assert len(await Rush(found, [b"a"] * pressure.MAX_NEW).settle()) == pressure.MAX_NEW
 
 
 @in_a_loop
-async def test_who_is_called_and_does_not_go_hands_the_turn_on() -> None:
+async def test_who_is_called_and_does_not_go_hands_the_turn_on(no_timers: None) -> None:
     """Else those behind would wait to the end of their time though there is room, and newcomers behind them."""
     found = Pressure()
-    tasks = await come(found, [b"a"] * (pressure.MAX_NEW + 3))
-    passages = [task.result() for task in tasks[: pressure.MAX_NEW]]
-    assert passages[0] is not None and passages[1] is not None
-    passages[0].answered()
-    tasks[pressure.MAX_NEW].cancel()
-    await asyncio.sleep(0.02)
-    assert [task.done() for task in tasks[pressure.MAX_NEW + 1 :]] == [True, False]
-    await tasks[-1]
+    rush = Rush(found, [b"a"] * (pressure.MAX_NEW + 3))
+    await rush.settle()
+    rush.gone[0].answered()
+    rush.tasks[pressure.MAX_NEW].cancel()
+    assert (await rush.settle())[pressure.MAX_NEW :] == [pressure.MAX_NEW + 1]
+
+
+@in_a_loop
+async def test_a_trial_is_not_spent_on_who_has_to_wait(now: list[float], no_timers: None) -> None:
+    found = Pressure()
+    rush = Rush(found, [b"a"] * pressure.MAX_NEW)
+    await rush.settle()
+    rush.gone[0].full()
+    held = Rush(found, [b"b"])  # takes the place that is free
+    await held.settle()
+    now[0] += pressure.TRIAL_S
+    assert await Rush(found, [b"a"]).settle() == [], "all places of newcomers are taken"
+    held.gone[0].answered()
+    assert await Rush(found, [b"a"]).settle() == [0]
+
+
+@in_a_loop
+async def test_the_guard_holds_a_rush_until_a_replica_has_answered(no_timers: None) -> None:
+    """17 streams: the last one reaches the replicas when the first has its head."""
+    asked: list[asyncio.Future[None]] = []
+
+    async def replica(_: object, receive: object, send: Callable[[Message], Awaitable[None]]) -> None:
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        asked.append(answer)
+        await answer
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await asyncio.Event().wait()
+
+    guard = StreamGuard(replica)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(_: Message) -> None:
+        pass
+
+    tasks = [asyncio.ensure_future(guard(dict(POST), receive, send)) for _ in range(pressure.MAX_NEW + 1)]
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(asked) == pressure.MAX_NEW
+    asked[0].set_result(None)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(asked) == pressure.MAX_NEW + 1
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def test_a_full_server_is_told_by_the_guard(now: list[float]) -> None:
