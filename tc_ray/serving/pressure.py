@@ -25,7 +25,7 @@ TRIAL_S = 0.5
 """Between trials; each that succeeds makes the next one twice as large."""
 MAX_TRIAL = 64
 MAX_KEYS = 1000
-MAX_NEW = 16
+MAX_NEW = 8
 """Requests that are sent on before a replica has said anything to them, at first."""
 NEW_S = 0.1
 """A request counts as new no longer than this."""
@@ -95,9 +95,11 @@ class Pressure:
         if not self.new:
             self.allowed = MAX_NEW
         may_go = scope.get("method") != "POST" or (not self._waiting and self._has_room())
+        # places that are free are those of the ones that wait already: who comes behind them is refused now, not later
+        ahead = len(self._waiting) + self._called
         waited, passage = False, None
         try:
-            while not self.refuses(scope, trial=may_go):
+            while not self.refuses(scope, ahead=0 if waited else ahead, trial=may_go):
                 if may_go or (left := until - time.monotonic()) <= 0:
                     passage = self.passage(scope)
                     break
@@ -129,8 +131,11 @@ class Pressure:
             self._called += 1
             self._waiting.popleft()[1].set_result(True)
 
-    def refuses(self, scope: Scope, *, trial: bool = True) -> bool:
-        """Whether a request is to be refused without asking a replica. trial: it may be let through as a trial."""
+    def refuses(self, scope: Scope, *, ahead: int = 0, trial: bool = True) -> bool:
+        """Whether a request is to be refused without asking a replica.
+
+        ahead: others that go before it. trial: it may be let through as a trial.
+        """
         if self._room is None or scope.get("method") != "POST":
             return False
         now = time.monotonic()
@@ -138,7 +143,7 @@ class Pressure:
             self._room = None
             self._told.clear()
             return False
-        if self.under_way < self._room or _key(scope) not in self._told:
+        if self.under_way + ahead < self._room or _key(scope) not in self._told:
             return False
         if trial and now >= self._trial_s:
             self._room = self.under_way + self._trial

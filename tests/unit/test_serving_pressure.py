@@ -234,8 +234,31 @@ async def test_a_trial_is_not_spent_on_who_has_to_wait(now: list[float], no_time
 
 
 @in_a_loop
+async def test_free_places_are_for_those_who_wait_already(now: list[float], no_timers: None) -> None:
+    """Four more places free themselves than may be taken at once: four wait for their turn, who comes behind is refused."""
+    found, running, most = Pressure(), [], pressure.MAX_NEW
+    for _ in range(2):
+        rush = Rush(found, [b"a"] * most)
+        await rush.settle()
+        for passage in rush.gone.values():
+            passage.answered()
+            running.append(passage)
+    over = Rush(found, [b"a"])
+    await over.settle()
+    over.gone[0].full()
+    for passage in running[: most + 4]:
+        passage.end()
+    rush = Rush(found, [b"a"] * (most + 14))
+    assert await rush.settle() == list(range(most))
+    assert rush.refused == list(range(most + 4, most + 14))
+    for passage in list(rush.gone.values()):
+        passage.answered()
+    assert await rush.settle() == list(range(most + 4)) and found.under_way == 2 * most
+
+
+@in_a_loop
 async def test_the_guard_holds_a_rush_until_a_replica_has_answered(no_timers: None) -> None:
-    """17 streams: the last one reaches the replicas when the first has its head."""
+    """One more than may: the last one reaches the replicas when the first has its head."""
     asked: list[asyncio.Future[None]] = []
 
     async def replica(_: object, receive: object, send: Callable[[Message], Awaitable[None]]) -> None:
