@@ -15,7 +15,8 @@ from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.estimate import DataEstimate, estimate, is_embedded
 from tc_ray.session import cpus_needed
-from tc_ray.sizes import ModelConfig, ModelSizes, find_models, first_line, model_sizes
+from tc_ray.sizes import ModelConfig, ModelSizes, find_models, model_sizes
+from tc_ray.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -282,7 +283,7 @@ def _tokenizer(config: RunConfig, pilot: ModelConfig, notes: list[str]) -> PreTr
         )
     except (OSError, ValueError) as error:
         notes.append(
-            f"data size unknown: the tokenizer of {config.model.pilot} cannot be read here ({first_line(error)})"
+            f"data size unknown: the tokenizer of {config.model.pilot} cannot be read here ({first_line(error, 160)})"
         )
         return None
     check_template(config.data, tokenizer)

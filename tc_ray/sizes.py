@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.estimate import DataEstimate
+from tc_ray.text import first_line
 
 HUB_SECONDS = 4.0
 """How long a plan waits for the hub's first answer."""
@@ -86,7 +87,7 @@ def _find(name: str, config: RunConfig, notes: list[str]) -> ModelConfig | None:
         )
     except (OSError, ValueError) as error:
         # a hub id without the hub is no reason to refuse a plan; the run itself will
-        reason = "the hub is not to be reached, and it is not in the cache" if local_only else first_line(error)
+        reason = "the hub is not to be reached, and it is not in the cache" if local_only else first_line(error, 160)
         notes.append(f"sizes unknown: the config of {name} cannot be read here ({reason})")
         return None
 
@@ -204,9 +205,3 @@ def _copilot_sizes(
         "copilot_hidden_size": base_config.hidden_size,
         "copilot_layers": len(layers),
     }
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, for a note."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

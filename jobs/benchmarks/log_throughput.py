@@ -39,8 +39,8 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 from workload import machine, print_table, spread, write_json
 
 from tc_ray.copilot.batching import batch_from_records
+from tc_ray.files import sync
 from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.location import sync
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tc_ray.copilot.learner import Learner
-from tc_ray.mistakelog.location import sync, sync_tree
+from tc_ray.files import sync, sync_tree
 
 _POSITION = "position.json"
 

@@ -19,7 +19,8 @@ from tc_ray.inspection.colours import LEVELS, level, scale
 from tc_ray.inspection.page_script import SCRIPT
 from tc_ray.inspection.page_style import STYLE
 from tc_ray.inspection.sights import Sight
-from tc_ray.inspection.tokens import TokenTexts, visible
+from tc_ray.inspection.tokens import TokenTexts
+from tc_ray.text import visible
 
 
 def esc(text: object) -> str:

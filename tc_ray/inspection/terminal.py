@@ -17,7 +17,8 @@ from tc_ray.inspection.colours import level, scale
 from tc_ray.inspection.sights import Sight, percent
 from tc_ray.inspection.stats import LogStats
 from tc_ray.inspection.tallies import Totals
-from tc_ray.inspection.tokens import TokenTexts, visible
+from tc_ray.inspection.tokens import TokenTexts
+from tc_ray.text import visible
 
 ROUND_LINES = 12
 SEEN_LINES = 10

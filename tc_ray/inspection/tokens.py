@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.models.source import BUILTIN_MODELS, default_cache, tokenizer_hash
+from tc_ray.text import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,16 +80,6 @@ class TokenTexts:
         if piece.startswith(_BLANK_PIECE) and not text.startswith(" "):
             text = " " + text
         return text
-
-
-def visible(text: str) -> str:
-    """The text with every character that does not print (but line ends) as an escape: escape codes, direction marks, ..."""
-    if all(character.isprintable() or character == "\n" for character in text):
-        return text
-    return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given: str | None = None) -> TokenTexts:

@@ -7,7 +7,6 @@ and files go through the same client. Everything in this package that touches a 
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from urllib.parse import unquote, urlparse
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-_ATOMIC_SUFFIX = ".writing"
+from tc_ray.files import sync, write_file
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,7 @@ class Location:
             return
         path = self.local / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}{_ATOMIC_SUFFIX}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
+        write_file(path, data)
 
     def touch(self, name: str) -> None:
         """Set a file's modification time to now; needs no free space locally.
@@ -194,20 +183,3 @@ class _ObjectOutput:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.close()
-
-
-def sync(path: Path) -> None:
-    """Flush a file that another library has written, or a folder's entries: without it a rename can be lost with the machine."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush every file below a folder, and the folders themselves: what is renamed or marked afterwards is whole."""
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # another worker's temporary file
-            sync(path)
-    sync(folder)

@@ -18,8 +18,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tc_ray.files import sync
 from tc_ray.mistakelog.commits import LOG_FOLDER, parse_commit
-from tc_ray.mistakelog.location import Location, sync
+from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.schema import LogSchemaError
 
 TORN_FOLDER = "_tc_ray/torn"

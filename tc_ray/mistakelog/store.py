@@ -22,9 +22,10 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
+from tc_ray.files import sync
 from tc_ray.mistakelog.commits import LOG_FOLDER, Commit, CommitLog, Fate, commit_name
 from tc_ray.mistakelog.datafile import Committed, DataFile, read_file, read_pieces
-from tc_ray.mistakelog.location import Location, sync
+from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.repair import repair
 from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogMetadata, LogSchemaError
 

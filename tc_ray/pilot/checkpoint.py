@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tc_ray.mistakelog.location import sync, sync_tree
+from tc_ray.files import sync, sync_tree
 
 MARKER = "complete.json"
 _TAG = "state"

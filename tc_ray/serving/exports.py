@@ -16,6 +16,7 @@ from typing import Any
 
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.settings import ModelSettings
+from tc_ray.text import first_line
 
 _FP32_BYTES = 4
 _HEADER_LIMIT_BYTES = 2**27
@@ -168,11 +169,6 @@ def pilot_version(export: Path) -> str:
 def _signature(paths: Iterable[Path]) -> Signature:
     stats = [(path.name, path.stat()) for path in paths]
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from typing import Any
 
 from tc_ray.serving.auth import KEY_VARIABLE, configured_digests, require_key_for
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.exports import check_tokenizer, first_line, named_models, weight_bytes
+from tc_ray.serving.exports import check_tokenizer, named_models, weight_bytes
 from tc_ray.serving.memory import available_cpus, available_memory_bytes, check_memory
 from tc_ray.serving.options import build_settings
 from tc_ray.serving.settings import ReplicaSettings, Scale
+from tc_ray.text import first_line
 
 APPLICATION = "tc-ray"
 _CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")

@@ -21,10 +21,10 @@ from tc_ray.serving.exports import (
     check_config,
     copilot_signature,
     copilot_version,
-    first_line,
     pilot_version,
 )
 from tc_ray.serving.settings import ModelSettings, ReplicaSettings
+from tc_ray.text import first_line
 
 if TYPE_CHECKING:
     from tc_ray.models.fusion import FusedModel

@@ -23,6 +23,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.text import first_line
 from tc_ray.tracking.points import Point
 from tc_ray.tracking.statusfile import replace_json
 
@@ -196,11 +197,6 @@ def open_run(config: RunConfig, folder: Path, uri: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     replace_json(folder / RUN_ID_FILE, {"run_id": run_id, "uri": uri, "experiment": config.tracking.experiment})
     return run_id
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type when it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _known_run(client: MlflowClient, folder: Path, uri: str) -> str | None:

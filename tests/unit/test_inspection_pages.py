@@ -21,9 +21,10 @@ from tc_ray.inspection.sample_page import sample_page
 from tc_ray.inspection.sights import find_sights, sights_of
 from tc_ray.inspection.stats import collect
 from tc_ray.inspection.terminal import legend, sample_view, stats_view
-from tc_ray.inspection.tokens import TokenizerError, TokenTexts, find_tokenizer, visible
+from tc_ray.inspection.tokens import TokenizerError, TokenTexts, find_tokenizer
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.models.source import tokenizer_hash
+from tc_ray.text import visible
 from tests.inspection_samples import make_examples, make_log
 from tests.mistakelog_samples import metadata
 from tests.tiny_model import make_tokenizer

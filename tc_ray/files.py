@@ -1,0 +1,96 @@
+"""Small files and folders that survive a power cut: written aside, synced, renamed into place.
+
+Invariant: a reader sees the old content or the new one, never a part, also after the machine has lost power. A folder counts
+as whole when its marker, written last, names every file in it with its size. Everything in the package that writes a small
+file or publishes a folder on a local disk does so here; the Mistake Log's files go through `mistakelog.location`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+FOLDER_MARKER = "complete.json"
+"""File in a published folder: {"files": {name: bytes}}."""
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write or replace a file, atomically and durably.
+
+    Raises:
+        OSError: it could not be written; the old file, if any, is untouched.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    # process and thread: two writers of one file must not share the temporary one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.writing")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_json(path: Path, document: Any, *, indent: int | None = 2) -> None:
+    """Write or replace a JSON file, atomically and durably; numbers that are not finite are refused (ValueError)."""
+    write_file(path, json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Give a folder that was written aside its final name: synced, marked as whole, then renamed.
+
+    An older folder of that name is replaced. A crash between leaves the old folder, the new one, or neither, and then
+    `temporary` is whole.
+    """
+    mark_whole(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    sync(folder.parent)
+
+
+def mark_whole(folder: Path) -> None:
+    """Sync every file below the folder, then write its marker."""
+    (folder / FOLDER_MARKER).unlink(missing_ok=True)
+    sync_tree(folder)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    write_json(folder / FOLDER_MARKER, {"files": sizes})
+
+
+def is_whole(folder: Path) -> bool:
+    """The folder has its marker, and every file that it names has its size. A damaged marker counts as none."""
+    try:
+        sizes = json.loads((folder / FOLDER_MARKER).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def sync(path: Path) -> None:
+    """Flush a file that another library has written, or a folder's entries: without it a rename can be lost with the machine.
+
+    An error of it is final: the system may have thrown the data away, and a second call would find nothing to write.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder, and the folders themselves: what is renamed or marked afterwards is whole."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another worker's temporary file
+            sync(path)
+    sync(folder)
