@@ -17,6 +17,7 @@ import numpy as np
 
 from tc_ray.config.load import load_config, save_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.files import is_whole
 from tc_ray.folder_lock import FolderLock
 from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
@@ -266,14 +267,14 @@ class _Job:
     def _pilot_is_done(self) -> bool:
         import ray
 
-        if not (self.folder / "pilot" / "final" / "config.json").is_file():
+        if not is_whole(self.folder / "pilot" / "final"):
             return False
         return self.ledger is None or ray.get(self.ledger.state.remote()).pilot_done
 
     def _start_copilot(self) -> Any:
         if not self.config.log.enabled:
             return None
-        if (self.folder / "copilot" / "final" / "config.json").is_file():  # done in an earlier start
+        if is_whole(self.folder / "copilot" / "final"):  # done in an earlier start
             self.ledger.report_copilot.remote(self.rounds, self.rounds * self.config.copilot.steps_per_round)
             return None
         from tc_ray.copilot.group import CopilotGroup

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tc_ray.config.log import LogSection
-from tc_ray.config.section import Fraction, NonNegative, Positive, Section
+from tc_ray.config.section import Fraction, Lam, NonNegative, Positive, Section
 
 STRUCK_OUT = "***"
 """Stands for a secret in a saved config; the environment or `log.storage_options.*` on the command line gives it again."""
@@ -247,7 +247,7 @@ class FusionSection(Section):
     num_beams: Positive = Field(
         1, description="beams that completions are decoded with (metric: exact_match); 1 is greedy"
     )
-    lam_grid: list[float] = Field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
+    lam_grid: list[Lam] = Field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
     max_new_tokens: Positive = 64
     eval_batch_size: Positive = 32
     max_validation_rows: Positive | None = Field(None, description="validation rows used to choose lambda")
@@ -257,8 +257,6 @@ class FusionSection(Section):
     def _zero_among_choices(self) -> FusionSection:
         if 0.0 not in self.lam_grid:
             raise ValueError("lam_grid must contain 0.0, so that 'the Copilot does not help' can be found out")
-        if any(x < 0 for x in self.lam_grid):
-            raise ValueError("lam_grid holds a negative value")
         return self
 
 

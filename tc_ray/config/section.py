@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MAX_LAM = 10.0
+"""Largest lambda of equation 8 that a config, an exported folder or a request may ask for."""
+Lam = Annotated[float, Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -15,3 +19,19 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values are checked on assignment."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+def check_lam(value: Any, where: str) -> float:
+    """A lambda that was read from a file or the command line, as a float.
+
+    Args:
+        where: names the file and field, or the option, for the error.
+
+    Raises:
+        ValueError: it is no number (true and false are none), not finite, or outside 0..MAX_LAM.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{where} is {value!r}: lambda must be a number from 0 to {MAX_LAM:g}")
+    if not 0 <= value <= MAX_LAM:
+        raise ValueError(f"{where} is {value!r}: lambda must be from 0 to {MAX_LAM:g}")
+    return float(value)
