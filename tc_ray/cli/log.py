@@ -176,6 +176,8 @@ def export(
         if not texts.known:
             typer.echo(texts.note, err=True)
     typer.echo(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
+    if result.not_finite:
+        typer.echo(f"{result.not_finite:,} of them hold numbers that are not finite: null stands for each", err=True)
 
 
 @log.command("verify")
@@ -266,6 +268,9 @@ def _location(place: LogPlace) -> Any:
 
 def _refuse_damage(opened: MistakeLog) -> None:
     """What was shown lacks rows: a script must not take it for all there is."""
+    left_out = sum(opened.not_finite.values())
+    if left_out:
+        typer.echo(f"{left_out:,} rows hold numbers that are not finite and are left out above", err=True)
     if opened.bad_files:
         typer.echo(
             f"{len(opened.bad_files)} damaged files were passed over, their rows are missing above: "

@@ -28,6 +28,10 @@ class RunSection(Section):
     name: str = Field("tc-ray", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name: letters, digits, . _ -")
     folder: Path | None = Field(None, description="run folder; default outputs/<name>. An existing one is resumed.")
     seed: int = Field(17, description="seeds data order, initialisation, dropout and sampling")
+    trust_folder: bool = Field(
+        False,
+        description="go on in a run folder that holds files of another user: its checkpoints are pickles, which can run any code",
+    )
 
     @property
     def path(self) -> Path:

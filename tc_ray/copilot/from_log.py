@@ -56,6 +56,8 @@ class TrainedCopilot:
     loss: float | None
     error_size: float | None
     bad_files: int
+    left_out_steps: int
+    left_out_records: int
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -66,6 +68,10 @@ class TrainedCopilot:
             )
         if self.bad_files:
             told.append(f"damaged   {self.bad_files} file(s) of the log were passed over: tc-ray log verify names them")
+        if self.left_out_steps or self.left_out_records:
+            told.append(
+                f"left out  {self.left_out_records} records and {self.left_out_steps} steps: they held numbers that are not finite"
+            )
         return [*told, f"fuse      tc-ray fuse --pilot PILOT --copilot {self.folder} --out FOLDER"]
 
 
@@ -115,6 +121,8 @@ def train_from_log(
         float(np.mean([result.loss for result in last])) if last else None,
         float(np.mean([result.error_size for result in last])) if last else None,
         len(mistakes.bad_files),
+        learner.left_out.count,
+        source.left_out,
     )
 
 
@@ -134,7 +142,7 @@ def _train(
         for step in range(at.step, source.total_steps):
             records = source.batch(step)
             result = learner.step(batch_from_records(records)) if records is not None else None
-            if result is not None:
+            if result is not None and result.taken:
                 taken.append(result)
                 point = {"step": step + 1, "round": source.round(step), "time": time.time()}
                 points.write(json.dumps(point | {"loss": result.loss, "error_size": result.error_size}) + "\n")

@@ -22,12 +22,13 @@ from tc_ray.files import publish_folder
 from tc_ray.models.finite import check_finite
 from tc_ray.models.pilot import DTYPES, PilotStep, load_pilot
 
-PROBE_ROWS = 8
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
-"""Relative difference of a row's mean loss that is allowed, and the absolute one below a loss of 1.
+PROBE_ROWS = 4
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
+"""Difference of a row's mean loss that is allowed, as a share of that loss (of 1, if the loss is less).
 
-fp32: merging adds the same products in another order, and a GPU multiplies in another one than the CPU that checks. bf16: a
-merged weight is rounded once, to 8 bits, where the model in training adds the two products."""
+fp32: products are added in another order. bf16: a merged weight is rounded once, to 8 bits, where training adds two products, so
+that small changes of large weights are lost: 0.105 was measured (SmolLM2-135M, LoRA of rank 16, in the rounds where the loss
+falls fastest), 0.015 later. What bf16 hides there, the merge is checked for by itself, in fp32."""
 Row = Mapping[str, np.ndarray]
 """A batch of one row, see `TrainTable.batch`."""
 
@@ -68,7 +69,7 @@ def save_merged(
         return
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    _write(model, state, config, model_path, temporary)
+    _write(model, state, config, model_path, temporary, probe)
     del state
     check_export(trained, temporary, config.pilot.dtype, probe)
     publish_folder(temporary, folder)
@@ -83,19 +84,18 @@ def check_export(trained: Sequence[float], folder: Path, dtype: str, probe: Sequ
     Raises:
         ExportMismatchError: a row's loss is another.
     """
-    step = PilotStep(load_pilot(folder, dtype=DTYPES[dtype], safetensors=True), top_k=1, record=False).eval()
-    written = _losses(step, probe, torch.device("cpu"))
-    for number, (wanted, found) in enumerate(zip(trained, written, strict=True)):
-        # not "greater than": NaN is never equal
-        if not abs(found - wanted) <= TOLERANCE[dtype] * max(1.0, abs(wanted)):
-            raise ExportMismatchError(
-                f"the exported Pilot is not the trained one: row {number} of the training data has a loss of {wanted:.4f} nats a "
-                f"token in training and {found:.4f} from {folder}, which was not published. pilot.method, pilot.lora or "
-                "pilot.zero_stage of this run cannot be exported for this model: please report it"
-            )
+    written = load_pilot(folder, dtype=DTYPES[dtype], safetensors=True)
+    _compare(trained, _losses_of(written, probe), TOLERANCE[dtype], f"{folder} after loading it anew")
 
 
-def _write(model: Any, state: dict[str, torch.Tensor], config: RunConfig, model_path: Path | str, folder: Path) -> None:
+def _write(
+    model: Any,
+    state: dict[str, torch.Tensor],
+    config: RunConfig,
+    model_path: Path | str,
+    folder: Path,
+    probe: Sequence[Row],
+) -> None:
     """The merged model and its tokenizer, in the training dtype."""
     from transformers import AutoTokenizer
 
@@ -110,7 +110,9 @@ def _write(model: Any, state: dict[str, torch.Tensor], config: RunConfig, model_
     if unknown:
         raise RuntimeError(f"export: weights with no place in the model: {unknown[:3]}")
     if adapters:
+        adapted = _losses_of(merged, probe)
         merged = merged.merge_and_unload()
+        _compare(adapted, _losses_of(merged, probe), TOLERANCE["fp32"], "the model with its adapters merged")
     merged = merged.to(DTYPES[config.pilot.dtype])
     check_finite(itertools.chain(merged.named_parameters(), merged.named_buffers()), "the exported Pilot")
     merged.save_pretrained(folder)
@@ -120,12 +122,30 @@ def _write(model: Any, state: dict[str, torch.Tensor], config: RunConfig, model_
     tokenizer.save_pretrained(folder)
 
 
+def _compare(trained: Sequence[float], exported: Sequence[float], tolerance: float, what: str) -> None:
+    for number, (wanted, found) in enumerate(zip(trained, exported, strict=True)):
+        # not "greater than": NaN is never close
+        if not abs(found - wanted) <= tolerance * max(1.0, abs(wanted)):
+            raise ExportMismatchError(
+                f"the exported Pilot is not the trained one, and was not published: row {number} of the training data has a loss "
+                f"of {wanted:.4f} nats a token in training, and {found:.4f} from {what}. This model cannot be exported with "
+                "these settings of pilot.method, pilot.lora and pilot.zero_stage"
+            )
+
+
+def _losses_of(model: Any, probe: Sequence[Row]) -> list[float]:
+    step = PilotStep(model, top_k=1, record=False).eval()
+    return _losses(step, probe, torch.device("cpu"))
+
+
 @torch.no_grad()
 def _losses(forward: Callable[..., Any], probe: Sequence[Row], device: torch.device) -> list[float]:
     """Mean loss of each row in nats a token; the forward is that of `PilotStep` (collective for an engine under ZeRO-3)."""
     losses = []
     for row in probe:
-        given = [torch.from_numpy(row[name]).to(device, torch.int64) for name in ("input_ids", "lengths", "target_start")]
+        given = [
+            torch.from_numpy(row[name]).to(device, torch.int64) for name in ("input_ids", "lengths", "target_start")
+        ]
         tokens = int((row["lengths"] - row["target_start"]).sum())
         losses.append(float(forward(*given, 1.0 / max(1, tokens))[0]))
     return losses

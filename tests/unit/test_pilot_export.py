@@ -17,7 +17,6 @@ from tc_ray.pilot.engine import build_engine
 from tc_ray.pilot.export import save_merged
 from tests.tiny_families import ENCODER_DECODER, make_pilot
 
-
 PROBE = [
     {
         "input_ids": np.array([[7, 30, 12, 90, 4, 8][: 6 - i]]),

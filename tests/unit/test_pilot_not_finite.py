@@ -88,9 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_round_that_one_rank_spoils_changes_nothing_on_any(
-    kind: tuple[int, str], made: list[dict[Any, Any]]
-) -> None:
+def test_a_round_that_one_rank_spoils_changes_nothing_on_any(kind: tuple[int, str], made: list[dict[Any, Any]]) -> None:
     """Fault 5: the update of a round with a loss or gradient that is not finite is left out, on all ranks alike."""
     for rank in made:
         weights, rates, taken = rank[kind]

@@ -192,11 +192,7 @@ class Copilot(PreTrainedModel):
             copilot.question_embedding.weight.data.copy_(table)
         if output_ids is not None:
             copilot.output_ids.copy_(output_ids)
-        decoder = (
-            AutoModel.from_config(base_config)
-            if random_weights
-            else load_whole(AutoModel, base, leave_out=HEADS)
-        )
+        decoder = AutoModel.from_config(base_config) if random_weights else load_whole(AutoModel, base, leave_out=HEADS)
         decoder = decoder.float()
         if not random_weights:
             copilot.stack.load_layers(decoder, layers)
