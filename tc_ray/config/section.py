@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_LAM = 10.0
 """Largest lambda of equation 8 that a config, an exported folder or a request may ask for."""
-Lam = Annotated[float, Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False)]
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")  # noqa: TRY004 - pydantic takes ValueError
+    return value
+
+
+Lam = Annotated[float, BeforeValidator(_no_flag), Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -30,8 +37,7 @@ def check_lam(value: Any, where: str) -> float:
     Raises:
         ValueError: it is no number (true and false are none), not finite, or outside 0..MAX_LAM.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{where} is {value!r}: lambda must be a number from 0 to {MAX_LAM:g}")
-    if not 0 <= value <= MAX_LAM:
-        raise ValueError(f"{where} is {value!r}: lambda must be from 0 to {MAX_LAM:g}")
+    # NaN is in no range
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_LAM:
+        raise ValueError(f"{where} is {str(value)[:80]}: lambda must be a number from 0 to {MAX_LAM:g}")
     return float(value)
