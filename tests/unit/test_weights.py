@@ -167,9 +167,7 @@ TIED = [
 
 
 @pytest.mark.parametrize(("family", "modules", "named"), TIED)
-def test_adapters_on_a_shared_matrix_are_refused(
-    family: str, modules: list[str], named: str, tmp_path: Path
-) -> None:
+def test_adapters_on_a_shared_matrix_are_refused(family: str, modules: list[str], named: str, tmp_path: Path) -> None:
     """Fault 16: merged, they made another model of it (loss 1.7 trained, 12.4 exported)."""
     folder = make_pilot(family, tmp_path / family)
     lora = {"lora": {"target_modules": modules}}
@@ -179,7 +177,9 @@ def test_adapters_on_a_shared_matrix_are_refused(
         add_adapters(load_pilot(folder, dtype=torch.float32), PilotSection.model_validate(lora))
 
 
-@pytest.mark.parametrize(("family", "modules"), [("llama3", ["embed_tokens", "lm_head"]), ("flan_t5", ["lm_head", "q"])])
+@pytest.mark.parametrize(
+    ("family", "modules"), [("llama3", ["embed_tokens", "lm_head"]), ("flan_t5", ["lm_head", "q"])]
+)
 def test_adapters_on_matrices_of_their_own_are_fine(family: str, modules: list[str], tmp_path: Path) -> None:
     """Control of fault 16."""
     folder = make_pilot(family, tmp_path / family)
