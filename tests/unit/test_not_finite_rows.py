@@ -172,7 +172,7 @@ def test_a_log_of_nothing_else_is_told(tmp_path: Path) -> None:
     folder = make_log(tmp_path / "log", [*EXAMPLES[:1], *examples], spoil=spoil_all)
     stats = collect(MistakeLog(folder))
     assert stats.not_finite == len(examples) and stats.rows == 1
-    with pytest.raises(ValueError, match="no target token to report on yet; .* not finite"):
+    with pytest.raises(ValueError, match=r"no target token to report on yet; .* not finite"):
         report_page(MistakeLog(folder), TokenTexts(None, "no texts"), (4, 6))
     missing = next(e.sample for e in examples if e.sample != EXAMPLES[0].sample)
     with pytest.raises(SampleNotFoundError, match="rows with numbers that are not finite are not shown"):
