@@ -7,6 +7,7 @@ Invariant: lam = 0 returns the Pilot's logits untouched. Used by evaluation and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
 
     Raises:
         FusionError: architecture, hidden states or width are not what the Copilot was trained on.
-        ValueError: an unknown space or feedback.
+        ValueError: an unknown space or feedback, or a lam that is not finite.
     """
 
     main_input_name = "input_ids"
@@ -51,6 +52,8 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
             raise ValueError(f"fusion space {space!r} is not one of {SPACES}")
         if feedback not in FEEDBACKS:
             raise ValueError(f"feedback {feedback!r} is not one of {tuple(FEEDBACKS)}")
+        if not math.isfinite(lam):
+            raise ValueError(f"lam is {lam}: give a number")
         check_fit(pilot.config, copilot.config)
         super().__init__(pilot.config)
         self.pilot = pilot
@@ -120,6 +123,8 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
 
     def _weights(self, lam: float | torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
         """lam as fp32 [B]."""
+        if isinstance(lam, float) and not math.isfinite(lam):  # a tensor is not read: that would wait for the device
+            raise ValueError(f"lam is {lam}: give a number")
         weights = torch.as_tensor(self.default_lam if lam is None else lam, dtype=torch.float32, device=device)
         if weights.ndim == 0:
             return weights.expand(batch)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
+from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.score import Completions, log_probs_of, teacher_forced_rows
 from tc_ray.serving.engine.contract import Scored, ScoredToken, ScoreRequest
@@ -17,7 +19,7 @@ _ROWS = 16
 def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator[Scored | None]:
     """Scores of `request`, the last thing given; before it None after each part of the work.
 
-    positions: of the Pilot's pass that are computed in one part.
+    positions: of the Pilot's pass that are computed in one part. Raises NotFiniteError for a score that is NaN.
     """
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([request.ids], device=device)
@@ -33,6 +35,8 @@ def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator
     for rows in teacher_forced_rows(model, given, rows_at_a_time=_ROWS, positions_at_a_time=positions):
         said = given.tokens[:, rows.span]
         pilot, fused = (log_probs_of(logits, said)[0].tolist() for logits in (rows.pilot, rows.fused))
+        if any(map(math.isnan, (*pilot, *fused))):
+            raise NotFiniteError("scores that are not finite")
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(pilot)
         if request.top:
             values, places = rows.fused[0].log_softmax(-1).topk(min(request.top, rows.fused.shape[-1]))

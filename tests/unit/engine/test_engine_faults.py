@@ -76,6 +76,7 @@ def test_logits_that_are_not_finite_fail_their_own_request_and_the_health_check(
         said = Failed("Generation failed in the server (NotFiniteError).")
         assert corrected.all()[1] == said
         assert Collector(engine, GenerationRequest(prompt, 4, lam=1.0)).all()[1] == said
+        assert Collector(engine, ScoreRequest(prompt, 1, lam=1.0)).all()[1] == said
         assert isinstance(alone.all()[1], Finished)
         assert engine.unhealthy() == said.message
         with torch.no_grad():
