@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from tc_ray.mistakelog.compaction import compact_log
 from tc_ray.mistakelog.reader import MistakeLog
 from tests.tiny_run import tiny_config
 
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 6
 
 
@@ -130,6 +134,32 @@ def test_the_command(run: RunConfig, tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     assert f"copilot   {out / 'final'} ({ROUNDS} steps)" in told.output
     assert f"copilot step {ROUNDS}/{ROUNDS} | round {ROUNDS} | loss" in told.stderr
+
+
+def test_the_command_needs_no_ray(run: RunConfig, tmp_path: Path) -> None:
+    code = "import atexit, sys; atexit.register(lambda: print('ray' in sys.modules)); from tc_ray.cli.main import main; main()"
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "train-copilot",
+            str(run.run.path),
+            "--epochs",
+            "1",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+    assert told.stdout.splitlines()[-1] == "False"
 
 
 def test_refusals(run: RunConfig, tmp_path: Path) -> None:
