@@ -122,6 +122,15 @@ def test_prepared_rows_are_reused_until_something_changes(tmp_path: Path, tokeni
     assert not reused()
 
 
+def test_rows_of_another_tokenizer_are_not_used(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Ids mean something else to it, though settings and files are the same."""
+    path, out = write_rows(tmp_path / "x.jsonl", 0, 40), tmp_path / "out"
+    first = read(prepare(section(train=str(path)), tokenizer, out, seed=1))
+    again = prepare(section(train=str(path)), make_tokenizer(), out, seed=1)
+    assert not again.reused
+    assert read(again)["train"][0]["input_ids"] != first["train"][0]["input_ids"]
+
+
 def test_held_out_files_and_long_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     train = write_rows(tmp_path / "train.jsonl", 0, 30)
     with train.open("a") as file:
