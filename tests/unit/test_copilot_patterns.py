@@ -1,9 +1,10 @@
-"""Insertion patterns: which layers attend to the Pilot, and that one always does."""
+"""Layers of a Copilot: which it takes of its base, which of them attend to the Pilot, and that one always does."""
 
 from __future__ import annotations
 
 import pytest
 
+from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.copilot.patterns import PATTERNS, memory_layers
 
 
@@ -29,3 +30,20 @@ def test_a_copilot_without_a_layer_for_the_pilot_is_refused() -> None:
             memory_layers(pattern, 1)
     with pytest.raises(ValueError, match="'middle' is not one of alternate, early, late, all"):
         memory_layers("middle", 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "every", "chosen"),
+    [
+        (None, 1, [0, 1, 2, 3, 4, 5, 6]),
+        (None, 2, [0, 2, 4, 6]),
+        (None, 3, [0, 3, 6]),
+        (None, 5, [1, 6]),
+        ([1, 3], 2, [1, 3]),
+    ],
+)
+def test_every_kth_layer_is_counted_so_that_the_last_is_among_them(
+    layers: list[int] | None, every: int, chosen: list[int]
+) -> None:
+    """Of a base of seven; `copilot.layers` says which instead."""
+    assert choose_layers(layers, every, 7) == chosen

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from tc_ray.cli.main import app
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
-from tests.family_samples import make_copilot, new_pilot, quiet
+from tests.family_samples import folder_of, make_copilot, new_pilot, quiet
 from tests.mistakelog_samples import metadata, random_records
 from tests.serving_samples import make_export
+from tests.tiny_families import DECODER_ONLY
 
 matplotlib.use("Agg")
 quiet()
@@ -42,7 +44,7 @@ def text_of(name: str) -> str:
 
 def python_of(name: str) -> list[str]:
     """The page's blocks of Python, in order."""
-    return re.findall(r"^```python\n(.*?)^```", text_of(name), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"^ *```python\n(.*?)^ *```", text_of(name), flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -110,6 +112,14 @@ def test_the_examples_of_reading_a_log_run(log: Path) -> None:
     assert found["ids"].shape == found["errors"].shape == (targets, metadata().top_k + 1)
     assert found["states"].shape[2] == metadata().rationale_dim
     assert len(found["records"]) == 6 * 8 and len(found["update"].new) == 5
+
+
+@pytest.mark.parametrize("family", DECODER_ONLY)
+def test_the_first_look_at_a_family_runs(family: str) -> None:
+    """As docs/families.md shows it, on a tiny model in place of "path/of/a/model"."""
+    (look,) = [block for block in python_of("docs/families.md") if "path/of/a/model" in block]
+    found = run([textwrap.dedent(look).replace("path/of/a/model", str(folder_of(family)))], {})
+    assert found["out"].logits.shape[:2] == (1, 12)
 
 
 def commands() -> list[tuple[str, list[str]]]:
