@@ -33,14 +33,14 @@ def test_without_keys_the_limit_of_a_key_is_that_of_all(tmp_path: Path) -> None:
     """Whatever clients call themselves: an unchecked bearer key is no key."""
     export = make_export(tmp_path / "run", positions=4096)
     body = {**COMPLETION, "max_tokens": 3000, "stream": True}
-    with served(make_app(settings_of(export, max_tokens=4000, max_key_requests=2))) as url:
-        with httpx.Client(base_url=url, timeout=60) as http:
-            first = http.send(http.build_request("POST", "/v1/completions", json=body), stream=True)
-            named = {"Authorization": "Bearer somebody"}
-            second = http.send(http.build_request("POST", "/v1/completions", json=body, headers=named), stream=True)
-            assert first.status_code == second.status_code == 200
-            third = http.post("/v1/completions", json=body, headers={"Authorization": "Bearer another"})
-            assert (third.status_code, third.json()["error"]["code"]) == (429, "key_limit")
-            assert int(third.headers["Retry-After"]) >= 1
-            first.close()
-            second.close()
+    app = make_app(settings_of(export, max_tokens=4000, max_key_requests=2))
+    with served(app) as url, httpx.Client(base_url=url, timeout=60) as http:
+        first = http.send(http.build_request("POST", "/v1/completions", json=body), stream=True)
+        named = {"Authorization": "Bearer somebody"}
+        second = http.send(http.build_request("POST", "/v1/completions", json=body, headers=named), stream=True)
+        assert first.status_code == second.status_code == 200
+        third = http.post("/v1/completions", json=body, headers={"Authorization": "Bearer another"})
+        assert (third.status_code, third.json()["error"]["code"]) == (429, "key_limit")
+        assert int(third.headers["Retry-After"]) >= 1
+        first.close()
+        second.close()
