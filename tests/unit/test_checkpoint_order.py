@@ -11,7 +11,7 @@ import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.pilot.checkpoint import latest_checkpoint
-from tc_ray.pilot.loop import Worker
+from tc_ray.pilot.loop import PilotJob, Worker
 
 ROUND = 7
 
@@ -46,7 +46,7 @@ def worker(steps: Steps) -> Worker:
     made.rank, made.world_size, made.device, made.postponed = 0, 1, torch.device("cpu"), False
     made.config = RunConfig.model_validate({"run": {"folder": steps.checkpoints.parent}})
     made.checkpoints, made.recorder, made.engine = steps.checkpoints, steps, steps
-    made.job = SimpleNamespace(ledger=steps, tracker=steps)
+    made.job = PilotJob(made.config, "", Path(), ROUND, ledger=steps, tracker=steps)
     return made  # type: ignore[no-any-return]
 
 
