@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tc_ray.cli.output import say
+
 if TYPE_CHECKING:
     from tc_ray.inspection.source import LogPlace
     from tc_ray.mistakelog.reader import MistakeLog
@@ -56,7 +58,7 @@ def stats(
     found = collect(opened, parse_rounds(rounds))
     texts = find_tokenizer(found.metadata, place.run_folder, tokenizer)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(texts, top), indent=1))
+        say(json.dumps(found.to_dict(texts, top), indent=1))
     else:
         print_view(stats_view(found, texts, size(found.bytes), top))
     _refuse_damage(opened)
@@ -98,15 +100,15 @@ def show(
         from tc_ray.inspection.sample_page import sample_page
 
         html.write_text(sample_page(opened.metadata, samples, texts), encoding="utf-8")
-        typer.echo(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
+        say(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
         _refuse_damage(opened)
         return
     print_view(legend())
     for sights in samples.values():
-        typer.echo("")
+        say("")
         print_view(sample_view(sights, texts))
     if not texts.known:
-        typer.echo(f"\n{texts.note}")
+        say(f"\n{texts.note}")
     _refuse_damage(opened)
 
 
@@ -127,7 +129,7 @@ def report(
     opened = place.open()
     texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
     write_report(opened, texts, out, parse_rounds(rounds))
-    typer.echo(f"{out}: {size(out.stat().st_size)}, {texts.note}")
+    say(f"{out}: {size(out.stat().st_size)}, {texts.note}")
     _refuse_damage(opened)
 
 
@@ -174,8 +176,8 @@ def export(
         texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
         result = export_jsonl(opened, out, texts, parse_rounds(rounds), chosen, states=states)
         if not texts.known:
-            typer.echo(texts.note, err=True)
-    typer.echo(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
+            say(texts.note, error=True)
+    say(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
 
 
 @log.command("verify")
@@ -267,13 +269,13 @@ def _location(place: LogPlace) -> Any:
 def _refuse_damage(opened: MistakeLog) -> None:
     """What was shown lacks rows: a script must not take it for all there is."""
     if opened.bad_files:
-        typer.echo(
+        say(
             f"{len(opened.bad_files)} damaged files were passed over, their rows are missing above: "
             "`tc-ray log verify` names what is wrong with them",
-            err=True,
+            error=True,
         )
         raise typer.Exit(EXIT_FINDINGS)
 
 
 def _tell(result: Any, as_json: bool) -> None:
-    typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))
+    say(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tc_ray.cli.output import say
+
 if TYPE_CHECKING:
     from tc_ray.copilot.from_log import Progress
 
@@ -52,7 +54,7 @@ def train_copilot(
     settings = load_config(recipe, overrides or [])
     with MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
         trained = train_from_log(mistakes, settings, target.expanduser().absolute(), epochs=epochs, show=show)
-    typer.echo("\n".join(trained.lines()))
+    say("\n".join(trained.lines()))
 
 
 class _Show:
@@ -84,4 +86,4 @@ class _Show:
             self._bar.update(self._task, description=text, completed=progress.step, total=progress.total_steps)
         elif time.monotonic() - self._last > LINE_SECONDS or progress.step == progress.total_steps:
             self._last = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
+            say(text, error=True)
