@@ -118,12 +118,12 @@ def publish_folder(temporary: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
-def mark_whole(folder: Path) -> None:
-    """Sync every file below the folder, then write its marker."""
+def mark_whole(folder: Path, **more: Any) -> None:
+    """Sync every file below the folder, then write its marker; `more`: further keys of it."""
     (folder / FOLDER_MARKER).unlink(missing_ok=True)
     sync_tree(folder)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    write_json(folder / FOLDER_MARKER, {"files": sizes})
+    write_json(folder / FOLDER_MARKER, {**more, "files": sizes})
 
 
 def is_whole(folder: Path) -> bool:

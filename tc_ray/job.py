@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.config.load import load_config, save_config
+from tc_ray.config.load import load_saved_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.folder_lock import FolderLock
 from tc_ray.mistakelog.lease import RunLease
@@ -93,7 +93,7 @@ def _check_resume(config: RunConfig, folder: Path) -> None:
     earlier_file = folder / "config.yaml"
     if not earlier_file.is_file():
         return
-    earlier, now = _flat(load_config(earlier_file, []).public_dump()), _flat(config.public_dump())
+    earlier, now = _flat(load_saved_config(earlier_file).public_dump()), _flat(config.public_dump())
     changed = [
         f"{key}: {earlier.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(earlier.keys() | now.keys())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tc_ray.config.load import load_config
+from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
 from tc_ray.session import ray_session
@@ -33,7 +33,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
         raise NotFinishedError(
             f"{folder} cannot be evaluated: {', '.join(missing)} missing (has `tc-ray train` ended?)"
         )
-    config = load_config(folder / "config.yaml", [])
+    config = load_saved_config(folder / "config.yaml")
     config.run.folder = folder
     report, stem = _evaluate(config, data)
     report.save(folder, stem)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tc_ray.cli.output import say
+from tc_ray.files import write_file
 
 if TYPE_CHECKING:
     from tc_ray.inspection.source import LogPlace
@@ -99,7 +100,7 @@ def show(
     if html is not None:
         from tc_ray.inspection.sample_page import sample_page
 
-        html.write_text(sample_page(opened.metadata, samples, texts), encoding="utf-8")
+        write_file(html, sample_page(opened.metadata, samples, texts))
         say(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
         _refuse_damage(opened)
         return

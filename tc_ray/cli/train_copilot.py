@@ -39,19 +39,21 @@ def train_copilot(
     ] = None,
 ) -> None:
     """Train a Copilot from a log alone; no Pilot runs. The result is what `tc-ray fuse --copilot` takes."""
-    from tc_ray.config.load import load_config
+    from tc_ray.config.load import load_config, load_saved_config
     from tc_ray.copilot.from_log import train_from_log
     from tc_ray.inspection.source import find_log
     from tc_ray.mistakelog.reader import MistakeLog
 
     place = find_log(log, storage_option or [])
-    recipe = config or (place.run_folder / "config.yaml" if place.run_folder is not None else None)
-    if recipe is None:
-        raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
     target = out or (place.run_folder / "copilot-from-log" if place.run_folder is not None else None)
     if target is None:
         raise typer.BadParameter("a log without its run folder needs --out FOLDER")
-    settings = load_config(recipe, overrides or [])
+    if config is not None:
+        settings = load_config(config, overrides or [])
+    elif place.run_folder is not None:
+        settings = load_saved_config(place.run_folder / "config.yaml", overrides or [])
+    else:
+        raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
     with MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
         trained = train_from_log(mistakes, settings, target.expanduser().absolute(), epochs=epochs, show=show)
     say("\n".join(trained.lines()))

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tc_ray.config.load import read_sections
 from tc_ray.config.schema import STRUCK_OUT
 from tc_ray.mistakelog.reader import MistakeLog
 
@@ -53,7 +52,8 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
         options: storage options as KEY=VALUE; they win over those of the run's config.
 
     Raises:
-        LogNotFoundError: nothing there. ValueError: an option that is not KEY=VALUE.
+        LogNotFoundError: nothing there. ConfigError: a config.yaml that cannot be read. ValueError: an option that is not
+            KEY=VALUE.
     """
     given = _options(options)
     if "://" in source:
@@ -89,6 +89,5 @@ def _log_section(path: Path) -> dict[str, Any]:
     """The `log` section of a run's config, unchecked: a run of another version of tc-ray has other fields."""
     if not path.is_file():
         return {}
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    section = document.get("log") if isinstance(document, dict) else None
+    section = read_sections(path).get("log")
     return section if isinstance(section, dict) else {}

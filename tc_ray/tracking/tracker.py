@@ -22,7 +22,14 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.text import first_line
 from tc_ray.tracking.events import RESTART, Events
-from tc_ray.tracking.mlflow_writer import RUN_ID_FILE, MlflowWriter, TrackingError, mlflow_command, open_run, resolve_uri
+from tc_ray.tracking.mlflow_writer import (
+    RUN_ID_FILE,
+    MlflowWriter,
+    TrackingError,
+    mlflow_command,
+    open_run,
+    resolve_uri,
+)
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
 from tc_ray.tracking.points import METRICS_FILE, Point, PointFile, plain_numbers, read_points
 from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status

@@ -67,7 +67,10 @@ def test_a_damaged_line_is_passed_over_and_named(tmp_path: Path, caplog: pytest.
     """Fault 7: one torn line of metrics.jsonl ended every later start of the run."""
     path = tmp_path / "metrics.jsonl"
     damaged = ["nonsense", "", "null", "[]", "{}", "\0" * 9, '{"kind": "pilot", "time": 1}', "[" * 99_999]
-    damaged += ['{"kind": "pilot", "time": "1", "metrics": {}}', '{"kind": "pilot", "time": 1, "metrics": {"loss": "x"}}']
+    damaged += [
+        '{"kind": "pilot", "time": "1", "metrics": {}}',
+        '{"kind": "pilot", "time": 1, "metrics": {"loss": "x"}}',
+    ]
     good = [json.dumps({"kind": "pilot", **pilot_point(round, loss=1.0)}) for round in (1, 2)]
     path.write_text("\n".join([good[0], *damaged, good[1], ""]))
     assert [p["round"] for p in read_points(path)] == [1, 2]
