@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tc_ray.cli.once import OnceCommand
 from tc_ray.cli.output import say
 from tc_ray.files import write_file
 
@@ -39,7 +40,7 @@ log = typer.Typer(
 )
 
 
-@log.command("stats")
+@log.command("stats", cls=OnceCommand)
 def stats(
     source: Log,
     rounds: Rounds = None,
@@ -65,7 +66,7 @@ def stats(
     _refuse_damage(opened)
 
 
-@log.command("show")
+@log.command("show", cls=OnceCommand)
 def show(
     source: Log,
     sample: Annotated[int | None, typer.Argument(help="Sample id.")] = None,
@@ -113,7 +114,7 @@ def show(
     _refuse_damage(opened)
 
 
-@log.command("report")
+@log.command("report", cls=OnceCommand)
 def report(
     source: Log,
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
@@ -134,7 +135,7 @@ def report(
     _refuse_damage(opened)
 
 
-@log.command("export")
+@log.command("export", cls=OnceCommand)
 def export(
     source: Log,
     out: Annotated[Path, typer.Option("--out", help="Folder, or a .parquet or .jsonl file; must not exist.")],
@@ -181,7 +182,7 @@ def export(
     say(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
 
 
-@log.command("verify")
+@log.command("verify", cls=OnceCommand)
 def verify(
     source: Log,
     quarantine: Annotated[
@@ -199,7 +200,7 @@ def verify(
         raise typer.Exit(EXIT_FINDINGS)
 
 
-@log.command("compact")
+@log.command("compact", cls=OnceCommand)
 def compact(
     source: Log,
     target_bytes: Annotated[int, typer.Option("--target-bytes", min=1, help="Size that files are merged up to.")] = 128
@@ -216,7 +217,7 @@ def compact(
         raise typer.Exit(EXIT_FINDINGS)
 
 
-@log.command("vacuum")
+@log.command("vacuum", cls=OnceCommand)
 def vacuum(
     source: Log,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,

@@ -52,6 +52,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """
     origins: dict[_Path, str] = {}
     values = read_sections(path, origins) if path else {}
+    names = [override.partition("=")[0].strip() for override in overrides]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"override {twice[0]} is given {names.count(twice[0])} times: give it once")
     for override in overrides:
         _apply(override, values, origins)
     unknown = [_unknown_message(key, origins) for key in _unknown_keys(values, RunConfig)]

@@ -50,21 +50,21 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainedCopilot:
-    """The outcome. loss, error_size: means over the last tenth of the steps taken in this start."""
+    """The outcome. loss: of `copilot.loss`; uncorrected: the same loss of f = 0, None where it is not known (kl,
+    cross_entropy). Both are means over the last tenth of the steps taken in this start."""
 
     folder: Path
     steps: int
     loss: float | None
-    error_size: float | None
+    uncorrected: float | None
     bad_files: int
 
     def lines(self) -> list[str]:
         """For a terminal."""
         told = [f"copilot   {self.folder} ({self.steps} steps)"]
-        if self.loss is not None and self.error_size is not None:
-            told.append(
-                f"loss      {self.loss:.4f} over the last tenth; that of no correction would be {self.error_size:.4f}"
-            )
+        if self.loss is not None:
+            beside = "" if self.uncorrected is None else f"; that of no correction would be {self.uncorrected:.4f}"
+            told.append(f"loss      {self.loss:.4f} over the last tenth{beside}")
         if self.bad_files:
             told.append(f"damaged   {self.bad_files} file(s) of the log were passed over: tc-ray log verify names them")
         return [*told, f"fuse      tc-ray fuse --pilot PILOT --copilot {self.folder} --out FOLDER"]
@@ -114,7 +114,8 @@ def train_from_log(
         out / "final",
         source.total_steps,
         float(np.mean([result.loss for result in last])) if last else None,
-        float(np.mean([result.error_size for result in last])) if last else None,
+        # the root mean square of the logged errors is what the RMSE of f = 0 is; of the other losses it is no value at all
+        float(np.mean([result.error_size for result in last])) if last and config.copilot.loss == "rmse" else None,
         len(mistakes.bad_files),
     )
 

@@ -82,7 +82,11 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
     wrong = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
     if wrong:
         raise ValueError(f"--storage-option {wrong[0]!r}: expected KEY=VALUE")
-    return dict(pair.split("=", 1) for pair in pairs)
+    options = dict(pair.split("=", 1) for pair in pairs)
+    twice = [name for name in options if sum(pair.startswith(f"{name}=") for pair in pairs) > 1]
+    if twice:
+        raise ValueError(f"--storage-option {twice[0]} is given twice: give it once")
+    return options
 
 
 def _log_section(path: Path) -> dict[str, Any]:
