@@ -133,7 +133,9 @@ def read_items(path: Path) -> dict[str, str]:
     try:
         table = pq.read_table(path, columns=["item", "label"])
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {first_line(error)}; `tc-ray train` with the same recipe writes it anew") from error
+        raise DataError(
+            f"{path} is damaged: {first_line(error)}; `tc-ray train` with the same recipe writes it anew"
+        ) from error
     return dict(zip(table["item"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
