@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from tc_ray.config.schema import SequencesSection
 from tc_ray.data.errors import DataError
+from tc_ray.data.parquet import read_prepared
 from tc_ray.data.sources import BadRow, Record
-from tc_ray.text import first_line
 
 ITEMS_FILE = "items.parquet"
 """The catalogue of a run, in its data folder."""
@@ -127,15 +127,10 @@ def write_items(labels: Mapping[str, str], path: Path) -> None:
 
 
 def read_items(path: Path) -> dict[str, str]:
-    """Item id -> label, as `write_items` wrote them. Raises DataError when the file is absent or damaged."""
+    """Item id -> label, as `write_items` wrote them. Raises DataError when the file is absent."""
     if not path.is_file():
         raise DataError(f"{path} is absent: the run was not prepared from item sequences (data.format: sequences)")
-    try:
-        table = pq.read_table(path, columns=["item", "label"])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} is damaged: {first_line(error)}; `tc-ray train` with the same recipe writes it anew"
-        ) from error
+    table = read_prepared(path, ["item", "label"])
     return dict(zip(table["item"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 

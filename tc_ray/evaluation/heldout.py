@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from tc_ray.files import DamagedFileError
-from tc_ray.text import first_line
+from tc_ray.data.parquet import read_prepared
 
 _COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "prompt"]
 
@@ -37,12 +33,7 @@ def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:
     Raises:
         ValueError: a row has neither. DamagedFileError: the file is no whole Parquet file of prepared rows.
     """
-    try:
-        rows = pq.read_table(file, columns=_COLUMNS).slice(0, limit).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedFileError(
-            f"{file} is damaged or absent: {first_line(error)}. `tc-ray train` with the same recipe prepares it anew"
-        ) from error
+    rows = read_prepared(file, _COLUMNS).slice(0, limit).to_pylist()
     examples = []
     for number, row in enumerate(rows):
         answer = row["answer"] if row["answer"] is not None else row["completion"]

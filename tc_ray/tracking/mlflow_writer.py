@@ -33,6 +33,8 @@ PARAM_CHARACTERS = 500
 BATCH_METRICS = 1000
 BATCH_PARAMS = 100
 BATCH_SECONDS = 1.0
+RECOVERED_SECONDS = 60.0
+"""MLflow answers again when nothing has failed for this long."""
 ENV_URI = "MLFLOW_TRACKING_URI"
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class MlflowWriter:
         self.errors = 0
         self._client = MlflowClient(tracking_uri=uri)
         self._on_error = on_error
-        self._failing = False
+        self._failing, self._failed_at = False, 0.0
         self._queue: queue.Queue[Metric | Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
@@ -121,6 +123,7 @@ class MlflowWriter:
             present = {(m.step, m.timestamp) for m in self._client.get_metric_history(self.run_id, key)}
             self._send([m for m in metrics if (m.step, m.timestamp) not in present])
 
+        self._queue.put(self._begin_anew)
         for key, metrics in wanted.items():
             self._queue.put(lambda key=key, metrics=metrics: send(key, metrics))  # type: ignore[misc]
 
@@ -165,14 +168,19 @@ class MlflowWriter:
             work(*args)
         except Exception as error:  # noqa: BLE001 - tracking must not end a run, whatever the store raises
             self.errors += 1
+            self._failed_at = time.monotonic()
             if not self._failing:
                 self._failing = True
                 log.warning("MLflow: %s", error)
                 self._on_error(f"MLflow fails, the run goes on without it: {first_line(error)}")
         else:
-            if self._failing:
+            # not at the first success: a store that can be read and not written fails and answers in turn
+            if self._failing and time.monotonic() - self._failed_at > RECOVERED_SECONDS:
                 self._failing = False
-                self._on_error(f"MLflow answers again after {self.errors} errors; what it lacks is sent at the end")
+                self._on_error("MLflow answers again; what it lacks is sent at the end")
+
+    def _begin_anew(self) -> None:
+        self._failing = False
 
 
 def open_run(config: RunConfig, folder: Path, uri: str) -> str:
