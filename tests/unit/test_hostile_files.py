@@ -161,7 +161,7 @@ def test_hostile_yaml_is_refused_at_once(tmp_path: Path, name: str) -> None:
     path.write_text(text)
     for read in (lambda: load_config(path), lambda: find_log(str(tmp_path))):
         began = time.monotonic()
-        with pytest.raises(ConfigError, match="config.yaml") as refused:
+        with pytest.raises(ConfigError, match=r"config\.yaml") as refused:
             read()
         assert words in str(refused.value)
         assert time.monotonic() - began < 5, "seconds on a busy machine, a fraction of one on a quiet one"
@@ -206,7 +206,7 @@ def test_a_key_file_is_read_right(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", BAD_KEYS)
 def test_a_key_file_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "keys").write_bytes(BAD_KEYS[name])
-    with pytest.raises(ServingError, match="API key file.*keys") as refused:
+    with pytest.raises(ServingError, match=r"API key file.*keys") as refused:
         configured_digests(tmp_path / "keys")
     assert "first" not in str(refused.value), "the message shows the key"
 

@@ -197,7 +197,7 @@ def test_an_outage_of_mlflow_is_one_event_and_restarts_stay_in_view(tmp_path: Pa
     assert status["mlflow"]["errors"] >= 40
     told = [event["text"] for event in status["events"] if event["kind"] == "mlflow"]
     assert len(told) == 2 and told[0].startswith("MLflow fails") and told[1].startswith("not everything reached MLflow")
-    assert [event["kind"] for event in status["events"]][0] == "restart"
+    assert status["events"][0]["kind"] == "restart"
 
 
 def test_mlflow_that_answers_again_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
