@@ -17,10 +17,24 @@ from tc_ray.cli.errors import run_command
 from tc_ray.cli.train import start
 
 
+class Once(argparse.Action):
+    """An option of one value: the second is refused, not taken in silence."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, *_: object
+    ) -> None:
+        """Keep the value."""
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{self.option_strings[0]} is given twice and takes one value: give it once")
+        setattr(namespace, self.dest, values)
+
+
 def main() -> None:
     """Parse the arguments and run the job; errors become one message and exit code 2."""
     parser = argparse.ArgumentParser(description="Train Pilot and Copilot, evaluate, export.")
-    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML); relative to the working directory")
+    parser.add_argument(
+        "--config", type=Path, action=Once, required=True, help="recipe (YAML); relative to the working directory"
+    )
     parser.add_argument("--plan", action="store_true", help="print the resolved plan and start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change fields, e.g. pilot.epochs=2")
     arguments = parser.parse_intermixed_args()

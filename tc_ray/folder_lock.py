@@ -67,7 +67,7 @@ def _holder(path: Path) -> str:
             holder = Holder.from_json(path.read_bytes())
             if is_running(holder.process) is not False:
                 return str(holder)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         time.sleep(0.02)  # it is being written just now
     return "another run"

@@ -179,9 +179,9 @@ def _run_of(pilot: Path) -> dict[str, Any]:
         return {key: told[key] for key in ("run", "pilot", "rounds", "verdict") if key in told}
     run_config = pilot.parents[1] / "config.yaml"
     if pilot.parts[-2:] == ("pilot", "final") and run_config.is_file():
-        from tc_ray.config.load import load_config
+        from tc_ray.config.load import load_saved_config
 
-        config = load_config(run_config)
+        config = load_saved_config(run_config)
         return {"run": config.run.name, "pilot": config.model.pilot}
     return {}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.config.load import load_config, save_config
+from tc_ray.config.load import load_saved_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.folder_lock import FolderLock
 from tc_ray.mistakelog.lease import RunLease
@@ -23,6 +23,7 @@ from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.repair import repair
 from tc_ray.mistakelog.store import is_table
 from tc_ray.session import ray_session
+from tc_ray.text import visible
 
 LOG_POLL_SECONDS = 1.0
 TEND_SECONDS = 5.0
@@ -92,7 +93,7 @@ def _check_resume(config: RunConfig, folder: Path) -> None:
     earlier_file = folder / "config.yaml"
     if not earlier_file.is_file():
         return
-    earlier, now = _flat(load_config(earlier_file, []).public_dump()), _flat(config.public_dump())
+    earlier, now = _flat(load_saved_config(earlier_file).public_dump()), _flat(config.public_dump())
     changed = [
         f"{key}: {earlier.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(earlier.keys() | now.keys())
@@ -198,12 +199,12 @@ class _Job:
             encoder_decoder=encoder_decoder,
         )
         for line in self.data.describe():
-            print(line, flush=True)
+            print(visible(line), flush=True)
         pilot = self.config.pilot
         order = RoundOrder(self.data.rows["train"], pilot.batch_size, pilot.epochs, self.config.run.seed)
         self.rounds = min(order.rounds, pilot.max_rounds or order.rounds)
         print(
-            f"run {self.config.run.name} in {self.folder}: {self.rounds} rounds of {pilot.batch_size} examples, "
+            f"run {visible(self.config.run.name)} in {visible(str(self.folder))}: {self.rounds} rounds of {pilot.batch_size} examples, "
             f"{self.config.copilot.steps_per_round} Copilot steps a round",
             flush=True,
         )

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tc_ray.config.load import load_config
+from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.estimate import DataEstimate, estimate, is_embedded
 from tc_ray.session import cpus_needed
@@ -259,7 +259,7 @@ def _prepared(config: RunConfig) -> DataEstimate | None:
     folder = config.run.path
     if not (folder / "data" / "data.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    earlier = load_config(folder / "config.yaml")
+    earlier = load_saved_config(folder / "config.yaml")
     if (earlier.data, earlier.model.pilot, earlier.run.seed) != (config.data, config.model.pilot, config.run.seed):
         return None
     import numpy as np

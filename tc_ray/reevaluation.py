@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tc_ray.config.load import load_config
+from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
 from tc_ray.session import ray_session
+from tc_ray.text import visible
 
 NEEDED = ("config.yaml", "pilot/final/config.json", "copilot/final/config.json", "data/validation.parquet")
 
@@ -32,7 +33,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
         raise NotFinishedError(
             f"{folder} cannot be evaluated: {', '.join(missing)} missing (has `tc-ray train` ended?)"
         )
-    config = load_config(folder / "config.yaml", [])
+    config = load_saved_config(folder / "config.yaml")
     config.run.folder = folder
     report, stem = _evaluate(config, data)
     report.save(folder, stem)
@@ -65,7 +66,7 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
                 ).is_encoder_decoder,
             )
             for line in prepared.notes:
-                print(line, flush=True)
+                print(visible(line), flush=True)
             test_file, source = prepared.test, str(data)
         resources = config.resources
         task = ray.remote(evaluate_finished).options(

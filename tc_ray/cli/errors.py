@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from tc_ray.cli.output import quiet_logging, say
+
 DEBUG = "TC_RAY_DEBUG"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -17,6 +19,7 @@ MESSAGE_LINES = 20
 
 def run_command(command: Callable[[], object]) -> None:
     """Run a command; turn its error into a message and an exit code. SystemExit passes."""
+    quiet_logging()
     try:
         command()
     except KeyboardInterrupt:
@@ -24,7 +27,7 @@ def run_command(command: Callable[[], object]) -> None:
     except Exception as error:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             raise
-        print(f"tc-ray: {message(error)}", file=sys.stderr)
+        say(f"tc-ray: {message(error)}", error=True)
         sys.exit(EXIT_ERROR)
 
 

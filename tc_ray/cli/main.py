@@ -11,6 +11,8 @@ from tc_ray.cli.errors import run_command
 from tc_ray.cli.eval import evaluate
 from tc_ray.cli.fuse import fuse
 from tc_ray.cli.log import log
+from tc_ray.cli.once import OnceCommand
+from tc_ray.cli.output import say
 from tc_ray.cli.serve import serve
 from tc_ray.cli.status import status
 from tc_ray.cli.train import train
@@ -23,18 +25,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("train")(train)
-app.command("train-copilot")(train_copilot)
-app.command("eval")(evaluate)
-app.command("fuse")(fuse)
-app.command("serve")(serve)
-app.command("status")(status)
+app.command("train", cls=OnceCommand)(train)
+app.command("train-copilot", cls=OnceCommand)(train_copilot)
+app.command("eval", cls=OnceCommand)(evaluate)
+app.command("fuse", cls=OnceCommand)(fuse)
+app.command("serve", cls=OnceCommand)(serve)
+app.command("status", cls=OnceCommand)(status)
 app.add_typer(log, name="log")
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tc-ray {__version__}")
+        say(f"tc-ray {__version__}")
         raise typer.Exit
 
 

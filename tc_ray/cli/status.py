@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from tc_ray.cli.output import say
+
 BARS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 40
 
@@ -30,7 +32,7 @@ def status(
         ProgressView().follow(lambda: read_status(run_folder), threading.Event())
         return
     if as_json:
-        typer.echo(json.dumps(now, indent=1))
+        say(json.dumps(now, indent=1))
         return
     console = Console()
     if console.is_terminal:
@@ -39,14 +41,14 @@ def status(
         lines = [("run", now["run"]), ("phase", now["phase"]), ("state", now["state"]), *facts(now)]
         for name, value in lines:
             if value:
-                typer.echo(f"{name:<13} {value}")
+                say(f"{name:<13} {value}")
         if silence(now):
-            typer.echo(silence(now))
+            say(silence(now))
     for name, text in trends(run_folder):
-        typer.echo(f"{name:<13} {text}")
+        say(f"{name:<13} {text}")
     for name, value in (("folder", str(run_folder)), ("mlflow", (now["mlflow"] or {}).get("command"))):
         if value:
-            typer.echo(f"{name:<13} {value}")
+            say(f"{name:<13} {value}")
 
 
 def trends(folder: Path) -> list[tuple[str, str]]:

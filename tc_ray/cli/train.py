@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tc_ray.cli.errors import EXIT_INTERRUPTED
+from tc_ray.cli.output import say
 
 if TYPE_CHECKING:
     from tc_ray.config.schema import RunConfig
@@ -43,16 +44,16 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     if only_plan:
         from tc_ray.plan import make_plan
 
-        typer.echo(str(make_plan(config)))
+        say(str(make_plan(config)))
         return
     from tc_ray.job import run_job
 
     try:
         result = run_job(config)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on from the last checkpoint in {config.run.path}", err=True)
+        say(f"interrupted; the same command goes on from the last checkpoint in {config.run.path}", error=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    typer.echo("\n".join(summary(result)))
+    say("\n".join(summary(result)))
 
 
 def keep_outside_upload(config: RunConfig) -> None:
@@ -61,7 +62,7 @@ def keep_outside_upload(config: RunConfig) -> None:
         return
     relative = config.run.folder or Path("outputs") / config.run.name
     config.run.folder = Path.home() / "tc-ray" / relative
-    typer.echo(f"run folder {config.run.folder} (the uploaded working directory is deleted; run.folder=/path chooses)")
+    say(f"run folder {config.run.folder} (the uploaded working directory is deleted; run.folder=/path chooses)")
 
 
 def summary(result: JobResult) -> list[str]:

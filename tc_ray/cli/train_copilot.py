@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tc_ray.cli.output import say
+
 if TYPE_CHECKING:
     from tc_ray.copilot.from_log import Progress
 
@@ -37,22 +39,24 @@ def train_copilot(
     ] = None,
 ) -> None:
     """Train a Copilot from a log alone; no Pilot runs. The result is what `tc-ray fuse --copilot` takes."""
-    from tc_ray.config.load import load_config
+    from tc_ray.config.load import load_config, load_saved_config
     from tc_ray.copilot.from_log import train_from_log
     from tc_ray.inspection.source import find_log
     from tc_ray.mistakelog.reader import MistakeLog
 
     place = find_log(log, storage_option or [])
-    recipe = config or (place.run_folder / "config.yaml" if place.run_folder is not None else None)
-    if recipe is None:
-        raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
     target = out or (place.run_folder / "copilot-from-log" if place.run_folder is not None else None)
     if target is None:
         raise typer.BadParameter("a log without its run folder needs --out FOLDER")
-    settings = load_config(recipe, overrides or [])
+    if config is not None:
+        settings = load_config(config, overrides or [])
+    elif place.run_folder is not None:
+        settings = load_saved_config(place.run_folder / "config.yaml", overrides or [])
+    else:
+        raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
     with MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
         trained = train_from_log(mistakes, settings, target.expanduser().absolute(), epochs=epochs, show=show)
-    typer.echo("\n".join(trained.lines()))
+    say("\n".join(trained.lines()))
 
 
 class _Show:
@@ -84,4 +88,4 @@ class _Show:
             self._bar.update(self._task, description=text, completed=progress.step, total=progress.total_steps)
         elif time.monotonic() - self._last > LINE_SECONDS or progress.step == progress.total_steps:
             self._last = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
+            say(text, error=True)

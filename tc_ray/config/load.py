@@ -20,10 +20,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from tc_ray.config.bounds import BeyondBoundsError, check_values, read_text
 from tc_ray.config.schema import EMBEDDED, RunConfig
+from tc_ray.files import write_file
+from tc_ray.text import first_line
 
 _Path = tuple[str, ...]
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
+_END = "# end of the saved configuration"
 
 
 class ConfigError(ValueError):
@@ -47,7 +51,11 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     up from the current folder, then from the root of the repository that holds the recipe. Raises ConfigError.
     """
     origins: dict[_Path, str] = {}
-    values = _read_file(path, origins) if path else {}
+    values = read_sections(path, origins) if path else {}
+    names = [override.partition("=")[0].strip() for override in overrides]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"override {twice[0]} is given {names.count(twice[0])} times: give it once")
     for override in overrides:
         _apply(override, values, origins)
     unknown = [_unknown_message(key, origins) for key in _unknown_keys(values, RunConfig)]
@@ -67,10 +75,21 @@ def dump_config(config: RunConfig) -> str:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write `dump_config` to `path` in one step, so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write `dump_config` to `path`, atomically and durably, with a last line that `load_saved_config` looks for."""
+    write_file(path, f"{dump_config(config)}{_END}\n")
+
+
+def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, for what `save_config` wrote: a file that was cut off is refused.
+
+    Half a config is one too: every section that is gone would have its defaults.
+    """
+    if not _text_of(path).rstrip().endswith(_END):
+        raise ConfigError(
+            f"{path} is cut off or damaged: its last line {_END!r} is missing. Remove the file: `tc-ray train` with the same "
+            "recipe and overrides writes it anew"
+        )
+    return load_config(path, overrides)
 
 
 def describe_fields() -> list[FieldDoc]:
@@ -105,25 +124,46 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_file(path: Path, origins: dict[_Path, str]) -> dict[str, Any]:
+def read_sections(path: Path, origins: dict[_Path, str] | None = None) -> dict[str, Any]:
+    """The sections of a config file, unchecked.
+
+    Args:
+        origins: takes the place (file and line) of each key.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML of sections, or stands for more than a config can hold.
+    """
+    text = _text_of(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    loader = _Loader(text)
-    loader.name = str(path)
-    try:
+        loader = _Loader(text)
+        loader.name = str(path)
         node = loader.get_single_node()
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), each with its fields")
-        _note_lines(node, (), path, origins)
+        check_values(node)
+        _note_lines(node, (), path, {} if origins is None else origins)
         values: dict[str, Any] = loader.construct_document(node)
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except BeyondBoundsError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a config") from None
+    except (ValueError, TypeError) as error:  # a number of 5000 digits, a date that is none, a list as key
+        raise ConfigError(f"{path}: holds a value that is none: {first_line(error)}") from None
     # An empty section ("pilot:" with all fields commented out) means its defaults.
     return {key: {} if value is None else value for key, value in values.items()}
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError, BeyondBoundsError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
 
 
 def _note_lines(node: yaml.MappingNode, above: _Path, path: Path, origins: dict[_Path, str]) -> None:

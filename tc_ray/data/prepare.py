@@ -1,14 +1,14 @@
 """Prepare a run's data folder: read, quarantine, split, tokenise, write Parquet; reuse what is already right.
 
-Invariant: data.json is written last and removed first, so a folder with a data.json is whole; its fingerprint covers
-the data section, the seed, the tokenizer and the size and time of every file read. Called by the driver; Ray must run.
+Invariant: data.json is written last, over files that are on the disk, and removed first, so a folder with a data.json is
+whole; its fingerprint covers the data section, the seed, the tokenizer and the size and time of every file read. What is torn
+all the same is prepared anew. Called by the driver; Ray must run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from tc_ray.data.prompts import check_template
 from tc_ray.data.sequences import ITEMS_FILE, read_items
 from tc_ray.data.sources import source_files
 from tc_ray.data.split import cut
+from tc_ray.files import DamagedFileError, read_json, sync_tree, typed, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +142,8 @@ def prepare(
         pq.write_table(table, folder / f"{part}.parquet")
     source = _generated_set(config) if embedded else ", ".join(str(path) for path in sources["train"])
     prepared = _described(folder, source, parts, encode.bad_rows, encoded, notes)
-    _write_json(record, {"fingerprint": fingerprint, "format": FORMAT, **_without_folder(prepared)})
+    sync_tree(folder)
+    write_json(record, {"fingerprint": fingerprint, "format": FORMAT, **_without_folder(prepared)})
     return prepared
 
 
@@ -302,22 +304,17 @@ def _fingerprint(
 
 def _earlier(folder: Path, fingerprint: str) -> PreparedData | None:
     """What `folder` already holds, if it was made from the same inputs and is whole."""
+    record = folder / "data.json"
     try:
-        kept: dict[str, Any] = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        kept = read_json(record)
+        if kept.pop("fingerprint", None) != fingerprint or kept.pop("format", None) != FORMAT:
+            return None
+        prepared = typed({**kept, "folder": str(folder), "reused": True}, PreparedData, record)
+        whole = all(pq.read_metadata(folder / f"{part}.parquet").num_rows == prepared.rows[part] for part in PARTS)
+    except (OSError, DamagedFileError, KeyError, pa.ArrowException):
         return None
-    if kept.pop("fingerprint", None) != fingerprint or kept.pop("format", None) != FORMAT:
-        return None
-    if not all((folder / f"{part}.parquet").is_file() for part in PARTS):
-        return None
-    return PreparedData(folder=folder, **kept, reused=True)
+    return prepared if whole else None
 
 
 def _without_folder(prepared: PreparedData) -> dict[str, Any]:
     return {key: value for key, value in asdict(prepared).items() if key not in ("folder", "reused")}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

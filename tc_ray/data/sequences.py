@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from tc_ray.config.schema import SequencesSection
 from tc_ray.data.errors import DataError
+from tc_ray.data.parquet import read_prepared
 from tc_ray.data.sources import BadRow, Record
 
 ITEMS_FILE = "items.parquet"
@@ -129,7 +130,7 @@ def read_items(path: Path) -> dict[str, str]:
     """Item id -> label, as `write_items` wrote them. Raises DataError when the file is absent."""
     if not path.is_file():
         raise DataError(f"{path} is absent: the run was not prepared from item sequences (data.format: sequences)")
-    table = pq.read_table(path)
+    table = read_prepared(path, ["item", "label"])
     return dict(zip(table["item"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tc_ray.data.batches import collate
+from tc_ray.data.parquet import read_prepared
 
 
 class TrainTable:
     """Rows of a prepared train.parquet, held as flat arrays (4 bytes a token)."""
 
     def __init__(self, file: Path) -> None:
-        table = pq.read_table(file, columns=["sample_id", "input_ids", "target_start"])
+        table = read_prepared(file, ["sample_id", "input_ids", "target_start"])
         ids = table["input_ids"].combine_chunks()
         self._ids = ids.values.to_numpy()
         self._offsets = ids.offsets.to_numpy().astype(np.int64)

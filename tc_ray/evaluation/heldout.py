@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
+from tc_ray.data.parquet import read_prepared
+
+_COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:
     """Rows of a prepared Parquet file; a row without `answer` is scored against its completion.
 
     Raises:
-        ValueError: a row has neither.
+        ValueError: a row has neither. DamagedFileError: the file is no whole Parquet file of prepared rows.
     """
-    rows = pq.read_table(file).slice(0, limit).to_pylist()
+    rows = read_prepared(file, _COLUMNS).slice(0, limit).to_pylist()
     examples = []
     for number, row in enumerate(rows):
         answer = row["answer"] if row["answer"] is not None else row["completion"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tc_ray.evaluation.metric import Measure
 from tc_ray.evaluation.selection import Comparison
 from tc_ray.evaluation.teacher_forced import TeacherForced
+from tc_ray.files import finite, write_file, write_json
 
 SIGNIFICANT_P = 0.05
 """McNemar p below which a difference is called a gain."""
@@ -191,10 +191,10 @@ class Report:
         return lines
 
     def save(self, folder: Path, stem: str = "evaluation") -> None:
-        """Write `<stem>.json` and `<stem>.md`."""
+        """Write `<stem>.json` (null for what is not finite) and `<stem>.md`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        (folder / f"{stem}.md").write_text(self.markdown())
+        write_json(folder / f"{stem}.json", finite(self.to_dict()))
+        write_file(folder / f"{stem}.md", self.markdown().encode("utf-8", "backslashreplace"))
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tc_ray.config.load import read_sections
 from tc_ray.config.schema import STRUCK_OUT
 from tc_ray.mistakelog.reader import MistakeLog
 
@@ -53,7 +52,8 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
         options: storage options as KEY=VALUE; they win over those of the run's config.
 
     Raises:
-        LogNotFoundError: nothing there. ValueError: an option that is not KEY=VALUE.
+        LogNotFoundError: nothing there. ConfigError: a config.yaml that cannot be read. ValueError: an option that is not
+            KEY=VALUE.
     """
     given = _options(options)
     if "://" in source:
@@ -82,13 +82,16 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
     wrong = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
     if wrong:
         raise ValueError(f"--storage-option {wrong[0]!r}: expected KEY=VALUE")
-    return dict(pair.split("=", 1) for pair in pairs)
+    options = dict(pair.split("=", 1) for pair in pairs)
+    twice = [name for name in options if sum(pair.startswith(f"{name}=") for pair in pairs) > 1]
+    if twice:
+        raise ValueError(f"--storage-option {twice[0]} is given twice: give it once")
+    return options
 
 
 def _log_section(path: Path) -> dict[str, Any]:
     """The `log` section of a run's config, unchecked: a run of another version of tc-ray has other fields."""
     if not path.is_file():
         return {}
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    section = document.get("log") if isinstance(document, dict) else None
+    section = read_sections(path).get("log")
     return section if isinstance(section, dict) else {}

@@ -26,7 +26,7 @@ from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.outage import may_pass
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
-from tc_ray.pilot.checkpoint import latest_checkpoint, load_checkpoint, mark_complete, save_files
+from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
 from tc_ray.pilot.engine import build_engine
 from tc_ray.pilot.export import save_merged
 from tc_ray.pilot.recorder import Recorder
@@ -99,7 +99,11 @@ class Worker:
                 self._committed("finish_pilot", self.job.rounds)
 
     def _restore(self) -> int:
-        checkpoint = latest_checkpoint(self.checkpoints)
+        found, damaged = find_checkpoints(self.checkpoints)
+        checkpoint = found[-1] if found else None
+        if damaged and self.rank == 0:
+            goes_on = f"goes on after round {checkpoint.round}" if checkpoint else "starts anew: no checkpoint is whole"
+            self.job.tracker.event.remote("checkpoint", f"{'; '.join(damaged)}. The Pilot {goes_on}")
         if checkpoint is None:
             return 0
         load_checkpoint(self.engine, checkpoint, world_size=self.world_size, zero_stage=self.config.pilot.zero_stage)

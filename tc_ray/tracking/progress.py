@@ -1,6 +1,7 @@
 """ProgressView: what a run is doing, as a live panel on a terminal and as plain lines elsewhere.
 
 Invariant: it only reads status dicts (`tracker.Tracker.status`, status.json); a source that fails for a moment is asked again.
+What they hold is shown as characters: it cannot steer the terminal.
 `tc-ray train` follows the Tracker actor with it, `tc-ray status --follow` the run folder.
 """
 
@@ -17,6 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tc_ray.text import visible
+from tc_ray.tracking.events import described, newest
 from tc_ray.tracking.statusfile import HEARTBEAT_SECONDS, Status
 
 LINE_SECONDS = 10.0
@@ -52,7 +55,7 @@ class ProgressView:
         for event in status["events"]:
             if event["time"] > self._last_event:
                 self._last_event = event["time"]
-                self._print(f"[{event['kind']}] {event['text']}")
+                self._print(f"[{event['kind']}] {described(event)}")
         key = f"{status['phase']}/{status['state']}"
         if key != self._shown[0] or time.monotonic() - self._shown[1] >= self._line_seconds:
             self._shown = (key, time.monotonic())
@@ -86,7 +89,7 @@ class ProgressView:
             self.close()
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def line(status: Status) -> str:
@@ -150,13 +153,14 @@ def panel(status: Status) -> RenderableType:
     texts.pop("copilot step")
     rest = Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in texts.items() if value)
     lines: list[RenderableType] = [bars, rest]
-    for event in status["events"][-EVENTS_IN_PANEL:]:
+    for event in newest(status["events"], EVENTS_IN_PANEL):
         when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-        lines.append(Text(f"{when} {event['kind']}: {event['text']}", "yellow", overflow="ellipsis", no_wrap=True))
+        text = visible(f"{when} {event['kind']}: {described(event)}")
+        lines.append(Text(text, "yellow", overflow="ellipsis", no_wrap=True))
     if silence(status):
         lines.append(Text(silence(status), "bold red"))
     colour = {"done": "green", "failed": "red", "stopped": "yellow"}.get(status["state"], "blue")
-    title = Text.assemble((status["run"], "bold"), "  ", (status["phase"], f"bold {colour}"))
+    title = Text.assemble((visible(status["run"]), "bold"), "  ", (visible(status["phase"]), f"bold {colour}"))
     elapsed = clock(status["updated"] - status["started"])
     return Panel(
         Group(*lines), title=title, title_align="left", subtitle=elapsed, subtitle_align="right", border_style=colour

@@ -9,6 +9,7 @@ Metric names the progress view and the plot know: pilot `loss`, `tokens` (of the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -18,8 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.files import DamagedFileError, finite
 from tc_ray.text import first_line
-from tc_ray.tracking.mlflow_writer import MlflowWriter, mlflow_command, open_run, resolve_uri
+from tc_ray.tracking.events import RESTART, Events
+from tc_ray.tracking.mlflow_writer import (
+    RUN_ID_FILE,
+    MlflowWriter,
+    TrackingError,
+    mlflow_command,
+    open_run,
+    resolve_uri,
+)
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
 from tc_ray.tracking.points import METRICS_FILE, Point, PointFile, plain_numbers, read_points
 from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
@@ -27,7 +37,6 @@ from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_sta
 PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Ways a run ends, and MLflow's words for them."""
-EVENTS_SHOWN = 20
 LOG_SECONDS = 5.0
 """A log point is written when the round has moved on, or after this time (catch-up: the round stands still)."""
 RATE_WINDOW = 64
@@ -41,23 +50,26 @@ class Tracker:
         folder: run folder; what stands in it from an earlier start is continued.
         uri: MLflow tracking URI; default by `resolve_uri` in this process.
 
+    Files of an earlier start that are damaged stop nothing: an event says what is missing.
+
     Raises:
-        TrackingError: MLflow is enabled and cannot be used.
+        TrackingError: MLflow is enabled and cannot be used, or a folder stands where a file should be.
     """
 
     def __init__(self, config: RunConfig, folder: Path, uri: str | None = None) -> None:
         self._lock = threading.RLock()
         self._folder = folder
         self._name = config.run.name
+        check_places(folder)
         self._points = PointFile(folder / METRICS_FILE)
         self._latest_time = 0.0
         resumed = self._points.is_resumed
-        before = read_status(folder) if resumed and (folder / STATUS_FILE).exists() else {}
+        before, damage = _status_before(folder) if resumed else ({}, "")
         self._phase, self._phase_since = "prepare", time.time()
         self._state = "running"
         self._plan: dict[str, Any] = before.get("plan", {})
         self._evaluation: dict[str, Any] = before.get("evaluation", {})
-        self._events: deque[dict[str, Any]] = deque(before.get("events", []), maxlen=EVENTS_SHOWN)
+        self._events = Events(before.get("events", []))
         self._pilot = _latest(self._points.last.get("pilot"))
         self._copilot = _latest(self._points.last.get("copilot"))
         self._log = _latest(self._points.last.get("log"))
@@ -75,6 +87,10 @@ class Tracker:
         start = self._points.append("start", {"time": self._now(), "round": self._round})
         assert start is not None
         self._started = before.get("started") or start["time"]
+        if self._points.damage:
+            self.event("tracking", f"{METRICS_FILE}: {self._points.damage}")
+        if damage:
+            self.event("tracking", damage)
         self._status_file.write()
 
     def pilot(self, round: int, metrics: Mapping[str, Any]) -> None:
@@ -109,11 +125,11 @@ class Tracker:
         self._status_file.touch()
 
     def event(self, kind: str, text: str) -> None:
-        """Something worth telling happened. `kind` "restart" is shown as the count of restarts."""
+        """Something worth telling happened. `kind` "restart" is counted as a restart; others are shown once, with a count."""
         with self._lock:
             now = self._now()
             self._points.append("event", {"time": now, "round": self._round, "event": kind, "text": text})
-            self._events.append({"time": now, "kind": kind, "text": text})
+            self._events.add(now, kind, text)
         self._status_file.touch()
 
     def process(self, name: str, pid: int) -> None:
@@ -139,7 +155,7 @@ class Tracker:
     def evaluation(self, table: Mapping[str, Any], markdown: str) -> None:
         """Results on held-out data: `table` a JSON tree whose numbers become metrics, `markdown` the report."""
         with self._lock:
-            self._evaluation = json.loads(json.dumps(table, default=float))
+            self._evaluation = finite(json.loads(json.dumps(table, default=float)))
             metrics = dict(_numbers("", table))
             self._write("evaluation", {"time": self._now(), "round": self._round, "metrics": metrics}, axis=self._round)
             if self._mlflow is not None:
@@ -174,7 +190,7 @@ class Tracker:
             if self._mlflow.errors:
                 self._mlflow.fill_gaps(read_points(self._folder / METRICS_FILE))
             if not self._mlflow.finish(ENDS[status], timeout_s):
-                self.event("mlflow", f"not everything reached MLflow within {timeout_s:.0f} s")
+                self.event("mlflow", f"not everything reached MLflow; all of it is in {METRICS_FILE}")
         with self._lock:
             self._state = status
             if status in PHASES and self._phase != status:
@@ -187,7 +203,7 @@ class Tracker:
 
         Keys: run, folder, state (running, done, failed, stopped), phase, phase_since, started, updated (unix seconds), plan, pilot
         {round, metrics}, copilot {round, step, metrics}, log {metrics}, tokens_per_second, rounds_per_minute, eta_seconds
-        (null when unknown), restarts, events (last 20), event_counts, processes (pid by name), evaluation, mlflow (null when off).
+        (null when unknown), restarts, events (`events.Events`), event_counts, processes (pid by name), evaluation, mlflow (null when off).
         """
         with self._lock:
             counts = self._points.event_counts
@@ -206,8 +222,8 @@ class Tracker:
                 "tokens_per_second": self._token_rate.per_second(),
                 "rounds_per_minute": self._pilot_rate.per_second(60.0),
                 "eta_seconds": self._eta_seconds(),
-                "restarts": counts.get("restart", 0),
-                "events": list(self._events),
+                "restarts": counts.get(RESTART, 0),
+                "events": self._events.shown(),
                 "event_counts": dict(counts),
                 "processes": dict(self._processes),
                 "evaluation": self._evaluation,
@@ -251,7 +267,8 @@ class Tracker:
         return max(waits, default=0.0)
 
     def _mlflow_failed(self, text: str) -> None:
-        self.event("mlflow", text)
+        with contextlib.suppress(OSError):  # a full disk: MLflow's thread goes on
+            self.event("mlflow", text)
 
 
 class Rate:
@@ -280,7 +297,7 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
     The actor takes no CPU. It is restarted if it dies: all it knows stands in the run folder.
 
     Raises:
-        TrackingError: MLflow cannot be used.
+        TrackingError: MLflow cannot be used, or a folder stands where a file should be.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -289,12 +306,30 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
     uri = resolve_uri(config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": here}
+    # An error in an actor's constructor reaches the caller only as a dead actor: so what can fail is tried here first.
+    check_places(folder)
     if config.tracking.enabled:
-        # An error in an actor's constructor reaches the caller only as a dead actor: so MLflow is opened here first.
         open_run(config, folder, uri)
     tracker = ray.remote(Tracker).options(**options).remote(config, folder, uri)
     ray.get(tracker.status.remote())
     return tracker
+
+
+def check_places(folder: Path) -> None:
+    """Raise TrackingError where a folder stands in the place of a file that the Tracker writes."""
+    for name in (METRICS_FILE, STATUS_FILE, RUN_ID_FILE):
+        if (folder / name).is_dir():
+            raise TrackingError(f"{folder / name} is a folder, and the run writes a file of that name: move it away")
+
+
+def _status_before(folder: Path) -> tuple[Status, str]:
+    """Status of an earlier start; empty, with the reason where there should be one, when it cannot be read."""
+    try:
+        return read_status(folder), ""
+    except FileNotFoundError:
+        return {}, ""
+    except DamagedFileError as error:
+        return {}, f"what an earlier start had to say is lost: {first_line(error)}"
 
 
 def _latest(point: Point | None) -> dict[str, Any]:

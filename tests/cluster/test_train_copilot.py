@@ -66,7 +66,7 @@ def test_replay_is_the_live_training_bit_for_bit(run: RunConfig, tmp_path: Path)
         trained = train_from_log(mistakes, run, tmp_path / "again")
     assert trained.steps == ROUNDS * run.copilot.steps_per_round
     assert_equal(trained.folder, live)
-    assert trained.loss is not None and trained.error_size is not None
+    assert trained.loss is not None and trained.uncorrected is not None
 
 
 def test_files_of_other_lengths_make_no_difference(run: RunConfig, tmp_path: Path) -> None:
