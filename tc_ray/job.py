@@ -171,7 +171,7 @@ class _Job:
         from tc_ray.data.batches import RoundOrder
         from tc_ray.data.prepare import prepare
         from tc_ray.models.families import family_of
-        from tc_ray.models.source import resolve_model
+        from tc_ray.models.source import embedding_rows, resolve_model
         from tc_ray.pilot.log_metadata import check_log
 
         model = self.config.model
@@ -197,10 +197,14 @@ class _Job:
             self.folder / "data",
             seed=self.config.run.seed,
             encoder_decoder=encoder_decoder,
+            vocab_size=embedding_rows(self.pilot_path, self.shape),
         )
         for line in self.data.describe():
             print(visible(line), flush=True)
         pilot = self.config.pilot
+        self.data.check_rounds(pilot.batch_size)
+        if self.config.log.enabled and not self.data.rows["test"]:
+            raise JobError("no test rows to measure with: set data.test or a data.test_size above 0")
         order = RoundOrder(self.data.rows["train"], pilot.batch_size, pilot.epochs, self.config.run.seed)
         self.rounds = min(order.rounds, pilot.max_rounds or order.rounds)
         print(

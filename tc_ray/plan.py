@@ -237,6 +237,7 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str]) -> Dat
     if pilot is None:  # a note has told why the model cannot be read
         return None
     from tc_ray.models.families import family_of
+    from tc_ray.models.source import embedding_rows
 
     tokenizer = _tokenizer(config, pilot, notes)
     if tokenizer is None:
@@ -247,10 +248,12 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str]) -> Dat
         sample_rows=SAMPLE_ROWS,
         seed=config.run.seed,
         encoder_decoder=family_of(pilot.config).encoder_decoder,
+        vocab_size=embedding_rows(pilot.place, pilot.config),
     )
     if found is None:
         notes.append(f"data size unknown: no usable rows at data.train {config.data.train} on this machine")
         return None
+    notes += found.notes
     notes.append(f"rows and lengths are estimated from {found.sampled} rows; the run measures them")
     return found
 

@@ -47,6 +47,7 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
     from tc_ray.data.prepare import prepare_test_file
     from tc_ray.data.sequences import ITEMS_FILE
     from tc_ray.evaluation.finished import evaluate_finished
+    from tc_ray.models.source import embedding_rows
 
     folder = config.run.path
     with ray_session(config):
@@ -54,6 +55,7 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
         if data is not None:
             stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
             tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
+            shape = AutoConfig.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
             prepared = prepare_test_file(
                 str(data),
                 config.data,
@@ -61,9 +63,8 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
                 folder / "data" / stem,
                 seed=config.run.seed,
                 items=folder / "data" / ITEMS_FILE,
-                encoder_decoder=AutoConfig.from_pretrained(
-                    folder / "pilot" / "final", trust_remote_code=False
-                ).is_encoder_decoder,
+                encoder_decoder=shape.is_encoder_decoder,
+                vocab_size=embedding_rows(folder / "pilot" / "final", shape),
             )
             for line in prepared.notes:
                 print(visible(line), flush=True)

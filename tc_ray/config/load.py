@@ -65,6 +65,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_validation_message(error, origins, path)) from None
+    _refuse_fallback_for_given_files(config, origins)
     _place_paths(config, path)
     return config
 
@@ -98,6 +99,17 @@ def describe_fields() -> list[FieldDoc]:
         FieldDoc(".".join(path), _allowed(info.annotation, info.metadata), _default(info), info.description or "")
         for path, info in _fields(RunConfig)
     ]
+
+
+def _refuse_fallback_for_given_files(config: RunConfig, origins: Mapping[_Path, str]) -> None:
+    """Files named by an override are meant: a recipe's fallback, made for its own files, does not stand in for them."""
+
+    def is_override(name: str) -> bool:
+        return origins.get(("data", name), "").startswith("override")
+
+    given = [getattr(config.data, name) for name in ("train", "validation", "test") if is_override(name)]
+    if any(source not in (None, EMBEDDED) for source in given) and not is_override("fallback"):
+        config.data.fallback = None
 
 
 # Reading

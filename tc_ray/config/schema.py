@@ -73,16 +73,24 @@ class DataSection(Section):
         "is a test row, the one before it a validation row, the earlier ones are training rows",
     )
     train: str = Field(
-        EMBEDDED, description="JSON, JSONL or Parquet file or folder (.txt with format: sequences), or 'embedded'"
+        EMBEDDED,
+        description="JSON, JSONL (.gz too) or Parquet file or folder (.txt with format: sequences), or 'embedded'",
     )
     fallback: Literal["embedded"] | None = Field(
-        None, description="what to use, and say so, when the files of train are absent; null: absent files are an error"
+        None,
+        description="what to use, and say so, when a recipe's files of train are absent; null: absent files are an error. "
+        "Files named on the command line must be there, unless fallback is named there too",
     )
-    validation: str | None = Field(None, description="file; default: cut from train")
+    parts: Literal["by_name", "all_train"] = Field(
+        "by_name",
+        description="files of a folder whose name, or the name of a folder in it, has the word test, or eval, validation, "
+        "valid, val or dev: by_name: they are test and validation rows; all_train: training rows like the others",
+    )
+    validation: str | None = Field(None, description="file or folder; default: by_name in train, else cut from train")
     validation_size: float = Field(
         0.1, gt=0, description="rows cut from train for validation: a fraction below 1, else a count"
     )
-    test: str | None = Field(None, description="file; default: cut from train")
+    test: str | None = Field(None, description="file or folder; default: by_name in train, else cut from train")
     test_size: float = Field(0.1, ge=0, description="rows cut from train when test is null: fraction or count")
     max_train_rows: Positive | None = Field(None, description="use only the first N training rows after the cut")
     template: Literal["chat", "plain"] = Field("chat", description="tokenizer's chat template, or plain_template")
@@ -91,11 +99,16 @@ class DataSection(Section):
     )
     completion_pattern: str | None = Field(
         None,
-        description="regular expression; only the first match in the completion is trained on (its last group, if any)",
+        description="regular expression; only the first match in the completion is trained on (its last group, if any); "
+        "a row in which it takes no text is bad",
     )
     system: str | None = Field(None, description="system message put first when a record has none (chat template)")
-    cutoff_tokens: Positive = Field(256, description="longest sequence; longer completions are cut and counted")
-    max_bad_fraction: Fraction = Field(0.01, description="share of unreadable rows above which the run stops")
+    cutoff_tokens: Positive = Field(
+        256, description="longest sequence; longer completions are cut, rows with longer prompts left out, both counted"
+    )
+    max_bad_fraction: Fraction = Field(
+        0.01, description="share of bad rows above which the run stops, in whole rows rounded up"
+    )
     embedded_task: str = Field("chain_sum", description="reasoning-gym task of the embedded data set")
     embedded_task_options: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="options of that task, as reasoning-gym names them"

@@ -9,6 +9,7 @@ with the labels of at most `history` items before it. Invariant: no row of a par
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from tc_ray.config.schema import SequencesSection
 from tc_ray.data.errors import DataError
 from tc_ray.data.parquet import read_prepared
-from tc_ray.data.sources import BadRow, Record
+from tc_ray.data.sources import BadRow, Record, open_bytes
 
 ITEMS_FILE = "items.parquet"
 """The catalogue of a run, in its data folder."""
@@ -137,11 +138,11 @@ def read_items(path: Path) -> dict[str, str]:
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of the lines that are not blank."""
     try:
-        with file.open("rb") as lines:
+        with open_bytes(file) as lines:
             for place, line in enumerate(lines, start=1):
                 if line.strip():
                     yield place, line.removeprefix(b"\xef\xbb\xbf") if place == 1 else line
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
 
 
@@ -169,5 +170,5 @@ def _refusal(
 
 def _quarantined(file: Path, place: int, line: bytes, bad: BadRow) -> dict[str, Any]:
     raw = line.decode("utf-8", errors="replace").rstrip("\r\n")[:_RAW_CHARS]
-    told = {"field": bad.field, "problem": bad.problem, "fix": bad.fix, "raw": raw}
-    return {"file": str(file), "unit": "line", "place": place, **told}
+    shown = {"field": bad.field, "problem": bad.problem, "fix": bad.fix, "raw": raw}
+    return {"file": str(file), "unit": "line", "place": place, **shown}

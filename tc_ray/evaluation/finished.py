@@ -8,7 +8,7 @@ from typing import Any
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.sequences import ITEMS_FILE, read_items
 from tc_ray.evaluation.exact_match import ExactMatch
-from tc_ray.evaluation.heldout import read_held_out
+from tc_ray.evaluation.heldout import read_counted
 from tc_ray.evaluation.metric import Metric
 from tc_ray.evaluation.ranking import Ranking
 from tc_ray.evaluation.report import Report
@@ -56,17 +56,20 @@ def evaluate_finished(
 
     fusion = config.fusion
     tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
+    validation, without_validation = read_counted(folder / "data" / "validation.parquet", fusion.max_validation_rows)
+    # a file that the user names is measured whole
+    test, without_test = read_counted(
+        test_file or folder / "data" / "test.parquet", None if test_file else fusion.max_test_rows
+    )
     return evaluate(
         fused,
         _metric(config, tokenizer, fused.vocab_size),
         fusion,
-        validation=read_held_out(folder / "data" / "validation.parquet", fusion.max_validation_rows),
-        # a file that the user names is measured whole
-        test=read_held_out(test_file)
-        if test_file
-        else read_held_out(folder / "data" / "test.parquet", fusion.max_test_rows),
+        validation=validation,
+        test=test,
         data=source,
         seen_error_size=seen_error_size,
+        left_out={"validation": without_validation, "test": without_test},
         on_progress=heard,
     )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
+from tc_ray.data.left_out import LeftOut, read_left_out
 from tc_ray.data.parquet import read_prepared
 
 _COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "prompt"]
@@ -25,6 +28,11 @@ class HeldOut:
     def prompt_ids(self) -> list[int]:
         """The prompt as the model is asked at inference."""
         return self.input_ids[: self.target_start]
+
+
+def read_counted(file: Path, limit: int | None = None) -> tuple[list[HeldOut], LeftOut]:
+    """`read_held_out`, and how many rows of what was given are missing from it."""
+    return read_held_out(file, limit), read_left_out(file).measured(pq.read_metadata(file).num_rows, limit)
 
 
 def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tc_ray.data.left_out import LeftOut
 from tc_ray.evaluation.metric import Measure
 from tc_ray.evaluation.selection import Comparison
 from tc_ray.evaluation.teacher_forced import TeacherForced
@@ -30,7 +31,8 @@ class Report:
 
     right_name, score_name: names of what is counted right and of what lambda is chosen by. measures: further measures;
     where one has the name of the score, it decides the verdict, else wins and losses do.
-    validation: rows of (space, lam, score, right, wins, losses, ...) on validation data.
+    validation: rows of (space, lam, score, right, wins, losses, ...) on validation data. left_out: rows missing from
+    "validation" and "test"; validation_rows: those that lambda was chosen on.
     """
 
     data: str
@@ -47,6 +49,8 @@ class Report:
     seen_error_size: float | None = None
     heldout_error_size: float | None = None
     examples: list[dict[str, str]] = field(default_factory=list)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    validation_rows: int = 0
 
     @property
     def gain(self) -> Gain:
@@ -92,7 +96,8 @@ class Report:
     def lines(self) -> list[str]:
         """The result as plain-text tables."""
         c = self.comparison
-        rows = [["", self.right_name, "95% interval", "error ratio", "NLL", "token accuracy"]]
+        given = self.left_out.get("test", LeftOut()).given(c.rows)
+        rows = [["", "rows", self.right_name, "95% interval", "error ratio", "NLL", "token accuracy"]]
         fused_name = f"fused, lambda {self.lam:g} in {self.space} space"
         for name, correct, interval, forced in (
             ("Pilot", c.pilot_correct, c.pilot_interval, self.pilot_forced),
@@ -106,17 +111,27 @@ class Report:
             rows.append(
                 [
                     name,
+                    f"{c.rows} of {given}" if given > c.rows else str(c.rows),
                     f"{100 * correct / c.rows:.1f}%",
                     f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
                     *measured,
                 ]
             )
+        changes = f"{c.wins} wins, {c.losses} losses, McNemar p = {c.p_value:.2g}"
         return [
             *_aligned(rows),
             *self._measure_lines(),
-            f"{c.rows} test rows of {self.data}: {c.wins} wins, {c.losses} losses, McNemar p = {c.p_value:.2g}",
+            f"{self._counted('test', c.rows)} of {self.data}: {changes}",
+            *(
+                [f"lambda was chosen on {self._counted('validation', self.validation_rows)}"]
+                if self.validation_rows
+                else []
+            ),
             self.verdict,
         ]
+
+    def _counted(self, part: str, rows: int) -> str:
+        return self.left_out.get(part, LeftOut()).counted(rows, part)
 
     def _measure_lines(self) -> list[str]:
         if not self.measures:

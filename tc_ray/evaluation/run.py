@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tc_ray.config.schema import FusionSection
+from tc_ray.data.left_out import LeftOut
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.evaluation.metric import Metric, Outcome
 from tc_ray.evaluation.report import Report
@@ -28,6 +29,7 @@ def evaluate(
     test: Sequence[HeldOut],
     data: str,
     seen_error_size: float | None = None,
+    left_out: Mapping[str, LeftOut] | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Choose (space, lam) on `validation`, then compare Pilot and fused on `test` once.
@@ -35,6 +37,7 @@ def evaluate(
     Args:
         data: what the test rows are, for the report.
         seen_error_size: mean squared logged error of the last rounds, for the report.
+        left_out: rows that are missing from "validation" and "test", for the report.
     """
     if not validation:
         raise ValueError("no validation rows: lambda cannot be chosen (data.validation or data.validation_size)")
@@ -90,6 +93,8 @@ def evaluate(
         validation=sweep,
         seen_error_size=seen_error_size,
         heldout_error_size=forced[pilot_choice].squared_error if forced else None,
+        left_out=dict(left_out or {}),
+        validation_rows=len(validation),
         examples=[
             {
                 "prompt": test[i].prompt,

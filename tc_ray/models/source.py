@@ -57,6 +57,7 @@ BUILTIN_MODELS = {
 
 # Read back and compared with its own text after the conversion: digits, runs of blanks, accents, wide characters.
 _ROUND_TRIP = "What is 12 + 345?\n  x = (12+345)  \u00e9t\u00e9 \u6f22\u5b57 don't .\nThe answer is 357"
+_EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
 _IDENTITY_BLOCKS = 64
 _IDENTITY_BLOCK_BYTES = 65536
 
@@ -108,6 +109,22 @@ def model_identity(path: Path | str) -> str:
                 file.seek(block * max(size - _IDENTITY_BLOCK_BYTES, 0) // (_IDENTITY_BLOCKS - 1))
                 digest.update(file.read(_IDENTITY_BLOCK_BYTES))
     return f"{folder.name}@{digest.hexdigest()[:16]}"
+
+
+def embedding_rows(path: Path | str, config: Any) -> int:
+    """Tokens that the model embeds: `vocab_size` of its config, or the rows of a smaller embedding in its weights.
+
+    Of a hub id the config alone is asked: its weights may not be here yet.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    rows = [int(config.vocab_size)]
+    for weights in sorted(Path(path).glob("*.safetensors")):
+        # a file that cannot be read is refused where it is loaded, with its own message
+        with contextlib.suppress(SafetensorError, OSError), safe_open(weights, "pt") as file:
+            names = [name for name in file.keys() if name.endswith(_EMBEDDINGS)]  # noqa: SIM118 - it is no dict
+            rows += [file.get_slice(name).get_shape()[0] for name in names]
+    return min(rows)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -113,6 +113,29 @@ def test_data_path_from_current_folder_then_from_repository(tmp_path: Path, monk
     assert load_config(path).data.train == str(tmp_path / "elsewhere" / "mine.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "fallback"),
+    [
+        ([], "embedded"),
+        (["data.train=/given/train.jsonl"], None),
+        (["data.test=/given/test.jsonl"], None),
+        (["data.train=/given/train.jsonl", "data.fallback=embedded"], "embedded"),
+        (["data.train=embedded"], "embedded"),
+        (["data.test=null", "data.cutoff_tokens=64"], "embedded"),
+    ],
+)
+def test_a_recipes_fallback_does_not_stand_in_for_files_of_the_command_line(
+    tmp_path: Path, overrides: list[str], fallback: str | None
+) -> None:
+    """Fault 19: a path that the user gave and that was mistyped trained on the embedded puzzles."""
+    path = write(tmp_path, "data:\n  train: recipe.jsonl\n  fallback: embedded\n")
+    config = load_config(path, overrides)
+    assert config.data.fallback == fallback
+    saved = tmp_path / "saved.yaml"
+    save_config(config, saved)
+    assert load_config(saved).data == config.data, "a resume takes the same files"
+
+
 def test_model_folder_beside_the_recipes_is_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
