@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.config.load import load_config, save_config
+from tc_ray.config.load import load_config, require_secrets, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.folder_lock import FolderLock
 from tc_ray.mistakelog.lease import RunLease
@@ -75,8 +75,9 @@ def run_job(config: RunConfig) -> JobResult:
     """Run (or resume) the whole job; blocks until it is done and prints progress.
 
     Raises:
-        JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
+        ConfigError, JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
     """
+    require_secrets(config)
     folder = config.run.path
     config.run.folder = folder  # absolute: workers have other working directories
     if config.log.path is not None:

@@ -22,7 +22,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from tc_ray.config.schema import RunConfig
+from tc_ray.config.redact import redact, redact_address
+from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
 from tc_ray.text import first_line
 from tc_ray.tracking.points import Point
 from tc_ray.tracking.statusfile import replace_json
@@ -32,7 +33,6 @@ PARAM_CHARACTERS = 500
 BATCH_METRICS = 1000
 BATCH_PARAMS = 100
 BATCH_SECONDS = 1.0
-ENV_URI = "MLFLOW_TRACKING_URI"
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,13 @@ class TrackingError(RuntimeError):
 
 def resolve_uri(config: RunConfig) -> str:
     """Tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
-    return config.tracking.uri or os.environ.get(ENV_URI) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
+    return config.tracking.uri or os.environ.get(TRACKING_VARIABLE) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
 
 
 def mlflow_command(uri: str) -> str:
-    """The shell command that shows the runs of a tracking URI in a browser; for a server, its address."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    """The shell command that shows the runs of a tracking URI in a browser; for a server, its address. Without secrets."""
+    shown = redact_address(uri)
+    return shown if uri.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
 
 
 def flat_params(config: RunConfig) -> dict[str, str]:
@@ -162,8 +163,8 @@ class MlflowWriter:
             work(*args)
         except Exception as error:  # noqa: BLE001 - tracking must not end a run, whatever the store raises
             self.errors += 1
-            log.warning("MLflow: %s", error)
-            self._on_error(first_line(error))
+            log.warning("MLflow: %s", redact(str(error)))
+            self._on_error(redact(first_line(error)))
 
 
 def open_run(config: RunConfig, folder: Path, uri: str) -> str:
@@ -191,11 +192,12 @@ def open_run(config: RunConfig, folder: Path, uri: str) -> str:
             client.update_run(run_id, status="RUNNING")
     except Exception as error:
         raise TrackingError(
-            f"MLflow cannot be used at {uri!r}: {first_line(error)}. Correct tracking.uri or {ENV_URI}, "
+            f"MLflow cannot be used at {redact_address(uri)!r}: {redact(first_line(error))}. Correct tracking.uri or {TRACKING_VARIABLE}, "
             "or switch MLflow off with tracking.enabled=false"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    replace_json(folder / RUN_ID_FILE, {"run_id": run_id, "uri": uri, "experiment": config.tracking.experiment})
+    known = {"run_id": run_id, "uri": redact_address(uri), "experiment": config.tracking.experiment}
+    replace_json(folder / RUN_ID_FILE, known)
     return run_id
 
 
@@ -204,7 +206,7 @@ def _known_run(client: MlflowClient, folder: Path, uri: str) -> str | None:
     if not path.exists():
         return None
     known = json.loads(path.read_text())
-    if known["uri"] != uri:
+    if known["uri"] != redact_address(uri):
         return None  # another store: the whole run is copied there from metrics.jsonl
     try:
         run = client.get_run(known["run_id"])

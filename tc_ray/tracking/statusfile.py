@@ -21,18 +21,22 @@ Status = dict[str, Any]
 """Keys: see `tracker.Tracker.status`."""
 
 
+class NoRunError(FileNotFoundError):
+    """The folder holds no run; the message names it and says what is missing."""
+
+
 def read_status(folder: Path) -> Status:
     """Read the status of a run folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no run has started in it.
+        NoRunError: there is no such folder, or no run has started in it.
     """
     path = folder / STATUS_FILE
     try:
         status: Status = json.loads(path.read_text())
     except FileNotFoundError:
         why = "no run has started in it (no status.json)" if folder.is_dir() else "there is no such folder"
-        raise FileNotFoundError(f"{folder}: {why}") from None
+        raise NoRunError(f"{folder}: {why}") from None
     return status
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.text import first_line
 from tc_ray.tracking.mlflow_writer import MlflowWriter, mlflow_command, open_run, resolve_uri
@@ -47,6 +48,7 @@ class Tracker:
 
     def __init__(self, config: RunConfig, folder: Path, uri: str | None = None) -> None:
         self._lock = threading.RLock()
+        remember(config.secrets())  # in this process too: texts of events come from anywhere
         self._folder = folder
         self._name = config.run.name
         self._points = PointFile(folder / METRICS_FILE)
@@ -110,6 +112,7 @@ class Tracker:
 
     def event(self, kind: str, text: str) -> None:
         """Something worth telling happened. `kind` "restart" is shown as the count of restarts."""
+        text = redact(text)
         with self._lock:
             now = self._now()
             self._points.append("event", {"time": now, "round": self._round, "event": kind, "text": text})
@@ -213,7 +216,7 @@ class Tracker:
                 "evaluation": self._evaluation,
                 "mlflow": self._mlflow
                 and {
-                    "uri": self._mlflow.uri,
+                    "uri": redact_address(self._mlflow.uri),
                     "run_id": self._mlflow.run_id,
                     "command": mlflow_command(self._mlflow.uri),
                     "errors": self._mlflow.errors,
