@@ -81,12 +81,14 @@ class Worker:
         started, tokens, due = time.monotonic(), 0, False
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
+            rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
             loss, round_tokens = self._round(number)
             tokens += round_tokens
             if self.recorder is not None:
                 self.recorder.end_round(number)
             last = number == self.job.rounds
-            self._report(number, loss, round_tokens, time.monotonic() - began, tokens / (time.monotonic() - started))
+            seconds, mean = time.monotonic() - began, tokens / (time.monotonic() - started)
+            self._report(number, loss, rate, round_tokens, seconds, mean)
             if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
                 self._wait_for_copilot(number)
             due = due or last or number % self.config.pilot.checkpoint_every_rounds == 0
@@ -203,13 +205,15 @@ class Worker:
         self.skipped_records = int(all_skipped)
         return summed_loss / self.world_size, self.table.tokens(rows)
 
-    def _report(self, number: int, loss: float, tokens: int, seconds: float, mean_tokens_per_second: float) -> None:
+    def _report(
+        self, number: int, loss: float, rate: float, tokens: int, seconds: float, mean_tokens_per_second: float
+    ) -> None:
         if self.rank:
             return
         metrics = {
             "loss": loss,
             "tokens": float(tokens),
-            "learning_rate": float(self.engine.get_lr()[0]),
+            "learning_rate": rate,
             "round_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mean_tokens_per_second": mean_tokens_per_second,
