@@ -169,7 +169,7 @@ class _Job:
         from transformers import AutoConfig, AutoTokenizer
 
         from tc_ray.data.batches import RoundOrder
-        from tc_ray.data.prepare import prepare
+        from tc_ray.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
         from tc_ray.models.families import family_of
         from tc_ray.models.source import resolve_model
         from tc_ray.pilot.log_metadata import check_log
@@ -191,13 +191,11 @@ class _Job:
                 check_log(self.config, self.shape)
             except ValueError as error:
                 raise JobError(str(error)) from None
-        self.data = prepare(
-            self.config.data,
-            self.tokenizer,
-            self.folder / "data",
-            seed=self.config.run.seed,
-            encoder_decoder=encoder_decoder,
-        )
+        recorded = recorded_inputs(self.config, self.folder, self.log)
+        weights = base_weights(self.config, self.pilot_path, self.base_path)
+        check_inputs(self.config, recorded, weights)
+        self.data, rows = prepare_rows(self.config, self.tokenizer, recorded, encoder_decoder=encoder_decoder)
+        self.inputs = rows | weights
         for line in self.data.describe():
             print(line, flush=True)
         pilot = self.config.pilot
@@ -218,7 +216,7 @@ class _Job:
         from tc_ray.mistakelog.upkeep import Upkeep
         from tc_ray.pilot.log_metadata import log_metadata
 
-        metadata = log_metadata(self.config, self.shape, self.tokenizer)
+        metadata = log_metadata(self.config, self.shape, self.tokenizer, self.inputs)
         LogStore.create(self.log, metadata)
         if self.lease is None:
             self.lease = RunLease.take(self.log, f"run {self.config.run.name}")
@@ -255,8 +253,17 @@ class _Job:
         group = self._start_copilot()
         try:
             if not self._pilot_is_done():
-                job = PilotJob(self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker)
-                fit_pilot(job)
+                fit_pilot(
+                    PilotJob(
+                        self.config,
+                        self.pilot_path,
+                        self.data.train,
+                        self.rounds,
+                        self.ledger,
+                        self.tracker,
+                        self.inputs,
+                    )
+                )
             if group is not None:
                 self.tracker.phase.remote("catch-up")
                 group.wait()
@@ -281,7 +288,9 @@ class _Job:
         from tc_ray.copilot.worker import CopilotJob
 
         group = CopilotGroup(
-            CopilotJob(self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker)
+            CopilotJob(
+                self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker, self.inputs
+            )
         )
         group.start()
         return group

@@ -28,7 +28,7 @@ def run_command(command: Callable[[], object]) -> None:
         command()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is ends as a message
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             print(redact(traceback.format_exc()), file=sys.stderr)
             sys.exit(EXIT_TRACEBACK)
@@ -58,5 +58,5 @@ def message(error: BaseException) -> str:
 class _Record(logging.LogRecord):
     """A line of a logger, its arguments filled in."""
 
-    def getMessage(self) -> str:  # noqa: N802 - the name of logging
+    def getMessage(self) -> str:
         return redact(super().getMessage())

@@ -16,12 +16,47 @@ STRUCK_OUT = "***"
 """Stands for a secret. The environment or the command line has to give it again."""
 
 PLAIN_OPTIONS = frozenset(
-    "allow_http allow_invalid_certificates bucket bucket_name checksum_algorithm conditional_put connect_timeout "
-    "container_name copy_if_not_exists default_region disable_tagging endpoint endpoint_url http1_only http2_only "
-    "imdsv1_fallback locking_provider max_retries metadata_endpoint pool_idle_timeout pool_max_idle_per_host "
-    "proxy_excludes proxy_url region request_payer retry_timeout s3_allow_unsafe_rename s3_express "
-    "s3_force_path_style s3_locking_provider skip_signature storage_account_name account_name timeout "
-    "unsigned_payload use_emulator use_fabric_endpoint user_agent virtual_hosted_style_request".split()
+    {
+        "account_name",
+        "allow_http",
+        "allow_invalid_certificates",
+        "bucket",
+        "bucket_name",
+        "checksum_algorithm",
+        "conditional_put",
+        "connect_timeout",
+        "container_name",
+        "copy_if_not_exists",
+        "default_region",
+        "disable_tagging",
+        "endpoint",
+        "endpoint_url",
+        "http1_only",
+        "http2_only",
+        "imdsv1_fallback",
+        "locking_provider",
+        "max_retries",
+        "metadata_endpoint",
+        "pool_idle_timeout",
+        "pool_max_idle_per_host",
+        "proxy_excludes",
+        "proxy_url",
+        "region",
+        "request_payer",
+        "retry_timeout",
+        "s3_allow_unsafe_rename",
+        "s3_express",
+        "s3_force_path_style",
+        "s3_locking_provider",
+        "skip_signature",
+        "storage_account_name",
+        "timeout",
+        "unsigned_payload",
+        "use_emulator",
+        "use_fabric_endpoint",
+        "user_agent",
+        "virtual_hosted_style_request",
+    }
 )
 """Storage options that are no secret, in lower case and without the store's prefix; every other value is struck out."""
 _STORES = ("aws_", "azure_", "google_", "gcs_")
@@ -43,13 +78,12 @@ _QUERY = re.compile(
 _QUOTED = r"\"[^\"]*\"|'[^']*'|`[^`]*`"
 # name=value, and name: "value" (without quotes a colon is punctuation)
 _NAMED = re.compile(
-    rf"(?<![\w.-])({_SECRET_NAME}[\"'`]?(?:\s*=\s*(?:{_QUOTED}|[^\s,;&)}}\]\"'`]+)|\s*:\s*(?:{_QUOTED})))", re.IGNORECASE
+    rf"(?<![\w.-])({_SECRET_NAME}[\"'`]?(?:\s*=\s*(?:{_QUOTED}|[^\s,;&)}}\]\"'`]+)|\s*:\s*(?:{_QUOTED})))",
+    re.IGNORECASE,
 )
 _AUTHORIZATION = re.compile(r"(\b(?:bearer|authorization[\"']?\s*[:=]\s*[\"']?basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 
-_SECRET_VARIABLE = re.compile(
-    r"(PASSWORD|PASSWD|SECRET|TOKEN|API_?KEYS?|(ACCESS|ACCOUNT|PRIVATE|SAS)_KEY(_ID)?)$"
-)
+_SECRET_VARIABLE = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|API_?KEYS?|(ACCESS|ACCOUNT|PRIVATE|SAS)_KEY(_ID)?)$")
 _SHORTEST = 8
 """Shorter values are not looked for in texts: they would strike out ordinary words."""
 _known: set[str] = set()
@@ -154,4 +188,6 @@ def _secrets_of_environment() -> set[str]:
             found |= {value, *value.split(",")}
         if "://" in value:
             found |= _parts(value)
-    return {form for value in found for form in (value, quote(value, safe=""), unquote(value)) if len(form) >= _SHORTEST}
+    return {
+        form for value in found for form in (value, quote(value, safe=""), unquote(value)) if len(form) >= _SHORTEST
+    }

@@ -145,6 +145,19 @@ def prepare(
     return prepared
 
 
+def prepared_before(
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int,
+    encoder_decoder: bool = False,
+) -> PreparedData | None:
+    """What `prepare` would keep of the folder as it is; None: it would make it anew. Nothing is written."""
+    sources, _ = _sources(config)
+    return _earlier(folder, _fingerprint(config, tokenizer, sources, seed, encoder_decoder))
+
+
 def prepare_test_file(
     source: str,
     config: DataSection,

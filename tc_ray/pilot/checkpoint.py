@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class PilotCheckpoint:
     round: int
     world_size: int
     zero_stage: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the rows and base weights that the run started from."""
 
 
 def latest_checkpoint(root: Path) -> PilotCheckpoint | None:
@@ -35,7 +38,7 @@ def latest_checkpoint(root: Path) -> PilotCheckpoint | None:
     found = []
     for marker in root.glob(f"round-*/{MARKER}"):
         fields = json.loads(marker.read_text())
-        found.append(PilotCheckpoint(marker.parent, fields["round"], fields["world_size"], fields["zero_stage"]))
+        found.append(PilotCheckpoint(marker.parent, **fields))
     return max(found, key=lambda c: c.round, default=None)
 
 
@@ -47,9 +50,17 @@ def save_files(engine: Any, root: Path, round_number: int) -> Path:
     return folder
 
 
-def mark_complete(folder: Path, *, round_number: int, world_size: int, zero_stage: int, keep: int) -> None:
+def mark_complete(
+    folder: Path,
+    *,
+    round_number: int,
+    world_size: int,
+    zero_stage: int,
+    keep: int,
+    inputs: Mapping[str, str] | None = None,
+) -> None:
     """Rank 0, after a barrier: write the marker, then remove all but the newest `keep` checkpoints."""
-    checkpoint = PilotCheckpoint(folder, round_number, world_size, zero_stage)
+    checkpoint = PilotCheckpoint(folder, round_number, world_size, zero_stage, dict(inputs or {}))
     temporary = folder / (MARKER + ".tmp")
     fields = asdict(checkpoint)
     del fields["folder"]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class PilotJob:
     rounds: int
     ledger: Any
     tracker: Any
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the rows and base weights, which stand in each checkpoint."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -248,6 +251,7 @@ class Worker:
                 world_size=self.world_size,
                 zero_stage=self.config.pilot.zero_stage,
                 keep=self.config.pilot.keep_checkpoints,
+                inputs=self.job.inputs,
             )
             if self.recorder is not None:
                 self.job.ledger.report_checkpoint.remote(number)

@@ -43,7 +43,9 @@ class TrackingError(RuntimeError):
 
 def resolve_uri(config: RunConfig) -> str:
     """Tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
-    return config.tracking.uri or os.environ.get(TRACKING_VARIABLE) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
+    return (
+        config.tracking.uri or os.environ.get(TRACKING_VARIABLE) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
+    )
 
 
 def mlflow_command(uri: str) -> str:
