@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact, redact_override, remember
+from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact_override, remember
 from tc_ray.config.schema import EMBEDDED, TRACKING_VARIABLE, RunConfig
 
 _Path = tuple[str, ...]
@@ -154,11 +154,11 @@ def _note_lines(node: yaml.MappingNode, above: _Path, path: Path, origins: dict[
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without the line that PyYAML quotes: it may hold a secret."""
+    """What is wrong and where, without what PyYAML quotes of the text: it may hold a secret (`*word` is an alias to it)."""
     mark = getattr(error, "problem_mark", None)
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
-    return f"{place}{redact(str(what))}"
+    return place + re.sub(r"'[^'<]{4,}'", f"'{STRUCK_OUT}'", str(what))
 
 
 def _apply(override: str, values: dict[str, Any], origins: dict[_Path, str]) -> None:
