@@ -190,7 +190,9 @@ def test_other_rows_are_refused_and_the_folder_stays(made: Made, cluster: None) 
     before, saved = content(made.run / "data"), (made.run / "config.yaml").read_bytes()
     rows = made.rows.read_text()
     made.rows.write_text(rows.replace('"7+1"', '"6+2"'))
-    with pytest.raises(Exception, match=r"training rows differ \(data\.train=.*rounds 1 to 4(?s:.*)another run\.folder"):
+    with pytest.raises(
+        Exception, match=r"training rows differ \(data\.train=.*rounds 1 to 4(?s:.*)another run\.folder"
+    ):
         run_job(made.config())
     made.rows.unlink()
     with pytest.raises(Exception, match=r"training rows differ|data\.train"):
