@@ -163,5 +163,5 @@ def test_other_base_weights_are_refused(run: RunConfig, tmp_path: Path) -> None:
         other.model.copilot = str(make_tiny_llama(tmp_path / "base", seed=2))
         train_from_log(mistakes, other, tmp_path / "b", epochs=1)
         make_tiny_llama(tmp_path / "base", seed=3)
-        with pytest.raises(StoredLogError, match="holds another training.*copilot_weights"):
+        with pytest.raises(StoredLogError, match=r"holds another training.*copilot_weights"):
             train_from_log(mistakes, other, tmp_path / "b", epochs=1)
