@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -15,6 +16,12 @@ if str(ROOT) not in sys.path:
 
 from tc_ray.cli.errors import run_command
 from tc_ray.cli.train import start
+from tc_ray.config.redact import redact
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
 
 
 class Once(argparse.Action):
@@ -31,7 +38,7 @@ class Once(argparse.Action):
 
 def main() -> None:
     """Parse the arguments and run the job; errors become one message and exit code 2."""
-    parser = argparse.ArgumentParser(description="Train Pilot and Copilot, evaluate, export.")
+    parser = _Parser(description="Train Pilot and Copilot, evaluate, export.")
     parser.add_argument(
         "--config", type=Path, action=Once, required=True, help="recipe (YAML); relative to the working directory"
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tc_ray
+from tc_ray.config.redact import redact_command
 from tc_ray.models.copilot import CopilotConfig
 from tc_ray.models.fusion import FEEDBACKS, SPACES, write_settings
 from tc_ray.models.fusion.folder import FUSION_FILE, FusionSettings, read_settings
@@ -118,7 +119,7 @@ def fuse_models(
         "fusion": asdict(settings) | {"lam_from": lam_from or "--lam"},
         "python": platform.python_version(),
         "packages": {"transformers": version("transformers")},
-        "command": sys.argv,
+        "command": redact_command(sys.argv),
     }
     _write(out, files, settings, provenance)
     return Fusion(out, pilot_folder, source.folder, source.beside, settings, lam_from)

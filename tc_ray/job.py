@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.config.load import load_saved_config, save_config
+from tc_ray.config.load import load_saved_config, require_secrets, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.folder_lock import FolderLock
 from tc_ray.mistakelog.lease import RunLease
@@ -76,8 +76,9 @@ def run_job(config: RunConfig) -> JobResult:
     """Run (or resume) the whole job; blocks until it is done and prints progress.
 
     Raises:
-        JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
+        ConfigError, JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
     """
+    require_secrets(config)
     folder = config.run.path
     config.run.folder = folder  # absolute: workers have other working directories
     if config.log.path is not None:
@@ -169,7 +170,7 @@ class _Job:
         from transformers import AutoConfig, AutoTokenizer
 
         from tc_ray.data.batches import RoundOrder
-        from tc_ray.data.prepare import prepare
+        from tc_ray.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
         from tc_ray.models.families import family_of
         from tc_ray.models.source import embedding_rows, resolve_model
         from tc_ray.pilot.log_metadata import check_log
@@ -191,14 +192,17 @@ class _Job:
                 check_log(self.config, self.shape)
             except ValueError as error:
                 raise JobError(str(error)) from None
-        self.data = prepare(
-            self.config.data,
+        recorded = recorded_inputs(self.config, self.folder, self.log)
+        weights = base_weights(self.config, self.pilot_path, self.base_path)
+        check_inputs(self.config, recorded, weights)
+        self.data, rows = prepare_rows(
+            self.config,
             self.tokenizer,
-            self.folder / "data",
-            seed=self.config.run.seed,
+            recorded,
             encoder_decoder=encoder_decoder,
             vocab_size=embedding_rows(self.pilot_path, self.shape),
         )
+        self.inputs = rows | weights
         for line in self.data.describe():
             print(visible(line), flush=True)
         pilot = self.config.pilot
@@ -222,7 +226,7 @@ class _Job:
         from tc_ray.mistakelog.upkeep import Upkeep
         from tc_ray.pilot.log_metadata import log_metadata
 
-        metadata = log_metadata(self.config, self.shape, self.tokenizer)
+        metadata = log_metadata(self.config, self.shape, self.tokenizer, self.inputs)
         LogStore.create(self.log, metadata)
         if self.lease is None:
             self.lease = RunLease.take(self.log, f"run {self.config.run.name}")
@@ -259,8 +263,17 @@ class _Job:
         group = self._start_copilot()
         try:
             if not self._pilot_is_done():
-                job = PilotJob(self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker)
-                fit_pilot(job)
+                fit_pilot(
+                    PilotJob(
+                        self.config,
+                        self.pilot_path,
+                        self.data.train,
+                        self.rounds,
+                        self.ledger,
+                        self.tracker,
+                        self.inputs,
+                    )
+                )
             if group is not None:
                 self.tracker.phase.remote("catch-up")
                 group.wait()
@@ -285,7 +298,9 @@ class _Job:
         from tc_ray.copilot.worker import CopilotJob
 
         group = CopilotGroup(
-            CopilotJob(self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker)
+            CopilotJob(
+                self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker, self.inputs
+            )
         )
         group.start()
         return group

@@ -11,7 +11,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tc_ray.config.load import load_saved_config
+from tc_ray.config.load import load_saved_config, require_secrets
+from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.estimate import DataEstimate, estimate, is_embedded
 from tc_ray.session import cpus_needed
@@ -46,7 +47,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "config": self.config.model_dump(mode="json")}
+        return {**asdict(self), "config": self.config.public_dump()}
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -55,7 +56,7 @@ class Plan:
         """The plan as lines for a terminal."""
         told = [*self._pilot_lines(), *self._copilot_lines(), *self._work_lines(), *self._log_lines()]
         told += [("note" if index == 0 else "", note) for index, note in enumerate(self.notes)]
-        return [f"{name:<10} {text}".rstrip() for name, text in told]
+        return [redact(f"{name:<10} {text}".rstrip()) for name, text in told]
 
     def _pilot_lines(self) -> list[tuple[str, str]]:
         config, pilot, resources = self.config, self.config.pilot, self.config.resources
@@ -158,10 +159,11 @@ def make_plan(config: RunConfig) -> Plan:
     """Plan of a run.
 
     Raises:
-        ModelSourceError: a model folder is not there. UnknownFamilyError: a family without an adapter.
+        ConfigError: a secret is struck out. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without an adapter.
         ValueError: layers that the model does not have, a base of the other architecture, positions it has no states of.
         DataError: data that cannot be read.
     """
+    require_secrets(config)
     notes: list[str] = []
     pilot, base = find_models(config, notes)
     if pilot is not None and config.log.enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from tc_ray.cli.serve import serve
 from tc_ray.cli.status import status
 from tc_ray.cli.train import train
 from tc_ray.cli.train_copilot import train_copilot
+from tc_ray.config.redact import redact
 
 app = typer.Typer(
     name="tc-ray",
@@ -51,7 +53,22 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors become one message and exit code 2."""
-    run_command(app)
+    run_command(_run)
+
+
+def _run() -> None:
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not isinstance(getattr(error, "exit_code", None), int) or not hasattr(error, "message"):
+            raise
+        # words that no command takes: shown as typer does it, but for what is secret in them
+        from typer.rich_utils import rich_format_error
+
+        error.message = redact(str(error.message))
+        rich_format_error(error)  # type: ignore[arg-type]
+        sys.exit(error.exit_code)  # type: ignore[attr-defined]
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Load a `RunConfig` from YAML and dotted overrides, and write one back.
 
 Invariant: every refusal is a ConfigError of readable lines that name where the value stands (file and line, or the
-override), the key, and what is allowed instead; nothing unknown is ever ignored. Called by the command line, the job
-entry scripts and the tests. Imports neither torch nor ray.
+override), the key, and what is allowed instead, and no secret; nothing unknown is ever ignored. Called by the command line,
+the job entry scripts and the tests. Imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from tc_ray.config.bounds import BeyondBoundsError, check_values, read_text
-from tc_ray.config.schema import EMBEDDED, RunConfig
+from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact, redact_override, remember
+from tc_ray.config.schema import EMBEDDED, TRACKING_VARIABLE, RunConfig
 from tc_ray.files import write_file
 from tc_ray.text import first_line
 
@@ -47,8 +48,10 @@ class FieldDoc:
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4` in order, and check it all.
 
-    Values of overrides are YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked
-    up from the current folder, then from the root of the repository that holds the recipe. Raises ConfigError.
+    The value of an override of a text or path field is taken as typed (`null` is none where the field may be null); other
+    values are YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked up from the
+    current folder, then from the root of the repository that holds the recipe. Secrets that are struck out in a saved
+    config are left to the environment where it has them. Raises ConfigError.
     """
     origins: dict[_Path, str] = {}
     values = read_sections(path, origins) if path else {}
@@ -66,8 +69,24 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(_validation_message(error, origins, path)) from None
     _refuse_fallback_for_given_files(config, origins)
+    _leave_to_environment(config)
+    remember(config.secrets())
     _place_paths(config, path)
     return config
+
+
+def require_secrets(config: RunConfig) -> None:
+    """Refuse a config that came back from a file in which its secrets are struck out: `***` is not used as if it were one.
+
+    Raises:
+        ConfigError: names the fields.
+    """
+    missing = config.secrets_to_give()
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: {STRUCK_OUT} stands where a secret was; secrets are not saved with a run. Give the value "
+            f"again ({missing[0]}=...), or leave it to the environment"
+        )
 
 
 def dump_config(config: RunConfig) -> str:
@@ -160,13 +179,13 @@ def read_sections(path: Path, origins: dict[_Path, str] | None = None) -> dict[s
     except ConfigError:
         raise
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from None
     except BeyondBoundsError as error:
         raise ConfigError(f"{path}: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply for a config") from None
     except (ValueError, TypeError) as error:  # a number of 5000 digits, a date that is none, a list as key
-        raise ConfigError(f"{path}: holds a value that is none: {first_line(error)}") from None
+        raise ConfigError(f"{path}: holds a value that is none: {redact(first_line(error))}") from None
     # An empty section ("pilot:" with all fields commented out) means its defaults.
     return {key: {} if value is None else value for key, value in values.items()}
 
@@ -186,24 +205,66 @@ def _note_lines(node: yaml.MappingNode, above: _Path, path: Path, origins: dict[
             _note_lines(value, here, path, origins)
 
 
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without what PyYAML quotes of the text: it may hold a secret (`*word` is an alias to it)."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    what = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
+    return place + re.sub(r"'[^'<]{4,}'", f"'{STRUCK_OUT}'", str(what))
+
+
 def _apply(override: str, values: dict[str, Any], origins: dict[_Path, str]) -> None:
+    shown = redact_override(override)
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
-        raise ConfigError(f"override {override!r}: write section.field=value, for instance pilot.learning_rate=1e-4")
-    try:
-        value = yaml.load(text, _Loader) if text.strip() else ""
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it if it is text") from None
+        raise ConfigError(f"override {shown!r}: write section.field=value, for instance pilot.learning_rate=1e-4")
     place: Any = values
     for key in keys[:-1]:
         place = place.setdefault(key, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"override {override!r}: {key} is a single value and has no field {keys[-1]}")
-    place[keys[-1]] = value
+            raise ConfigError(f"override {shown!r}: {key} is a single value and has no field {keys[-1]}")
+    place[keys[-1]] = _override_value(text, _kinds(keys), shown)
     for stale in [key for key in origins if key[: len(keys)] == keys]:
         del origins[stale]
-    origins[keys] = f"override {override!r}"
+    origins[keys] = f"override {shown!r}"
+
+
+def _override_value(text: str, kinds: set[Any], shown: str) -> Any:
+    """Text and paths as they were typed, the rest as YAML."""
+    plain = kinds - {type(None)}
+    if plain <= {str, Path}:  # also of an unknown key: it is refused by its name, whatever its value is
+        if text == "null" and type(None) in kinds:
+            return None
+        if Path in plain and not text:
+            raise ConfigError(f"override {shown!r}: the path is empty; write null for the default")
+        return text
+    try:
+        return yaml.load(text, _Loader) if text.strip() else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {shown!r}: not a YAML value; quote what is text in it") from None
+
+
+def _kinds(keys: _Path) -> set[Any]:
+    """Types that the field at `keys` takes, entries of a mapping counted as fields; empty: there is no such field."""
+    found: Any = RunConfig
+    for key in keys:
+        section = _section(found)
+        if section and key in section.model_fields:
+            found = section.model_fields[key].annotation
+        elif get_origin(found) is dict:
+            found = get_args(found)[1]
+        else:
+            return set()
+    return _members(found)
+
+
+def _members(annotation: Any) -> set[Any]:
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return {kind for member in get_args(annotation) for kind in _members(member)}
+    return {annotation}
 
 
 # Checking
@@ -272,16 +333,32 @@ def _validation_message(error: ValidationError, origins: dict[_Path, str], path:
             where = _origin(location, origins) if location else str(path or "config")
             prefix = f"{'.'.join(location)}: " if location else ""
             if problem["type"] == "model_type":
-                text = f"is {problem['input']!r}, but it is a section with the fields {', '.join(_valid_at(location))}"
+                text = f"is {_shown(location, problem['input'])}, but it is a section with the fields "
+                text += ", ".join(_valid_at(location))
             lines.append(f"{where}: {prefix}{text}")
             continue
         info = infos[known]
         meaning = f" ({info.description})" if info.description else ""
+        finite = "finite: " if problem["type"] == "finite_number" else ""
         lines.append(
-            f"{_origin(known, origins)}: {'.'.join(known)} is {problem['input']!r}, "
-            f"allowed: {_allowed(info.annotation, info.metadata)}{meaning}"
+            f"{_origin(known, origins)}: {'.'.join(known)} is {_shown(known, problem['input'])}, "
+            f"allowed: {finite}{_allowed(info.annotation, info.metadata)}{meaning}"
         )
     return "\n".join(dict.fromkeys(lines))  # the members of a union each complain
+
+
+def _shown(key: _Path, value: Any) -> str:
+    """A refused value for a message, as an override of it would be shown."""
+    return redact_override(f"{'.'.join(key)}={value!r}").partition("=")[2]
+
+
+def _leave_to_environment(config: RunConfig) -> None:
+    """Secrets that are struck out are not used as if they were real: what the environment has comes from there."""
+    options = config.log.storage_options
+    for name in [name for name, value in options.items() if value == STRUCK_OUT and given_by_environment(name)]:
+        del options[name]
+    if STRUCK_OUT in (config.tracking.uri or "") and TRACKING_VARIABLE in os.environ:
+        config.tracking.uri = None
 
 
 def _origin(key: _Path, origins: dict[_Path, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,14 +24,20 @@ class Position:
     version: int
 
 
-def save(learner: Learner, root: Path, position: Position, *, keep: int = 2) -> Path:
-    """Write `root/step-NNNNNN` by a rename, then remove all but the newest `keep`."""
+def save(
+    learner: Learner, root: Path, position: Position, *, keep: int = 2, inputs: Mapping[str, str] | None = None
+) -> Path:
+    """Write `root/step-NNNNNN` by a rename, then remove all but the newest `keep`.
+
+    Args:
+        inputs: hashes of what the run started from, see `latest_inputs`.
+    """
     folder = root / f"step-{position.step:06d}"
     temporary = root / f"{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     learner.save(temporary)
-    (temporary / _POSITION).write_text(json.dumps(asdict(position)))
+    (temporary / _POSITION).write_text(json.dumps(asdict(position) | {"inputs": dict(inputs or {})}))
     sync_tree(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
@@ -46,7 +53,19 @@ def restore(learner: Learner, root: Path) -> Position | None:
     if not complete:
         return None
     learner.load(complete[-1])
-    return Position(**json.loads((complete[-1] / _POSITION).read_text()))
+    return _read(complete[-1])[0]
+
+
+def latest_inputs(root: Path) -> tuple[Position, dict[str, str]] | None:
+    """Position and inputs of the newest checkpoint, or None."""
+    complete = _complete(root)
+    return _read(complete[-1]) if complete else None
+
+
+def _read(folder: Path) -> tuple[Position, dict[str, str]]:
+    fields = json.loads((folder / _POSITION).read_text())
+    inputs = fields.pop("inputs", {})
+    return Position(**fields), inputs
 
 
 def _complete(root: Path) -> list[Path]:

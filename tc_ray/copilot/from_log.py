@@ -29,6 +29,7 @@ from tc_ray.files import DamagedFileError, read_json_as, write_file, write_json
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.models.source import resolve_model, tokenizer_hash
+from tc_ray.models.weights_hash import weights_hash
 
 SOURCE_FILE = "source.json"
 
@@ -89,7 +90,8 @@ def train_from_log(
         show: called after every step.
 
     Raises:
-        StoredLogError: an empty log, another tokenizer or Pilot than configured, or a folder of another training.
+        StoredLogError: an empty log, another tokenizer, Pilot or base weights than the run's, or a folder of another
+            training.
     """
     if not mistakes.files:
         raise StoredLogError(f"{mistakes.location}: the log holds no records (version {mistakes.version})")
@@ -97,7 +99,8 @@ def train_from_log(
     pilot = resolve_model(config.model.pilot, config.model.cache)
     base = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else pilot
     _check_tokenizer(pilot, mistakes)
-    _open_folder(out, config, mistakes, epochs)
+    weights = _check_weights(config, pilot, base, mistakes)
+    _open_folder(out, config, mistakes, epochs, weights)
     source: BatchSource = Replay(mistakes, config) if epochs is None else Epochs(mistakes, config, epochs)
     torch.set_num_threads(config.resources.copilot_threads)
     learner = Learner(
@@ -209,10 +212,29 @@ class _Source:
     run: str
     version: int
     epochs: int | None
+    pilot_weights: str
+    copilot_weights: str
 
 
-def _open_folder(out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None) -> None:
-    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs)
+def _check_weights(config: RunConfig, pilot: Path | str, base: Path | str, mistakes: MistakeLog) -> dict[str, str]:
+    """Hashes of the base weights; the Pilot's must be those that the log's run started from."""
+    random, wanted = config.model.random_weights, mistakes.metadata.pilot_weights
+    own = weights_hash(pilot, random_weights=random)
+    if wanted and own != wanted:
+        raise StoredLogError(
+            f"{mistakes.location} was written by a Pilot that started from other weights than those of model.pilot {pilot} "
+            f"({wanted} then, {own} now): set model.pilot to the model that the run had"
+        )
+    return {
+        "pilot_weights": own,
+        "copilot_weights": own if base == pilot else weights_hash(base, random_weights=random),
+    }
+
+
+def _open_folder(
+    out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None, weights: dict[str, str]
+) -> None:
+    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
     told, saved = out / SOURCE_FILE, out / "config.yaml"
     if told.exists():
         try:

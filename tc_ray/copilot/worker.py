@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class CopilotJob:
     rounds: int
     ledger: Any
     tracker: Any
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the rows and base weights, which stand in each checkpoint."""
 
     @property
     def total_steps(self) -> int:
@@ -170,7 +173,7 @@ class CopilotWorker:
 
     def _save(self, learner: Learner, at: Position) -> None:
         if self.rank == 0:
-            checkpoint.save(learner, self.folder / "checkpoints", at)
+            checkpoint.save(learner, self.folder / "checkpoints", at, inputs=self.job.inputs)
         if self.world_size > 1:
             dist.barrier()
 

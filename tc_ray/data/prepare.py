@@ -173,6 +173,24 @@ def prepare(
     return prepared
 
 
+def prepared_before(
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int,
+    encoder_decoder: bool = False,
+    vocab_size: int | None = None,
+) -> PreparedData | None:
+    """What `prepare` would keep of the folder as it is; None: it would make it anew. Nothing is written; raises as it does."""
+    check_template(config, tokenizer)
+    check_special_ids(tokenizer, vocab_size)
+    earlier = _earlier(folder, _fingerprint(config, tokenizer, find_sources(config).files, seed, encoder_decoder))
+    if earlier:
+        check_largest_id(earlier.largest_id, tokenizer, vocab_size)
+    return earlier
+
+
 def prepare_test_file(
     source: str,
     config: DataSection,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tc_ray
 from tc_ray.config.load import save_config
+from tc_ray.config.redact import redact_command
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
 from tc_ray.models.fusion import write_settings
@@ -36,7 +37,7 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
         "rounds": rounds,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "command": sys.argv,
+        "command": redact_command(sys.argv),
         "verdict": report.verdict,
     }
     (temporary / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")

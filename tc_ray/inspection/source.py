@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.config.load import read_sections
-from tc_ray.config.schema import STRUCK_OUT
+from tc_ray.config.redact import STRUCK_OUT
 from tc_ray.mistakelog.reader import MistakeLog
 
 CONFIG_FILE = "config.yaml"
@@ -81,7 +81,7 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
 def _options(pairs: Sequence[str]) -> dict[str, str]:
     wrong = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
     if wrong:
-        raise ValueError(f"--storage-option {wrong[0]!r}: expected KEY=VALUE")
+        raise ValueError("--storage-option: expected KEY=VALUE")  # what was given may be the secret itself
     options = dict(pair.split("=", 1) for pair in pairs)
     twice = [name for name in options if sum(pair.startswith(f"{name}=") for pair in pairs) > 1]
     if twice:

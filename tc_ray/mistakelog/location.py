@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlparse
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from tc_ray.config.redact import redact_address
 from tc_ray.files import sync, write_file
 
 
@@ -53,10 +54,10 @@ class Location:
         self._filesystem: pafs.FileSystem | None = None
 
     def __str__(self) -> str:
-        return self.uri
+        return redact_address(self.uri)  # for messages; it may hold a key
 
     def __repr__(self) -> str:
-        return f"Location({self.uri!r})"  # options may hold a secret
+        return f"Location({str(self)!r})"  # options may hold a secret
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Location, (self.uri, self.options)

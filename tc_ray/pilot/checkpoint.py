@@ -9,7 +9,8 @@ random state all follow from it.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class PilotCheckpoint:
     round: int
     world_size: int
     zero_stage: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the rows and base weights that the run started from."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class _Marker:
     round: int
     world_size: int
     zero_stage: int
+    inputs: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] | None = None
     """Sizes in bytes; earlier versions wrote none."""
 
@@ -58,7 +62,7 @@ def find_checkpoints(root: Path) -> tuple[list[PilotCheckpoint], list[str]]:
         except (DamagedFileError, OSError) as error:
             damaged.append(str(error))
         else:
-            whole.append(PilotCheckpoint(folder, marker.round, marker.world_size, marker.zero_stage))
+            whole.append(PilotCheckpoint(folder, marker.round, marker.world_size, marker.zero_stage, marker.inputs))
             damaged = []
     return whole, damaged
 
@@ -79,9 +83,17 @@ def save_files(engine: Any, root: Path, round_number: int) -> Path:
     return folder
 
 
-def mark_complete(folder: Path, *, round_number: int, world_size: int, zero_stage: int, keep: int) -> None:
+def mark_complete(
+    folder: Path,
+    *,
+    round_number: int,
+    world_size: int,
+    zero_stage: int,
+    keep: int,
+    inputs: Mapping[str, str] | None = None,
+) -> None:
     """Rank 0, after a barrier: write the marker, then remove all that is older than the newest `keep` checkpoints."""
-    mark_whole(folder, round=round_number, world_size=world_size, zero_stage=zero_stage)
+    mark_whole(folder, round=round_number, world_size=world_size, zero_stage=zero_stage, inputs=dict(inputs or {}))
     sync(folder.parent)
     kept = find_checkpoints(folder.parent)[0][-keep:]
     for old in [other for other in _marked(folder.parent) if kept and _number(other) < _number(kept[0].folder)]:

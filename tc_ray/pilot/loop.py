@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class PilotJob:
     rounds: int
     ledger: Any
     tracker: Any
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the rows and base weights, which stand in each checkpoint."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -81,12 +84,14 @@ class Worker:
         started, tokens, due = time.monotonic(), 0, False
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
+            rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
             loss, round_tokens = self._round(number)
             tokens += round_tokens
             if self.recorder is not None:
                 self.recorder.end_round(number)
             last = number == self.job.rounds
-            self._report(number, loss, round_tokens, time.monotonic() - began, tokens / (time.monotonic() - started))
+            seconds, mean = time.monotonic() - began, tokens / (time.monotonic() - started)
+            self._report(number, loss, rate, round_tokens, seconds, mean)
             if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
                 self._wait_for_copilot(number)
             due = due or last or number % self.config.pilot.checkpoint_every_rounds == 0
@@ -207,13 +212,15 @@ class Worker:
         self.skipped_records = int(all_skipped)
         return summed_loss / self.world_size, self.table.tokens(rows)
 
-    def _report(self, number: int, loss: float, tokens: int, seconds: float, mean_tokens_per_second: float) -> None:
+    def _report(
+        self, number: int, loss: float, rate: float, tokens: int, seconds: float, mean_tokens_per_second: float
+    ) -> None:
         if self.rank:
             return
         metrics = {
             "loss": loss,
             "tokens": float(tokens),
-            "learning_rate": float(self.engine.get_lr()[0]),
+            "learning_rate": rate,
             "round_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mean_tokens_per_second": mean_tokens_per_second,
@@ -248,6 +255,7 @@ class Worker:
                 world_size=self.world_size,
                 zero_stage=self.config.pilot.zero_stage,
                 keep=self.config.pilot.keep_checkpoints,
+                inputs=self.job.inputs,
             )
             if self.recorder is not None:
                 self.job.ledger.report_checkpoint.remote(number)

@@ -23,7 +23,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from tc_ray.config.schema import RunConfig
+from tc_ray.config.redact import redact, redact_address
+from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
 from tc_ray.files import DamagedFileError, read_json_as, write_json
 from tc_ray.text import first_line
 from tc_ray.tracking.points import Point
@@ -35,7 +36,6 @@ BATCH_PARAMS = 100
 BATCH_SECONDS = 1.0
 RECOVERED_SECONDS = 60.0
 """MLflow answers again when nothing has failed for this long."""
-ENV_URI = "MLFLOW_TRACKING_URI"
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,15 @@ class TrackingError(RuntimeError):
 
 def resolve_uri(config: RunConfig) -> str:
     """Tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
-    return config.tracking.uri or os.environ.get(ENV_URI) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
+    return (
+        config.tracking.uri or os.environ.get(TRACKING_VARIABLE) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
+    )
 
 
 def mlflow_command(uri: str) -> str:
-    """The shell command that shows the runs of a tracking URI in a browser; for a server, its address."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    """The shell command that shows the runs of a tracking URI in a browser; for a server, its address. Without secrets."""
+    shown = redact_address(uri)
+    return shown if uri.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
 
 
 def flat_params(config: RunConfig) -> dict[str, str]:
@@ -171,8 +174,8 @@ class MlflowWriter:
             self._failed_at = time.monotonic()
             if not self._failing:
                 self._failing = True
-                log.warning("MLflow: %s", error)
-                self._on_error(f"MLflow fails, the run goes on without it: {first_line(error)}")
+                log.warning("MLflow: %s", redact(str(error)))
+                self._on_error(f"MLflow fails, the run goes on without it: {redact(first_line(error))}")
         else:
             # not at the first success: a store that can be read and not written fails and answers in turn
             if self._failing and time.monotonic() - self._failed_at > RECOVERED_SECONDS:
@@ -208,11 +211,11 @@ def open_run(config: RunConfig, folder: Path, uri: str) -> str:
             client.update_run(run_id, status="RUNNING")
     except Exception as error:
         raise TrackingError(
-            f"MLflow cannot be used at {uri!r}: {first_line(error)}. Correct tracking.uri or {ENV_URI}, "
+            f"MLflow cannot be used at {redact_address(uri)!r}: {redact(first_line(error))}. Correct tracking.uri or {TRACKING_VARIABLE}, "
             "or switch MLflow off with tracking.enabled=false"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_ID_FILE, asdict(_RunId(run_id, uri, config.tracking.experiment)))
+    write_json(folder / RUN_ID_FILE, asdict(_RunId(run_id, redact_address(uri), config.tracking.experiment)))
     return run_id
 
 
@@ -233,7 +236,7 @@ def _known_run(client: MlflowClient, folder: Path, uri: str) -> str | None:
     except DamagedFileError as error:
         log.warning("%s: a new MLflow run is opened, with all points of this run", error)
         return None
-    if known.uri != uri:
+    if known.uri != redact_address(uri):
         return None  # another store: the whole run is copied there from metrics.jsonl
     try:
         run = client.get_run(known.run_id)

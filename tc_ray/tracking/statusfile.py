@@ -25,6 +25,10 @@ Status = dict[str, Any]
 """Keys: see `tracker.Tracker.status`."""
 
 
+class NoRunError(FileNotFoundError):
+    """The folder holds no run; the message names it and says what is missing."""
+
+
 log = logging.getLogger(__name__)
 
 _Time = Annotated[float, Field(ge=0, le=1e11)]
@@ -78,7 +82,7 @@ def read_status(folder: Path) -> Status:
     """Read the status of a run folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no run has started in it. DamagedFileError: status.json holds no status.
+        NoRunError: there is no such folder, or no run has started in it. DamagedFileError: status.json holds no status.
     """
     path = folder / STATUS_FILE
     try:
@@ -86,7 +90,7 @@ def read_status(folder: Path) -> Status:
         typed(status, _Document, path)
     except FileNotFoundError:
         why = "no run has started in it (no status.json)" if folder.is_dir() else "there is no such folder"
-        raise FileNotFoundError(f"{folder}: {why}") from None
+        raise NoRunError(f"{folder}: {why}") from None
     except DamagedFileError as error:
         raise DamagedFileError(
             f"{error}. The file only shows what the run does: `tc-ray train` with the same recipe goes on and writes it anew"

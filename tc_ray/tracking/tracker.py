@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.text import first_line
@@ -58,6 +59,7 @@ class Tracker:
 
     def __init__(self, config: RunConfig, folder: Path, uri: str | None = None) -> None:
         self._lock = threading.RLock()
+        remember(config.secrets())  # in this process too: texts of events come from anywhere
         self._folder = folder
         self._name = config.run.name
         check_places(folder)
@@ -126,6 +128,7 @@ class Tracker:
 
     def event(self, kind: str, text: str) -> None:
         """Something worth telling happened. `kind` "restart" is counted as a restart; others are shown once, with a count."""
+        text = redact(text)
         with self._lock:
             now = self._now()
             self._points.append("event", {"time": now, "round": self._round, "event": kind, "text": text})
@@ -229,7 +232,7 @@ class Tracker:
                 "evaluation": self._evaluation,
                 "mlflow": self._mlflow
                 and {
-                    "uri": self._mlflow.uri,
+                    "uri": redact_address(self._mlflow.uri),
                     "run_id": self._mlflow.run_id,
                     "command": mlflow_command(self._mlflow.uri),
                     "errors": self._mlflow.errors,

@@ -23,6 +23,7 @@ from tc_ray.copilot.stored import Epochs
 from tc_ray.job import run_job
 from tc_ray.mistakelog.compaction import compact_log
 from tc_ray.mistakelog.reader import MistakeLog
+from tests.tiny_model import make_tiny_llama
 from tests.tiny_run import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,3 +180,18 @@ def test_refusals(run: RunConfig, tmp_path: Path) -> None:
         train_from_log(mistakes, run, tmp_path / "d", epochs=1)
         with pytest.raises(StoredLogError, match="epochs: 1 -> None"):
             train_from_log(mistakes, run, tmp_path / "d")
+
+
+def test_other_base_weights_are_refused(run: RunConfig, tmp_path: Path) -> None:
+    """Fault 2: the log's errors are those of a Pilot that started from certain weights, a checkpoint lies over its base's."""
+    other = run.model_copy(deep=True)
+    other.model.pilot = str(make_tiny_llama(tmp_path / "model", seed=1))  # the same name and tokenizer
+    with MistakeLog(run.log_location) as mistakes:
+        with pytest.raises(StoredLogError, match=r"started from other weights than those of model\.pilot"):
+            train_from_log(mistakes, other, tmp_path / "a")
+        other = run.model_copy(deep=True)
+        other.model.copilot = str(make_tiny_llama(tmp_path / "base", seed=2))
+        train_from_log(mistakes, other, tmp_path / "b", epochs=1)
+        make_tiny_llama(tmp_path / "base", seed=3)
+        with pytest.raises(StoredLogError, match=r"holds another training.*copilot_weights"):
+            train_from_log(mistakes, other, tmp_path / "b", epochs=1)

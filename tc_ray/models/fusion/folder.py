@@ -22,6 +22,10 @@ class FusionSettings:
     feedback: str
 
 
+class NoFusedModelError(FileNotFoundError):
+    """The folder is no exported fused model, or not a whole one."""
+
+
 def write_settings(folder: Path, *, lam: float, space: str, feedback: str) -> None:
     """Write fusion.json."""
     settings = {"format": FORMAT, **asdict(FusionSettings(lam, space, feedback))}
@@ -32,11 +36,11 @@ def read_settings(folder: Path) -> FusionSettings:
     """Read fusion.json after checking that every part of the folder is there.
 
     Raises:
-        FileNotFoundError: a part is missing; the message names it. ValueError: a format this version does not know.
+        NoFusedModelError: a part is missing; the message names it. ValueError: a format this version does not know.
     """
     for part in ("pilot/config.json", "copilot/config.json", FUSION_FILE):
         if not (folder / part).is_file():
-            raise FileNotFoundError(f"{folder} is not an exported fused model: {part} is missing")
+            raise NoFusedModelError(f"{folder} is not an exported fused model: {part} is missing")
     settings = json.loads((folder / FUSION_FILE).read_text())
     if settings.get("format") != FORMAT:
         raise ValueError(
