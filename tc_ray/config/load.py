@@ -45,7 +45,7 @@ class FieldDoc:
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4` in order, and check it all.
+    """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4`, each given once, and check it all.
 
     Values of overrides are YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked
     up from the current folder, then from the root of the repository that holds the recipe. Raises ConfigError.
