@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from tc_ray.config.bounds import BeyondBoundsError, check_values, read_text
+from tc_ray.config.bounds import BeyondBoundsError, BoundedLoader, check_values, read_text
 from tc_ray.config.schema import EMBEDDED, RunConfig
 from tc_ray.files import write_file
 from tc_ray.text import first_line
@@ -103,7 +103,7 @@ def describe_fields() -> list[FieldDoc]:
 # Reading
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -151,8 +151,6 @@ def read_sections(path: Path, origins: dict[_Path, str] | None = None) -> dict[s
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except BeyondBoundsError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply for a config") from None
     except (ValueError, TypeError) as error:  # a number of 5000 digits, a date that is none, a list as key
         raise ConfigError(f"{path}: holds a value that is none: {first_line(error)}") from None
     # An empty section ("pilot:" with all fields commented out) means its defaults.
