@@ -39,6 +39,12 @@ class BoundedLoader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
+    def increase_flow_level(self) -> None:
+        """As PyYAML does, which looks ahead from each bracket and takes seconds for thousands of them. Raises as above."""
+        if self.flow_level > MAX_DEPTH:
+            raise BeyondBoundsError("nested too deeply for a config")
+        super().increase_flow_level()  # type: ignore[misc]
+
 
 def read_text(path: Path) -> str:
     """Content of a YAML file.
