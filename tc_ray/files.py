@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise DamagedFileError(f"{path} is damaged: nested too deeply") from None
     except ValueError as error:
-        raise DamagedFileError(f"{path} is damaged: no JSON ({first_line(error)})") from None
+        raise DamagedFileError(f"{path} is damaged: not valid JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise DamagedFileError(f"{path} is damaged: it holds no JSON object")
     return content

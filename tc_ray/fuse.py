@@ -21,11 +21,13 @@ from typing import Any, TypeVar
 
 import tc_ray
 from tc_ray.config.redact import redact_command
+from tc_ray.files import read_json
 from tc_ray.models.copilot import CopilotConfig
 from tc_ray.models.fusion import FEEDBACKS, SPACES, write_settings
 from tc_ray.models.fusion.folder import FUSION_FILE, FusionSettings, read_settings
 from tc_ray.models.fusion.model import check_fit
 from tc_ray.models.source import model_identity, resolve_model, vocabulary_hash
+from tc_ray.text import first_line
 
 DEFAULT = FusionSettings(lam=0.5, space="probability", feedback="own")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")
@@ -265,19 +267,15 @@ def _open_weights(path: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = _read(lambda file: json.loads(file.read_text(encoding="utf-8")), path, "cannot be read")
-    if not isinstance(content, dict):
-        raise FuseError(f"{path} holds no JSON object")
-    return content
+    return _read(read_json, path, "cannot be read")
 
 
 def _read(reader: Callable[[Path], _Read], path: Path, problem: str) -> _Read:
     """`reader(path)`; what it cannot read is one line."""
     try:
         return reader(path)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise FuseError(f"{path} {problem}: {first[0]}") from error
+    except Exception as error:
+        raise FuseError(f"{path} {problem}: {first_line(error)}") from error
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------

@@ -10,13 +10,40 @@ from pathlib import Path
 
 import yaml
 
-MAX_BYTES = 65_536
-"""PyYAML reads about 50 KB a second."""
-MAX_VALUES = 100_000
+MAX_BYTES = 2**18
+MAX_VALUES = 10_000
+"""A whole config has about 200. PyYAML reads 20,000 a second, and long text 500 KB a second."""
+
+MAX_DEPTH = 50
 
 
 class BeyondBoundsError(ValueError):
     """The YAML is longer, or stands for more, than any config."""
+
+
+class BoundedLoader(yaml.SafeLoader):
+    """Stops at MAX_VALUES values, aliases counted as one each, and at MAX_DEPTH values within each other."""
+
+    _values = 0
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As PyYAML does, counted. Raises BeyondBoundsError."""
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise BeyondBoundsError(f"it holds more than {MAX_VALUES} values, so it is no config of tc-ray")
+        if self._depth > MAX_DEPTH:
+            raise BeyondBoundsError("nested too deeply for a config")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def increase_flow_level(self) -> None:
+        """As PyYAML does, which looks ahead from each bracket and takes seconds for thousands of them. Raises as above."""
+        if self.flow_level > MAX_DEPTH:
+            raise BeyondBoundsError("nested too deeply for a config")
+        super().increase_flow_level()  # type: ignore[misc]
 
 
 def read_text(path: Path) -> str:

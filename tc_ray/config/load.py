@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from tc_ray.config.bounds import BeyondBoundsError, check_values, read_text
+from tc_ray.config.bounds import BeyondBoundsError, BoundedLoader, check_values, read_text
 from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact, redact_override, remember
 from tc_ray.config.schema import EMBEDDED, TRACKING_VARIABLE, RunConfig
 from tc_ray.files import write_file
@@ -46,7 +46,7 @@ class FieldDoc:
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4` in order, and check it all.
+    """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4`, each given once, and check it all.
 
     The value of an override of a text or path field is taken as typed (`null` is none where the field may be null); other
     values are YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked up from the
@@ -134,7 +134,7 @@ def _refuse_fallback_for_given_files(config: RunConfig, origins: Mapping[_Path, 
 # Reading
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -182,8 +182,6 @@ def read_sections(path: Path, origins: dict[_Path, str] | None = None) -> dict[s
         raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from None
     except BeyondBoundsError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply for a config") from None
     except (ValueError, TypeError) as error:  # a number of 5000 digits, a date that is none, a list as key
         raise ConfigError(f"{path}: holds a value that is none: {redact(first_line(error))}") from None
     # An empty section ("pilot:" with all fields commented out) means its defaults.

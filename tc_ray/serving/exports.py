@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tc_ray.files import DamagedFileError, read_json
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.settings import ModelSettings
 from tc_ray.text import first_line
@@ -75,7 +76,7 @@ def check_tokenizer(export: Path) -> None:
 
     try:
         own = vocabulary_hash(AutoTokenizer.from_pretrained(export / "pilot", trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of other libraries, which raise anything where a file is torn
         raise ServingError(f"{export}/pilot has no readable tokenizer: {first_line(error)}") from error
     if own != trained:
         raise ServingError(
@@ -139,7 +140,7 @@ def _shapes(path: Path) -> list[list[int]]:
         tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         shapes = [list(entry["shape"]) for entry in tensors.values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ServingError(f"{path} is no safetensors file, or a damaged one") from error
     if size != 8 + length + end:
         raise ServingError(f"{path} is cut off or damaged: {size} bytes, {8 + length + end} expected")
@@ -173,12 +174,11 @@ def _signature(paths: Iterable[Path]) -> Signature:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ServingError(f"{path} is not valid JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ServingError(f"{path} holds no JSON object")
-    return content
+        return read_json(path)
+    except DamagedFileError as error:
+        raise ServingError(str(error)) from None
+    except OSError as error:
+        raise ServingError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _file(path: Path) -> bool:

@@ -143,6 +143,7 @@ HOSTILE_YAML = {
     "many aliases of one": ("log: &l [" + "x, " * 2000 + "x]\nm: [" + "*l, " * 2000 + "*l]\n", "aliases stand for"),
     "itself": ("log: &l\n  path: *l\n", "stands for itself"),
     "merged into itself": ("log: &l {<<: *l}\n", "stands for itself"),
+    "many values": ("log: [" + "1," * 100_000 + "1]", "holds more than"),
     "deep": ("log: " + "[" * 30_000, "nested too deeply"),
     "long": ("# x\n" * MAX_BYTES, "longer than"),
     "long number": ("log: {top_k: " + "9" * 5000 + "}\n", "holds a value that is none"),

@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tc_ray.files import read_json
+
 FUSION_FILE = "fusion.json"
 FORMAT = 1
 
@@ -41,7 +43,7 @@ def read_settings(folder: Path) -> FusionSettings:
     for part in ("pilot/config.json", "copilot/config.json", FUSION_FILE):
         if not (folder / part).is_file():
             raise NoFusedModelError(f"{folder} is not an exported fused model: {part} is missing")
-    settings = json.loads((folder / FUSION_FILE).read_text())
+    settings = read_json(folder / FUSION_FILE)
     if settings.get("format") != FORMAT:
         raise ValueError(
             f"{folder / FUSION_FILE}: format {settings.get('format')} is not known; this version reads {FORMAT}"
