@@ -1,13 +1,11 @@
 """Join a Copilot with a Pilot it was not trained beside (table 3): the work behind `tc-ray fuse`.
 
-Invariant: whatever can be known from configs, tokenizers and the headers of the weight files is checked before a weight
-is copied; nothing is loaded. The fused folder appears whole, by a rename, and never in place of another.
+Invariant: whatever can be known from configs, tokenizers and the weight files is checked before a weight is copied; no model is
+loaded. The fused folder appears whole, by a rename, and never in place of another.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
 import shutil
@@ -19,14 +17,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 import tc_ray
 from tc_ray.config.redact import redact_command
-from tc_ray.files import read_json
-from tc_ray.models.copilot import CopilotConfig
+from tc_ray.config.section import check_lam
+from tc_ray.files import FOLDER_MARKER, mark_whole, read_json, sync, write_json
+from tc_ray.models.copilot import Copilot, CopilotConfig
+from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.fusion import FEEDBACKS, SPACES, write_settings
 from tc_ray.models.fusion.folder import FUSION_FILE, FusionSettings, read_settings
 from tc_ray.models.fusion.model import check_fit
+from tc_ray.models.pilot import load_pilot
 from tc_ray.models.source import model_identity, resolve_model, vocabulary_hash
+from tc_ray.models.weights import WeightsError, check_files
 from tc_ray.text import first_line
 
 DEFAULT = FusionSettings(lam=0.5, space="probability", feedback="own")
@@ -104,6 +108,7 @@ def fuse_models(
     pilot_folder, source = _find_pilot(pilot), _find_copilot(copilot)
     files = {"pilot": _model_files(pilot_folder), "copilot": _model_files(source.folder)}
     config = _check(pilot_folder, source)
+    _check_weights(pilot_folder, source.folder, files)
     base = source.settings or DEFAULT
     settings = FusionSettings(
         base.lam if lam is None else lam, base.space if space is None else space, feedback or base.feedback
@@ -128,8 +133,11 @@ def fuse_models(
 
 
 def _check_choices(lam: float | None, space: str | None, feedback: str | None) -> None:
-    if lam is not None and not (math.isfinite(lam) and lam >= 0):
-        raise FuseError(f"--lam {lam} is not a number from 0 on")
+    if lam is not None:
+        try:
+            check_lam(lam, "--lam")
+        except ValueError as error:
+            raise FuseError(str(error)) from None
     for option, value, choices in (("space", space, SPACES), ("feedback", feedback, tuple(FEEDBACKS))):
         if value is not None and value not in choices:
             raise FuseError(f"--{option} {value!r} is not one of {', '.join(choices)}")
@@ -222,6 +230,17 @@ def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
     return config
 
 
+def _check_weights(pilot: Path, copilot: Path, files: dict[str, list[Path]]) -> None:
+    """Every tensor of both models is there, and every number is finite."""
+    try:
+        load_pilot(pilot, dtype=torch.float32, safetensors=True, names_only=True)
+        Copilot.from_pretrained(copilot, use_safetensors=True, device_map="meta")
+        for paths in files.values():
+            check_files(path for path in paths if path.suffix == ".safetensors")
+    except (WeightsError, NotFiniteError) as error:
+        raise FuseError(str(error)) from None
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
 
@@ -251,6 +270,8 @@ def _model_files(folder: Path) -> list[Path]:
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and not path.name.startswith(".") and path.suffix not in OTHER_WEIGHTS
+        # the marker names the files of a whole folder: the new one gets its own
+        if path.name != FOLDER_MARKER
     )
     return [*(folder / name for name in names), *others]
 
@@ -290,7 +311,9 @@ def _write(out: Path, files: dict[str, list[Path]], settings: FusionSettings, pr
             for path in paths:
                 shutil.copyfile(path, temporary / part / path.name)
         write_settings(temporary, **asdict(settings))
-        (temporary / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        os.rename(temporary, out)
+        write_json(temporary / "provenance.json", provenance)
+        mark_whole(temporary)
+        os.rename(temporary, out)  # never in place of another: unlike `publish_folder`
+        sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -17,7 +17,9 @@ import numpy as np
 
 from tc_ray.config.load import load_saved_config, require_secrets, save_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.files import is_whole
 from tc_ray.folder_lock import FolderLock
+from tc_ray.folder_owner import check_owner
 from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.repair import repair
@@ -37,6 +39,7 @@ FREE_TO_CHANGE = (
     "tracking",
     "fusion",
     "run.folder",
+    "run.trust_folder",
     "model.cache",
     "pilot.max_failures",
     "copilot.max_restarts",
@@ -83,6 +86,8 @@ def run_job(config: RunConfig) -> JobResult:
     config.run.folder = folder  # absolute: workers have other working directories
     if config.log.path is not None:
         config.log.path = Location(config.log.path).uri
+    if folder.exists():
+        check_owner(folder, trusted=config.run.trust_folder)
     _check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder, f"run {config.run.name}"), ray_session(config):
@@ -173,6 +178,7 @@ class _Job:
         from tc_ray.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
         from tc_ray.models.families import family_of
         from tc_ray.models.source import embedding_rows, resolve_model
+        from tc_ray.models.weights import check_folders
         from tc_ray.pilot.log_metadata import check_log
 
         model = self.config.model
@@ -187,6 +193,10 @@ class _Job:
                 f"model.pilot {model.pilot} cannot be read (code in a model folder is never run): {said}"
             ) from error
         encoder_decoder = family_of(self.shape).encoder_decoder
+        try:
+            check_folders(self.config, self.pilot_path, self.base_path)
+        except ValueError as error:
+            raise JobError(str(error)) from None
         if self.config.log.enabled:
             try:
                 check_log(self.config, self.shape)
@@ -284,14 +294,14 @@ class _Job:
     def _pilot_is_done(self) -> bool:
         import ray
 
-        if not (self.folder / "pilot" / "final" / "config.json").is_file():
+        if not is_whole(self.folder / "pilot" / "final"):
             return False
         return self.ledger is None or ray.get(self.ledger.state.remote()).pilot_done
 
     def _start_copilot(self) -> Any:
         if not self.config.log.enabled:
             return None
-        if (self.folder / "copilot" / "final" / "config.json").is_file():  # done in an earlier start
+        if is_whole(self.folder / "copilot" / "final"):  # done in an earlier start
             self.ledger.report_copilot.remote(self.rounds, self.rounds * self.config.copilot.steps_per_round)
             return None
         from tc_ray.copilot.group import CopilotGroup
@@ -378,14 +388,15 @@ class _Job:
         ProgressView().follow(status, self.stop_watching)
 
 
-def logged_error_size(log: Location) -> float:
-    """Mean squared error a target token (sum over V of l^2) in the last rounds of the log."""
+def logged_error_size(log: Location) -> float | None:
+    """Mean squared error a target token (sum over V of l^2) in the last rounds of the log; None: they hold no such token."""
     from tc_ray.mistakelog.reader import MistakeLog
 
     with MistakeLog(log) as mistakes:
-        last = max(file.round_max for file in mistakes.files)
+        last = max((file.round_max for file in mistakes.files), default=1)
         rounds = (max(1, last - ERROR_SIZE_ROUNDS + 1), last)
         table = mistakes.arrow(rounds, columns=["error_values", "error_rest"])
     errors = table["error_values"].combine_chunks().flatten().to_numpy()
     tokens = len(table["error_rest"].combine_chunks().flatten())
-    return float(np.square(errors, dtype=np.float64).sum() / tokens)
+    errors = errors[np.isfinite(errors)]  # rows of another writer may hold others
+    return float(np.square(errors, dtype=np.float64).sum() / tokens) if tokens else None

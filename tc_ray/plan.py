@@ -160,14 +160,17 @@ def make_plan(config: RunConfig) -> Plan:
 
     Raises:
         ConfigError: a secret is struck out. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without an adapter.
-        ValueError: layers that the model does not have, a base of the other architecture, positions it has no states of.
+        ValueError: layers that the model does not have, a base of the other architecture, positions it has no states of,
+            adapters on a matrix that is shared, weights that are missing.
         DataError: data that cannot be read.
     """
     require_secrets(config)
     notes: list[str] = []
     pilot, base = find_models(config, notes)
-    if pilot is not None and config.log.enabled:
-        _check_log(config, pilot)
+    if pilot is not None:
+        _check_weights(config, pilot, base)
+        if config.log.enabled:
+            _check_log(config, pilot)
     data = _data(config, pilot, notes)
     sizes = None
     if pilot is not None:
@@ -187,6 +190,13 @@ def make_plan(config: RunConfig) -> Plan:
         )
     steps = rounds * config.copilot.steps_per_round if rounds is not None and config.log.enabled else None
     return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes)
+
+
+def _check_weights(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None) -> None:
+    """As the job does, of folders that are on this machine."""
+    from tc_ray.models.weights import check_folders
+
+    check_folders(config, pilot.place, pilot.place if base is None else base.place)
 
 
 def _check_log(config: RunConfig, pilot: ModelConfig) -> None:

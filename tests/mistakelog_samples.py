@@ -31,6 +31,12 @@ def metadata(**changes: Any) -> LogMetadata:
     return dataclasses.replace(base, **changes)
 
 
+def finite_bits(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random bf16 numbers, as bits: all but NaN and infinity, which the log does not take."""
+    bits = rng.integers(0, 2**16, shape)
+    return np.where(bits & 0x7F80 == 0x7F80, bits & 0xBFFF, bits).astype(np.uint16)
+
+
 def random_records(
     rows: int,
     *,
@@ -62,7 +68,7 @@ def random_records(
         input_ids=rng.integers(0, 50, lengths.sum()).astype(np.int32),
         seq_offsets=offsets(lengths),
         target_start=starts,
-        rationale=rng.integers(0, 2**16, (int(positions.sum()), layers, DIM)).astype(np.uint16),
+        rationale=finite_bits(rng, (int(positions.sum()), layers, DIM)),
         rationale_offsets=offsets(positions),
         rationale_layers=layers,
         rationale_dim=DIM,
@@ -72,7 +78,7 @@ def random_records(
         token_loss=rng.random(total).astype(np.float32),
         token_correct=rng.random(total) < 0.5,
         target_offsets=offsets(targets),
-        question=rng.integers(0, 2**16, (int(starts.sum()), DIM)).astype(np.uint16) if question else None,
+        question=finite_bits(rng, (int(starts.sum()), DIM)) if question else None,
     )
 
 

@@ -76,7 +76,7 @@ def make_records(number: int, *, tokens: int, targets: int, width: int, top_k: i
         input_ids=dice.integers(0, 49152, ROWS * tokens).astype(np.int32),
         seq_offsets=offsets(tokens),
         target_start=np.full(ROWS, tokens - targets, np.int32),
-        rationale=dice.integers(0, 2**16, (ROWS * (tokens - 1), 1, width)).astype(np.uint16),
+        rationale=dice.integers(0, 0x7F80, (ROWS * (tokens - 1), 1, width)).astype(np.uint16),
         rationale_offsets=offsets(tokens - 1),
         rationale_layers=1,
         rationale_dim=width,

@@ -180,6 +180,8 @@ def export(
         if not texts.known:
             say(texts.note, error=True)
     say(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
+    if result.not_finite:
+        say(f"{result.not_finite:,} of them hold numbers that are not finite: null stands for each", error=True)
 
 
 @log.command("verify", cls=OnceCommand)
@@ -270,6 +272,9 @@ def _location(place: LogPlace) -> Any:
 
 def _refuse_damage(opened: MistakeLog) -> None:
     """What was shown lacks rows: a script must not take it for all there is."""
+    left_out = sum(opened.not_finite.values())
+    if left_out:
+        say(f"{left_out:,} rows hold numbers that are not finite and are left out above", error=True)
     if opened.bad_files:
         say(
             f"{len(opened.bad_files)} damaged files were passed over, their rows are missing above: "

@@ -82,7 +82,8 @@ class _Show:
             self._bar.stop()
 
     def __call__(self, progress: Progress) -> None:
-        loss = f"loss {progress.result.loss:.4f}" if progress.result is not None else "nothing to learn from"
+        result = progress.result
+        loss = "nothing to learn from" if result is None else f"loss {result.loss:.4f}" if result.taken else "left out"
         text = f"copilot step {progress.step}/{progress.total_steps} | round {progress.round} | {loss}"
         if self._bar is not None:
             self._bar.update(self._task, description=text, completed=progress.step, total=progress.total_steps)

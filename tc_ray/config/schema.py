@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from tc_ray.config.log import LogSection
 from tc_ray.config.redact import STRUCK_OUT, redact_address, redact_options, secrets_of
-from tc_ray.config.section import Fraction, NonNegative, Positive, Section
+from tc_ray.config.section import Fraction, Lam, NonNegative, Positive, Section
 
 _TRAINED_TEXT = ("plain_template", "completion_pattern", "system")
 """Fields of `data` that shape what is trained on: saved to the letter, whatever looks like an address in them."""
@@ -30,6 +30,10 @@ class RunSection(Section):
     name: str = Field("tc-ray", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name: letters, digits, . _ -")
     folder: Path | None = Field(None, description="run folder; default outputs/<name>. An existing one is resumed.")
     seed: int = Field(17, description="seeds data order, initialisation, dropout and sampling")
+    trust_folder: bool = Field(
+        False,
+        description="go on in a run folder that holds files of another user: its checkpoints are pickles, which can run any code",
+    )
 
     @property
     def path(self) -> Path:
@@ -262,7 +266,7 @@ class FusionSection(Section):
     num_beams: Positive = Field(
         1, description="beams that completions are decoded with (metric: exact_match); 1 is greedy"
     )
-    lam_grid: list[float] = Field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
+    lam_grid: list[Lam] = Field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
     max_new_tokens: Positive = 64
     eval_batch_size: Positive = 32
     max_validation_rows: Positive | None = Field(None, description="validation rows used to choose lambda")
@@ -272,8 +276,6 @@ class FusionSection(Section):
     def _zero_among_choices(self) -> FusionSection:
         if 0.0 not in self.lam_grid:
             raise ValueError("lam_grid must contain 0.0, so that 'the Copilot does not help' can be found out")
-        if any(x < 0 for x in self.lam_grid):
-            raise ValueError("lam_grid holds a negative value")
         return self
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+MAX_LAM = 10.0
+"""Largest lambda of equation 8 that a config, an exported folder or a request may ask for."""
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")  # noqa: TRY004 - pydantic takes ValueError
+    return value
+
+
+Lam = Annotated[float, BeforeValidator(_no_flag), Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -15,3 +26,18 @@ class Section(BaseModel):
     """Base of all sections: unknown keys and numbers that are not finite are refused, values are checked on assignment."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True, protected_namespaces=())
+
+
+def check_lam(value: Any, where: str) -> float:
+    """A lambda that was read from a file or the command line, as a float.
+
+    Args:
+        where: names the file and field, or the option, for the error.
+
+    Raises:
+        ValueError: it is no number (true and false are none), not finite, or outside 0..MAX_LAM.
+    """
+    # NaN is in no range
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_LAM:
+        raise ValueError(f"{where} is {str(value)[:80]}: lambda must be a number from 0 to {MAX_LAM:g}")
+    return float(value)

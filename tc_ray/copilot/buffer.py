@@ -1,6 +1,6 @@
 """The Copilot's training buffer: records of the most recent rounds (paper A.3: 128), drawn uniformly.
 
-Invariant: a draw depends only on the rows held and the step's seed, so every learner worker makes the same draw and
+Invariant: every number of a record held is finite. A draw depends only on the rows held and the step's seed, so every learner worker makes the same draw and
 takes its own part of it, and a restarted learner draws what the killed one would have.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.mistakelog.finite import only_finite
 from tc_ray.mistakelog.records import Records
 
 _DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
@@ -27,9 +28,13 @@ class RoundBuffer:
         self._files: dict[str, Records] = {}
         self._index: np.ndarray | None = None
         self._names: list[str] = []
+        self.left_out = 0
+        """Records that held a NaN or an infinity: one would spoil every weight of the Copilot."""
 
     def add(self, name: str, records: Records) -> None:
-        """Take the records of a data file."""
+        """Take the records of a data file whose numbers are all finite."""
+        records, left_out = only_finite(records)
+        self.left_out += left_out
         if self._max_seen is not None:
             records = records.select(np.flatnonzero(records.seen <= self._max_seen))
         if len(records):

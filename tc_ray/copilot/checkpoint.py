@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tc_ray.copilot.learner import Learner
-from tc_ray.files import sync, sync_tree
+from tc_ray.files import DamagedFileError, is_whole, publish_folder, read_json_as, write_json
 
 _POSITION = "position.json"
 
@@ -27,49 +26,75 @@ class Position:
 def save(
     learner: Learner, root: Path, position: Position, *, keep: int = 2, inputs: Mapping[str, str] | None = None
 ) -> Path:
-    """Write `root/step-NNNNNN` by a rename, then remove all but the newest `keep`.
+    """Publish `root/step-NNNNNN` whole, then remove all but the newest `keep`.
 
     Args:
         inputs: hashes of what the run started from, see `latest_inputs`.
+
+    Raises:
+        NotFiniteError: a weight is not finite; the checkpoints before stand.
     """
     folder = root / f"step-{position.step:06d}"
     temporary = root / f"{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     learner.save(temporary)
-    (temporary / _POSITION).write_text(json.dumps(asdict(position) | {"inputs": dict(inputs or {})}))
-    sync_tree(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
-    sync(root)
-    for old in _complete(root)[:-keep]:
+    write_json(temporary / _POSITION, asdict(position) | {"inputs": dict(inputs or {})})
+    publish_folder(temporary, folder)
+    for old in _whole(root)[:-keep]:
         shutil.rmtree(old)
     return folder
 
 
 def restore(learner: Learner, root: Path) -> Position | None:
-    """Load the newest checkpoint into the learner; None when there is none."""
-    complete = _complete(root)
-    if not complete:
+    """Load the newest whole checkpoint into the learner; None when there is none.
+
+    Raises:
+        ValueError, NotFiniteError: see `Learner.load`.
+    """
+    whole = _whole(root)
+    if not whole:
         return None
-    learner.load(complete[-1])
-    return _read(complete[-1])[0]
+    learner.load(whole[-1])
+    return _read(whole[-1]).position
 
 
 def latest_inputs(root: Path) -> tuple[Position, dict[str, str]] | None:
     """Position and inputs of the newest checkpoint, or None."""
-    complete = _complete(root)
-    return _read(complete[-1]) if complete else None
+    whole = _whole(root)
+    if not whole:
+        return None
+    newest = _read(whole[-1])
+    return newest.position, newest.inputs
 
 
-def _read(folder: Path) -> tuple[Position, dict[str, str]]:
-    fields = json.loads((folder / _POSITION).read_text())
-    inputs = fields.pop("inputs", {})
-    return Position(**fields), inputs
+@dataclass(frozen=True)
+class _Content:
+    """Content of position.json."""
+
+    step: int
+    round: int
+    version: int
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def position(self) -> Position:
+        return Position(self.step, self.round, self.version)
 
 
-def _complete(root: Path) -> list[Path]:
-    found = (p.parent for p in root.glob(f"step-*/{_POSITION}") if not p.parent.name.endswith(".tmp"))
+def _read(folder: Path) -> _Content:
+    return read_json_as(folder / _POSITION, _Content)
+
+
+def _whole(root: Path) -> list[Path]:
+    """Folders that can be restored, oldest first; a damaged one counts as none, so that the one before it is taken."""
+    found = []
+    for folder in root.glob("step-*"):
+        if folder.name.endswith(".tmp") or not is_whole(folder):
+            continue
+        with contextlib.suppress(DamagedFileError, OSError):
+            _read(folder)
+            found.append(folder)
     return sorted(
         found, key=lambda folder: int(folder.name.split("-")[1])
     )  # by number: a seventh digit sorts before six

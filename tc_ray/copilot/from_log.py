@@ -59,6 +59,8 @@ class TrainedCopilot:
     loss: float | None
     uncorrected: float | None
     bad_files: int
+    left_out_steps: int
+    left_out_records: int
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -68,6 +70,10 @@ class TrainedCopilot:
             told.append(f"loss      {self.loss:.4f} over the last tenth{beside}")
         if self.bad_files:
             told.append(f"damaged   {self.bad_files} file(s) of the log were passed over: tc-ray log verify names them")
+        if self.left_out_steps or self.left_out_records:
+            told.append(
+                f"left out  {self.left_out_records} records and {self.left_out_steps} steps: they held numbers that are not finite"
+            )
         return [*told, f"fuse      tc-ray fuse --pilot PILOT --copilot {self.folder} --out FOLDER"]
 
 
@@ -120,6 +126,8 @@ def train_from_log(
         # the root mean square of the logged errors is what the RMSE of f = 0 is; of the other losses it is no value at all
         float(np.mean([result.error_size for result in last])) if last and config.copilot.loss == "rmse" else None,
         len(mistakes.bad_files),
+        learner.left_out.count,
+        source.left_out,
     )
 
 
@@ -139,7 +147,7 @@ def _train(
         for step in range(at.step, source.total_steps):
             records = source.batch(step)
             result = learner.step(batch_from_records(records)) if records is not None else None
-            if result is not None:
+            if result is not None and result.taken:
                 taken.append(result)
                 point = {"step": step + 1, "round": source.round(step), "time": time.time()}
                 points.write(json.dumps(point | {"loss": result.loss, "error_size": result.error_size}) + "\n")

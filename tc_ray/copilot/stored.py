@@ -16,6 +16,7 @@ import numpy as np
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.batching import pooled_records
 from tc_ray.copilot.buffer import RoundBuffer, draw
+from tc_ray.mistakelog.finite import all_finite
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.store import StoredFile
@@ -29,6 +30,10 @@ class BatchSource(Protocol):
     """Where the batches of a training come from."""
 
     total_steps: int
+
+    @property
+    def left_out(self) -> int:
+        """Records passed over so far because they hold a NaN or an infinity."""
 
     def batch(self, step: int) -> Records | None:
         """Records of a step, from 0; None: there is nothing to learn from at it. Steps are asked for in order."""
@@ -61,6 +66,11 @@ class Replay:
                 self._buffer.add(f"round-{self._at}", records)
         return draw(self._buffer, self._config, step) if len(self._buffer) else None
 
+    @property
+    def left_out(self) -> int:
+        """See `BatchSource`."""
+        return self._buffer.left_out
+
     def round(self, step: int) -> int:
         """See `BatchSource`."""
         return step // self._config.copilot.steps_per_round + 1
@@ -78,6 +88,7 @@ class Epochs:
         self._order: np.ndarray = np.zeros((0, 3), np.int64)
         self._epoch = -1
         self._held: dict[int, Records | None] = {}
+        self.left_out = 0
 
     def batch(self, step: int) -> Records | None:
         """See `BatchSource`."""
@@ -119,7 +130,11 @@ class Epochs:
         records, most = self._held[file], self._config.copilot.max_seen
         if records is None or (most is not None and records.seen[row] > most):
             return None
-        return pooled_records(records.select([row]), self._config.log.pooling)
+        record = pooled_records(records.select([row]), self._config.log.pooling)
+        if all_finite(record):
+            return record
+        self.left_out += 1
+        return None
 
 
 class _Rounds:

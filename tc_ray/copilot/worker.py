@@ -61,6 +61,7 @@ class CopilotWorker:
         torch.set_num_threads(job.config.resources.copilot_threads)
         self.job, self.config, self.rank, self.world_size = job, job.config, rank, world_size
         self.folder = job.config.run.path / "copilot"
+        self.left_out = {"left_out_steps": 0.0, "left_out_records": 0.0}
 
     def address(self) -> str:
         """host:port that the process group meets at."""
@@ -116,6 +117,7 @@ class CopilotWorker:
                 continue
             result = learner.step(self._batch(buffer, at.step))
             at = Position(at.step + 1, (at.step + 1) // self.config.copilot.steps_per_round, version)
+            self._report_left_out(at, learner.left_out.count, buffer.left_out)
             self._report(at, result)
             if at.step % self.config.copilot.checkpoint_every_steps == 0 or at.step == self.job.total_steps:
                 self._save(learner, at)
@@ -152,6 +154,17 @@ class CopilotWorker:
             self.job.ledger.quarantine.remote(error.name, error.reason)
             self.job.tracker.event.remote("damaged", f"log file {error}; training goes on without its rows")
 
+    def _report_left_out(self, at: Position, steps: int, records: int) -> None:
+        """Counts of what was not finite in this start; an event for the first of each."""
+        now = {"left_out_steps": float(steps), "left_out_records": float(records)}
+        for name, what in (
+            ("left_out_steps", "its loss or gradient is not finite, the update is left out"),
+            ("left_out_records", f"{records} records of the log hold numbers that are not finite, they are left out"),
+        ):
+            if now[name] and not self.left_out[name] and not self.rank:
+                self.job.tracker.event.remote("not finite", f"Copilot step {at.step}: {what}; further ones are counted")
+        self.left_out = now
+
     def _batch(self, buffer: RoundBuffer, step: int) -> CopilotBatch:
         size = self.config.copilot.batch_size
         drawn = draw(buffer, self.config, step)
@@ -168,6 +181,7 @@ class CopilotWorker:
                 "error_size": result.error_size,
                 "learning_rate": result.learning_rate,
                 "tokens": float(result.tokens),
+                **self.left_out,
             }
             self.job.tracker.copilot.remote(at.round, at.step, metrics)
 

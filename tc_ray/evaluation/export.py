@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import filecmp
 import platform
 import shutil
 import sys
@@ -15,6 +14,7 @@ from tc_ray.config.load import save_config
 from tc_ray.config.redact import redact_command
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
+from tc_ray.files import FOLDER_MARKER, publish_folder, write_json
 from tc_ray.models.fusion import write_settings
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
@@ -26,8 +26,8 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
     temporary, target = run / "export.tmp", run / "export"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    shutil.copytree(run / "pilot" / "final", temporary / "pilot")
-    shutil.copytree(run / "copilot" / "final", temporary / "copilot")
+    for part in ("pilot", "copilot"):
+        _copy(run / part / "final", temporary / part)
     write_settings(temporary, lam=report.exported_lam, space=report.space, feedback=report.feedback)
     save_config(config, temporary / "config.yaml")
     provenance = {
@@ -40,7 +40,15 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
         "command": redact_command(sys.argv),
         "verdict": report.verdict,
     }
-    (temporary / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
+    write_json(temporary / "provenance.json", provenance)
+    publish_folder(temporary, target)
     return target
+
+
+def _copy(final: Path, copy: Path) -> None:
+    """The files of a trained model, byte for byte: what was compared with the trained one when it was written."""
+    # its marker stays behind: that of the export names all files
+    shutil.copytree(final, copy, ignore=shutil.ignore_patterns(FOLDER_MARKER))
+    for file in copy.iterdir():
+        if not filecmp.cmp(final / file.name, file, shallow=False):
+            raise OSError(f"{file} differs from {final / file.name}, of which it is a copy; start the run again")

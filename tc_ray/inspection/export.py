@@ -6,6 +6,7 @@ nothing that is there already is replaced. Files of the log are read one at a ti
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -61,6 +62,8 @@ class Export:
     rows: int
     files: int
     bytes: int
+    not_finite: int = 0
+    """Rows with a NaN or an infinity, which JSON cannot say: null stands for each. (In Parquet they stay, uncounted.)"""
 
 
 def export_parquet(
@@ -137,24 +140,24 @@ def export_jsonl(
     try:
         if folder:
             temporary.mkdir(parents=True)
-        rows = 0
+        rows = not_finite = 0
         with (temporary / "rows.jsonl" if folder else temporary).open("w", encoding="utf-8") as file:
             for _, table in log.tables(rounds, read):
                 for batch in table.to_batches(max_chunksize=_ROWS):
-                    for line in _objects(log, batch, texts, fields):
+                    decoded = decode(batch, log.metadata, others=OTHERS)
+                    rows, not_finite = rows + len(decoded), not_finite + int((~decoded.finite).sum())
+                    for line in _objects(log, batch, decoded, texts, fields):
                         file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-                        rows += 1
         _refuse_gaps(log)
-        return _finish(temporary, out, rows, 1)
+        return dataclasses.replace(_finish(temporary, out, rows, 1), not_finite=not_finite)
     finally:
         _discard(temporary)
 
 
 def _objects(
-    log: MistakeLog, batch: pa.RecordBatch, texts: TokenTexts, fields: Sequence[str]
+    log: MistakeLog, batch: pa.RecordBatch, rows: Rows, texts: TokenTexts, fields: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    rows = decode(batch, log.metadata, others=OTHERS)
-    loss, wrong = rows.sums(rows.loss), rows.sums(~rows.correct)
+    wrong = rows.sums(~rows.correct)
     for i in range(len(rows)):
         part = slice(int(rows.target_offsets[i]), int(rows.target_offsets[i + 1]))
         ids = rows.input_ids[int(rows.seq_offsets[i]) : int(rows.seq_offsets[i + 1])].tolist()
@@ -166,7 +169,7 @@ def _objects(
             "rank": int(rows.rank[i]),
             "sample_id": int(rows.sample_id[i]),
             "seen": int(rows.seen[i]),
-            "loss": float(loss[i]) / count if count else None,
+            "loss": _number(rows.loss[part].sum(dtype=np.float64) / count) if count else None,
             "wrong": int(wrong[i]),
             "input_ids": ids,
             "target_start": start,
@@ -179,13 +182,15 @@ def _objects(
             line["tokens"] = [_token(rows, place, texts) for place in range(part.start, part.stop)]
         if "states" in fields or "states_first" in fields:
             stored = _states(batch.column("rationale")[i], log.metadata.rationale_layers, log.metadata.rationale_dim)
-            line["states"], line["states_first"] = stored.tolist(), len(ids) - 1 - len(stored)
+            states = stored.astype(object)
+            states[~np.isfinite(stored)] = None
+            line["states"], line["states_first"] = states.tolist(), len(ids) - 1 - len(stored)
         yield {name: line[name] for name in fields}
 
 
 def _token(rows: Rows, place: int, texts: TokenTexts) -> dict[str, Any]:
     others = [
-        {"id": int(token), "text": texts.raw(int(token)), "p": float(p)}
+        {"id": int(token), "text": texts.raw(int(token)), "p": _number(p)}
         for token, p in zip(rows.others[place], rows.p_others[place], strict=True)
         if token != UNKNOWN
     ]
@@ -193,12 +198,17 @@ def _token(rows: Rows, place: int, texts: TokenTexts) -> dict[str, Any]:
     return {
         "id": truth,
         "text": texts.raw(truth),
-        "p": math.exp(-float(rows.loss[place])),
-        "error": float(rows.error[place]),
-        "loss": float(rows.loss[place]),
+        "p": _number(np.exp(-rows.loss[place].astype(np.float64))),
+        "error": _number(rows.error[place]),
+        "loss": _number(rows.loss[place]),
         "correct": bool(rows.correct[place]),
         "instead": others,
     }
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which has neither NaN nor infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _states(cell: pa.Scalar, layers: int, dim: int) -> Array:

@@ -49,7 +49,8 @@ def report_page(log: MistakeLog, texts: TokenTexts, rounds: tuple[int, int] | No
     """
     stats = collect(log, rounds)
     if len(stats.samples) == 0:
-        raise ValueError(f"the log of run {stats.metadata.run} has no target token to report on yet")
+        left_out = f"; {stats.not_finite} rows hold numbers that are not finite" if stats.not_finite else ""
+        raise ValueError(f"the log of run {stats.metadata.run} has no target token to report on yet{left_out}")
     across = across_epochs(stats.samples, ACROSS_EACH)
     worst = [int(i) for i in stats.hardest(WORST)]
     ids = [int(stats.samples.ids[i]) for i in [place for _, place in across] + worst]
@@ -118,7 +119,11 @@ def _header(stats: LogStats, texts: TokenTexts) -> str:
     ]
     if stats.dropped:
         facts.insert(
-            3, ("Dropped", f"{stats.dropped:,} records were not written: the log was full or could not be reached")
+            3, ("Dropped", f"{stats.dropped:,} records were not written: the log could not be, or they were not finite")
+        )
+    if stats.not_finite:
+        facts.insert(
+            3, ("Left out", f"{stats.not_finite:,} rows hold numbers that are not finite, counted nowhere here")
         )
     if stats.bad_files:
         facts.insert(

@@ -72,6 +72,8 @@ class Rows:
     """float32 [T], nats."""
     correct: Array
     """bool [T], the true token was ranked first."""
+    finite: Array
+    """bool [N], no error and no loss of the row is NaN or infinite."""
 
     def __len__(self) -> int:
         return len(self.round)
@@ -109,7 +111,7 @@ def stream(
     """Rows of the log, some thousands at a time, file by file in the order of rounds.
 
     A file that is not what was committed, or whose rows contradict themselves, is passed over whole and stands in
-    `log.bad_files`.
+    `log.bad_files`. Rows with a NaN or an infinity are passed over and counted in `log.not_finite`.
 
     Args:
         rounds: first and last round, both included; None: all.
@@ -121,7 +123,13 @@ def stream(
         if wanted is not None:
             table = table.filter(pc.is_in(table["sample_id"], value_set=wanted))
         try:
-            parts = [decode(batch, log.metadata, others=others) for batch in table.to_batches(max_chunksize=_ROWS)]
+            parts, left_out = [], 0
+            for batch in table.to_batches(max_chunksize=_ROWS):
+                part = decode(batch, log.metadata, others=others)
+                if not part.finite.all():
+                    left_out += int((~part.finite).sum())
+                    part = decode(batch.filter(pa.array(part.finite)), log.metadata, others=others)
+                parts.append(part)
             for part in parts:
                 if len(part) and (part.round.min() < file.round_min or part.round.max() > file.round_max):
                     raise LogSchemaError(f"rows of rounds outside {file.round_min} to {file.round_max}")
@@ -129,6 +137,8 @@ def stream(
             if file.name not in {bad.name for bad in log.bad_files}:
                 log.bad_files.append(BadFileError(file.name, str(error)))
             continue
+        if left_out:  # of one reading: another may have asked for other rounds
+            log.not_finite[file.name] = max(left_out, log.not_finite.get(file.name, 0))
         yield from (part for part in parts if len(part))
 
 
@@ -158,6 +168,7 @@ def decode(batch: pa.RecordBatch, metadata: LogMetadata, *, others: int = 1) -> 
     if not np.array_equal(value_offsets, target_offsets * width):
         raise LogSchemaError(f"error_values of a row are not {width} for each target token")
     table = values.reshape(len(loss), width)
+    bad = np.concatenate([[0], np.cumsum(~(np.isfinite(table).all(1) & np.isfinite(loss)))])
     if metadata.error == "dense":
         error = table[np.arange(len(truth)), truth]
         ids, probabilities = _largest(table, None, truth, others)
@@ -188,6 +199,7 @@ def decode(batch: pa.RecordBatch, metadata: LogMetadata, *, others: int = 1) -> 
         p_others=probabilities,
         loss=loss,
         correct=correct,
+        finite=bad[target_offsets[1:]] == bad[target_offsets[:-1]],
     )
 
 

@@ -122,11 +122,13 @@ def sights_of(log: MistakeLog, sample: int, round: int | None = None) -> list[Si
     """
     sights = find_sights(log, [sample])[sample]
     if not sights:
+        spoilt = sum(log.not_finite.values())
         ids = np.asarray(log.arrow(columns=["sample_id"])["sample_id"])
         has = (
             f"its samples are {ids.min()} to {ids.max()}, {len(np.unique(ids))} of them" if len(ids) else "it is empty"
         )
-        raise SampleNotFoundError(f"the log has no row of sample {sample}; {has}")
+        left_out = f"; rows with numbers that are not finite are not shown: {spoilt}" if spoilt else ""
+        raise SampleNotFoundError(f"the log has no row of sample {sample}; {has}{left_out}")
     chosen = [sight for sight in sights if round is None or sight.round == round]
     if not chosen:
         rounds = ", ".join(str(sight.round) for sight in sights)

@@ -65,8 +65,10 @@ class LogStats:
     bytes: int
     bad_files: list[str]
     """Files of this version that could not be read, and are not counted anywhere here."""
+    not_finite: int
+    """Rows with a NaN or an infinity among their errors and losses, counted nowhere else here."""
     dropped: int
-    """Records of these rounds that were never written, because the log could not be (`log.full_policy`)."""
+    """Records of these rounds that were never written: the log could not be (`log.full_policy`), or they were not finite."""
     first_round: int
     last_round: int
     by_round: Totals
@@ -127,6 +129,7 @@ class LogStats:
             "files": self.files,
             "bytes": self.bytes,
             "bad_files": self.bad_files,
+            "not_finite_rows": self.not_finite,
             "dropped_rows": self.dropped,
             "rounds": {"first": self.first_round, "last": self.last_round, "with_rows": self.rounds_with_rows},
             "samples": len(table),
@@ -221,6 +224,7 @@ def collect(
         files=len(chosen),
         bytes=sum(file.bytes for file in chosen),
         bad_files=[str(bad) for bad in log.bad_files],
+        not_finite=sum(log.not_finite.values()),
         dropped=_dropped(log, first, last),
         first_round=first,
         last_round=last,

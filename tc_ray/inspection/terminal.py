@@ -41,9 +41,11 @@ def stats_view(stats: LogStats, texts: TokenTexts, size: str, top: int) -> Rende
             "not read",
             f"{len(stats.bad_files)} bad files, not counted below: {visible(', '.join(stats.bad_files[:3]))}",
         )
+    if stats.not_finite:
+        facts.add_row("left out", f"{stats.not_finite:,} rows hold numbers that are not finite, not counted below")
     if stats.dropped:
         facts.add_row(
-            "dropped", f"{stats.dropped:,} records were not written: the log was full or could not be reached"
+            "dropped", f"{stats.dropped:,} records were not written: the log could not be, or they were not finite"
         )
     if stats.rows == 0:
         facts.add_row("rows", "none")

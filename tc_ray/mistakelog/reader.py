@@ -139,6 +139,8 @@ class MistakeLog:
         self._files = self._store.files()
         self.bad_files: list[BadFileError] = []
         """Files found damaged so far: their rows are in nothing that this object returned."""
+        self.not_finite: dict[str, int] = {}
+        """Rows with a NaN or an infinity that inspection has passed over, by file."""
 
     @property
     def location(self) -> Location:

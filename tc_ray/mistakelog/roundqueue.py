@@ -57,6 +57,8 @@ class RoundQueue:
         """Micro-batches waiting."""
         self.dropped = 0
         """Records dropped so far."""
+        self.not_finite = 0
+        """Of those, records with a NaN or an infinity."""
 
     def __bool__(self) -> bool:
         return bool(self._entries)
@@ -86,11 +88,12 @@ class RoundQueue:
         self._entries.clear()
         self.depth = 0
 
-    def drop(self, round: int, count: int) -> None:
+    def drop(self, round: int, count: int, *, not_finite: bool = False) -> None:
         """Count records that will not be in the log."""
         if count:
             self._drops[round] = self._drops.get(round, 0) + count
             self.dropped += count
+            self.not_finite += count if not_finite else 0
 
     def drop_waiting(self) -> None:
         """Throw away the waiting micro-batches, counted; the ends of rounds stay."""

@@ -2,7 +2,7 @@
 
 For each file of a version: is it there, with the committed size, SHA-256 and CRC-32; is it Parquet with this log's columns and
 the committed number of rows; do its rows keep the invariants of `Records`, belong to this run and lie in the committed
-rounds. Over all files: is every (round, sample_id) there once. Beside them: Parquet files that are not in the table. Damage is named
+rounds; are their numbers finite. Over all files: is every (round, sample_id) there once. Beside them: Parquet files that are not in the table. Damage is named
 file by file and never stops the rest. Called by `tc-ray log verify`.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from tc_ray.mistakelog.datafile import BadFileError
+from tc_ray.mistakelog.finite import only_finite
 from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.quarantine import Quarantined, quarantined, set_aside
@@ -41,6 +42,8 @@ class Verification:
     """Files committed without a checksum (by another tool): read and found well-formed, but perhaps altered."""
     twice: int = 0
     """Rows whose (round, sample_id) was there before."""
+    not_finite: int = 0
+    """Rows that hold a NaN or an infinity: they are what was committed, but nothing can be learned from them."""
     orphans: list[str] = field(default_factory=list)
     """Parquet files in the folder that are not in this version: left by writers that died, removed ones that wait for
     vacuum, or foreign ones. No reader sees them."""
@@ -52,7 +55,7 @@ class Verification:
     @property
     def good(self) -> bool:
         """Nothing is wrong with what readers see."""
-        return not self.bad and not self.twice
+        return not self.bad and not self.twice and not self.not_finite
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -62,6 +65,10 @@ class Verification:
         told += [f"BAD {error.name}: {error.reason}" for error in self.bad]
         if self.twice:
             told.append(f"BAD {self.twice} rows have the round and sample of another row")
+        if self.not_finite:
+            told.append(
+                f"BAD {self.not_finite:,} rows hold numbers that are not finite: the Copilot and statistics leave them out"
+            )
         told += [f"no checksum (not committed by tc-ray): {name}" for name in self.unchecked]
         for when, lines in (("quarantined earlier", self.quarantined_before), ("quarantined", self.quarantined)):
             for line in lines:
@@ -72,7 +79,7 @@ class Verification:
                 f"{len(self.orphans)} Parquet files beside the table, which no reader sees (`tc-ray log vacuum` removes ours)"
             )
         told.append(
-            "every file is what was committed" if self.good else f"{len(self.bad)} of {self.files} files are bad"
+            f"{len(self.bad)} of {self.files} files are bad" if self.bad else "every file is what was committed"
         )
         return told
 
@@ -88,14 +95,15 @@ class Verification:
             "bad": [{"name": error.name, "reason": error.reason} for error in self.bad],
             "unchecked": self.unchecked,
             "twice": self.twice,
+            "not_finite": self.not_finite,
             "orphans": self.orphans,
             "quarantined": [asdict(line) for line in self.quarantined],
             "quarantined_before": [asdict(line) for line in self.quarantined_before],
         }
 
 
-def check_file(store: LogStore, file: StoredFile) -> pa.Table:
-    """Rows of one file, everything about it checked.
+def check_file(store: LogStore, file: StoredFile) -> tuple[pa.Table, int]:
+    """Rows of one file, everything about it checked, and how many hold a NaN or an infinity.
 
     Raises:
         BadFileError: the first thing that is wrong with it.
@@ -105,7 +113,7 @@ def check_file(store: LogStore, file: StoredFile) -> pa.Table:
     if file.sha256 and hashlib.sha256(store.location.buffer(file.name)).hexdigest() != file.sha256:
         raise BadFileError(file.name, "its bytes differ from those committed (SHA-256)")
     if not rows.num_rows:
-        return rows
+        return rows, 0
     runs = rows.column("run").unique().to_pylist()
     if runs != [store.metadata.run]:
         raise BadFileError(file.name, f"rows of run {runs}, this is the log of {store.metadata.run!r}")
@@ -119,7 +127,7 @@ def check_file(store: LogStore, file: StoredFile) -> pa.Table:
             file.name,
             f"rounds {records.round.min()} to {records.round.max()}, committed as {file.round_min} to {file.round_max}",
         )
-    return rows
+    return rows, only_finite(records)[1]
 
 
 def verify(store: LogStore, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
@@ -133,11 +141,12 @@ def verify(store: LogStore, progress: Callable[[int, int], None] = lambda done, 
     keys = []
     for number, file in enumerate(files, 1):
         try:
-            rows = check_file(store, file)
+            rows, not_finite = check_file(store, file)
         except BadFileError as error:
             result.bad.append(error)
         else:
             result.rows += rows.num_rows
+            result.not_finite += not_finite
             result.bytes += file.bytes
             keys.append(np.stack([rows.column(name).to_numpy() for name in ("round", "sample_id")], axis=1))
             if file.sha256 is None and file.crc32 is None:

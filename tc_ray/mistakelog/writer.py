@@ -1,10 +1,10 @@
 """The record writer of one Pilot worker: a bounded queue and one thread between the training step and the disk.
 
-Invariant: a data file holds whole rounds of one rank, in order, and is handed to the Ledger only when it is complete and
-on disk; `flush` returns True only after the Ledger acknowledged. Every record that was put is in the log or counted as dropped
-in the commit that covers its round. The step waits for the disk only when the queue was full, until half is free or a file is
-cut, or not at all by policy, and both are counted. In memory are at most the queue, the round that has not ended, and the rows of the file being written
-(`file_bytes` and one round). Called by the Pilot's loop: `put` a micro-batch, `end_round`, and at checkpoints `flush`.
+Invariant: a data file holds whole rounds of one rank, in order, and no NaN or infinity, and is handed to the Ledger only when it
+is complete and on disk; `flush` returns True only after the Ledger acknowledged. Every record that was put is in the log or
+counted as dropped in the commit that covers its round. The step waits for the disk only when the queue was full, until half is
+free or a file is cut, or not at all by policy, and both are counted. In memory are at most the queue, the round that has not
+ended, and the rows of the file being written (`file_bytes` and one round). Called by the Pilot's loop: `put`, `end_round`, `flush`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from tc_ray.mistakelog.datafile import TEMPORARY_SUFFIX, Compression, DataFile, file_name
+from tc_ray.mistakelog.finite import only_finite
 from tc_ray.mistakelog.heldpart import HeldPart
 from tc_ray.mistakelog.ledger import FencedError
 from tc_ray.mistakelog.location import Location
@@ -234,15 +235,15 @@ class RecordWriter:
     def stats(self) -> dict[str, float]:
         """Counts since this writer was made.
 
-        records (accepted by `put`), dropped_records (all that are not in the log because it could not be written, also those
-        accepted first: stop), bytes (of acknowledged files), blocked_seconds (`put` waiting for a full queue),
-        full_seconds (the log could not be written), queue_depth (micro-batches waiting now), acknowledged_round (last
-        round that the Ledger has acknowledged).
+        records (accepted by `put`), dropped_records (of all, those not in the log), not_finite_records (of those, dropped for a
+        NaN or an infinity), bytes (of acknowledged files), blocked_seconds (`put` waiting for a full queue), full_seconds (the
+        log could not be written), queue_depth (micro-batches waiting now), acknowledged_round (last one acknowledged).
         """
         with self._changed:
             return {
                 "records": self._records,
                 "dropped_records": self._queue.dropped,
+                "not_finite_records": self._queue.not_finite,
                 "bytes": self._file_total_bytes,
                 "blocked_seconds": self._blocked_seconds,
                 "full_seconds": self._outage.seconds,
@@ -292,13 +293,16 @@ class RecordWriter:
             return entry
 
     def _take(self, batch: Batch) -> None:
-        if not isinstance(batch.records, Records):
-            records = batch.records.resolve()
+        records = batch.records
+        if not isinstance(records, Records):
+            records = records.resolve()
             self._check_origin(records, batch.round)
             if len(records) != batch.count:
                 raise ValueError(f"{len(records)} records came from the device, {batch.count} were put")
-            batch = Batch(batch.round, batch.count, records)
-        self._unfinished.append(batch)
+        records, left_out = only_finite(records)
+        with self._changed:
+            self._queue.drop(batch.round, left_out, not_finite=True)
+        self._unfinished.append(Batch(batch.round, len(records), records))
 
     def _write_round(self, round: int) -> None:
         """Move batches of rounds up to `round` to the part, and to the disk as it sees fit."""
@@ -345,8 +349,7 @@ class RecordWriter:
 
     def _until_written(self, act: Callable[[], T], repeat: bool = False) -> T | None:
         """Run `act` again until the disk or store takes it; None: given up by policy `stop` (not with `repeat`)."""
-        pause = FIRST_PAUSE_SECONDS
-        probe_bytes = 0
+        pause, probe_bytes = FIRST_PAUSE_SECONDS, 0
         result: T | None = None
         while True:
             try:

@@ -18,22 +18,29 @@ from tc_ray.config.schema import PilotSection
 from tc_ray.models.errors import SparseErrors, full_errors, sparse_errors
 from tc_ray.models.families import family_of
 from tc_ray.models.taps import LayerTap
+from tc_ray.models.weights import check_adapters, load_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_pilot(
-    path: Path | str, *, dtype: torch.dtype, random_weights: bool = False, safetensors: bool | None = None
+    path: Path | str,
+    *,
+    dtype: torch.dtype,
+    random_weights: bool = False,
+    safetensors: bool | None = None,
+    names_only: bool = False,
 ) -> Any:
     """Load a language model, decoder-only or encoder-decoder, from a folder or hub id. Code that comes with it is never run.
 
     Args:
         random_weights: read only its config.
         safetensors: True: weights in no other format; None: other formats where there is no such file.
+        names_only: on the meta device, without reading a weight: to check the folder, or to look at the model's shape.
 
     Raises:
         UnknownFamilyError: a family without an adapter, found out before any weight is read.
-        OSError: no weights of the format.
+        OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -41,17 +48,19 @@ def load_pilot(
     auto = AutoModelForSeq2SeqLM if family_of(config).encoder_decoder else AutoModelForCausalLM
     if random_weights:
         return auto.from_config(config, dtype=dtype)
-    return auto.from_pretrained(path, dtype=dtype, use_safetensors=safetensors, trust_remote_code=False)
+    place = {"device_map": "meta"} if names_only else {}
+    return load_whole(auto, path, dtype=dtype, use_safetensors=safetensors, **place)
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
     """Wrap with LoRA when `config.method` says so; every weight stays trainable for full fine-tuning.
 
     Raises:
-        ValueError: `lora.first_layer` leaves no layer, or is set for an encoder-decoder.
+        ValueError: `lora.first_layer` leaves no layer, or is set for an encoder-decoder; or see `check_adapters`.
     """
     if config.method == "full":
         return model
+    check_adapters(model, config)
     from peft import LoraConfig, get_peft_model
 
     family, lora = family_of(model), config.lora

@@ -59,7 +59,7 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     model = add_adapters(model, config.pilot)
     step = pilot_step(model, config).train()
     trainable = [p for p in step.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         trainable, lr=config.pilot.learning_rate, weight_decay=config.pilot.weight_decay, betas=(0.9, 0.999)
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -76,6 +76,40 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
             dist_init_required=False,
         )
     return engine
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, whose steps can be held back under whatever DeepSpeed wraps around it."""
+
+    held = False
+
+    def step(self, closure: Any = None) -> Any:
+        """A step, or nothing while `held`."""
+        return None if self.held else super().step(closure)
+
+
+def take_step(engine: Any, finite: bool) -> bool:
+    """The optimizer step of a round (collective), left out where a number is not finite: weights and optimizer stay.
+
+    The learning rate moves on in any case: it belongs to the round, not to the steps taken.
+
+    Args:
+        finite: whether the round's loss over all ranks is; the same on every rank.
+
+    Returns:
+        Whether the step was taken, the same on every rank.
+    """
+    if finite and not engine.zero_optimization() and not engine.bfloat16_enabled():
+        # gradients are whole here, and the same on every rank; all other optimizers of DeepSpeed look for themselves
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+    engine.basic_optimizer.held = not finite
+    engine.step()
+    engine.basic_optimizer.held = False
+    if getattr(engine.optimizer, "overflow", False):  # it has held back the schedule too
+        engine.lr_scheduler.step()
+        return False
+    return finite
 
 
 def pilot_step(model: Any, config: RunConfig) -> PilotStep:

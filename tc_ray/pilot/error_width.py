@@ -48,9 +48,11 @@ class ErrorCurve:
         self.sums = torch.zeros(2, top_k + 2, dtype=torch.float64, device=device)
 
     def add(self, errors: SparseErrors) -> None:
-        """Take the errors of one micro-batch; waits for nothing."""
-        size = errors.values.abs().double()
-        rest = errors.rest.double()[:, None]
+        """Take the errors of one micro-batch; waits for nothing. Tokens with a NaN or an infinity count for nothing: the log
+        leaves them out too."""
+        finite = (errors.values.isfinite().all(1) & errors.rest.isfinite())[:, None]
+        size = errors.values.abs().double().masked_fill(~finite, 0.0)
+        rest = errors.rest.double()[:, None].masked_fill(~finite, 0.0)
         self.sums[0] += torch.cat([size, rest], 1).cumsum(1).sum(0)
         self.sums[1] += torch.cat([size.square(), rest * size[:, -1:]], 1).cumsum(1).sqrt().sum(0)
 

@@ -9,6 +9,7 @@ checkpoint waits, for the log to be committed up to its round; while the log can
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -27,9 +28,10 @@ from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.outage import may_pass
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
+from tc_ray.models.finite import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
-from tc_ray.pilot.engine import build_engine
-from tc_ray.pilot.export import save_merged
+from tc_ray.pilot.engine import build_engine, take_step
+from tc_ray.pilot.export import probe_rows, save_merged
 from tc_ray.pilot.recorder import Recorder
 
 LOCKSTEP_POLL_SECONDS = 0.05
@@ -76,6 +78,11 @@ class Worker:
         self.recorder: Recorder | None = None
         self.skipped_records = 0
         self.postponed = False
+        self.left_out = LeftOut(
+            "the Pilot",
+            "its weights are spoilt, or learning cannot go on with these settings: set a lower pilot.learning_rate or "
+            "pilot.max_grad_norm, or pilot.dtype=fp32, in a new run.folder",
+        )
 
     def run(self) -> None:
         """Train from the last checkpoint to the last round, then export the merged Pilot."""
@@ -97,7 +104,9 @@ class Worker:
             due = due or last or number % self.config.pilot.checkpoint_every_rounds == 0
             if due:
                 due = not self._checkpoint(number, wait=last)
-        save_merged(self.engine, self.config, self.job.model_path, self.folder / "pilot" / "final", rank=self.rank)
+        final = self.folder / "pilot" / "final"
+        probe = probe_rows(self.table)
+        save_merged(self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank)
         if self.recorder is not None:
             self.recorder.close()
             if self.rank == 0:
@@ -112,7 +121,19 @@ class Worker:
         if checkpoint is None:
             return 0
         load_checkpoint(self.engine, checkpoint, world_size=self.world_size, zero_stage=self.config.pilot.zero_stage)
+        self._check_weights(f"{checkpoint.folder}: the checkpoint", "remove the folder to go on from the one before")
         return checkpoint.round
+
+    def _check_weights(self, what: str, advice: str) -> None:
+        """Raise NotFiniteError on every rank where a trained weight of one is not finite (collective)."""
+        # under ZeRO-3 a rank holds its part of each
+        trained = ((n, getattr(p, "ds_tensor", p)) for n, p in self.engine.module.named_parameters() if p.requires_grad)
+        name = first_not_finite(trained)
+        bad = torch.tensor(float(name is not None), device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        if bad:
+            raise NotFiniteError(f"{what} holds weights that are not finite ({name or 'on another rank'}); {advice}")
 
     def _begin_attempt(self, watermark: int) -> None:
         """Rank 0 fences the log past the watermark and shares the attempt's number and the log's k; then every rank writes."""
@@ -181,7 +202,12 @@ class Worker:
         self.postponed = True
 
     def _round(self, number: int) -> tuple[float, int]:
-        """One optimizer step; returns the round's mean cross-entropy over all ranks and its tokens, all ranks."""
+        """One optimizer step, left out where loss or gradient is not finite; returns the round's mean cross-entropy over all
+        ranks and its tokens, all ranks.
+
+        Raises:
+            NotFiniteError: too many in a row were left out.
+        """
         rows, seen = self.order.sample_rows(number), self.order.seen(number)
         target_tokens = self.table.target_tokens(rows)
         accumulation, micro = self.config.accumulation_steps, self.config.pilot.micro_batch_size
@@ -190,7 +216,8 @@ class Worker:
         torch.manual_seed(_round_seed(self.config.run.seed, number, self.rank))
         first = self.rank * micro * accumulation
         loss_sum = torch.zeros((), device=self.device)
-        for at in range(first, first + micro * accumulation, micro):
+        last = first + micro * (accumulation - 1)
+        for at in range(first, last + 1, micro):
             part = slice(at, at + micro)
             batch = self.table.batch(rows[part])
             ids = torch.from_numpy(batch["input_ids"]).to(self.device, torch.int64)
@@ -202,7 +229,8 @@ class Worker:
                 self.recorder.record(record, batch, seen[part], number)
             del record
             self.engine.backward(loss)
-            self.engine.step()
+            if at != last:
+                self.engine.step()
             loss_sum += loss.detach()
         skipped = 0 if self.recorder is None else self.recorder.skipped
         totals = torch.stack([loss_sum.double() / accumulation, torch.tensor(float(skipped)).to(loss_sum).double()])
@@ -210,7 +238,12 @@ class Worker:
             torch.distributed.all_reduce(totals)
         summed_loss, all_skipped = totals.tolist()
         self.skipped_records = int(all_skipped)
-        return summed_loss / self.world_size, self.table.tokens(rows)
+        loss_mean = summed_loss / self.world_size
+        taken = take_step(self.engine, math.isfinite(loss_mean))
+        if self.left_out.add(taken, loss_mean) and self.rank == 0:
+            text = f"round {number}: loss or gradient is not finite (loss {loss_mean}); its update is left out"
+            self.job.tracker.event.remote("not finite", text)
+        return loss_mean, self.table.tokens(rows)
 
     def _report(
         self, number: int, loss: float, rate: float, tokens: int, seconds: float, mean_tokens_per_second: float
@@ -224,6 +257,7 @@ class Worker:
             "round_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mean_tokens_per_second": mean_tokens_per_second,
+            "left_out_rounds": float(self.left_out.count),
         }
         if self.recorder is not None:
             # counts of this rank, but for the records that log.sampling left out on all of them
@@ -246,6 +280,9 @@ class Worker:
                 return False
             time.sleep(SPACE_POLL_SECONDS)
         self.postponed = False
+        self._check_weights(
+            f"the Pilot after round {number}", "no checkpoint was made of it; set a lower pilot.learning_rate"
+        )
         folder = save_files(self.engine, self.checkpoints, number)
         _barrier(self.world_size)
         if self.rank == 0:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tc_ray.config.section import check_lam
 from tc_ray.files import DamagedFileError, read_json
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.settings import ModelSettings
@@ -50,7 +51,10 @@ def find_export(folder: Path | str) -> Path:
 
 def check_config(export: Path) -> None:
     """Raise ServingError where fusion.json and the configs of Pilot and Copilot cannot be read or do not fit."""
-    _json(export / "fusion.json")
+    try:
+        check_lam(_json(export / "fusion.json").get("lam"), f"{export / 'fusion.json'}: lam")
+    except ValueError as error:
+        raise ServingError(str(error)) from None
     pilot, copilot = _json(export / "pilot/config.json"), _json(export / "copilot/config.json")
     if pilot.get("is_encoder_decoder"):
         raise ServingError(

@@ -1,7 +1,7 @@
 """One exported run in a replica: its Pilot, loaded once, and engines for the Copilots that come and go beside it.
 
-Invariant: an engine is handed out only after it has generated tokens with its Copilot, so what is put in its predecessor's
-place works.
+Invariant: an engine is handed out only after its Copilot has made sense on a trial and it has generated tokens with it, from
+logits that are finite, so what is put in its predecessor's place works.
 Used by replica.py at the start and by reload.py for a newer Copilot.
 """
 
@@ -127,6 +127,7 @@ class LoadedRun:
         import torch
 
         from tc_ray.models.copilot import Copilot
+        from tc_ray.models.copilot.probe import check_answers
         from tc_ray.models.fusion import FusedModel
         from tc_ray.models.fusion.folder import read_settings
 
@@ -143,6 +144,7 @@ class LoadedRun:
             copilot = _in_memory(
                 Copilot.from_pretrained(source / "copilot", dtype=torch.float32, use_safetensors=True)
             ).to(self._device)
+            check_answers(copilot.eval(), f"{source / 'copilot'}")
             if copilot_signature(source) != signature:
                 raise ExportChanged
             with self._turns:  # the tap's hooks are put on the Pilot's layers: not while a forward pass walks over them

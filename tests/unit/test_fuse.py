@@ -123,7 +123,13 @@ def test_what_stands_in_the_folder(tmp_path: Path) -> None:
     (other / "original").mkdir()
     fusion = fuse(other, run, tmp_path / "deep" / "fused", lam=0.8, feedback="realised")
     out = fusion.folder
-    assert sorted(p.name for p in out.iterdir()) == ["copilot", "fusion.json", "pilot", "provenance.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "complete.json",
+        "copilot",
+        "fusion.json",
+        "pilot",
+        "provenance.json",
+    ]
     assert sorted(p.name for p in out.parent.iterdir()) == ["fused"], "something temporary is left"
     for part, source in (("pilot", other), ("copilot", run / "copilot")):
         for file in (out / part).iterdir():
@@ -321,8 +327,8 @@ def test_refusals_are_one_line_and_leave_nothing(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lam": -0.5}, "--lam -0.5"),
-        ({"lam": float("nan")}, "--lam nan"),
+        ({"lam": -0.5}, "--lam is -0.5"),
+        ({"lam": float("nan")}, "--lam is nan"),
         ({"space": "logit"}, "--space 'logit' is not one of probability, logits"),
         ({"feedback": "true"}, "--feedback 'true' is not one of own, realised"),
     ],

@@ -45,7 +45,7 @@ def test_refused_by_name(fused: FusedModel, options: dict[str, Any], message: st
 
 def test_a_loaded_copilot_keeps_its_tables_frozen_and_no_path(fused: FusedModel, folder: Path, tmp_path: Path) -> None:
     fused.save_pretrained(tmp_path)
-    loaded, _ = Copilot.from_pretrained(tmp_path / "copilot", output_loading_info=True)
+    loaded = Copilot.from_pretrained(tmp_path / "copilot")
     assert not loaded.question_embedding.weight.requires_grad and loaded.output.weight.requires_grad
     assert str(folder) not in (tmp_path / "copilot" / "config.json").read_text()
     assert "_name_or_path" not in loaded.config.decoder

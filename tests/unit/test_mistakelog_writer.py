@@ -59,6 +59,7 @@ def test_rounds_are_cut_by_count_and_flush_and_close(tmp_path: Path) -> None:
     assert stats == {
         "records": 69,
         "dropped_records": 0,
+        "not_finite_records": 0,
         "full_seconds": 0.0,
         "queue_depth": 0,
         "acknowledged_round": 11,

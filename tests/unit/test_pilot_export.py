@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,16 @@ from tc_ray.models.pilot import load_pilot
 from tc_ray.pilot.engine import build_engine
 from tc_ray.pilot.export import save_merged
 from tests.tiny_families import ENCODER_DECODER, make_pilot
+
+PROBE = [
+    {
+        "input_ids": np.array([[7, 30, 12, 90, 4, 8][: 6 - i]]),
+        "lengths": np.array([6 - i]),
+        "target_start": np.array([3]),
+        "sample_id": np.array([i]),
+    }
+    for i in range(2)
+]
 
 
 def trained_logits(family: str, method: str, model: Path, meeting: Path, out: Path) -> None:
@@ -34,7 +45,7 @@ def trained_logits(family: str, method: str, model: Path, meeting: Path, out: Pa
         for parameter in engine.module.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    save_merged(engine, config, model, out / "final", rank=0)
+    save_merged(engine, config, model, out / "final", probe=PROBE, rank=0)
     with torch.no_grad():
         torch.save(logits(engine.module.model.eval(), family), out / "logits.pt")
     dist.destroy_process_group()

@@ -25,6 +25,7 @@ from tc_ray.models.copilot.decoder_only import DecoderOnlyStack
 from tc_ray.models.copilot.encoder_decoder import EncoderDecoderStack
 from tc_ray.models.families import family_of
 from tc_ray.models.taps import tap_definition
+from tc_ray.models.weights import HEADS, load_whole
 
 OUTPUT_STD = 1e-2
 """Of W_out's first weights: small beside the errors, large enough to give the tokens different directions."""
@@ -109,12 +110,16 @@ class Copilot(PreTrainedModel):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, **given: Any) -> Any:
-        """transformers' own, with E frozen again: the loader puts new parameters in the place of those made here."""
-        loaded = super().from_pretrained(*arguments, **given)
-        copilot: Copilot = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(cls, folder: Path | str, **given: Any) -> Copilot:
+        """transformers' own, refused unless the folder is whole and finite, with E frozen again: the loader puts new
+        parameters in the place of those made here.
+
+        Raises:
+            WeightsError, NotFiniteError: see `models.weights.load_whole`.
+        """
+        copilot: Copilot = load_whole(super(), folder, **given)
         copilot.freeze_embeddings()
-        return loaded
+        return copilot
 
     def freeze_embeddings(self) -> None:
         """E is shared knowledge of both models, not trained: X~ must stay what the Pilot's embedding gives."""
@@ -151,7 +156,8 @@ class Copilot(PreTrainedModel):
             random_weights: read only the base's config (tests, training from scratch).
 
         Raises:
-            ValueError: layers the base does not have, or a base of the other architecture.
+            ValueError: layers the base does not have, or a base of the other architecture. WeightsError, NotFiniteError: its
+                folder is not whole.
         """
         base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         family, pilot_family = family_of(base_config), family_of(pilot)
@@ -186,11 +192,7 @@ class Copilot(PreTrainedModel):
             copilot.question_embedding.weight.data.copy_(table)
         if output_ids is not None:
             copilot.output_ids.copy_(output_ids)
-        decoder = (
-            AutoModel.from_config(base_config)
-            if random_weights
-            else AutoModel.from_pretrained(base, trust_remote_code=False)
-        )
+        decoder = AutoModel.from_config(base_config) if random_weights else load_whole(AutoModel, base, leave_out=HEADS)
         decoder = decoder.float()
         if not random_weights:
             copilot.stack.load_layers(decoder, layers)

@@ -5,11 +5,14 @@ Used by `FusedModel.save_pretrained` and `from_pretrained`, the export of a run 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from tc_ray.files import read_json
+from tc_ray.config.section import check_lam
+from tc_ray.files import read_json, write_json
+from tc_ray.models.fusion.distribution import SPACES
+from tc_ray.models.fusion.feedback import FEEDBACKS
 
 FUSION_FILE = "fusion.json"
 FORMAT = 1
@@ -29,23 +32,30 @@ class NoFusedModelError(FileNotFoundError):
 
 
 def write_settings(folder: Path, *, lam: float, space: str, feedback: str) -> None:
-    """Write fusion.json."""
+    """Write fusion.json. Raises ValueError for what `read_settings` would refuse."""
     settings = {"format": FORMAT, **asdict(FusionSettings(lam, space, feedback))}
-    (folder / FUSION_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    _checked(settings, folder / FUSION_FILE)
+    write_json(folder / FUSION_FILE, settings)
 
 
 def read_settings(folder: Path) -> FusionSettings:
     """Read fusion.json after checking that every part of the folder is there.
 
     Raises:
-        NoFusedModelError: a part is missing; the message names it. ValueError: a format this version does not know.
+        NoFusedModelError: a part is missing; the message names it.
+        ValueError: a format this version does not know, or a setting that is none; the message names it.
     """
     for part in ("pilot/config.json", "copilot/config.json", FUSION_FILE):
         if not (folder / part).is_file():
             raise NoFusedModelError(f"{folder} is not an exported fused model: {part} is missing")
-    settings = read_json(folder / FUSION_FILE)
-    if settings.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / FUSION_FILE}: format {settings.get('format')} is not known; this version reads {FORMAT}"
-        )
-    return FusionSettings(settings["lam"], settings["space"], settings["feedback"])
+    return _checked(read_json(folder / FUSION_FILE), folder / FUSION_FILE)
+
+
+def _checked(settings: Any, file: Path) -> FusionSettings:
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        found = settings.get("format") if isinstance(settings, dict) else settings
+        raise ValueError(f"{file}: format {found} is not known; this version reads {FORMAT}")
+    for name, choices in (("space", SPACES), ("feedback", tuple(FEEDBACKS))):
+        if settings.get(name) not in choices:
+            raise ValueError(f"{file}: {name} is {settings.get(name)!r}, not one of {', '.join(choices)}")
+    return FusionSettings(check_lam(settings.get("lam"), f"{file}: lam"), settings["space"], settings["feedback"])

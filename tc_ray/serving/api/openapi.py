@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import tc_ray
-from tc_ray.serving.api.requests import MAX_LAM, MAX_STOP_CHARACTERS
+from tc_ray.config.section import MAX_LAM
+from tc_ray.serving.api.requests import MAX_STOP_CHARACTERS
 from tc_ray.serving.api.schema import components
 from tc_ray.serving.api.service import MIN_TIMEOUT_S, TIMEOUT_HEADER
 from tc_ray.serving.api.streams import SEED_HEADER

@@ -11,9 +11,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tc_ray.config.section import MAX_LAM
 from tc_ray.serving.api.requests import (
     DEFAULT_COMPLETION_TOKENS,
-    MAX_LAM,
     MAX_STOP_CHARACTERS,
     ChatRequest,
     CompletionRequest,

@@ -21,11 +21,11 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from tc_ray.config.section import Lam
 from tc_ray.serving.errors import RequestError, from_validation, invalid_value
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 200
-MAX_LAM = 10.0
 MAX_TOP_LOGPROBS = 20
 MAX_SCORED = 64
 """Completions of one /v1/score request."""
@@ -122,7 +122,6 @@ Prompts = Annotated[
     | Annotated[list[Ids], Field(max_length=MAX_SCORED, fail_fast=True), Tag("(id lists)")],
     Discriminator(_kind_of_prompt),
 ]
-Lam = Annotated[float, Field(ge=0, le=MAX_LAM)]
 Temperature = Annotated[
     float,
     Field(ge=0, le=2),

@@ -10,8 +10,8 @@ those in it and no others. The app knows `submit`, `unhealthy`, `load` and `clos
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
+import math
 import os
 import queue
 import threading
@@ -24,16 +24,18 @@ from typing import Any
 
 import torch
 
+from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.fusion.batch import FusedBatch, Prefill, Room
 from tc_ray.serving.engine.contract import Event, Failed, GenerationRequest, Load, Piece, Request, Scored, Ticket
 from tc_ray.serving.engine.prefixes import Prefixes
 from tc_ray.serving.engine.scoring import scored
-from tc_ray.serving.engine.sequence import Sequence
+from tc_ray.serving.engine.sequence import Sequence, end_ids_of
 from tc_ray.serving.engine.turns import Turns
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.settings import EngineLimits
 
 logger = logging.getLogger(__name__)
+_NOT_FINITE = "logits that are not finite"  # NaN is the largest to `max`; a token whose p~ is 0 has -inf
 
 STALL_S = 120.0
 """Work under way without any progress for so long counts as unhealthy."""
@@ -58,7 +60,7 @@ class Engine:
     ) -> None:
         self.limits = limits or EngineLimits()
         self._model, self._tokenizer, self._turn = model, tokenizer, turn or Turns()
-        self._end_ids = _end_ids(model, tokenizer)
+        self._end_ids = end_ids_of(model, tokenizer)
         self._batch = FusedBatch(model)
         self._prefixes = Prefixes(self.limits.prefix_bytes)
         self._waiting: deque[Ticket] = deque()
@@ -308,6 +310,8 @@ class Engine:
         """Say the first token of a computed prompt; whether there is more to say, in the batch."""
         self._prefixes.keep(prefill, sequence.request.owner)
         pilot, fused = prefill.pilot[0], prefill.fused[0]
+        if not fused.max().isfinite():
+            raise NotFiniteError(_NOT_FINITE)
         chosen = int(fused.argmax()) if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
         self._count(generated_tokens=1)
         if sequence.say(chosen, pilot, fused):
@@ -325,11 +329,14 @@ class Engine:
         return True
 
     def _step(self) -> None:
-        ended = []
+        ended, broken = [], []
         try:
             step = self._batch.step([sequence.last for sequence in self._running])
-            likeliest = step.fused.argmax(1).tolist()
+            best, likeliest = (found.tolist() for found in step.fused.max(1))
             for row, sequence in enumerate(self._running):
+                if not math.isfinite(best[row]):
+                    broken.append(row)
+                    continue
                 fused = step.fused[row]
                 pilot = fused if step.pilot is step.fused else step.pilot[row]
                 chosen = likeliest[row] if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
@@ -339,8 +346,11 @@ class Engine:
             self._begin_anew(error)
             return
         self._count(generated_tokens=len(self._running), steps=1)
-        for row in reversed(ended):
+        if ended:
             self._failures = 0
+        if broken:
+            self._fail(NotFiniteError(_NOT_FINITE), [self._running[row].ticket for row in broken])
+        for row in sorted(ended + broken, reverse=True):
             self._leave(row)
 
     def _begin_anew(self, error: Exception) -> None:
@@ -386,10 +396,3 @@ def _over(ticket: Ticket, now_s: float) -> bool:
     ticket.send(Failed("The request was not done by its deadline.", "deadline_exceeded", 504))
     ticket.cancel()
     return True
-
-
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's and those of the model's generation config."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(token) for token in itertools.chain([tokenizer.eos_token_id], listed) if token is not None)

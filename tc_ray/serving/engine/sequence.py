@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import torch
@@ -61,3 +62,10 @@ class Sequence:
         if reason is not None:
             self.ticket.send(Finished(reason, len(self.request.prompt_ids), self._count, self._cached))
         return reason is not None
+
+
+def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's and those of the model's generation config."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(token) for token in itertools.chain([tokenizer.eos_token_id], listed) if token is not None)

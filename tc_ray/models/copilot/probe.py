@@ -1,0 +1,83 @@
+"""A Copilot tried on a made-up batch: whether an exported one is the trained one, and whether a loaded one makes sense.
+
+Invariant: the batch follows from the Copilot's config alone, so it needs no log and is the same wherever it is tried. Called by
+the learner before it publishes a folder, and by serving before it puts a Copilot in place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tc_ray.models.copilot.batch import CopilotBatch
+from tc_ray.models.copilot.config import CopilotConfig
+from tc_ray.models.copilot.model import Copilot
+from tc_ray.models.families import family_of
+from tc_ray.models.finite import NotFiniteError
+
+TOLERANCE = 1e-3
+"""Largest difference of a predicted error, as a share of the largest one: fp32, products added in another order."""
+MAX_PREDICTION = 1e3
+"""An error lies between -1 and 1; what predicts one of this size is no trained Copilot."""
+_RECORDS, _PROMPT, _ROWS, _ENTRIES = 2, 4, 5, 3
+
+
+class ExportMismatchError(RuntimeError):
+    """The folder does not answer as the trained Copilot; nothing was published."""
+
+
+def probe_batch(config: CopilotConfig) -> CopilotBatch:
+    """Records drawn by a fixed seed, as a log of this Copilot's Pilot could hold them."""
+    dice = torch.Generator().manual_seed(0)
+    rows = torch.arange(_ROWS).expand(_RECORDS, -1) + _PROMPT - 1
+    first = 0 if config.positions == "all" else _PROMPT - 1
+    position = torch.arange(first, _PROMPT + _ROWS - 1).expand(_RECORDS, -1)
+    wide = (_RECORDS, position.shape[1], config.pilot_hidden_size)
+    asked = (_RECORDS, _PROMPT, config.pilot_hidden_size)
+    encoder_decoder = family_of(config.decoder_config()).encoder_decoder
+    return CopilotBatch(
+        question_ids=torch.randint(config.vocab_size, (_RECORDS, _PROMPT), generator=dice),
+        question_mask=torch.ones(_RECORDS, _PROMPT, dtype=torch.bool),
+        states=torch.randn(wide, generator=dice).to(torch.bfloat16),
+        state_position=position,
+        row_position=rows,
+        error_ids=torch.randint(config.vocab_size, (_RECORDS, _ROWS, _ENTRIES), generator=dice),
+        error_values=torch.rand(_RECORDS, _ROWS, _ENTRIES, generator=dice) - 0.5,
+        question_states=torch.randn(asked, generator=dice).to(torch.bfloat16) if encoder_decoder else None,
+    )
+
+
+@torch.no_grad()
+def answers(copilot: Copilot) -> torch.Tensor:
+    """f of `probe_batch` on the output tokens, [N, A] in fp32 on the CPU; the model must be in evaluation mode."""
+    return copilot.compact(probe_batch(copilot.config).to(copilot.output.weight.device)).float().cpu()
+
+
+def check_export(trained: torch.Tensor, folder: Path) -> None:
+    """Compare a folder, loaded anew, with the trained Copilot.
+
+    Args:
+        trained: `answers` of it.
+
+    Raises:
+        ExportMismatchError: another prediction. WeightsError, NotFiniteError: the folder is not whole.
+    """
+    found = answers(Copilot.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval())
+    apart, size = float((found - trained).abs().max()), float(trained.abs().max())
+    # not "greater than": NaN is never close
+    if not apart <= TOLERANCE * max(size, 1e-3):
+        raise ExportMismatchError(
+            f"the exported Copilot is not the trained one, and was not published: a prediction of {folder} differs by {apart:.2g}, "
+            f"and the largest is {size:.2g}. It cannot be exported with these settings of copilot.method and copilot.lora"
+        )
+
+
+def check_answers(copilot: Copilot, where: str) -> None:
+    """Raise NotFiniteError for a Copilot whose predictions are not finite, or absurd. In evaluation mode."""
+    largest = float(answers(copilot).abs().max())
+    if not largest <= MAX_PREDICTION:
+        raise NotFiniteError(
+            f"{where}: the Copilot predicts errors of the size {largest:g} on a trial, where an error lies between -1 and 1: its "
+            "weights are spoilt"
+        )

@@ -1,0 +1,71 @@
+"""Numbers that are not finite (NaN, infinity): found in weights, and counted where a training meets them.
+
+Invariant: weights with such a number are neither stored as complete nor loaded; a step that would make them is left out, and
+a training that meets nothing else ends. Used by the Pilot's and the Copilot's training, their checkpoints and exports, and
+every loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+MOST_IN_A_ROW = 10
+"""Steps that may be left out one after the other: more, and the weights themselves are beyond repair."""
+
+
+class NotFiniteError(ValueError):
+    """Weights, or every step of a training, hold NaN or infinity; the message says which."""
+
+
+def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor with a NaN or an infinity. One pass over each, without a copy; those on the meta device have
+    no numbers."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+            continue
+        # both are NaN where one number is
+        low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            return name
+    return None
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """Raise NotFiniteError that names the place and the first tensor with a NaN or an infinity."""
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise NotFiniteError(f"{where}: the weight {name} holds numbers that are not finite (NaN or infinity)")
+
+
+class LeftOut:
+    """Counts steps that were left out because their loss or gradient was not finite.
+
+    Args:
+        what: of which these are steps, for the error. advice: what to do about it.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        self._what, self._advice = what, advice
+        self.count = 0
+        """Left out so far."""
+        self._in_a_row = 0
+
+    def add(self, finite: bool, loss: float) -> bool:
+        """Take the next step; whether it is the first of those that are left out one after the other.
+
+        Raises:
+            NotFiniteError: MOST_IN_A_ROW were left out.
+        """
+        if finite:
+            self._in_a_row = 0
+            return False
+        self.count += 1
+        self._in_a_row += 1
+        if self._in_a_row >= MOST_IN_A_ROW:
+            raise NotFiniteError(
+                f"{self._what}: loss or gradient was not finite {self._in_a_row} times in a row (the last loss: {loss}); "
+                f"{self._advice}"
+            )
+        return self._in_a_row == 1
