@@ -20,8 +20,8 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.folder_lock import FolderLock
 from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.opening import is_table
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.store import is_table
 from tc_ray.session import ray_session
 
 LOG_POLL_SECONDS = 1.0

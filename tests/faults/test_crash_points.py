@@ -19,10 +19,11 @@ import pytest
 
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.opening import is_table
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.store import LogStore, is_table
+from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.vacuum import vacuum_log
 from tc_ray.mistakelog.verify import verify_log
 from tests.faults.crash_session import (
