@@ -53,15 +53,18 @@ def renew_commits(location: Location, versions: Iterable[int]) -> None:
         os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
-def write_checkpoint(location: Location, version: int) -> None:
-    """Sum the commits up to `version` up in one Parquet file of Delta's own, so that opening the table stays quick.
+def write_checkpoint(location: Location, table: DeltaTable) -> None:
+    """Sum the commits up to the table's version up in one Parquet file of Delta's own, so that opening it stays quick.
 
-    Made beside the table, from copies of the commits since the last checkpoint.
+    A local one is made beside the table, from copies of the commits since the last checkpoint.
 
     Raises:
         OSError, DeltaError: it was not made; the table is as it was.
     """
-    folder, scratch = location.path(LOG_FOLDER), location.path(_SCRATCH)
+    if location.local is None:
+        table.create_checkpoint()
+        return
+    folder, scratch, version = location.path(LOG_FOLDER), location.path(_SCRATCH), int(table.version())
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that died
     try:
         (scratch / LOG_FOLDER).mkdir(parents=True)

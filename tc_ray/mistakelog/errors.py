@@ -35,9 +35,14 @@ class LogFullError(OSError):
 class FencedError(RuntimeError):
     """The caller belongs to an attempt that a newer one has replaced: it must stop."""
 
+    may_pass = True
+    """Of the Pilot's next start, which is another attempt; see `tc_ray.failures`."""
+
 
 class LeaseLostError(FencedError):
     """Another process has taken the log over, for this one was taken for dead. Final: everything of this run must stop."""
+
+    may_pass = False
 
     @classmethod
     def of(cls, location: object) -> LeaseLostError:

@@ -179,12 +179,19 @@ class LogStore:
         """
         self._look_at_lease()
         if not self.is_newest():
-            raise CommitConflictError(f"{self.location}: another process has committed since version {self.version}")
+            raise self._overtaken(f"another process has committed since version {self.version}")
 
     def _look_at_lease(self) -> None:
         if self._lease is not None and self.number(LEASE_NUMBER) != self._lease:
             self._lease_lost = True  # for good, whatever the table says later
         self.check_lease()
+
+    def _overtaken(self, how: str) -> Exception:
+        """The error of one behind whom another committer has come; this store stays where it is."""
+        if self._lease is not None and LogStore(self.location).number(LEASE_NUMBER) != self._lease:
+            self._lease_lost = True
+            return LeaseLostError.of(self.location)
+        return CommitConflictError(f"{self.location}: {how}")
 
     def settle(self) -> None:
         """Bring the commits up to this version to the disk: before anything of what they say is acknowledged, or built upon.
@@ -349,21 +356,17 @@ class LogStore:
             with full_disk_named(self.location):
                 change()
         except CommitFailedError as error:
-            raise CommitConflictError(f"{self.location}: {error}") from error
+            raise self._overtaken(str(error)) from error
         # the table object does not see its own transaction before this
         self._table.update_incremental()
         self.settle()
         if self.version != known + 1:
-            self._look_at_lease()
-            raise CommitConflictError(f"{self.location}: another process has committed version {self.version}")
+            raise self._overtaken(f"another process has committed version {self.version}")
 
     def _checkpoint(self) -> None:
         """Sum the commits up in one Parquet file of Delta's own, so that opening the table stays quick."""
         try:
-            if self.location.local is None:
-                self._table.create_checkpoint()
-            else:
-                write_checkpoint(self.location, self.version)
+            write_checkpoint(self.location, self._table)
         except (OSError, DeltaError, ValueError) as error:
             # the commit itself stands; the next hundred will be summed up with these
             log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)

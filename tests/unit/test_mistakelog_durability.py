@@ -215,7 +215,9 @@ def test_a_torn_checkpoint_keeps_nobody_from_reading(folder: Path, which: str, h
 def test_a_reader_that_meets_a_torn_commit_says_what_to_do(folder: Path) -> None:
     """Fault 4, kind: only the holder of the lease moves it aside."""
     (folder / commit_name(3)).write_bytes(bytes(500))
-    with pytest.raises(LogSchemaError, match=r"00000000000000000003\.json: torn, .* `tc-ray log compact`, moves it aside"):
+    with pytest.raises(
+        LogSchemaError, match=r"00000000000000000003\.json: torn, .* `tc-ray log compact`, moves it aside"
+    ):
         MistakeLog(folder)
     Ledger(folder, writers=1, run="test")
     assert rounds_in(folder) == [1, 1]
