@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tc_ray.files import disk_time
+
 STATUS_FILE = "status.json"
 HEARTBEAT_SECONDS = 15.0
 Status = dict[str, Any]
@@ -34,6 +36,18 @@ def read_status(folder: Path) -> Status:
         why = "no run has started in it (no status.json)" if folder.is_dir() else "there is no such folder"
         raise FileNotFoundError(f"{folder}: {why}") from None
     return status
+
+
+def silent_seconds(folder: Path) -> float:
+    """How long status.json has not been written, by the disk's clock, for the run may be on another host.
+
+    Where the folder may not be written, that clock cannot be asked: then by this host's.
+    """
+    try:
+        now = disk_time(folder)
+    except OSError:
+        now = time.time()
+    return now - (folder / STATUS_FILE).stat().st_mtime
 
 
 def replace_json(path: Path, document: Any) -> None:
