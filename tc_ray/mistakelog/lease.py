@@ -24,7 +24,6 @@ from tc_ray.mistakelog.errors import CommitConflictError, LeaseLostError, full_d
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.process import ProcessId, is_running, this_process
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.schema import LogSchemaError
 from tc_ray.mistakelog.store import LEASE_NUMBER, LogStore
 
 STALE_SECONDS = 60.0
@@ -101,11 +100,11 @@ class RunLease:
         repair(location)
         while True:
             store = LogStore(location)
-            store.adopt()
             current = store.number(LEASE_NUMBER)
             holder = _holder(location, current)
             if holder is not None:
                 raise LeaseHeldError(f"{location} is in use: {holder}. {WAIT_FOR_IT}")
+            store.adopt()
             myself = Holder.this(what)
             mine = secrets.randbits(62)
             # first the file, so that the number is never there without it
@@ -189,7 +188,7 @@ class _Keeper:
             try:
                 if LogStore(self._location).number(LEASE_NUMBER) != self._number:
                     self.lost.set()
-            except (OSError, DeltaError, LogSchemaError) as error:
+            except (OSError, DeltaError, ValueError) as error:
                 log.debug("%s: the lease cannot be looked at just now: %s", self._location, error)
         return self.lost.is_set()
 

@@ -11,6 +11,7 @@ Copilot (position) and the job (state).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -235,7 +236,8 @@ class Ledger:
 
     def tend(self) -> None:
         """Let go of what may go: for times without a commit, when the next file waits for the space that this frees."""
-        self._catch_up()
+        with contextlib.suppress(LogFullError):  # of a version that waits for space itself: nothing is built upon it
+            self._catch_up()
         self._maintain(merge=False)
 
     def _commit_file(self, file: DataFile) -> None:

@@ -94,7 +94,8 @@ class LogStore:
         self._table = open_table(self.location, version)
         self._lease, self._lease_lost = lease, False
         self._commits = CommitLog(self.location)
-        self._durable = self._metadata_version = self._table.version()
+        self.durable = self._metadata_version = int(self._table.version())
+        """The first: last version that is known to be on the disk; see `settle`."""
         self._metadata = self._read_metadata()
 
     @classmethod
@@ -202,15 +203,15 @@ class LogStore:
             LogFullError: no space (some systems find that out only now).
             OSError: the disk does not take them.
         """
-        if self.version > self._durable:
+        if self.version > self.durable:
             with full_disk_named(self.location):
-                renew_commits(self.location, range(self._durable + 1, self.version + 1))
-            self._durable = self.version
+                renew_commits(self.location, range(self.durable + 1, self.version + 1))
+            self.durable = self.version
 
     def adopt(self) -> None:
         """`settle` for commits of others too: who made the newest may have died before they were on the disk."""
         self._look_at_lease()
-        self._durable = min(self._durable, max(self.version - NEWEST, -1))
+        self.durable = min(self.durable, max(self.version - NEWEST, -1))
         self.settle()
 
     def number(self, name: str) -> int | None:

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 _OURS = re.compile(r"(rounds-\d{8}-|rank\d+-a\d+-).*\.parquet(\.tmp)?$")
 _ATTEMPT = re.compile(r"-rank\d+-a(\d+)-\d{6}(-t\d+)?\.parquet(\.tmp)?$")
 _LEASE = re.compile(r"_tc_ray/lease-(\d+)\.json$")
-# half-written small files, and what delta-rs stages its commits in
-_STAGED = re.compile(r"(\.writing|\.json#\d+)$")
+# half-written small files and checkpoints, and what delta-rs stages its commits in
+_STAGED = re.compile(r"(\.writing(/.*)?|\.json#\d+)$")
 _RECENT = 2.0
 _WHAT = "tc-ray log vacuum"
 
@@ -182,17 +182,17 @@ def _disk_time(location: Location, dry_run: bool) -> float:
         raise
 
 
-def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> float:
+def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> int:
     """Add to `needed` the files of the versions that readers hold.
 
     Returns:
-        The last version that a file may have left with to be in none of them: infinite where no reader is looking, -1 where
-        the files of a version cannot be told.
+        The last version that a file may have left with to be in none of them, nor in a version that a power cut may bring
+        back; -1 where the files of a version cannot be told.
     """
     leases = held_versions(store.location, disk_now, forget=not result.dry_run)
     result.held = [lease.version for lease in leases if not lease.onwards]
     result.looking = len(leases) - len(result.held)
-    settled = min((lease.version for lease in leases if lease.onwards), default=math.inf)
+    settled = min([store.durable, *(lease.version for lease in leases if lease.onwards)])
     for version in sorted(set(result.held)):
         try:
             needed |= {file.name for file in store.files_at(version)}
@@ -207,7 +207,7 @@ def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) ->
     return settled
 
 
-def _has_left(fate: Fate, times: Callable[[int], float | None], until: float, settled: float) -> bool:
+def _has_left(fate: Fate, times: Callable[[int], float | None], until: float, settled: int) -> bool:
     """The file left the table by the time `until`, with the version `settled` or before."""
     if fate.left is None or fate.left > settled:
         return False

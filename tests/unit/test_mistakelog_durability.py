@@ -21,6 +21,7 @@ from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.repair import TORN_FOLDER, repair
 from tc_ray.mistakelog.schema import LogSchemaError
 from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.upkeep import Upkeep
 from tc_ray.mistakelog.writer import RecordWriter
 from tests.mistakelog_samples import metadata, random_records
 from tests.unit.test_mistakelog_ledger import rounds_in, written
@@ -108,6 +109,46 @@ def test_nothing_is_built_on_a_commit_that_is_not_on_the_disk(folder: Path, disk
     assert not (folder / commit_name(5)).exists()
     disk.cut_power()
     assert repair(Location(folder)) and rounds_in(folder) == [1, 1, 2, 2]
+
+
+def test_a_commit_that_waits_for_space_does_not_keep_vacuum_from_making_it(
+    tmp_path: Path, disk: PageCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 4, kind: bytes that are written anew need space. What left with that commit stays, for a power cut may take it back."""
+    place = LogStore.create(tmp_path / "log", metadata()).location
+    upkeep = Upkeep(
+        compact=False,
+        file_bytes=1 << 20,
+        keep_rounds=1,
+        max_bytes=None,
+        buffer_rounds=1,
+        grace_seconds=1e-6,
+        orphan_seconds=3600,
+    )
+    ledger = Ledger(place, writers=1, run="test")
+    ledger.begin_attempt(0, 1)
+    for sequence in range(3):
+        ledger.commit(written(tmp_path / "log", 1 + sequence, 1 + sequence, sequence=sequence))
+    old, left, last = sorted((tmp_path / "log").glob("*.parquet"))
+    store = LogStore(place)
+    store.commit(remove=[file for file in store.files() if file.name == old.name], numbers={})
+    ledger = Ledger(place, writers=1, run="test", upkeep=upkeep)
+    ledger.report_checkpoint(3)
+    ledger.report_copilot(3, 3)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+
+        def no_space(path: Path, content: bytes) -> None:
+            raise full
+
+        patch.setattr(durability, "write_file", no_space)
+        files = [file for file in ledger._store.files() if file.name == left.name]
+        with pytest.raises(LogFullError):
+            ledger._store.commit(remove=files, numbers={})
+        ledger.tend()
+        assert not old.exists() and left.exists() and last.exists()
+    ledger.tend()
+    assert ledger.state().round == 3 and rounds_in(tmp_path / "log") == [3, 3]
 
 
 @pytest.mark.parametrize("repeated", [False, True], ids=["next", "repeated"])
