@@ -7,6 +7,7 @@ done and goes on from the last checkpoints. Called by the command line and by jo
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -15,50 +16,32 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.config.load import load_config, save_config
+from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.folder_lock import FolderLock
 from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.repair import repair
 from tc_ray.mistakelog.store import is_table
-from tc_ray.session import ray_session
+from tc_ray.refusals import JobError, check_resume
+from tc_ray.session import check_room, copilot_need, evaluation_need, pilot_need, ray_session
+from tc_ray.signals import Stopped
 
 LOG_POLL_SECONDS = 1.0
 TEND_SECONDS = 5.0
 ERROR_SIZE_ROUNDS = 16
 """Rounds at the end of the log whose mean squared error is set beside that of held-out data."""
-FREE_TO_CHANGE = (
-    "resources.copilot_threads",
-    "resources.pilot_threads",
-    "resources.pilot_cpus",
-    "resources.copilot_cpus",
-    "tracking",
-    "fusion",
-    "run.folder",
-    "model.cache",
-    "pilot.max_failures",
-    "copilot.max_restarts",
-    "pilot.keep_checkpoints",
-    "pilot.checkpoint_every_rounds",
-    "copilot.checkpoint_every_steps",
-    "log.storage_options",
-    "log.flush_rounds",
-    "log.file_bytes",
-    "log.queue_rounds",
-    "log.full_policy",
-    "log.compression",
-    "log.compact",
-    "log.keep_rounds",
-    "log.max_bytes",
-    "log.vacuum_grace_seconds",
-    "log.orphan_seconds",
-)
-"""Settings that may differ when a run is resumed: they change nothing that was already written."""
 
 
-class JobError(RuntimeError):
-    """The run cannot start or go on; the message says why and what to do."""
+class NoCopilotError(JobError):
+    """The Copilot failed for good. The Pilot is trained, measured and exported all the same: `result` says where."""
+
+    def __init__(self, why: str, result: JobResult) -> None:
+        super().__init__(
+            f"{why}. The Pilot is trained, measured alone and exported with lambda 0 ({result.export}). The same command "
+            "tries the Copilot again, from its last checkpoint"
+        )
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -81,35 +64,17 @@ def run_job(config: RunConfig) -> JobResult:
     config.run.folder = folder  # absolute: workers have other working directories
     if config.log.path is not None:
         config.log.path = Location(config.log.path).uri
-    _check_resume(config, folder)
+    check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder, f"run {config.run.name}"), ray_session(config):
-        return _Job(config, folder).run()
-
-
-def _check_resume(config: RunConfig, folder: Path) -> None:
-    """Refuse to go on in a folder whose run was another one."""
-    earlier_file = folder / "config.yaml"
-    if not earlier_file.is_file():
-        return
-    earlier, now = _flat(load_config(earlier_file, []).public_dump()), _flat(config.public_dump())
-    changed = [
-        f"{key}: {earlier.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
-    ]
-    if changed:
-        raise JobError(
-            f"{folder} holds a run with other settings ({'; '.join(changed[:5])}). "
-            "Use another run.folder, or the same settings to resume it."
-        )
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return out
+        check_room(config)
+        try:
+            return _Job(config, folder).run()
+        except Stopped as stop:
+            # here and not by the caller: whoever stopped it may kill it while Ray is shut down
+            print(f"{stop}; the same command goes on from the last checkpoint in {folder}", file=sys.stderr, flush=True)
+            stop.reported = True
+            raise
 
 
 class _Job:
@@ -122,6 +87,8 @@ class _Job:
         self.log = Location(config.log_location, config.log.storage_options)
         self.lease: RunLease | None = None
         self.tracker: Any = None
+        self.group: Any = None
+        self.no_copilot: str | None = None
         self.view: threading.Thread | None = None
 
     def run(self) -> JobResult:
@@ -154,12 +121,15 @@ class _Job:
             result = self._phases()
             status = "done"
             return result
-        except KeyboardInterrupt:
+        except Stopped:
             status = "stopped"
             raise
         finally:
             self.stop_watching.set()
+            # the status first: whoever stops a run may kill it within seconds
             self._finish(status)
+            if self.group is not None:
+                self.group.stop()
             for watcher in watchers:
                 if watcher.is_alive():
                     watcher.join(10)
@@ -244,24 +214,32 @@ class _Job:
         report = self._evaluate()
         self.tracker.phase.remote("export")
         export = self._export(report)
-        return JobResult(self.folder, export, report, self._mlflow_command())
+        result = JobResult(self.folder, export, report, self._mlflow_command())
+        if self.no_copilot is not None:
+            raise NoCopilotError(self.no_copilot, result)
+        return result
 
     def _train(self) -> None:
-        """Pilot and Copilot side by side. The Copilot's room is reserved first: Ray Train takes what it needs after."""
+        """Pilot and Copilot side by side. The Copilot's room is reserved first: Ray Train takes what it needs after.
+
+        A Copilot that fails for good leaves `no_copilot`, the reason, and the Pilot's result.
+        """
+        from tc_ray.copilot.group import CopilotError
         from tc_ray.pilot.loop import PilotJob
         from tc_ray.pilot.trainer import fit_pilot
 
-        group = self._start_copilot()
+        self._start_copilot()
+        if not self._pilot_is_done():
+            job = PilotJob(self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker)
+            fit_pilot(job, pilot_need(self.config))
+        if self.group is None:
+            return
+        self.tracker.phase.remote("catch-up")
         try:
-            if not self._pilot_is_done():
-                job = PilotJob(self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker)
-                fit_pilot(job)
-            if group is not None:
-                self.tracker.phase.remote("catch-up")
-                group.wait()
-        finally:
-            if group is not None:
-                group.stop()
+            self.group.wait()
+        except CopilotError as error:
+            self.no_copilot = str(error)
+        self.group.stop()  # the evaluation takes its room
 
     def _pilot_is_done(self) -> bool:
         import ray
@@ -270,20 +248,21 @@ class _Job:
             return False
         return self.ledger is None or ray.get(self.ledger.state.remote()).pilot_done
 
-    def _start_copilot(self) -> Any:
-        if not self.config.log.enabled:
-            return None
+    def _start_copilot(self) -> None:
+        """Leaves `group`, where there is a Copilot still to be trained."""
+        need = copilot_need(self.config)
+        if need is None:
+            return
         if (self.folder / "copilot" / "final" / "config.json").is_file():  # done in an earlier start
             self.ledger.report_copilot.remote(self.rounds, self.rounds * self.config.copilot.steps_per_round)
-            return None
+            return
         from tc_ray.copilot.group import CopilotGroup
         from tc_ray.copilot.worker import CopilotJob
 
-        group = CopilotGroup(
-            CopilotJob(self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker)
+        self.group = CopilotGroup(
+            CopilotJob(self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker), need
         )
-        group.start()
-        return group
+        self.group.start()
 
     def _evaluate(self) -> Any:
         """In a task of its own, with the CPUs (and GPU) that training has given back."""
@@ -291,12 +270,13 @@ class _Job:
 
         from tc_ray.evaluation.finished import evaluate_finished
 
-        resources = self.config.resources
-        task = ray.remote(evaluate_finished).options(
-            num_cpus=max(resources.pilot_cpus, resources.copilot_cpus), num_gpus=1 if resources.gpus else 0
-        )
+        need = evaluation_need(self.config)
+        task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
         size = logged_error_size(self.log)
-        report = ray.get(task.remote(self.config, self.data.source, self.tracker, seen_error_size=size))
+        self.tracker.waiting.remote("evaluation", need.starting())
+        report = ray.get(
+            task.remote(self.config, self.data.source, self.tracker, seen_error_size=size, no_copilot=self.no_copilot)
+        )
         report.save(self.folder)
         self.tracker.evaluation.remote(report.to_dict(), report.markdown())
         return report
@@ -331,6 +311,8 @@ class _Job:
                 self.ledger.tend.remote()
                 tended = time.monotonic()
             state = ray.get(self.ledger.state.remote())
+            if self.group is not None:
+                self.group.release_pilot()
             self.tracker.log.remote(
                 {
                     "bytes": state.bytes,

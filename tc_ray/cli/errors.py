@@ -1,6 +1,6 @@
 """How a command ends when something goes wrong: one clear message on standard error, exit code 2, no traceback.
 
-TC_RAY_DEBUG=1 shows the traceback. Used by `tc_ray.cli.main` and `jobs/train.py`.
+A signal that asks it to end: one line, exit code 128 + its number. TC_RAY_DEBUG=1 shows the traceback of an error. Used by `tc_ray.cli.main` and `jobs/train.py`.
 """
 
 from __future__ import annotations
@@ -9,23 +9,27 @@ import os
 import sys
 from collections.abc import Callable
 
+from tc_ray.signals import Stopped, stop_signals
+
 DEBUG = "TC_RAY_DEBUG"
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 MESSAGE_LINES = 20
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command; turn its error into a message and an exit code. SystemExit passes."""
-    try:
-        command()
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
-            raise
-        print(f"tc-ray: {message(error)}", file=sys.stderr)
-        sys.exit(EXIT_ERROR)
+    """Run a command; turn its error, or a signal that asks it to end, into a message and an exit code. SystemExit passes."""
+    with stop_signals():
+        try:
+            command()
+        except Stopped as stop:
+            if not stop.reported:
+                print(f"tc-ray: {stop}", file=sys.stderr)
+            sys.exit(stop.exit_code)
+        except Exception as error:
+            if os.environ.get(DEBUG, "0") not in ("", "0"):
+                raise
+            print(f"tc-ray: {message(error)}", file=sys.stderr)
+            sys.exit(EXIT_ERROR)
 
 
 def message(error: BaseException) -> str:

@@ -22,7 +22,7 @@ def status(
     """Show both losses, rounds, log backlog and lag, tokens/s, restarts and ETA of a run."""
     from rich.console import Console
 
-    from tc_ray.tracking.progress import ProgressView, facts, panel, silence
+    from tc_ray.tracking.progress import ProgressView, facts, panel, silence, waiting_text
     from tc_ray.tracking.statusfile import read_status
 
     now = read_status(run_folder)
@@ -36,7 +36,14 @@ def status(
     if console.is_terminal:
         console.print(panel(now))
     else:
-        lines = [("run", now["run"]), ("phase", now["phase"]), ("state", now["state"]), *facts(now)]
+        waiting = waiting_text(now.get("waiting", {}))
+        lines = [
+            ("run", now["run"]),
+            ("phase", now["phase"]),
+            ("state", now["state"]),
+            ("waiting", waiting),
+            *facts(now),
+        ]
         for name, value in lines:
             if value:
                 typer.echo(f"{name:<13} {value}")

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tc_ray.cli.errors import EXIT_INTERRUPTED
-
 if TYPE_CHECKING:
     from tc_ray.config.schema import RunConfig
     from tc_ray.job import JobResult
@@ -45,13 +43,13 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
 
         typer.echo(str(make_plan(config)))
         return
-    from tc_ray.job import run_job
+    from tc_ray.job import NoCopilotError, run_job
 
     try:
         result = run_job(config)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on from the last checkpoint in {config.run.path}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except NoCopilotError as error:
+        typer.echo("\n".join(summary(error.result)))
+        raise
     typer.echo("\n".join(summary(result)))
 
 
@@ -70,7 +68,9 @@ def summary(result: JobResult) -> list[str]:
         return [f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
     lines = ["", *result.report.lines(), ""]
     lines += [f"report    {result.folder / 'evaluation.md'}", f"losses    {result.folder / 'losses.png'}"]
-    if json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder"):
+    if result.report.no_copilot is not None:
+        lines.append(f"exported  {result.export} (pilot/ alone)")
+    elif json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder"):
         lines.append(f"exported  {result.export} (pilot/ loads with plain AutoModelForSeq2SeqLM)")
     else:
         lines += [

@@ -20,13 +20,17 @@ PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
 
 
 def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
-    """Assemble `export/` from `pilot/final` and `copilot/final`; it appears whole, by a rename. Returns the folder."""
+    """Assemble `export/` from `pilot/final` and `copilot/final`; it appears whole, by a rename. Returns the folder.
+
+    Where the report knows of no Copilot the export has none either: `pilot/` alone, and lambda 0.
+    """
     run = config.run.path
     temporary, target = run / "export.tmp", run / "export"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     shutil.copytree(run / "pilot" / "final", temporary / "pilot")
-    shutil.copytree(run / "copilot" / "final", temporary / "copilot")
+    if report.no_copilot is None:
+        shutil.copytree(run / "copilot" / "final", temporary / "copilot")
     write_settings(temporary, lam=report.exported_lam, space=report.space, feedback=report.feedback)
     save_config(config, temporary / "config.yaml")
     provenance = {

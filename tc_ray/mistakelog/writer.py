@@ -41,6 +41,8 @@ T = TypeVar("T")
 class WriterError(RuntimeError):
     """The writer thread has failed; its cause is chained. Nothing after the last acknowledged round is in the log."""
 
+    may_pass = True
+
 
 class RecordWriter:
     """Writes the records of one rank in one attempt.
