@@ -68,7 +68,7 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for needs in ([*together], *([need] for need in alone)):
+    for needs in filter(None, ([*together], *([need] for need in alone))):
         if fits(nodes, needs) or can_grow():
             continue
         there = ", ".join(amounts(node) for node in nodes)

@@ -32,7 +32,8 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     """Load the config, then print its plan or run it.
 
     Raises:
-        ConfigError: recipe or overrides cannot be used; and whatever the job raises.
+        ConfigError: recipe or overrides cannot be used; JobError: what the run would refuse, of a plan; and whatever the
+            job raises.
     """
     from tc_ray.config.load import load_config
 
@@ -40,8 +41,12 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     keep_outside_upload(config)
     if only_plan:
         from tc_ray.plan import make_plan
+        from tc_ray.refusals import JobError
 
-        typer.echo(str(make_plan(config)))
+        made = make_plan(config)
+        typer.echo(str(made))
+        if made.refusals:
+            raise JobError(f"the run would refuse: {'; '.join(made.refusals)}")
         return
     from tc_ray.job import NoCopilotError, run_job
 
