@@ -7,7 +7,6 @@ done and goes on from the last checkpoints. Called by the command line and by jo
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tc_ray.mistakelog.repair import repair
 from tc_ray.mistakelog.store import is_table
 from tc_ray.refusals import JobError, check_resume
 from tc_ray.session import check_room, copilot_need, evaluation_need, pilot_need, ray_session
-from tc_ray.signals import Stopped
+from tc_ray.signals import Stopped, resumable
 
 LOG_POLL_SECONDS = 1.0
 TEND_SECONDS = 5.0
@@ -68,13 +67,8 @@ def run_job(config: RunConfig) -> JobResult:
     folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder, f"run {config.run.name}"), ray_session(config):
         check_room(config)
-        try:
+        with resumable(folder):
             return _Job(config, folder).run()
-        except Stopped as stop:
-            # here and not by the caller: whoever stopped it may kill it while Ray is shut down
-            print(f"{stop}; the same command goes on from the last checkpoint in {folder}", file=sys.stderr, flush=True)
-            stop.reported = True
-            raise
 
 
 class _Job:
@@ -118,7 +112,10 @@ class _Job:
             watchers.append(threading.Thread(target=self._watch_log, name="log-watch", daemon=True))
             for watcher in watchers:
                 watcher.start()
-            result = self._phases()
+            with resumable(
+                self.folder
+            ):  # this line and the status first: whoever stops a run may kill it within seconds
+                result = self._phases()
             status = "done"
             return result
         except Stopped:
@@ -126,7 +123,6 @@ class _Job:
             raise
         finally:
             self.stop_watching.set()
-            # the status first: whoever stops a run may kill it within seconds
             self._finish(status)
             if self.group is not None:
                 self.group.stop()

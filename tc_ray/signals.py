@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -61,6 +63,19 @@ def stop_signals() -> Iterator[None]:
     finally:
         for number, handler in _taken.pop().items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Work that the same command goes on with: where a signal ends it, one line says so, before anything outside of it is closed."""
+    try:
+        yield
+    except Stopped as stop:
+        if stop.reported:
+            raise
+        print(f"{stop}; the same command goes on from the last checkpoint in {folder}", file=sys.stderr, flush=True)
+        stop.reported = True
+        raise
 
 
 def take_signals() -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tc_ray.signals import resumable
+
 if TYPE_CHECKING:
     from tc_ray.copilot.from_log import Progress
 
@@ -50,8 +52,9 @@ def train_copilot(
     if target is None:
         raise typer.BadParameter("a log without its run folder needs --out FOLDER")
     settings = load_config(recipe, overrides or [])
-    with MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
-        trained = train_from_log(mistakes, settings, target.expanduser().absolute(), epochs=epochs, show=show)
+    target = target.expanduser().absolute()
+    with resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
+        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=show)
     typer.echo("\n".join(trained.lines()))
 
 

@@ -70,13 +70,14 @@ class CopilotGroup:
         return self._result
 
     def stop(self) -> None:
-        """End the learners and give their resources back."""
+        """End the learners and give their resources back; a second time does nothing."""
         self._stopping.set()
         self._kill()
         if self._thread.is_alive():
             self._thread.join(10)
         if self._placement is not None:
             remove_placement_group(self._placement)
+            self._placement = None
 
     def _watch(self) -> None:
         while not self._stopping.is_set():
