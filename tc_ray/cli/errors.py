@@ -1,7 +1,7 @@
 """How a command ends when something goes wrong: one clear message on standard error, exit code 2, no traceback.
 
-TC_RAY_DEBUG=1 shows the traceback. Invariant: no secret is shown, in no line of a logger either. Used by `tc_ray.cli.main`
-and `jobs/train.py`.
+A signal that asks it to end: one line, exit code 128 + its number. TC_RAY_DEBUG=1 shows the traceback of an error. Invariant:
+no secret is shown, in no line of a logger either. Used by `tc_ray.cli.main` and `jobs/train.py`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from collections.abc import Callable
 
 from tc_ray.cli.output import quiet_logging, say
 from tc_ray.config.redact import redact
+from tc_ray.signals import Stopped, stop_signals
 
 DEBUG = "TC_RAY_DEBUG"
 EXIT_ERROR = 2
 EXIT_TRACEBACK = 1
-EXIT_INTERRUPTED = 130
 MESSAGE_LINES = 20
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command; turn its error into a message and an exit code. SystemExit passes."""
+    """Run a command; turn its error, or a signal that asks it to end, into a message and an exit code. SystemExit passes."""
     logging.setLogRecordFactory(_Record)
     quiet_logging()
-    try:
-        command()
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - whatever it is ends as a message
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
-            say(redact(traceback.format_exc()), error=True)
-            sys.exit(EXIT_TRACEBACK)
-        say(f"tc-ray: {message(error)}", error=True)
-        sys.exit(EXIT_ERROR)
+    with stop_signals():
+        try:
+            command()
+        except Stopped as stop:
+            if not stop.reported:
+                say(f"tc-ray: {stop}", error=True)
+            sys.exit(stop.exit_code)
+        except Exception as error:  # noqa: BLE001 - whatever it is ends as a message
+            if os.environ.get(DEBUG, "0") not in ("", "0"):
+                say(redact(traceback.format_exc()), error=True)
+                sys.exit(EXIT_TRACEBACK)
+            say(f"tc-ray: {message(error)}", error=True)
+            sys.exit(EXIT_ERROR)
 
 
 def message(error: BaseException) -> str:

@@ -24,7 +24,7 @@ def status(
     """Show both losses, rounds, log backlog and lag, tokens/s, restarts and ETA of a run."""
     from rich.console import Console
 
-    from tc_ray.tracking.progress import ProgressView, facts, panel, silence
+    from tc_ray.tracking.progress import ProgressView, facts, panel, silence, waiting_text
     from tc_ray.tracking.statusfile import Status, read_status, silent_seconds
 
     def read() -> Status:
@@ -42,7 +42,14 @@ def status(
     if console.is_terminal:
         console.print(panel(now))
     else:
-        lines = [("run", now["run"]), ("phase", now["phase"]), ("state", now["state"]), *facts(now)]
+        waiting = waiting_text(now.get("waiting", {}))
+        lines = [
+            ("run", now["run"]),
+            ("phase", now["phase"]),
+            ("state", now["state"]),
+            ("waiting", waiting),
+            *facts(now),
+        ]
         for name, value in lines:
             if value:
                 say(f"{name:<13} {value}")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tc_ray.cli.errors import EXIT_INTERRUPTED
 from tc_ray.cli.output import say
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     """Load the config, then print its plan or run it.
 
     Raises:
-        ConfigError: recipe or overrides cannot be used; and whatever the job raises.
+        ConfigError: recipe or overrides cannot be used; JobError: what the run would refuse, of a plan; and whatever the
+            job raises.
     """
     from tc_ray.config.load import load_config
 
@@ -43,16 +43,20 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     keep_outside_upload(config)
     if only_plan:
         from tc_ray.plan import make_plan
+        from tc_ray.refusals import JobError
 
-        say(str(make_plan(config)))
+        made = make_plan(config)
+        say(str(made))
+        if made.refusals:
+            raise JobError(f"the run would refuse: {'; '.join(made.refusals)}")
         return
-    from tc_ray.job import run_job
+    from tc_ray.job import NoCopilotError, run_job
 
     try:
         result = run_job(config)
-    except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on from the last checkpoint in {config.run.path}", error=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except NoCopilotError as error:
+        say("\n".join(summary(error.result)))
+        raise
     say("\n".join(summary(result)))
 
 
@@ -71,7 +75,9 @@ def summary(result: JobResult) -> list[str]:
         return [f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
     lines = ["", *result.report.lines(), ""]
     lines += [f"report    {result.folder / 'evaluation.md'}", f"losses    {result.folder / 'losses.png'}"]
-    if json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder"):
+    if result.report.no_copilot is not None:
+        lines.append(f"exported  {result.export} (pilot/ alone)")
+    elif json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder"):
         lines.append(f"exported  {result.export} (pilot/ loads with plain AutoModelForSeq2SeqLM)")
     else:
         lines += [

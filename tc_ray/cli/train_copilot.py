@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tc_ray.cli.output import say
+from tc_ray.signals import resumable
 
 if TYPE_CHECKING:
     from tc_ray.copilot.from_log import Progress
@@ -57,8 +58,9 @@ def train_copilot(
         settings = load_saved_config(place.run_folder / "config.yaml", overrides or [])
     else:
         raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
-    with MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
-        trained = train_from_log(mistakes, settings, target.expanduser().absolute(), epochs=epochs, show=show)
+    target = target.expanduser().absolute()
+    with resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
+        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=show)
     say("\n".join(trained.lines()))
 
 

@@ -81,6 +81,8 @@ class CopilotWorker:
     def run(self) -> Position:
         """Train until every step of the run is done, then export to `copilot/final` (rank 0)."""
         self.job.tracker.process.remote(f"copilot-{self.rank}", os.getpid())
+        if self.rank == 0:
+            self.job.tracker.waiting.remote("copilot", "loading weights")
         learner = Learner(
             build_copilot(self.config, self.job.pilot_path, self.job.base_path, output_ids_of(self.config)),
             self.config.copilot,
@@ -96,6 +98,8 @@ class CopilotWorker:
         tail = patiently(lambda: LogTail(place, storage_options=self.config.log.storage_options), who)
         buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
         seen_version = -1
+        if self.rank == 0:
+            self.job.tracker.waiting.remote("copilot", "")
         while at.step < self.job.total_steps:
             version, committed, _ = self._log_position()
             if version > seen_version:

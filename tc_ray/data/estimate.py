@@ -40,6 +40,10 @@ class DataEstimate:
     mean_target_tokens: float
     target_ids: int
     sampled: int
+    bad: int = 0
+    """Records of the sample that the run would leave out as bad."""
+    records: int = 0
+    """Size of the sample, bad ones included."""
     exact: bool = False
     notes: tuple[str, ...] = ()
 
@@ -81,7 +85,7 @@ def estimate(
     draw = _draw_sequences if config.format == "sequences" else _draw_examples
     with tempfile.TemporaryDirectory() as folder:
         sample = draw(config, Path(folder), sample_rows, seed)
-    lengths, targets, ids = [], [], set()
+    lengths, targets, ids, bad = [], [], set(), 0
     for record in sample.records:
         row = encode_record(record, sample.config, tokenizer, seed, held_out=False, encoder_decoder=encoder_decoder)
         if row["kind"] == "row":
@@ -89,6 +93,7 @@ def estimate(
             lengths.append(len(row["input_ids"]))
             targets.append(len(row["input_ids"]) - row["target_start"])
             ids.update(row["input_ids"][row["target_start"] :])
+        bad += row["kind"] == "bad"
     if not lengths:
         return None
     readable = round(sample.total * len(lengths) / len(sample.records))
@@ -96,7 +101,8 @@ def estimate(
     if config.max_train_rows is not None:
         rows = min(rows, config.max_train_rows)
     count = len(lengths)
-    return DataEstimate(max(0, rows), sum(lengths) / count, sum(targets) / count, len(ids), count, notes=sample.notes)
+    means = sum(lengths) / count, sum(targets) / count
+    return DataEstimate(max(0, rows), *means, len(ids), count, bad=bad, records=len(sample.records), notes=sample.notes)
 
 
 def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:

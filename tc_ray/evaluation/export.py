@@ -21,12 +21,15 @@ PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
 
 
 def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
-    """Assemble `export/` from `pilot/final` and `copilot/final`; it appears whole, by a rename. Returns the folder."""
+    """Assemble `export/` from `pilot/final` and `copilot/final`; it appears whole, by a rename. Returns the folder.
+
+    Where the report knows of no Copilot the export has none either: `pilot/` alone, and lambda 0.
+    """
     run = config.run.path
     temporary, target = run / "export.tmp", run / "export"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    for part in ("pilot", "copilot"):
+    for part in ("pilot", "copilot") if report.no_copilot is None else ("pilot",):
         _copy(run / part / "final", temporary / part)
     write_settings(temporary, lam=report.exported_lam, space=report.space, feedback=report.feedback)
     save_config(config, temporary / "config.yaml")

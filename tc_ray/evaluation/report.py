@@ -51,6 +51,8 @@ class Report:
     examples: list[dict[str, str]] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     validation_rows: int = 0
+    no_copilot: str | None = None
+    """Why there is no Copilot: then both sides of the comparison are the Pilot."""
 
     @property
     def gain(self) -> Gain:
@@ -80,6 +82,10 @@ class Report:
     def verdict(self) -> str:
         """One plain sentence."""
         c = self.comparison
+        if self.no_copilot is not None:
+            return (
+                f"There is no Copilot: {self.no_copilot}. The Pilot alone was measured, and is exported with lambda 0."
+            )
         if self.lam == 0:
             return "The Copilot does not help: no lambda beat the Pilot on validation data. The exported default is lambda 0."
         if not self.helps and self.measures:
@@ -99,10 +105,11 @@ class Report:
         given = self.left_out.get("test", LeftOut()).given(c.rows)
         rows = [["", "rows", self.right_name, "95% interval", "error ratio", "NLL", "token accuracy"]]
         fused_name = f"fused, lambda {self.lam:g} in {self.space} space"
-        for name, correct, interval, forced in (
+        sides = [
             ("Pilot", c.pilot_correct, c.pilot_interval, self.pilot_forced),
             (fused_name, c.fused_correct, c.fused_interval, self.fused_forced),
-        ):
+        ]
+        for name, correct, interval, forced in sides[:1] if self.no_copilot else sides:
             measured = (
                 [f"{forced.error_ratio:.3f}", f"{forced.nll:.4f}", f"{100 * forced.token_accuracy:.1f}%"]
                 if forced
@@ -117,11 +124,11 @@ class Report:
                     *measured,
                 ]
             )
-        changes = f"{c.wins} wins, {c.losses} losses, McNemar p = {c.p_value:.2g}"
+        against = "" if self.no_copilot else f": {c.wins} wins, {c.losses} losses, McNemar p = {c.p_value:.2g}"
         return [
             *_aligned(rows),
             *self._measure_lines(),
-            f"{self._counted('test', c.rows)} of {self.data}: {changes}",
+            f"{self._counted('test', c.rows)} of {self.data}{against}",
             *(
                 [f"lambda was chosen on {self._counted('validation', self.validation_rows)}"]
                 if self.validation_rows

@@ -11,26 +11,40 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tc_ray.files import disk_time
 
 STALE_LOCK_SECONDS = 90.0
 """Age, and quiet of the build folder, at which a lock is stale where the owner cannot be looked for (no /proc)."""
+BUILD_SECONDS = 3.0
+"""Loading an operator that is there holds its lock for a second; one that is held longer is being compiled."""
 _LOOK_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def stale_build_locks_removed() -> Iterator[None]:
-    """Remove stale locks now, and while the enclosed start runs: a dying worker of the last attempt may hold one still."""
+def stale_build_locks_removed(on_build: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Remove stale locks now, and while the enclosed start runs: a dying worker of the last attempt may hold one still.
+
+    Args:
+        on_build: called once, from another thread, when an operator is being compiled, here or by another process.
+    """
     done = threading.Event()
 
     def look() -> None:
+        since: dict[Path, float] = {}
+        building = False
         while not done.wait(_LOOK_SECONDS):
             clear_stale_build_locks()
+            held = _locks()
+            since = {lock: since.get(lock, time.monotonic()) for lock in held}
+            if not building and any(time.monotonic() - began > BUILD_SECONDS for began in since.values()):
+                building = True
+                on_build()
 
     clear_stale_build_locks()
     threading.Thread(target=look, name="build-locks", daemon=True).start()
@@ -49,9 +63,8 @@ def clear_stale_build_locks() -> list[Path]:
     Returns:
         What was removed.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     removed = []
-    for lock in root.glob("**/lock") if root.is_dir() else ():
+    for lock in _locks():
         try:
             if _is_stale(lock):
                 lock.unlink()
@@ -60,6 +73,11 @@ def clear_stale_build_locks() -> list[Path]:
         except (FileNotFoundError, PermissionError):
             continue  # its owner finished in this moment, or it is another user's
     return removed
+
+
+def _locks() -> list[Path]:
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return list(root.glob("**/lock")) if root.is_dir() else []
 
 
 def _is_stale(lock: Path) -> bool:

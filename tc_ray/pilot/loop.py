@@ -72,7 +72,15 @@ class Worker:
         self.order = RoundOrder(
             len(self.table), self.config.pilot.batch_size, self.config.pilot.epochs, self.config.run.seed
         )
-        self.engine = build_engine(self.config, job.model_path, job.rounds)
+        if rank == 0:
+            self._wait_for("loading weights")
+        # any rank may be the one that compiles: each node has operators of its own
+        self.engine = build_engine(
+            self.config,
+            job.model_path,
+            job.rounds,
+            lambda: self._wait_for("compiling DeepSpeed's operator (first use, minutes)"),
+        )
         self.device = self.engine.device
         self.attempt = 0
         self.recorder: Recorder | None = None
@@ -88,6 +96,7 @@ class Worker:
         """Train from the last checkpoint to the last round, then export the merged Pilot."""
         start = self._restore()
         self._begin_attempt(start)
+        self._wait_for("")
         started, tokens, due = time.monotonic(), 0, False
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
@@ -111,6 +120,10 @@ class Worker:
             self.recorder.close()
             if self.rank == 0:
                 self._committed("finish_pilot", self.job.rounds)
+
+    def _wait_for(self, text: str) -> None:
+        """What the status shows until the first round; an empty text: nothing is waited for."""
+        self.job.tracker.waiting.remote("pilot", text)
 
     def _restore(self) -> int:
         found, damaged = find_checkpoints(self.checkpoints)
@@ -149,7 +162,7 @@ class Worker:
             torch.distributed.broadcast(shared, 0)
         self.attempt, stored_top_k = shared.tolist()
         if self.rank == 0 and self.attempt > 1:
-            self.job.tracker.event.remote("restart", f"Pilot attempt {self.attempt} goes on after round {watermark}")
+            self.job.tracker.event.remote("resume", f"Pilot attempt {self.attempt} goes on after round {watermark}")
         writer = RecordWriter(
             location,
             submit_to(self.job.ledger),

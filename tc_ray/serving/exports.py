@@ -37,6 +37,11 @@ def find_export(folder: Path | str) -> Path:
     export = given / "export" if (given / "export").is_dir() else given
     if not any((export / part).exists() for part in ("fusion.json", "pilot", "copilot")):
         raise ServingError(f"{given} holds no exported model: the run has not ended, or it is no run folder")
+    if _file(export / "pilot/config.json") and _file(export / "fusion.json") and not (export / "copilot").exists():
+        raise ServingError(
+            f"{export} holds a Pilot alone, for the Copilot of its run failed: there is nothing to fuse and serve. The run's "
+            "command (`tc-ray train`) trains the Copilot anew; pilot/ is an ordinary model folder"
+        )
     missing = [part for part in ("fusion.json", "pilot/config.json", "copilot/config.json") if not _file(export / part)]
     missing += [
         f"{part}/*.safetensors" for part in ("pilot", "copilot") if not list((export / part).glob("*.safetensors"))

@@ -106,6 +106,10 @@ class MlflowWriter:
         for metric in to_mlflow(point):
             self._queue.put(metric)
 
+    def set_tag(self, key: str, value: str) -> None:
+        """Queue a tag of the run."""
+        self._queue.put(lambda: self._client.set_tag(self.run_id, key, value))
+
     def log_text(self, text: str, name: str) -> None:
         """Queue a text artifact."""
         self._queue.put(lambda: self._client.log_text(self.run_id, text, name))

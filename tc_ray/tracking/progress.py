@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -56,7 +57,7 @@ class ProgressView:
             if event["time"] > self._last_event:
                 self._last_event = event["time"]
                 self._print(f"[{event['kind']}] {described(event)}")
-        key = f"{status['phase']}/{status['state']}"
+        key = f"{status['phase']}/{status['state']}/{waiting_text(status.get('waiting', {}))}"
         if key != self._shown[0] or time.monotonic() - self._shown[1] >= self._line_seconds:
             self._shown = (key, time.monotonic())
             self._print(line(status))
@@ -94,9 +95,15 @@ class ProgressView:
 
 def line(status: Status) -> str:
     """One plain line: phase, rounds, losses, lag, speed, ETA."""
-    parts = [f"{clock(status['updated'] - status['started'])} {status['phase']}"]
+    waiting = waiting_text(status.get("waiting", {}))
+    parts = [f"{clock(status['updated'] - status['started'])} {status['phase']}{': ' if waiting else ''}{waiting}"]
     parts += [f"{name} {value}" for name, value in facts(status) if value]
     return " | ".join(filter(None, [*parts, silence(status)]))
+
+
+def waiting_text(waiting: Mapping[str, Mapping[str, Any]]) -> str:
+    """The status's `waiting` as one line, for instance "pilot loading weights; copilot waiting for room: ..."."""
+    return "; ".join(f"{who} {wait['text']}" for who, wait in waiting.items())
 
 
 def silence(status: Status) -> str:
@@ -157,6 +164,8 @@ def panel(status: Status) -> RenderableType:
     texts.pop("copilot step")
     rest = Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in texts.items() if value)
     lines: list[RenderableType] = [bars, rest]
+    for who, wait in status.get("waiting", {}).items():
+        lines.append(Text(visible(f"{who} {wait['text']} ({clock(status['updated'] - wait['since'])})"), "cyan"))
     for event in newest(status["events"], EVENTS_IN_PANEL):
         when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
         text = visible(f"{when} {event['kind']}: {described(event)}")

@@ -33,11 +33,14 @@ from tc_ray.tracking.mlflow_writer import (
 )
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
 from tc_ray.tracking.points import METRICS_FILE, Point, PointFile, plain_numbers, read_points
+from tc_ray.tracking.progress import waiting_text
 from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
 
 PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Ways a run ends, and MLflow's words for them."""
+WAITING_TAG = "tc_ray.waiting"
+"""MLflow tag: what the run waits for now; empty while it does not."""
 LOG_SECONDS = 5.0
 """A log point is written when the round has moved on, or after this time (catch-up: the round stands still)."""
 RATE_WINDOW = 64
@@ -79,6 +82,7 @@ class Tracker:
         self._pilot_rate, self._copilot_rate, self._token_rate = Rate(), Rate(), Rate()
         self._tokens = 0.0
         self._processes: dict[str, int] = {}
+        self._waiting: dict[str, dict[str, Any]] = {}
         self._status_file = StatusFile(folder, self.status)
         self._mlflow: MlflowWriter | None = None
         if config.tracking.enabled:
@@ -135,6 +139,18 @@ class Tracker:
             self._events.add(now, kind, text)
         self._status_file.touch()
 
+    def waiting(self, who: str, text: str) -> None:
+        """What `who` (pilot, copilot, evaluation) does or waits for before it shows progress; an empty text: no longer."""
+        with self._lock:
+            if self._waiting.get(who, {}).get("text", "") == text:
+                return
+            self._waiting.pop(who, None)
+            if text:
+                self._waiting[who] = {"text": text, "since": time.time()}
+            if self._mlflow is not None:
+                self._mlflow.set_tag(WAITING_TAG, waiting_text(self._waiting))
+        self._status_file.write()
+
     def process(self, name: str, pid: int) -> None:
         """A worker process (`pilot-0`, `copilot-1`) runs as `pid` on its node; shown in the status."""
         with self._lock:
@@ -182,6 +198,13 @@ class Tracker:
         """
         if status not in ENDS:
             raise ValueError(f"unknown end {status!r}; a run ends {', '.join(ENDS)}")
+        for who in list(self._waiting):
+            self.waiting(who, "")
+        if status != "done":
+            # whoever has stopped the run may kill it within seconds: what takes time comes after
+            with self._lock:
+                self._state = status
+            self._status_file.write()
         picture = self._folder / LOSSES_FILE
         try:
             draw_losses(self._folder / METRICS_FILE, picture)
@@ -204,9 +227,10 @@ class Tracker:
     def status(self) -> Status:
         """What the run is doing, as JSON values.
 
-        Keys: run, folder, state (running, done, failed, stopped), phase, phase_since, started, updated (unix seconds), plan, pilot
-        {round, metrics}, copilot {round, step, metrics}, log {metrics}, tokens_per_second, rounds_per_minute, eta_seconds
-        (null when unknown), restarts, events (`events.Events`), event_counts, processes (pid by name), evaluation, mlflow (null when off).
+        Keys: run, folder, state (running, done, failed, stopped), phase, phase_since, started, updated (unix seconds), plan,
+        waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, log {metrics},
+        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`events.Events`), event_counts,
+        processes (pid by name), evaluation, mlflow (null when off).
         """
         with self._lock:
             counts = self._points.event_counts
@@ -219,6 +243,7 @@ class Tracker:
                 "started": self._started,
                 "updated": time.time(),
                 "plan": self._plan,
+                "waiting": {who: dict(wait) for who, wait in self._waiting.items()},
                 "pilot": _jsonable(self._pilot),
                 "copilot": _jsonable(self._copilot),
                 "log": _jsonable(self._log),

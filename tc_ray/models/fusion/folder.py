@@ -45,6 +45,12 @@ def read_settings(folder: Path) -> FusionSettings:
         NoFusedModelError: a part is missing; the message names it.
         ValueError: a format this version does not know, or a setting that is none; the message names it.
     """
+    alone = all((folder / part).is_file() for part in ("pilot/config.json", FUSION_FILE))
+    if alone and not (folder / "copilot").exists():
+        raise FileNotFoundError(
+            f"{folder} holds a Pilot alone, for the Copilot of its run failed: the run's command trains it anew; pilot/ is an "
+            "ordinary model folder"
+        )
     for part in ("pilot/config.json", "copilot/config.json", FUSION_FILE):
         if not (folder / part).is_file():
             raise NoFusedModelError(f"{folder} is not an exported fused model: {part} is missing")
