@@ -153,3 +153,14 @@ def sync_tree(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another worker's temporary file
             sync(path)
     sync(folder)
+
+
+def disk_time(folder: Path) -> float:
+    """Unix seconds now, by the clock that stamps the files in a folder: on a share that of the file server, whose time may
+    differ from this machine's. Needs no space.
+
+    Raises:
+        OSError: the folder may not be written.
+    """
+    os.utime(folder)
+    return folder.stat().st_mtime

@@ -19,7 +19,8 @@ from tc_ray.copilot.checkpoint import latest_inputs
 from tc_ray.data.prepare import PreparedData, prepare, prepared_before
 from tc_ray.data.rows_hash import rows_hashes
 from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.store import LogStore, is_table
+from tc_ray.mistakelog.opening import is_table
+from tc_ray.mistakelog.store import LogStore
 from tc_ray.models.weights_hash import weights_hash
 from tc_ray.pilot.checkpoint import latest_checkpoint
 

@@ -20,10 +20,11 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.files import is_whole
 from tc_ray.folder_lock import FolderLock
 from tc_ray.folder_owner import check_owner
+from tc_ray.mistakelog.errors import LeaseLostError
 from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.opening import is_table
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.store import is_table
 from tc_ray.session import ray_session
 from tc_ray.text import visible
 
@@ -164,12 +165,20 @@ class _Job:
         except KeyboardInterrupt:
             status = "stopped"
             raise
+        except Exception:
+            self._check_lease()  # whatever a part has died of: that the log is another's now is what to say
+            raise
         finally:
             self.stop_watching.set()
             self._finish(status)
             for watcher in watchers:
                 if watcher.is_alive():
                     watcher.join(10)
+
+    def _check_lease(self) -> None:
+        """Raises LeaseLostError when another process has taken the log over: this run has no part in it any more."""
+        if self.lease is not None:
+            self.lease.check()
 
     def _prepare(self) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -259,8 +268,10 @@ class _Job:
         self._train()
         if not self.config.log.enabled:
             return JobResult(self.folder, None, None, self._mlflow_command())
+        self._check_lease()
         self.tracker.phase.remote("evaluate")
         report = self._evaluate()
+        self._check_lease()
         self.tracker.phase.remote("export")
         export = self._export(report)
         return JobResult(self.folder, export, report, self._mlflow_command())
@@ -352,15 +363,21 @@ class _Job:
         return mlflow_command(resolve_uri(self.config))
 
     def _watch_log(self) -> None:
-        """Once a second, tell the tracker how far the log and the Copilot are; now and then, have the Ledger free space."""
+        """Once a second, tell the tracker how far the log and the Copilot are; now and then, have the Ledger free space.
+
+        It then looks at the table too: one that finds the lease lost lets Pilot and Copilot go on no more.
+        """
         import ray
 
         tended = time.monotonic()
         while self.ledger is not None and not self.stop_watching.wait(LOG_POLL_SECONDS):
-            if time.monotonic() > tended + TEND_SECONDS:
+            if time.monotonic() > tended + TEND_SECONDS or (self.lease is not None and self.lease.lost):
                 self.ledger.tend.remote()
                 tended = time.monotonic()
-            state = ray.get(self.ledger.state.remote())
+            try:
+                state = ray.get(self.ledger.state.remote())
+            except LeaseLostError:
+                return
             self.tracker.log.remote(
                 {
                     "bytes": state.bytes,

@@ -23,7 +23,11 @@ Log = Annotated[
 ]
 Storage = Annotated[
     list[str] | None,
-    typer.Option("--storage-option", metavar="KEY=VALUE", help="Option of the object store; may be given again."),
+    typer.Option(
+        "--storage-option",
+        metavar="KEY=VALUE",
+        help="Option of the object store; may be given again. Those in a run folder's config are not used.",
+    ),
 ]
 Tokenizer = Annotated[
     str | None,
@@ -261,7 +265,10 @@ def parse_rounds(text: str | None) -> tuple[int, int] | None:
 def _place(source: str, storage: list[str] | None) -> LogPlace:
     from tc_ray.inspection.source import find_log
 
-    return find_log(source, storage or [])
+    place = find_log(source, storage or [])
+    if place.note:
+        say(place.note, error=True)
+    return place
 
 
 def _location(place: LogPlace) -> Any:

@@ -25,15 +25,19 @@ def status(
     from rich.console import Console
 
     from tc_ray.tracking.progress import ProgressView, facts, panel, silence
-    from tc_ray.tracking.statusfile import read_status
+    from tc_ray.tracking.statusfile import Status, read_status, silent_seconds
 
-    now = read_status(run_folder)
+    def read() -> Status:
+        return {**read_status(run_folder), "silent_seconds": silent_seconds(run_folder)}
+
     if follow:
-        ProgressView().follow(lambda: read_status(run_folder), threading.Event())
+        read_status(run_folder)
+        ProgressView().follow(read, threading.Event())
         return
     if as_json:
-        say(json.dumps(now, indent=1))
+        say(json.dumps(read_status(run_folder), indent=1))
         return
+    now = read()
     console = Console()
     if console.is_terminal:
         console.print(panel(now))

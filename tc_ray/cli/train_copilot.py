@@ -35,7 +35,8 @@ def train_copilot(
     ] = None,
     version: Annotated[int | None, typer.Option(help="Table version; default: the latest.")] = None,
     storage_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the object store; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Option of the log's object store; may be given again."),
     ] = None,
 ) -> None:
     """Train a Copilot from a log alone; no Pilot runs. The result is what `tc-ray fuse --copilot` takes."""
@@ -45,6 +46,8 @@ def train_copilot(
     from tc_ray.mistakelog.reader import MistakeLog
 
     place = find_log(log, storage_option or [])
+    if place.note:
+        say(place.note, error=True)
     target = out or (place.run_folder / "copilot-from-log" if place.run_folder is not None else None)
     if target is None:
         raise typer.BadParameter("a log without its run folder needs --out FOLDER")

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.worker import CopilotJob, CopilotWorker
+from tc_ray.mistakelog.errors import LeaseLostError
 
 RESERVE_SECONDS = 60
 
@@ -74,6 +75,10 @@ class CopilotGroup:
         while not self._stopping.is_set():
             try:
                 self._result = self._attempt()
+                return
+            except LeaseLostError as error:  # would come again: the log is another's
+                self._kill()
+                self._error = error
                 return
             except Exception as error:  # noqa: BLE001 - whatever ended a learner, the answer is the same: restart or give up
                 self._kill()

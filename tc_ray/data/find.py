@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tc_ray.config.schema import EMBEDDED, DataSection
 from tc_ray.data.errors import DataError
+from tc_ray.text import visible
 
 PARTS = ("train", "validation", "test")
 EXAMPLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -50,7 +51,7 @@ class _Found:
 
     def names(self, files: Sequence[Path]) -> str:
         """The first of these names, relative to the folder."""
-        names = [file.relative_to(self.place).as_posix() for file in files[:_SHOWN_NAMES]]
+        names = [visible(file.relative_to(self.place).as_posix()) for file in files[:_SHOWN_NAMES]]
         more = len(files) - len(names)
         return ", ".join(names) + (f" and {more} more" if more else "")
 
@@ -138,11 +139,14 @@ def _find(source: str, config: DataSection) -> _Found:
     if place.is_file():
         if not _is_data(place, suffixes):
             raise DataError(f"{place}: unknown kind of file; convert it to one of {_kinds(suffixes)}")
+        _check_name(place)
         found.by_part[""] = [place]
         return found
     for file in sorted(place.rglob("*")) if place.is_dir() else ():
         relative = file.relative_to(place)
         if not file.is_file():
+            if file.is_symlink():  # to a folder, which is not entered, or to nothing
+                found.left_out.append(file)
             continue
         is_data = _is_data(file, suffixes)
         if any(part.startswith((".", "_")) for part in relative.parts):
@@ -151,9 +155,17 @@ def _find(source: str, config: DataSection) -> _Found:
         elif not is_data or file.name.lower() in SIDE_FILES:
             found.left_out.append(file)
         else:
+            _check_name(file)
             part = "" if config.parts == "all_train" else _part_by_name(relative, place)
             found.by_part.setdefault(part, []).append(file)
     return found
+
+
+def _check_name(file: Path) -> None:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{visible(str(file))}: the name is not valid UTF-8; rename the file") from None
 
 
 def _part_by_name(file: Path, folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 torch takes such a lock each time it loads DeepSpeed's shared-memory operator, for a second, or for the half minute of the first compile; a
 worker killed in that moment leaves the file. Its owner has it open while it lives, so on this machine a lock that no process has open
-is stale. Called around DeepSpeed's start.
+is stale. Ages are told by the clock of the folder's disk. Called around DeepSpeed's start.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import contextlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from tc_ray.files import disk_time
 
 STALE_LOCK_SECONDS = 90.0
 """Age, and quiet of the build folder, at which a lock is stale where the owner cannot be looked for (no /proc)."""
@@ -56,8 +57,8 @@ def clear_stale_build_locks() -> list[Path]:
                 lock.unlink()
                 removed.append(lock)
                 log.warning("%s removed: a killed process left it", lock)
-        except FileNotFoundError:
-            continue  # its owner finished in this moment
+        except (FileNotFoundError, PermissionError):
+            continue  # its owner finished in this moment, or it is another user's
     return removed
 
 
@@ -65,9 +66,9 @@ def _is_stale(lock: Path) -> bool:
     owners = _processes_with(lock)
     if owners is not None:
         # a moment lies between the file's creation and its number in /proc
-        return not owners and time.time() - lock.stat().st_mtime > _LOOK_SECONDS
+        return not owners and disk_time(lock.parent) - lock.stat().st_mtime > _LOOK_SECONDS
     newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
-    return time.time() - newest > STALE_LOCK_SECONDS
+    return disk_time(lock.parent) - newest > STALE_LOCK_SECONDS
 
 
 def _processes_with(file: Path) -> list[int] | None:

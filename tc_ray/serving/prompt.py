@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tc_ray.data.special_text import encode_rendered, named_ids
+from tc_ray.data.special_text import SpecialTextError, encode_rendered, named_ids
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.incremental_text import IncrementalText
 from tc_ray.serving.token_texts import TokenTexts
@@ -93,7 +93,10 @@ class PromptEncoder:
         with self._lock:
             if not named_ids(contents, self._tokenizer):
                 return ids
-            ids = tuple(encode_rendered(contents, render, self._tokenizer))
+            try:
+                ids = tuple(encode_rendered(contents, render, self._tokenizer))
+            except SpecialTextError as error:
+                raise invalid_value("messages", str(error)) from error
         if len(ids) > limit_tokens:
             raise _too_long("messages", len(ids), limit_tokens)
         return ids

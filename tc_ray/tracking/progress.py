@@ -100,8 +100,12 @@ def line(status: Status) -> str:
 
 
 def silence(status: Status) -> str:
-    """What to say of a run that calls itself running but has not written its status for long; else empty."""
-    age_s = time.time() - status["updated"]
+    """What to say of a run that calls itself running but has not written its status for long; else empty.
+
+    Told by `silent_seconds`, which a reader of the run's folder adds (`statusfile.silent_seconds`): a status that was asked of the
+    Tracker is never old, whatever the clock of its host says.
+    """
+    age_s = status.get("silent_seconds", 0.0)
     if status["state"] != "running" or age_s < STALE_SECONDS:
         return ""
     return f"no sign of life for {clock(age_s)}: it was killed; `tc-ray train` with the same recipe goes on"

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, FiniteFloat
 
-from tc_ray.files import DamagedFileError, finite, read_json, typed, write_json
+from tc_ray.files import DamagedFileError, disk_time, finite, read_json, typed, write_json
 
 STATUS_FILE = "status.json"
 HEARTBEAT_SECONDS = 15.0
@@ -96,6 +96,18 @@ def read_status(folder: Path) -> Status:
             f"{error}. The file only shows what the run does: `tc-ray train` with the same recipe goes on and writes it anew"
         ) from None
     return status
+
+
+def silent_seconds(folder: Path) -> float:
+    """How long status.json has not been written, by the disk's clock, for the run may be on another host.
+
+    Where the folder may not be written, that clock cannot be asked: then by this host's.
+    """
+    try:
+        now = disk_time(folder)
+    except OSError:
+        now = time.time()
+    return now - (folder / STATUS_FILE).stat().st_mtime
 
 
 class StatusFile:

@@ -14,7 +14,7 @@ import pytest
 from tc_ray.cli.errors import message
 from tc_ray.cli.status import sparkline
 from tc_ray.config.schema import RunConfig
-from tc_ray.mistakelog.store import LogFullError
+from tc_ray.mistakelog.errors import LogFullError
 from tc_ray.tracking.statusfile import NoRunError
 from tc_ray.tracking.tracker import Tracker
 
@@ -82,8 +82,9 @@ def test_follow_ends_with_the_run(run_folder: Path) -> None:
 
 def test_status_of_a_killed_run_says_so(run_folder: Path) -> None:
     path = run_folder / "status.json"
-    document = {**json.loads(path.read_text()), "state": "running", "updated": time.time() - 600}
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "running"}))
+    then = time.time() - 600
+    os.utime(path, (then, then))
     assert "no sign of life for 10:0" in tc_ray("status", run_folder).stdout
 
 

@@ -6,6 +6,7 @@ Ray's tasks are replaced by a loop in this process; tests/cluster/test_data_prep
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,18 @@ def test_a_folder_as_test_data_gives_its_test_files(tmp_path: Path) -> None:
     lines(tmp_path / "d" / "test.jsonl", HELD)
     found = prepare_test_file(str(tmp_path / "d"), section(tmp_path / "d"), make_tokenizer(), tmp_path / "eval", seed=1)
     assert found.rows["test"] == 20 and any("train.jsonl" in note for note in found.notes)
+
+
+def test_names_that_no_one_can_read_and_links_do_not_vanish(tmp_path: Path) -> None:
+    """Fault 19: other ways for a file to be left out without a word, or to end the run with an exception."""
+    folder = tmp_path / "d"
+    lines(folder / "a.jsonl", SUMS)
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    (tmp_path / "other").mkdir()
+    (folder / "more").symlink_to(tmp_path / "other")
+    (folder / "_hidden.jsonl").write_text("{}")
+    prepared = prepare(section(folder), make_tokenizer(), tmp_path / "out", seed=1)
+    assert any("_hidden.jsonl, gone.jsonl, more" in line for line in prepared.describe())
+    (folder / os.fsdecode(b"b\xff.jsonl")).write_text("{}")
+    with pytest.raises(DataError, match=r"b\\udcff\.jsonl: the name is not valid UTF-8"):
+        prepare(section(folder), make_tokenizer(), tmp_path / "out", seed=1)
