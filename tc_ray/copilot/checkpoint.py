@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tc_ray.copilot.learner import Learner
 from tc_ray.files import DamagedFileError, is_whole, publish_folder, read_json_as, write_json
 
 _POSITION = "position.json"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,25 @@ def save(
     learner.save(temporary)
     write_json(temporary / _POSITION, asdict(position) | {"inputs": dict(inputs or {})})
     publish_folder(temporary, folder)
-    for old in _whole(root)[:-keep]:
+    kept = _whole(root)[-keep:]
+    for old in [other for other in _all(root) if kept and _number(other) < _number(kept[0])]:
         shutil.rmtree(old)
     return folder
 
 
-def restore(learner: Learner, root: Path) -> Position | None:
+def restore(learner: Learner, root: Path, report: Callable[[str], None] = log.warning) -> Position | None:
     """Load the newest whole checkpoint into the learner; None when there is none.
+
+    Args:
+        report: called with one line for each newer one that is damaged and passed over.
 
     Raises:
         ValueError, NotFiniteError: see `Learner.load`.
     """
     whole = _whole(root)
+    for folder in _all(root):
+        if not whole or _number(folder) > _number(whole[-1]):
+            report(f"{folder} is damaged and passed over: the checkpoint before it, if any, is taken")
     if not whole:
         return None
     learner.load(whole[-1])
@@ -89,12 +98,17 @@ def _read(folder: Path) -> _Content:
 def _whole(root: Path) -> list[Path]:
     """Folders that can be restored, oldest first; a damaged one counts as none, so that the one before it is taken."""
     found = []
-    for folder in root.glob("step-*"):
-        if folder.name.endswith(".tmp") or not is_whole(folder):
-            continue
+    for folder in filter(is_whole, _all(root)):
         with contextlib.suppress(DamagedFileError, OSError):
             _read(folder)
             found.append(folder)
-    return sorted(
-        found, key=lambda folder: int(folder.name.split("-")[1])
-    )  # by number: a seventh digit sorts before six
+    return found
+
+
+def _all(root: Path) -> list[Path]:
+    """Folders under their final names, oldest first: by number, a seventh digit sorts before six."""
+    return sorted((folder for folder in root.glob("step-*") if folder.name[5:].isdecimal()), key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name[5:])

@@ -90,7 +90,7 @@ class CopilotWorker:
             device="cuda" if self.config.resources.gpus else "cpu",
             world_size=self.world_size,
         )
-        at = checkpoint.restore(learner, self.folder / "checkpoints") or Position(0, 0, -1)
+        at = checkpoint.restore(learner, self.folder / "checkpoints", self._passed_over) or Position(0, 0, -1)
         self._report(at, None)
         if at.step and not self.rank:
             self.job.tracker.event.remote("resume", f"Copilot goes on after step {at.step}")
@@ -174,6 +174,10 @@ class CopilotWorker:
         drawn = draw(buffer, self.config, step)
         part = size // self.world_size
         return batch_from_records(drawn, range(self.rank * part, (self.rank + 1) * part))
+
+    def _passed_over(self, text: str) -> None:
+        if not self.rank:
+            self.job.tracker.event.remote("checkpoint", text)
 
     def _report(self, at: Position, result: StepResult | None) -> None:
         if self.rank:
