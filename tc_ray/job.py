@@ -169,7 +169,7 @@ class _Job:
         encoder_decoder = family_of(self.shape).encoder_decoder
         try:
             check_folders(self.config, self.pilot_path, self.base_path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise JobError(str(error)) from None
         if self.config.log.enabled:
             try:

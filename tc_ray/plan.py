@@ -174,7 +174,7 @@ def make_plan(config: RunConfig) -> Plan:
     refusals = _refusals(config)
     pilot, base = find_models(config, notes, refusals)
     if pilot is not None:
-        _check_weights(config, pilot, base)
+        _check_weights(config, pilot, base, notes)
         if config.log.enabled:
             _check_log(config, pilot)
     data = _data(config, pilot, notes, refusals)
@@ -222,11 +222,14 @@ def _refusals(config: RunConfig) -> list[str]:
     return found
 
 
-def _check_weights(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None) -> None:
-    """As the job does, of folders that are on this machine."""
+def _check_weights(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, notes: list[str]) -> None:
+    """As the job does, of folders that are on this machine; one with a config alone can be planned with."""
     from tc_ray.models.weights import check_folders
 
-    check_folders(config, pilot.place, pilot.place if base is None else base.place)
+    try:
+        check_folders(config, pilot.place, pilot.place if base is None else base.place)
+    except OSError as error:
+        notes.append(f"the run will refuse this: {first_line(error, 160)}")
 
 
 def _check_log(config: RunConfig, pilot: ModelConfig) -> None:

@@ -19,7 +19,6 @@ from torch import nn
 from tc_ray.config.schema import PilotSection, RunConfig
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import check_finite
-from tc_ray.text import first_line
 
 HEADS = ("lm_head.",)
 """Tensors of a language model that its decoder alone has no place for."""
@@ -67,6 +66,7 @@ def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> Non
 
     Raises:
         WeightsError: missing or unexpected tensors, or of another shape. ValueError: see `check_adapters`.
+        OSError: a folder has no weights at all.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -78,12 +78,9 @@ def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> Non
         with torch.device("meta"):
             check_adapters(kind.from_config(shape), config.pilot)
         return
-    try:
-        check_adapters(load_whole(kind, pilot, device_map="meta"), config.pilot)
-        if config.log.enabled and isinstance(base, Path) and base != pilot:
-            load_whole(AutoModel, base, leave_out=HEADS, device_map="meta")
-    except OSError as error:  # no file of weights at all, or one that is no such file
-        raise WeightsError(first_line(error)) from error
+    check_adapters(load_whole(kind, pilot, device_map="meta"), config.pilot)
+    if config.log.enabled and isinstance(base, Path) and base != pilot:
+        load_whole(AutoModel, base, leave_out=HEADS, device_map="meta")
 
 
 def check_adapters(model: nn.Module, pilot: PilotSection) -> None:

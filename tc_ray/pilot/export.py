@@ -55,6 +55,7 @@ def save_merged(
         NotFiniteError: a merged weight is not finite.
     """
     import deepspeed
+    from transformers import AutoTokenizer
 
     engine.eval()
     trained = _losses(engine, probe, engine.device)
@@ -69,36 +70,42 @@ def save_merged(
         return
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    _write(model, state, config, model_path, temporary, probe)
+    merged = _merged(model, state, config, model_path, probe)
     del state
-    check_export(trained, temporary, config.pilot.dtype, probe)
+    merged.save_pretrained(temporary)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+    # served chats must be asked as the training rows were
+    tokenizer.chat_template = serving_template(config.data) or tokenizer.chat_template
+    tokenizer.save_pretrained(temporary)
+    check_export(merged, temporary, trained, config.pilot.dtype, probe, engine.device)
     publish_folder(temporary, folder)
 
 
-def check_export(trained: Sequence[float], folder: Path, dtype: str, probe: Sequence[Row]) -> None:
-    """Load a folder anew, on the CPU, where training does not hold the memory, and compare it with the model in training.
+def check_export(
+    merged: Any, folder: Path, trained: Sequence[float], dtype: str, probe: Sequence[Row], device: torch.device
+) -> None:
+    """Load a folder anew: it must hold the merged model's weights, bit for bit, and give the losses of the one in training.
 
     Args:
-        trained: mean loss of each row of `probe` in nats, of the trained model. dtype: `pilot.dtype`.
+        merged: what was written. trained: mean loss of each row of `probe` in nats, of the trained model, on `device`.
+        dtype: `pilot.dtype`.
 
     Raises:
-        ExportMismatchError: a row's loss is another.
+        ExportMismatchError: another weight, or another loss of a row.
     """
     written = load_pilot(folder, dtype=DTYPES[dtype], safetensors=True)
-    _compare(trained, _losses_of(written, probe), TOLERANCE[dtype], f"{folder} after loading it anew")
+    found = dict(written.named_parameters(remove_duplicate=False))
+    for name, wanted in merged.named_parameters(remove_duplicate=False):
+        if name not in found or not torch.equal(found[name], wanted):
+            raise ExportMismatchError(f"the exported Pilot was not published: {folder} has another weight {name} than was written")
+    del found
+    _compare(trained, _losses_of(written, probe, device), TOLERANCE[dtype], f"{folder} after loading it anew")
 
 
-def _write(
-    model: Any,
-    state: dict[str, torch.Tensor],
-    config: RunConfig,
-    model_path: Path | str,
-    folder: Path,
-    probe: Sequence[Row],
-) -> None:
-    """The merged model and its tokenizer, in the training dtype."""
-    from transformers import AutoTokenizer
-
+def _merged(
+    model: Any, state: dict[str, torch.Tensor], config: RunConfig, model_path: Path | str, probe: Sequence[Row]
+) -> Any:
+    """The plain model of the trained weights, in the training dtype, on the CPU."""
     # with its weights: only they tell whether a T5 has a head of its own, which one made from its config never has
     merged = load_pilot(model_path, dtype=torch.float32, random_weights=config.model.random_weights)
     adapters = getattr(model, "peft_config", None)
@@ -106,20 +113,18 @@ def _write(
         from peft import get_peft_model
 
         merged = get_peft_model(merged, adapters["default"])
-    unknown = merged.load_state_dict(state, strict=False).unexpected_keys
-    if unknown:
-        raise RuntimeError(f"export: weights with no place in the model: {unknown[:3]}")
+    other = {name for name, _ in merged.named_parameters()} ^ state.keys()
+    if other:
+        raise ExportMismatchError(f"the exported Pilot would have other weights than the trained one: {min(other)}")
+    merged.load_state_dict(state, strict=False)
     if adapters:
-        adapted = _losses_of(merged, probe)
+        cpu = torch.device("cpu")
+        adapted = _losses_of(merged, probe, cpu)
         merged = merged.merge_and_unload()
-        _compare(adapted, _losses_of(merged, probe), TOLERANCE["fp32"], "the model with its adapters merged")
+        _compare(adapted, _losses_of(merged, probe, cpu), TOLERANCE["fp32"], "the model with its adapters merged")
     merged = merged.to(DTYPES[config.pilot.dtype])
     check_finite(itertools.chain(merged.named_parameters(), merged.named_buffers()), "the exported Pilot")
-    merged.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
-    # served chats must be asked as the training rows were
-    tokenizer.chat_template = serving_template(config.data) or tokenizer.chat_template
-    tokenizer.save_pretrained(folder)
+    return merged
 
 
 def _compare(trained: Sequence[float], exported: Sequence[float], tolerance: float, what: str) -> None:
@@ -133,9 +138,15 @@ def _compare(trained: Sequence[float], exported: Sequence[float], tolerance: flo
             )
 
 
-def _losses_of(model: Any, probe: Sequence[Row]) -> list[float]:
-    step = PilotStep(model, top_k=1, record=False).eval()
-    return _losses(step, probe, torch.device("cpu"))
+def _losses_of(model: Any, probe: Sequence[Row], device: torch.device) -> list[float]:
+    """Losses of a model on the CPU, computed where the trained one was if there is room, so that rounding is alike."""
+    size = sum(p.nbytes for p in model.parameters())
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(device)[0] < 2 * size:
+            device = torch.device("cpu")
+    step = PilotStep(model.to(device), top_k=1, record=False).eval()
+    return _losses(step, probe, device)
 
 
 @torch.no_grad()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
 import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from tc_ray.config.schema import CopilotSection
 from tc_ray.copilot import checkpoint
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner
+from tc_ray.files import mark_whole
 from tc_ray.models.copilot import Copilot, CopilotBatch
+from tc_ray.models.finite import MOST_IN_A_ROW, NotFiniteError
 from tc_ray.models.pilot import PilotStep, load_pilot
 from tests.tiny_model import make_tiny_llama
 from tests.torn_files import torn, torn_forms
@@ -223,3 +230,101 @@ def test_clipping_is_of_the_gradient_of_the_loss(model_folder: Path) -> None:
     (f - dense).square().sum(1).mean().sqrt().backward()
     wanted = torch.cat([p.grad.flatten() for p in copilot.parameters() if p.requires_grad])
     assert float((got - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+def poisoned(batch: CopilotBatch, field: str, value: float) -> CopilotBatch:
+    changed = getattr(batch, field).clone()
+    changed.view(-1)[0] = value
+    return dataclasses.replace(batch, **{field: changed})
+
+
+@pytest.mark.parametrize("field", ["error_values", "states"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model_folder: Path, field: str, value: float) -> None:
+    """Fault 5: one NaN among 756 values turned all parameters into NaN for good; now such a step is left out and counted."""
+    learner = Learner(make_copilot(model_folder), section(), total_steps=20)
+    batch = make_batch(model_folder)
+    bad = poisoned(batch, field, value)
+    first = learner.step(bad)
+    assert not first.taken and learner.step_count == 1
+    learner.step(batch)
+    before, state = weights(learner), copy.deepcopy(learner.optimizer.state_dict()["state"])
+    rates = [learner.step(bad).learning_rate, learner.step(bad).learning_rate]
+    assert rates[0] > rates[1], "the schedule goes by steps, taken or not"
+    assert all(torch.equal(p, before[name]) for name, p in learner.parameters.items())
+    for number, kept in learner.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(kept[name], state[number][name]) for name in kept)
+    after = learner.step(batch)
+    assert after.taken and math.isfinite(after.loss)
+    assert learner.left_out.count == 3
+    assert not all(torch.equal(p, before[name]) for name, p in learner.parameters.items())
+
+
+def test_too_many_steps_in_a_row_end_the_learner(model_folder: Path) -> None:
+    """Fault 5: spoilt weights make every step so: that is one clear failure, not a Copilot of NaN."""
+    learner = Learner(make_copilot(model_folder), section(), total_steps=20)
+    bad = poisoned(make_batch(model_folder), "error_values", float("nan"))
+    with pytest.raises(NotFiniteError, match=r"the Copilot: loss or gradient was not finite 10 times.*learning_rate"):
+        for _ in range(20):
+            learner.step(bad)
+    assert learner.left_out.count == MOST_IN_A_ROW
+
+
+def test_checkpoints_and_exports_are_finite(model_folder: Path, tmp_path: Path) -> None:
+    """Fault 5: spoilt weights are neither stored nor published, and what another has stored is not loaded; the checkpoint
+    before stands."""
+    learner = Learner(make_copilot(model_folder), section(), total_steps=20)
+    learner.step(make_batch(model_folder))
+    kept = checkpoint.save(learner, tmp_path, Position(1, 1, 1))
+    name, parameter = next(iter(learner.parameters.items()))
+    with torch.no_grad():
+        parameter.view(-1)[0] = float("inf")
+    with pytest.raises(NotFiniteError, match=f"after step 1: the weight {re.escape(name)} "):
+        checkpoint.save(learner, tmp_path, Position(2, 1, 1))
+    with pytest.raises(NotFiniteError):
+        learner.export(tmp_path / "final")
+    assert not (tmp_path / "final").exists()
+    other = Learner(make_copilot(model_folder), section(), total_steps=20)
+    assert checkpoint.restore(other, tmp_path) == Position(1, 1, 1)
+    stored = torch.load(kept / "optimizer.pt", weights_only=True)
+    stored["optimizer"]["state"][0]["exp_avg_sq"].view(-1)[0] = float("nan")
+    torch.save(stored, kept / "optimizer.pt")
+    mark_whole(kept)
+    with pytest.raises(NotFiniteError, match=r"checkpoint .*exp_avg_sq 0"):
+        checkpoint.restore(other, tmp_path)
+
+
+@pytest.mark.parametrize("torn", ["complete.json", "trainable.safetensors", "position.json", "optimizer.pt"])
+def test_a_torn_newest_checkpoint_is_passed_over(model_folder: Path, tmp_path: Path, torn: str) -> None:
+    """Faults 6 and 7: whichever file of it was cut off, the checkpoint before is taken."""
+    learner = Learner(make_copilot(model_folder), section(), total_steps=20)
+    for step in (1, 2):
+        newest = checkpoint.save(learner, tmp_path, Position(step, step, step))
+    content = (newest / torn).read_bytes()
+    (newest / torn).write_bytes(content[: len(content) // 2])
+    assert checkpoint.restore(learner, tmp_path) == Position(1, 1, 1)
+
+
+def test_an_export_that_is_not_the_trained_copilot_is_not_published(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 16 for the Copilot: whatever goes wrong between merging and loading is found before the folder appears."""
+    from tc_ray.models.copilot import probe
+
+    learner = Learner(make_copilot(model_folder), section(method="lora", lora={"rank": 4}), total_steps=20)
+    for _ in range(3):
+        learner.step(make_batch(model_folder))
+
+    def forgets_a_layer(folder: Path) -> Copilot:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors["stack.layers.1.mlp.down_proj.weight"] = tensors["stack.layers.0.mlp.down_proj.weight"].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+        return Copilot.from_pretrained(folder)
+
+    monkeypatch.setattr(
+        probe, "Copilot", type("Spoilt", (), {"from_pretrained": staticmethod(lambda f, **_: forgets_a_layer(f))})
+    )
+    with pytest.raises(probe.ExportMismatchError, match="the exported Copilot is not the trained one"):
+        learner.export(tmp_path / "final")
+    assert not (tmp_path / "final").exists()
