@@ -67,3 +67,9 @@ def full_disk_named(location: object) -> Iterator[None]:
 def is_full_disk(error: OSError) -> bool:
     """The disk, or a quota on it, is full; delta-rs says so in the text only."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _SPACE_ERRORS)
+
+
+class WriterError(RuntimeError):
+    """The writer thread has failed; its cause is chained. Nothing after the last acknowledged round is in the log."""
+
+    may_pass = True

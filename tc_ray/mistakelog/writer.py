@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from tc_ray.mistakelog.datafile import TEMPORARY_SUFFIX, Compression, DataFile, file_name
-from tc_ray.mistakelog.errors import FencedError
+from tc_ray.mistakelog.errors import FencedError, WriterError
 from tc_ray.mistakelog.finite import only_finite
 from tc_ray.mistakelog.heldpart import HeldPart
 from tc_ray.mistakelog.location import Location
@@ -37,12 +37,6 @@ _CONSEQUENCE = {
     "stop": "records are dropped until it can",
 }
 T = TypeVar("T")
-
-
-class WriterError(RuntimeError):
-    """The writer thread has failed; its cause is chained. Nothing after the last acknowledged round is in the log."""
-
-    may_pass = True
 
 
 class RecordWriter:

@@ -97,7 +97,9 @@ def check_export(
     found = dict(written.named_parameters(remove_duplicate=False))
     for name, wanted in merged.named_parameters(remove_duplicate=False):
         if name not in found or not torch.equal(found[name], wanted):
-            raise ExportMismatchError(f"the exported Pilot was not published: {folder} has another weight {name} than was written")
+            raise ExportMismatchError(
+                f"the exported Pilot was not published: {folder} has another weight {name} than was written"
+            )
     del found
     _compare(trained, _losses_of(written, probe, device), TOLERANCE[dtype], f"{folder} after loading it anew")
 

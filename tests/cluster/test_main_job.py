@@ -18,7 +18,7 @@ from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.errors import DataError
 from tc_ray.inspection.source import find_log
-from tc_ray.job import JobError, JobResult, _check_resume, run_job
+from tc_ray.job import JobError, JobResult, run_job
 from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import MistakeLog
@@ -26,6 +26,7 @@ from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.folder import read_settings
 from tc_ray.pilot.checkpoint import find_checkpoints
 from tc_ray.reevaluation import NotFinishedError, evaluate_run
+from tc_ray.refusals import check_resume
 from tc_ray.serving.exports import check_tokenizer, find_export, weight_bytes
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
@@ -195,7 +196,7 @@ def test_torn_files_of_a_finished_run(config: RunConfig, result: JobResult) -> N
 
     readers: list[Callable[[], object]] = [
         lambda: show_status(run),
-        lambda: _check_resume(config, run),
+        lambda: check_resume(config, run),
         lambda: find_checkpoints(run / "pilot" / "checkpoints"),
         lambda: find_log(str(run)).open(),
         lambda: find_export(run),

@@ -17,7 +17,7 @@ from tc_ray.copilot.group import CopilotError, CopilotGroup
 from tc_ray.copilot.worker import CopilotJob
 from tc_ray.data.errors import DataError
 from tc_ray.failures import first_final, is_final, short
-from tc_ray.mistakelog.writer import WriterError
+from tc_ray.mistakelog.errors import WriterError
 from tc_ray.pilot import trainer
 from tc_ray.pilot.loop import PilotJob
 from tc_ray.pilot.trainer import PilotError, fit_pilot

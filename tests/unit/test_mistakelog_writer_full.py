@@ -18,7 +18,7 @@ import pytest
 
 from tc_ray.mistakelog.commits import dropped_records
 from tc_ray.mistakelog.datafile import DataFile
-from tc_ray.mistakelog.errors import LogFullError
+from tc_ray.mistakelog.errors import LogFullError, WriterError
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.maintenance import Maintenance
@@ -28,7 +28,7 @@ from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.roundqueue import Batch, Cut, RoundQueue
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
-from tc_ray.mistakelog.writer import RecordWriter, WriterError
+from tc_ray.mistakelog.writer import RecordWriter
 from tests.mistakelog_samples import assert_same, metadata, random_records
 
 ROWS = 3

@@ -25,9 +25,9 @@ from tc_ray.evaluation.heldout import read_held_out
 from tc_ray.evaluation.report import Report
 from tc_ray.files import DamagedFileError, finite, write_json
 from tc_ray.folder_lock import FolderLock
-from tc_ray.job import _check_resume
 from tc_ray.mistakelog.lease import LeaseHeldError
 from tc_ray.pilot.checkpoint import find_checkpoints, latest_checkpoint, mark_complete
+from tc_ray.refusals import check_resume
 from tc_ray.tracking.mlflow_writer import TrackingError, open_run
 from tc_ray.tracking.plot import draw_losses
 from tc_ray.tracking.points import read_points
@@ -204,13 +204,13 @@ def test_a_config_that_was_cut_is_refused(tmp_path: Path) -> None:
     config = RunConfig.model_validate({"run": {"name": "trial", "folder": tmp_path}, "tracking": {"enabled": False}})
     save_config(config, path)
     assert load_saved_config(path) == config
-    _check_resume(config, tmp_path)
+    check_resume(config, tmp_path)
     content = path.read_bytes()
     for form in [*torn_forms(content).values(), *(content[:length] for length in range(0, len(content) - 1, 97))]:
         with torn(path, form):
             refused(lambda: load_saved_config(path), "config.yaml")
             if form is not FOLDER:
-                refused(lambda: _check_resume(config, tmp_path), "config.yaml")
+                refused(lambda: check_resume(config, tmp_path), "config.yaml")
 
 
 def prepared(folder: Path) -> Path:
