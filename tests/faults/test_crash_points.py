@@ -9,6 +9,7 @@ those in the middle of one file's stream of writes, which differ in nothing but 
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -163,7 +164,8 @@ def test_the_shim_sees_every_kind_of_call(calls: list[str]) -> None:
             at = calls.index(line)
             assert calls[at - 1] == f"fsync {line.split()[1]}.tmp" and calls[at + 1] == "fsync /log"
     assert any("-merged-" in line for line in calls) and any("-cut2-" in line for line in calls)
-    named = [at for at, line in enumerate(calls) if line.startswith("rename ") and line.endswith(".checkpoint.parquet")]
+    checkpoint = re.compile(r"rename /log/_delta_log/\d+\.checkpoint\.parquet")
+    named = [at for at, line in enumerate(calls) if checkpoint.fullmatch(line)]
     assert named, "no checkpoint of the table is made"
     for at in named:
         assert (
