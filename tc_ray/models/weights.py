@@ -7,9 +7,10 @@ the plan ask before a worker starts. Used by every loader of a Pilot or Copilot.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), 
     """
     # other shapes too are refused here, by name, and not by the library
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    model, found = kind.from_pretrained(path, **known, **options)
+    with _library_quiet():
+        model, found = kind.from_pretrained(path, **known, **options)
     _check_names(found, path, leave_out)
     check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), str(path))
     return model
@@ -103,6 +105,19 @@ def check_adapters(model: nn.Module, pilot: PilotSection) -> None:
                 "this model: an adapter of one would change the other when it is merged for the export. Leave "
                 f"{' and '.join(hit)} out"
             )
+
+
+@contextlib.contextmanager
+def _library_quiet() -> Iterator[None]:
+    """Without the library's own table of what it made up or left out: one line of ours says it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _check_names(found: Mapping[str, Any], path: Path | str, leave_out: Collection[str]) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.files import is_whole
 from tc_ray.models.finite import MOST_IN_A_ROW, LeftOut, NotFiniteError
+from tc_ray.pilot.checkpoint import mark_complete, save_files
 from tc_ray.pilot.engine import build_engine, cosine_with_warmup, take_step
+from tc_ray.pilot.loop import PilotJob, Worker
 from tests.tiny_model import make_tiny_llama
 
 KINDS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16"), (3, "fp32")]
@@ -115,3 +122,79 @@ def test_only_so_many_rounds_in_a_row_are_left_out() -> None:
         counted.add(False, float("nan"))
     with pytest.raises(NotFiniteError, match=r"the Pilot: loss or gradient was not finite 10 times in a row.*do this"):
         counted.add(False, float("nan"))
+
+
+class Heard:
+    """The tracker actor of a job, as a list of what was said to it."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *given: self.said.append((name, *given)))
+
+
+def a_worker_without_ray(model: Path, meeting: Path, folder: Path) -> None:
+    """In a process of its own: a sound run with checkpoints, one of them spoilt, then a run that cannot learn."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = "0"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    rows = [list(range(5, 13)), list(range(20, 28)), list(range(40, 48)), list(range(60, 68))]
+    table = {"sample_id": range(4), "input_ids": pa.array(rows, pa.list_(pa.int32())), "target_start": [3] * 4}
+    pq.write_table(pa.table(table), folder / "train.parquet")
+
+    def worker(name: str, **pilot: Any) -> tuple[Worker, Heard]:
+        settings = {"method": "full", "dtype": "fp32", "batch_size": 2, "micro_batch_size": 2, "epochs": 20, "zero_stage": 0}
+        sections = {"run": {"folder": folder / name}, "log": {"enabled": False}, "model": {"pilot": str(model)}}
+        config = RunConfig.model_validate({**sections, "pilot": settings | pilot})
+        heard = Heard()
+        job = PilotJob(config, model, folder / "train.parquet", pilot.pop("rounds", 4), None, heard)
+        return Worker(job, 0, 1), heard
+
+    found: dict[str, Any] = {}
+    worker("sound", checkpoint_every_rounds=2)[0].run()
+    found["whole"] = is_whole(folder / "sound" / "pilot" / "final")
+    again, _ = worker("sound", checkpoint_every_rounds=2)
+    with torch.no_grad():
+        next(again.engine.module.parameters()).view(-1)[3] = float("nan")
+    try:
+        again._checkpoint(4, wait=True)
+    except NotFiniteError as error:
+        found["checkpoint"] = str(error)
+    save_files(again.engine, again.checkpoints, 6)
+    mark_complete(again.checkpoints / "round-000006", round_number=6, world_size=1, zero_stage=0, keep=2)
+    try:
+        worker("sound", checkpoint_every_rounds=2)[0].run()
+    except NotFiniteError as error:
+        found["restore"] = str(error)
+    lost, heard = worker("lost", learning_rate=1e30, checkpoint_every_rounds=100)
+    lost.job = dataclasses.replace(lost.job, rounds=30)
+    try:
+        lost.run()
+    except NotFiniteError as error:
+        found["lost"] = str(error)
+    found["said"] = heard.said
+    torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+
+
+def test_a_run_that_meets_them(tmp_path: Path) -> None:
+    """Fault 5, in the worker itself: a checkpoint is neither made of spoilt weights nor loaded with them; rounds that are left out
+    are counted, told once, and end the run when nothing else comes."""
+    model = make_tiny_llama(tmp_path / "model", layers=1)
+    process = multiprocessing.get_context("spawn").Process(
+        target=a_worker_without_ray, args=(model, tmp_path / "meeting", tmp_path), daemon=True
+    )
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
+    found = torch.load(tmp_path / "found.pt")
+    assert found["whole"]
+    assert "the Pilot after round 4 holds weights that are not finite (model." in found["checkpoint"]
+    assert "round-000006: the checkpoint holds weights that are not finite" in found["restore"]
+    assert "remove the folder to go on from the one before" in found["restore"]
+    assert f"not finite {MOST_IN_A_ROW} times in a row" in found["lost"] and "pilot.learning_rate" in found["lost"]
+    events = [said for said in found["said"] if said[0] == "event"]
+    assert len(events) == 1 and events[0][1] == "not finite" and events[0][2].startswith("round 2: ")
+    counted = [said[2]["left_out_rounds"] for said in found["said"] if said[0] == "pilot"]
+    assert counted == [float(number) for number in range(MOST_IN_A_ROW)]

@@ -8,7 +8,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,9 +158,40 @@ def empty_fusion(export: Path) -> None:
     (export / "fusion.json").write_text("")
 
 
+def weight_of(value: float | None) -> Callable[[Path], None]:
+    """A weight of the Copilot set to a value; None: its tensor is left out."""
+
+    def harm(export: Path) -> None:
+        weights = export / "copilot/model.safetensors"
+        tensors = load_file(weights)
+        if value is None:
+            del tensors["output.weight"]
+        else:
+            tensors["output.weight"].view(-1)[7] = value
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+    return harm
+
+
+def fusion_lam(value: Any) -> Callable[[Path], None]:
+    def harm(export: Path) -> None:
+        settings = json.loads((export / "fusion.json").read_text())
+        (export / "fusion.json").write_text(json.dumps(settings | {"lam": value}))
+
+    return harm
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
+        # faults 5, 6 and 15: these were swapped in and served as healthy
+        (weight_of(float("nan")), "output.weight holds numbers that are not finite"),
+        (weight_of(float("-inf")), "output.weight holds numbers that are not finite"),
+        (weight_of(1e30), "predicts errors of the size"),
+        (weight_of(None), "lacks weights of its model: output.weight"),
+        (fusion_lam(float("nan")), "lambda must be a number from 0 to 10"),
+        (fusion_lam(11), "lambda must be a number from 0 to 10"),
+        (fusion_lam(True), "lambda must be a number from 0 to 10"),
         (cut, "cannot be loaded"),
         (misfit, "made for a Pilot of width 64"),
         (other_tokenizer, "another tokenizer"),
@@ -178,7 +209,7 @@ def test_copilot_that_cannot_be_used_is_told_once_and_changes_nothing(
     with caplog.at_level(logging.INFO, "tc_ray.serving"):
         assert bench.replica.reloader.look() == []
         assert bench.replica.reloader.look() == []
-    [line] = caplog.messages
+    [line] = [record.getMessage() for record in caplog.records if record.name == "tc_ray.serving"]
     assert words in line and f"{before} goes on serving" in line
     assert (bench.version, bench.say()[0]) == (before, tokens)
 

@@ -12,7 +12,8 @@ def _in_probability_space(logits: torch.Tensor, f: torch.Tensor, weight: torch.T
     mass = (logits.softmax(-1) + weight * f).clamp_min(0.0)
     total = mass.sum(-1, keepdim=True)
     # nothing above 0 is left only where the correction takes away every token: then there is no p~ to speak of
-    return torch.where(total > 0, (mass / total).log(), logits)
+    # (and NaN stays NaN: a spoilt correction must not look like the Pilot)
+    return torch.where(total == 0, logits, (mass / total).log())
 
 
 def _in_logit_space(logits: torch.Tensor, f: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
@@ -54,6 +55,35 @@ def test_failed_step_ends_those_in_it_and_the_next_begin_anew(
         assert engine.unhealthy() is None
     finally:
         handle.remove()
+        engine.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_fail_their_own_request_and_the_health_check(
+    model: FusedModel, export: Path, prompt: tuple[int, ...], value: float
+) -> None:
+    """Fault 5: weights that spoil under way: who asks for the Copilot is told, the Pilot's own request beside goes on."""
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
+    weight = model.copilot.output.weight
+    before = weight.detach().clone()
+    try:
+        assert engine.unhealthy() is None
+        alone = Collector(engine, GenerationRequest(prompt, 400, lam=0.0))
+        corrected = Collector(engine, GenerationRequest(prompt, 3000, lam=1.0))
+        alone.next(), corrected.next()
+        with torch.no_grad():
+            weight.fill_(value)
+        said = Failed("Generation failed in the server (NotFiniteError).")
+        assert corrected.all()[1] == said
+        assert Collector(engine, GenerationRequest(prompt, 4, lam=1.0)).all()[1] == said
+        assert isinstance(alone.all()[1], Finished)
+        assert engine.unhealthy() == said.message
+        with torch.no_grad():
+            weight.copy_(before)
+        assert engine.unhealthy() is None
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
         engine.close()
 
 
