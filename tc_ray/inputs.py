@@ -18,6 +18,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.checkpoint import latest_inputs
 from tc_ray.data.prepare import PreparedData, prepare, prepared_before
 from tc_ray.data.rows_hash import rows_hashes
+from tc_ray.files import sync
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.opening import is_table
 from tc_ray.mistakelog.store import LogStore
@@ -149,5 +150,8 @@ def _take(aside: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "data.json").unlink(missing_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "data.json"):
+        if file.name == "data.json":
+            sync(folder)  # it must not be there after a power cut over files that are not
         os.replace(file, folder / file.name)
+    sync(folder)
     aside.rmdir()

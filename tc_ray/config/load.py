@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +19,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from tc_ray.config.bounds import BeyondBoundsError, BoundedLoader, check_values, read_text
-from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact, redact_override, remember
+from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact_override, remember
 from tc_ray.config.schema import EMBEDDED, TRACKING_VARIABLE, RunConfig
+from tc_ray.config.yaml_file import ConfigError, ConfigLoader, read_sections, text_of
 from tc_ray.files import write_file
-from tc_ray.text import first_line
 
 _Path = tuple[str, ...]
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
 _END = "# end of the saved configuration"
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message says where and what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Half a config is one too: every section that is gone would have its defaults.
     """
-    if not _text_of(path).rstrip().endswith(_END):
+    if not text_of(path).rstrip().endswith(_END):
         raise ConfigError(
             f"{path} is cut off or damaged: its last line {_END!r} is missing. Remove the file: `tc-ray train` with the same "
             "recipe and overrides writes it anew"
@@ -131,84 +125,7 @@ def _refuse_fallback_for_given_files(config: RunConfig, origins: Mapping[_Path, 
         config.data.fallback = None
 
 
-# Reading
-
-
-class _Loader(BoundedLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        first_line: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in first_line:
-                raise ConfigError(
-                    f"{key.start_mark.name}, line {line}: {key.value} stands already in line {first_line[key.value]}; "
-                    f"keep one of them"
-                )
-            first_line[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_sections(path: Path, origins: dict[_Path, str] | None = None) -> dict[str, Any]:
-    """The sections of a config file, unchecked.
-
-    Args:
-        origins: takes the place (file and line) of each key.
-
-    Raises:
-        ConfigError: it cannot be read, is no YAML of sections, or stands for more than a config can hold.
-    """
-    text = _text_of(path)
-    try:
-        loader = _Loader(text)
-        loader.name = str(path)
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), each with its fields")
-        check_values(node)
-        _note_lines(node, (), path, {} if origins is None else origins)
-        values: dict[str, Any] = loader.construct_document(node)
-    except ConfigError:
-        raise
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from None
-    except BeyondBoundsError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (ValueError, TypeError) as error:  # a number of 5000 digits, a date that is none, a list as key
-        raise ConfigError(f"{path}: holds a value that is none: {redact(first_line(error))}") from None
-    # An empty section ("pilot:" with all fields commented out) means its defaults.
-    return {key: {} if value is None else value for key, value in values.items()}
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return read_text(path)
-    except (OSError, UnicodeDecodeError, BeyondBoundsError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-
-
-def _note_lines(node: yaml.MappingNode, above: _Path, path: Path, origins: dict[_Path, str]) -> None:
-    for key, value in node.value:
-        here = (*above, str(key.value))
-        origins[here] = f"{path}, line {key.start_mark.line + 1}"
-        if isinstance(value, yaml.MappingNode):
-            _note_lines(value, here, path, origins)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without what PyYAML quotes of the text: it may hold a secret (`*word` is an alias to it)."""
-    mark = getattr(error, "problem_mark", None)
-    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-    what = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
-    return place + re.sub(r"'[^'<]{4,}'", f"'{STRUCK_OUT}'", str(what))
+# Overrides
 
 
 def _apply(override: str, values: dict[str, Any], origins: dict[_Path, str]) -> None:
@@ -238,7 +155,7 @@ def _override_value(text: str, kinds: set[Any], shown: str) -> Any:
             raise ConfigError(f"override {shown!r}: the path is empty; write null for the default")
         return text
     try:
-        return yaml.load(text, _Loader) if text.strip() else ""
+        return yaml.load(text, ConfigLoader) if text.strip() else ""
     except yaml.YAMLError:
         raise ConfigError(f"override {shown!r}: not a YAML value; quote what is text in it") from None
 

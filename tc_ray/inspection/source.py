@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tc_ray.config.load import read_sections
+from tc_ray.config.yaml_file import read_sections
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.text import visible
 

@@ -14,7 +14,8 @@ from typer.main import get_command
 from tc_ray.cli.errors import run_command
 from tc_ray.cli.main import app
 from tc_ray.cli.once import OnceCommand
-from tc_ray.config.load import ConfigError, load_config
+from tc_ray.config.load import load_config
+from tc_ray.config.yaml_file import ConfigError
 from tc_ray.copilot.from_log import TrainedCopilot
 from tc_ray.inspection.source import find_log
 
@@ -71,9 +72,12 @@ def test_an_override_and_a_storage_option_are_given_once(tmp_path: Path) -> None
         find_log("s3://bucket/log", ["region=a", "key=b", "region=c"])
 
 
+NOTHING = {"bad_files": 0, "left_out_steps": 0, "left_out_records": 0}
+
+
 def test_no_rmse_is_set_beside_another_loss() -> None:
     """Fault 14: with `copilot.loss=kl` the RMSE of no correction stood beside a KL value as if they could be compared."""
-    rmse = TrainedCopilot(Path("a"), 3, loss=0.25, uncorrected=0.5, bad_files=0).lines()[1]
+    rmse = TrainedCopilot(Path("a"), 3, loss=0.25, uncorrected=0.5, **NOTHING).lines()[1]
     assert rmse == "loss      0.2500 over the last tenth; that of no correction would be 0.5000"
-    kl = TrainedCopilot(Path("a"), 3, loss=0.001, uncorrected=None, bad_files=0).lines()[1]
+    kl = TrainedCopilot(Path("a"), 3, loss=0.001, uncorrected=None, **NOTHING).lines()[1]
     assert kl == "loss      0.0010 over the last tenth"

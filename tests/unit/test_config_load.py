@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tc_ray.config.load import ConfigError, describe_fields, dump_config, load_config, save_config
+from tc_ray.config.load import describe_fields, dump_config, load_config, save_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.config.yaml_file import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tc_ray.config.load import ConfigError, load_config
+from tc_ray.config.load import load_config
+from tc_ray.config.yaml_file import ConfigError
 
 RULES: list[tuple[list[str], str]] = [
     (

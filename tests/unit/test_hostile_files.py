@@ -18,8 +18,9 @@ from tc_ray.cli.errors import run_command
 from tc_ray.cli.main import app
 from tc_ray.cli.output import quiet_logging
 from tc_ray.config.bounds import MAX_BYTES
-from tc_ray.config.load import ConfigError, load_config
+from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.config.yaml_file import ConfigError
 from tc_ray.inspection.source import find_log
 from tc_ray.serving.auth import KEY_VARIABLE, configured_digests, digest
 from tc_ray.serving.errors import ServingError

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from tc_ray.cli.errors import message, run_command
-from tc_ray.config.load import ConfigError, dump_config, load_config
+from tc_ray.config.load import dump_config, load_config
 from tc_ray.config.redact import redact, redact_address, redact_command, redact_options, redact_override
+from tc_ray.config.yaml_file import ConfigError
 from tc_ray.mistakelog.location import Location
 from tc_ray.plan import make_plan
 from tc_ray.tracking.mlflow_writer import TrackingError, flat_params, mlflow_command
