@@ -39,8 +39,8 @@ def find_export(folder: Path | str) -> Path:
         raise ServingError(f"{given} holds no exported model: the run has not ended, or it is no run folder")
     if _file(export / "pilot/config.json") and _file(export / "fusion.json") and not (export / "copilot").exists():
         raise ServingError(
-            f"{export} holds a Pilot alone, for the Copilot of its run failed: there is nothing to fuse and serve. The run's "
-            "command (`tc-ray train`) trains the Copilot anew; pilot/ is an ordinary model folder"
+            f"{export} holds a Pilot alone, copilot/config.json is missing: there is nothing to fuse. Where the Copilot of a "
+            "run failed, the run's command (`tc-ray train`) trains it anew; pilot/ is an ordinary model folder"
         )
     missing = [part for part in ("fusion.json", "pilot/config.json", "copilot/config.json") if not _file(export / part)]
     missing += [

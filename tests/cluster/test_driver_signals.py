@@ -17,6 +17,7 @@ from tc_ray.tracking.statusfile import read_status
 from tests.tiny_run import tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
+MODULE = "tests.cluster.test_driver_signals"
 STATUS_SECONDS = 3.0
 """`ray job stop` kills after this time."""
 
@@ -27,7 +28,7 @@ def test_a_stopped_run_says_so_and_how_to_go_on(tmp_path: Path, number: signal.S
     output = tmp_path / "driver.log"
     with output.open("wb") as log:
         driver = subprocess.Popen(
-            ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-m", __name__, str(tmp_path)],
+            ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-m", MODULE, str(tmp_path)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=log,

@@ -48,8 +48,8 @@ def read_settings(folder: Path) -> FusionSettings:
     alone = all((folder / part).is_file() for part in ("pilot/config.json", FUSION_FILE))
     if alone and not (folder / "copilot").exists():
         raise FileNotFoundError(
-            f"{folder} holds a Pilot alone, for the Copilot of its run failed: the run's command trains it anew; pilot/ is an "
-            "ordinary model folder"
+            f"{folder} holds a Pilot alone, copilot/config.json is missing: where the Copilot of a run failed, the run's "
+            "command trains it anew; pilot/ is an ordinary model folder"
         )
     for part in ("pilot/config.json", "copilot/config.json", FUSION_FILE):
         if not (folder / part).is_file():
