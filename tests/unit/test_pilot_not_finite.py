@@ -144,7 +144,14 @@ def a_worker_without_ray(model: Path, meeting: Path, folder: Path) -> None:
     pq.write_table(pa.table(table), folder / "train.parquet")
 
     def worker(name: str, **pilot: Any) -> tuple[Worker, Heard]:
-        settings = {"method": "full", "dtype": "fp32", "batch_size": 2, "micro_batch_size": 2, "epochs": 20, "zero_stage": 0}
+        settings = {
+            "method": "full",
+            "dtype": "fp32",
+            "batch_size": 2,
+            "micro_batch_size": 2,
+            "epochs": 20,
+            "zero_stage": 0,
+        }
         sections = {"run": {"folder": folder / name}, "log": {"enabled": False}, "model": {"pilot": str(model)}}
         config = RunConfig.model_validate({**sections, "pilot": settings | pilot})
         heard = Heard()
