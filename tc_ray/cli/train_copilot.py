@@ -43,6 +43,7 @@ def train_copilot(
     """Train a Copilot from a log alone; no Pilot runs. The result is what `tc-ray fuse --copilot` takes."""
     from tc_ray.config.load import load_config, load_saved_config
     from tc_ray.copilot.from_log import train_from_log
+    from tc_ray.folder_lock import FolderLock
     from tc_ray.inspection.source import find_log
     from tc_ray.mistakelog.reader import MistakeLog
 
@@ -59,7 +60,10 @@ def train_copilot(
     else:
         raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
     target = target.expanduser().absolute()
-    with resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # beside the folder: one that is refused, as it holds something else, is left as it was
+    lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
+    with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
         trained = train_from_log(mistakes, settings, target, epochs=epochs, show=show)
     say("\n".join(trained.lines()))
 

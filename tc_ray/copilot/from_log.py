@@ -252,6 +252,8 @@ def _open_folder(
         now = asdict(source)
         changed = [f"{key}: {was!r} -> {now[key]!r}" for key, was in asdict(earlier).items() if was != now[key]]
         before = load_saved_config(saved)
+        if before.run.seed != config.run.seed:
+            changed.append(f"run.seed: {before.run.seed} -> {config.run.seed}")
         if before.copilot.model_dump() != config.copilot.model_dump() or before.model != config.model:
             changed.append("the sections copilot or model of the config")
         if changed:

@@ -20,8 +20,10 @@ from tc_ray.cli.main import app
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.from_log import Progress, StoredLogError, train_from_log
 from tc_ray.copilot.stored import Epochs
+from tc_ray.folder_lock import FolderLock
 from tc_ray.job import run_job
 from tc_ray.mistakelog.compaction import compact_log
+from tc_ray.mistakelog.lease import LeaseHeldError
 from tc_ray.mistakelog.reader import MistakeLog
 from tests.tiny_model import make_tiny_llama
 from tests.tiny_run import tiny_config
@@ -180,6 +182,21 @@ def test_refusals(run: RunConfig, tmp_path: Path) -> None:
         train_from_log(mistakes, run, tmp_path / "d", epochs=1)
         with pytest.raises(StoredLogError, match="epochs: 1 -> None"):
             train_from_log(mistakes, run, tmp_path / "d")
+        other = run.model_copy(deep=True)
+        other.run.seed += 1
+        with pytest.raises(StoredLogError, match="run.seed: 0 -> 1"):
+            train_from_log(mistakes, other, tmp_path / "d", epochs=1)
+
+
+def test_two_trainings_of_one_folder_are_refused(run: RunConfig, tmp_path: Path) -> None:
+    """Found beside fault 2: a second command on the same folder mixed its steps into metrics.jsonl."""
+    out = tmp_path / "copilot"
+    with FolderLock(tmp_path, "train-copilot into copilot", name=".copilot.lock"):
+        refused = CliRunner().invoke(app, ["train-copilot", str(run.run.path), "--out", str(out)])
+    assert isinstance(refused.exception, LeaseHeldError) and "is in use: train-copilot into copilot" in str(
+        refused.exception
+    )
+    assert not out.exists()
 
 
 def test_other_base_weights_are_refused(run: RunConfig, tmp_path: Path) -> None:
