@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -15,12 +16,32 @@ if str(ROOT) not in sys.path:
 
 from tc_ray.cli.errors import run_command
 from tc_ray.cli.train import start
+from tc_ray.config.redact import redact
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
+
+
+class Once(argparse.Action):
+    """An option of one value: the second is refused, not taken in silence."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, *_: object
+    ) -> None:
+        """Keep the value."""
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{self.option_strings[0]} is given twice and takes one value: give it once")
+        setattr(namespace, self.dest, values)
 
 
 def main() -> None:
     """Parse the arguments and run the job; errors become one message and exit code 2."""
-    parser = argparse.ArgumentParser(description="Train Pilot and Copilot, evaluate, export.")
-    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML); relative to the working directory")
+    parser = _Parser(description="Train Pilot and Copilot, evaluate, export.")
+    parser.add_argument(
+        "--config", type=Path, action=Once, required=True, help="recipe (YAML); relative to the working directory"
+    )
     parser.add_argument("--plan", action="store_true", help="print the resolved plan and start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change fields, e.g. pilot.epochs=2")
     arguments = parser.parse_intermixed_args()

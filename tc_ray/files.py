@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from tc_ray.text import first_line
+
+_Kind = TypeVar("_Kind")
 FOLDER_MARKER = "complete.json"
 """File in a published folder: {"files": {name: bytes}}."""
 
@@ -43,7 +49,60 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, document: Any, *, indent: int | None = 2) -> None:
     """Write or replace a JSON file, atomically and durably; numbers that are not finite are refused (ValueError)."""
-    write_file(path, json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    # ASCII: file names that are not valid Unicode can be written too, and no terminal that shows the file is steered by it
+    write_file(path, json.dumps(document, indent=indent, allow_nan=False) + "\n")
+
+
+class DamagedFileError(ValueError):
+    """A small file does not hold what was written into it: cut off, overwritten, or a folder in its place. Names the file."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file. DamagedFileError: it holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        raise DamagedFileError(f"{path} is a folder where a file should be") from None
+    except RecursionError:
+        raise DamagedFileError(f"{path} is damaged: nested too deeply") from None
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged: not valid JSON ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def read_json_as(path: Path, kind: type[_Kind]) -> _Kind:
+    """The JSON object in a file as a dataclass (or pydantic model), its types checked; further keys are ignored.
+
+    Raises:
+        FileNotFoundError: there is no such file. DamagedFileError: it holds something else.
+    """
+    return typed(read_json(path), kind, path)
+
+
+def typed(document: Any, kind: type[_Kind], path: Path) -> _Kind:
+    """What was read from `path` as a dataclass or pydantic model. Raises DamagedFileError where fields or types are others."""
+    try:
+        # as JSON again: strictly read Python objects would have to be of `kind` already
+        return TypeAdapter(kind).validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise DamagedFileError(f"{path} is damaged: {where}: {problem['msg']}") from None
+
+
+def finite(document: Any) -> Any:
+    """The same JSON tree with null for numbers that JSON does not have (NaN, infinities)."""
+    if isinstance(document, dict):
+        return {key: finite(value) for key, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [finite(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
 def publish_folder(temporary: Path, folder: Path) -> None:
@@ -59,18 +118,18 @@ def publish_folder(temporary: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
-def mark_whole(folder: Path) -> None:
-    """Sync every file below the folder, then write its marker."""
+def mark_whole(folder: Path, **more: Any) -> None:
+    """Sync every file below the folder, then write its marker; `more`: further keys of it."""
     (folder / FOLDER_MARKER).unlink(missing_ok=True)
     sync_tree(folder)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    write_json(folder / FOLDER_MARKER, {"files": sizes})
+    write_json(folder / FOLDER_MARKER, {**more, "files": sizes})
 
 
 def is_whole(folder: Path) -> bool:
     """The folder has its marker, and every file that it names has its size. A damaged marker counts as none."""
     try:
-        sizes = json.loads((folder / FOLDER_MARKER).read_text(encoding="utf-8"))["files"]
+        sizes = read_json(folder / FOLDER_MARKER)["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -94,3 +153,14 @@ def sync_tree(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another worker's temporary file
             sync(path)
     sync(folder)
+
+
+def disk_time(folder: Path) -> float:
+    """Unix seconds now, by the clock that stamps the files in a folder: on a share that of the file server, whose time may
+    differ from this machine's. Needs no space.
+
+    Raises:
+        OSError: the folder may not be written.
+    """
+    os.utime(folder)
+    return folder.stat().st_mtime

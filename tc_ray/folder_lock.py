@@ -29,13 +29,14 @@ class FolderLock:
     Args:
         folder: the run folder, which exists.
         what: the run, for the message that a second one gets.
+        name: of the lock's file.
 
     Raises:
         LeaseHeldError: names the holder's host, process and start.
     """
 
-    def __init__(self, folder: Path, what: str) -> None:
-        path = folder / NAME
+    def __init__(self, folder: Path, what: str, name: str = NAME) -> None:
+        path = folder / name
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +68,7 @@ def _holder(path: Path) -> str:
             holder = Holder.from_json(path.read_bytes())
             if is_running(holder.process) is not False:
                 return str(holder)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         time.sleep(0.02)  # it is being written just now
     return "another run"

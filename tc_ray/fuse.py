@@ -6,7 +6,6 @@ loaded. The fused folder appears whole, by a rename, and never in place of anoth
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -21,8 +20,9 @@ from typing import Any, TypeVar
 import torch
 
 import tc_ray
+from tc_ray.config.redact import redact_command
 from tc_ray.config.section import check_lam
-from tc_ray.files import FOLDER_MARKER, mark_whole, sync, write_json
+from tc_ray.files import FOLDER_MARKER, mark_whole, read_json, sync, write_json
 from tc_ray.models.copilot import Copilot, CopilotConfig
 from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.fusion import FEEDBACKS, SPACES, write_settings
@@ -31,6 +31,7 @@ from tc_ray.models.fusion.model import check_fit
 from tc_ray.models.pilot import load_pilot
 from tc_ray.models.source import model_identity, resolve_model, vocabulary_hash
 from tc_ray.models.weights import WeightsError, check_files
+from tc_ray.text import first_line
 
 DEFAULT = FusionSettings(lam=0.5, space="probability", feedback="own")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")
@@ -125,7 +126,7 @@ def fuse_models(
         "fusion": asdict(settings) | {"lam_from": lam_from or "--lam"},
         "python": platform.python_version(),
         "packages": {"transformers": version("transformers")},
-        "command": sys.argv,
+        "command": redact_command(sys.argv),
     }
     _write(out, files, settings, provenance)
     return Fusion(out, pilot_folder, source.folder, source.beside, settings, lam_from)
@@ -189,9 +190,9 @@ def _run_of(pilot: Path) -> dict[str, Any]:
         return {key: told[key] for key in ("run", "pilot", "rounds", "verdict") if key in told}
     run_config = pilot.parents[1] / "config.yaml"
     if pilot.parts[-2:] == ("pilot", "final") and run_config.is_file():
-        from tc_ray.config.load import load_config
+        from tc_ray.config.load import load_saved_config
 
-        config = load_config(run_config)
+        config = load_saved_config(run_config)
         return {"run": config.run.name, "pilot": config.model.pilot}
     return {}
 
@@ -287,19 +288,15 @@ def _open_weights(path: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = _read(lambda file: json.loads(file.read_text(encoding="utf-8")), path, "cannot be read")
-    if not isinstance(content, dict):
-        raise FuseError(f"{path} holds no JSON object")
-    return content
+    return _read(read_json, path, "cannot be read")
 
 
 def _read(reader: Callable[[Path], _Read], path: Path, problem: str) -> _Read:
     """`reader(path)`; what it cannot read is one line."""
     try:
         return reader(path)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise FuseError(f"{path} {problem}: {first[0]}") from error
+    except Exception as error:
+        raise FuseError(f"{path} {problem}: {first_line(error)}") from error
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------

@@ -15,53 +15,36 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.config.load import load_config, save_config
+from tc_ray.config.load import require_secrets, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import is_whole
 from tc_ray.folder_lock import FolderLock
 from tc_ray.folder_owner import check_owner
+from tc_ray.mistakelog.errors import LeaseLostError
 from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.opening import is_table
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.store import is_table
-from tc_ray.session import ray_session
+from tc_ray.refusals import JobError, check_resume
+from tc_ray.session import check_room, copilot_need, evaluation_need, pilot_need, ray_session
+from tc_ray.signals import Stopped, resumable
+from tc_ray.text import visible
 
 LOG_POLL_SECONDS = 1.0
 TEND_SECONDS = 5.0
 ERROR_SIZE_ROUNDS = 16
 """Rounds at the end of the log whose mean squared error is set beside that of held-out data."""
-FREE_TO_CHANGE = (
-    "resources.copilot_threads",
-    "resources.pilot_threads",
-    "resources.pilot_cpus",
-    "resources.copilot_cpus",
-    "tracking",
-    "fusion",
-    "run.folder",
-    "run.trust_folder",
-    "model.cache",
-    "pilot.max_failures",
-    "copilot.max_restarts",
-    "pilot.keep_checkpoints",
-    "pilot.checkpoint_every_rounds",
-    "copilot.checkpoint_every_steps",
-    "log.storage_options",
-    "log.flush_rounds",
-    "log.file_bytes",
-    "log.queue_rounds",
-    "log.full_policy",
-    "log.compression",
-    "log.compact",
-    "log.keep_rounds",
-    "log.max_bytes",
-    "log.vacuum_grace_seconds",
-    "log.orphan_seconds",
-)
-"""Settings that may differ when a run is resumed: they change nothing that was already written."""
 
 
-class JobError(RuntimeError):
-    """The run cannot start or go on; the message says why and what to do."""
+class NoCopilotError(JobError):
+    """The Copilot failed for good. The Pilot is trained, measured and exported all the same: `result` says where."""
+
+    def __init__(self, why: str, result: JobResult) -> None:
+        super().__init__(
+            f"{why}. The Pilot is trained, measured alone and exported with lambda 0 ({result.export}). The same command "
+            "tries the Copilot again, from its last checkpoint"
+        )
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -78,43 +61,21 @@ def run_job(config: RunConfig) -> JobResult:
     """Run (or resume) the whole job; blocks until it is done and prints progress.
 
     Raises:
-        JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
+        ConfigError, JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
     """
+    require_secrets(config)
     folder = config.run.path
     config.run.folder = folder  # absolute: workers have other working directories
     if config.log.path is not None:
         config.log.path = Location(config.log.path).uri
     if folder.exists():
         check_owner(folder, trusted=config.run.trust_folder)
-    _check_resume(config, folder)
+    check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder, f"run {config.run.name}"), ray_session(config):
-        return _Job(config, folder).run()
-
-
-def _check_resume(config: RunConfig, folder: Path) -> None:
-    """Refuse to go on in a folder whose run was another one."""
-    earlier_file = folder / "config.yaml"
-    if not earlier_file.is_file():
-        return
-    earlier, now = _flat(load_config(earlier_file, []).public_dump()), _flat(config.public_dump())
-    changed = [
-        f"{key}: {earlier.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
-    ]
-    if changed:
-        raise JobError(
-            f"{folder} holds a run with other settings ({'; '.join(changed[:5])}). "
-            "Use another run.folder, or the same settings to resume it."
-        )
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return out
+        check_room(config)
+        with resumable(folder):
+            return _Job(config, folder).run()
 
 
 class _Job:
@@ -127,6 +88,8 @@ class _Job:
         self.log = Location(config.log_location, config.log.storage_options)
         self.lease: RunLease | None = None
         self.tracker: Any = None
+        self.group: Any = None
+        self.no_copilot: str | None = None
         self.view: threading.Thread | None = None
 
     def run(self) -> JobResult:
@@ -156,26 +119,39 @@ class _Job:
             watchers.append(threading.Thread(target=self._watch_log, name="log-watch", daemon=True))
             for watcher in watchers:
                 watcher.start()
-            result = self._phases()
+            with resumable(
+                self.folder
+            ):  # this line and the status first: whoever stops a run may kill it within seconds
+                result = self._phases()
             status = "done"
             return result
-        except KeyboardInterrupt:
+        except Stopped:
             status = "stopped"
+            raise
+        except Exception:
+            self._check_lease()  # whatever a part has died of: that the log is another's now is what to say
             raise
         finally:
             self.stop_watching.set()
             self._finish(status)
+            if self.group is not None:
+                self.group.stop()
             for watcher in watchers:
                 if watcher.is_alive():
                     watcher.join(10)
+
+    def _check_lease(self) -> None:
+        """Raises LeaseLostError when another process has taken the log over: this run has no part in it any more."""
+        if self.lease is not None:
+            self.lease.check()
 
     def _prepare(self) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         from tc_ray.data.batches import RoundOrder
-        from tc_ray.data.prepare import prepare
+        from tc_ray.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
         from tc_ray.models.families import family_of
-        from tc_ray.models.source import resolve_model
+        from tc_ray.models.source import embedding_rows, resolve_model
         from tc_ray.models.weights import check_folders
         from tc_ray.pilot.log_metadata import check_log
 
@@ -200,20 +176,27 @@ class _Job:
                 check_log(self.config, self.shape)
             except ValueError as error:
                 raise JobError(str(error)) from None
-        self.data = prepare(
-            self.config.data,
+        recorded = recorded_inputs(self.config, self.folder, self.log)
+        weights = base_weights(self.config, self.pilot_path, self.base_path)
+        check_inputs(self.config, recorded, weights)
+        self.data, rows = prepare_rows(
+            self.config,
             self.tokenizer,
-            self.folder / "data",
-            seed=self.config.run.seed,
+            recorded,
             encoder_decoder=encoder_decoder,
+            vocab_size=embedding_rows(self.pilot_path, self.shape),
         )
+        self.inputs = rows | weights
         for line in self.data.describe():
-            print(line, flush=True)
+            print(visible(line), flush=True)
         pilot = self.config.pilot
+        self.data.check_rounds(pilot.batch_size)
+        if self.config.log.enabled and not self.data.rows["test"]:
+            raise JobError("no test rows to measure with: set data.test or a data.test_size above 0")
         order = RoundOrder(self.data.rows["train"], pilot.batch_size, pilot.epochs, self.config.run.seed)
         self.rounds = min(order.rounds, pilot.max_rounds or order.rounds)
         print(
-            f"run {self.config.run.name} in {self.folder}: {self.rounds} rounds of {pilot.batch_size} examples, "
+            f"run {visible(self.config.run.name)} in {visible(str(self.folder))}: {self.rounds} rounds of {pilot.batch_size} examples, "
             f"{self.config.copilot.steps_per_round} Copilot steps a round",
             flush=True,
         )
@@ -227,7 +210,7 @@ class _Job:
         from tc_ray.mistakelog.upkeep import Upkeep
         from tc_ray.pilot.log_metadata import log_metadata
 
-        metadata = log_metadata(self.config, self.shape, self.tokenizer)
+        metadata = log_metadata(self.config, self.shape, self.tokenizer, self.inputs)
         LogStore.create(self.log, metadata)
         if self.lease is None:
             self.lease = RunLease.take(self.log, f"run {self.config.run.name}")
@@ -250,28 +233,41 @@ class _Job:
         self._train()
         if not self.config.log.enabled:
             return JobResult(self.folder, None, None, self._mlflow_command())
+        self._check_lease()
         self.tracker.phase.remote("evaluate")
         report = self._evaluate()
+        self._check_lease()
         self.tracker.phase.remote("export")
         export = self._export(report)
-        return JobResult(self.folder, export, report, self._mlflow_command())
+        result = JobResult(self.folder, export, report, self._mlflow_command())
+        if self.no_copilot is not None:
+            raise NoCopilotError(self.no_copilot, result)
+        return result
 
     def _train(self) -> None:
-        """Pilot and Copilot side by side. The Copilot's room is reserved first: Ray Train takes what it needs after."""
+        """Pilot and Copilot side by side. The Copilot's room is reserved first: Ray Train takes what it needs after.
+
+        A Copilot that fails for good leaves `no_copilot`, the reason, and the Pilot's result.
+        """
+        from tc_ray.copilot.group import CopilotError
         from tc_ray.pilot.loop import PilotJob
         from tc_ray.pilot.trainer import fit_pilot
 
-        group = self._start_copilot()
+        self._start_copilot()
+        if not self._pilot_is_done():
+            job = PilotJob(
+                self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker, self.inputs
+            )
+            fit_pilot(job, pilot_need(self.config))
+        if self.group is None:
+            return
+        self.tracker.phase.remote("catch-up")
         try:
-            if not self._pilot_is_done():
-                job = PilotJob(self.config, self.pilot_path, self.data.train, self.rounds, self.ledger, self.tracker)
-                fit_pilot(job)
-            if group is not None:
-                self.tracker.phase.remote("catch-up")
-                group.wait()
-        finally:
-            if group is not None:
-                group.stop()
+            self.group.wait()
+        except CopilotError as error:
+            self._check_lease()
+            self.no_copilot = str(error)
+        self.group.stop()  # the evaluation takes its room
 
     def _pilot_is_done(self) -> bool:
         import ray
@@ -280,20 +276,24 @@ class _Job:
             return False
         return self.ledger is None or ray.get(self.ledger.state.remote()).pilot_done
 
-    def _start_copilot(self) -> Any:
-        if not self.config.log.enabled:
-            return None
+    def _start_copilot(self) -> None:
+        """Leaves `group`, where there is a Copilot still to be trained."""
+        need = copilot_need(self.config)
+        if need is None:
+            return
         if is_whole(self.folder / "copilot" / "final"):  # done in an earlier start
             self.ledger.report_copilot.remote(self.rounds, self.rounds * self.config.copilot.steps_per_round)
-            return None
+            return
         from tc_ray.copilot.group import CopilotGroup
         from tc_ray.copilot.worker import CopilotJob
 
-        group = CopilotGroup(
-            CopilotJob(self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker)
+        self.group = CopilotGroup(
+            CopilotJob(
+                self.config, self.pilot_path, self.base_path, self.rounds, self.ledger, self.tracker, self.inputs
+            ),
+            need,
         )
-        group.start()
-        return group
+        self.group.start()
 
     def _evaluate(self) -> Any:
         """In a task of its own, with the CPUs (and GPU) that training has given back."""
@@ -301,12 +301,13 @@ class _Job:
 
         from tc_ray.evaluation.finished import evaluate_finished
 
-        resources = self.config.resources
-        task = ray.remote(evaluate_finished).options(
-            num_cpus=max(resources.pilot_cpus, resources.copilot_cpus), num_gpus=1 if resources.gpus else 0
-        )
+        need = evaluation_need(self.config)
+        task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
         size = logged_error_size(self.log)
-        report = ray.get(task.remote(self.config, self.data.source, self.tracker, seen_error_size=size))
+        self.tracker.waiting.remote("evaluation", need.starting())
+        report = ray.get(
+            task.remote(self.config, self.data.source, self.tracker, seen_error_size=size, no_copilot=self.no_copilot)
+        )
         report.save(self.folder)
         self.tracker.evaluation.remote(report.to_dict(), report.markdown())
         return report
@@ -332,15 +333,23 @@ class _Job:
         return mlflow_command(resolve_uri(self.config))
 
     def _watch_log(self) -> None:
-        """Once a second, tell the tracker how far the log and the Copilot are; now and then, have the Ledger free space."""
+        """Once a second, tell the tracker how far the log and the Copilot are; now and then, have the Ledger free space.
+
+        It then looks at the table too: one that finds the lease lost lets Pilot and Copilot go on no more.
+        """
         import ray
 
         tended = time.monotonic()
         while self.ledger is not None and not self.stop_watching.wait(LOG_POLL_SECONDS):
-            if time.monotonic() > tended + TEND_SECONDS:
+            if time.monotonic() > tended + TEND_SECONDS or (self.lease is not None and self.lease.lost):
                 self.ledger.tend.remote()
                 tended = time.monotonic()
-            state = ray.get(self.ledger.state.remote())
+            try:
+                state = ray.get(self.ledger.state.remote())
+            except LeaseLostError:
+                return
+            if self.group is not None:
+                self.group.release_pilot()
             self.tracker.log.remote(
                 {
                     "bytes": state.bytes,

@@ -1,20 +1,24 @@
 """The plan of a run: topology, batch arithmetic, sizes and predicted log bytes, computed without starting anything.
 
 Invariant: no Ray, no weights, no download of a builtin model, nothing written. What cannot be known that way is None
-("unknown") and a note says why; only a setting that no run could start with raises. Called by `tc-ray train --plan`.
+("unknown") and a note says why; what the run would refuse, here and now, stands in `refusals`, or raises where nothing can be
+planned. Called by `tc-ray train --plan`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tc_ray.config.load import load_config
+from tc_ray.config.load import load_saved_config, require_secrets
+from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.estimate import DataEstimate, estimate, is_embedded
-from tc_ray.session import cpus_needed
+from tc_ray.refusals import JobError, check_resume
+from tc_ray.session import cpus_needed, training_needs
 from tc_ray.sizes import ModelConfig, ModelSizes, find_models, model_sizes
 from tc_ray.text import first_line
 
@@ -43,10 +47,11 @@ class Plan:
     log_bytes: int | None
     free_bytes: int
     notes: list[str]
+    refusals: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "config": self.config.model_dump(mode="json")}
+        return {**asdict(self), "config": self.config.public_dump()}
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -55,7 +60,8 @@ class Plan:
         """The plan as lines for a terminal."""
         told = [*self._pilot_lines(), *self._copilot_lines(), *self._work_lines(), *self._log_lines()]
         told += [("note" if index == 0 else "", note) for index, note in enumerate(self.notes)]
-        return [f"{name:<10} {text}".rstrip() for name, text in told]
+        told += [("refused" if index == 0 else "", reason) for index, reason in enumerate(self.refusals)]
+        return [redact(f"{name:<10} {text}".rstrip()) for name, text in told]
 
     def _pilot_lines(self) -> list[tuple[str, str]]:
         config, pilot, resources = self.config, self.config.pilot, self.config.resources
@@ -158,22 +164,24 @@ def make_plan(config: RunConfig) -> Plan:
     """Plan of a run.
 
     Raises:
-        ModelSourceError: a model folder is not there. UnknownFamilyError: a family without an adapter.
+        ConfigError: a secret is struck out. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without an adapter.
         ValueError: layers that the model does not have, a base of the other architecture, positions it has no states of,
             adapters on a matrix that is shared, weights that are missing.
         DataError: data that cannot be read.
     """
+    require_secrets(config)
     notes: list[str] = []
-    pilot, base = find_models(config, notes)
+    refusals = _refusals(config)
+    pilot, base = find_models(config, notes, refusals)
     if pilot is not None:
         _check_weights(config, pilot, base, notes)
         if config.log.enabled:
             _check_log(config, pilot)
-    data = _data(config, pilot, notes)
+    data = _data(config, pilot, notes, refusals)
     sizes = None
     if pilot is not None:
         sizes = model_sizes(config, pilot, base if config.log.enabled else None, data)
-    rounds = _rounds(config, data, notes)
+    rounds = _rounds(config, data, notes, refusals)
     per_round = None
     if sizes is not None and data is not None and config.log.enabled:
         per_round = log_bytes_per_round(
@@ -187,7 +195,31 @@ def make_plan(config: RunConfig) -> Plan:
             "the predicted log does not fit on the disk: free space, lower pilot.epochs or log.top_k, or set log.positions=target"
         )
     steps = rounds * config.copilot.steps_per_round if rounds is not None and config.log.enabled else None
-    return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes)
+    if os.environ.get("RAY_ADDRESS"):
+        notes.append(
+            "whether the cluster can hold the run shows when it is joined: one that is too small is refused there"
+        )
+    return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes, refusals)
+
+
+def _refusals(config: RunConfig) -> list[str]:
+    """What the settings and this machine alone say."""
+    import torch
+
+    found = []
+    try:
+        check_resume(config, config.run.path)
+    except JobError as error:
+        found.append(str(error))
+    if config.log.enabled and config.data.format == "examples" and not config.data.test and not config.data.test_size:
+        found.append("no test rows to measure with: set data.test or a data.test_size above 0")
+    gpus = sum(need.count for need in training_needs(config) if need.bundle.get("GPU"))
+    if gpus and not os.environ.get("RAY_ADDRESS") and torch.cuda.device_count() < gpus:
+        found.append(
+            f"the run asks for {gpus} GPUs, this machine has {torch.cuda.device_count()}: set resources.gpus=false, lower "
+            "resources.pilot_workers or resources.copilot_workers, or join a cluster by RAY_ADDRESS"
+        )
+    return found
 
 
 def _check_weights(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, notes: list[str]) -> None:
@@ -242,7 +274,7 @@ def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: fl
     return int(records + workers * _FILE_BYTES / rounds_a_file)
 
 
-def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str]) -> DataEstimate | None:
+def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusals: list[str]) -> DataEstimate | None:
     """As prepared in the run folder by the same settings, else estimated."""
     prepared = _prepared(config)
     if prepared is not None:
@@ -250,8 +282,9 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str]) -> Dat
     if pilot is None:  # a note has told why the model cannot be read
         return None
     from tc_ray.models.families import family_of
+    from tc_ray.models.source import embedding_rows
 
-    tokenizer = _tokenizer(config, pilot, notes)
+    tokenizer = _tokenizer(config, pilot, notes, refusals)
     if tokenizer is None:
         return None
     found = estimate(
@@ -260,10 +293,17 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str]) -> Dat
         sample_rows=SAMPLE_ROWS,
         seed=config.run.seed,
         encoder_decoder=family_of(pilot.config).encoder_decoder,
+        vocab_size=embedding_rows(pilot.place, pilot.config),
     )
     if found is None:
-        notes.append(f"data size unknown: no usable rows at data.train {config.data.train} on this machine")
+        notes.append("data size unknown")
+        refusals.append(f"no usable rows at data.train {config.data.train} on this machine")
         return None
+    notes += found.notes
+    whole = found.records < SAMPLE_ROWS  # then the sample is all there is
+    if found.bad > math.ceil(config.data.max_bad_fraction * found.records):
+        text = f"{found.bad} of {found.records} records {'' if whole else 'in the sample '}of data.train are bad, more than "
+        (refusals if whole else notes).append(f"{text}data.max_bad_fraction {config.data.max_bad_fraction:g} allows")
     notes.append(f"rows and lengths are estimated from {found.sampled} rows; the run measures them")
     return found
 
@@ -272,7 +312,7 @@ def _prepared(config: RunConfig) -> DataEstimate | None:
     folder = config.run.path
     if not (folder / "data" / "data.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    earlier = load_config(folder / "config.yaml")
+    earlier = load_saved_config(folder / "config.yaml")
     if (earlier.data, earlier.model.pilot, earlier.run.seed) != (config.data, config.model.pilot, config.run.seed):
         return None
     import numpy as np
@@ -285,7 +325,9 @@ def _prepared(config: RunConfig) -> DataEstimate | None:
     return DataEstimate(count, tokens, targets, len(table.target_ids()), count, exact=True)
 
 
-def _tokenizer(config: RunConfig, pilot: ModelConfig, notes: list[str]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(
+    config: RunConfig, pilot: ModelConfig, notes: list[str], refusals: list[str]
+) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     from tc_ray.data.prompts import check_template
@@ -295,23 +337,23 @@ def _tokenizer(config: RunConfig, pilot: ModelConfig, notes: list[str]) -> PreTr
             pilot.place, local_files_only=pilot.local_only, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        notes.append(
-            f"data size unknown: the tokenizer of {config.model.pilot} cannot be read here ({first_line(error, 160)})"
-        )
+        notes.append("data size unknown")
+        refusals.append(f"the tokenizer of {config.model.pilot} cannot be read here ({first_line(error, 160)})")
         return None
     check_template(config.data, tokenizer)
     return tokenizer
 
 
-def _rounds(config: RunConfig, data: DataEstimate | None, notes: list[str]) -> int | None:
+def _rounds(config: RunConfig, data: DataEstimate | None, notes: list[str], refusals: list[str]) -> int | None:
     limit = config.pilot.max_rounds
     if data is None:
         if limit is not None:
             notes.append("rounds are pilot.max_rounds; the data may hold fewer")
         return limit
     if data.rows < config.pilot.batch_size:
-        notes.append(
-            f"{data.rows} training rows cannot fill a round of pilot.batch_size {config.pilot.batch_size}: the run will stop there"
+        refusals.append(
+            f"{data.rows} training rows cannot fill a round of pilot.batch_size {config.pilot.batch_size}; lower it or give "
+            "more data"
         )
     rounds = config.pilot.epochs * data.rows // config.pilot.batch_size
     return rounds if limit is None else min(rounds, limit)

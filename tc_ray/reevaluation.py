@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tc_ray.config.load import load_config
+from tc_ray.capacity import check_capacity
+from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
-from tc_ray.session import ray_session
+from tc_ray.session import evaluation_need, ray_session
+from tc_ray.text import visible
 
 NEEDED = ("config.yaml", "pilot/final/config.json", "copilot/final/config.json", "data/validation.parquet")
 
@@ -32,7 +34,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
         raise NotFinishedError(
             f"{folder} cannot be evaluated: {', '.join(missing)} missing (has `tc-ray train` ended?)"
         )
-    config = load_config(folder / "config.yaml", [])
+    config = load_saved_config(folder / "config.yaml")
     config.run.folder = folder
     report, stem = _evaluate(config, data)
     report.save(folder, stem)
@@ -46,13 +48,16 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
     from tc_ray.data.prepare import prepare_test_file
     from tc_ray.data.sequences import ITEMS_FILE
     from tc_ray.evaluation.finished import evaluate_finished
+    from tc_ray.models.source import embedding_rows
 
-    folder = config.run.path
+    folder, need = config.run.path, evaluation_need(config)
     with ray_session(config):
+        check_capacity([], [need])
         test_file, source, stem = None, "the run's own test split", "evaluation"
         if data is not None:
             stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
             tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
+            shape = AutoConfig.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
             prepared = prepare_test_file(
                 str(data),
                 config.data,
@@ -60,15 +65,12 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
                 folder / "data" / stem,
                 seed=config.run.seed,
                 items=folder / "data" / ITEMS_FILE,
-                encoder_decoder=AutoConfig.from_pretrained(
-                    folder / "pilot" / "final", trust_remote_code=False
-                ).is_encoder_decoder,
+                encoder_decoder=shape.is_encoder_decoder,
+                vocab_size=embedding_rows(folder / "pilot" / "final", shape),
             )
             for line in prepared.notes:
-                print(line, flush=True)
+                print(visible(line), flush=True)
             test_file, source = prepared.test, str(data)
-        resources = config.resources
-        task = ray.remote(evaluate_finished).options(
-            num_cpus=max(resources.pilot_cpus, resources.copilot_cpus), num_gpus=1 if resources.gpus else 0
-        )
+        task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
+        print(f"evaluation: {need.starting()}", flush=True)
         return ray.get(task.remote(config, source, None, test_file=test_file)), stem

@@ -1,7 +1,7 @@
 """Widths and parameter counts of a run's models from their configs alone: no weight is fetched or loaded.
 
 Invariant: modules are built on the meta device by the code that the run uses, so the counts are the run's. A model that
-cannot be read here is told in a note, not an error: the run may find it. Called by `tc_ray.plan`.
+cannot be read here is no error: the sizes are unknown, and the plan says that the run would refuse. Called by `tc_ray.plan`.
 """
 
 from __future__ import annotations
@@ -54,20 +54,22 @@ class ModelSizes:
     copilot_layers: int | None = None
 
 
-def find_models(config: RunConfig, notes: list[str]) -> tuple[ModelConfig | None, ModelConfig | None]:
-    """Pilot and Copilot's base; None, and a note, for one that cannot be read here.
+def find_models(
+    config: RunConfig, notes: list[str], refusals: list[str]
+) -> tuple[ModelConfig | None, ModelConfig | None]:
+    """Pilot and Copilot's base; None for one that is still to be fetched (a note) or cannot be read here (a refusal).
 
     Raises:
         ModelSourceError: a model folder that is named is not there.
     """
-    pilot = _find(config.model.pilot, config, notes)
+    pilot = _find(config.model.pilot, config, notes, refusals)
     if config.model.copilot in (None, config.model.pilot) or not config.log.enabled:
         return pilot, pilot
     assert config.model.copilot is not None
-    return pilot, _find(config.model.copilot, config, notes)
+    return pilot, _find(config.model.copilot, config, notes, refusals)
 
 
-def _find(name: str, config: RunConfig, notes: list[str]) -> ModelConfig | None:
+def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -> ModelConfig | None:
     from transformers import AutoConfig
 
     from tc_ray.models.source import BUILTIN_MODELS, default_cache, resolve_model
@@ -86,9 +88,10 @@ def _find(name: str, config: RunConfig, notes: list[str]) -> ModelConfig | None:
             AutoConfig.from_pretrained(place, local_files_only=local_only, trust_remote_code=False),
         )
     except (OSError, ValueError) as error:
-        # a hub id without the hub is no reason to refuse a plan; the run itself will
+        # the rest of the plan is worth having all the same
         reason = "the hub is not to be reached, and it is not in the cache" if local_only else first_line(error, 160)
-        notes.append(f"sizes unknown: the config of {name} cannot be read here ({reason})")
+        notes.append("sizes unknown")
+        refusals.append(f"the config of {name} cannot be read here ({reason})")
         return None
 
 

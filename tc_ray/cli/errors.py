@@ -1,37 +1,50 @@
 """How a command ends when something goes wrong: one clear message on standard error, exit code 2, no traceback.
 
-TC_RAY_DEBUG=1 shows the traceback. Used by `tc_ray.cli.main` and `jobs/train.py`.
+A signal that asks it to end: one line, exit code 128 + its number. TC_RAY_DEBUG=1 shows the traceback of an error. Invariant:
+no secret is shown, in no line of a logger either. Used by `tc_ray.cli.main` and `jobs/train.py`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+
+from tc_ray.cli.output import quiet_logging, say
+from tc_ray.config.redact import redact
+from tc_ray.signals import Stopped, stop_signals
 
 DEBUG = "TC_RAY_DEBUG"
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_TRACEBACK = 1
 MESSAGE_LINES = 20
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command; turn its error into a message and an exit code. SystemExit passes."""
-    try:
-        command()
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
-            raise
-        print(f"tc-ray: {message(error)}", file=sys.stderr)
-        sys.exit(EXIT_ERROR)
+    """Run a command; turn its error, or a signal that asks it to end, into a message and an exit code. SystemExit passes."""
+    logging.setLogRecordFactory(_Record)
+    quiet_logging()
+    with stop_signals():
+        try:
+            command()
+        except Stopped as stop:
+            if not stop.reported:
+                say(f"tc-ray: {stop}", error=True)
+            sys.exit(stop.exit_code)
+        except Exception as error:  # noqa: BLE001 - whatever it is ends as a message
+            if os.environ.get(DEBUG, "0") not in ("", "0"):
+                say(redact(traceback.format_exc()), error=True)
+                sys.exit(EXIT_TRACEBACK)
+            say(f"tc-ray: {message(error)}", error=True)
+            sys.exit(EXIT_ERROR)
 
 
 def message(error: BaseException) -> str:
     """The text for a user.
 
-    An error that crossed Ray is shown as the one that was raised there. Our own errors and those about files speak for
+    An error that crossed Ray is shown as the one that was raised there. Our own errors and those that name a file speak for
     themselves; any other is a surprise: its type and the way to the traceback are added.
     """
     # Ray wraps an error of a task or actor; its own text is the remote traceback.
@@ -39,9 +52,16 @@ def message(error: BaseException) -> str:
     while isinstance(cause, BaseException):
         error, cause = cause, getattr(cause, "cause", None)
     lines = str(error).strip().splitlines()
-    text = "\n".join(lines[:MESSAGE_LINES]) or type(error).__name__
+    text = redact("\n".join(lines[:MESSAGE_LINES])) or type(error).__name__
     if type(error).__module__.startswith("tc_ray."):
         return text
-    if isinstance(error, OSError):
-        return f"{error.strerror}: {error.filename}" if error.strerror and error.filename else text
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return redact(f"{error.strerror}: {error.filename}")
     return f"{type(error).__name__}: {text} ({DEBUG}=1 shows the traceback)"
+
+
+class _Record(logging.LogRecord):
+    """A line of a logger, its arguments filled in."""
+
+    def getMessage(self) -> str:
+        return redact(super().getMessage())

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tc_ray.cli.output import say
+
 
 def evaluate(
     run_folder: Annotated[Path, typer.Argument(help="Folder of a run that has ended.")],
@@ -18,4 +20,4 @@ def evaluate(
     from tc_ray.reevaluation import evaluate_run
 
     report, where = evaluate_run(run_folder, data)
-    typer.echo("\n".join([*report.lines(), "", f"report: {where}"]))
+    say("\n".join([*report.lines(), "", f"report: {where}"]))

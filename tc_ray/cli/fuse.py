@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tc_ray.cli.output import say
+
 
 def fuse(
     pilot: Annotated[str, typer.Option(help="Model folder, or exported run whose Pilot is taken.")],
@@ -26,4 +28,4 @@ def fuse(
     from tc_ray.fuse import fuse_models
 
     fusion = fuse_models(pilot, copilot, out, lam=lam, space=space, feedback=feedback)
-    typer.echo("\n".join(fusion.lines()))
+    say("\n".join(fusion.lines()))

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tc_ray.cli.once import OnceCommand
+from tc_ray.cli.output import say
+from tc_ray.files import write_file
+
 if TYPE_CHECKING:
     from tc_ray.inspection.source import LogPlace
     from tc_ray.mistakelog.reader import MistakeLog
@@ -19,7 +23,11 @@ Log = Annotated[
 ]
 Storage = Annotated[
     list[str] | None,
-    typer.Option("--storage-option", metavar="KEY=VALUE", help="Option of the object store; may be given again."),
+    typer.Option(
+        "--storage-option",
+        metavar="KEY=VALUE",
+        help="Option of the object store; may be given again. Those in a run folder's config are not used.",
+    ),
 ]
 Tokenizer = Annotated[
     str | None,
@@ -36,7 +44,7 @@ log = typer.Typer(
 )
 
 
-@log.command("stats")
+@log.command("stats", cls=OnceCommand)
 def stats(
     source: Log,
     rounds: Rounds = None,
@@ -56,13 +64,13 @@ def stats(
     found = collect(opened, parse_rounds(rounds))
     texts = find_tokenizer(found.metadata, place.run_folder, tokenizer)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(texts, top), indent=1))
+        say(json.dumps(found.to_dict(texts, top), indent=1))
     else:
         print_view(stats_view(found, texts, size(found.bytes), top))
     _refuse_damage(opened)
 
 
-@log.command("show")
+@log.command("show", cls=OnceCommand)
 def show(
     source: Log,
     sample: Annotated[int | None, typer.Argument(help="Sample id.")] = None,
@@ -97,20 +105,20 @@ def show(
     if html is not None:
         from tc_ray.inspection.sample_page import sample_page
 
-        html.write_text(sample_page(opened.metadata, samples, texts), encoding="utf-8")
-        typer.echo(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
+        write_file(html, sample_page(opened.metadata, samples, texts))
+        say(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
         _refuse_damage(opened)
         return
     print_view(legend())
     for sights in samples.values():
-        typer.echo("")
+        say("")
         print_view(sample_view(sights, texts))
     if not texts.known:
-        typer.echo(f"\n{texts.note}")
+        say(f"\n{texts.note}")
     _refuse_damage(opened)
 
 
-@log.command("report")
+@log.command("report", cls=OnceCommand)
 def report(
     source: Log,
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
@@ -127,11 +135,11 @@ def report(
     opened = place.open()
     texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
     write_report(opened, texts, out, parse_rounds(rounds))
-    typer.echo(f"{out}: {size(out.stat().st_size)}, {texts.note}")
+    say(f"{out}: {size(out.stat().st_size)}, {texts.note}")
     _refuse_damage(opened)
 
 
-@log.command("export")
+@log.command("export", cls=OnceCommand)
 def export(
     source: Log,
     out: Annotated[Path, typer.Option("--out", help="Folder, or a .parquet or .jsonl file; must not exist.")],
@@ -174,13 +182,13 @@ def export(
         texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
         result = export_jsonl(opened, out, texts, parse_rounds(rounds), chosen, states=states)
         if not texts.known:
-            typer.echo(texts.note, err=True)
-    typer.echo(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
+            say(texts.note, error=True)
+    say(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
     if result.not_finite:
-        typer.echo(f"{result.not_finite:,} of them hold numbers that are not finite: null stands for each", err=True)
+        say(f"{result.not_finite:,} of them hold numbers that are not finite: null stands for each", error=True)
 
 
-@log.command("verify")
+@log.command("verify", cls=OnceCommand)
 def verify(
     source: Log,
     quarantine: Annotated[
@@ -198,7 +206,7 @@ def verify(
         raise typer.Exit(EXIT_FINDINGS)
 
 
-@log.command("compact")
+@log.command("compact", cls=OnceCommand)
 def compact(
     source: Log,
     target_bytes: Annotated[int, typer.Option("--target-bytes", min=1, help="Size that files are merged up to.")] = 128
@@ -215,7 +223,7 @@ def compact(
         raise typer.Exit(EXIT_FINDINGS)
 
 
-@log.command("vacuum")
+@log.command("vacuum", cls=OnceCommand)
 def vacuum(
     source: Log,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
@@ -257,7 +265,10 @@ def parse_rounds(text: str | None) -> tuple[int, int] | None:
 def _place(source: str, storage: list[str] | None) -> LogPlace:
     from tc_ray.inspection.source import find_log
 
-    return find_log(source, storage or [])
+    place = find_log(source, storage or [])
+    if place.note:
+        say(place.note, error=True)
+    return place
 
 
 def _location(place: LogPlace) -> Any:
@@ -270,15 +281,15 @@ def _refuse_damage(opened: MistakeLog) -> None:
     """What was shown lacks rows: a script must not take it for all there is."""
     left_out = sum(opened.not_finite.values())
     if left_out:
-        typer.echo(f"{left_out:,} rows hold numbers that are not finite and are left out above", err=True)
+        say(f"{left_out:,} rows hold numbers that are not finite and are left out above", error=True)
     if opened.bad_files:
-        typer.echo(
+        say(
             f"{len(opened.bad_files)} damaged files were passed over, their rows are missing above: "
             "`tc-ray log verify` names what is wrong with them",
-            err=True,
+            error=True,
         )
         raise typer.Exit(EXIT_FINDINGS)
 
 
 def _tell(result: Any, as_json: bool) -> None:
-    typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))
+    say(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))

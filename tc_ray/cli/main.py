@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -11,10 +12,13 @@ from tc_ray.cli.errors import run_command
 from tc_ray.cli.eval import evaluate
 from tc_ray.cli.fuse import fuse
 from tc_ray.cli.log import log
+from tc_ray.cli.once import OnceCommand
+from tc_ray.cli.output import say
 from tc_ray.cli.serve import serve
 from tc_ray.cli.status import status
 from tc_ray.cli.train import train
 from tc_ray.cli.train_copilot import train_copilot
+from tc_ray.config.redact import redact
 
 app = typer.Typer(
     name="tc-ray",
@@ -23,18 +27,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("train")(train)
-app.command("train-copilot")(train_copilot)
-app.command("eval")(evaluate)
-app.command("fuse")(fuse)
-app.command("serve")(serve)
-app.command("status")(status)
+app.command("train", cls=OnceCommand)(train)
+app.command("train-copilot", cls=OnceCommand)(train_copilot)
+app.command("eval", cls=OnceCommand)(evaluate)
+app.command("fuse", cls=OnceCommand)(fuse)
+app.command("serve", cls=OnceCommand)(serve)
+app.command("status", cls=OnceCommand)(status)
 app.add_typer(log, name="log")
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tc-ray {__version__}")
+        say(f"tc-ray {__version__}")
         raise typer.Exit
 
 
@@ -49,7 +53,22 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors become one message and exit code 2."""
-    run_command(app)
+    run_command(_run)
+
+
+def _run() -> None:
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not isinstance(getattr(error, "exit_code", None), int) or not hasattr(error, "message"):
+            raise
+        # words that no command takes: shown as typer does it, but for what is secret in them
+        from typer.rich_utils import rich_format_error
+
+        error.message = redact(str(error.message))
+        rich_format_error(error)  # type: ignore[arg-type]
+        sys.exit(error.exit_code)  # type: ignore[attr-defined]
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from tc_ray.cli.output import say
+
 BARS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 40
 
@@ -22,31 +24,42 @@ def status(
     """Show both losses, rounds, log backlog and lag, tokens/s, restarts and ETA of a run."""
     from rich.console import Console
 
-    from tc_ray.tracking.progress import ProgressView, facts, panel, silence
-    from tc_ray.tracking.statusfile import read_status
+    from tc_ray.tracking.progress import ProgressView, facts, panel, silence, waiting_text
+    from tc_ray.tracking.statusfile import Status, read_status, silent_seconds
 
-    now = read_status(run_folder)
+    def read() -> Status:
+        return {**read_status(run_folder), "silent_seconds": silent_seconds(run_folder)}
+
     if follow:
-        ProgressView().follow(lambda: read_status(run_folder), threading.Event())
+        read_status(run_folder)
+        ProgressView().follow(read, threading.Event())
         return
     if as_json:
-        typer.echo(json.dumps(now, indent=1))
+        say(json.dumps(read_status(run_folder), indent=1))
         return
+    now = read()
     console = Console()
     if console.is_terminal:
         console.print(panel(now))
     else:
-        lines = [("run", now["run"]), ("phase", now["phase"]), ("state", now["state"]), *facts(now)]
+        waiting = waiting_text(now.get("waiting", {}))
+        lines = [
+            ("run", now["run"]),
+            ("phase", now["phase"]),
+            ("state", now["state"]),
+            ("waiting", waiting),
+            *facts(now),
+        ]
         for name, value in lines:
             if value:
-                typer.echo(f"{name:<13} {value}")
+                say(f"{name:<13} {value}")
         if silence(now):
-            typer.echo(silence(now))
+            say(silence(now))
     for name, text in trends(run_folder):
-        typer.echo(f"{name:<13} {text}")
+        say(f"{name:<13} {text}")
     for name, value in (("folder", str(run_folder)), ("mlflow", (now["mlflow"] or {}).get("command"))):
         if value:
-            typer.echo(f"{name:<13} {value}")
+            say(f"{name:<13} {value}")
 
 
 def trends(folder: Path) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tc_ray.cli.errors import EXIT_INTERRUPTED
+from tc_ray.cli.output import say
 
 if TYPE_CHECKING:
     from tc_ray.config.schema import RunConfig
@@ -34,7 +34,8 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     """Load the config, then print its plan or run it.
 
     Raises:
-        ConfigError: recipe or overrides cannot be used; and whatever the job raises.
+        ConfigError: recipe or overrides cannot be used; JobError: what the run would refuse, of a plan; and whatever the
+            job raises.
     """
     from tc_ray.config.load import load_config
 
@@ -42,17 +43,21 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     keep_outside_upload(config)
     if only_plan:
         from tc_ray.plan import make_plan
+        from tc_ray.refusals import JobError
 
-        typer.echo(str(make_plan(config)))
+        made = make_plan(config)
+        say(str(made))
+        if made.refusals:
+            raise JobError(f"the run would refuse: {'; '.join(made.refusals)}")
         return
-    from tc_ray.job import run_job
+    from tc_ray.job import NoCopilotError, run_job
 
     try:
         result = run_job(config)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on from the last checkpoint in {config.run.path}", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    typer.echo("\n".join(summary(result)))
+    except NoCopilotError as error:
+        say("\n".join(summary(error.result)))
+        raise
+    say("\n".join(summary(result)))
 
 
 def keep_outside_upload(config: RunConfig) -> None:
@@ -61,7 +66,7 @@ def keep_outside_upload(config: RunConfig) -> None:
         return
     relative = config.run.folder or Path("outputs") / config.run.name
     config.run.folder = Path.home() / "tc-ray" / relative
-    typer.echo(f"run folder {config.run.folder} (the uploaded working directory is deleted; run.folder=/path chooses)")
+    say(f"run folder {config.run.folder} (the uploaded working directory is deleted; run.folder=/path chooses)")
 
 
 def summary(result: JobResult) -> list[str]:
@@ -70,7 +75,9 @@ def summary(result: JobResult) -> list[str]:
         return [f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
     lines = ["", *result.report.lines(), ""]
     lines += [f"report    {result.folder / 'evaluation.md'}", f"losses    {result.folder / 'losses.png'}"]
-    if json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder"):
+    if result.report.no_copilot is not None:
+        lines.append(f"exported  {result.export} (pilot/ alone)")
+    elif json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder"):
         lines.append(f"exported  {result.export} (pilot/ loads with plain AutoModelForSeq2SeqLM)")
     else:
         lines += [

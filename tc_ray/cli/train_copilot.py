@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tc_ray.cli.output import say
+from tc_ray.signals import resumable
+
 if TYPE_CHECKING:
     from tc_ray.copilot.from_log import Progress
 
@@ -33,26 +36,36 @@ def train_copilot(
     ] = None,
     version: Annotated[int | None, typer.Option(help="Table version; default: the latest.")] = None,
     storage_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the object store; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Option of the log's object store; may be given again."),
     ] = None,
 ) -> None:
     """Train a Copilot from a log alone; no Pilot runs. The result is what `tc-ray fuse --copilot` takes."""
-    from tc_ray.config.load import load_config
+    from tc_ray.config.load import load_config, load_saved_config
     from tc_ray.copilot.from_log import train_from_log
+    from tc_ray.folder_lock import FolderLock
     from tc_ray.inspection.source import find_log
     from tc_ray.mistakelog.reader import MistakeLog
 
     place = find_log(log, storage_option or [])
-    recipe = config or (place.run_folder / "config.yaml" if place.run_folder is not None else None)
-    if recipe is None:
-        raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
+    if place.note:
+        say(place.note, error=True)
     target = out or (place.run_folder / "copilot-from-log" if place.run_folder is not None else None)
     if target is None:
         raise typer.BadParameter("a log without its run folder needs --out FOLDER")
-    settings = load_config(recipe, overrides or [])
-    with MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
-        trained = train_from_log(mistakes, settings, target.expanduser().absolute(), epochs=epochs, show=show)
-    typer.echo("\n".join(trained.lines()))
+    if config is not None:
+        settings = load_config(config, overrides or [])
+    elif place.run_folder is not None:
+        settings = load_saved_config(place.run_folder / "config.yaml", overrides or [])
+    else:
+        raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
+    target = target.expanduser().absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # beside the folder: one that is refused, as it holds something else, is left as it was
+    lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
+    with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
+        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=show)
+    say("\n".join(trained.lines()))
 
 
 class _Show:
@@ -85,4 +98,4 @@ class _Show:
             self._bar.update(self._task, description=text, completed=progress.step, total=progress.total_steps)
         elif time.monotonic() - self._last > LINE_SECONDS or progress.step == progress.total_steps:
             self._last = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
+            say(text, error=True)

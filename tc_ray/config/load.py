@@ -1,15 +1,14 @@
 """Load a `RunConfig` from YAML and dotted overrides, and write one back.
 
 Invariant: every refusal is a ConfigError of readable lines that name where the value stands (file and line, or the
-override), the key, and what is allowed instead; nothing unknown is ever ignored. Called by the command line, the job
-entry scripts and the tests. Imports neither torch nor ray.
+override), the key, and what is allowed instead, and no secret; nothing unknown is ever ignored. Called by the command line,
+the job entry scripts and the tests. Imports neither torch nor ray.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from tc_ray.config.schema import EMBEDDED, RunConfig
+from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact_override, remember
+from tc_ray.config.schema import EMBEDDED, TRACKING_VARIABLE, RunConfig
+from tc_ray.config.yaml_file import ConfigError, ConfigLoader, read_sections, text_of
+from tc_ray.files import write_file
 
 _Path = tuple[str, ...]
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message says where and what to write instead."""
+_END = "# end of the saved configuration"
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,19 @@ class FieldDoc:
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4` in order, and check it all.
+    """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4`, each given once, and check it all.
 
-    Values of overrides are YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked
-    up from the current folder, then from the root of the repository that holds the recipe. Raises ConfigError.
+    The value of an override of a text or path field is taken as typed (`null` is none where the field may be null); other
+    values are YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked up from the
+    current folder, then from the root of the repository that holds the recipe. Secrets that are struck out in a saved
+    config are left to the environment where it has them. Raises ConfigError.
     """
     origins: dict[_Path, str] = {}
-    values = _read_file(path, origins) if path else {}
+    values = read_sections(path, origins) if path else {}
+    names = [override.partition("=")[0].strip() for override in overrides]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"override {twice[0]} is given {names.count(twice[0])} times: give it once")
     for override in overrides:
         _apply(override, values, origins)
     unknown = [_unknown_message(key, origins) for key in _unknown_keys(values, RunConfig)]
@@ -57,8 +62,25 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_validation_message(error, origins, path)) from None
+    _refuse_fallback_for_given_files(config, origins)
+    _leave_to_environment(config)
+    remember(config.secrets())
     _place_paths(config, path)
     return config
+
+
+def require_secrets(config: RunConfig) -> None:
+    """Refuse a config that came back from a file in which its secrets are struck out: `***` is not used as if it were one.
+
+    Raises:
+        ConfigError: names the fields.
+    """
+    missing = config.secrets_to_give()
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: {STRUCK_OUT} stands where a secret was; secrets are not saved with a run. Give the value "
+            f"again ({missing[0]}=...), or leave it to the environment"
+        )
 
 
 def dump_config(config: RunConfig) -> str:
@@ -67,10 +89,21 @@ def dump_config(config: RunConfig) -> str:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write `dump_config` to `path` in one step, so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write `dump_config` to `path`, atomically and durably, with a last line that `load_saved_config` looks for."""
+    write_file(path, f"{dump_config(config)}{_END}\n")
+
+
+def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, for what `save_config` wrote: a file that was cut off is refused.
+
+    Half a config is one too: every section that is gone would have its defaults.
+    """
+    if not text_of(path).rstrip().endswith(_END):
+        raise ConfigError(
+            f"{path} is cut off or damaged: its last line {_END!r} is missing. Remove the file: `tc-ray train` with the same "
+            "recipe and overrides writes it anew"
+        )
+    return load_config(path, overrides)
 
 
 def describe_fields() -> list[FieldDoc]:
@@ -81,77 +114,72 @@ def describe_fields() -> list[FieldDoc]:
     ]
 
 
-# Reading
+def _refuse_fallback_for_given_files(config: RunConfig, origins: Mapping[_Path, str]) -> None:
+    """Files named by an override are meant: a recipe's fallback, made for its own files, does not stand in for them."""
+
+    def is_override(name: str) -> bool:
+        return origins.get(("data", name), "").startswith("override")
+
+    given = [getattr(config.data, name) for name in ("train", "validation", "test") if is_override(name)]
+    if any(source not in (None, EMBEDDED) for source in given) and not is_override("fallback"):
+        config.data.fallback = None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        first_line: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in first_line:
-                raise ConfigError(
-                    f"{key.start_mark.name}, line {line}: {key.value} stands already in line {first_line[key.value]}; "
-                    f"keep one of them"
-                )
-            first_line[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _read_file(path: Path, origins: dict[_Path, str]) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    loader = _Loader(text)
-    loader.name = str(path)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), each with its fields")
-        _note_lines(node, (), path, origins)
-        values: dict[str, Any] = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    # An empty section ("pilot:" with all fields commented out) means its defaults.
-    return {key: {} if value is None else value for key, value in values.items()}
-
-
-def _note_lines(node: yaml.MappingNode, above: _Path, path: Path, origins: dict[_Path, str]) -> None:
-    for key, value in node.value:
-        here = (*above, str(key.value))
-        origins[here] = f"{path}, line {key.start_mark.line + 1}"
-        if isinstance(value, yaml.MappingNode):
-            _note_lines(value, here, path, origins)
+# Overrides
 
 
 def _apply(override: str, values: dict[str, Any], origins: dict[_Path, str]) -> None:
+    shown = redact_override(override)
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
-        raise ConfigError(f"override {override!r}: write section.field=value, for instance pilot.learning_rate=1e-4")
-    try:
-        value = yaml.load(text, _Loader) if text.strip() else ""
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it if it is text") from None
+        raise ConfigError(f"override {shown!r}: write section.field=value, for instance pilot.learning_rate=1e-4")
     place: Any = values
     for key in keys[:-1]:
         place = place.setdefault(key, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"override {override!r}: {key} is a single value and has no field {keys[-1]}")
-    place[keys[-1]] = value
+            raise ConfigError(f"override {shown!r}: {key} is a single value and has no field {keys[-1]}")
+    place[keys[-1]] = _override_value(text, _kinds(keys), shown)
     for stale in [key for key in origins if key[: len(keys)] == keys]:
         del origins[stale]
-    origins[keys] = f"override {override!r}"
+    origins[keys] = f"override {shown!r}"
+
+
+def _override_value(text: str, kinds: set[Any], shown: str) -> Any:
+    """Text and paths as they were typed, the rest as YAML."""
+    plain = kinds - {type(None)}
+    if plain <= {str, Path}:  # also of an unknown key: it is refused by its name, whatever its value is
+        if text == "null" and type(None) in kinds:
+            return None
+        if Path in plain and not text:
+            raise ConfigError(f"override {shown!r}: the path is empty; write null for the default")
+        return text
+    try:
+        return yaml.load(text, ConfigLoader) if text.strip() else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {shown!r}: not a YAML value; quote what is text in it") from None
+
+
+def _kinds(keys: _Path) -> set[Any]:
+    """Types that the field at `keys` takes, entries of a mapping counted as fields; empty: there is no such field."""
+    found: Any = RunConfig
+    for key in keys:
+        section = _section(found)
+        if section and key in section.model_fields:
+            found = section.model_fields[key].annotation
+        elif get_origin(found) is dict:
+            found = get_args(found)[1]
+        else:
+            return set()
+    return _members(found)
+
+
+def _members(annotation: Any) -> set[Any]:
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return {kind for member in get_args(annotation) for kind in _members(member)}
+    return {annotation}
 
 
 # Checking
@@ -220,16 +248,32 @@ def _validation_message(error: ValidationError, origins: dict[_Path, str], path:
             where = _origin(location, origins) if location else str(path or "config")
             prefix = f"{'.'.join(location)}: " if location else ""
             if problem["type"] == "model_type":
-                text = f"is {problem['input']!r}, but it is a section with the fields {', '.join(_valid_at(location))}"
+                text = f"is {_shown(location, problem['input'])}, but it is a section with the fields "
+                text += ", ".join(_valid_at(location))
             lines.append(f"{where}: {prefix}{text}")
             continue
         info = infos[known]
         meaning = f" ({info.description})" if info.description else ""
+        finite = "finite: " if problem["type"] == "finite_number" else ""
         lines.append(
-            f"{_origin(known, origins)}: {'.'.join(known)} is {problem['input']!r}, "
-            f"allowed: {_allowed(info.annotation, info.metadata)}{meaning}"
+            f"{_origin(known, origins)}: {'.'.join(known)} is {_shown(known, problem['input'])}, "
+            f"allowed: {finite}{_allowed(info.annotation, info.metadata)}{meaning}"
         )
     return "\n".join(dict.fromkeys(lines))  # the members of a union each complain
+
+
+def _shown(key: _Path, value: Any) -> str:
+    """A refused value for a message, as an override of it would be shown."""
+    return redact_override(f"{'.'.join(key)}={value!r}").partition("=")[2]
+
+
+def _leave_to_environment(config: RunConfig) -> None:
+    """Secrets that are struck out are not used as if they were real: what the environment has comes from there."""
+    options = config.log.storage_options
+    for name in [name for name, value in options.items() if value == STRUCK_OUT and given_by_environment(name)]:
+        del options[name]
+    if STRUCK_OUT in (config.tracking.uri or "") and TRACKING_VARIABLE in os.environ:
+        config.tracking.uri = None
 
 
 def _origin(key: _Path, origins: dict[_Path, str]) -> str:

@@ -19,7 +19,8 @@ class LogSection(Section):
     storage_options: dict[str, str] = Field(
         default_factory=dict,
         description="options of an object store as delta-rs names them (aws_endpoint_url, ...); what is not here comes "
-        "from the environment. Keep secrets in the environment: this section is saved with the run",
+        "from the environment. Only values that are known to be harmless (region, endpoint, ...) are saved with the run; "
+        "the others are struck out, and a resume has to be given them again, here or in the environment",
     )
     rationale: Literal["pooled", "all"] | list[NonNegative] = Field(
         "pooled",

@@ -23,9 +23,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values are checked on assignment."""
+    """Base of all sections: unknown keys and numbers that are not finite are refused, values are checked on assignment."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True, protected_namespaces=())
 
 
 def check_lam(value: Any, where: str) -> float:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from tc_ray.config.load import load_config, save_config
+from tc_ray.config.load import load_saved_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import checkpoint
 from tc_ray.copilot.batching import batch_from_records
@@ -25,9 +25,11 @@ from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner, StepResult
 from tc_ray.copilot.stored import BatchSource, Epochs, Replay
 from tc_ray.copilot.worker import build_copilot
+from tc_ray.files import DamagedFileError, read_json_as, write_file, write_json
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.models.source import resolve_model, tokenizer_hash
+from tc_ray.models.weights_hash import weights_hash
 
 SOURCE_FILE = "source.json"
 
@@ -49,12 +51,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainedCopilot:
-    """The outcome. loss, error_size: means over the last tenth of the steps taken in this start."""
+    """The outcome. loss: of `copilot.loss`; uncorrected: the same loss of f = 0, None where it is not known (kl,
+    cross_entropy). Both are means over the last tenth of the steps taken in this start."""
 
     folder: Path
     steps: int
     loss: float | None
-    error_size: float | None
+    uncorrected: float | None
     bad_files: int
     left_out_steps: int
     left_out_records: int
@@ -62,10 +65,9 @@ class TrainedCopilot:
     def lines(self) -> list[str]:
         """For a terminal."""
         told = [f"copilot   {self.folder} ({self.steps} steps)"]
-        if self.loss is not None and self.error_size is not None:
-            told.append(
-                f"loss      {self.loss:.4f} over the last tenth; that of no correction would be {self.error_size:.4f}"
-            )
+        if self.loss is not None:
+            beside = "" if self.uncorrected is None else f"; that of no correction would be {self.uncorrected:.4f}"
+            told.append(f"loss      {self.loss:.4f} over the last tenth{beside}")
         if self.bad_files:
             told.append(f"damaged   {self.bad_files} file(s) of the log were passed over: tc-ray log verify names them")
         if self.left_out_steps or self.left_out_records:
@@ -94,7 +96,8 @@ def train_from_log(
         show: called after every step.
 
     Raises:
-        StoredLogError: an empty log, another tokenizer or Pilot than configured, or a folder of another training.
+        StoredLogError: an empty log, another tokenizer, Pilot or base weights than the run's, or a folder of another
+            training.
     """
     if not mistakes.files:
         raise StoredLogError(f"{mistakes.location}: the log holds no records (version {mistakes.version})")
@@ -102,7 +105,8 @@ def train_from_log(
     pilot = resolve_model(config.model.pilot, config.model.cache)
     base = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else pilot
     _check_tokenizer(pilot, mistakes)
-    _open_folder(out, config, mistakes, epochs)
+    weights = _check_weights(config, pilot, base, mistakes)
+    _open_folder(out, config, mistakes, epochs, weights)
     source: BatchSource = Replay(mistakes, config) if epochs is None else Epochs(mistakes, config, epochs)
     torch.set_num_threads(config.resources.copilot_threads)
     learner = Learner(
@@ -119,7 +123,8 @@ def train_from_log(
         out / "final",
         source.total_steps,
         float(np.mean([result.loss for result in last])) if last else None,
-        float(np.mean([result.error_size for result in last])) if last else None,
+        # the root mean square of the logged errors is what the RMSE of f = 0 is; of the other losses it is no value at all
+        float(np.mean([result.error_size for result in last])) if last and config.copilot.loss == "rmse" else None,
         len(mistakes.bad_files),
         learner.left_out.count,
         source.left_out,
@@ -154,10 +159,18 @@ def _train(
 
 
 def _cut_metrics(path: Path, step: int) -> None:
-    """Forget points after the checkpoint: their steps are taken again."""
+    """Forget points after the checkpoint, whose steps are taken again, and lines that are no points (a power cut)."""
     if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        lines = path.read_bytes().splitlines(keepends=True)
+        write_file(path, b"".join(line for line in lines if line.endswith(b"\n") and 0 < _step_of(line) <= step))
+
+
+def _step_of(line: bytes) -> int:
+    """Step of a line of metrics.jsonl; 0 where it holds no point."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0
 
 
 def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
@@ -199,20 +212,48 @@ def _check_tokenizer(pilot: Path | str, mistakes: MistakeLog) -> None:
         )
 
 
-def _open_folder(out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None) -> None:
-    source = {
-        "log": str(mistakes.location),
-        "run": mistakes.metadata.run,
-        "version": mistakes.version,
-        "epochs": epochs,
+@dataclass(frozen=True)
+class _Source:
+    """Content of SOURCE_FILE: what was trained from."""
+
+    log: str
+    run: str
+    version: int
+    epochs: int | None
+    pilot_weights: str
+    copilot_weights: str
+
+
+def _check_weights(config: RunConfig, pilot: Path | str, base: Path | str, mistakes: MistakeLog) -> dict[str, str]:
+    """Hashes of the base weights; the Pilot's must be those that the log's run started from."""
+    random, wanted = config.model.random_weights, mistakes.metadata.pilot_weights
+    own = weights_hash(pilot, random_weights=random)
+    if wanted and own != wanted:
+        raise StoredLogError(
+            f"{mistakes.location} was written by a Pilot that started from other weights than those of model.pilot {pilot} "
+            f"({wanted} then, {own} now): set model.pilot to the model that the run had"
+        )
+    return {
+        "pilot_weights": own,
+        "copilot_weights": own if base == pilot else weights_hash(base, random_weights=random),
     }
+
+
+def _open_folder(
+    out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None, weights: dict[str, str]
+) -> None:
+    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
     told, saved = out / SOURCE_FILE, out / "config.yaml"
-    if told.is_file():
-        earlier = json.loads(told.read_text())
-        changed = [
-            f"{key}: {earlier.get(key)!r} -> {value!r}" for key, value in source.items() if earlier.get(key) != value
-        ]
-        before = load_config(saved)
+    if told.exists():
+        try:
+            earlier = read_json_as(told, _Source)
+        except DamagedFileError as error:
+            raise StoredLogError(f"{error}: what {out} was trained from is not known; name another --out") from None
+        now = asdict(source)
+        changed = [f"{key}: {was!r} -> {now[key]!r}" for key, was in asdict(earlier).items() if was != now[key]]
+        before = load_saved_config(saved)
+        if before.run.seed != config.run.seed:
+            changed.append(f"run.seed: {before.run.seed} -> {config.run.seed}")
         if before.copilot.model_dump() != config.copilot.model_dump() or before.model != config.model:
             changed.append("the sections copilot or model of the config")
         if changed:
@@ -221,11 +262,12 @@ def _open_folder(out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int
                 "settings to go on with it."
             )
         return
-    if out.exists() and any(out.iterdir()):
+    # the config is written first: alone, it is what a start that ended at once has left
+    if out.exists() and any(file.name != saved.name and not file.name.startswith(".") for file in out.iterdir()):
         raise StoredLogError(f"--out {out} is not empty and holds no training from a log; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
-    told.write_text(json.dumps(source, indent=2))
+    write_json(told, asdict(source))
 
 
 def _output_ids(config: RunConfig, mistakes: MistakeLog) -> torch.Tensor | None:

@@ -1,7 +1,8 @@
 """The group of Copilot learners: a placement group of actors, watched and restarted as one.
 
-Invariant: the group never touches the Pilot. When a learner dies, all are replaced and go on from the last Copilot
-checkpoint; the log keeps what they have not yet read.
+Invariant: the group never touches the Pilot, nor does its end: a group that has failed for good says so in an event, and in
+`wait`. When a learner dies, all are replaced and go on from the last Copilot checkpoint; the log keeps what they have not
+yet read. An error that would come again (`failures.is_final`) is not tried again.
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from tc_ray.capacity import SAY_SECONDS, Need
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.worker import CopilotJob, CopilotWorker
-
-RESERVE_SECONDS = 60
+from tc_ray.failures import is_final, short
+from tc_ray.mistakelog.errors import LeaseLostError
 
 
 class CopilotError(RuntimeError):
-    """The learner group failed more often than `copilot.max_restarts` allows."""
+    """The learner group failed more often than `copilot.max_restarts` allows, or in a way that a new start would repeat."""
 
 
 class CopilotGroup:
-    """Starts, watches and restarts the learners of one run. `start`, then `wait` (or `stop`)."""
+    """Starts, watches and restarts the learners of one run. `start`, then `wait` (or `stop`).
 
-    def __init__(self, job: CopilotJob) -> None:
-        self._job = job
-        resources = job.config.resources
-        self._bundle = {"CPU": resources.copilot_cpus} | ({"GPU": 1.0} if resources.gpus else {})
+    Args:
+        need: the room that the learners take.
+    """
+
+    def __init__(self, job: CopilotJob, need: Need) -> None:
+        self._job, self._need = job, need
         self._placement: Any = None
         self._workers: list[Any] = []
         self._thread = threading.Thread(target=self._watch, name="copilot-group", daemon=True)
@@ -41,18 +45,23 @@ class CopilotGroup:
     def start(self) -> None:
         """Reserve the bundles (before the Pilot takes the rest) and start the learners.
 
-        Raises:
-            CopilotError: the cluster cannot hold the group.
+        Waits without end, and says so, while others use the cluster or it grows: one that can never hold the group was
+        refused before (`session.check_room`).
         """
-        count = self._job.config.resources.copilot_workers
-        self._placement = placement_group([self._bundle] * count, strategy="PACK")
-        if not self._placement.wait(RESERVE_SECONDS):
-            remove_placement_group(self._placement)
-            raise CopilotError(
-                f"no room for {count} Copilot workers of {self._bundle} within {RESERVE_SECONDS} s; "
-                f"the cluster has {ray.available_resources()}. Lower resources.copilot_* or add nodes."
-            )
+        self._placement = placement_group([dict(self._need.bundle)] * self._need.count, strategy="PACK")
+        pause = 1.0
+        while not self._placement.wait(pause):
+            self._job.tracker.waiting.remote("copilot", self._need.waiting())
+            pause = SAY_SECONDS
+        self._job.tracker.waiting.remote("copilot", f"starting {self._need}")
         self._thread.start()
+
+    def release_pilot(self) -> None:
+        """A Pilot in lockstep waits for learners: not for those that have failed for good. To be called now and then, since a
+        restarted Ledger forgets it."""
+        job = self._job
+        if self._error is not None and job.config.copilot.schedule == "lockstep":
+            job.ledger.report_copilot.remote(job.rounds, job.total_steps)
 
     def wait(self, timeout: float | None = None) -> Position | None:
         """The learners' final position; None when `timeout` seconds pass first. Raises what ended them."""
@@ -62,38 +71,50 @@ class CopilotGroup:
         return self._result
 
     def stop(self) -> None:
-        """End the learners and give their resources back."""
+        """End the learners and give their resources back; a second time does nothing."""
         self._stopping.set()
         self._kill()
         if self._thread.is_alive():
             self._thread.join(10)
         if self._placement is not None:
             remove_placement_group(self._placement)
+            self._placement = None
 
     def _watch(self) -> None:
         while not self._stopping.is_set():
             try:
                 self._result = self._attempt()
                 return
+            except LeaseLostError as error:  # would come again: the log is another's
+                self._kill()
+                self._error = error
+                return
             except Exception as error:  # noqa: BLE001 - whatever ended a learner, the answer is the same: restart or give up
                 self._kill()
                 if self._stopping.is_set():
                     return
-                if self.restarts >= self._job.config.copilot.max_restarts:
-                    failure = CopilotError(f"the Copilot failed {self.restarts + 1} times, last with: {error}")
-                    failure.__cause__ = error
-                    self._error = failure
+                if self.restarts >= self._job.config.copilot.max_restarts or is_final(error):
+                    self._give_up(error)
                     return
                 self.restarts += 1
-                self._job.tracker.event.remote("restart", f"Copilot learners, after {_last_line(error)}")
+                self._job.tracker.event.remote("restart", f"Copilot learners, after {short(error)}")
+
+    def _give_up(self, error: Exception) -> None:
+        times = f"{self.restarts + 1} times, last with" if self.restarts else "with"
+        failure = CopilotError(f"the Copilot failed {times} {short(error)}")
+        failure.__cause__ = error
+        self._error = failure
+        job = self._job
+        job.tracker.waiting.remote("copilot", "")
+        job.tracker.event.remote("failed", f"{failure}; the Pilot goes on without it")
 
     def _attempt(self) -> Position:
-        count = self._job.config.resources.copilot_workers
+        count, bundle = self._need.count, self._need.bundle
         actor = ray.remote(CopilotWorker)
         self._workers = [
             actor.options(
-                num_cpus=self._bundle["CPU"],
-                num_gpus=self._bundle.get("GPU", 0),
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
             ).remote(self._job, index, count)
             for index in range(count)
@@ -111,9 +132,3 @@ class CopilotGroup:
         for worker in self._workers:
             ray.kill(worker)
         self._workers = []
-
-
-def _last_line(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"[:300]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class CopilotJob:
     rounds: int
     ledger: Any
     tracker: Any
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the rows and base weights, which stand in each checkpoint."""
 
     @property
     def total_steps(self) -> int:
@@ -78,6 +81,8 @@ class CopilotWorker:
     def run(self) -> Position:
         """Train until every step of the run is done, then export to `copilot/final` (rank 0)."""
         self.job.tracker.process.remote(f"copilot-{self.rank}", os.getpid())
+        if self.rank == 0:
+            self.job.tracker.waiting.remote("copilot", "loading weights")
         learner = Learner(
             build_copilot(self.config, self.job.pilot_path, self.job.base_path, output_ids_of(self.config)),
             self.config.copilot,
@@ -85,7 +90,7 @@ class CopilotWorker:
             device="cuda" if self.config.resources.gpus else "cpu",
             world_size=self.world_size,
         )
-        at = checkpoint.restore(learner, self.folder / "checkpoints") or Position(0, 0, -1)
+        at = checkpoint.restore(learner, self.folder / "checkpoints", self._passed_over) or Position(0, 0, -1)
         self._report(at, None)
         if at.step and not self.rank:
             self.job.tracker.event.remote("resume", f"Copilot goes on after step {at.step}")
@@ -93,6 +98,8 @@ class CopilotWorker:
         tail = patiently(lambda: LogTail(place, storage_options=self.config.log.storage_options), who)
         buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
         seen_version = -1
+        if self.rank == 0:
+            self.job.tracker.waiting.remote("copilot", "")
         while at.step < self.job.total_steps:
             version, committed, _ = self._log_position()
             if version > seen_version:
@@ -168,6 +175,10 @@ class CopilotWorker:
         part = size // self.world_size
         return batch_from_records(drawn, range(self.rank * part, (self.rank + 1) * part))
 
+    def _passed_over(self, text: str) -> None:
+        if not self.rank:
+            self.job.tracker.event.remote("checkpoint", text)
+
     def _report(self, at: Position, result: StepResult | None) -> None:
         if self.rank:
             return
@@ -184,7 +195,7 @@ class CopilotWorker:
 
     def _save(self, learner: Learner, at: Position) -> None:
         if self.rank == 0:
-            checkpoint.save(learner, self.folder / "checkpoints", at)
+            checkpoint.save(learner, self.folder / "checkpoints", at, inputs=self.job.inputs)
         if self.world_size > 1:
             dist.barrier()
 

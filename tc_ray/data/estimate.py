@@ -17,9 +17,11 @@ from tc_ray.config.schema import EMBEDDED, DataSection
 from tc_ray.data.embedded import for_fallback, write_embedded
 from tc_ray.data.embedded_sequences import write_generated
 from tc_ray.data.encode import encode_record
+from tc_ray.data.find import find_sources, is_absent
 from tc_ray.data.sequences import SequenceReader, label_items, scan
-from tc_ray.data.sources import Record, iter_records, source_files
+from tc_ray.data.sources import Record, iter_records
 from tc_ray.data.split import row_count
+from tc_ray.data.vocabulary import check_largest_id, check_special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 class DataEstimate:
     """rows: training rows after the cuts. Means are tokens a row over `sampled` rows; `exact`: counted, not estimated.
 
-    target_ids: different token ids in the completions of the sampled rows; all rows may hold more.
+    target_ids: different token ids in the completions of the sampled rows; all rows may hold more. notes: which files are
+    read as what, and which are left out.
     """
 
     rows: int
@@ -37,7 +40,12 @@ class DataEstimate:
     mean_target_tokens: float
     target_ids: int
     sampled: int
+    bad: int = 0
+    """Records of the sample that the run would leave out as bad."""
+    records: int = 0
+    """Size of the sample, bad ones included."""
     exact: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,12 @@ class _Sample:
     total: int
     config: DataSection
     held_out: list[float]
+    notes: tuple[str, ...] = ()
 
 
 def is_embedded(config: DataSection) -> bool:
     """The run will use the embedded data set: it says so, or its files are absent and it may fall back."""
-    return config.train == EMBEDDED or (config.fallback == EMBEDDED and not source_files(config.train, config.format))
+    return config.train == EMBEDDED or (config.fallback == EMBEDDED and is_absent(config))
 
 
 def estimate(
@@ -62,22 +71,29 @@ def estimate(
     sample_rows: int,
     seed: int,
     encoder_decoder: bool = False,
+    vocab_size: int | None = None,
 ) -> DataEstimate | None:
     """Estimate; None where the files are absent or hold no usable row.
 
     Raises:
-        DataError: a file cannot be read at all, or the embedded task is unknown.
+        DataError: a file cannot be read at all or its part is not clear, the embedded task is unknown, or a row of the
+            sample has a token that a model of `vocab_size` tokens does not embed.
     """
+    check_special_ids(tokenizer, vocab_size)
+    if is_absent(config) and not is_embedded(config):
+        return None
     draw = _draw_sequences if config.format == "sequences" else _draw_examples
     with tempfile.TemporaryDirectory() as folder:
         sample = draw(config, Path(folder), sample_rows, seed)
-    lengths, targets, ids = [], [], set()
+    lengths, targets, ids, bad = [], [], set(), 0
     for record in sample.records:
         row = encode_record(record, sample.config, tokenizer, seed, held_out=False, encoder_decoder=encoder_decoder)
         if row["kind"] == "row":
+            check_largest_id(max([*row["input_ids"], row["named_id"] or -1]), tokenizer, vocab_size)
             lengths.append(len(row["input_ids"]))
             targets.append(len(row["input_ids"]) - row["target_start"])
             ids.update(row["input_ids"][row["target_start"] :])
+        bad += row["kind"] == "bad"
     if not lengths:
         return None
     readable = round(sample.total * len(lengths) / len(sample.records))
@@ -85,7 +101,8 @@ def estimate(
     if config.max_train_rows is not None:
         rows = min(rows, config.max_train_rows)
     count = len(lengths)
-    return DataEstimate(max(0, rows), sum(lengths) / count, sum(targets) / count, len(ids), count)
+    means = sum(lengths) / count, sum(targets) / count
+    return DataEstimate(max(0, rows), *means, len(ids), count, bad=bad, records=len(sample.records), notes=sample.notes)
 
 
 def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
@@ -96,23 +113,25 @@ def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _
         records = list(iter_records(folder / "embedded.jsonl"))
         cuts = [config.validation_size, config.test_size]
         return _Sample(records, config.embedded_rows, for_fallback(config), [cut for cut in cuts if cut])
-    records, total = _sample(
-        (record for file in source_files(config.train, config.format) for record in iter_records(file)), size, seed
-    )
-    own = ((config.validation_size, config.validation), (config.test_size, config.test))
-    return _Sample(records, total, config, [cut for cut, file in own if cut and not file])
+    found = find_sources(config)
+    records, total = _sample((record for file in found.files["train"] for record in iter_records(file)), size, seed)
+    own = ((config.validation_size, "validation"), (config.test_size, "test"))
+    cuts = [cut for cut, part in own if cut and not found.files[part]]
+    return _Sample(records, total, config, cuts, tuple(found.notes))
 
 
 def _draw_sequences(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
+    notes: tuple[str, ...] = ()
     if is_embedded(config):
         files = [folder / "embedded.txt"]
         write_generated(config.sequences, files[0], seed)
     else:
-        files = source_files(config.train, config.format)
+        sources = find_sources(config)
+        files, notes = sources.files["train"], tuple(sources.notes)
     found = scan(files)
     read = SequenceReader("train", label_items(found.items, seed), found.left_out, config.sequences)
     records, total = _sample((record for file in files for record in read(file)), size, seed)
-    return _Sample(records, total, config, [])  # these are the training rows: the held-out ones are elsewhere
+    return _Sample(records, total, config, [], notes)  # these are the training rows: the held-out ones are elsewhere
 
 
 def _sample(records: Iterable[Record], size: int, seed: int) -> tuple[list[Record], int]:

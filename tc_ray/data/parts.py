@@ -7,6 +7,7 @@ before its rows are used. Called by `prepare`; Ray must be running.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from tc_ray.config.schema import DataSection
 from tc_ray.data.encode import Encoded, encode_files
 from tc_ray.data.errors import DataError
+from tc_ray.data.find import PARTS
 from tc_ray.data.sequences import SequenceReader, Sequences, label_items, scan, write_items
 from tc_ray.data.sources import Record, iter_records
+from tc_ray.text import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PARTS = ("train", "validation", "test")
 _SHOWN_BAD_ROWS = 5
 
 
@@ -70,7 +72,12 @@ class PartEncoder:
         self, files: Sequence[Path], found: Sequences, labels: Mapping[str, str], parts: Sequence[str]
     ) -> dict[str, Encoded]:
         config = self._config.sequences
-        return {part: self._encode(part, files, SequenceReader(part, labels, found.left_out, config)) for part in parts}
+        encoded = {
+            part: self._encode(part, files, SequenceReader(part, labels, found.left_out, config)) for part in parts
+        }
+        for part in encoded.keys() & {"validation", "test"}:
+            encoded[part].bad = found.bad  # a user is one row of them
+        return encoded
 
     def _encode(self, part: str, files: Sequence[Path], read: Callable[[Path], Iterator[Record]]) -> Encoded:
         return encode_files(
@@ -90,7 +97,8 @@ class PartEncoder:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         allowed = self._config.max_bad_fraction
         for name, (rows, records) in bad.items():
-            if len(rows) > allowed * records:
+            # in whole rows: a single one among a few does not stop a run
+            if len(rows) > math.ceil(allowed * records) or (rows and len(rows) == records):
                 first = "\n".join(
                     f"  {row['file']}, {row['unit']} {row['place']}{', field ' + row['field'] if row['field'] else ''}: "
                     f"{row['problem']}; {row['fix']}"
@@ -98,6 +106,6 @@ class PartEncoder:
                 )
                 raise DataError(
                     f"data.{name}: {len(rows)} of {records} rows are bad, more than data.max_bad_fraction "
-                    f"{allowed:g} allows. The first:\n{first}\nAll of them: {self._quarantine}"
+                    f"{allowed:g} allows, or none is left. The first:\n{visible(first)}\nAll of them: {self._quarantine}"
                 )
         self.bad_rows = sum(len(rows) for rows, _ in bad.values())

@@ -1,14 +1,14 @@
 """Prepare a run's data folder: read, quarantine, split, tokenise, write Parquet; reuse what is already right.
 
-Invariant: data.json is written last and removed first, so a folder with a data.json is whole; its fingerprint covers
-the data section, the seed, the tokenizer and the size and time of every file read. Called by the driver; Ray must run.
+Invariant: data.json is written last, over files that are on the disk, and removed first, so a folder with a data.json is
+whole; its fingerprint covers the data section, the seed, the tokenizer and the size and time of every file read. What is torn
+all the same is prepared anew. Called by the driver; Ray must run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,21 +18,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tc_ray.config.schema import EMBEDDED, DataSection
+from tc_ray.config.schema import DataSection
 from tc_ray.data.embedded import embedded_name, for_fallback, write_embedded
 from tc_ray.data.embedded_sequences import generated_name, write_generated
 from tc_ray.data.encode import Encoded
 from tc_ray.data.errors import DataError
-from tc_ray.data.parts import PARTS, PartEncoder
+from tc_ray.data.find import PARTS, find_sources, part_files
+from tc_ray.data.left_out import LeftOut, with_left_out
+from tc_ray.data.parts import PartEncoder
 from tc_ray.data.prompts import check_template
 from tc_ray.data.sequences import ITEMS_FILE, read_items
-from tc_ray.data.sources import source_files
 from tc_ray.data.split import cut
+from tc_ray.data.vocabulary import check_largest_id, check_special_ids
+from tc_ray.files import DamagedFileError, read_json, sync_tree, typed, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT = 3
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.int64()),
@@ -47,7 +50,11 @@ SCHEMA = pa.schema(
 
 @dataclass
 class PreparedData:
-    """What a data folder holds. Counts are by part: train, validation, test."""
+    """What a data folder holds. Counts are by part: train, validation, test.
+
+    records: read from each source, bad ones included; left_out: fields of `LeftOut` of each part, 0 where it is cut from
+    train. largest_id: the largest token id of all rows.
+    """
 
     folder: Path
     source: str
@@ -58,6 +65,8 @@ class PreparedData:
     quarantined: int
     too_long: int
     cut_completions: int
+    records: dict[str, int]
+    largest_id: int
     notes: list[str] = field(default_factory=list)
     reused: bool = False
 
@@ -81,6 +90,16 @@ class PreparedData:
         """JSONL file of the rows left out, each with file, place, field, problem and remedy."""
         return self.folder / "quarantine.jsonl"
 
+    def check_rounds(self, batch_size: int) -> None:
+        """Raise DataError, with the arithmetic of the parts, when the training rows do not fill one round."""
+        if self.rows["train"] < batch_size:
+            raise DataError(
+                f"{self.rows['train']} training rows cannot fill a round of pilot.batch_size {batch_size}: of "
+                f"{sum(self.records.values())} records {self.quarantined} are bad, {self.too_long} have a prompt longer "
+                f"than data.cutoff_tokens, {self.rows['validation']} are validation and {self.rows['test']} test rows; "
+                "lower pilot.batch_size or give more data"
+            )
+
     def describe(self) -> list[str]:
         """Lines for people: source, counts, and everything that was left out."""
         lines = [f"data: {self.source}" + (" (as prepared before)" if self.reused else ""), *self.notes]
@@ -92,7 +111,7 @@ class PreparedData:
         if self.quarantined:
             lines.append(f"left out as bad: {self.quarantined} rows, listed in {self.quarantine}")
         if self.too_long:
-            lines.append(f"left out because the prompt fills data.cutoff_tokens: {self.too_long} rows")
+            lines.append(f"left out because the prompt is longer than data.cutoff_tokens: {self.too_long} rows")
         if self.cut_completions:
             lines.append(f"completions cut at data.cutoff_tokens: {self.cut_completions}")
         return lines
@@ -105,23 +124,28 @@ def prepare(
     *,
     seed: int,
     encoder_decoder: bool = False,
+    vocab_size: int | None = None,
 ) -> PreparedData:
     """Make `folder` hold train, validation and test.parquet (columns: SCHEMA), data.json and quarantine.jsonl.
 
     sample_id is the row's index in its file. Item sequences leave items.parquet too. Rows prepared earlier from the same
-    inputs are kept. Raises DataError when files are absent or unreadable, too many rows are bad, or no row is left to
-    train on.
+    inputs are kept. Raises DataError when files are absent or unreadable, too many rows are bad, no row is left to
+    train on, or a row has a token that the model does not embed.
 
     Args:
         encoder_decoder: the model has an encoder: prompts are its source and end with the end token.
+        vocab_size: rows of the model's embedding; None: not checked.
     """
     check_template(config, tokenizer)
+    check_special_ids(tokenizer, vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
-    sources, notes = _sources(config)
+    found = find_sources(config)
+    sources, notes = found.files, found.notes
     embedded = not sources["train"]
     fingerprint = _fingerprint(config, tokenizer, sources, seed, encoder_decoder)
     earlier = _earlier(folder, fingerprint)
     if earlier:
+        check_largest_id(earlier.largest_id, tokenizer, vocab_size)
         return earlier
 
     record = folder / "data.json"
@@ -136,13 +160,35 @@ def prepare(
         encoded = encode.sequences(sources["train"], folder / ITEMS_FILE, notes)
     else:
         encoded = encode.examples(sources)
+    _check_rows(encoded, tokenizer, vocab_size)
+    for part, rows in encoded.items():
+        notes += [f"data.{part}: {note}" for note in rows.notes]
     parts = _parts(config, encoded, notes)
     for part, table in parts.items():
-        pq.write_table(table, folder / f"{part}.parquet")
+        pq.write_table(with_left_out(table, _left_out(part, encoded)), folder / f"{part}.parquet")
     source = _generated_set(config) if embedded else ", ".join(str(path) for path in sources["train"])
     prepared = _described(folder, source, parts, encode.bad_rows, encoded, notes)
-    _write_json(record, {"fingerprint": fingerprint, "format": FORMAT, **_without_folder(prepared)})
+    sync_tree(folder)
+    write_json(record, {"fingerprint": fingerprint, "format": FORMAT, **_without_folder(prepared)})
     return prepared
+
+
+def prepared_before(
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int,
+    encoder_decoder: bool = False,
+    vocab_size: int | None = None,
+) -> PreparedData | None:
+    """What `prepare` would keep of the folder as it is; None: it would make it anew. Nothing is written; raises as it does."""
+    check_template(config, tokenizer)
+    check_special_ids(tokenizer, vocab_size)
+    earlier = _earlier(folder, _fingerprint(config, tokenizer, find_sources(config).files, seed, encoder_decoder))
+    if earlier:
+        check_largest_id(earlier.largest_id, tokenizer, vocab_size)
+    return earlier
 
 
 def prepare_test_file(
@@ -154,15 +200,20 @@ def prepare_test_file(
     seed: int,
     encoder_decoder: bool = False,
     items: Path | None = None,
+    vocab_size: int | None = None,
 ) -> PreparedData:
     """Tokenise another test file (or folder) into `target`/test.parquet, for the evaluation of a finished run.
+
+    Raises DataError as `prepare` does.
 
     Args:
         items: the run's items.parquet, whose labels other sequences are read with; needed with format: sequences.
     """
     check_template(config, tokenizer)
+    check_special_ids(tokenizer, vocab_size)
     target.mkdir(parents=True, exist_ok=True)
-    files = _present(source, "test", config.format)
+    notes: list[str] = []
+    files = part_files(source, "test", config, notes)
     encode = PartEncoder(config, tokenizer, target / "quarantine.jsonl", seed, encoder_decoder)
     if config.format == "sequences":
         if items is None:
@@ -170,38 +221,31 @@ def prepare_test_file(
         encoded = encode.labelled(files, read_items(items), ("test",))
     else:
         encoded = encode.examples({"test": files})
+    _check_rows(encoded, tokenizer, vocab_size)
+    notes += encoded["test"].notes
     table = _finish(encoded["test"].rows)
-    pq.write_table(table, target / "test.parquet")
-    return _described(target, source, {"test": table}, encode.bad_rows, encoded, [])
+    if not table.num_rows:
+        raise DataError(f"{source}: no test row is left: {_arithmetic(encoded['test'])}")
+    pq.write_table(with_left_out(table, _left_out("test", encoded)), target / "test.parquet")
+    return _described(target, source, {"test": table}, encode.bad_rows, encoded, notes)
 
 
-def _sources(config: DataSection) -> tuple[dict[str, list[Path]], list[str]]:
-    """Files of each part; none for train means the embedded data set. With it, notes on what was chosen and why."""
-    sources: dict[str, list[Path]] = {part: [] for part in PARTS}
-    if config.train != EMBEDDED:
-        sources["train"] = source_files(config.train, config.format)
-        if not sources["train"] and config.fallback == EMBEDDED:
-            note = f"data.train {Path(config.train).expanduser().absolute()} is absent: using the embedded data set"
-            if config.validation or config.test:
-                note += ", and cutting validation and test from it too"
-            return sources, [note]
-        sources["train"] = _present(config.train, "train", config.format)
-    for part, source in (("validation", config.validation), ("test", config.test)):
-        if source:
-            sources[part] = _present(source, part, config.format)
-    return sources, []
+def _check_rows(encoded: Mapping[str, Encoded], tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    check_largest_id(max(rows.largest_id for rows in encoded.values()), tokenizer, vocab_size)
 
 
-def _present(source: str, part: str, format: str) -> list[Path]:
-    files = source_files(source, format)
-    if not files:
-        hint = "; or set data.train=embedded, or data.fallback=embedded" if part == "train" else ""
-        kinds = ".txt" if format == "sequences" else ".json, .jsonl or .parquet"
-        raise DataError(
-            f"data.{part}: no {kinds} file at {Path(source).expanduser().absolute()}; "
-            f"correct the path (relative paths start at the current folder){hint}"
-        )
-    return files
+def _left_out(part: str, encoded: Mapping[str, Encoded]) -> LeftOut:
+    rows = encoded.get(part, encoded.get("train"))
+    assert rows is not None  # a run has training rows, an evaluation its own
+    return LeftOut(rows.too_long, len(rows.bad), before_split=part not in encoded)
+
+
+def _arithmetic(rows: Encoded) -> str:
+    """How many of the records of a source are left, and why."""
+    return (
+        f"of {rows.records} records {len(rows.bad)} are bad, {rows.too_long} have a prompt longer than "
+        f"data.cutoff_tokens, {rows.rows.num_rows} are left"
+    )
 
 
 def _generated_set(config: DataSection) -> str:
@@ -220,25 +264,29 @@ def _parts(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -
     """The tables as they are written: each part its own rows, or cut from the training rows."""
     rows = encoded["train"].rows
     if not rows.num_rows:
-        raise DataError("no training row is left: every record was bad or its prompt fills data.cutoff_tokens")
+        raise DataError(f"data.train {config.train}: no row is left: {_arithmetic(encoded['train'])}")
     if config.format == "sequences":
         tables = {part: encoded[part].rows for part in PARTS}
     else:
         tables = _cut(config, encoded, notes)
     if config.max_train_rows:
         tables["train"] = tables["train"].slice(0, config.max_train_rows)
-    if not tables["validation"].num_rows:
-        raise DataError("no validation row is left: every record for validation was bad or too long")
+    for part in ("validation", "test"):
+        if part in encoded and not tables[part].num_rows:
+            raise DataError(f"no {part} row is left: {_arithmetic(encoded[part])}")
     return {part: _finish(table) for part, table in tables.items()}
 
 
 def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
     rows = encoded["train"].rows
-    part_of = cut(
-        rows["key"].to_pylist(),
-        validation=0 if "validation" in encoded else config.validation_size,
-        test=0 if "test" in encoded else config.test_size,
-    )
+    try:
+        part_of = cut(
+            rows["key"].to_pylist(),
+            validation=0 if "validation" in encoded else config.validation_size,
+            test=0 if "test" in encoded else config.test_size,
+        )
+    except DataError as error:
+        raise DataError(f"{error} ({_arithmetic(encoded['train'])})") from None
     tables = {part: rows.filter(pa.array([found == part for found in part_of], pa.bool_())) for part in PARTS}
     for part in ("validation", "test"):
         if part in encoded:
@@ -269,6 +317,8 @@ def _described(
         quarantined=quarantined,
         too_long=sum(rows.too_long for rows in encoded.values()),
         cut_completions=sum(rows.cut_completions for rows in encoded.values()),
+        records={part: rows.records for part, rows in encoded.items()},
+        largest_id=max(rows.largest_id for rows in encoded.values()),
         notes=notes,
     )
 
@@ -302,22 +352,17 @@ def _fingerprint(
 
 def _earlier(folder: Path, fingerprint: str) -> PreparedData | None:
     """What `folder` already holds, if it was made from the same inputs and is whole."""
+    record = folder / "data.json"
     try:
-        kept: dict[str, Any] = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        kept = read_json(record)
+        if kept.pop("fingerprint", None) != fingerprint or kept.pop("format", None) != FORMAT:
+            return None
+        prepared = typed({**kept, "folder": str(folder), "reused": True}, PreparedData, record)
+        whole = all(pq.read_metadata(folder / f"{part}.parquet").num_rows == prepared.rows[part] for part in PARTS)
+    except (OSError, DamagedFileError, KeyError, pa.ArrowException):
         return None
-    if kept.pop("fingerprint", None) != fingerprint or kept.pop("format", None) != FORMAT:
-        return None
-    if not all((folder / f"{part}.parquet").is_file() for part in PARTS):
-        return None
-    return PreparedData(folder=folder, **kept, reused=True)
+    return prepared if whole else None
 
 
 def _without_folder(prepared: PreparedData) -> dict[str, Any]:
     return {key: value for key, value in asdict(prepared).items() if key not in ("folder", "reused")}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -30,17 +30,25 @@ def check_template(config: DataSection, tokenizer: PreTrainedTokenizerBase) -> N
 def render_prompt(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
     """The full prompt text, up to where the completion begins.
 
-    `config.system` is put first when the turns have no system message of their own; an empty string keeps a template
-    from adding its own default.
+    Contents stand in it as they are written, unless the tokenizer's own chat template changes them (many strip blanks).
     """
-    if config.system is not None and turns[0].role != "system":
-        turns = (Turn("system", config.system), *turns)
+    turns = with_system(turns, config)
     if config.template == "plain":
         return config.plain_template.replace("{prompt}", readable_prompt([t for t in turns if t.content]))
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)  # one conversation in, one text out
     return text
+
+
+def with_system(turns: Sequence[Turn], config: DataSection) -> Sequence[Turn]:
+    """The turns, with `config.system` put first when they have no system message of their own.
+
+    An empty string keeps a template from adding its own default.
+    """
+    if config.system is None or turns[0].role == "system":
+        return turns
+    return (Turn("system", config.system), *turns)
 
 
 def readable_prompt(turns: Sequence[Turn]) -> str:

@@ -9,6 +9,7 @@ with the labels of at most `history` items before it. Invariant: no row of a par
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ import pyarrow.parquet as pq
 
 from tc_ray.config.schema import SequencesSection
 from tc_ray.data.errors import DataError
-from tc_ray.data.sources import BadRow, Record
+from tc_ray.data.parquet import read_prepared
+from tc_ray.data.sources import BadRow, Record, open_bytes
 
 ITEMS_FILE = "items.parquet"
 """The catalogue of a run, in its data folder."""
@@ -129,18 +131,18 @@ def read_items(path: Path) -> dict[str, str]:
     """Item id -> label, as `write_items` wrote them. Raises DataError when the file is absent."""
     if not path.is_file():
         raise DataError(f"{path} is absent: the run was not prepared from item sequences (data.format: sequences)")
-    table = pq.read_table(path)
+    table = read_prepared(path, ["item", "label"])
     return dict(zip(table["item"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of the lines that are not blank."""
     try:
-        with file.open("rb") as lines:
+        with open_bytes(file) as lines:
             for place, line in enumerate(lines, start=1):
                 if line.strip():
                     yield place, line.removeprefix(b"\xef\xbb\xbf") if place == 1 else line
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
 
 
@@ -168,5 +170,5 @@ def _refusal(
 
 def _quarantined(file: Path, place: int, line: bytes, bad: BadRow) -> dict[str, Any]:
     raw = line.decode("utf-8", errors="replace").rstrip("\r\n")[:_RAW_CHARS]
-    told = {"field": bad.field, "problem": bad.problem, "fix": bad.fix, "raw": raw}
-    return {"file": str(file), "unit": "line", "place": place, **told}
+    shown = {"field": bad.field, "problem": bad.problem, "fix": bad.fix, "raw": raw}
+    return {"file": str(file), "unit": "line", "place": place, **shown}

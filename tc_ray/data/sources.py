@@ -1,22 +1,26 @@
-"""Find data files and read their records one by one, each with its place.
+"""Read the records of a data file one by one, each with its place.
 
 Invariant: a record that cannot be read comes out as a `BadRow` in its place and never ends the reading; a file that
-cannot be read at all raises DataError. `find_files` runs in the driver, `iter_records` in Ray Data tasks.
+cannot be read at all raises DataError. Called in Ray Data tasks by `encode`, and by `estimate`.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator, Sequence
+import math
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from tc_ray.data.errors import DataError
+from tc_ray.text import first_line
 
-EXAMPLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-SEQUENCE_SUFFIXES = (".txt",)
-_HELD_OUT = ("test", "valid", "val", "dev")
+LONGEST_INTEGER = 4300
+"""Digits of the longest integer that Python reads by default."""
+ONE_OBJECT = "write one JSON object per line, or a list of them"
 
 
 @dataclass(frozen=True)
@@ -38,87 +42,96 @@ class Record:
     value: Any
 
 
-def find_files(source: str, suffixes: Sequence[str] = EXAMPLE_SUFFIXES) -> list[Path]:
-    """Absolute paths of the data files that `source` (file or folder) names, sorted; empty when it is absent.
-
-    Raises DataError for a file of another kind, and for a folder that mixes training and held-out files.
-    """
-    path = Path(source).expanduser().absolute()
-    if path.is_file():
-        if path.suffix.lower() not in suffixes:
-            raise DataError(f"{path}: unknown kind of file; convert it to one of {', '.join(suffixes)}")
-        return [path]
-    if not path.is_dir():
-        return []
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and file.suffix.lower() in suffixes
-        and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-    )
-    held_out = [file for file in files if file.stem.lower().startswith(_HELD_OUT)]
-    if held_out and len(held_out) < len(files):
-        raise DataError(
-            f"folder {path} holds {held_out[0].name} beside other files, and all of them would be read as one set; "
-            f"name the file (for instance {next(f for f in files if f not in held_out)}), or move them apart"
-        )
-    return files
+class DoubledKeys(dict[str, Any]):
+    """An object in which a key stands twice; the last one counts, as for `json`."""
 
 
-def source_files(source: str, format: str) -> list[Path]:
-    """`find_files` for data of this format (data.format)."""
-    return find_files(source, SEQUENCE_SUFFIXES if format == "sequences" else EXAMPLE_SUFFIXES)
+@dataclass(frozen=True)
+class LongInteger:
+    """A number of so many digits that it is no value; harmless in a field that nobody reads."""
+
+    digits: int
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed where its name ends in .gz."""
+    opened: Any = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115 - returned
+    return cast(IO[bytes], opened)
 
 
 def iter_records(path: Path) -> Iterator[Record]:
     """Yield the records of one file in order; `value` is the parsed JSON value, or a BadRow."""
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
     try:
-        if path.suffix.lower() == ".parquet":
+        if suffix == ".parquet":
             yield from _parquet(path)
-        elif path.suffix.lower() == ".json" and _starts_with_bracket(path):
+        elif suffix == ".json" and _starts_with_bracket(path):
             yield from _json_array(path)
         else:
             yield from _json_lines(path)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
+def is_nan(value: Any) -> bool:
+    """What pandas writes for an absent value."""
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _json_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for place, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             raw = line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
             value: Any
             try:
-                value = json.loads(line.decode("utf-8-sig"))
+                value = _parse(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 value = BadRow("", f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8")
             except json.JSONDecodeError as error:
-                value = BadRow("", f"not JSON: {error.msg} at column {error.colno}", "write one JSON object a line")
+                value = BadRow("", f"not JSON: {error.msg} at column {error.colno}", ONE_OBJECT)
             except RecursionError:
-                value = BadRow("", "nested too deeply", "write one flat JSON object a line")
+                value = BadRow("", "nested too deeply", "write one flat JSON object per line")
             yield Record(place, "line", raw, value)
 
 
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else DoubledKeys(found)
+
+
+def _integer(text: str) -> int | LongInteger:
+    digits = len(text.lstrip("-"))
+    return int(text) if digits <= LONGEST_INTEGER else LongInteger(digits)
+
+
 def _starts_with_bracket(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _json_array(path: Path) -> Iterator[Record]:
+    with open_bytes(path) as file:
+        # what is not UTF-8 becomes lone surrogates, for which its own record alone is refused
+        text = file.read().decode("utf-8-sig", errors="surrogateescape")
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = _parse(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}); repair the array, "
-            f"or write one JSON object a line so that single bad lines can be left out"
+            f"or write one JSON object per line so that single bad lines can be left out"
         ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON in UTF-8: {error}") from error
+    except RecursionError as error:
+        raise DataError(
+            f"{path}: a record is nested too deeply; write one JSON object per line so that it alone is left out"
+        ) from error
     for place, value in enumerate(values, start=1):
-        yield Record(place, "item", json.dumps(value, ensure_ascii=False), value)
+        yield Record(place, "item", _shown(value), value)
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -129,8 +142,43 @@ def _parquet(path: Path) -> Iterator[Record]:
         file = pq.ParquetFile(path)
         place = 0
         for batch in file.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+            for value in _rows(batch):
                 place += 1
-                yield Record(place, "row", json.dumps(value, ensure_ascii=False, default=str), value)
+                yield Record(place, "row", "" if isinstance(value, BadRow) else _shown(value), value)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+
+
+def _rows(batch: Any) -> list[Any]:
+    """Rows of a record batch as dicts; one that Python cannot hold (text that is not UTF-8, a date too far) as a BadRow."""
+    try:
+        return list(batch.to_pylist())
+    except Exception:  # noqa: BLE001 - whatever it is, it is looked for row by row
+        return [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _row(row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except Exception as whole:  # noqa: BLE001
+        for name, column in zip(row.schema.names, row.columns, strict=True):
+            try:
+                column.to_pylist()
+            except UnicodeDecodeError as error:
+                return BadRow(name, f"is not valid UTF-8 at byte {error.start + 1}", "write the text as UTF-8")
+            except Exception as error:  # noqa: BLE001
+                return BadRow(name, *_unreadable(error))
+        return BadRow("", *_unreadable(whole))
+
+
+def _unreadable(error: Exception) -> tuple[str, str]:
+    """Problem and remedy."""
+    return f"cannot be read: {type(error).__name__}: {first_line(error)}", "write it as text or a number"
+
+
+def _shown(value: Any) -> str:
+    """The record for people, in the quarantine file."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError):
+        return "(cannot be shown)"

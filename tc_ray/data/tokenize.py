@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tc_ray.data.prompts import render_prompt
+from tc_ray.data.prompts import render_prompt, with_system
 from tc_ray.data.shapes import Example, Turn
+from tc_ray.data.special_text import encode_content, encode_rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,13 @@ def prompt_ids(
     turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False
 ) -> list[int]:
     """Ids the model is asked with. A plain prompt begins with the begin token if the tokenizer puts one itself."""
-    ids = _ids(render_prompt(turns, config, tokenizer), tokenizer)
+    turns = with_system(turns, config)
+
+    def render(contents: Sequence[str]) -> str:
+        written = [Turn(turn.role, content) for turn, content in zip(turns, contents, strict=True)]
+        return render_prompt(written, config, tokenizer)
+
+    ids = encode_rendered([turn.content for turn in turns], render, tokenizer)
     if config.template == "plain" and _adds_begin_token(tokenizer):
         ids.insert(0, tokenizer.bos_token_id)
     if encoder_decoder:
@@ -43,7 +50,7 @@ def prompt_ids(
 
 def completion_ids(completion: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids the model is to answer with, end token included."""
-    return [*_ids(completion, tokenizer), tokenizer.eos_token_id]
+    return [*encode_content(completion, tokenizer), tokenizer.eos_token_id]
 
 
 def encode(
@@ -62,10 +69,6 @@ def encode(
         return None
     ids += completion_ids(example.completion, tokenizer)
     return Tokens(ids[: config.cutoff_tokens], start, len(ids) > config.cutoff_tokens)
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _adds_begin_token(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -5,23 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tc_ray.data.batches import collate
+from tc_ray.data.errors import DataError
+from tc_ray.data.parquet import read_prepared
 
 
 class TrainTable:
-    """Rows of a prepared train.parquet, held as flat arrays (4 bytes a token)."""
+    """Rows of a prepared train.parquet, held as flat arrays (4 bytes a token). Raises DataError for rows without a target."""
 
     def __init__(self, file: Path) -> None:
-        table = pq.read_table(file, columns=["sample_id", "input_ids", "target_start"])
+        table = read_prepared(file, ["sample_id", "input_ids", "target_start"])
         ids = table["input_ids"].combine_chunks()
         self._ids = ids.values.to_numpy()
         self._offsets = ids.offsets.to_numpy().astype(np.int64)
         self._lengths = np.diff(self._offsets)
         self._target_start = table["target_start"].to_numpy().astype(np.int64)
         self._sample_id = table["sample_id"].to_numpy()
+        bare = int((self._target_start >= self._lengths).sum())
+        if bare:  # the loss of a round is divided by its target tokens
+            raise DataError(
+                f"{file}: {bare} rows have no target token; remove the folder, so that it is prepared again"
+            )
 
     def __len__(self) -> int:
         return len(self._lengths)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tc_ray
 from tc_ray.config.load import save_config
+from tc_ray.config.redact import redact_command
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
 from tc_ray.files import FOLDER_MARKER, publish_folder, write_json
@@ -20,12 +21,15 @@ PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
 
 
 def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
-    """Assemble `export/` from `pilot/final` and `copilot/final`; it appears whole, by a rename. Returns the folder."""
+    """Assemble `export/` from `pilot/final` and `copilot/final`; it appears whole, by a rename. Returns the folder.
+
+    Where the report knows of no Copilot the export has none either: `pilot/` alone, and lambda 0.
+    """
     run = config.run.path
     temporary, target = run / "export.tmp", run / "export"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    for part in ("pilot", "copilot"):
+    for part in ("pilot", "copilot") if report.no_copilot is None else ("pilot",):
         _copy(run / part / "final", temporary / part)
     write_settings(temporary, lam=report.exported_lam, space=report.space, feedback=report.feedback)
     save_config(config, temporary / "config.yaml")
@@ -36,7 +40,7 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
         "rounds": rounds,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "command": sys.argv,
+        "command": redact_command(sys.argv),
         "verdict": report.verdict,
     }
     write_json(temporary / "provenance.json", provenance)

@@ -1,4 +1,7 @@
-"""Evaluate a run whose Pilot and Copilot are trained: the job's task, and `tc-ray eval` on other data."""
+"""Evaluate a run whose Pilot and Copilot are trained: the job's task, and `tc-ray eval` on other data.
+
+A run whose Copilot failed for good has a Pilot all the same: it is measured alone.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Any
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.sequences import ITEMS_FILE, read_items
 from tc_ray.evaluation.exact_match import ExactMatch
-from tc_ray.evaluation.heldout import read_held_out
+from tc_ray.evaluation.heldout import read_counted
 from tc_ray.evaluation.metric import Metric
 from tc_ray.evaluation.ranking import Ranking
 from tc_ray.evaluation.report import Report
-from tc_ray.evaluation.run import evaluate
+from tc_ray.evaluation.run import evaluate, evaluate_pilot
 
 
 def evaluate_finished(
@@ -22,6 +25,7 @@ def evaluate_finished(
     *,
     test_file: Path | None = None,
     seen_error_size: float | None = None,
+    no_copilot: str | None = None,
 ) -> Report:
     """Load `pilot/final` and `copilot/final`, choose lambda on the validation rows and measure the test rows.
 
@@ -30,6 +34,7 @@ def evaluate_finished(
         tracker: Tracker actor that hears of progress, or None.
         test_file: prepared test.parquet; default the run's own.
         seen_error_size: mean squared logged error of the log's last rounds, for the report.
+        no_copilot: why there is no Copilot; the Pilot is then measured alone.
     """
     import torch
     from transformers import AutoTokenizer
@@ -46,27 +51,45 @@ def evaluate_finished(
     )
     device = "cuda" if resources.gpus else "cpu"
     dtype = DTYPES[config.pilot.dtype]  # the Copilot learned from states of this precision
+    if tracker is not None:
+        tracker.waiting.remote("evaluation", "loading weights")
     pilot = load_pilot(folder / "pilot" / "final", dtype=dtype)
-    copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
-    fused = FusedModel.join(pilot, copilot, feedback=config.fusion.feedback).to(device)
+    # a file that the user names is measured whole
+    test, without_test = read_counted(
+        test_file or folder / "data" / "test.parquet", None if test_file else config.fusion.max_test_rows
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
 
     def heard(line: str) -> None:
         if tracker is not None:
+            tracker.waiting.remote("evaluation", "")
             tracker.event.remote("evaluate", line)
 
     fusion = config.fusion
-    tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
+    if no_copilot is not None:
+        metric = _metric(config, tokenizer, pilot.config.vocab_size)
+        return evaluate_pilot(
+            pilot.to(device),
+            metric,
+            fusion,
+            test=test,
+            data=source,
+            no_copilot=no_copilot,
+            left_out={"test": without_test},
+            on_progress=heard,
+        )
+    validation, without_validation = read_counted(folder / "data" / "validation.parquet", fusion.max_validation_rows)
+    copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
+    fused = FusedModel.join(pilot, copilot, feedback=config.fusion.feedback).to(device)
     return evaluate(
         fused,
         _metric(config, tokenizer, fused.vocab_size),
         fusion,
-        validation=read_held_out(folder / "data" / "validation.parquet", fusion.max_validation_rows),
-        # a file that the user names is measured whole
-        test=read_held_out(test_file)
-        if test_file
-        else read_held_out(folder / "data" / "test.parquet", fusion.max_test_rows),
+        validation=validation,
+        test=test,
         data=source,
         seen_error_size=seen_error_size,
+        left_out={"validation": without_validation, "test": without_test},
         on_progress=heard,
     )
 

@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from tc_ray.data.left_out import LeftOut, read_left_out
+from tc_ray.data.parquet import read_prepared
+
+_COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "prompt"]
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -25,13 +30,18 @@ class HeldOut:
         return self.input_ids[: self.target_start]
 
 
+def read_counted(file: Path, limit: int | None = None) -> tuple[list[HeldOut], LeftOut]:
+    """`read_held_out`, and how many rows of what was given are missing from it."""
+    return read_held_out(file, limit), read_left_out(file).measured(pq.read_metadata(file).num_rows, limit)
+
+
 def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:
     """Rows of a prepared Parquet file; a row without `answer` is scored against its completion.
 
     Raises:
-        ValueError: a row has neither.
+        ValueError: a row has neither. DamagedFileError: the file is no whole Parquet file of prepared rows.
     """
-    rows = pq.read_table(file).slice(0, limit).to_pylist()
+    rows = read_prepared(file, _COLUMNS).slice(0, limit).to_pylist()
     examples = []
     for number, row in enumerate(rows):
         answer = row["answer"] if row["answer"] is not None else row["completion"]

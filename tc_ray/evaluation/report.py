@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tc_ray.data.left_out import LeftOut
 from tc_ray.evaluation.metric import Measure
 from tc_ray.evaluation.selection import Comparison
 from tc_ray.evaluation.teacher_forced import TeacherForced
+from tc_ray.files import finite, write_file, write_json
 
 SIGNIFICANT_P = 0.05
 """McNemar p below which a difference is called a gain."""
@@ -30,7 +31,8 @@ class Report:
 
     right_name, score_name: names of what is counted right and of what lambda is chosen by. measures: further measures;
     where one has the name of the score, it decides the verdict, else wins and losses do.
-    validation: rows of (space, lam, score, right, wins, losses, ...) on validation data.
+    validation: rows of (space, lam, score, right, wins, losses, ...) on validation data. left_out: rows missing from
+    "validation" and "test"; validation_rows: those that lambda was chosen on.
     """
 
     data: str
@@ -47,6 +49,10 @@ class Report:
     seen_error_size: float | None = None
     heldout_error_size: float | None = None
     examples: list[dict[str, str]] = field(default_factory=list)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    validation_rows: int = 0
+    no_copilot: str | None = None
+    """Why there is no Copilot: then both sides of the comparison are the Pilot."""
 
     @property
     def gain(self) -> Gain:
@@ -76,6 +82,10 @@ class Report:
     def verdict(self) -> str:
         """One plain sentence."""
         c = self.comparison
+        if self.no_copilot is not None:
+            return (
+                f"There is no Copilot: {self.no_copilot}. The Pilot alone was measured, and is exported with lambda 0."
+            )
         if self.lam == 0:
             return "The Copilot does not help: no lambda beat the Pilot on validation data. The exported default is lambda 0."
         if not self.helps and self.measures:
@@ -92,12 +102,14 @@ class Report:
     def lines(self) -> list[str]:
         """The result as plain-text tables."""
         c = self.comparison
-        rows = [["", self.right_name, "95% interval", "error ratio", "NLL", "token accuracy"]]
+        given = self.left_out.get("test", LeftOut()).given(c.rows)
+        rows = [["", "rows", self.right_name, "95% interval", "error ratio", "NLL", "token accuracy"]]
         fused_name = f"fused, lambda {self.lam:g} in {self.space} space"
-        for name, correct, interval, forced in (
+        sides = [
             ("Pilot", c.pilot_correct, c.pilot_interval, self.pilot_forced),
             (fused_name, c.fused_correct, c.fused_interval, self.fused_forced),
-        ):
+        ]
+        for name, correct, interval, forced in sides[:1] if self.no_copilot else sides:
             measured = (
                 [f"{forced.error_ratio:.3f}", f"{forced.nll:.4f}", f"{100 * forced.token_accuracy:.1f}%"]
                 if forced
@@ -106,17 +118,27 @@ class Report:
             rows.append(
                 [
                     name,
+                    f"{c.rows} of {given}" if given > c.rows else str(c.rows),
                     f"{100 * correct / c.rows:.1f}%",
                     f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
                     *measured,
                 ]
             )
+        against = "" if self.no_copilot else f": {c.wins} wins, {c.losses} losses, McNemar p = {c.p_value:.2g}"
         return [
             *_aligned(rows),
             *self._measure_lines(),
-            f"{c.rows} test rows of {self.data}: {c.wins} wins, {c.losses} losses, McNemar p = {c.p_value:.2g}",
+            f"{self._counted('test', c.rows)} of {self.data}{against}",
+            *(
+                [f"lambda was chosen on {self._counted('validation', self.validation_rows)}"]
+                if self.validation_rows
+                else []
+            ),
             self.verdict,
         ]
+
+    def _counted(self, part: str, rows: int) -> str:
+        return self.left_out.get(part, LeftOut()).counted(rows, part)
 
     def _measure_lines(self) -> list[str]:
         if not self.measures:
@@ -191,10 +213,10 @@ class Report:
         return lines
 
     def save(self, folder: Path, stem: str = "evaluation") -> None:
-        """Write `<stem>.json` and `<stem>.md`."""
+        """Write `<stem>.json` (null for what is not finite) and `<stem>.md`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        (folder / f"{stem}.md").write_text(self.markdown())
+        write_json(folder / f"{stem}.json", finite(self.to_dict()))
+        write_file(folder / f"{stem}.md", self.markdown().encode("utf-8", "backslashreplace"))
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tc_ray.config.schema import FusionSection
+from tc_ray.data.left_out import LeftOut
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.evaluation.metric import Metric, Outcome
 from tc_ray.evaluation.report import Report
@@ -28,6 +30,7 @@ def evaluate(
     test: Sequence[HeldOut],
     data: str,
     seen_error_size: float | None = None,
+    left_out: Mapping[str, LeftOut] | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Choose (space, lam) on `validation`, then compare Pilot and fused on `test` once.
@@ -35,6 +38,7 @@ def evaluate(
     Args:
         data: what the test rows are, for the report.
         seen_error_size: mean squared logged error of the last rounds, for the report.
+        left_out: rows that are missing from "validation" and "test", for the report.
     """
     if not validation:
         raise ValueError("no validation rows: lambda cannot be chosen (data.validation or data.validation_size)")
@@ -90,6 +94,8 @@ def evaluate(
         validation=sweep,
         seen_error_size=seen_error_size,
         heldout_error_size=forced[pilot_choice].squared_error if forced else None,
+        left_out=dict(left_out or {}),
+        validation_rows=len(validation),
         examples=[
             {
                 "prompt": test[i].prompt,
@@ -100,3 +106,54 @@ def evaluate(
             for i in changed
         ],
     )
+
+
+def evaluate_pilot(
+    pilot: Any,
+    metric: Metric,
+    config: FusionSection,
+    *,
+    test: Sequence[HeldOut],
+    data: str,
+    no_copilot: str,
+    left_out: Mapping[str, LeftOut] | None = None,
+    on_progress: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Measure the Pilot alone on `test`, as lambda 0 would be.
+
+    Args:
+        pilot: language model. data: what the test rows are. no_copilot: why there is no Copilot. left_out: rows missing from
+            the test part. All three for the report.
+    """
+    on_progress(f"evaluate: test, the Pilot alone, {len(test)} rows")
+    outcome = metric.outcome(_PilotAlone(pilot), test, 0.0)
+    return Report(
+        data=data,
+        space=SPACES[0] if config.space == "choose" else config.space,
+        lam=0.0,
+        feedback=config.feedback,
+        comparison=Comparison.of(outcome.right, outcome.right),
+        pilot_forced=None,
+        fused_forced=None,
+        right_name=metric.right_name,
+        score_name=metric.score_name,
+        measures=metric.measures(outcome, outcome),
+        left_out=dict(left_out or {}),
+        no_copilot=no_copilot,
+    )
+
+
+class _PilotAlone:
+    """A Pilot in the place of a fused model, for lambda 0 only."""
+
+    def __init__(self, pilot: Any) -> None:
+        self._pilot = pilot
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pilot, name)
+
+    def generate(self, *arguments: Any, lam: float, **options: Any) -> Any:
+        """As the Pilot generates."""
+        if lam:
+            raise ValueError("a Pilot alone has no lambda")
+        return self._pilot.generate(*arguments, **options)

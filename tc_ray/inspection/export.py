@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tc_ray.files import sync, sync_tree
 from tc_ray.inspection.rows import COLUMNS, UNKNOWN, Array, Rows, decode
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.reader import MistakeLog
@@ -242,7 +243,12 @@ def _beside(out: Path) -> Path:
 def _finish(temporary: Path, out: Path, rows: int, files: int) -> Export:
     written = [temporary] if temporary.is_file() else sorted(temporary.iterdir())
     size = sum(file.stat().st_size for file in written)
+    if temporary.is_dir():
+        sync_tree(temporary)
+    else:
+        sync(temporary)
     temporary.rename(out)
+    sync(out.absolute().parent)
     return Export(rows, files, size)
 
 

@@ -6,12 +6,12 @@ and a bounded number of samples is shown. Every figure comes with the number it 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tc_ray.files import write_file
 from tc_ray.inspection.charts import Chart, Line, heat_map, line_chart, reliability_chart
 from tc_ray.inspection.confusion import confusion_html
 from tc_ray.inspection.page import esc, legend_html, page, table_html
@@ -38,9 +38,7 @@ def write_report(log: MistakeLog, texts: TokenTexts, out: Path, rounds: tuple[in
         ValueError: the log has no target token (in these rounds). OSError: `out` cannot be written.
     """
     html = report_page(log, texts, rounds)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(out)
+    write_file(out, html)
 
 
 def report_page(log: MistakeLog, texts: TokenTexts, rounds: tuple[int, int] | None = None) -> str:

@@ -1,7 +1,8 @@
 """Which log a user means: a run folder, a log's own folder, or its place in an object store.
 
-Invariant: what is found is opened at one version, so that everything said about it is about the same rows.
-Called by the `tc-ray log` commands.
+Invariant: what is found is opened at one version, so that everything said about it is about the same rows. A folder may come from
+anybody: the storage options in its config are not used, for they could send the caller's credentials to a server of its own.
+Called by the `tc-ray log` commands and `train-copilot`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tc_ray.config.schema import STRUCK_OUT
+from tc_ray.config.yaml_file import read_sections
 from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.text import visible
 
 CONFIG_FILE = "config.yaml"
 LOG_FOLDER = "log"
@@ -34,7 +34,9 @@ class LogPlace:
     run_folder: Path | None = None
     """Folder of the run that wrote it, where it is known: its tokenizer is there."""
     options: dict[str, str] = field(default_factory=dict)
-    """Storage options of an object store."""
+    """Storage options of an object store, as the caller gave them."""
+    note: str = ""
+    """For the user: options of the folder that were not used, and how to give them."""
 
     def open(self) -> MistakeLog:
         """The log at its latest version.
@@ -50,10 +52,11 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
 
     Args:
         source: what the user typed.
-        options: storage options as KEY=VALUE; they win over those of the run's config.
+        options: storage options as KEY=VALUE; beside the environment, the only ones that count.
 
     Raises:
-        LogNotFoundError: nothing there. ValueError: an option that is not KEY=VALUE.
+        LogNotFoundError: nothing there. ConfigError: a config.yaml that cannot be read. ValueError: an option that is not
+            KEY=VALUE.
     """
     given = _options(options)
     if "://" in source:
@@ -70,25 +73,35 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
     if "://" not in place and not (Path(place).expanduser() / TABLE_FOLDER).is_dir():
         what = f"log.path of its {CONFIG_FILE} is {place}, and no log is there" if path else "no Mistake Log in it"
         raise LogNotFoundError(f"{source}: {what}; give a run folder, a log's folder or its URI")
-    stored = {
-        str(key): str(value)
-        for key, value in (section.get("storage_options") or {}).items()
-        if value != STRUCK_OUT  # a secret: the environment or the command line has to give it
-    }
-    return LogPlace(place, folder, stored | given)
+    return LogPlace(place, folder, given, _unused(folder, section, given) if "://" in place else "")
+
+
+def _unused(folder: Path, section: dict[str, Any], given: dict[str, str]) -> str:
+    """What to say of storage options that only the run itself uses."""
+    stored = section.get("storage_options")
+    names = [str(key) for key in stored if str(key) not in given] if isinstance(stored, dict) else []
+    if not names:
+        return ""
+    return visible(
+        f"log.storage_options of {folder / CONFIG_FILE} are not used ({', '.join(names)}): your credentials would go wherever "
+        f"that file says. If you trust it, give them: --storage-option {names[0]}=..."
+    )
 
 
 def _options(pairs: Sequence[str]) -> dict[str, str]:
     wrong = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
     if wrong:
-        raise ValueError(f"--storage-option {wrong[0]!r}: expected KEY=VALUE")
-    return dict(pair.split("=", 1) for pair in pairs)
+        raise ValueError("--storage-option: expected KEY=VALUE")  # what was given may be the secret itself
+    options = dict(pair.split("=", 1) for pair in pairs)
+    twice = [name for name in options if sum(pair.startswith(f"{name}=") for pair in pairs) > 1]
+    if twice:
+        raise ValueError(f"--storage-option {twice[0]} is given twice: give it once")
+    return options
 
 
 def _log_section(path: Path) -> dict[str, Any]:
     """The `log` section of a run's config, unchecked: a run of another version of tc-ray has other fields."""
     if not path.is_file():
         return {}
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    section = document.get("log") if isinstance(document, dict) else None
+    section = read_sections(path).get("log")
     return section if isinstance(section, dict) else {}

@@ -38,7 +38,8 @@ def stats_view(stats: LogStats, texts: TokenTexts, size: str, top: int) -> Rende
     facts.add_row("size", f"{size} in {stats.files:,} files")
     if stats.bad_files:
         facts.add_row(
-            "not read", f"{len(stats.bad_files)} bad files, not counted below: {', '.join(stats.bad_files[:3])}"
+            "not read",
+            f"{len(stats.bad_files)} bad files, not counted below: {visible(', '.join(stats.bad_files[:3]))}",
         )
     if stats.not_finite:
         facts.add_row("left out", f"{stats.not_finite:,} rows hold numbers that are not finite, not counted below")
@@ -57,7 +58,7 @@ def stats_view(stats: LogStats, texts: TokenTexts, size: str, top: int) -> Rende
     rounds = f"{stats.first_round:,} to {stats.last_round:,}"
     missing = stats.last_round - stats.first_round + 1 - stats.rounds_with_rows
     facts.add_row("rounds", rounds + (f", {missing:,} of them without rows" if missing else ""))
-    facts.add_row("tokens", texts.note)
+    facts.add_row("tokens", visible(texts.note))
     views: list[RenderableType] = [facts, Text(), _rounds(stats), Text(), _seen(stats), Text()]
     views += [_calibration(stats), Text(), _missed(stats, texts, top), Text(), _hardest(stats, top)]
     return Group(*views)

@@ -1,7 +1,7 @@
 """What the table's commits say beside Delta's own actions: checksums of files, coverage, dropped records, notes.
 
 Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once. Used by the store (checksums
-of a snapshot), the Ledger (drop counts), vacuum (when a file left the table) and verification.
+of a snapshot), the Ledger (drop counts), vacuum (with which version a file left the table) and verification.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ class Commit:
     """One table version as this package reads it."""
 
     version: int
-    time: float
-    """Unix seconds."""
     files: list[DataFile] = field(default_factory=list)
     """Added files and bare coverage."""
-    removed: dict[str, float] = field(default_factory=dict)
-    """Files that left the table: name -> unix seconds."""
+    removed: list[str] = field(default_factory=list)
+    """Files that left the table."""
     numbers: dict[str, int] = field(default_factory=dict)
     note: dict[str, Any] = field(default_factory=dict)
 
@@ -45,10 +43,8 @@ class Fate(NamedTuple):
 
     sha256: str | None
     crc32: int | None
-    removed: float | None
-    """Unix seconds at which it left the table; None: it did not."""
     left: int | None = None
-    """The version that it left with: no later one has it, names are not used twice."""
+    """The version that it left the table with: no later one has it, names are not used twice. None: it did not."""
 
 
 class CommitLog:
@@ -81,10 +77,9 @@ class CommitLog:
         for file in commit.files:
             if file.name is not None:
                 # logs of the first version have no CRC-32
-                self._fates[file.name] = Fate(file.sha256 or None, file.crc32 or None, None)
-        for name, seconds in commit.removed.items():
-            known = self._fates.get(name, Fate(None, None, None))
-            self._fates[name] = known._replace(removed=seconds or commit.time, left=commit.version)
+                self._fates[file.name] = Fate(file.sha256 or None, file.crc32 or None)
+        for name in commit.removed:
+            self._fates[name] = self._fates.get(name, Fate(None, None))._replace(left=commit.version)
 
     def _load(self, versions: range) -> Iterator[Commit | None]:
         if self._location.local is not None or len(versions) < 2:
@@ -106,11 +101,9 @@ def parse_commit(version: int, content: bytes) -> Commit:
     Raises:
         ValueError: no whole Delta commit.
     """
-    commit = Commit(version, 0.0)
-    seconds = 0.0
+    commit = Commit(version)
     for action in _actions(content):
         if (info := action.get("commitInfo")) is not None:
-            seconds = info.get("timestamp", 0) / 1000
             told = dict(info.get("tc_ray") or {})
             for file in told.pop("files", []):
                 known = {key: value for key, value in file.items() if key in _FILE_FIELDS}
@@ -118,10 +111,10 @@ def parse_commit(version: int, content: bytes) -> Commit:
                 commit.files.append(DataFile(**known))
             commit.note.update(told)
         elif (gone := action.get("remove")) is not None:
-            commit.removed[gone["path"]] = (gone.get("deletionTimestamp") or 0) / 1000
+            commit.removed.append(gone["path"])
         elif (number := action.get("txn")) is not None:
             commit.numbers[number["appId"]] = number["version"]
-    return Commit(version, seconds, commit.files, commit.removed, commit.numbers, commit.note)
+    return commit
 
 
 def _actions(content: bytes) -> Iterator[dict[str, Any]]:

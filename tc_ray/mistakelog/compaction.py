@@ -18,9 +18,10 @@ from pathlib import Path
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog.datafile import BadFileError, Compression, DataFile, ParquetPart, compression_of
-from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
+from tc_ray.mistakelog.errors import CommitConflictError
+from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.store import CommitConflictError, LogStore, StoredFile
+from tc_ray.mistakelog.store import LogStore, StoredFile
 
 _FEWEST_FILES = 8
 _MERGED = -1
@@ -117,12 +118,12 @@ def merge(
     """Replace a group by one file of the same rows.
 
     Args:
-        numbers: as for `LogStore.commit`: those that show a second committer.
+        numbers: as for `LogStore.commit`.
         compression: as for `write_merged`.
 
     Raises:
         BadFileError, OSError: see `write_merged`.
-        CommitConflictError: another process changed the log; the merged file was taken away.
+        CommitConflictError, LeaseLostError: another process changed the log; the merged file was taken away if it is in no version.
     """
     merged = write_merged(store, group, compression)
     assert merged.name is not None
@@ -132,11 +133,11 @@ def merge(
         )
     except BaseException as error:
         with contextlib.suppress(OSError, DeltaError):
-            # an error does not say that the commit was not made: only a file that is in no version may go, and not from an
+            # an error does not say that the commit was not made: only a file that was in no version may go, and not from an
             # object store that the commit may still reach (vacuum will see). Looked up beside `store`, which must stay at
             # the version its owner knows: that is what shows a second committer
             decided = isinstance(error, CommitConflictError) or not _may_arrive_late(store.location)
-            if decided and merged.name not in {file.name for file in LogStore(store.location).files()}:
+            if decided and merged.name not in LogStore(store.location).fates():
                 store.location.delete(merged.name)
         raise
     return merged
@@ -201,14 +202,14 @@ def compact_log(
     """
     place = Location(location)
     with RunLease.take(place, "tc-ray log compact") as lease:
-        store = LogStore(place)
+        store = LogStore(place, lease=lease.number)
         before = store.files()
         merged_bytes, bad = 0, []
         newest = max((file.round_max for file in before), default=0)
         for group in merge_plan(before, target_bytes, newest, eager=True):
             while len(group) > 1:
                 try:
-                    merged = merge(store, group, numbers={LEASE_NUMBER: lease.number}, compression=None)
+                    merged = merge(store, group, numbers={}, compression=None)
                 except BadFileError as error:
                     bad.append(error)
                     group = [file for file in group if file.name != error.name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pyarrow.compute as pc
 
 from tc_ray.mistakelog.datafile import DataFile, ParquetPart, compression_of
@@ -20,14 +22,15 @@ def trimmed(store: LogStore, file: StoredFile, watermark: int, attempt: int) -> 
     """Write a copy of `file` without the rounds after `watermark`, to be committed in its place.
 
     Args:
-        attempt: the attempt that fences; it makes the new name unique.
+        attempt: the attempt that fences.
 
     Raises:
         BadFileError: the file is damaged; `verify` with quarantine takes it out of the log.
     """
     rows = store.read(file)
     rows = rows.filter(pc.field("round") <= watermark)
-    name = f"{file.name.removesuffix('.parquet')}-cut{watermark}-a{attempt}.parquet"
+    # never the name of what another process, which thinks that it fences, has committed
+    name = f"{file.name.removesuffix('.parquet')}-cut{watermark}-a{attempt}-{uuid.uuid4().hex[:12]}.parquet"
     codec = compression_of(store.location, file.name)
     part = ParquetPart(store.location, name, codec, store.metadata.to_configuration())
     try:

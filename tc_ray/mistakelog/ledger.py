@@ -2,13 +2,16 @@
 
 Invariant: everything it has acknowledged stands in the Delta table (data files as table files, positions as application
 transactions), so a Ledger that died is rebuilt from the table alone, and a call repeated after its death changes nothing
-twice. Each commit also sets the attempt's number, so a second Ledger on the same table is noticed, not mixed in.
+twice. What it knows is of one table version, and it commits the next version or none, so a second Ledger on the same table is
+noticed, not mixed in. A lost lease is final: every call looks whether the table has moved on, and from the first that finds
+another's lease on all of them raise LeaseLostError, `state` and reports too.
 `Ledger` is a plain object; `ledger_actor.py` puts it into a Ray actor. Called by the Pilot (attempts, files, end), the
 Copilot (position) and the job (state).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,13 +20,13 @@ from typing import Any
 
 from tc_ray.mistakelog.commits import dropped_records
 from tc_ray.mistakelog.datafile import BadFileError, DataFile
+from tc_ray.mistakelog.errors import CommitConflictError, FencedError, LogFullError
 from tc_ray.mistakelog.fencing import fenced_files, trimmed
-from tc_ray.mistakelog.lease import LEASE_NUMBER
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.maintenance import Maintenance
 from tc_ray.mistakelog.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.store import CommitConflictError, LogFullError, LogStore, StoredFile
+from tc_ray.mistakelog.store import LogStore, StoredFile
 from tc_ray.mistakelog.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -34,14 +37,6 @@ _CONFLICT_TRIES = 5
 
 class LedgerError(RuntimeError):
     """A call that does not fit the log: rounds skipped, an unknown rank, a checkpoint ahead of the log."""
-
-
-class FencedError(RuntimeError):
-    """The caller belongs to an attempt that a newer one has replaced: it must stop."""
-
-
-class LeaseLostError(FencedError):
-    """Another process has taken the log over, for this one was taken for dead: everything of this run must stop."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +85,16 @@ class Ledger:
         upkeep: Upkeep | None = None,
     ) -> None:
         repair(Location(location))
-        self._store = LogStore(location)
+        self._store = LogStore(location, lease=lease)
         if run != self._store.metadata.run:
             raise LedgerError(f"{self._store.location} is the log of run {self._store.metadata.run!r}, not {run!r}")
-        self._lease = lease
+        self._known = -1
         self._maintenance = Maintenance(self._store, upkeep) if upkeep is not None else None
         self._quarantined = len(quarantined(self._store.location))
         self._prefix = f"tc_ray/{run}/"
         self._default_writers = writers
         self._copilot_round = self._copilot_steps = self._checkpoint_round = 0
+        self._store.adopt()
         self._load()
 
     def _number(self, name: str, default: int) -> int:
@@ -109,8 +105,6 @@ class Ledger:
         """Read everything this object knows from the table."""
         self._store.refresh()
         self._store.settle()  # what another Ledger, or a commit that seemed to fail, has left
-        if self._lease is not None and self._store.number(LEASE_NUMBER) != self._lease:
-            raise LeaseLostError(f"{self._store.location}: another process has taken this log over; this run must stop")
         self._attempt = self._number("attempt", 0)
         self._watermark = self._number("watermark", 0)
         self._writers = self._number("writers", self._default_writers)
@@ -122,6 +116,14 @@ class Ledger:
         self._drops = dropped_records(self._store.commits()) if self._number("drops", 0) else {}
         self._checkpoint_round = max(self._checkpoint_round, self._watermark)
         self._count_files()
+        self._known = self._store.version
+
+    def _catch_up(self) -> None:
+        """Before every call that acts: know the newest version, and that the lease is still held there."""
+        self._store.check_lease()
+        # a version of our own that is not known failed on the way back: it may be there all the same
+        if self._known != self._store.version or not self._store.is_newest():
+            self._load()
 
     def _count_files(self) -> None:
         files = self._store.files()
@@ -139,7 +141,7 @@ class Ledger:
         note: Mapping[str, Any],
     ) -> None:
         try:
-            self._store.commit(
+            self._known = self._store.commit(
                 add=add or [], covered=covered or [], remove=remove or [], numbers=self._signed(numbers), note=note
             )
         except LogFullError:
@@ -147,12 +149,12 @@ class Ledger:
             raise
 
     def _signed(self, numbers: Mapping[str, int]) -> dict[str, int]:
-        """Numbers of a commit by their names in the table, with those that show a second committer."""
-        named = {self._prefix + name: value for name, value in {"attempt": self._attempt, **numbers}.items()}
-        return named if self._lease is None else {**named, LEASE_NUMBER: self._lease}
+        """Numbers of a commit by their names in the table, with the attempt's."""
+        return {self._prefix + name: value for name, value in {"attempt": self._attempt, **numbers}.items()}
 
     def _retrying(self, act: Callable[[], None]) -> None:
         """Run `act`, which checks and commits, again on fresh knowledge when another Ledger got in between."""
+        self._catch_up()
         for left in reversed(range(_CONFLICT_TRIES)):
             try:
                 return act()
@@ -182,6 +184,7 @@ class Ledger:
 
         Raises:
             LedgerError: the log does not reach the checkpoint, so going on would leave a gap.
+            LeaseLostError: another process has taken the log over.
         """
         if watermark < 0 or writers < 1:
             raise ValueError(f"watermark {watermark} must be >= 0 and writers {writers} >= 1")
@@ -217,7 +220,8 @@ class Ledger:
             A table version that holds it. A repeated call returns one too and adds nothing.
 
         Raises:
-            FencedError: the file's attempt was replaced, or another process has taken the log over.
+            FencedError: the file's attempt was replaced.
+            LeaseLostError: another process has taken the log over.
             LedgerError: unknown rank or attempt, or rounds or sequence numbers were skipped.
             LogFullError: no space for the commit; call again when there is.
             ValueError: the file is not in the table's folder with the stated size.
@@ -232,6 +236,8 @@ class Ledger:
 
     def tend(self) -> None:
         """Let go of what may go: for times without a commit, when the next file waits for the space that this frees."""
+        with contextlib.suppress(LogFullError):  # of a version that waits for space itself: nothing is built upon it
+            self._catch_up()
         self._maintain(merge=False)
 
     def _commit_file(self, file: DataFile) -> None:
@@ -278,10 +284,11 @@ class Ledger:
         except CommitConflictError:
             self._load()  # is the lease lost? if not, upkeep has time until the next commit
             return
-        for error in done.bad:
-            self._set_aside(error)
         if done.changed:
             self._count_files()
+            self._known = self._store.version
+        for error in done.bad:
+            self._set_aside(error)
 
     def quarantine(self, name: str, reason: str) -> bool:
         """Take a file that a reader found damaged out of the log, if it is found so here too.
@@ -289,6 +296,7 @@ class Ledger:
         Returns:
             It was taken out. A file that is whole, or no longer in the log, is left as it is.
         """
+        self._catch_up()
         file = next((file for file in self._store.files() if file.name == name), None)
         if file is None:
             return False
@@ -303,6 +311,7 @@ class Ledger:
     def _set_aside(self, error: BadFileError) -> None:
         self._quarantined += len(set_aside(self._store, [error], numbers=self._signed({})))
         self._count_files()
+        self._known = self._store.version
 
     def choose_top_k(self, top_k: int) -> int:
         """Set how many errors a token the log lists, once; the first choice stands.
@@ -314,9 +323,9 @@ class Ledger:
             raise ValueError(f"top_k {top_k} must be at least 1")
 
         def act() -> None:
-            self._load()  # that the lease is still held
             if not self._store.metadata.top_k:
                 self._store.choose_top_k(top_k)
+                self._known = self._store.version
 
         self._retrying(act)
         return self._store.metadata.top_k
@@ -341,6 +350,7 @@ class Ledger:
 
         Held in memory only: the truth stands in the Copilot's checkpoint, and the Copilot repeats itself while it runs.
         """
+        self._store.check_lease()
         self._copilot_round, self._copilot_steps = round, steps
 
     def report_checkpoint(self, round: int) -> None:
@@ -348,14 +358,21 @@ class Ledger:
 
         Held in memory only: after a restart the watermark stands in for it until the next checkpoint.
         """
+        self._store.check_lease()
         self._checkpoint_round = round
 
     def copilot_round(self) -> int:
         """Last round the Copilot reported as consumed."""
+        self._store.check_lease()
         return self._copilot_round
 
     def state(self) -> LogState:
-        """Where the log stands; touches no disk."""
+        """Where the log stands; touches no disk.
+
+        Raises:
+            LeaseLostError: another process has taken the log over, as an earlier call has seen.
+        """
+        self._store.check_lease()
         return LogState(
             version=self._store.version,
             attempt=self._attempt,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tc_ray.mistakelog.datafile import DataFile
+from tc_ray.mistakelog.errors import LeaseLostError
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.outage import patiently
@@ -14,12 +16,20 @@ from tc_ray.mistakelog.schema import LogMetadata
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
 
+log = logging.getLogger(__name__)
+
 
 class LedgerActor(Ledger):
-    """A Ledger that, restarted while the log cannot be reached, waits: an actor whose start fails is not started again."""
+    """A Ledger that starts in any case: callers of an actor whose start fails learn nothing but that it died.
+
+    Restarted while the log cannot be reached, it waits; restarted after the lease was lost, it says so to every call.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        patiently(lambda: Ledger.__init__(self, *args, **options), "Ledger")
+        try:
+            patiently(lambda: Ledger.__init__(self, *args, **options), "Ledger")
+        except LeaseLostError as error:
+            log.warning("%s", error)
 
 
 def start_ledger(

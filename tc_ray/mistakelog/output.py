@@ -249,5 +249,5 @@ class ObjectOutput:
 def open_output(location: Location, name: str) -> LocalOutput | ObjectOutput:
     """Begin a file; an existing one is overwritten."""
     if location.local is not None:
-        return LocalOutput(location.local / name)
+        return LocalOutput(location.path(name))
     return ObjectOutput(location, name)

@@ -49,8 +49,9 @@ def set_aside(store: LogStore, bad: Sequence[BadFileError], *, numbers: Mapping[
         What was taken out.
 
     Raises:
-        CommitConflictError, LogFullError: see `LogStore.commit`.
+        CommitConflictError, LeaseLostError, LogFullError: see `LogStore.commit`.
     """
+    store.confirm()  # before anything is written: the list of who has taken the log over must not be lost
     files = {file.name: file for file in store.files()}
     found = [(files[error.name], error) for error in bad if error.name in files]
     if not found:
@@ -100,7 +101,7 @@ def _append(location: Location, lines: Sequence[Quarantined]) -> None:
 def _move(location: Location, name: str) -> None:
     aside = f"{QUARANTINE_FOLDER}/{name}"
     if location.local is not None:
-        (location.local / aside).parent.mkdir(parents=True, exist_ok=True)
+        location.path(aside).parent.mkdir(parents=True, exist_ok=True)
         try:
             location.rename(name, aside)
         except FileNotFoundError:

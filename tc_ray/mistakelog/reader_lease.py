@@ -152,13 +152,12 @@ class HeldVersion:
     process: ProcessId
 
 
-def held_versions(location: Location, now: float | None = None, *, forget: bool = True) -> list[HeldVersion]:
+def held_versions(location: Location, now: float, *, forget: bool = True) -> list[HeldVersion]:
     """Versions that living readers hold; the leases of dead ones are removed if `forget`.
 
     Args:
-        now: unix seconds by the clock of the disk or store; default: this machine's.
+        now: unix seconds by the clock of the disk or store (`Location.now`).
     """
-    now = time.time() if now is None else now
     held = []
     for entry in location.list(_FOLDER, recursive=False):
         try:
@@ -168,7 +167,11 @@ def held_versions(location: Location, now: float | None = None, *, forget: bool 
             continue  # given back meanwhile
         except (ValueError, KeyError, TypeError):
             lease = None  # torn by a power cut, or no lease
-        if now - entry.modified < FRESH_SECONDS:
+        # looked at again, now that it was opened: a share may have shown an old time
+        touched = location.modified(entry.name) if now - entry.modified >= FRESH_SECONDS else entry.modified
+        if touched is None:
+            continue
+        if now - touched < FRESH_SECONDS:
             if lease is not None:
                 held.append(lease)
         elif lease is not None and is_running(lease.process):

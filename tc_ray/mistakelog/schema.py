@@ -81,6 +81,16 @@ class LogMetadata:
     """Decoder layers, counted from 0, that the stored states are those of, or are pooled over: all, or numbers with commas."""
     error: Literal["top-k", "dense"] = "top-k"
     """top-k: the largest errors with their ids; dense: all V, in vocabulary order."""
+    train_rows: str = ""
+    """Hash of the prepared rows that `sample_id` counts. This and the hashes below: empty in a log that no run has written."""
+    validation_rows: str = ""
+    """Hash of the rows that lambda is chosen on."""
+    test_rows: str = ""
+    """Hash of the rows that the run is measured with."""
+    pilot_weights: str = ""
+    """Hash of the weights that the Pilot starts from."""
+    copilot_weights: str = ""
+    """Hash of the weights that the Copilot's layers start from."""
     rationale_dtype: str = "bfloat16"
     schema_version: int = SCHEMA_VERSION
 

@@ -1,18 +1,18 @@
 """The Delta table under the Mistake Log: create, open, commit finished files, list them at a version.
 
 Invariant: a commit is one Delta transaction, so its added files, its removed files and its numbers (application
-transactions) become visible together or not at all; when `commit` returns, it is on the disk and not in a cache only
-(delta-rs leaves that to the system). Only the holder of the run's lease commits; readers only take snapshots.
+transactions) become visible together or not at all; when `commit` returns, it is on the disk and not in a cache only. A commit
+is the version right after the one that its maker has read, or it fails: delta-rs, left to itself, moves it behind the commits of
+others. So what was checked at the version read, the lease above all, holds for the commit. Only the holder of the run's lease
+commits; readers only take snapshots.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,33 +23,23 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from tc_ray.files import sync
-from tc_ray.mistakelog.commits import LOG_FOLDER, Commit, CommitLog, Fate, commit_name
+from tc_ray.mistakelog.commits import Commit, CommitLog, Fate, commit_name
 from tc_ray.mistakelog.datafile import Committed, DataFile, read_file, read_pieces
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.repair import repair
+from tc_ray.mistakelog.durability import renew_commits, write_checkpoint
+from tc_ray.mistakelog.errors import CommitConflictError, LeaseLostError, full_disk_named
+from tc_ray.mistakelog.location import Location, check_data_name
+from tc_ray.mistakelog.opening import is_table, open_table
+from tc_ray.mistakelog.repair import NEWEST, repair
 from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, LogMetadata, LogSchemaError
 
+LEASE_NUMBER = "tc_ray/lease"
+"""Name of the number that says who may commit; see `lease.RunLease`."""
 _CHECKPOINT_COMMITS = 100
-_SPACE_ERRORS = ("os error 28", "os error 122")
 # the commit files hold the checksums: they stay as long as the table does
 _TABLE_SETTINGS = {"delta.logRetentionDuration": "interval 36500 days"}
 
 
 log = logging.getLogger(__name__)
-
-
-class CommitConflictError(RuntimeError):
-    """Another committer changed the table since this store last read it: `refresh`, decide anew, try again."""
-
-
-class LogFullError(OSError):
-    """There is no space left where the log is. Nothing was changed; the same call may succeed later."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(errno.ENOSPC, message)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LogFullError, (self.strerror,)
 
 
 @dataclass(frozen=True)
@@ -83,6 +73,8 @@ class LogStore:
         location: of the table.
         version: pin this version; default: the latest, moved on by `refresh` and `commit`.
         storage_options: of an object store.
+        lease: number of the run's lease, for one who commits under it: every commit carries it, and none is made where the
+            table has another. None: nobody else is at work on the log, or nothing is committed.
 
     Raises:
         LogSchemaError: no Delta table there, or not a Mistake Log of a known schema version.
@@ -93,13 +85,17 @@ class LogStore:
         location: str | Path | Location,
         version: int | None = None,
         storage_options: Mapping[str, str] | None = None,
+        *,
+        lease: int | None = None,
     ) -> None:
         self.location = Location(location, storage_options)
         if not is_table(self.location):
             raise LogSchemaError(f"{self.location}: no Mistake Log here (no Delta table)")
-        self._table = DeltaTable(self.location.uri, version=version, storage_options=self.location.options)
+        self._table = open_table(self.location, version)
+        self._lease, self._lease_lost = lease, False
         self._commits = CommitLog(self.location)
-        self._durable = self._metadata_version = self._table.version()
+        self.durable = self._metadata_version = int(self._table.version())
+        """The first: last version that is known to be on the disk; see `settle`."""
         self._metadata = self._read_metadata()
 
     @classmethod
@@ -127,7 +123,9 @@ class LogStore:
                     storage_options=place.options,
                     raise_if_key_not_exists=False,
                 )
-            _make_durable(place, [commit_name(0)])
+            renew_commits(place, [0])
+            if place.local is not None:
+                sync(place.local)
         store = cls(place)
         differences = metadata.differences(store.metadata)
         if differences:
@@ -153,24 +151,68 @@ class LogStore:
         return int(self._table.version())
 
     def refresh(self, version: int | None = None) -> None:
-        """Move to the latest version, or to `version`."""
+        """Move to the latest version, or to `version`.
+
+        Raises:
+            LeaseLostError: the lease of this store is another's there.
+        """
         if version is None:
             self._table.update_incremental()
         elif version != self._table.version():
             self._table.load_as_version(version)
+        self._look_at_lease()
+
+    def is_newest(self) -> bool:
+        """Nobody has committed since the version that this store stands at."""
+        return self.location.size(commit_name(self.version + 1)) is None
+
+    def check_lease(self) -> None:
+        """Raises LeaseLostError once the lease was seen to be another's; looks at nothing."""
+        if self._lease_lost:
+            raise LeaseLostError.of(self.location)
+
+    def confirm(self) -> None:
+        """Before something beside the table is changed: this store stands at the newest version, and has the lease there.
+
+        Raises:
+            CommitConflictError: another committer has changed the table since.
+            LeaseLostError: and it has taken the lease.
+        """
+        self._look_at_lease()
+        if not self.is_newest():
+            raise self._overtaken(f"another process has committed since version {self.version}")
+
+    def _look_at_lease(self) -> None:
+        if self._lease is not None and self.number(LEASE_NUMBER) != self._lease:
+            self._lease_lost = True  # for good, whatever the table says later
+        self.check_lease()
+
+    def _overtaken(self, how: str) -> Exception:
+        """The error of one behind whom another committer has come; this store stays where it is."""
+        if self._lease is not None and LogStore(self.location).number(LEASE_NUMBER) != self._lease:
+            self._lease_lost = True
+            return LeaseLostError.of(self.location)
+        return CommitConflictError(f"{self.location}: {how}")
 
     def settle(self) -> None:
-        """Bring the commits up to this version to the disk: before anything of what they say is acknowledged.
+        """Bring the commits up to this version to the disk: before anything of what they say is acknowledged, or built upon.
 
         For one who commits, and has called `repair` before this store was opened.
 
         Raises:
             LogFullError: no space (some systems find that out only now).
+            OSError: the disk does not take them.
         """
-        if self.version > self._durable:
+        if self.version > self.durable:
             with full_disk_named(self.location):
-                _make_durable(self.location, [commit_name(one) for one in range(self._durable + 1, self.version + 1)])
-            self._durable = self.version
+                renew_commits(self.location, range(self.durable + 1, self.version + 1))
+            self.durable = self.version
+
+    def adopt(self) -> None:
+        """`settle` for commits of others too: who made the newest may have died before they were on the disk."""
+        self._look_at_lease()
+        self.durable = min(self.durable, max(self.version - NEWEST, -1))
+        self.settle()
 
     def number(self, name: str) -> int | None:
         """The number last committed under `name` (an application transaction), or None."""
@@ -181,7 +223,7 @@ class LogStore:
         return self._commits.commits(self.version)
 
     def fates(self) -> dict[str, Fate]:
-        """Checksums, and the time of removal, of every file that was ever committed up to this version; see `forget`."""
+        """Checksums, and the version of removal, of every file that was ever committed up to this version; see `forget`."""
         return self._commits.fates(self.version)
 
     def forget(self, names: Iterable[str]) -> None:
@@ -200,13 +242,14 @@ class LogStore:
         """Data files at another version; this store stays where it is."""
         if version == self.version:
             return self.files()
-        return self._files_of(DeltaTable(self.location.uri, version=version, storage_options=self.location.options))
+        return self._files_of(open_table(self.location, version))
 
     def _files_of(self, table: DeltaTable) -> list[StoredFile]:
         fates = self._commits.fates(int(table.version()))
         files = []
         for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
-            fate = fates.get(row["path"], Fate(None, None, None))
+            check_data_name(self.location, row["path"])
+            fate = fates.get(row["path"], Fate(None, None))
             found = StoredFile(
                 name=row["path"],
                 rows=row["num_records"],
@@ -246,9 +289,7 @@ class LogStore:
         note: Mapping[str, Any] | None = None,
         data_change: bool = True,
     ) -> int:
-        """Add and remove files and set numbers, all in one table version.
-
-        Every commit of a run should set one same number, so that a second committer is noticed.
+        """Add and remove files and set numbers, all in one table version: the next one after `version`.
 
         Args:
             covered: statements without a file (rounds without rows), kept in the commit for their drop counts.
@@ -259,7 +300,8 @@ class LogStore:
             The new table version.
 
         Raises:
-            CommitConflictError: another committer set one of `numbers` since this store last read the table.
+            CommitConflictError: another committer changed the table since this store last read it.
+            LeaseLostError: the table has another lease than this store.
             LogFullError: no space for the commit; nothing was changed.
             ValueError: a file to add is not there, or has another size than stated.
         """
@@ -269,10 +311,7 @@ class LogStore:
             RemoveAction(file.name, data_change, now_ms, size=file.bytes, partition_values={}) for file in remove
         ]
         told = {"files": [asdict(file) for file in (*add, *covered)]}
-        properties = CommitProperties(
-            custom_metadata={"tc_ray": told | dict(note or {})},
-            app_transactions=[Transaction(name, value) for name, value in numbers.items()],
-        )
+        properties = self._properties(numbers, {"tc_ray": told | dict(note or {})})
         self._change(
             lambda: self._table.create_write_transaction(
                 actions,
@@ -295,36 +334,43 @@ class LogStore:
             lambda: self._table.alter.set_table_properties(
                 {f"{PREFIX}top_k": str(top_k)},
                 raise_if_not_exists=False,
+                commit_properties=self._properties({}, None),
                 post_commithook_properties=PostCommitHookProperties(
                     create_checkpoint=False, cleanup_expired_logs=False
                 ),
             )
         )
 
+    def _properties(self, numbers: Mapping[str, int], metadata: dict[str, Any] | None) -> CommitProperties:
+        signed = dict(numbers) if self._lease is None else {**numbers, LEASE_NUMBER: self._lease}
+        return CommitProperties(
+            custom_metadata=metadata,
+            app_transactions=[Transaction(name, value) for name, value in signed.items()],
+            max_commit_retries=0,  # a retry would move the commit behind others that nobody here has looked at
+        )
+
     def _change(self, change: Callable[[], object]) -> None:
+        self._look_at_lease()
+        self.settle()  # of those that are not on the disk there is never more than one
+        known = self.version
         try:
             with full_disk_named(self.location):
                 change()
         except CommitFailedError as error:
-            raise CommitConflictError(f"{self.location}: {error}") from error
+            raise self._overtaken(str(error)) from error
         # the table object does not see its own transaction before this
         self._table.update_incremental()
         self.settle()
+        if self.version != known + 1:
+            raise self._overtaken(f"another process has committed version {self.version}")
 
     def _checkpoint(self) -> None:
         """Sum the commits up in one Parquet file of Delta's own, so that opening the table stays quick."""
         try:
-            with full_disk_named(self.location):
-                self._table.create_checkpoint()
-        except (
-            OSError,
-            DeltaError,
-        ) as error:  # the commit itself stands; the next hundred will be summed up with these
+            write_checkpoint(self.location, self._table)
+        except (OSError, DeltaError, ValueError) as error:
+            # the commit itself stands; the next hundred will be summed up with these
             log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
-            return
-        _make_durable(
-            self.location, [f"{LOG_FOLDER}/{self.version:020d}.checkpoint.parquet", f"{LOG_FOLDER}/_last_checkpoint"]
-        )
 
     def _add_action(self, file: DataFile, now_ms: int, data_change: bool) -> AddAction:
         if file.name is None:
@@ -352,34 +398,3 @@ class LogStore:
             data_change=data_change,
             stats=json.dumps(stats),
         )
-
-
-def is_table(location: Location) -> bool:
-    """There is a Delta table at the location."""
-    return DeltaTable.is_deltatable(location.uri, storage_options=location.options)
-
-
-@contextmanager
-def full_disk_named(location: Location) -> Iterator[None]:
-    """Turns delta-rs' nameless OSError of a full disk into `LogFullError`."""
-    try:
-        yield
-    except OSError as error:
-        if is_full_disk(error):
-            raise LogFullError(f"no space left at {location}") from error
-        raise
-
-
-def is_full_disk(error: OSError) -> bool:
-    """The disk, or a quota on it, is full; delta-rs says so in the text only."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _SPACE_ERRORS)
-
-
-def _make_durable(location: Location, names: list[str]) -> None:
-    """Bring files that delta-rs has written to the disk, and their names; an object store has done so already."""
-    if location.local is None:
-        return
-    for name in names:
-        if (path := location.local / name).exists():
-            sync(path)
-    sync(location.local / LOG_FOLDER)

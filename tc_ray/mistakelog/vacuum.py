@@ -20,21 +20,24 @@ are left alone: nobody knows whose they are. Called by the Ledger after commits 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltalake.exceptions import DeltaError
 
-from tc_ray.mistakelog.commits import LOG_FOLDER
+from tc_ray.mistakelog.commits import LOG_FOLDER, Fate, commit_name
 from tc_ray.mistakelog.datafile import TEMPORARY_SUFFIX
-from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
+from tc_ray.mistakelog.errors import LogFullError
+from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Entry, Location
 from tc_ray.mistakelog.reader_lease import held_versions
-from tc_ray.mistakelog.store import LogFullError, LogStore
+from tc_ray.mistakelog.store import LEASE_NUMBER, LogStore
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +45,9 @@ log = logging.getLogger(__name__)
 _OURS = re.compile(r"(rounds-\d{8}-|rank\d+-a\d+-).*\.parquet(\.tmp)?$")
 _ATTEMPT = re.compile(r"-rank\d+-a(\d+)-\d{6}(-t\d+)?\.parquet(\.tmp)?$")
 _LEASE = re.compile(r"_tc_ray/lease-(\d+)\.json$")
-# half-written small files, and what delta-rs stages its commits in
-_STAGED = re.compile(r"(\.writing|\.json#\d+)$")
+# half-written small files and checkpoints, and what delta-rs stages its commits in
+_STAGED = re.compile(r"(\.writing(/.*)?|\.json#\d+)$")
 _RECENT = 2.0
-_CLOCK = "_tc_ray/clock"
 _WHAT = "tc-ray log vacuum"
 
 
@@ -116,20 +118,30 @@ def clean(
     """One vacuum; the caller holds the run's lease, so that `store` stands at the newest version.
 
     Args:
+        store: of one who commits: under its lease, or where nobody else is at work.
         orphan_seconds: age, since their last change, at which files that were never committed are removed.
         grace_seconds: how long files that left the table stay.
         live_attempt: of the run at work: its uncommitted files stay; None: no run is.
         staged: look for commits that a crash left half made, too: lists the transaction log, whose files stay for good.
         dry_run: remove nothing.
+
+    Raises:
+        CommitConflictError, LeaseLostError: another process has committed; nothing was removed.
     """
     place = store.location
     entries = place.list(recursive=False)
     aside = place.list("_tc_ray", recursive=True) + (place.list(LOG_FOLDER, recursive=False) if staged else [])
-    now, disk_now = time.time(), _disk_time(place, dry_run)
+    # after the look at the folder: what was committed by then is known below, so nothing of it is taken for an orphan, whoever
+    # committed it, even if this process was stopped for hours and has lost its lease meanwhile
+    if not dry_run:
+        store.confirm()
+    disk_now = _disk_time(place, dry_run)
     needed = {file.name for file in store.files()}
     result = Vacuum(str(place), dry_run)
     settled = _hold(store, needed, result, disk_now)
     fates = store.fates()
+    # when a file left the table, by the clock of the disk as all ages here; None where the commit is gone
+    times = functools.cache(lambda version: place.modified(commit_name(version)))
     for entry in aside:
         lease = _LEASE.match(entry.name)
         left = _STAGED.search(entry.name) or (lease and int(lease[1]) != store.number(LEASE_NUMBER))
@@ -144,8 +156,7 @@ def clean(
         if entry.name in needed:
             result.disk_bytes += entry.size
         elif (fate := fates.get(entry.name)) is not None:
-            old = now - (fate.removed or 0.0) > grace_seconds
-            if old and (math.inf if fate.left is None else fate.left) <= settled:
+            if _has_left(fate, times, disk_now - grace_seconds, settled):
                 _remove(place, entry, result)
             else:
                 _keep(entry, result)
@@ -162,27 +173,26 @@ def clean(
 
 
 def _disk_time(location: Location, dry_run: bool) -> float:
-    """Now, by the clock that stamps the files: that of a store or a file server may differ from ours."""
-    if dry_run:
-        return time.time()
+    """Now, by the clock that stamps the files, if it can be had."""
     try:
-        location.write(_CLOCK, b"its time is what counts")
-        return next(entry.modified for entry in location.list("_tc_ray", recursive=False) if entry.name == _CLOCK)
-    except (OSError, StopIteration):  # no space, or a read-only location
-        return time.time()
+        return location.now()
+    except OSError:
+        if dry_run:  # a read-only location: nothing is removed by this
+            return time.time()
+        raise
 
 
-def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> float:
+def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) -> int:
     """Add to `needed` the files of the versions that readers hold.
 
     Returns:
-        The last version that a file may have left with to be in none of them: infinite where no reader is looking, -1 where
-        the files of a version cannot be told.
+        The last version that a file may have left with to be in none of them, nor in a version that a power cut may bring
+        back; -1 where the files of a version cannot be told.
     """
     leases = held_versions(store.location, disk_now, forget=not result.dry_run)
     result.held = [lease.version for lease in leases if not lease.onwards]
     result.looking = len(leases) - len(result.held)
-    settled = min((lease.version for lease in leases if lease.onwards), default=math.inf)
+    settled = min([store.durable, *(lease.version for lease in leases if lease.onwards)])
     for version in sorted(set(result.held)):
         try:
             needed |= {file.name for file in store.files_at(version)}
@@ -195,6 +205,14 @@ def _hold(store: LogStore, needed: set[str], result: Vacuum, disk_now: float) ->
             )
             settled = -1
     return settled
+
+
+def _has_left(fate: Fate, times: Callable[[int], float | None], until: float, settled: int) -> bool:
+    """The file left the table by the time `until`, with the version `settled` or before."""
+    if fate.left is None or fate.left > settled:
+        return False
+    left_at = times(fate.left)
+    return left_at is not None and left_at <= until
 
 
 def _in_progress(name: str, live_attempt: int | None) -> bool:
@@ -225,9 +243,9 @@ def vacuum_log(
     """
     place = Location(location)
 
-    def done(orphan_seconds: float = orphan_seconds) -> Vacuum:
+    def done(lease: RunLease | None, orphan_seconds: float = orphan_seconds) -> Vacuum:
         return clean(
-            LogStore(place),
+            LogStore(place, lease=None if lease is None else lease.number),
             orphan_seconds=orphan_seconds,
             grace_seconds=grace_seconds,
             live_attempt=None,
@@ -235,15 +253,15 @@ def vacuum_log(
         )
 
     if dry_run:
-        return done()
+        return done(None)
     before: list[Entry] = []
     try:
         lease = RunLease.take(place, _WHAT)
     except LogFullError:
         # A lease needs some bytes. What has left the table can go without one: nobody takes it in again
-        before = done(orphan_seconds=math.inf).removed
+        before = done(None, orphan_seconds=math.inf).removed
         lease = RunLease.take(place, _WHAT)
     with lease:
-        result = done()
+        result = done(lease)
     result.removed = before + result.removed
     return result

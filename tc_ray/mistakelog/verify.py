@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from tc_ray.mistakelog.datafile import BadFileError
 from tc_ray.mistakelog.finite import only_finite
-from tc_ray.mistakelog.lease import LEASE_NUMBER, RunLease
+from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.quarantine import Quarantined, quarantined, set_aside
 from tc_ray.mistakelog.reader_lease import held
@@ -194,7 +194,7 @@ def verify_log(
     if version is not None:
         raise ValueError("quarantine changes the newest version only: leave out the version")
     with RunLease.take(place, "tc-ray log verify") as lease:
-        store = LogStore(place)
+        store = LogStore(place, lease=lease.number)
         result = verify(store, progress)
-        result.quarantined = set_aside(store, result.bad, numbers={LEASE_NUMBER: lease.number})
+        result.quarantined = set_aside(store, result.bad, numbers={})
         return result

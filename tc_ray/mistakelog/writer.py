@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from tc_ray.mistakelog.datafile import TEMPORARY_SUFFIX, Compression, DataFile, file_name
+from tc_ray.mistakelog.errors import FencedError, WriterError
 from tc_ray.mistakelog.finite import only_finite
 from tc_ray.mistakelog.heldpart import HeldPart
-from tc_ray.mistakelog.ledger import FencedError
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.outage import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, OutageClock, may_pass
 from tc_ray.mistakelog.output import Finished
@@ -37,10 +37,6 @@ _CONSEQUENCE = {
     "stop": "records are dropped until it can",
 }
 T = TypeVar("T")
-
-
-class WriterError(RuntimeError):
-    """The writer thread has failed; its cause is chained. Nothing after the last acknowledged round is in the log."""
 
 
 class RecordWriter:
@@ -253,7 +249,7 @@ class RecordWriter:
 
     def _raise_error(self) -> None:
         if isinstance(self._error, FencedError):
-            raise FencedError(str(self._error)) from self._error
+            raise type(self._error)(str(self._error)) from self._error
         if self._error is not None:
             raise WriterError(
                 f"the log writer of rank {self._rank} failed after round {self._acknowledged}: {self._error}"

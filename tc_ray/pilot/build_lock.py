@@ -2,7 +2,7 @@
 
 torch takes such a lock each time it loads DeepSpeed's shared-memory operator, for a second, or for the half minute of the first compile; a
 worker killed in that moment leaves the file. Its owner has it open while it lives, so on this machine a lock that no process has open
-is stale. Called around DeepSpeed's start.
+is stale. Ages are told by the clock of the folder's disk. Called around DeepSpeed's start.
 """
 
 from __future__ import annotations
@@ -12,24 +12,39 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tc_ray.files import disk_time
 
 STALE_LOCK_SECONDS = 90.0
 """Age, and quiet of the build folder, at which a lock is stale where the owner cannot be looked for (no /proc)."""
+BUILD_SECONDS = 3.0
+"""Loading an operator that is there holds its lock for a second; one that is held longer is being compiled."""
 _LOOK_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def stale_build_locks_removed() -> Iterator[None]:
-    """Remove stale locks now, and while the enclosed start runs: a dying worker of the last attempt may hold one still."""
+def stale_build_locks_removed(on_build: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Remove stale locks now, and while the enclosed start runs: a dying worker of the last attempt may hold one still.
+
+    Args:
+        on_build: called once, from another thread, when an operator is being compiled, here or by another process.
+    """
     done = threading.Event()
 
     def look() -> None:
+        since: dict[Path, float] = {}
+        building = False
         while not done.wait(_LOOK_SECONDS):
             clear_stale_build_locks()
+            held = _locks()
+            since = {lock: since.get(lock, time.monotonic()) for lock in held}
+            if not building and any(time.monotonic() - began > BUILD_SECONDS for began in since.values()):
+                building = True
+                on_build()
 
     clear_stale_build_locks()
     threading.Thread(target=look, name="build-locks", daemon=True).start()
@@ -48,26 +63,30 @@ def clear_stale_build_locks() -> list[Path]:
     Returns:
         What was removed.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     removed = []
-    for lock in root.glob("**/lock") if root.is_dir() else ():
+    for lock in _locks():
         try:
             if _is_stale(lock):
                 lock.unlink()
                 removed.append(lock)
                 log.warning("%s removed: a killed process left it", lock)
-        except FileNotFoundError:
-            continue  # its owner finished in this moment
+        except (FileNotFoundError, PermissionError):
+            continue  # its owner finished in this moment, or it is another user's
     return removed
+
+
+def _locks() -> list[Path]:
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return list(root.glob("**/lock")) if root.is_dir() else []
 
 
 def _is_stale(lock: Path) -> bool:
     owners = _processes_with(lock)
     if owners is not None:
         # a moment lies between the file's creation and its number in /proc
-        return not owners and time.time() - lock.stat().st_mtime > _LOOK_SECONDS
+        return not owners and disk_time(lock.parent) - lock.stat().st_mtime > _LOOK_SECONDS
     newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
-    return time.time() - newest > STALE_LOCK_SECONDS
+    return disk_time(lock.parent) - newest > STALE_LOCK_SECONDS
 
 
 def _processes_with(file: Path) -> list[int] | None:

@@ -1,22 +1,22 @@
 """Pilot checkpoints: DeepSpeed's files plus one marker that makes a checkpoint count.
 
 Invariant: `complete.json` is written last, atomically, after every rank's files are on disk and the log is committed
-up to the same round. A folder without it is debris of a crash and is never loaded. The marker holds the watermark (the
-round) from which the run goes on: data position, learning rate and random state all follow from it.
+up to the same round. A folder without it is debris of a crash and is never loaded, nor is one whose marker, or a file that it
+names, is damaged. The marker holds the watermark (the round) from which the run goes on: data position, learning rate and
+random state all follow from it.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tc_ray.files import sync, sync_tree
+from tc_ray.files import FOLDER_MARKER, DamagedFileError, is_whole, mark_whole, read_json_as, sync, sync_tree
 
-MARKER = "complete.json"
+MARKER = FOLDER_MARKER
 _TAG = "state"
 
 
@@ -28,15 +28,51 @@ class PilotCheckpoint:
     round: int
     world_size: int
     zero_stage: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the rows and base weights that the run started from."""
+
+
+@dataclass(frozen=True)
+class _Marker:
+    """Content of complete.json."""
+
+    round: int
+    world_size: int
+    zero_stage: int
+    inputs: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] | None = None
+    """Sizes in bytes; earlier versions wrote none."""
 
 
 def latest_checkpoint(root: Path) -> PilotCheckpoint | None:
     """The complete checkpoint of the highest round under `root`, or None."""
-    found = []
-    for marker in root.glob(f"round-*/{MARKER}"):
-        fields = json.loads(marker.read_text())
-        found.append(PilotCheckpoint(marker.parent, fields["round"], fields["world_size"], fields["zero_stage"]))
-    return max(found, key=lambda c: c.round, default=None)
+    whole, _ = find_checkpoints(root)
+    return whole[-1] if whole else None
+
+
+def find_checkpoints(root: Path) -> tuple[list[PilotCheckpoint], list[str]]:
+    """The complete checkpoints under `root`, oldest first, and what is wrong with damaged ones that are newer than all of them."""
+    whole, damaged = [], []
+    # by number: a seventh digit sorts before six
+    for folder in sorted(_marked(root), key=_number):
+        try:
+            marker = read_json_as(folder / MARKER, _Marker)
+            if marker.files is not None and not is_whole(folder):
+                raise DamagedFileError(f"{folder} is damaged: it lacks files or parts of files that its {MARKER} names")
+        except (DamagedFileError, OSError) as error:
+            damaged.append(str(error))
+        else:
+            whole.append(PilotCheckpoint(folder, marker.round, marker.world_size, marker.zero_stage, marker.inputs))
+            damaged = []
+    return whole, damaged
+
+
+def _marked(root: Path) -> list[Path]:
+    return [marker.parent for marker in root.glob(f"round-*/{MARKER}") if marker.parent.name[6:].isdecimal()]
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name[6:])
 
 
 def save_files(engine: Any, root: Path, round_number: int) -> Path:
@@ -47,24 +83,22 @@ def save_files(engine: Any, root: Path, round_number: int) -> Path:
     return folder
 
 
-def mark_complete(folder: Path, *, round_number: int, world_size: int, zero_stage: int, keep: int) -> None:
-    """Rank 0, after a barrier: write the marker, then remove all but the newest `keep` checkpoints."""
-    checkpoint = PilotCheckpoint(folder, round_number, world_size, zero_stage)
-    temporary = folder / (MARKER + ".tmp")
-    fields = asdict(checkpoint)
-    del fields["folder"]
-    with open(temporary, "w") as file:
-        json.dump(fields, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MARKER)
-    sync(folder)
+def mark_complete(
+    folder: Path,
+    *,
+    round_number: int,
+    world_size: int,
+    zero_stage: int,
+    keep: int,
+    inputs: Mapping[str, str] | None = None,
+) -> None:
+    """Rank 0, after a barrier: write the marker, then remove all that is older than the newest `keep` checkpoints."""
+    mark_whole(folder, round=round_number, world_size=world_size, zero_stage=zero_stage, inputs=dict(inputs or {}))
     sync(folder.parent)
-    # by number: a seventh digit sorts before six
-    complete = sorted(folder.parent.glob(f"round-*/{MARKER}"), key=lambda m: int(m.parent.name.split("-")[1]))
-    for old in complete[:-keep]:
-        old.unlink()  # first the marker, so that a half-removed checkpoint is not taken for one
-        shutil.rmtree(old.parent)
+    kept = find_checkpoints(folder.parent)[0][-keep:]
+    for old in [other for other in _marked(folder.parent) if kept and _number(other) < _number(kept[0].folder)]:
+        (old / MARKER).unlink()  # first the marker, so that a half-removed checkpoint is not taken for one
+        shutil.rmtree(old)
 
 
 def load_checkpoint(engine: Any, checkpoint: PilotCheckpoint, *, world_size: int, zero_stage: int) -> None:

@@ -7,6 +7,7 @@ no DeepSpeed kernel has to be compiled for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
+def build_engine(
+    config: RunConfig, model_path: Path | str, rounds: int, on_build: Callable[[], None] = lambda: None
+) -> Any:
     """Load the Pilot and wrap its training forward (`PilotStep`) in a DeepSpeed engine.
 
     Every rank builds the same weights: the seed is set before adapters (or random weights) are made.
+
+    Args:
+        on_build: called from another thread when an operator of DeepSpeed is being compiled: that takes minutes.
     """
     import deepspeed
 
@@ -66,7 +72,7 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         optimizer,
         lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio),
     )
-    with stale_build_locks_removed():
+    with stale_build_locks_removed(on_build):
         engine, *_ = deepspeed.initialize(
             model=step,
             model_parameters=trainable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tc_ray.config.schema import RunConfig
@@ -11,11 +12,14 @@ from tc_ray.models.source import tokenizer_hash
 from tc_ray.models.taps import UNPOOLED, log_pooling, tap_definition, tapped_layers
 
 
-def log_metadata(config: RunConfig, pilot_config: Any, tokenizer: Any) -> LogMetadata:
+def log_metadata(
+    config: RunConfig, pilot_config: Any, tokenizer: Any, inputs: Mapping[str, str] | None = None
+) -> LogMetadata:
     """Metadata of the log that a run of `config` writes.
 
     Args:
         pilot_config: the Pilot's transformers config. tokenizer: the Pilot's.
+        inputs: hashes of what the run starts from, by the metadata's names (`train_rows`, ...).
 
     Raises:
         ValueError: see `check_log`.
@@ -25,6 +29,7 @@ def log_metadata(config: RunConfig, pilot_config: Any, tokenizer: Any) -> LogMet
     pooling = log_pooling(log.rationale, log.pooling)
     most = pilot_config.vocab_size - 1
     top_k = most if log.error == "dense" else 0 if log.top_k == "auto" else min(log.top_k, most)
+    hashes: dict[str, Any] = dict(inputs or {})
     return LogMetadata(
         run=config.run.name,
         pilot=config.model.pilot,
@@ -39,6 +44,7 @@ def log_metadata(config: RunConfig, pilot_config: Any, tokenizer: Any) -> LogMet
         question="states" if family.encoder_decoder else "ids",
         layers="all" if layers is None else ",".join(map(str, layers)),
         error=log.error,
+        **hashes,
     )
 
 

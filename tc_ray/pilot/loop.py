@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tc_ray.mistakelog.outage import may_pass
 from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
 from tc_ray.models.finite import LeftOut, NotFiniteError, first_not_finite
-from tc_ray.pilot.checkpoint import latest_checkpoint, load_checkpoint, mark_complete, save_files
+from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
 from tc_ray.pilot.engine import build_engine, take_step
 from tc_ray.pilot.export import probe_rows, save_merged
 from tc_ray.pilot.recorder import Recorder
@@ -47,6 +48,8 @@ class PilotJob:
     rounds: int
     ledger: Any
     tracker: Any
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the rows and base weights, which stand in each checkpoint."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -69,7 +72,15 @@ class Worker:
         self.order = RoundOrder(
             len(self.table), self.config.pilot.batch_size, self.config.pilot.epochs, self.config.run.seed
         )
-        self.engine = build_engine(self.config, job.model_path, job.rounds)
+        if rank == 0:
+            self._wait_for("loading weights")
+        # any rank may be the one that compiles: each node has operators of its own
+        self.engine = build_engine(
+            self.config,
+            job.model_path,
+            job.rounds,
+            lambda: self._wait_for("compiling DeepSpeed's operator (first use, minutes)"),
+        )
         self.device = self.engine.device
         self.attempt = 0
         self.recorder: Recorder | None = None
@@ -85,15 +96,18 @@ class Worker:
         """Train from the last checkpoint to the last round, then export the merged Pilot."""
         start = self._restore()
         self._begin_attempt(start)
+        self._wait_for("")
         started, tokens, due = time.monotonic(), 0, False
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
+            rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
             loss, round_tokens = self._round(number)
             tokens += round_tokens
             if self.recorder is not None:
                 self.recorder.end_round(number)
             last = number == self.job.rounds
-            self._report(number, loss, round_tokens, time.monotonic() - began, tokens / (time.monotonic() - started))
+            seconds, mean = time.monotonic() - began, tokens / (time.monotonic() - started)
+            self._report(number, loss, rate, round_tokens, seconds, mean)
             if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
                 self._wait_for_copilot(number)
             due = due or last or number % self.config.pilot.checkpoint_every_rounds == 0
@@ -107,8 +121,16 @@ class Worker:
             if self.rank == 0:
                 self._committed("finish_pilot", self.job.rounds)
 
+    def _wait_for(self, text: str) -> None:
+        """What the status shows until the first round; an empty text: nothing is waited for."""
+        self.job.tracker.waiting.remote("pilot", text)
+
     def _restore(self) -> int:
-        checkpoint = latest_checkpoint(self.checkpoints)
+        found, damaged = find_checkpoints(self.checkpoints)
+        checkpoint = found[-1] if found else None
+        if damaged and self.rank == 0:
+            goes_on = f"goes on after round {checkpoint.round}" if checkpoint else "starts anew: no checkpoint is whole"
+            self.job.tracker.event.remote("checkpoint", f"{'; '.join(damaged)}. The Pilot {goes_on}")
         if checkpoint is None:
             return 0
         load_checkpoint(self.engine, checkpoint, world_size=self.world_size, zero_stage=self.config.pilot.zero_stage)
@@ -140,7 +162,7 @@ class Worker:
             torch.distributed.broadcast(shared, 0)
         self.attempt, stored_top_k = shared.tolist()
         if self.rank == 0 and self.attempt > 1:
-            self.job.tracker.event.remote("restart", f"Pilot attempt {self.attempt} goes on after round {watermark}")
+            self.job.tracker.event.remote("resume", f"Pilot attempt {self.attempt} goes on after round {watermark}")
         writer = RecordWriter(
             location,
             submit_to(self.job.ledger),
@@ -236,13 +258,15 @@ class Worker:
             self.job.tracker.event.remote("not finite", text)
         return loss_mean, self.table.tokens(rows)
 
-    def _report(self, number: int, loss: float, tokens: int, seconds: float, mean_tokens_per_second: float) -> None:
+    def _report(
+        self, number: int, loss: float, rate: float, tokens: int, seconds: float, mean_tokens_per_second: float
+    ) -> None:
         if self.rank:
             return
         metrics = {
             "loss": loss,
             "tokens": float(tokens),
-            "learning_rate": float(self.engine.get_lr()[0]),
+            "learning_rate": rate,
             "round_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mean_tokens_per_second": mean_tokens_per_second,
@@ -281,6 +305,7 @@ class Worker:
                 world_size=self.world_size,
                 zero_stage=self.config.pilot.zero_stage,
                 keep=self.config.pilot.keep_checkpoints,
+                inputs=self.job.inputs,
             )
             if self.recorder is not None:
                 self.job.ledger.report_checkpoint.remote(number)

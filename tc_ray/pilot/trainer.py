@@ -1,8 +1,9 @@
-"""The Pilot's Ray Train job: a TorchTrainer whose workers run `pilot.loop`.
+"""The Pilot's Ray Train job: a TorchTrainer whose workers run `pilot.loop`, started anew when a worker dies.
 
-Ray Train restarts the worker group when one dies; where to go on from is found by the workers in the run folder, whose
-checkpoints are complete or absent. Ray Train's own checkpoint book-keeping is not used: `report` is a barrier of about
-two seconds, and its snapshot file is written in place (facts measured on ray 2.60).
+Invariant: each start is a Ray Train run of its own that never retries. So restarts are counted here, with and without a log, and
+an error that would come again (`failures.is_final`) ends the Pilot at once. Where to go on from is found by the workers in the
+run folder, whose checkpoints are complete or absent. Ray Train's own checkpoint book-keeping is not used: `report` is a barrier
+of about two seconds, and its snapshot file is written in place (facts measured on ray 2.60). Called by `tc_ray.job`.
 """
 
 from __future__ import annotations
@@ -10,52 +11,108 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from tc_ray.capacity import Need
+from tc_ray.failures import first_final, is_final, short
 from tc_ray.pilot.loop import PilotJob, train_worker
+
+NO_ROOM = "WorkerGroupStartupTimeoutError"
+"""Ray Train's word for workers that found no room within a minute: no failure, the wait goes on."""
 
 
 class PilotError(RuntimeError):
-    """The Pilot failed more often than `pilot.max_failures` allows, or could not start."""
+    """The Pilot failed more often than `pilot.max_failures` allows, or in a way that a new start would repeat."""
 
 
-def fit_pilot(job: PilotJob) -> None:
+def fit_pilot(job: PilotJob, need: Need) -> None:
     """Run the Pilot to its last round; blocks. The worker group is restarted up to `pilot.max_failures` times.
 
+    Args:
+        need: the room that its workers take.
+
     Raises:
-        PilotError: with the first worker's error as cause.
+        PilotError: with the error of Ray Train as cause.
     """
+    failed = 0
+    while True:
+        job.tracker.waiting.remote("pilot", need.starting())
+        try:
+            _fit(job, need)
+        except _ray_train_errors() as error:
+            cause = getattr(error, "controller_failure", error)
+            if type(cause).__name__ == NO_ROOM:
+                continue
+            preempted = _preempted(error)
+            if not preempted and (failed >= job.config.pilot.max_failures or is_final(_first(error))):
+                raise PilotError(f"the Pilot stopped: {_said(error)}") from error
+            failed += not preempted
+            job.tracker.event.remote("restart", f"Pilot workers, after {_said(error)}")
+        else:
+            return
+
+
+def _fit(job: PilotJob, need: Need) -> None:
+    """One start of the worker group."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Trainer(TorchTrainer):
+        """Leaves SIGINT to the driver: Ray Train's own handler ends the process with code 0 and its status untouched."""
+
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
+
     resources = job.config.resources
-    per_worker: dict[str, float] = {"CPU": resources.pilot_cpus}
-    if resources.gpus:
-        per_worker["GPU"] = 1.0
-    settings: dict[str, Any] = {"job": job}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_worker,
-        train_loop_config=settings,
+        train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=resources.pilot_workers, use_gpu=resources.gpus, resources_per_worker=per_worker
+            num_workers=need.count, use_gpu=resources.gpus, resources_per_worker=dict(need.bundle)
         ),
         run_config=RunConfig(
             # a name of its own for each start: nothing is ever restored from Ray Train's snapshot
             name=f"start-{int(time.time() * 1000)}",
             storage_path=str(job.config.run.path / "pilot" / "ray_train"),
-            failure_config=FailureConfig(max_failures=job.config.pilot.max_failures),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )
     try:
         trainer.fit()
-    except Exception as error:
-        raise PilotError(f"the Pilot stopped: {_root_cause(error)}") from error
+    except _ray_train_errors():
+        raise
+    except BaseException:  # the driver is told to stop: nobody else ends the workers of a Ray that outlives it
+        if trainer.controller is not None:
+            import ray
+
+            ray.kill(trainer.controller)
+        raise
 
 
-def _root_cause(error: BaseException) -> str:
+def _ray_train_errors() -> type[Exception]:
+    from ray.train import TrainingFailedError
+
+    return TrainingFailedError
+
+
+def _preempted(error: Exception) -> bool:
+    """The cluster took a node back: that is nobody's failure."""
+    if type(error).__name__ == "PreemptionError":
+        return True
+    failures = getattr(error, "worker_failures", {}).values()
+    deaths = [getattr(failure, "health_check_failure", failure) for failure in failures]
+    return any(getattr(death, "preempted", False) for death in deaths)
+
+
+def _first(error: Exception) -> Exception:
+    failures = getattr(error, "worker_failures", None)
+    return first_final(failures)[1] if failures else getattr(error, "controller_failure", error)
+
+
+def _said(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
-        rank, first = next(iter(sorted(failures.items())))
-        cause = getattr(first, "cause", None) or first
-        lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-        return f"worker {rank}: {type(cause).__name__}: {lines[-1] if lines else ''}"
-    return f"{type(error).__name__}: {error}"
+        rank, first = first_final(failures)
+        return f"worker {rank}: {short(first)}"
+    return short(_first(error))

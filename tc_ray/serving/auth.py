@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import hashlib
 import hmac
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,15 +36,11 @@ def digest(key: str) -> bytes:
 def configured_digests(key_file: Path | str | None = None) -> tuple[bytes, ...]:
     """Digests of the keys in `key_file`, else of the one in TC_RAY_API_KEY; empty when neither is given.
 
-    A key file holds one key a line; empty lines and those that begin with # do not count.
-    Raises ServingError for a file that cannot be read, a file without keys and an empty variable.
+    A key file is UTF-8 and holds one key a line; empty lines and those that begin with # do not count.
+    Raises ServingError for a file that cannot be read, a line that is no key, a file without keys and an empty variable.
     """
     if key_file is not None:
-        try:
-            lines = Path(key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ServingError(f"the API key file {key_file} cannot be read: {error}") from error
-        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        keys = [_key(line, f"the API key file {key_file}, line {number}") for number, line in _key_lines(key_file)]
         if not keys:
             raise ServingError(f"the API key file {key_file} holds no key; write one a line")
         return tuple(dict.fromkeys(digest(key) for key in keys))
@@ -51,7 +49,34 @@ def configured_digests(key_file: Path | str | None = None) -> tuple[bytes, ...]:
         return ()
     if not value.strip():
         raise ServingError(f"{KEY_VARIABLE} is set but empty; unset it to serve without a key")
-    return (digest(value.strip()),)
+    return (digest(_key(value, KEY_VARIABLE)),)
+
+
+def _key_lines(key_file: Path | str) -> list[tuple[int, str]]:
+    """Numbers and texts of the lines of a key file that count."""
+    try:
+        content = Path(key_file).read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ServingError(f"the API key file {key_file} is UTF-16; save it as UTF-8")
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ServingError(f"the API key file {key_file} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ServingError(f"the API key file {key_file} is no UTF-8 (byte {error.start}); save it as UTF-8") from None
+    # not splitlines, which cuts at other characters too and would make two keys of one
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
+    return [(number, line) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _key(text: str, where: str) -> str:
+    """The key in a text. Raises ServingError, which does not show it, where the text is not one word of printing characters."""
+    key = text.strip()
+    odd = next((character for character in key if character.isspace() or not character.isprintable()), None)
+    if odd is not None:
+        raise ServingError(
+            f"{where}: a key is one word, and this holds the character U+{ord(odd):04X}; a comment needs a line of its own"
+        )
+    return key
 
 
 def is_loopback(host: str) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.config.section import check_lam
+from tc_ray.files import DamagedFileError, read_json
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.settings import ModelSettings
 from tc_ray.text import first_line
@@ -36,6 +37,11 @@ def find_export(folder: Path | str) -> Path:
     export = given / "export" if (given / "export").is_dir() else given
     if not any((export / part).exists() for part in ("fusion.json", "pilot", "copilot")):
         raise ServingError(f"{given} holds no exported model: the run has not ended, or it is no run folder")
+    if _file(export / "pilot/config.json") and _file(export / "fusion.json") and not (export / "copilot").exists():
+        raise ServingError(
+            f"{export} holds a Pilot alone, copilot/config.json is missing: there is nothing to fuse. Where the Copilot of a "
+            "run failed, the run's command (`tc-ray train`) trains it anew; pilot/ is an ordinary model folder"
+        )
     missing = [part for part in ("fusion.json", "pilot/config.json", "copilot/config.json") if not _file(export / part)]
     missing += [
         f"{part}/*.safetensors" for part in ("pilot", "copilot") if not list((export / part).glob("*.safetensors"))
@@ -79,7 +85,7 @@ def check_tokenizer(export: Path) -> None:
 
     try:
         own = vocabulary_hash(AutoTokenizer.from_pretrained(export / "pilot", trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of other libraries, which raise anything where a file is torn
         raise ServingError(f"{export}/pilot has no readable tokenizer: {first_line(error)}") from error
     if own != trained:
         raise ServingError(
@@ -143,7 +149,7 @@ def _shapes(path: Path) -> list[list[int]]:
         tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         shapes = [list(entry["shape"]) for entry in tensors.values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ServingError(f"{path} is no safetensors file, or a damaged one") from error
     if size != 8 + length + end:
         raise ServingError(f"{path} is cut off or damaged: {size} bytes, {8 + length + end} expected")
@@ -177,12 +183,11 @@ def _signature(paths: Iterable[Path]) -> Signature:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ServingError(f"{path} is not valid JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ServingError(f"{path} holds no JSON object")
-    return content
+        return read_json(path)
+    except DamagedFileError as error:
+        raise ServingError(str(error)) from None
+    except OSError as error:
+        raise ServingError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _file(path: Path) -> bool:

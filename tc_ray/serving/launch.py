@@ -27,7 +27,7 @@ from tc_ray.serving.exports import check_tokenizer, named_models, weight_bytes
 from tc_ray.serving.memory import available_cpus, available_memory_bytes, check_memory
 from tc_ray.serving.options import build_settings
 from tc_ray.serving.settings import ReplicaSettings, Scale
-from tc_ray.text import first_line
+from tc_ray.text import first_line, visible
 
 APPLICATION = "tc-ray"
 _CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
@@ -269,12 +269,12 @@ def serve_run(folders: Sequence[Path | str], host: str = "127.0.0.1", port: int 
 
     Must be called in the main thread, which is the one that receives signals.
     """
-    server = start_server(folders, host, port, say=lambda line: print(line, flush=True), **options)
+    server = start_server(folders, host, port, say=lambda line: print(visible(line), flush=True), **options)
     ended = threading.Event()
     # Ray's own handler of SIGTERM aborts the process; ours lets the server drain. A second signal acts as before.
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        print(f"ready: {', '.join(server.models)} at {server.url}\n\n{server.example()}\n", flush=True)
+        print(visible(f"ready: {', '.join(server.models)} at {server.url}\n\n{server.example()}\n"), flush=True)
         print("Ctrl-C ends it.", flush=True)
         ended.wait()
     finally:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tc_ray.data.special_text import SpecialTextError, encode_rendered, named_ids
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.incremental_text import IncrementalText
 from tc_ray.serving.token_texts import TokenTexts
@@ -66,20 +67,39 @@ class PromptEncoder:
         return self._ids(given, limit_tokens, param, special=False)
 
     def chat(self, messages: list[dict[str, str]], limit_tokens: int) -> tuple[int, ...]:
-        """Token ids of a conversation, rendered by the model's chat template. Raises RequestError."""
+        """Token ids of a conversation, rendered by the model's chat template. Raises RequestError.
+
+        The name of a special token in a message is text, as in training.
+        """
         if not self._tokenizer.chat_template:
             raise RequestError(
                 "This model has no chat template; use /v1/completions.", param="messages", code="no_chat_template"
             )
         from jinja2 import TemplateError
 
+        contents = [message["content"] for message in messages]
+
+        def render(contents: Sequence[str]) -> str:
+            written = [{**message, "content": text} for message, text in zip(messages, contents, strict=True)]
+            return str(self._tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True))
+
         with self._lock:
             try:
-                text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                text = render(contents)
             except TemplateError as error:
                 raise invalid_value("messages", f"the model's chat template refuses them: {error}") from error
         # The template writes the special tokens itself.
-        return self._ids(text, limit_tokens, "messages", special=False)
+        ids = self._ids(text, limit_tokens, "messages", special=False)
+        with self._lock:
+            if not named_ids(contents, self._tokenizer):
+                return ids
+            try:
+                ids = tuple(encode_rendered(contents, render, self._tokenizer))
+            except SpecialTextError as error:
+                raise invalid_value("messages", str(error)) from error
+        if len(ids) > limit_tokens:
+            raise _too_long("messages", len(ids), limit_tokens)
+        return ids
 
     def placed(self, given: str | Sequence[int], ids: Sequence[int]) -> PlacedPrompt:
         """A prompt that was encoded to `ids`, as the text that an echo shows."""

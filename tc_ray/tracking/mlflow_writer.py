@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,19 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from tc_ray.config.schema import RunConfig
+from tc_ray.config.redact import redact, redact_address
+from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
+from tc_ray.files import DamagedFileError, read_json_as, write_json
 from tc_ray.text import first_line
 from tc_ray.tracking.points import Point
-from tc_ray.tracking.statusfile import replace_json
 
 RUN_ID_FILE = "mlflow.json"
 PARAM_CHARACTERS = 500
 BATCH_METRICS = 1000
 BATCH_PARAMS = 100
 BATCH_SECONDS = 1.0
-ENV_URI = "MLFLOW_TRACKING_URI"
+RECOVERED_SECONDS = 60.0
+"""MLflow answers again when nothing has failed for this long."""
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +46,15 @@ class TrackingError(RuntimeError):
 
 def resolve_uri(config: RunConfig) -> str:
     """Tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
-    return config.tracking.uri or os.environ.get(ENV_URI) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
+    return (
+        config.tracking.uri or os.environ.get(TRACKING_VARIABLE) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
+    )
 
 
 def mlflow_command(uri: str) -> str:
-    """The shell command that shows the runs of a tracking URI in a browser; for a server, its address."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    """The shell command that shows the runs of a tracking URI in a browser; for a server, its address. Without secrets."""
+    shown = redact_address(uri)
+    return shown if uri.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
 
 
 def flat_params(config: RunConfig) -> dict[str, str]:
@@ -80,7 +86,8 @@ class MlflowWriter:
     Args:
         run_id: from `open_run`.
         uri: tracking URI of that run.
-        on_error: told the first line of each MLflow error, from the writer's thread.
+        on_error: called from the writer's thread with one line when MLflow fails and one when it answers again; never for
+            each call that fails in between.
     """
 
     def __init__(self, run_id: str, uri: str, on_error: Callable[[str], None]) -> None:
@@ -89,6 +96,7 @@ class MlflowWriter:
         self.errors = 0
         self._client = MlflowClient(tracking_uri=uri)
         self._on_error = on_error
+        self._failing, self._failed_at = False, 0.0
         self._queue: queue.Queue[Metric | Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
@@ -97,6 +105,10 @@ class MlflowWriter:
         """Queue the metrics of a point."""
         for metric in to_mlflow(point):
             self._queue.put(metric)
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Queue a tag of the run."""
+        self._queue.put(lambda: self._client.set_tag(self.run_id, key, value))
 
     def log_text(self, text: str, name: str) -> None:
         """Queue a text artifact."""
@@ -118,15 +130,16 @@ class MlflowWriter:
             present = {(m.step, m.timestamp) for m in self._client.get_metric_history(self.run_id, key)}
             self._send([m for m in metrics if (m.step, m.timestamp) not in present])
 
+        self._queue.put(self._begin_anew)
         for key, metrics in wanted.items():
             self._queue.put(lambda key=key, metrics=metrics: send(key, metrics))  # type: ignore[misc]
 
     def finish(self, mlflow_status: str, timeout_s: float) -> bool:
-        """Send what is queued, set the run's status, stop the thread. False: not done within timeout_s."""
+        """Send what is queued, set the run's status, stop the thread. False: not done within timeout_s, or MLflow fails."""
         self._queue.put(lambda: self._client.set_terminated(self.run_id, mlflow_status))
         self._queue.put(None)
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return not self._thread.is_alive() and not self._failing
 
     def _work(self) -> None:
         """Collect metrics for BATCH_SECONDS, send them; run other work in its place in the queue."""
@@ -162,8 +175,19 @@ class MlflowWriter:
             work(*args)
         except Exception as error:  # noqa: BLE001 - tracking must not end a run, whatever the store raises
             self.errors += 1
-            log.warning("MLflow: %s", error)
-            self._on_error(first_line(error))
+            self._failed_at = time.monotonic()
+            if not self._failing:
+                self._failing = True
+                log.warning("MLflow: %s", redact(str(error)))
+                self._on_error(f"MLflow fails, the run goes on without it: {redact(first_line(error))}")
+        else:
+            # not at the first success: a store that can be read and not written fails and answers in turn
+            if self._failing and time.monotonic() - self._failed_at > RECOVERED_SECONDS:
+                self._failing = False
+                self._on_error("MLflow answers again; what it lacks is sent at the end")
+
+    def _begin_anew(self) -> None:
+        self._failing = False
 
 
 def open_run(config: RunConfig, folder: Path, uri: str) -> str:
@@ -191,23 +215,35 @@ def open_run(config: RunConfig, folder: Path, uri: str) -> str:
             client.update_run(run_id, status="RUNNING")
     except Exception as error:
         raise TrackingError(
-            f"MLflow cannot be used at {uri!r}: {first_line(error)}. Correct tracking.uri or {ENV_URI}, "
+            f"MLflow cannot be used at {redact_address(uri)!r}: {redact(first_line(error))}. Correct tracking.uri or {TRACKING_VARIABLE}, "
             "or switch MLflow off with tracking.enabled=false"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    replace_json(folder / RUN_ID_FILE, {"run_id": run_id, "uri": uri, "experiment": config.tracking.experiment})
+    write_json(folder / RUN_ID_FILE, asdict(_RunId(run_id, redact_address(uri), config.tracking.experiment)))
     return run_id
 
 
+@dataclass(frozen=True)
+class _RunId:
+    """Content of RUN_ID_FILE."""
+
+    run_id: str
+    uri: str
+    experiment: str
+
+
 def _known_run(client: MlflowClient, folder: Path, uri: str) -> str | None:
-    path = folder / RUN_ID_FILE
-    if not path.exists():
+    try:
+        known = read_json_as(folder / RUN_ID_FILE, _RunId)
+    except FileNotFoundError:
         return None
-    known = json.loads(path.read_text())
-    if known["uri"] != uri:
+    except DamagedFileError as error:
+        log.warning("%s: a new MLflow run is opened, with all points of this run", error)
+        return None
+    if known.uri != redact_address(uri):
         return None  # another store: the whole run is copied there from metrics.jsonl
     try:
-        run = client.get_run(known["run_id"])
+        run = client.get_run(known.run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None

@@ -5,9 +5,11 @@ Called by `tracker.Tracker.finish`; needs only a metrics.jsonl, so a picture can
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from tc_ray.files import write_file
 from tc_ray.tracking.points import Point, read_points
 
 LOSSES_FILE = "losses.png"
@@ -75,7 +77,9 @@ def draw_losses(metrics: Path, picture: Path) -> None:
         upper.annotate(
             "resumed", (minute, 1), xycoords=("data", "axes fraction"), fontsize=8, rotation=90, ha="right", va="top"
         )
-    figure.savefig(picture, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_file(picture, drawn.getvalue())
 
 
 def _active_minutes(points: list[Point]) -> tuple[list[tuple[float, Point]], list[float]]:

@@ -1,19 +1,24 @@
 """metrics.jsonl: every point a run has measured, one JSON object a line, append only.
 
 Invariant: for one kind and metric the axis (Pilot: round; Copilot: its own step) only grows, over restarts of workers and
-of the whole run: a replayed round or step is dropped. This file is the truth; MLflow is filled from it.
+of the whole run: a replayed round or step is dropped. This file is the truth; MLflow is filled from it. Damaged lines (a
+power cut, a full disk) are passed over and reported; they stop nothing.
 Written by `tracker.Tracker`, read by `plot.draw_losses` and `tc-ray status`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
 METRICS_FILE = "metrics.jsonl"
+log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
 """One line: `kind` ("start", "pilot", "copilot", "log", "evaluation" or "event"), `time` (unix seconds), `round` (Pilot
@@ -21,26 +26,58 @@ round known at that time), for "copilot" also `step`, and `metrics` (name -> num
 `event` and `text`."""
 
 
+class _Line(BaseModel):
+    """What readers count on in a line."""
+
+    model_config = ConfigDict(strict=True)
+    kind: str
+    time: FiniteFloat
+    round: int = 0
+    step: int = 0
+    metrics: dict[str, FiniteFloat | None] = {}
+    event: str = ""
+    text: str = ""
+
+
 def read_points(path: Path) -> Iterator[Point]:
-    """Yield the complete lines of a metrics.jsonl; an absent file yields nothing.
+    """Yield the points of a metrics.jsonl; an absent file yields nothing.
 
-    A last line without a newline is a write that was cut off (a killed process) and is left out.
-
-    Raises:
-        ValueError: a complete line is not a JSON object; names file and line.
+    A last line without a newline is a write that was cut off (a killed process) and is left out. Other lines that hold no
+    point are passed over; a warning at the end names their number.
     """
-    if not path.exists():
+    damaged = []
+    for number, point in _lines(path):
+        if point is None:
+            damaged.append(number)
+        else:
+            yield point
+    if damaged:
+        log.warning("%s: %s", path, _passed_over(damaged))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Point | None]]:
+    """Number and point of each complete line, None where it holds none."""
+    if not path.is_file():
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                point = json.loads(line)
-                point["kind"], point["time"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a metrics point ({error}); remove the line to go on") from None
-            yield point
+            yield number, _parsed(line)
+
+
+def _parsed(line: bytes) -> Point | None:
+    try:
+        point = json.loads(line)
+        _Line.model_validate(point)
+    except (ValueError, RecursionError, ValidationError):
+        return None
+    known = {"event": ("event", "text"), "start": ()}.get(point["kind"], ("metrics",))
+    return point if all(name in point for name in known) else None
+
+
+def _passed_over(damaged: list[int]) -> str:
+    return f"{len(damaged)} damaged lines were passed over, the first is line {damaged[0]}"
 
 
 class PointFile:
@@ -48,6 +85,8 @@ class PointFile:
 
     Args:
         path: the file; created with its folder. A cut-off last line is removed.
+
+    damage: what was passed over on reading what was there, in words; empty when all was well.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,8 +95,13 @@ class PointFile:
         self._highest: dict[tuple[str, str], int] = {}
         self.event_counts: dict[str, int] = {}
         self.last: dict[str, Point] = {}
-        for point in read_points(path):
-            self._remember(point)
+        damaged = []
+        for number, found in _lines(path):
+            if found is None:
+                damaged.append(number)
+            else:
+                self._remember(found)
+        self.damage = _passed_over(damaged) if damaged else ""
         self.is_resumed = bool(self.last)
         self._file = path.open("ab")
         self._cut_partial_line()

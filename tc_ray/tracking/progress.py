@@ -1,6 +1,7 @@
 """ProgressView: what a run is doing, as a live panel on a terminal and as plain lines elsewhere.
 
 Invariant: it only reads status dicts (`tracker.Tracker.status`, status.json); a source that fails for a moment is asked again.
+What they hold is shown as characters: it cannot steer the terminal.
 `tc-ray train` follows the Tracker actor with it, `tc-ray status --follow` the run folder.
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tc_ray.text import visible
+from tc_ray.tracking.events import described, newest
 from tc_ray.tracking.statusfile import HEARTBEAT_SECONDS, Status
 
 LINE_SECONDS = 10.0
@@ -52,8 +56,8 @@ class ProgressView:
         for event in status["events"]:
             if event["time"] > self._last_event:
                 self._last_event = event["time"]
-                self._print(f"[{event['kind']}] {event['text']}")
-        key = f"{status['phase']}/{status['state']}"
+                self._print(f"[{event['kind']}] {described(event)}")
+        key = f"{status['phase']}/{status['state']}/{waiting_text(status.get('waiting', {}))}"
         if key != self._shown[0] or time.monotonic() - self._shown[1] >= self._line_seconds:
             self._shown = (key, time.monotonic())
             self._print(line(status))
@@ -86,19 +90,29 @@ class ProgressView:
             self.close()
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def line(status: Status) -> str:
     """One plain line: phase, rounds, losses, lag, speed, ETA."""
-    parts = [f"{clock(status['updated'] - status['started'])} {status['phase']}"]
+    waiting = waiting_text(status.get("waiting", {}))
+    parts = [f"{clock(status['updated'] - status['started'])} {status['phase']}{': ' if waiting else ''}{waiting}"]
     parts += [f"{name} {value}" for name, value in facts(status) if value]
     return " | ".join(filter(None, [*parts, silence(status)]))
 
 
+def waiting_text(waiting: Mapping[str, Mapping[str, Any]]) -> str:
+    """The status's `waiting` as one line, for instance "pilot loading weights; copilot waiting for room: ..."."""
+    return "; ".join(f"{who} {wait['text']}" for who, wait in waiting.items())
+
+
 def silence(status: Status) -> str:
-    """What to say of a run that calls itself running but has not written its status for long; else empty."""
-    age_s = time.time() - status["updated"]
+    """What to say of a run that calls itself running but has not written its status for long; else empty.
+
+    Told by `silent_seconds`, which a reader of the run's folder adds (`statusfile.silent_seconds`): a status that was asked of the
+    Tracker is never old, whatever the clock of its host says.
+    """
+    age_s = status.get("silent_seconds", 0.0)
     if status["state"] != "running" or age_s < STALE_SECONDS:
         return ""
     return f"no sign of life for {clock(age_s)}: it was killed; `tc-ray train` with the same recipe goes on"
@@ -150,13 +164,16 @@ def panel(status: Status) -> RenderableType:
     texts.pop("copilot step")
     rest = Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in texts.items() if value)
     lines: list[RenderableType] = [bars, rest]
-    for event in status["events"][-EVENTS_IN_PANEL:]:
+    for who, wait in status.get("waiting", {}).items():
+        lines.append(Text(visible(f"{who} {wait['text']} ({clock(status['updated'] - wait['since'])})"), "cyan"))
+    for event in newest(status["events"], EVENTS_IN_PANEL):
         when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-        lines.append(Text(f"{when} {event['kind']}: {event['text']}", "yellow", overflow="ellipsis", no_wrap=True))
+        text = visible(f"{when} {event['kind']}: {described(event)}")
+        lines.append(Text(text, "yellow", overflow="ellipsis", no_wrap=True))
     if silence(status):
         lines.append(Text(silence(status), "bold red"))
     colour = {"done": "green", "failed": "red", "stopped": "yellow"}.get(status["state"], "blue")
-    title = Text.assemble((status["run"], "bold"), "  ", (status["phase"], f"bold {colour}"))
+    title = Text.assemble((visible(status["run"]), "bold"), "  ", (visible(status["phase"]), f"bold {colour}"))
     elapsed = clock(status["updated"] - status["started"])
     return Panel(
         Group(*lines), title=title, title_align="left", subtitle=elapsed, subtitle_align="right", border_style=colour

@@ -1,19 +1,23 @@
 """status.json: what a run is doing now, replaced atomically and at most once a second.
 
 Invariant: a reader always sees a whole document, the last change lands even when nothing follows it, and while the run
-lives the file is never much older than HEARTBEAT_SECONDS: an old one belongs to a dead run.
+lives the file is never much older than HEARTBEAT_SECONDS: an old one belongs to a dead run. The file only shows what a run
+does: one that cannot be written or read stops nothing.
 Written by `tracker.Tracker`, read by `tc-ray status` and the progress view, without Ray.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, FiniteFloat
+
+from tc_ray.files import DamagedFileError, disk_time, finite, read_json, typed, write_json
 
 STATUS_FILE = "status.json"
 HEARTBEAT_SECONDS = 15.0
@@ -21,26 +25,89 @@ Status = dict[str, Any]
 """Keys: see `tracker.Tracker.status`."""
 
 
+class NoRunError(FileNotFoundError):
+    """The folder holds no run; the message names it and says what is missing."""
+
+
+log = logging.getLogger(__name__)
+
+_Time = Annotated[float, Field(ge=0, le=1e11)]
+
+
+class _Part(BaseModel):
+    round: int | None = None
+    step: int | None = None
+    metrics: dict[str, FiniteFloat | None] = {}
+
+
+class _Plan(BaseModel):
+    rounds_total: int | None = None
+    copilot_steps_total: int | None = None
+
+
+class _Event(BaseModel):
+    time: _Time
+    kind: str
+    text: str
+    count: int = 1
+
+
+class _MLflow(BaseModel):
+    command: str | None = None
+
+
+class _Document(BaseModel):
+    """What readers count on in a status.json; it may hold more."""
+
+    run: str
+    state: str
+    phase: str
+    started: _Time
+    updated: _Time
+    plan: _Plan
+    pilot: _Part
+    copilot: _Part
+    log: _Part
+    tokens_per_second: FiniteFloat | None
+    rounds_per_minute: FiniteFloat | None
+    eta_seconds: FiniteFloat | None
+    restarts: int
+    events: list[_Event]
+    processes: dict[str, int]
+    evaluation: dict[str, Any]
+    mlflow: _MLflow | None
+
+
 def read_status(folder: Path) -> Status:
     """Read the status of a run folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no run has started in it.
+        NoRunError: there is no such folder, or no run has started in it. DamagedFileError: status.json holds no status.
     """
     path = folder / STATUS_FILE
     try:
-        status: Status = json.loads(path.read_text())
+        status: Status = finite(read_json(path))
+        typed(status, _Document, path)
     except FileNotFoundError:
         why = "no run has started in it (no status.json)" if folder.is_dir() else "there is no such folder"
-        raise FileNotFoundError(f"{folder}: {why}") from None
+        raise NoRunError(f"{folder}: {why}") from None
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"{error}. The file only shows what the run does: `tc-ray train` with the same recipe goes on and writes it anew"
+        ) from None
     return status
 
 
-def replace_json(path: Path, document: Any) -> None:
-    """Write a JSON file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(path)
+def silent_seconds(folder: Path) -> float:
+    """How long status.json has not been written, by the disk's clock, for the run may be on another host.
+
+    Where the folder may not be written, that clock cannot be asked: then by this host's.
+    """
+    try:
+        now = disk_time(folder)
+    except OSError:
+        now = time.time()
+    return now - (folder / STATUS_FILE).stat().st_mtime
 
 
 class StatusFile:
@@ -62,6 +129,7 @@ class StatusFile:
         self._timer: threading.Timer | None = None
         self._due = False
         self._closed = False
+        self._failing = False
 
     def touch(self) -> None:
         """Something changed: write now, or when the interval has passed."""
@@ -81,7 +149,13 @@ class StatusFile:
             self._written_at = time.monotonic()
             self._arm(HEARTBEAT_SECONDS)
         with self._write_lock:
-            replace_json(self._path, self._make())
+            try:
+                write_json(self._path, finite(self._make()), indent=1)
+                self._failing = False
+            except OSError as error:
+                if not self._failing:
+                    log.warning("%s cannot be written (%s); trying again at each change", self._path, error)
+                self._failing = True
 
     def close(self) -> None:
         """Write for the last time."""

@@ -9,6 +9,7 @@ Metric names the progress view and the plot know: pilot `loss`, `tokens` (of the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -17,17 +18,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
+from tc_ray.files import DamagedFileError, finite
 from tc_ray.text import first_line
-from tc_ray.tracking.mlflow_writer import MlflowWriter, mlflow_command, open_run, resolve_uri
+from tc_ray.tracking.events import RESTART, Events
+from tc_ray.tracking.mlflow_writer import (
+    RUN_ID_FILE,
+    MlflowWriter,
+    TrackingError,
+    mlflow_command,
+    open_run,
+    resolve_uri,
+)
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
 from tc_ray.tracking.points import METRICS_FILE, Point, PointFile, plain_numbers, read_points
+from tc_ray.tracking.progress import waiting_text
 from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
 
 PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Ways a run ends, and MLflow's words for them."""
-EVENTS_SHOWN = 20
+WAITING_TAG = "tc_ray.waiting"
+"""MLflow tag: what the run waits for now; empty while it does not."""
 LOG_SECONDS = 5.0
 """A log point is written when the round has moved on, or after this time (catch-up: the round stands still)."""
 RATE_WINDOW = 64
@@ -41,23 +54,27 @@ class Tracker:
         folder: run folder; what stands in it from an earlier start is continued.
         uri: MLflow tracking URI; default by `resolve_uri` in this process.
 
+    Files of an earlier start that are damaged stop nothing: an event says what is missing.
+
     Raises:
-        TrackingError: MLflow is enabled and cannot be used.
+        TrackingError: MLflow is enabled and cannot be used, or a folder stands where a file should be.
     """
 
     def __init__(self, config: RunConfig, folder: Path, uri: str | None = None) -> None:
         self._lock = threading.RLock()
+        remember(config.secrets())  # in this process too: texts of events come from anywhere
         self._folder = folder
         self._name = config.run.name
+        check_places(folder)
         self._points = PointFile(folder / METRICS_FILE)
         self._latest_time = 0.0
         resumed = self._points.is_resumed
-        before = read_status(folder) if resumed and (folder / STATUS_FILE).exists() else {}
+        before, damage = _status_before(folder) if resumed else ({}, "")
         self._phase, self._phase_since = "prepare", time.time()
         self._state = "running"
         self._plan: dict[str, Any] = before.get("plan", {})
         self._evaluation: dict[str, Any] = before.get("evaluation", {})
-        self._events: deque[dict[str, Any]] = deque(before.get("events", []), maxlen=EVENTS_SHOWN)
+        self._events = Events(before.get("events", []))
         self._pilot = _latest(self._points.last.get("pilot"))
         self._copilot = _latest(self._points.last.get("copilot"))
         self._log = _latest(self._points.last.get("log"))
@@ -65,6 +82,7 @@ class Tracker:
         self._pilot_rate, self._copilot_rate, self._token_rate = Rate(), Rate(), Rate()
         self._tokens = 0.0
         self._processes: dict[str, int] = {}
+        self._waiting: dict[str, dict[str, Any]] = {}
         self._status_file = StatusFile(folder, self.status)
         self._mlflow: MlflowWriter | None = None
         if config.tracking.enabled:
@@ -75,6 +93,10 @@ class Tracker:
         start = self._points.append("start", {"time": self._now(), "round": self._round})
         assert start is not None
         self._started = before.get("started") or start["time"]
+        if self._points.damage:
+            self.event("tracking", f"{METRICS_FILE}: {self._points.damage}")
+        if damage:
+            self.event("tracking", damage)
         self._status_file.write()
 
     def pilot(self, round: int, metrics: Mapping[str, Any]) -> None:
@@ -109,12 +131,25 @@ class Tracker:
         self._status_file.touch()
 
     def event(self, kind: str, text: str) -> None:
-        """Something worth telling happened. `kind` "restart" is shown as the count of restarts."""
+        """Something worth telling happened. `kind` "restart" is counted as a restart; others are shown once, with a count."""
+        text = redact(text)
         with self._lock:
             now = self._now()
             self._points.append("event", {"time": now, "round": self._round, "event": kind, "text": text})
-            self._events.append({"time": now, "kind": kind, "text": text})
+            self._events.add(now, kind, text)
         self._status_file.touch()
+
+    def waiting(self, who: str, text: str) -> None:
+        """What `who` (pilot, copilot, evaluation) does or waits for before it shows progress; an empty text: no longer."""
+        with self._lock:
+            if self._waiting.get(who, {}).get("text", "") == text:
+                return
+            self._waiting.pop(who, None)
+            if text:
+                self._waiting[who] = {"text": text, "since": time.time()}
+            if self._mlflow is not None:
+                self._mlflow.set_tag(WAITING_TAG, waiting_text(self._waiting))
+        self._status_file.write()
 
     def process(self, name: str, pid: int) -> None:
         """A worker process (`pilot-0`, `copilot-1`) runs as `pid` on its node; shown in the status."""
@@ -139,7 +174,7 @@ class Tracker:
     def evaluation(self, table: Mapping[str, Any], markdown: str) -> None:
         """Results on held-out data: `table` a JSON tree whose numbers become metrics, `markdown` the report."""
         with self._lock:
-            self._evaluation = json.loads(json.dumps(table, default=float))
+            self._evaluation = finite(json.loads(json.dumps(table, default=float)))
             metrics = dict(_numbers("", table))
             self._write("evaluation", {"time": self._now(), "round": self._round, "metrics": metrics}, axis=self._round)
             if self._mlflow is not None:
@@ -163,6 +198,13 @@ class Tracker:
         """
         if status not in ENDS:
             raise ValueError(f"unknown end {status!r}; a run ends {', '.join(ENDS)}")
+        for who in list(self._waiting):
+            self.waiting(who, "")
+        if status != "done":
+            # whoever has stopped the run may kill it within seconds: what takes time comes after
+            with self._lock:
+                self._state = status
+            self._status_file.write()
         picture = self._folder / LOSSES_FILE
         try:
             draw_losses(self._folder / METRICS_FILE, picture)
@@ -174,7 +216,7 @@ class Tracker:
             if self._mlflow.errors:
                 self._mlflow.fill_gaps(read_points(self._folder / METRICS_FILE))
             if not self._mlflow.finish(ENDS[status], timeout_s):
-                self.event("mlflow", f"not everything reached MLflow within {timeout_s:.0f} s")
+                self.event("mlflow", f"not everything reached MLflow; all of it is in {METRICS_FILE}")
         with self._lock:
             self._state = status
             if status in PHASES and self._phase != status:
@@ -185,9 +227,10 @@ class Tracker:
     def status(self) -> Status:
         """What the run is doing, as JSON values.
 
-        Keys: run, folder, state (running, done, failed, stopped), phase, phase_since, started, updated (unix seconds), plan, pilot
-        {round, metrics}, copilot {round, step, metrics}, log {metrics}, tokens_per_second, rounds_per_minute, eta_seconds
-        (null when unknown), restarts, events (last 20), event_counts, processes (pid by name), evaluation, mlflow (null when off).
+        Keys: run, folder, state (running, done, failed, stopped), phase, phase_since, started, updated (unix seconds), plan,
+        waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, log {metrics},
+        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`events.Events`), event_counts,
+        processes (pid by name), evaluation, mlflow (null when off).
         """
         with self._lock:
             counts = self._points.event_counts
@@ -200,20 +243,21 @@ class Tracker:
                 "started": self._started,
                 "updated": time.time(),
                 "plan": self._plan,
+                "waiting": {who: dict(wait) for who, wait in self._waiting.items()},
                 "pilot": _jsonable(self._pilot),
                 "copilot": _jsonable(self._copilot),
                 "log": _jsonable(self._log),
                 "tokens_per_second": self._token_rate.per_second(),
                 "rounds_per_minute": self._pilot_rate.per_second(60.0),
                 "eta_seconds": self._eta_seconds(),
-                "restarts": counts.get("restart", 0),
-                "events": list(self._events),
+                "restarts": counts.get(RESTART, 0),
+                "events": self._events.shown(),
                 "event_counts": dict(counts),
                 "processes": dict(self._processes),
                 "evaluation": self._evaluation,
                 "mlflow": self._mlflow
                 and {
-                    "uri": self._mlflow.uri,
+                    "uri": redact_address(self._mlflow.uri),
                     "run_id": self._mlflow.run_id,
                     "command": mlflow_command(self._mlflow.uri),
                     "errors": self._mlflow.errors,
@@ -251,7 +295,8 @@ class Tracker:
         return max(waits, default=0.0)
 
     def _mlflow_failed(self, text: str) -> None:
-        self.event("mlflow", text)
+        with contextlib.suppress(OSError):  # a full disk: MLflow's thread goes on
+            self.event("mlflow", text)
 
 
 class Rate:
@@ -280,7 +325,7 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
     The actor takes no CPU. It is restarted if it dies: all it knows stands in the run folder.
 
     Raises:
-        TrackingError: MLflow cannot be used.
+        TrackingError: MLflow cannot be used, or a folder stands where a file should be.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -289,12 +334,30 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
     uri = resolve_uri(config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": here}
+    # An error in an actor's constructor reaches the caller only as a dead actor: so what can fail is tried here first.
+    check_places(folder)
     if config.tracking.enabled:
-        # An error in an actor's constructor reaches the caller only as a dead actor: so MLflow is opened here first.
         open_run(config, folder, uri)
     tracker = ray.remote(Tracker).options(**options).remote(config, folder, uri)
     ray.get(tracker.status.remote())
     return tracker
+
+
+def check_places(folder: Path) -> None:
+    """Raise TrackingError where a folder stands in the place of a file that the Tracker writes."""
+    for name in (METRICS_FILE, STATUS_FILE, RUN_ID_FILE):
+        if (folder / name).is_dir():
+            raise TrackingError(f"{folder / name} is a folder, and the run writes a file of that name: move it away")
+
+
+def _status_before(folder: Path) -> tuple[Status, str]:
+    """Status of an earlier start; empty, with the reason where there should be one, when it cannot be read."""
+    try:
+        return read_status(folder), ""
+    except FileNotFoundError:
+        return {}, ""
+    except DamagedFileError as error:
+        return {}, f"what an earlier start had to say is lost: {first_line(error)}"
 
 
 def _latest(point: Point | None) -> dict[str, Any]:

@@ -14,13 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tc_ray.config.schema import DataSection
 from tc_ray.data.errors import DataError
 from tc_ray.data.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
 from tc_ray.data.sequences import read_items
+from tc_ray.job import JobError, run_job
+from tests.data_cases import CASES, strict_tokenizer
 from tests.tiny_model import make_tokenizer
+from tests.tiny_run import tiny_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,6 +123,15 @@ def test_prepared_rows_are_reused_until_something_changes(tmp_path: Path, tokeni
     assert not reused()
     (out / "data.json").write_text("{half")
     assert not reused()
+
+
+def test_rows_of_another_tokenizer_are_not_used(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Ids mean something else to it, though settings and files are the same."""
+    path, out = write_rows(tmp_path / "x.jsonl", 0, 40), tmp_path / "out"
+    first = read(prepare(section(train=str(path)), tokenizer, out, seed=1))
+    again = prepare(section(train=str(path)), make_tokenizer(), out, seed=1)
+    assert not again.reused
+    assert read(again)["train"][0]["input_ids"] != first["train"][0]["input_ids"]
 
 
 def test_held_out_files_and_long_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -223,7 +235,7 @@ def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokeniz
     assert prepare(config, tokenizer, out, seed=1, encoder_decoder=True).reused
     assert not prepare(config, tokenizer, out, seed=1).reused, "the end token after the source is gone"
     with pytest.raises(DataError, match=r"s\.txt, line 31, field items: user u99 has 2 items"):
-        prepare(sequence_section(train=str(path)), tokenizer, out, seed=1)
+        prepare(sequence_section(train=str(path), max_bad_fraction=0), tokenizer, out, seed=1)
 
 
 def test_other_sequences_are_read_with_the_items_of_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -250,3 +262,50 @@ def test_absent_sequences_fall_back_to_a_generated_set(tmp_path: Path, tokenizer
     assert any("none.txt is absent: using the embedded data set" in line for line in prepared.describe())
     with pytest.raises(DataError, match=r"no \.txt file at .*none\.txt"):
         prepare(sequence_section(train=str(tmp_path / "none.txt")), tokenizer, tmp_path / "out", seed=1)
+
+
+ODD = ("surrogate", "latin1_list", "long_integer", "parquet_badutf8")
+
+
+def test_odd_records_are_bad_rows_in_rays_tasks_too(tmp_path: Path) -> None:
+    """Fault 18: nothing that a record does leaves Ray's tasks as an exception."""
+    for case in [case for case in CASES if case.name in ODD]:
+        file = case.make(tmp_path)
+        file.rename(tmp_path / f"{case.name}{file.suffix}")
+    config = section(train=str(tmp_path), max_bad_fraction=0.1)
+    prepared = prepare(config, make_tokenizer(), tmp_path / "out", seed=1)
+    bad = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    assert sorted(Path(row["file"]).stem for row in bad) == sorted(ODD)
+    assert sum(prepared.rows.values()) == 64 * 4 - 1
+
+
+def test_a_template_that_raises_costs_its_row_in_rays_tasks_too(tmp_path: Path) -> None:
+    (case,) = [case for case in CASES if case.name == "template_raises"]
+    prepared = prepare(DataSection(train=str(case.make(tmp_path))), strict_tokenizer(), tmp_path / "out", seed=1)
+    assert prepared.quarantined == 1 and "Roles must alternate" in prepared.quarantine.read_text()
+
+
+def test_the_job_refuses_a_token_without_an_embedding_before_any_worker(tmp_path: Path) -> None:
+    """Fault 20: an IndexError in the worker, tried again and again."""
+    config = tiny_config(tmp_path, data__train=str(tmp_path / "t.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(config.model.pilot)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(config.model.pilot)
+    rows = [{"prompt": f"<tool>{n}", "completion": "x"} for n in range(60)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="token '<tool>' has the id 258, but the model embeds 258 tokens"):
+        run_job(config)
+    assert not (config.run.path / "pilot").exists() and not (config.run.path / "config.yaml").exists()
+
+
+def test_the_job_refuses_too_few_rows_and_no_test_rows(tmp_path: Path) -> None:
+    """Fault 13: the arithmetic of the splits where a part ends empty."""
+    rows = [{"prompt": f"{n}", "completion": "x"} for n in range(9)] + [{"prompt": "w" * 300, "completion": "x"}] * 51
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {"data__train": str(tmp_path / "t.jsonl"), "data__validation_size": 2}
+    with pytest.raises(
+        DataError, match=r"5 training rows .*batch_size 8: of 60 records .* 51 have .* 2 are validation"
+    ):
+        run_job(tiny_config(tmp_path, **settings, data__test_size=2))
+    with pytest.raises(JobError, match=r"no test rows .*data\.test_size"):
+        run_job(tiny_config(tmp_path, **settings, data__test_size=0, pilot__batch_size=4, pilot__micro_batch_size=4))

@@ -5,25 +5,34 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 
+from tc_ray.cli.errors import message
+from tc_ray.cli.status import status as show_status
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.errors import DataError
+from tc_ray.inspection.source import find_log
 from tc_ray.job import JobError, JobResult, run_job
 from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.models.fusion import FusedModel
+from tc_ray.models.fusion.folder import read_settings
+from tc_ray.pilot.checkpoint import find_checkpoints
 from tc_ray.reevaluation import NotFinishedError, evaluate_run
+from tc_ray.refusals import check_resume
+from tc_ray.serving.exports import check_tokenizer, find_export, weight_bytes
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
+from tc_ray.tracking.tracker import Tracker
 from tests.tiny_run import assert_log_is_exact, tiny_config
+from tests.torn_files import torn, torn_forms
 
 ROUNDS = 10
 STEPS = 2 * ROUNDS
@@ -143,6 +152,18 @@ def test_finished_run_is_not_trained_again(config: RunConfig, result: JobResult)
     files = MistakeLog(run / "log").files
     weights = (run / "pilot" / "final" / "model.safetensors").stat().st_mtime_ns
     steps = sum(p["kind"] in ("pilot", "copilot") for p in read_points(run / "metrics.jsonl"))
+    # fault 7: what only shows, or can be made anew, stops no start, however it is torn
+    for name, form in (
+        ("status.json", b'{"run": "tiny", "sta'),
+        ("mlflow.json", b"null"),
+        ("metrics.jsonl", (run / "metrics.jsonl").read_bytes() + b"\0" * 100 + b"\n"),
+        ("data/data.json", b""),
+        ("data/quarantine.jsonl", b"\0" * 10),
+        ("evaluation.json", b"[]"),
+        ("losses.png", b""),
+        ("run.lock", b"\0" * 50),
+    ):
+        (run / name).write_bytes(form)
     started = time.monotonic()
     # what does not touch the training may be changed
     again = run_job(config.model_copy(update={"fusion": config.fusion.model_copy(update={"max_test_rows": 4})}))
@@ -151,7 +172,53 @@ def test_finished_run_is_not_trained_again(config: RunConfig, result: JobResult)
     assert MistakeLog(run / "log").files == files
     assert (run / "pilot" / "final" / "model.safetensors").stat().st_mtime_ns == weights
     assert sum(p["kind"] in ("pilot", "copilot") for p in read_points(run / "metrics.jsonl")) == steps
-    assert read_status(run)["state"] == "done"
+    status = read_status(run)
+    assert status["state"] == "done"
+    told = [event["text"] for event in status["events"] if event["kind"] == "tracking"]
+    assert any("metrics.jsonl: 1 damaged lines" in text for text in told), told
+    assert any("status.json is damaged" in text for text in told), told
+
+
+def test_torn_files_of_a_finished_run(config: RunConfig, result: JobResult) -> None:
+    """Fault 7: each small file of the run folder, torn in every way, at everything that reads it: all goes well, or the file is
+    named in one line."""
+    run = config.run.path
+    quiet = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": False})})
+
+    def serve() -> None:
+        export = find_export(run)
+        read_settings(export)
+        check_tokenizer(export)
+        weight_bytes(export)
+
+    def track() -> None:
+        Tracker(quiet, run)._status_file.close()
+
+    readers: list[Callable[[], object]] = [
+        lambda: show_status(run),
+        lambda: check_resume(config, run),
+        lambda: find_checkpoints(run / "pilot" / "checkpoints"),
+        lambda: find_log(str(run)).open(),
+        lambda: find_export(run),
+        track,
+    ]
+    small = [path for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size < 100_000]
+    small = [path for path in small if not {"log", "ray_train"} & set(path.relative_to(run).parts)]
+    assert len(small) > 30
+    for path in small:
+        for name, form in torn_forms(path.read_bytes()).items():
+            for read in [serve] if "export" in path.parts else readers:
+                with torn(path, form):
+                    try:
+                        read()
+                    except Exception as error:  # noqa: BLE001 - any is looked at
+                        text = message(error)
+                        assert "TC_RAY_DEBUG" not in text and "\n" not in text, (path.name, name, text)
+                        assert path.name in text or str(path.parent) in text or name == "object", (
+                            path.name,
+                            name,
+                            text,
+                        )
 
 
 def test_changed_training_is_refused(config: RunConfig, result: JobResult) -> None:

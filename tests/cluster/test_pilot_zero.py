@@ -23,6 +23,7 @@ from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.pilot.loop import PilotJob
 from tc_ray.pilot.trainer import fit_pilot
+from tc_ray.session import pilot_need
 from tc_ray.tracking.tracker import start_tracker
 from tests.mistakelog_samples import metadata
 from tests.tiny_model import make_tokenizer
@@ -62,7 +63,8 @@ class Runs:
         data = prepare(config.data, make_tokenizer(), run / "data", seed=config.run.seed)
         log = metadata(run=config.run.name, vocab_size=258, rationale_dim=32, top_k=config.log.top_k)
         ledger = start_ledger(run / "log", log, writers=workers, run=config.run.name)
-        fit_pilot(PilotJob(config, config.model.pilot, data.train, ROUNDS, ledger, start_tracker(config, run)))
+        job = PilotJob(config, config.model.pilot, data.train, ROUNDS, ledger, start_tracker(config, run))
+        fit_pilot(job, pilot_need(config))
         assert ray.get(ledger.state.remote()).pilot_done
         assert_log_is_exact(config, ROUNDS, data.rows["train"])
         records = MistakeLog(run / "log").records()

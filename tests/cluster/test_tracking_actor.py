@@ -25,7 +25,8 @@ def make_config(folder: Path, **sections: object) -> RunConfig:
     return RunConfig.model_validate({"run": {"name": "trial", "folder": folder / "trial"}, **sections})
 
 
-def test_killed_tracker_comes_back_and_goes_on(tmp_path: Path) -> None:
+def test_killed_tracker_comes_back_over_torn_files_and_goes_on(tmp_path: Path) -> None:
+    """Fault 7: a truncated status.json ended the constructor of the restarted actor, and so the run."""
     from mlflow import MlflowClient
 
     config = make_config(tmp_path)
@@ -33,11 +34,16 @@ def test_killed_tracker_comes_back_and_goes_on(tmp_path: Path) -> None:
     for round in (1, 2, 3):
         tracker.pilot.remote(round, {"loss": 1.0 / round})
     run_id = ray.get(tracker.status.remote())["mlflow"]["run_id"]
+    status_file = config.run.path / "status.json"
+    status_file.write_bytes(status_file.read_bytes()[:100])
+    with (config.run.path / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b"\0" * 64 + b"\n")
     ray.kill(tracker, no_restart=False)
     for round in (3, 4):
         tracker.pilot.remote(round, {"loss": 1.0 / round})
     status = ray.get(tracker.finish.remote("done"), timeout=60)
     assert status["mlflow"]["run_id"] == run_id
+    assert any("metrics.jsonl: 1 damaged lines" in event["text"] for event in status["events"])
     points = [p for p in read_points(config.run.path / "metrics.jsonl") if p["kind"] == "pilot"]
     assert [p["round"] for p in points] == [1, 2, 3, 4]
     history = MlflowClient(tracking_uri=resolve_uri(config)).get_metric_history(run_id, "pilot/loss")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +20,15 @@ from tc_ray.cli.main import app
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.from_log import Progress, StoredLogError, train_from_log
 from tc_ray.copilot.stored import Epochs
+from tc_ray.folder_lock import FolderLock
 from tc_ray.job import run_job
 from tc_ray.mistakelog.compaction import compact_log
+from tc_ray.mistakelog.lease import LeaseHeldError
 from tc_ray.mistakelog.reader import MistakeLog
+from tests.tiny_model import make_tiny_llama
 from tests.tiny_run import tiny_config
 
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 6
 
 
@@ -62,7 +69,7 @@ def test_replay_is_the_live_training_bit_for_bit(run: RunConfig, tmp_path: Path)
         trained = train_from_log(mistakes, run, tmp_path / "again")
     assert trained.steps == ROUNDS * run.copilot.steps_per_round
     assert_equal(trained.folder, live)
-    assert trained.loss is not None and trained.error_size is not None
+    assert trained.loss is not None and trained.uncorrected is not None
 
 
 def test_files_of_other_lengths_make_no_difference(run: RunConfig, tmp_path: Path) -> None:
@@ -132,6 +139,32 @@ def test_the_command(run: RunConfig, tmp_path: Path) -> None:
     assert f"copilot step {ROUNDS}/{ROUNDS} | round {ROUNDS} | loss" in told.stderr
 
 
+def test_the_command_needs_no_ray(run: RunConfig, tmp_path: Path) -> None:
+    code = "import atexit, sys; atexit.register(lambda: print('ray' in sys.modules)); from tc_ray.cli.main import main; main()"
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "train-copilot",
+            str(run.run.path),
+            "--epochs",
+            "1",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+    assert told.stdout.splitlines()[-1] == "False"
+
+
 def test_refusals(run: RunConfig, tmp_path: Path) -> None:
     with MistakeLog(run.log_location) as mistakes:
         other = run.model_copy(deep=True)
@@ -149,3 +182,33 @@ def test_refusals(run: RunConfig, tmp_path: Path) -> None:
         train_from_log(mistakes, run, tmp_path / "d", epochs=1)
         with pytest.raises(StoredLogError, match="epochs: 1 -> None"):
             train_from_log(mistakes, run, tmp_path / "d")
+        other = run.model_copy(deep=True)
+        other.run.seed += 1
+        with pytest.raises(StoredLogError, match=r"run\.seed: 0 -> 1"):
+            train_from_log(mistakes, other, tmp_path / "d", epochs=1)
+
+
+def test_two_trainings_of_one_folder_are_refused(run: RunConfig, tmp_path: Path) -> None:
+    """Found beside fault 2: a second command on the same folder mixed its steps into metrics.jsonl."""
+    out = tmp_path / "copilot"
+    with FolderLock(tmp_path, "train-copilot into copilot", name=".copilot.lock"):
+        refused = CliRunner().invoke(app, ["train-copilot", str(run.run.path), "--out", str(out)])
+    assert isinstance(refused.exception, LeaseHeldError) and "is in use: train-copilot into copilot" in str(
+        refused.exception
+    )
+    assert not out.exists()
+
+
+def test_other_base_weights_are_refused(run: RunConfig, tmp_path: Path) -> None:
+    """Fault 2: the log's errors are those of a Pilot that started from certain weights, a checkpoint lies over its base's."""
+    other = run.model_copy(deep=True)
+    other.model.pilot = str(make_tiny_llama(tmp_path / "model", seed=1))  # the same name and tokenizer
+    with MistakeLog(run.log_location) as mistakes:
+        with pytest.raises(StoredLogError, match=r"started from other weights than those of model\.pilot"):
+            train_from_log(mistakes, other, tmp_path / "a")
+        other = run.model_copy(deep=True)
+        other.model.copilot = str(make_tiny_llama(tmp_path / "base", seed=2))
+        train_from_log(mistakes, other, tmp_path / "b", epochs=1)
+        make_tiny_llama(tmp_path / "base", seed=3)
+        with pytest.raises(StoredLogError, match=r"holds another training.*copilot_weights"):
+            train_from_log(mistakes, other, tmp_path / "b", epochs=1)

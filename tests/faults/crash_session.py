@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tc_ray.mistakelog import maintenance
+from tc_ray.mistakelog import maintenance, store
 from tc_ray.mistakelog.datafile import DataFile
 from tc_ray.mistakelog.lease import RunLease
 from tc_ray.mistakelog.ledger import Ledger
@@ -68,6 +68,7 @@ def session(folder: Path, say: Callable[[list[object]], None]) -> None:
     """Phase 1: rounds 1 to 4, checkpoint at 3. Phase 2 goes back to round 2, which cuts a file, and on to the end."""
     place = Location(folder / "log")
     maintenance._VACUUM_SECONDS = (0.0, 60.0)
+    store._CHECKPOINT_COMMITS = 6
     LogStore.create(place, metadata())
     with RunLease.take(place, "session") as lease:
         ledger = Ledger(place, writers=1, run="test", lease=lease.number, upkeep=UPKEEP)

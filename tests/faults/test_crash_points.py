@@ -9,6 +9,7 @@ those in the middle of one file's stream of writes, which differ in nothing but 
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ import pytest
 
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
+from tc_ray.mistakelog.opening import is_table
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.store import LogStore, is_table
+from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.vacuum import vacuum_log
 from tc_ray.mistakelog.verify import verify_log
 from tests.faults.crash_session import (
@@ -158,10 +160,18 @@ def test_the_shim_sees_every_kind_of_call(calls: list[str]) -> None:
     assert any(".json" in line for line in written) and any(".parquet.tmp" in line for line in written)
     for line in calls:
         # each data file, merged or not, is synced, renamed, and its folder is synced
-        if line.startswith("rename ") and line.endswith(".parquet"):
+        if line.startswith("rename ") and line.endswith(".parquet") and "checkpoint" not in line:
             at = calls.index(line)
             assert calls[at - 1] == f"fsync {line.split()[1]}.tmp" and calls[at + 1] == "fsync /log"
     assert any("-merged-" in line for line in calls) and any("-cut2-" in line for line in calls)
+    checkpoint = re.compile(r"rename /log/_delta_log/\d+\.checkpoint\.parquet")
+    named = [at for at, line in enumerate(calls) if checkpoint.fullmatch(line)]
+    assert named, "no checkpoint of the table is made"
+    for at in named:
+        assert (
+            calls[at - 1].startswith("fsync /log/_tc_ray/checkpoint.writing/")
+            and calls[at + 1] == "fsync /log/_delta_log"
+        )
 
 
 def test_a_power_cut_takes_what_was_not_synced(crashes: Crashes, calls: list[str], tmp_path: Path) -> None:

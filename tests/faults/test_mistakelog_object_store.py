@@ -19,12 +19,13 @@ import pytest
 
 from tc_ray.mistakelog.commits import commit_name
 from tc_ray.mistakelog.datafile import ParquetPart
+from tc_ray.mistakelog.errors import CommitConflictError
 from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.store import CommitConflictError, LogStore
+from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.writer import RecordWriter
 from tests.mistakelog_samples import assert_same, metadata, random_records
 from tests.object_store import new_log_uri, object_store

@@ -58,3 +58,27 @@ def test_without_proc_age_and_quiet_tell(lock: Path, monkeypatch: pytest.MonkeyP
         assert clear_stale_build_locks() == ([lock] if stale else [])
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parent / "absent"))
     assert clear_stale_build_locks() == []
+
+
+def test_an_operator_that_is_compiled_is_reported_once(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 22: a lock that is held longer than loading takes is a compiler at work, here or in another process."""
+    monkeypatch.setattr(build_lock, "BUILD_SECONDS", 0.5)
+    said: list[float] = []
+    owner = holder(lock)
+    began = time.monotonic()
+    try:
+        with stale_build_locks_removed(lambda: said.append(time.monotonic() - began)):
+            time.sleep(1.5)
+        assert len(said) == 1 and said[0] > 0.5
+    finally:
+        owner.kill()
+        owner.wait()
+    lock.unlink(missing_ok=True)
+    said.clear()
+    with stale_build_locks_removed(lambda: said.append(0.0)):
+        for _ in range(5):  # as when operators that are there are loaded
+            lock.write_text("")
+            time.sleep(0.1)
+            lock.unlink(missing_ok=True)
+            time.sleep(0.15)
+    assert not said

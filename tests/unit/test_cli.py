@@ -14,6 +14,8 @@ import pytest
 from tc_ray.cli.errors import message
 from tc_ray.cli.status import sparkline
 from tc_ray.config.schema import RunConfig
+from tc_ray.mistakelog.errors import LogFullError
+from tc_ray.tracking.statusfile import NoRunError
 from tc_ray.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,8 +82,9 @@ def test_follow_ends_with_the_run(run_folder: Path) -> None:
 
 def test_status_of_a_killed_run_says_so(run_folder: Path) -> None:
     path = run_folder / "status.json"
-    document = {**json.loads(path.read_text()), "state": "running", "updated": time.time() - 600}
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "running"}))
+    then = time.time() - 600
+    os.utime(path, (then, then))
     assert "no sign of life for 10:0" in tc_ray("status", run_folder).stdout
 
 
@@ -135,6 +138,17 @@ def test_error_that_crossed_ray_is_told_as_its_cause() -> None:
 
     assert message(RemoteError("long remote traceback")) == "No such file or directory: /data/train.jsonl"
     assert message(KeyError("x")) == "KeyError: 'x' (TC_RAY_DEBUG=1 shows the traceback)"
+
+
+def test_an_error_without_a_file_name_is_a_surprise() -> None:
+    """Fault 21: an OSError that names no file was shown as if it spoke for itself, without its type and the way on."""
+    hint = "(TC_RAY_DEBUG=1 shows the traceback)"
+    assert message(OSError("Generic S3 error: 403")) == f"OSError: Generic S3 error: 403 {hint}"
+    assert message(ConnectionResetError(104, "Connection reset by peer")).endswith(f"Connection reset by peer {hint}")
+    assert message(PermissionError(13, "Permission denied", "/x")) == "Permission denied: /x"
+    # ours name what they are about in their own words
+    assert message(NoRunError("x: no run has started in it")) == "x: no run has started in it"
+    assert message(LogFullError("no space left at /log")) == "[Errno 28] no space left at /log"
 
 
 def test_sparkline() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tc_ray.config.load import ConfigError, describe_fields, dump_config, load_config, save_config
+from tc_ray.config.load import describe_fields, dump_config, load_config, save_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.config.yaml_file import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
 
@@ -113,6 +115,29 @@ def test_data_path_from_current_folder_then_from_repository(tmp_path: Path, monk
     assert load_config(path).data.train == str(tmp_path / "elsewhere" / "mine.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "fallback"),
+    [
+        ([], "embedded"),
+        (["data.train=/given/train.jsonl"], None),
+        (["data.test=/given/test.jsonl"], None),
+        (["data.train=/given/train.jsonl", "data.fallback=embedded"], "embedded"),
+        (["data.train=embedded"], "embedded"),
+        (["data.test=null", "data.cutoff_tokens=64"], "embedded"),
+    ],
+)
+def test_a_recipes_fallback_does_not_stand_in_for_files_of_the_command_line(
+    tmp_path: Path, overrides: list[str], fallback: str | None
+) -> None:
+    """Fault 19: a path that the user gave and that was mistyped trained on the embedded puzzles."""
+    path = write(tmp_path, "data:\n  train: recipe.jsonl\n  fallback: embedded\n")
+    config = load_config(path, overrides)
+    assert config.data.fallback == fallback
+    saved = tmp_path / "saved.yaml"
+    save_config(config, saved)
+    assert load_config(saved).data == config.data, "a resume takes the same files"
+
+
 def test_model_folder_beside_the_recipes_is_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +152,71 @@ def test_model_folder_beside_the_recipes_is_found_from_anywhere(
     assert (model.pilot, model.copilot) == (str(repository / "models" / "tiny"), "owner/model")
     builtin = load_config(path, ["model.pilot=smollm2-135m-instruct"]).model.pilot
     assert builtin == "smollm2-135m-instruct", "a builtin name is no path"
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "expected"),
+    [
+        ("data.train=/tmp/a #b", "data.train", "/tmp/a #b"),
+        ("data.train= /tmp/a: b ", "data.train", " /tmp/a: b "),
+        ("data.plain_template={prompt}", "data.plain_template", "{prompt}"),
+        ("data.completion_pattern=[0-9]+", "data.completion_pattern", "[0-9]+"),
+        ("data.completion_pattern=null", "data.completion_pattern", None),
+        ("data.system='quoted'", "data.system", "'quoted'"),
+        ("data.system=", "data.system", ""),
+        ("data.system=key: [x", "data.system", "key: [x"),
+        ("run.name=001", "run.name", "001"),
+        ("run.name=yes", "run.name", "yes"),
+        ("run.name=null", "run.name", "null"),
+        ("run.folder=/tmp/1e3 #x", "run.folder", Path("/tmp/1e3 #x")),
+        ("run.folder=null", "run.folder", None),
+        ("model.cache=2024", "model.cache", Path("2024")),
+        ("data.embedded_task=on", "data.embedded_task", "on"),
+        ("log.storage_options.aws_allow_http=true", "log.storage_options", {"aws_allow_http": "true"}),
+        ("log.storage_options.aws_region=1e3 #", "log.storage_options", {"aws_region": "1e3 #"}),
+        ("data.fallback=null", "data.fallback", None),
+        ("data.embedded_task_options.max_terms=4", "data.embedded_task_options", {"max_terms": 4}),
+        ("pilot.lora.target_modules=[q, v]", "pilot.lora.target_modules", ["q", "v"]),
+        ("log.rationale=[1, 2]", "log.rationale", [1, 2]),
+        ("log.top_k=auto", "log.top_k", "auto"),
+        ("log.top_k=8", "log.top_k", 8),
+        ("tracking.enabled=off", "tracking.enabled", False),
+    ],
+)
+def test_text_is_taken_as_typed_and_the_rest_is_yaml(override: str, field: str, expected: object) -> None:
+    """Fault 21: YAML made a comment, a mapping, a list, a number or a truth value of what was meant as text."""
+    section, name = field.split(".", 1)
+    value: object = getattr(load_config(None, [override]), section)
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_an_empty_path_is_refused() -> None:
+    """Fault 21: it would be the current folder."""
+    with pytest.raises(ConfigError, match=r"run\.folder=.*the path is empty"):
+        load_config(None, ["run.folder="])
+
+
+FLOATS = [field.path for field in describe_fields() if "a number" in field.allowed]
+
+
+@pytest.mark.parametrize("field", FLOATS)
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, field: str, value: str) -> None:
+    """Fault 21: an infinite learning rate and a lambda that is no number were taken."""
+    keys = field.split(".")
+    written = f"[0.0, {value}]" if field == "fusion.lam_grid" else value
+    lines = "".join(f"{'  ' * depth}{key}:\n" for depth, key in enumerate(keys[:-1]))
+    path = write(tmp_path, f"{lines}{'  ' * (len(keys) - 1)}{keys[-1]}: {written}\n")
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml, line {len(keys)}: {re.escape(field)} is .*(inf|nan)"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=re.escape(field)):
+        load_config(None, [f"{field}={written}"])
+
+
+def test_there_are_numbers() -> None:
+    assert {"pilot.learning_rate", "fusion.lam_grid", "data.validation_size", "log.vacuum_grace_seconds"} <= set(FLOATS)
 
 
 def test_fields_are_described() -> None:

@@ -17,10 +17,10 @@ from tc_ray.data.embedded import write_embedded
 from tc_ray.data.errors import DataError
 from tc_ray.data.prompts import check_template, render_prompt
 from tc_ray.data.shapes import Example, Turn, to_example
-from tc_ray.data.sources import BadRow, find_files, iter_records
+from tc_ray.data.sources import BadRow, iter_records
 from tc_ray.data.split import cut, prompt_key
 from tc_ray.data.tokenize import encode
-from tc_ray.evaluation.scoring import evaluate_expression
+from tc_ray.evaluation.numbers import evaluate_expression
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -72,22 +72,10 @@ def test_parquet_rows_and_a_truncated_file(tmp_path: Path) -> None:
         list(iter_records(path))
 
 
-def test_find_files(tmp_path: Path) -> None:
-    assert find_files(str(tmp_path / "none")) == []
-    for name in ("b.jsonl", "a.parquet", "notes.txt", ".hidden.json"):
-        (tmp_path / name).touch()
-    assert [path.name for path in find_files(str(tmp_path))] == ["a.parquet", "b.jsonl"]
-    with pytest.raises(DataError, match="unknown kind of file"):
-        find_files(str(tmp_path / "notes.txt"))
-    (tmp_path / "test.jsonl").touch()
-    with pytest.raises(DataError, match=r"holds test\.jsonl beside"):
-        find_files(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("value", "example"),
     [
-        ({"prompt": " p ", "completion": "c\n"}, Example((Turn("user", "p"),), "c", None)),
+        ({"prompt": " p ", "completion": "  c\n"}, Example((Turn("user", " p "),), "  c\n", None)),
         ({"instruction": "i", "input": "n", "output": "o", "answer": 7}, Example((Turn("user", "i\nn"),), "o", "7")),
         ({"instruction": "i", "input": "", "output": "o", "answer": True}, Example((Turn("user", "i"),), "o", "true")),
         (

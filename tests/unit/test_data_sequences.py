@@ -15,9 +15,9 @@ from tc_ray.data.embedded_sequences import FOLLOW, SUCCESSORS, write_generated
 from tc_ray.data.encode import encode_record
 from tc_ray.data.errors import DataError
 from tc_ray.data.estimate import estimate
+from tc_ray.data.find import find_sources
 from tc_ray.data.sequences import SequenceReader, label_items, read_items, scan, write_items
 from tc_ray.data.shapes import Example, Turn
-from tc_ray.data.sources import find_files, source_files
 from tc_ray.data.tokenize import completion_ids, encode, prompt_ids
 from tests.tiny_model import make_tokenizer
 
@@ -105,11 +105,14 @@ def test_an_absent_file_is_a_data_error(tmp_path: Path) -> None:
 
 def test_only_text_files_hold_sequences(tmp_path: Path) -> None:
     text, lines = write(tmp_path, "u a b c"), write(tmp_path, "{}", "x.jsonl")
-    assert source_files(str(tmp_path), "sequences") == [text]
-    assert source_files(str(tmp_path), "examples") == [lines]
+    found = find_sources(DataSection(train=str(tmp_path), format="sequences"))
+    assert found.files["train"] == [text] and "x.jsonl" in found.notes[0]
+    assert find_sources(DataSection(train=str(tmp_path))).files["train"] == [lines]
     with pytest.raises(DataError, match=r"unknown kind of file; convert it to one of \.txt"):
-        source_files(str(lines), "sequences")
-    assert find_files(str(tmp_path)) == [lines]
+        find_sources(DataSection(train=str(lines), format="sequences"))
+    (tmp_path / "test.txt").write_text("u a b c")
+    with pytest.raises(DataError, match=r"holds test\.txt beside .* the last items of each user"):
+        find_sources(DataSection(train=str(tmp_path), format="sequences"))
 
 
 # -- labels -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tc_ray"
 MAX_LINES = 400
 
-FOUNDATION = {"files", "text"}
+FOUNDATION = {"capacity", "failures", "files", "signals", "text"}
 """Modules at the root that everything may import, and that import nothing of the package."""
 
 MAY_IMPORT = {

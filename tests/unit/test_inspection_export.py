@@ -114,7 +114,7 @@ def test_a_run_folder_and_a_log_folder_are_the_same_log(tmp_path: Path) -> None:
     by_run, by_log = find_log(str(run)), find_log(str(run / "log"))
     assert by_run.run_folder == run and by_log.run_folder == run
     assert by_run.open().version == by_log.open().version
-    assert by_run.options == {"aws_region": "here"}
+    assert (by_run.options, by_run.note) == ({}, ""), "a local log needs none"
     assert find_log(str(run), ["aws_region=there", "a=b=c"]).options == {"aws_region": "there", "a": "b=c"}
 
 

@@ -25,6 +25,7 @@ from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.finite import MOST_IN_A_ROW, NotFiniteError
 from tc_ray.models.pilot import PilotStep, load_pilot
 from tests.tiny_model import make_tiny_llama
+from tests.torn_files import torn, torn_forms
 
 STEPS = 3
 EXAMPLES = 6
@@ -147,6 +148,26 @@ def test_only_whole_checkpoints_count(model_folder: Path, tmp_path: Path) -> Non
     for step in (999_999, 1_000_000, 1_000_001):  # a seventh digit must not sort before six
         checkpoint.save(learner, tmp_path, Position(step, step // 3, step))
         assert checkpoint.restore(learner, tmp_path) == Position(step, step // 3, step)
+
+
+def test_torn_files_fall_back_to_the_checkpoint_before(model_folder: Path, tmp_path: Path) -> None:
+    """Fault 7: a torn position.json ended each restart of the learner."""
+    learner = Learner(make_copilot(model_folder), section(), total_steps=8)
+    for step in (1, 2):
+        checkpoint.save(learner, tmp_path, Position(step, 0, 0))
+    newest = tmp_path / "step-000002"
+    for name in ("position.json", "complete.json", "optimizer.pt"):
+        for form in torn_forms((newest / name).read_bytes()).values():
+            if name == "optimizer.pt" and len(form) == (newest / name).stat().st_size:
+                continue  # damage within a file of weights is for its own reader
+            told: list[str] = []
+            with torn(newest / name, form):
+                assert checkpoint.restore(learner, tmp_path, told.append) == Position(1, 0, 0)
+            assert len(told) == 1 and "step-000002" in told[0]
+    (newest / "position.json").write_bytes(b"")
+    for step in (3, 4):
+        checkpoint.save(learner, tmp_path, Position(step, 0, 0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
 def test_checkpoint_of_another_copilot_is_refused(model_folder: Path, tmp_path: Path) -> None:

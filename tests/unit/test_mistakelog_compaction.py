@@ -10,12 +10,13 @@ import pytest
 
 from tc_ray.mistakelog.compaction import compact_log, merge, merge_plan
 from tc_ray.mistakelog.datafile import BadFileError, Compression
+from tc_ray.mistakelog.errors import CommitConflictError
 from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.store import CommitConflictError, LogStore, StoredFile
+from tc_ray.mistakelog.store import LogStore, StoredFile
 from tc_ray.mistakelog.verify import verify_log
 from tc_ray.mistakelog.writer import RecordWriter
 from tests.mistakelog_samples import assert_same, metadata, random_records

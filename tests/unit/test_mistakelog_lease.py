@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from tc_ray.mistakelog import lease as lease_module
-from tc_ray.mistakelog.lease import LEASE_NUMBER, LeaseHeldError, RunLease
-from tc_ray.mistakelog.ledger import LeaseLostError, Ledger
+from tc_ray.mistakelog.errors import LeaseLostError
+from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
+from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.store import LEASE_NUMBER, LogStore
 from tests.mistakelog_samples import metadata
 
 REPOSITORY = Path(__file__).parents[2]

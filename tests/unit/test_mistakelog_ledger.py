@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tc_ray.mistakelog.datafile import DataFile, ParquetPart, file_name
-from tc_ray.mistakelog.ledger import FencedError, Ledger, LedgerError
+from tc_ray.mistakelog.errors import FencedError
+from tc_ray.mistakelog.ledger import Ledger, LedgerError
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.records import Records

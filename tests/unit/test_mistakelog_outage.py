@@ -10,10 +10,11 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog import outage
+from tc_ray.mistakelog.errors import LogFullError
 from tc_ray.mistakelog.ledger_actor import LedgerActor
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.outage import may_pass, patiently
-from tc_ray.mistakelog.store import LogFullError, LogStore
+from tc_ray.mistakelog.store import LogStore
 from tests.unit.test_mistakelog_compaction import ROWS, written
 
 
@@ -54,11 +55,11 @@ def test_a_ledger_that_is_restarted_in_an_outage_waits(tmp_path: Path, monkeypat
     written(tmp_path)
     real, tries = LogStore.__init__, []
 
-    def unreachable(store: LogStore, location: Location) -> None:
+    def unreachable(store: LogStore, location: Location, lease: int | None) -> None:
         tries.append(location)
         if len(tries) < 3:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-        real(store, location)
+        real(store, location, lease=lease)
 
     monkeypatch.setattr(LogStore, "__init__", unreachable)
     ledger = LedgerActor(tmp_path, writers=1, run="test")

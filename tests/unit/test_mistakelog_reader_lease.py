@@ -18,7 +18,8 @@ from tc_ray.mistakelog.reader_lease import FRESH_SECONDS, held_versions, hold
 
 
 def versions(folder: Path, now: float | None = None) -> list[int]:
-    return sorted(lease.version for lease in held_versions(Location(folder), now))
+    place = Location(folder)
+    return sorted(lease.version for lease in held_versions(place, place.now() if now is None else now))
 
 
 def test_held_moved_and_given_back(tmp_path: Path) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 from pathlib import Path
 
 import pytest
 
-from tc_ray.mistakelog import repair as repair_module
-from tc_ray.mistakelog import store
 from tc_ray.mistakelog.commits import commit_name
 from tc_ray.mistakelog.datafile import DataFile
 from tc_ray.mistakelog.ledger import Ledger
@@ -45,51 +41,6 @@ def test_a_torn_last_commit_was_never_acknowledged(folder: Path, left: int) -> N
     with MistakeLog(folder) as log:
         assert sorted(set(log.records().round.tolist())) == [1, 2]
     assert repair(Location(folder)) == []
-
-
-@pytest.mark.parametrize("repeated", [False, True], ids=["next", "repeated"])
-def test_what_a_ledger_left_in_the_cache_is_on_the_disk_before_it_is_acknowledged(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, repeated: bool
-) -> None:
-    """It was killed between a commit and its sync: the next one finds the commit, and must not take it for durable."""
-    dying = Ledger(folder, writers=1, run="test")
-    third = written(folder, 3, 3, sequence=2)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_make_durable", killed)
-        with pytest.raises(KeyboardInterrupt):
-            dying.commit(third)
-    synced: list[str] = []
-    for module in (store, repair_module):
-        monkeypatch.setattr(module, "sync", lambda path: synced.append(path.name))
-    following = Ledger(folder, writers=1, run="test")
-    following.commit(third if repeated else written(folder, 4, 4, sequence=3))
-    assert Path(commit_name(4)).name in synced
-    assert synced.index(Path(commit_name(4)).name) < len(synced) - 1, "its name, in the folder, too"
-    assert following.state().round == (3 if repeated else 4)
-
-
-def test_a_commit_that_seemed_to_fail_is_on_the_disk_before_it_is_acknowledged(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger = Ledger(folder, writers=1, run="test")
-    third, real, tries = written(folder, 3, 3, sequence=2), store._make_durable, []
-
-    def full_once(location: Location, names: list[str]) -> None:
-        tries.append(names)
-        if len(tries) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(location, names)
-
-    monkeypatch.setattr(store, "_make_durable", full_once)
-    with contextlib.suppress(store.LogFullError):  # as the writer does: it hands the file over again
-        ledger.commit(third)
-    ledger.commit(third)
-    assert tries == [[commit_name(4)], [commit_name(4)]]
-    assert ledger.state().round == 3
 
 
 def test_a_torn_first_commit_is_made_anew(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import pytest
 
 from tc_ray.mistakelog.compaction import compact_log
 from tc_ray.mistakelog.datafile import DataFile
-from tc_ray.mistakelog.lease import LEASE_NUMBER, LeaseHeldError, RunLease
+from tc_ray.mistakelog.errors import LogFullError
+from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.maintenance import Maintenance
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.reader_lease import ReaderLease
-from tc_ray.mistakelog.store import LogFullError, LogStore
+from tc_ray.mistakelog.store import LEASE_NUMBER, LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
 from tc_ray.mistakelog.vacuum import Vacuum, clean, vacuum_log
 from tests.unit.test_mistakelog_compaction import ROWS, written

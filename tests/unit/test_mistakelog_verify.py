@@ -159,7 +159,7 @@ def test_the_version_is_held_while_it_is_checked(tmp_path: Path) -> None:
 
     result = verify_log(tmp_path, progress=meanwhile)
     assert result.good and result.files == 8 and not removed
-    assert held_versions(Location(tmp_path)) == []
+    assert held_versions(Location(tmp_path), Location(tmp_path).now()) == []
 
 
 def test_short_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from tc_ray.mistakelog.datafile import DataFile
-from tc_ray.mistakelog.ledger import FencedError, Ledger
+from tc_ray.mistakelog.errors import FencedError, WriterError
+from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.writer import RecordWriter, WriterError
+from tc_ray.mistakelog.writer import RecordWriter
 from tests.mistakelog_samples import assert_same, metadata, random_records
 
 

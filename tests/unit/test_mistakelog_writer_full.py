@@ -18,6 +18,7 @@ import pytest
 
 from tc_ray.mistakelog.commits import dropped_records
 from tc_ray.mistakelog.datafile import DataFile
+from tc_ray.mistakelog.errors import LogFullError, WriterError
 from tc_ray.mistakelog.ledger import Ledger
 from tc_ray.mistakelog.location import Location
 from tc_ray.mistakelog.maintenance import Maintenance
@@ -25,9 +26,9 @@ from tc_ray.mistakelog.output import LocalOutput
 from tc_ray.mistakelog.reader import MistakeLog
 from tc_ray.mistakelog.records import Records
 from tc_ray.mistakelog.roundqueue import Batch, Cut, RoundQueue
-from tc_ray.mistakelog.store import LogFullError, LogStore
+from tc_ray.mistakelog.store import LogStore
 from tc_ray.mistakelog.upkeep import Upkeep
-from tc_ray.mistakelog.writer import RecordWriter, WriterError
+from tc_ray.mistakelog.writer import RecordWriter
 from tests.mistakelog_samples import assert_same, metadata, random_records
 
 ROWS = 3

@@ -277,7 +277,8 @@ def test_command_prints_the_plan_and_starts_nothing(tiny: Path, data: Path, tmp_
     assert not folder.exists()
 
 
-def test_unknown_hub_id_gives_a_plan_with_unknowns(tmp_path: Path) -> None:
+def test_unknown_hub_id_gives_a_plan_with_unknowns_and_is_refused(tmp_path: Path) -> None:
+    """Fault 22: the plan of a run that would refuse ends with exit code 2 and the reason."""
     done = command(
         "train",
         "jobs/recipes/demo.yaml",
@@ -286,8 +287,9 @@ def test_unknown_hub_id_gives_a_plan_with_unknowns(tmp_path: Path) -> None:
         "--plan",
         HF_HUB_OFFLINE="1",
     )
-    assert done.returncode == 0, done.stderr
-    assert "unknown parameters" in done.stdout and "sizes unknown: the config of nobody/no-such-model" in done.stdout
+    assert done.returncode == 2, done.stderr
+    assert "tc-ray: the run would refuse: the config of nobody/no-such-model cannot be read here" in done.stderr
+    assert "unknown parameters" in done.stdout and "sizes unknown" in done.stdout
     assert "16 examples a round" in done.stdout
 
 
@@ -295,7 +297,7 @@ def test_a_base_that_cannot_be_read_leaves_the_rest_known(tiny: Path, data: Path
     plan = make_plan(config_of(tiny, str(data), tmp_path / "run", model={"copilot": "nobody/no-such-model"}))
     assert plan.sizes is not None and plan.sizes.pilot and plan.sizes.copilot is None
     assert plan.log_bytes and plan.rounds
-    assert "sizes unknown: the config of nobody/no-such-model" in str(plan) and "layers and width unknown" in str(plan)
+    assert "the config of nobody/no-such-model" in plan.refusals[0] and "layers and width unknown" in str(plan)
 
 
 def test_what_the_plan_tells_of_the_copilot(data: Path, tmp_path: Path) -> None:

@@ -235,6 +235,24 @@ def test_user_config_names_another_folder(bench: Bench, made: Path, tmp_path: Pa
     assert bench.version == copilot_version(bench.export)
 
 
+def test_a_changed_reload_makes_the_server_look_at_once(bench: Bench) -> None:
+    """However seldom it looks by itself."""
+    before, watched = bench.version, bench.replica.reloader
+    bench.replica.configure({"reload": 1})
+    assert asyncio.run(bench.replica.unhealthy()) is None
+    watched._watch_s = 3600.0
+    watched.start()
+    time.sleep(0.3)
+    train(bench.export)
+    time.sleep(0.3)
+    assert bench.version == before, "it looked by itself: the test shows nothing"
+    bench.replica.configure({"reload": 2})
+    until = time.monotonic() + 30
+    while bench.version == before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert bench.version == copilot_version(bench.export) != before
+
+
 @pytest.mark.parametrize(
     ("user_config", "words"),
     [

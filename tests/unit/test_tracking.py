@@ -11,7 +11,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.tracking.mlflow_writer import TrackingError, flat_params, resolve_uri
+from tc_ray.tracking.events import EVENTS_SHOWN, Events, described, newest
+from tc_ray.tracking.mlflow_writer import MlflowWriter, TrackingError, flat_params, resolve_uri
 from tc_ray.tracking.tracker import Rate, Tracker
 
 
@@ -180,3 +181,75 @@ def test_rate_starts_anew_after_a_replay() -> None:
     for at, value in ((0, 1), (10, 11), (40, 5), (50, 6)):
         rate.add(at, value)
     assert rate.per_second() == pytest.approx(0.1)
+
+
+def test_an_outage_of_mlflow_is_one_event_and_restarts_stay_in_view(tmp_path: Path) -> None:
+    """Fault 15: with MLflow's database removed in mid-run, 75 events pushed the restarts out of view."""
+    config = make_config(tmp_path)
+    tracker = Tracker(config, config.run.path)
+    tracker.event("restart", "Pilot attempt 2 goes on after round 5")
+    (tmp_path / "mlflow.db").unlink()
+    assert tracker._mlflow is not None
+    for round in range(1, 41):
+        tracker.pilot(round, {"loss": 1.0})
+        tracker._mlflow.log_text("x", "note.txt")  # sends the batch before it
+    status = tracker.finish("done")
+    assert status["mlflow"]["errors"] >= 40
+    told = [event["text"] for event in status["events"] if event["kind"] == "mlflow"]
+    assert len(told) == 2 and told[0].startswith("MLflow fails") and told[1].startswith("not everything reached MLflow")
+    assert status["events"][0]["kind"] == "restart"
+
+
+def test_mlflow_that_answers_again_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    failing = [True]
+
+    class Client:
+        def __init__(self, tracking_uri: str) -> None: ...
+
+        def log_text(self, *_: object) -> None:
+            if failing[0]:
+                raise OSError("no space left")
+
+        def set_terminated(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("tc_ray.tracking.mlflow_writer.MlflowClient", Client)
+    writer = MlflowWriter("run", "uri", told.append)
+    for _ in range(30):
+        writer.log_text("x", "y")
+    while writer.errors < 30:
+        time.sleep(0.01)
+    failing[0] = False
+    monkeypatch.setattr("tc_ray.tracking.mlflow_writer.RECOVERED_SECONDS", 0.1)
+    time.sleep(0.2)
+    for _ in range(30):
+        writer.log_text("x", "y")
+    assert writer.finish("FINISHED", 10)
+    assert told == [
+        "MLflow fails, the run goes on without it: no space left",
+        "MLflow answers again; what it lacks is sent at the end",
+    ]
+
+
+def test_repeated_events_are_counted_and_restarts_are_never_pushed_out() -> None:
+    """Fault 15, the kind: whatever repeats, and however much else happens."""
+    events = Events()
+    events.add(1.0, "restart", "first")
+    for number in range(1000):
+        events.add(2.0 + number, "evaluate", f"lambda {number % 30}")
+        events.add(2.5 + number, "mlflow", "down")
+    events.add(2000.0, "restart", "first")
+    shown = events.shown()
+    assert len(shown) <= 2 * EVENTS_SHOWN
+    assert [event["time"] for event in shown if event["kind"] == "restart"] == [1.0, 2000.0]
+    assert shown == sorted(shown, key=lambda event: event["time"])
+    events = Events(shown)
+    events.add(3000.0, "mlflow", "up")
+    events.add(3001.0, "mlflow", "up")
+    (up,) = [event for event in events.shown() if event["text"] == "up"]
+    assert described(up) == "up (2 times)" and described({"text": "up"}) == "up"
+    late = [
+        {"time": 1.0, "kind": "restart", "text": "r"},
+        *({"time": t, "kind": "x", "text": "y"} for t in range(2, 9)),
+    ]
+    assert [event["kind"] for event in newest(late, 4)] == ["restart", "x", "x", "x"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tc_ray.files import read_json
 from tc_ray.tracking.points import PointFile, read_points
 from tc_ray.tracking.statusfile import StatusFile, read_status
 
@@ -62,11 +63,22 @@ def test_cut_off_last_line_is_removed_and_not_read(tmp_path: Path) -> None:
     assert [p["round"] for p in read_points(path)] == [1, 2]
 
 
-def test_broken_line_names_file_and_line(tmp_path: Path) -> None:
+def test_a_damaged_line_is_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fault 7: one torn line of metrics.jsonl ended every later start of the run."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "start", "time": 1}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
-        list(read_points(path))
+    damaged = ["nonsense", "", "null", "[]", "{}", "\0" * 9, '{"kind": "pilot", "time": 1}', "[" * 99_999]
+    damaged += [
+        '{"kind": "pilot", "time": "1", "metrics": {}}',
+        '{"kind": "pilot", "time": 1, "metrics": {"loss": "x"}}',
+    ]
+    good = [json.dumps({"kind": "pilot", **pilot_point(round, loss=1.0)}) for round in (1, 2)]
+    path.write_text("\n".join([good[0], *damaged, good[1], ""]))
+    assert [p["round"] for p in read_points(path)] == [1, 2]
+    assert f"metrics.jsonl: {len(damaged)} damaged lines were passed over, the first is line 2" in caplog.text
+    again = PointFile(path)
+    assert again.damage.startswith(f"{len(damaged)} damaged lines")
+    again.append("pilot", pilot_point(3, loss=2.0), axis=3)
+    assert [p["round"] for p in read_points(path)] == [1, 2, 3]
 
 
 def test_nan_becomes_null_and_a_text_is_refused(tmp_path: Path) -> None:
@@ -92,9 +104,9 @@ def test_status_file_is_throttled_and_the_last_change_lands(tmp_path: Path) -> N
         status.touch()
     assert len(made) == 1
     deadline = time.monotonic() + 5
-    while read_status(tmp_path)["n"] != 199 and time.monotonic() < deadline:
+    while read_json(tmp_path / "status.json")["n"] != 199 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert read_status(tmp_path) == {"n": 199}
+    assert read_json(tmp_path / "status.json") == {"n": 199}
     assert len(made) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
 

@@ -5,13 +5,12 @@ Used by `FusedModel.save_pretrained` and `from_pretrained`, the export of a run 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tc_ray.config.section import check_lam
-from tc_ray.files import write_json
+from tc_ray.files import read_json, write_json
 from tc_ray.models.fusion.distribution import SPACES
 from tc_ray.models.fusion.feedback import FEEDBACKS
 
@@ -28,6 +27,10 @@ class FusionSettings:
     feedback: str
 
 
+class NoFusedModelError(FileNotFoundError):
+    """The folder is no exported fused model, or not a whole one."""
+
+
 def write_settings(folder: Path, *, lam: float, space: str, feedback: str) -> None:
     """Write fusion.json. Raises ValueError for what `read_settings` would refuse."""
     settings = {"format": FORMAT, **asdict(FusionSettings(lam, space, feedback))}
@@ -39,13 +42,19 @@ def read_settings(folder: Path) -> FusionSettings:
     """Read fusion.json after checking that every part of the folder is there.
 
     Raises:
-        FileNotFoundError: a part is missing; the message names it.
+        NoFusedModelError: a part is missing; the message names it.
         ValueError: a format this version does not know, or a setting that is none; the message names it.
     """
+    alone = all((folder / part).is_file() for part in ("pilot/config.json", FUSION_FILE))
+    if alone and not (folder / "copilot").exists():
+        raise FileNotFoundError(
+            f"{folder} holds a Pilot alone, copilot/config.json is missing: where the Copilot of a run failed, the run's "
+            "command trains it anew; pilot/ is an ordinary model folder"
+        )
     for part in ("pilot/config.json", "copilot/config.json", FUSION_FILE):
         if not (folder / part).is_file():
-            raise FileNotFoundError(f"{folder} is not an exported fused model: {part} is missing")
-    return _checked(json.loads((folder / FUSION_FILE).read_text()), folder / FUSION_FILE)
+            raise NoFusedModelError(f"{folder} is not an exported fused model: {part} is missing")
+    return _checked(read_json(folder / FUSION_FILE), folder / FUSION_FILE)
 
 
 def _checked(settings: Any, file: Path) -> FusionSettings:

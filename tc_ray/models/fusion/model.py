@@ -215,7 +215,7 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
         """Load a folder written by `save_pretrained`.
 
         Raises:
-            FileNotFoundError: a part is missing; the message names it. ValueError: an unknown format.
+            NoFusedModelError: a part is missing; the message names it. ValueError: an unknown format.
             FusionError: Pilot and Copilot do not fit each other.
         """
         from tc_ray.models.pilot import load_pilot

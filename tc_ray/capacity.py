@@ -1,0 +1,149 @@
+"""Room in a Ray cluster: what a run needs, whether the cluster can ever hold it, and the words for a wait.
+
+Invariant: what is called impossible cannot be placed on the nodes that are there, whatever else they run; a cluster that can
+grow is never called too small. Imports nothing of the package. Called by the session, the plan, and by those that place workers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+SAY_SECONDS = 30.0
+"""How often a wait is said anew."""
+_SLACK = 1e-6
+"""Ray counts resources in parts of 1/10000."""
+
+Bundle = Mapping[str, float]
+"""Amounts of Ray resources by name, "CPU" and "GPU"."""
+
+
+class CapacityError(RuntimeError):
+    """The cluster cannot hold what the run asks for; the message says what is asked, what is there, what to lower."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """`count` processes of one kind that run at a time, each with one bundle; settings: config fields that lower it."""
+
+    who: str
+    count: int
+    bundle: Bundle
+    settings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        one = f"{self.count} {self.who} with {amounts(self.bundle)}"
+        return one if self.count == 1 else f"{self.count} {self.who}s with {amounts(self.bundle)} each"
+
+    def waiting(self) -> str:
+        """What is waited for, and what is free now. Ray must run."""
+        import ray
+
+        return f"waiting for room: {self}; free now: {amounts(ray.available_resources())}"
+
+    def starting(self) -> str:
+        """That the processes are started; that they wait for room, where too little of it is free. Ray must run."""
+        import ray
+
+        return f"starting {self}" if fits([ray.available_resources()], [self]) else self.waiting()
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """CPUs and GPUs as text, for instance "4 CPUs and 1 GPU"."""
+    parts = [("CPU", resources.get("CPU", 0.0)), *([("GPU", resources["GPU"])] if resources.get("GPU") else [])]
+    return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in parts)
+
+
+def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None:
+    """Refuse a cluster that can never hold the run. Ray must run.
+
+    Args:
+        together: needs that run at the same time, at most two. alone: needs that run when nothing else does.
+
+    Raises:
+        CapacityError: and the cluster cannot grow.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for needs in filter(None, ([*together], *([need] for need in alone))):
+        if fits(nodes, needs) or can_grow():
+            continue
+        there = ", ".join(amounts(node) for node in nodes)
+        settings = list(dict.fromkeys(setting for need in needs for setting in need.settings))
+        raise CapacityError(
+            f"the run asks for {total(needs)} ({'; '.join(map(str, needs))}), and this Ray cannot hold that: "
+            f"{len(nodes)} node{'s' if len(nodes) != 1 else ''} ({there}), no autoscaler. "
+            + (f"Lower {', '.join(settings)}, or add nodes." if settings else "Add nodes.")
+        )
+
+
+def total(needs: Iterable[Need]) -> str:
+    """All of these needs at a time, as text."""
+    summed: dict[str, float] = {}
+    for need in needs:
+        for name, amount in need.bundle.items():
+            summed[name] = summed.get(name, 0.0) + need.count * amount
+    return amounts(summed)
+
+
+def fits(nodes: Sequence[Mapping[str, float]], needs: Sequence[Need]) -> bool:
+    """Whether empty nodes hold all bundles at a time, none over two nodes. Exact for one or two needs."""
+    if len(needs) > 2:
+        raise ValueError("fits answers for two kinds of bundles at most")
+    first, *others = needs
+    # most[n]: bundles of the other need that find room beside n of the first
+    most = [0] + [-1] * first.count
+    for node in nodes:
+        here = []
+        for placed in range(min(first.count, _times(node, first.bundle)) + 1):
+            rest = {name: amount - placed * first.bundle.get(name, 0.0) for name, amount in node.items()}
+            here.append(_times(rest, others[0].bundle) if others else 0)
+        most = [
+            max((most[n - k] + here[k] for k in range(min(n + 1, len(here))) if most[n - k] >= 0), default=-1)
+            for n in range(first.count + 1)
+        ]
+    return most[-1] >= (others[0].count if others else 0)
+
+
+def _times(node: Mapping[str, float], bundle: Bundle) -> int:
+    """How often a bundle goes into a node."""
+    counts = [math.floor(node.get(name, 0.0) / amount + _SLACK) for name, amount in bundle.items() if amount > 0]
+    return max(0, min(counts, default=2**31))
+
+
+def can_grow() -> bool:
+    """Whether an autoscaler that can start nodes looks after this cluster. Ray must run.
+
+    Ray has no public answer, so three marks are read: a cluster config of the platform, the report of autoscaler v1, and under
+    autoscaler v2 the node types that it gives its nodes. An unknown answer counts as yes: a wait is said, a refusal is final.
+    """
+    try:
+        from ray._private.state import state
+        from ray._private.worker import global_worker
+        from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+        gcs = global_worker.gcs_client
+        cluster = state.get_cluster_config()
+        if cluster is not None and cluster.node_group_configs:
+            return True
+        report = gcs.internal_kv_get(b"__autoscaling_status", None)
+        status = GetClusterStatusReply()
+        status.ParseFromString(gcs.get_cluster_status())
+        types = [node.ray_node_type_name for node in status.cluster_resource_state.node_states]
+        return starts_nodes(report, types if status.HasField("autoscaling_state") else [])
+    except Exception:  # noqa: BLE001 - another version of Ray, or Ray Client: whatever it raises, it is no answer
+        return True
+
+
+def starts_nodes(report: bytes | None, node_types: Iterable[str]) -> bool:
+    """What the two autoscalers leave to be read.
+
+    Args:
+        report: JSON of autoscaler v1; one that only watches calls each node's type "node_" and the node's id.
+        node_types: that autoscaler v2 knows; empty texts where it only watches.
+    """
+    active = json.loads(report)["autoscaler_report"]["active_nodes"] if report else {}
+    return any(not name.startswith("node_") for name in active) or any(node_types)

@@ -1,0 +1,193 @@
+"""Secrets struck out of what a run writes, prints and hands on: addresses, storage options, overrides, messages.
+
+Invariant: what a function here returns holds `***` in place of each secret that it knows: the userinfo of a URI, credentials of
+a query string, values that are named like a secret, and values that this process was given as one (`remember`, environment).
+Redacting twice changes nothing. Used by everything that writes a file of a run or a line for people. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import quote, unquote
+
+STRUCK_OUT = "***"
+"""Stands for a secret. The environment or the command line has to give it again."""
+
+PLAIN_OPTIONS = frozenset(
+    {
+        "account_name",
+        "allow_http",
+        "allow_invalid_certificates",
+        "bucket",
+        "bucket_name",
+        "checksum_algorithm",
+        "conditional_put",
+        "connect_timeout",
+        "container_name",
+        "copy_if_not_exists",
+        "default_region",
+        "disable_tagging",
+        "endpoint",
+        "endpoint_url",
+        "http1_only",
+        "http2_only",
+        "imdsv1_fallback",
+        "locking_provider",
+        "max_retries",
+        "metadata_endpoint",
+        "pool_idle_timeout",
+        "pool_max_idle_per_host",
+        "proxy_excludes",
+        "proxy_url",
+        "region",
+        "request_payer",
+        "retry_timeout",
+        "s3_allow_unsafe_rename",
+        "s3_express",
+        "s3_force_path_style",
+        "s3_locking_provider",
+        "skip_signature",
+        "storage_account_name",
+        "timeout",
+        "unsigned_payload",
+        "use_emulator",
+        "use_fabric_endpoint",
+        "user_agent",
+        "virtual_hosted_style_request",
+    }
+)
+"""Storage options that are no secret, in lower case and without the store's prefix; every other value is struck out."""
+_STORES = ("aws_", "azure_", "google_", "gcs_")
+_STORE_VARIABLES = ("", "AWS_", "AZURE_", "AZURE_STORAGE_", "GOOGLE_", "GOOGLE_CLOUD_")
+
+_SECRET_NAME = (
+    r"[\w.-]*(?:passw(?:or)?d|passphrase|secret|credential|(?:access|account|api|private|master|sas|shared)[_-]?key|apikey|"
+    r"token(?![a-z]))[\w.-]*"
+)
+_USERINFO = re.compile(r"(://)[^\s/?#\"'<>`]*@")
+# a password may hold / ? # unencoded, and is told from a port by what follows the digits
+_ODD_USERINFO = re.compile(r"(://)(?![^\s/?#@:]*:\d+(?:[/?#\s]|$))[^\s/?#@:]*:[^\s\"'<>`]*@")
+_ENCODED_USERINFO = re.compile(r"(%3A%2F%2F)(?:(?!%2F)[^\s&\"'<>/])*?%40", re.IGNORECASE)
+_QUERY = re.compile(
+    rf"([?&;](?:{_SECRET_NAME}|pwd|sig|signature|x-amz-signature|x-goog-signature|key|auth|awsaccesskeyid)=)"
+    r"[^&#\s\"'<>`;]*",
+    re.IGNORECASE,
+)
+_QUOTED = r"\"[^\"]*\"|'[^']*'|`[^`]*`"
+# name=value, and name: "value" (without quotes a colon is punctuation)
+_NAMED = re.compile(
+    rf"(?<![\w.-])({_SECRET_NAME}[\"'`]?(?:\s*=\s*(?:{_QUOTED}|[^\s,;&)}}\]\"'`]+)|\s*:\s*(?:{_QUOTED})))",
+    re.IGNORECASE,
+)
+_AUTHORIZATION = re.compile(r"(\b(?:bearer|authorization[\"']?\s*[:=]\s*[\"']?basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
+
+_SECRET_VARIABLE = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|API_?KEYS?|(ACCESS|ACCOUNT|PRIVATE|SAS)_KEY(_ID)?)$")
+_SHORTEST = 8
+"""Shorter values are not looked for in texts: they would strike out ordinary words."""
+_known: set[str] = set()
+
+
+def remember(values: Iterable[str]) -> None:
+    """Values that `redact` strikes out of every text of this process from now on; those of less than 8 characters are left."""
+    for value in values:
+        if value != STRUCK_OUT:
+            _known.update(form for form in (value, quote(value, safe=""), unquote(value)) if len(form) >= _SHORTEST)
+
+
+def redact(text: str) -> str:
+    """A text for people (an error, an event, a line of a log) without the secrets in it."""
+    for value in sorted(_known | _secrets_of_environment(), key=len, reverse=True):
+        text = text.replace(value, STRUCK_OUT)
+    text = redact_address(text)
+    text = _AUTHORIZATION.sub(rf"\1{STRUCK_OUT}", text)
+    return _NAMED.sub(lambda match: re.split(r"(?<=[=:])", match[0], maxsplit=1)[0] + STRUCK_OUT, text)
+
+
+def redact_address(text: str) -> str:
+    """A URI, or a text with URIs, without userinfo and without credentials in query strings; the same text on any machine."""
+    text = _ODD_USERINFO.sub(rf"\1{STRUCK_OUT}@", text)
+    text = _USERINFO.sub(rf"\1{STRUCK_OUT}@", text)
+    text = _ENCODED_USERINFO.sub(rf"\1{STRUCK_OUT}%40", text)
+    return _QUERY.sub(rf"\1{STRUCK_OUT}", text)
+
+
+def redact_options(options: Mapping[str, str]) -> dict[str, str]:
+    """Storage options with every value struck out that is not on the list of harmless ones."""
+    return {name: _redact_option(name, value) for name, value in options.items()}
+
+
+def redact_override(text: str) -> str:
+    """A word of a command line, such as `log.storage_options.aws_secret_access_key=...`, without the secret in it."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        return redact(text)
+    leaf = name.strip().rpartition(".")[2]
+    if "storage_option" in name and not name.startswith("-"):
+        shown = _redact_option(leaf, value) if leaf != name and "storage_option" not in leaf else STRUCK_OUT
+    elif re.fullmatch(_SECRET_NAME, leaf, re.IGNORECASE) or "storage_option" in value:
+        shown = STRUCK_OUT
+    else:
+        shown = redact(value)
+    return f"{name}={shown}"
+
+
+def redact_command(words: Sequence[str]) -> list[str]:
+    """`sys.argv` for a record of how something was made."""
+    shown = []
+    for before, word in zip(["", *words], words, strict=False):
+        option = word.removeprefix("--storage-option=")
+        if before == "--storage-option" or option != word:
+            name, _, value = option.partition("=")
+            shown.append(f"{word[: len(word) - len(option)]}{name}={_redact_option(name, value)}")
+        else:
+            shown.append(redact_override(word))
+    return shown
+
+
+def secrets_of(options: Mapping[str, str], *addresses: str | None) -> set[str]:
+    """What is secret in storage options and addresses: option values, userinfo, passwords, query credentials."""
+    found = {value for name, value in options.items() if _redact_option(name, value) == STRUCK_OUT}
+    for address in (*addresses, *options.values()):
+        found |= _parts(address or "")
+    return found
+
+
+def given_by_environment(option: str) -> bool:
+    """The environment holds this storage option, under one of the names that the stores' clients read."""
+    return any(f"{prefix}{option.upper()}" in os.environ for prefix in _STORE_VARIABLES)
+
+
+def _redact_option(name: str, value: str) -> str:
+    plain = name.strip().lower()
+    for store in _STORES:
+        plain = plain.removeprefix(store)
+    if plain not in PLAIN_OPTIONS:
+        return STRUCK_OUT
+    shown = redact_address(value)
+    # a proxy may be named without a scheme
+    return f"{STRUCK_OUT}@{shown.rpartition('@')[2]}" if "@" in shown and "://" not in shown else shown
+
+
+def _parts(address: str) -> set[str]:
+    """Userinfo of a URI, its password, and the values of credentials in its query."""
+    found: set[str] = set()
+    for pattern in (_ODD_USERINFO, _USERINFO):
+        for match in pattern.finditer(address):
+            info = match[0].removeprefix("://").removesuffix("@")
+            found |= {info, info.partition(":")[2]}
+    found |= {match[0].rpartition("=")[2] for match in _QUERY.finditer(address)}
+    return found - {"", STRUCK_OUT}
+
+
+def _secrets_of_environment() -> set[str]:
+    found: set[str] = set()
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name.upper()):
+            found |= {value, *value.split(",")}
+        if "://" in value:
+            found |= _parts(value)
+    return {
+        form for value in found for form in (value, quote(value, safe=""), unquote(value)) if len(form) >= _SHORTEST
+    }

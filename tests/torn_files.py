@@ -1,0 +1,44 @@
+"""Files torn in every way that a power cut, a full disk or a stranger can leave them in."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDER = b"(a folder in its place)"
+"""Stands for a folder where the file was."""
+
+
+def torn_forms(content: bytes) -> dict[str, bytes]:
+    """Name -> bytes: cut at several lengths, zeros and garbage of the same length, and other JSON than expected."""
+    size = len(content)
+    cuts = {1, size // 4, size // 2, size * 3 // 4, max(0, size - 3)}
+    return {
+        "empty": b"",
+        **{f"cut after {length}": content[:length] for length in sorted(cuts - {0})},
+        "zeros": b"\0" * size,
+        "zeros at the end": content[: size // 2] + b"\0" * (size - size // 2),
+        "garbage": random.Random(size).randbytes(size),
+        "null": b"null",
+        "list": b"[]",
+        "object": b"{}",
+        "text": b'"text"\n',
+        "deep": b"[" * 100_000,
+        "number of 5000 digits": b'{"round": ' + b"9" * 5000 + b"}",
+        "folder": FOLDER,
+    }
+
+
+@contextlib.contextmanager
+def torn(path: Path, form: bytes) -> Iterator[None]:
+    """The file holds `form` for a while."""
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir() if form is FOLDER else path.write_bytes(form)
+    try:
+        yield
+    finally:
+        path.rmdir() if path.is_dir() else path.unlink()
+        path.write_bytes(content)

@@ -1,0 +1,60 @@
+"""Rules over several fields, as docs/config.md lists them: each is refused in one message that names the fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tc_ray.config.load import load_config
+from tc_ray.config.yaml_file import ConfigError
+
+RULES: list[tuple[list[str], str]] = [
+    (
+        ["pilot.batch_size=10", "resources.pilot_workers=3"],
+        "pilot.batch_size 10 must be a multiple of resources.pilot_workers 3",
+    ),
+    (
+        ["pilot.batch_size=12", "resources.pilot_workers=2", "pilot.micro_batch_size=4"],
+        "6 a worker, which must be a multiple of pilot.micro_batch_size 4",
+    ),
+    (
+        ["copilot.batch_size=9", "resources.copilot_workers=2"],
+        "copilot.batch_size 9 must be a multiple of resources.copilot_workers 2",
+    ),
+    (["copilot.schedule=lockstep", "log.enabled=false"], "copilot.schedule lockstep needs log.enabled"),
+    (["log.keep_rounds=127"], "log.keep_rounds 127 must be at least copilot.buffer_rounds 128"),
+    (["fusion.lam_grid=[0.1, 0.5]"], "lam_grid must contain 0"),
+    (["fusion.metric=ranking"], "fusion.metric ranking needs data.format sequences"),
+    (["data.format=sequences", "data.test=x.txt"], "leave out validation and test"),
+    (["data.format=sequences", "data.validation=x.txt"], "leave out validation and test"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), RULES, ids=[" ".join(overrides) for overrides, _ in RULES])
+def test_each_rule_is_refused_by_name(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, overrides)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pilot.batch_size=12", "resources.pilot_workers=3", "pilot.micro_batch_size=2"],
+        ["copilot.batch_size=8", "resources.copilot_workers=2"],
+        ["log.keep_rounds=128"],
+        ["data.format=sequences", "fusion.metric=ranking"],
+    ],
+    ids=" ".join,
+)
+def test_what_keeps_the_rules_is_taken(overrides: list[str]) -> None:
+    load_config(None, overrides)
+
+
+def test_a_run_is_kept_in_outputs_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: Any = load_config(None, ["run.name=mine"]).run
+    assert made.path == tmp_path / "outputs" / "mine"
+    assert load_config(None, ["run.folder=there"]).run.path == tmp_path / "there"
