@@ -196,8 +196,10 @@ class _Job:
         order = RoundOrder(self.data.rows["train"], pilot.batch_size, pilot.epochs, self.config.run.seed)
         self.rounds = min(order.rounds, pilot.max_rounds or order.rounds)
         print(
-            f"run {visible(self.config.run.name)} in {visible(str(self.folder))}: {self.rounds} rounds of {pilot.batch_size} examples, "
-            f"{self.config.copilot.steps_per_round} Copilot steps a round",
+            visible(
+                f"run {self.config.run.name} in {self.folder}: {self.rounds} rounds of {pilot.batch_size} examples, "
+                f"{self.config.copilot.steps_per_round} Copilot steps a round"
+            ),
             flush=True,
         )
 

@@ -72,5 +72,5 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
                 print(visible(line), flush=True)
             test_file, source = prepared.test, str(data)
         task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
-        print(f"evaluation: {need.starting()}", flush=True)
+        print(visible(f"evaluation: {need.starting()}"), flush=True)
         return ray.get(task.remote(config, source, None, test_file=test_file)), stem

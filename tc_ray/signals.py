@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tc_ray.text import visible
+
 TWICE_SECONDS = 1.0
 """One request can come twice: `timeout` and job supervisors signal the process and then its group."""
 
@@ -73,7 +75,11 @@ def resumable(folder: Path) -> Iterator[None]:
     except Stopped as stop:
         if stop.reported:
             raise
-        print(f"{stop}; the same command goes on from the last checkpoint in {folder}", file=sys.stderr, flush=True)
+        print(
+            visible(f"{stop}; the same command goes on from the last checkpoint in {folder}"),
+            file=sys.stderr,
+            flush=True,
+        )
         stop.reported = True
         raise
 

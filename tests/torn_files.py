@@ -11,13 +11,13 @@ FOLDER = b"(a folder in its place)"
 """Stands for a folder where the file was."""
 
 
-def torn_forms(content: bytes) -> dict[str, bytes]:
-    """Name -> bytes: cut at several lengths, zeros and garbage of the same length, and other JSON than expected."""
+def torn_forms(content: bytes, cuts: int = 5) -> dict[str, bytes]:
+    """Name -> bytes: cut at `cuts` lengths, zeros and garbage of the same length, and other JSON than expected."""
     size = len(content)
-    cuts = {1, size // 4, size // 2, size * 3 // 4, max(0, size - 3)}
+    lengths = [size // 2, 1, size // 4, size * 3 // 4, max(0, size - 3)][:cuts]
     return {
         "empty": b"",
-        **{f"cut after {length}": content[:length] for length in sorted(cuts - {0})},
+        **{f"cut after {length}": content[:length] for length in sorted({*lengths} - {0})},
         "zeros": b"\0" * size,
         "zeros at the end": content[: size // 2] + b"\0" * (size - size // 2),
         "garbage": random.Random(size).randbytes(size),

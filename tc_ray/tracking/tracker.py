@@ -53,6 +53,8 @@ class Tracker:
         config: the run's config.
         folder: run folder; what stands in it from an earlier start is continued.
         uri: MLflow tracking URI; default by `resolve_uri` in this process.
+        was_opened: the caller has opened MLflow. If it cannot be opened again (the actor was restarted during an outage),
+            the run goes on without it.
 
     Files of an earlier start that are damaged stop nothing: an event says what is missing.
 
@@ -60,7 +62,7 @@ class Tracker:
         TrackingError: MLflow is enabled and cannot be used, or a folder stands where a file should be.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, uri: str | None = None) -> None:
+    def __init__(self, config: RunConfig, folder: Path, uri: str | None = None, *, was_opened: bool = False) -> None:
         self._lock = threading.RLock()
         remember(config.secrets())  # in this process too: texts of events come from anywhere
         self._folder = folder
@@ -71,6 +73,7 @@ class Tracker:
         resumed = self._points.is_resumed
         before, damage = _status_before(folder) if resumed else ({}, "")
         self._phase, self._phase_since = "prepare", time.time()
+        self._started = before.get("started") or self._phase_since
         self._state = "running"
         self._plan: dict[str, Any] = before.get("plan", {})
         self._evaluation: dict[str, Any] = before.get("evaluation", {})
@@ -87,12 +90,17 @@ class Tracker:
         self._mlflow: MlflowWriter | None = None
         if config.tracking.enabled:
             uri = uri or resolve_uri(config)
-            self._mlflow = MlflowWriter(open_run(config, folder, uri), uri, self._mlflow_failed)
-            if resumed:
+            try:
+                self._mlflow = MlflowWriter(open_run(config, folder, uri), uri, self._mlflow_failed)
+            except TrackingError as error:
+                if not was_opened:
+                    raise
+                self.event(
+                    "mlflow", f"{first_line(error)}. The run goes on without it; its next start sends what is missing"
+                )
+            if resumed and self._mlflow is not None:
                 self._mlflow.fill_gaps(read_points(folder / METRICS_FILE))
-        start = self._points.append("start", {"time": self._now(), "round": self._round})
-        assert start is not None
-        self._started = before.get("started") or start["time"]
+        self._points.append("start", {"time": self._now(), "round": self._round})
         if self._points.damage:
             self.event("tracking", f"{METRICS_FILE}: {self._points.damage}")
         if damage:
@@ -338,7 +346,7 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
     check_places(folder)
     if config.tracking.enabled:
         open_run(config, folder, uri)
-    tracker = ray.remote(Tracker).options(**options).remote(config, folder, uri)
+    tracker = ray.remote(Tracker).options(**options).remote(config, folder, uri, was_opened=True)
     ray.get(tracker.status.remote())
     return tracker
 

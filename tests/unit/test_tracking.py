@@ -253,3 +253,20 @@ def test_repeated_events_are_counted_and_restarts_are_never_pushed_out() -> None
         *({"time": t, "kind": "x", "text": "y"} for t in range(2, 9)),
     ]
     assert [event["kind"] for event in newest(late, 4)] == ["restart", "x", "x", "x"]
+
+
+def test_a_tracker_restarted_during_an_outage_goes_on_without_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 15, another door: the actor's constructor opens MLflow again, and an error there ended the run."""
+
+    def refuse(*_: object) -> str:
+        raise TrackingError("MLflow cannot be used at 'x': gone")
+
+    monkeypatch.setattr("tc_ray.tracking.tracker.open_run", refuse)
+    config = make_config(tmp_path)
+    with pytest.raises(TrackingError):
+        Tracker(config, config.run.path)
+    status = Tracker(config, config.run.path, was_opened=True).finish("done")
+    assert status["state"] == "done" and status["mlflow"] is None
+    assert any("MLflow cannot be used" in event["text"] for event in status["events"])
