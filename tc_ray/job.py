@@ -24,7 +24,7 @@ from tc_ray.mistakelog.repair import repair
 from tc_ray.mistakelog.store import is_table
 from tc_ray.refusals import JobError, check_resume
 from tc_ray.session import check_room, copilot_need, evaluation_need, pilot_need, ray_session
-from tc_ray.signals import Stopped, resumable
+from tc_ray.signals import resumable
 
 LOG_POLL_SECONDS = 1.0
 TEND_SECONDS = 5.0
@@ -118,7 +118,7 @@ class _Job:
                 result = self._phases()
             status = "done"
             return result
-        except Stopped:
+        except KeyboardInterrupt:
             status = "stopped"
             raise
         finally:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-from tc_ray.signals import Stopped, stop_signals
+from tc_ray.signals import as_stopped, stop_signals
 
 DEBUG = "TC_RAY_DEBUG"
 EXIT_ERROR = 2
@@ -21,15 +22,21 @@ def run_command(command: Callable[[], object]) -> None:
     with stop_signals():
         try:
             command()
-        except Stopped as stop:
-            if not stop.reported:
-                print(f"tc-ray: {stop}", file=sys.stderr)
-            sys.exit(stop.exit_code)
+        except KeyboardInterrupt as interrupt:
+            end_stopped(interrupt)
         except Exception as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 raise
             print(f"tc-ray: {message(error)}", file=sys.stderr)
             sys.exit(EXIT_ERROR)
+
+
+def end_stopped(interrupt: KeyboardInterrupt) -> NoReturn:
+    """End a command that a signal has asked to end."""
+    stop = as_stopped(interrupt)
+    if not stop.reported:
+        print(f"tc-ray: {stop}", file=sys.stderr)
+    sys.exit(stop.exit_code)
 
 
 def message(error: BaseException) -> str:
