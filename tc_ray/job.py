@@ -27,7 +27,7 @@ from tc_ray.mistakelog.opening import is_table
 from tc_ray.mistakelog.repair import repair
 from tc_ray.refusals import JobError, check_resume
 from tc_ray.session import check_room, copilot_need, evaluation_need, pilot_need, ray_session
-from tc_ray.signals import Stopped, resumable
+from tc_ray.signals import resumable
 from tc_ray.text import visible
 
 LOG_POLL_SECONDS = 1.0
@@ -125,7 +125,7 @@ class _Job:
                 result = self._phases()
             status = "done"
             return result
-        except Stopped:
+        except KeyboardInterrupt:
             status = "stopped"
             raise
         except Exception:

@@ -24,14 +24,18 @@ from tc_ray.text import visible
 TWICE_SECONDS = 1.0
 """One request can come twice: `timeout` and job supervisors signal the process and then its group."""
 
-_asked: list[float] = []
-"""When the first signal came."""
+_asked: list[tuple[int, float]] = []
+"""Number and time of the first signal."""
 _taken: list[dict[int, Any]] = []
 """Handlers before `stop_signals`; empty outside of it."""
 
 
-class Stopped(BaseException):
-    """A signal asks this process to end. No Exception: what handles errors must let it pass."""
+class Stopped(KeyboardInterrupt):
+    """A signal asks this process to end.
+
+    A KeyboardInterrupt, because Ray's C++ lets nothing else of a signal handler through, and that as a plain one: catch
+    KeyboardInterrupt, and make this of it by `as_stopped`.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -72,16 +76,18 @@ def resumable(folder: Path) -> Iterator[None]:
     """Work that the same command goes on with: where a signal ends it, one line says so, before anything outside of it is closed."""
     try:
         yield
-    except Stopped as stop:
-        if stop.reported:
-            raise
-        print(
-            visible(f"{stop}; the same command goes on from the last checkpoint in {folder}"),
-            file=sys.stderr,
-            flush=True,
-        )
+    except KeyboardInterrupt as interrupt:
+        stop = as_stopped(interrupt)
+        if not stop.reported:
+            line = visible(f"{stop}; the same command goes on from the last checkpoint in {folder}")
+            print(line, file=sys.stderr, flush=True)
         stop.reported = True
-        raise
+        raise stop from None
+
+
+def as_stopped(interrupt: KeyboardInterrupt) -> Stopped:
+    """The signal that an interrupt came of."""
+    return interrupt if isinstance(interrupt, Stopped) else Stopped(_asked[0][0] if _asked else signal.SIGINT)
 
 
 def take_signals() -> None:
@@ -93,8 +99,8 @@ def take_signals() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     if not _asked:
-        _asked.append(time.monotonic())
+        _asked.append((number, time.monotonic()))
         raise Stopped(number)
-    if time.monotonic() - _asked[0] > TWICE_SECONDS:
+    if time.monotonic() - _asked[0][1] > TWICE_SECONDS:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

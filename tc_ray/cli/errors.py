@@ -11,10 +11,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from tc_ray.cli.output import quiet_logging, say
 from tc_ray.config.redact import redact
-from tc_ray.signals import Stopped, stop_signals
+from tc_ray.signals import as_stopped, stop_signals
 
 DEBUG = "TC_RAY_DEBUG"
 EXIT_ERROR = 2
@@ -29,16 +30,22 @@ def run_command(command: Callable[[], object]) -> None:
     with stop_signals():
         try:
             command()
-        except Stopped as stop:
-            if not stop.reported:
-                say(f"tc-ray: {stop}", error=True)
-            sys.exit(stop.exit_code)
+        except KeyboardInterrupt as interrupt:
+            end_stopped(interrupt)
         except Exception as error:  # noqa: BLE001 - whatever it is ends as a message
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 say(redact(traceback.format_exc()), error=True)
                 sys.exit(EXIT_TRACEBACK)
             say(f"tc-ray: {message(error)}", error=True)
             sys.exit(EXIT_ERROR)
+
+
+def end_stopped(interrupt: KeyboardInterrupt) -> NoReturn:
+    """End a command that a signal has asked to end."""
+    stop = as_stopped(interrupt)
+    if not stop.reported:
+        say(f"tc-ray: {stop}", error=True)
+    sys.exit(stop.exit_code)
 
 
 def message(error: BaseException) -> str:

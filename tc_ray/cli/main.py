@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tc_ray import __version__
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.errors import end_stopped, run_command
 from tc_ray.cli.eval import evaluate
 from tc_ray.cli.fuse import fuse
 from tc_ray.cli.log import log
@@ -20,8 +21,20 @@ from tc_ray.cli.train import train
 from tc_ray.cli.train_copilot import train_copilot
 from tc_ray.config.redact import redact
 
+
+class _Commands(TyperGroup):
+    """Ends a command that a signal stops as `jobs/train.py` ends; the library would say "Aborted!" and exit with 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            end_stopped(interrupt)
+
+
 app = typer.Typer(
     name="tc-ray",
+    cls=_Commands,
     help="Fine-tune language models that learn from their own mistakes, on Ray.",
     no_args_is_help=True,
     add_completion=False,

@@ -19,8 +19,9 @@ from tc_ray.files import disk_time
 
 STALE_LOCK_SECONDS = 90.0
 """Age, and quiet of the build folder, at which a lock is stale where the owner cannot be looked for (no /proc)."""
-BUILD_SECONDS = 3.0
-"""Loading an operator that is there holds its lock for a second; one that is held longer is being compiled."""
+BUILD_SECONDS, REBUILD_SECONDS = 3.0, 20.0
+"""How long a lock is held before a compiler is taken to be at work: where there is no operator yet, and where there is one,
+which a busy machine loads slowly."""
 _LOOK_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def stale_build_locks_removed(on_build: Callable[[], None] = lambda: None) -> It
             clear_stale_build_locks()
             held = _locks()
             since = {lock: since.get(lock, time.monotonic()) for lock in held}
-            if not building and any(time.monotonic() - began > BUILD_SECONDS for began in since.values()):
+            if not building and any(_builds(lock, time.monotonic() - began) for lock, began in since.items()):
                 building = True
                 on_build()
 
@@ -78,6 +79,10 @@ def clear_stale_build_locks() -> list[Path]:
 def _locks() -> list[Path]:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     return list(root.glob("**/lock")) if root.is_dir() else []
+
+
+def _builds(lock: Path, held_s: float) -> bool:
+    return held_s > (REBUILD_SECONDS if any(lock.parent.glob("*.so")) else BUILD_SECONDS)
 
 
 def _is_stale(lock: Path) -> bool:

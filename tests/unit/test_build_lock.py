@@ -70,6 +70,10 @@ def test_an_operator_that_is_compiled_is_reported_once(lock: Path, monkeypatch: 
         with stale_build_locks_removed(lambda: said.append(time.monotonic() - began)):
             time.sleep(1.5)
         assert len(said) == 1 and said[0] > 0.5
+        lock.with_name("operator.so").write_text("")
+        with stale_build_locks_removed(lambda: said.append(0.0)):
+            time.sleep(1.0)
+        assert len(said) == 1, "an operator that is there is only loaded"
     finally:
         owner.kill()
         owner.wait()
