@@ -79,8 +79,8 @@ def resumable(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         stop = as_stopped(interrupt)
         if not stop.reported:
-            line = visible(f"{stop}; the same command goes on from the last checkpoint in {folder}")
-            print(line, file=sys.stderr, flush=True)
+            how = f"{stop}; the same command goes on from the last checkpoint in {folder}"
+            print(visible(how), file=sys.stderr, flush=True)
         stop.reported = True
         raise stop from None
 

@@ -43,7 +43,7 @@ def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), 
     """
     # other shapes too are refused here, by name, and not by the library
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    with _library_quiet():
+    with _library_quiet(no_bar=options.get("device_map") == "meta"):  # nothing is read, so there is no progress to show
         model, found = kind.from_pretrained(path, **known, **options)
     _check_names(found, path, leave_out)
     check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), str(path))
@@ -108,16 +108,20 @@ def check_adapters(model: nn.Module, pilot: PilotSection) -> None:
 
 
 @contextlib.contextmanager
-def _library_quiet() -> Iterator[None]:
+def _library_quiet(*, no_bar: bool) -> Iterator[None]:
     """Without the library's own table of what it made up or left out: one line of ours says it."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if no_bar:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _check_names(found: Mapping[str, Any], path: Path | str, leave_out: Collection[str]) -> None:

@@ -105,7 +105,8 @@ def test_plan_without_the_hub(recipe: Path, tmp_path: Path) -> None:
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=120, env={**os.environ, **settings}
         )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    # the plan is printed; here, without the model and its GPUs, the run itself would refuse
+    assert done.returncode == 2 and done.stderr.startswith("tc-ray: the run would refuse: "), done.stderr
     assert time.monotonic() - began < 60, "it asked a dead hub again and again"
     named = load_config(recipe).model
     for name in {named.pilot, named.copilot}:
