@@ -184,7 +184,7 @@ def test_refusals(run: RunConfig, tmp_path: Path) -> None:
             train_from_log(mistakes, run, tmp_path / "d")
         other = run.model_copy(deep=True)
         other.run.seed += 1
-        with pytest.raises(StoredLogError, match=r"run\.seed: 0 -> 1"):
+        with pytest.raises(StoredLogError, match=r"run\.seed: 17 -> 18"):
             train_from_log(mistakes, other, tmp_path / "d", epochs=1)
 
 
