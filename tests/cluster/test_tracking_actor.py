@@ -39,8 +39,8 @@ def test_killed_tracker_comes_back_over_torn_files_and_goes_on(tmp_path: Path) -
     with (config.run.path / "metrics.jsonl").open("ab") as metrics:
         metrics.write(b"\0" * 64 + b"\n")
     ray.kill(tracker, no_restart=False)
-    for round in (3, 4):
-        tracker.pilot.remote(round, {"loss": 1.0 / round})
+    # waited for: calls that Ray sends again after the restart may come behind later ones
+    ray.get([tracker.pilot.remote(round, {"loss": 1.0 / round}) for round in (3, 4)], timeout=60)
     status = ray.get(tracker.finish.remote("done"), timeout=60)
     assert status["mlflow"]["run_id"] == run_id
     assert any("metrics.jsonl: 1 damaged lines" in event["text"] for event in status["events"])
