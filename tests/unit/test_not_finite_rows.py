@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,9 +82,9 @@ def test_one_number_in_any_field_is_found(field: str, value: float) -> None:
 def test_rows_without_targets_are_looked_at_too() -> None:
     """Fault 5: arrays without a number in them, as rows without a target have, are no reason to fail."""
     records = random_records(3).select([0])
-    empty = {name: getattr(records, name)[:0] for name in TARGET_ARRAYS}
-    offsets = {"target_offsets": np.zeros(2, np.int64), "target_start": np.diff(records.seq_offsets).astype(np.int32)}
-    records = replace(records, **empty, **offsets)
+    without: dict[str, Any] = {name: getattr(records, name)[:0] for name in TARGET_ARRAYS}
+    starts = np.diff(records.seq_offsets).astype(np.int32)
+    records = replace(records, target_offsets=np.zeros(2, np.int64), target_start=starts, **without)
     assert finite_rows(records).tolist() == [0]
     records.rationale[0, 0, 0] = BITS[np.nan]
     assert len(only_finite(records)[0]) == 0
