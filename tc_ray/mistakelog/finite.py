@@ -34,7 +34,7 @@ def finite_rows(records: Records) -> Array:
         owned.append((records.question_offsets, _finite_bits(records.question)))
     good = np.ones(len(records), bool)
     for offsets, finite in owned:
-        bad = np.concatenate([[0], np.cumsum(~finite.reshape(len(finite), -1).all(1))])
+        bad = np.concatenate([[0], np.cumsum(~finite.all(tuple(range(1, finite.ndim))))])
         good &= bad[offsets[1:]] == bad[offsets[:-1]]
     return np.flatnonzero(good)
 

@@ -139,8 +139,7 @@ class Worker:
 
     def _check_weights(self, what: str, advice: str) -> None:
         """Raise NotFiniteError on every rank where a trained weight of one is not finite (collective)."""
-        # under ZeRO-3 a rank holds its part of each
-        trained = ((n, getattr(p, "ds_tensor", p)) for n, p in self.engine.module.named_parameters() if p.requires_grad)
+        trained = ((n, _own_part(p)) for n, p in self.engine.module.named_parameters() if p.requires_grad)
         name = first_not_finite(trained)
         bad = torch.tensor(float(name is not None), device=self.device)
         if self.world_size > 1:
@@ -331,6 +330,17 @@ class Worker:
 
 def _round_seed(seed: int, number: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0])
+
+
+def _own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a parameter: all, or under ZeRO-3 its part, without the padding that makes parts equally long:
+    DeepSpeed never writes that, so it holds whatever was in memory before, NaN too."""
+    part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter
+    zero: Any = parameter
+    left = zero.ds_numel - zero.ds_zero_partition_rank * part.numel()
+    return part[: max(0, left)]
 
 
 def _barrier(world_size: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from tests.mistakelog_samples import assert_same, random_records
 from tests.unit.test_recorder import ROUNDS, Run
 
 FIELDS = ("error_values", "error_rest", "token_loss", "rationale", "question")
+TARGET_ARRAYS = ("error_ids", "error_values", "error_rest", "token_loss", "token_correct")
 BITS = {np.nan: 0x7FC0, np.inf: 0x7F80, -np.inf: 0xFF80}
 EXAMPLES = make_examples(samples=6, epochs=2, vocab=40)
 SPOILT = {0: np.nan, 3: np.inf}
@@ -74,6 +77,17 @@ def test_one_number_in_any_field_is_found(field: str, value: float) -> None:
     assert finite_rows(records).tolist() == [index for index in range(20) if index != row]
     kept, left_out = only_finite(records)
     assert left_out == 1 and all_finite(kept)
+
+
+def test_rows_without_targets_are_looked_at_too() -> None:
+    """Fault 5: arrays without a number in them, as rows without a target have, are no reason to fail."""
+    records = random_records(3).select([0])
+    without: dict[str, Any] = {name: getattr(records, name)[:0] for name in TARGET_ARRAYS}
+    starts = np.diff(records.seq_offsets).astype(np.int32)
+    records = replace(records, target_offsets=np.zeros(2, np.int64), target_start=starts, **without)
+    assert finite_rows(records).tolist() == [0]
+    records.rationale[0, 0, 0] = BITS[np.nan]
+    assert len(only_finite(records)[0]) == 0
 
 
 def test_the_writer_keeps_them_out_and_covers_the_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,10 +308,12 @@ class Engine:
 
     def _join(self, sequence: Sequence, prefill: Prefill) -> bool:
         """Say the first token of a computed prompt; whether there is more to say, in the batch."""
-        self._prefixes.keep(prefill, sequence.request.owner)
         pilot, fused = prefill.pilot[0], prefill.fused[0]
         if not fused.max().isfinite():
             raise NotFiniteError(_NOT_FINITE)
+        self._prefixes.keep(
+            prefill, sequence.request.owner
+        )  # after the look: what is spoilt must not spoil later requests
         chosen = int(fused.argmax()) if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
         self._count(generated_tokens=1)
         if sequence.say(chosen, pilot, fused):

@@ -88,6 +88,27 @@ def test_logits_that_are_not_finite_fail_their_own_request_and_the_health_check(
         engine.close()
 
 
+def test_a_prompt_that_was_spoilt_once_spoils_no_later_request(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    """Fault 5: keys and values of a prompt whose logits were not finite are not kept for the next one that begins like it."""
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, prefix_bytes=1 << 24))
+    asked = GenerationRequest(prompt * (1 + 64 // len(prompt)), 4, lam=0.0)
+    weight = next(p for name, p in model.pilot.named_parameters() if "layers.0" in name)
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        assert Collector(engine, asked).all()[1] == Failed("Generation failed in the server (NotFiniteError).")
+        with torch.no_grad():
+            weight.copy_(before)
+        assert isinstance(Collector(engine, asked).all()[1], Finished)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+        engine.close()
+
+
 def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
     engine: Engine, model: FusedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
