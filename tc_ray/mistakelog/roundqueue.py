@@ -53,12 +53,13 @@ class RoundQueue:
     def __init__(self) -> None:
         self._entries: deque[Batch | Cut] = deque()
         self._drops: dict[int, int] = {}
+        self._spoilt: set[int] = set()
         self.depth = 0
         """Micro-batches waiting."""
         self.dropped = 0
         """Records dropped so far."""
         self.not_finite = 0
-        """Of those, records with a NaN or an infinity."""
+        """Of those, records with a NaN or an infinity, and all of a round that took no step because of one."""
 
     def __bool__(self) -> bool:
         return bool(self._entries)
@@ -107,6 +108,20 @@ class RoundQueue:
         """Count the records of micro-batches as dropped."""
         for batch in batches:
             self.drop(batch.round, batch.count)
+
+    def spoil(self, round: int) -> None:
+        """The records of this round will not be in the log: it took no step."""
+        self._spoilt.add(round)
+
+    def without_spoilt(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The batches with rows, of rounds that are sound; the records of the others are counted as dropped."""
+        sound = []
+        for batch in batches:
+            if batch.round in self._spoilt:
+                self.drop(batch.round, batch.count, not_finite=True)
+            elif batch.count:
+                sound.append(batch)
+        return sound
 
     def take_drops(self, last: int) -> dict[int, int]:
         """Counts by round, of rounds up to `last`, that no earlier call gave."""

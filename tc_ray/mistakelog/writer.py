@@ -151,8 +151,9 @@ class RecordWriter:
         if stray.any():
             raise ValueError(f"records are not all of round {round}, rank {self._rank}, attempt {self._attempt}")
 
-    def end_round(self, round: int) -> None:
-        """All of this rank's micro-batches of `round` were put (possibly none).
+    def end_round(self, round: int, *, spoilt: bool = False) -> None:
+        """All of this rank's micro-batches of `round` were put (possibly none). `spoilt`: it took no step, as its loss or gradient
+        was not finite; its records are dropped and counted.
 
         Raises:
             ValueError: not the round after the last one.
@@ -162,6 +163,8 @@ class RecordWriter:
             raise ValueError(f"end of round {round}, but round {self._ended} was the last to end")
         with self._changed:
             self._check_usable()
+            if spoilt:
+                self._queue.spoil(round)
             self._queue_cut(Cut(round, force=False))
         self._ended = round
 
@@ -302,10 +305,11 @@ class RecordWriter:
 
     def _write_round(self, round: int) -> None:
         """Move batches of rounds up to `round` to the part, and to the disk as it sees fit."""
-        for batch in self._unfinished:
-            if batch.round <= round and batch.count:
-                assert isinstance(batch.records, Records)
-                self._held.add(batch.round, batch.records.to_arrow(self._run))
+        with self._changed:
+            ready = self._queue.without_spoilt(batch for batch in self._unfinished if batch.round <= round)
+        for batch in ready:
+            assert isinstance(batch.records, Records)
+            self._held.add(batch.round, batch.records.to_arrow(self._run))
         self._unfinished = [batch for batch in self._unfinished if batch.round > round]
         if self._held.rows:
             self._until_written(lambda: self._held.write(self._name()))

@@ -101,10 +101,10 @@ class Worker:
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
             rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
-            loss, round_tokens = self._round(number)
+            loss, round_tokens, taken = self._round(number)
             tokens += round_tokens
             if self.recorder is not None:
-                self.recorder.end_round(number)
+                self.recorder.end_round(number, spoilt=not taken)
             last = number == self.job.rounds
             seconds, mean = time.monotonic() - began, tokens / (time.monotonic() - started)
             self._report(number, loss, rate, round_tokens, seconds, mean)
@@ -213,9 +213,9 @@ class Worker:
             self.job.tracker.event.remote("postponed", text)
         self.postponed = True
 
-    def _round(self, number: int) -> tuple[float, int]:
+    def _round(self, number: int) -> tuple[float, int, bool]:
         """One optimizer step, left out where loss or gradient is not finite; returns the round's mean cross-entropy over all
-        ranks and its tokens, all ranks.
+        ranks, its tokens, all ranks, and whether the step was taken.
 
         Raises:
             NotFiniteError: too many in a row were left out.
@@ -255,7 +255,7 @@ class Worker:
         if self.left_out.add(taken, loss_mean) and self.rank == 0:
             text = f"round {number}: loss or gradient is not finite (loss {loss_mean}); its update is left out"
             self.job.tracker.event.remote("not finite", text)
-        return loss_mean, self.table.tokens(rows)
+        return loss_mean, self.table.tokens(rows), taken
 
     def _report(
         self, number: int, loss: float, rate: float, tokens: int, seconds: float, mean_tokens_per_second: float

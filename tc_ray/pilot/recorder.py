@@ -59,6 +59,7 @@ class Recorder:
         self._copy = HostCopy(device)
         self._measured = measured_rounds(config, rounds)
         self._held: dict[int, list[Records | PendingRecords]] = {}
+        self._spoilt: set[int] = set()
         self._curve: ErrorCurve | None = None
         self._captured: float | None = None
         self._top_k = stored_top_k if start_round >= self._measured else 0
@@ -106,8 +107,14 @@ class Recorder:
         else:
             self._writer.put(records, number)
 
-    def end_round(self, number: int) -> None:
-        """All forward passes of the round were recorded (collective in the round that k is chosen in)."""
+    def end_round(self, number: int, *, spoilt: bool = False) -> None:
+        """All forward passes of the round were recorded (collective in the round that k is chosen in).
+
+        Args:
+            spoilt: the round took no step, as its loss or gradient was not finite: its records do not enter the log.
+        """
+        if spoilt:
+            self._spoilt.add(number)
         self._waiting.append((number, self._round_tokens))
         self._round_tokens = 0
         if number < self._measured:
@@ -116,7 +123,7 @@ class Recorder:
             self._held.setdefault(number, [])
             self._release(self._chosen())
         else:
-            self._writer.end_round(number)
+            self._writer.end_round(number, spoilt=spoilt)
 
     def _chosen(self) -> int:
         """k over all ranks, as it stands in the log."""
@@ -140,7 +147,7 @@ class Recorder:
             parts = [part.resolve() if isinstance(part, PendingRecords) else part for part in self._held.pop(number)]
             if parts:
                 self._writer.put(Records.concat([part.truncated(top_k) for part in parts]), number)
-            self._writer.end_round(number)
+            self._writer.end_round(number, spoilt=number in self._spoilt)
 
     def flush(self, number: int) -> bool:
         """Wait until the log holds everything up to round `number`; False: it cannot be written now (see the writer)."""

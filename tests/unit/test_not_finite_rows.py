@@ -123,6 +123,22 @@ def test_the_writer_keeps_them_out_and_covers_the_round(tmp_path: Path, monkeypa
     }
 
 
+@pytest.mark.parametrize("spoilt", [1, 4], ids=["while k is chosen", "after"])
+def test_no_row_of_a_round_without_a_step_enters_the_log(tmp_path: Path, spoilt: int) -> None:
+    """Fault 5: also the rows that hold no NaN, of a round whose loss was spoilt by others."""
+    fields = {"log": {"top_k_rounds": 2}}
+    clean, run = Run(tmp_path / "clean", **fields), Run(tmp_path / "spoilt", **fields)
+    run.spoilt = {spoilt}
+    clean.attempt(0, ROUNDS)
+    run.attempt(0, ROUNDS)
+    found, all_rows = run.records(), clean.records()
+    assert sorted(found.round.tolist()) == [number for number in sorted(all_rows.round.tolist()) if number != spoilt]
+    assert run.ledger.state().round == ROUNDS
+    counts = dropped_records(LogStore(run.config.log_location).commits())
+    assert counts == {0: {spoilt: int((all_rows.round == spoilt).sum())}}
+    assert run.metrics[-1]["not_finite_records"] in (0.0, float(counts[0][spoilt]))  # the thread may be behind
+
+
 def test_the_choice_of_k_does_not_see_them() -> None:
     """Fault 5: one NaN made every sum of the curve NaN, and k the largest there is."""
     values = torch.tensor([[0.5, -0.4, -0.1], [float("nan"), -0.4, -0.1], [0.5, -float("inf"), -0.1]])

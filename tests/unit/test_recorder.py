@@ -65,6 +65,7 @@ class Run:
         self.lock = threading.Lock()
         self.told: list[tuple[str, str]] = []
         self.metrics: list[dict[str, float]] = []
+        self.spoilt: set[int] = set()
 
     def attempt(self, start: int, last: int, *, close: bool = True, device: torch.device = CPU) -> Recorder:
         log = self.config.log
@@ -104,7 +105,7 @@ class Run:
                 )
                 record = step(ids, lengths, starts, 1.0)[1]
                 recorder.record(record, batch, np.zeros(MICRO, np.int16), number)
-            recorder.end_round(number)
+            recorder.end_round(number, spoilt=number in self.spoilt)
             self.metrics.append(recorder.metrics())
         if close:
             recorder.close()
