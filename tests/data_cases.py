@@ -296,7 +296,9 @@ CASES = [
     ),
     Case(
         "other_words",
-        folder_of({"d.jsonl": SUMS, "testSet.jsonl": HELD[:10], "my_held-out.jsonl": HELD[10:], "devset/a.jsonl": HELD}),
+        folder_of(
+            {"d.jsonl": SUMS, "testSet.jsonl": HELD[:10], "my_held-out.jsonl": HELD[10:], "devset/a.jsonl": HELD}
+        ),
         (64, 20, 20),
         said=("devset/a.jsonl", "my_held-out.jsonl, testSet.jsonl"),
     ),

@@ -56,7 +56,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     for index, name in enumerate(names):
         lost = next((earlier for earlier in names[:index] if earlier.startswith(f"{name}.")), None)
         if lost:
-            raise ConfigError(f"override {name} replaces all of {name}, and {lost} before it would be lost: give {lost} after it")
+            raise ConfigError(
+                f"override {name} replaces all of {name}, and {lost} before it would be lost: give {lost} after it"
+            )
     for override in overrides:
         _apply(override, values, origins)
     unknown = [_unknown_message(key, origins) for key in _unknown_keys(values, RunConfig)]
@@ -326,7 +328,9 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is list:
         return f"a list of {_allowed(arguments[0])}"
     if origin is dict:
-        return f"a mapping of names to {'text (true, false and numbers in quotes)' if arguments[1] is str else 'values'}"
+        return (
+            f"a mapping of names to {'text (true, false and numbers in quotes)' if arguments[1] is str else 'values'}"
+        )
     names = {
         int: "a whole number",
         float: "a number",

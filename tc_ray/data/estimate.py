@@ -102,7 +102,9 @@ def estimate(
         if row["kind"] == "bad":
             bad += 1
             field = f", field {row['field']}" if row["field"] else ""
-            first_bad = first_bad or f"; the first bad one: {row['unit']} {row['place']}{field}: {row['problem']}; {row['fix']}"
+            first_bad = (
+                first_bad or f"; the first bad one: {row['unit']} {row['place']}{field}: {row['problem']}; {row['fix']}"
+            )
     if not lengths:
         long = len(sample.records) - bad
         raise NoRowsError(

@@ -23,7 +23,9 @@ SIDE_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "s
 """What `datasets` writes beside data files."""
 _PART_OF_WORD = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),
-    **dict.fromkeys(("eval", "evaluation", "evalset", "validation", "valid", "validset", "val", "valset"), "validation"),
+    **dict.fromkeys(
+        ("eval", "evaluation", "evalset", "validation", "valid", "validset", "val", "valset"), "validation"
+    ),
     **dict.fromkeys(("dev", "devset"), "validation"),
     **dict.fromkeys(("test", "testset", "heldout", "holdout"), "test"),
 }
@@ -174,7 +176,11 @@ def _check_name(file: Path) -> None:
 def _part_by_name(file: Path, folder: Path) -> str:
     """The part whose word stands in the file's name, else in the name of the nearest folder; "" without one."""
     for name in reversed(file.parts):
-        parts = {_PART_OF_WORD[word] for word in re.split(r"[\W\d_]+", _HELD_OUT.sub(r"\1out", name.lower())) if word in _PART_OF_WORD}
+        parts = {
+            _PART_OF_WORD[word]
+            for word in re.split(r"[\W\d_]+", _HELD_OUT.sub(r"\1out", name.lower()))
+            if word in _PART_OF_WORD
+        }
         if len(parts) > 1:
             raise DataError(
                 f"{folder / file}: its name {name} holds the words of {' and '.join(sorted(parts))} rows; rename it, "
