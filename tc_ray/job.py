@@ -72,7 +72,8 @@ def run_job(config: RunConfig) -> JobResult:
         check_owner(folder, trusted=config.run.trust_folder)
     check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with FolderLock(folder, f"run {config.run.name}"), ray_session(config):
+    # also around the start of Ray: a signal that comes then finds a run that can be gone on with, where there is one
+    with FolderLock(folder, f"run {config.run.name}"), resumable(folder), ray_session(config):
         check_room(config)
         with resumable(folder):
             return _Job(config, folder).run()
