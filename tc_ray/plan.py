@@ -224,15 +224,15 @@ def _refusals(config: RunConfig) -> list[str]:
 
 def _check_weights(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, refusals: list[str]) -> None:
     """As the job does, of folders that are on this machine; one with a config alone can be planned with."""
-    from tc_ray.models.weights import WeightsError, check_folders
+    from tc_ray.models.weights import check_folders
 
     try:
         check_folders(config, pilot.place, pilot.place if base is None else base.place)
     except OSError as error:
         refusals.append(f"{first_line(error, 160)}; take a whole copy of the model")
-    except WeightsError:
-        raise
     except ValueError as error:
+        if type(error) is not ValueError:  # an error of this package speaks for itself
+            raise
         raise JobError(str(error)) from None
 
 

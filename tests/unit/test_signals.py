@@ -100,3 +100,21 @@ run_command(lambda: run_job(RunConfig.model_validate({"run": {"folder": sys.argv
     )
     line = f"stopped by SIGTERM; the same command goes on from the last checkpoint in {folder}\n"
     assert (done.returncode, done.stderr) == (143, line)
+
+
+def test_what_hangs_after_a_stop_does_not_change_its_exit_code() -> None:
+    """Fault 11: a signal for the whole process group ended Ray too; the run hung a minute in it and ended with code 1."""
+    code = """
+import os, signal, time
+from tc_ray.cli.errors import run_command
+from tc_ray.signals import end_within
+def command():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        end_within(0.2)
+        time.sleep(60)
+run_command(command)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False, timeout=30)
+    assert done.returncode == 143
