@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 SAY_SECONDS = 30.0
 """How often a wait is said anew."""
+REPORT_SECONDS = 20.0
+"""How long the first report of an autoscaler is waited for; it writes one every 5 s."""
 _SLACK = 1e-6
 """Ray counts resources in parts of 1/10000."""
 
@@ -129,13 +132,28 @@ def can_grow() -> bool:
         cluster = state.get_cluster_config()
         if cluster is not None and cluster.node_group_configs:
             return True
-        report = gcs.internal_kv_get(b"__autoscaling_status", None)
+        report = _first_report(lambda: gcs.internal_kv_get(b"__autoscaling_status", None))
         status = GetClusterStatusReply()
         status.ParseFromString(gcs.get_cluster_status())
         types = [node.ray_node_type_name for node in status.cluster_resource_state.node_states]
         return starts_nodes(report, types if status.HasField("autoscaling_state") else [])
     except Exception:  # noqa: BLE001 - another version of Ray, or Ray Client: whatever it raises, it is no answer
         return True
+
+
+def _first_report(ask: Callable[[], bytes | None]) -> bytes | None:
+    """The report of autoscaler v1; of a Ray that has just started it says nothing of the nodes for some seconds.
+
+    Raises:
+        TimeoutError: it still says nothing of them.
+    """
+    end = time.monotonic() + REPORT_SECONDS
+    while time.monotonic() < end:
+        report = ask()
+        if report is None or "autoscaler_report" in json.loads(report):
+            return report
+        time.sleep(0.2)
+    raise TimeoutError("no report of the autoscaler")
 
 
 def starts_nodes(report: bytes | None, node_types: Iterable[str]) -> bool:

@@ -27,11 +27,13 @@ from tc_ray.mistakelog.opening import is_table
 from tc_ray.mistakelog.repair import repair
 from tc_ray.refusals import JobError, check_resume
 from tc_ray.session import check_room, copilot_need, evaluation_need, pilot_need, ray_session
-from tc_ray.signals import resumable
+from tc_ray.signals import end_within, resumable
 from tc_ray.text import visible
 
 LOG_POLL_SECONDS = 1.0
 TEND_SECONDS = 5.0
+END_SECONDS = 20.0
+"""Time for a stopped run, whose status is written, to give its workers back."""
 ERROR_SIZE_ROUNDS = 16
 """Rounds at the end of the log whose mean squared error is set beside that of held-out data."""
 
@@ -72,7 +74,8 @@ def run_job(config: RunConfig) -> JobResult:
         check_owner(folder, trusted=config.run.trust_folder)
     check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with FolderLock(folder, f"run {config.run.name}"), ray_session(config):
+    # also around the start of Ray: a signal that comes then finds a run that can be gone on with, where there is one
+    with FolderLock(folder, f"run {config.run.name}"), resumable(folder), ray_session(config):
         check_room(config)
         with resumable(folder):
             return _Job(config, folder).run()
@@ -134,6 +137,8 @@ class _Job:
         finally:
             self.stop_watching.set()
             self._finish(status)
+            if status == "stopped":
+                end_within(END_SECONDS)
             if self.group is not None:
                 self.group.stop()
             for watcher in watchers:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tc_ray.config.load import load_saved_config, require_secrets
 from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.estimate import DataEstimate, estimate, is_embedded
+from tc_ray.data.estimate import DataEstimate, NoRowsError, estimate, is_embedded
 from tc_ray.refusals import JobError, check_resume
 from tc_ray.session import cpus_needed, training_needs
 from tc_ray.sizes import ModelConfig, ModelSizes, find_models, model_sizes
@@ -165,8 +165,8 @@ def make_plan(config: RunConfig) -> Plan:
 
     Raises:
         ConfigError: a secret is struck out. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without an adapter.
-        ValueError: layers that the model does not have, a base of the other architecture, positions it has no states of,
-            adapters on a matrix that is shared, weights that are missing.
+        ValueError: layers that the model does not have, a base of the other architecture. WeightsError: weights that are
+            missing. JobError: positions it has no states of, adapters on a matrix that is shared.
         DataError: data that cannot be read.
     """
     require_secrets(config)
@@ -174,7 +174,7 @@ def make_plan(config: RunConfig) -> Plan:
     refusals = _refusals(config)
     pilot, base = find_models(config, notes, refusals)
     if pilot is not None:
-        _check_weights(config, pilot, base, notes)
+        _check_weights(config, pilot, base, refusals)
         if config.log.enabled:
             _check_log(config, pilot)
     data = _data(config, pilot, notes, refusals)
@@ -222,21 +222,28 @@ def _refusals(config: RunConfig) -> list[str]:
     return found
 
 
-def _check_weights(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, notes: list[str]) -> None:
+def _check_weights(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, refusals: list[str]) -> None:
     """As the job does, of folders that are on this machine; one with a config alone can be planned with."""
     from tc_ray.models.weights import check_folders
 
     try:
         check_folders(config, pilot.place, pilot.place if base is None else base.place)
     except OSError as error:
-        notes.append(f"the run will refuse this: {first_line(error, 160)}")
+        refusals.append(f"{first_line(error, 160)}; take a whole copy of the model")
+    except ValueError as error:
+        if type(error) is not ValueError:  # an error of this package speaks for itself
+            raise
+        raise JobError(str(error)) from None
 
 
 def _check_log(config: RunConfig, pilot: ModelConfig) -> None:
     """As the job does."""
     from tc_ray.pilot.log_metadata import check_log
 
-    check_log(config, pilot.config)
+    try:
+        check_log(config, pilot.config)
+    except ValueError as error:
+        raise JobError(str(error)) from None
 
 
 def _log_notes(config: RunConfig) -> list[str]:
@@ -287,17 +294,18 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
     tokenizer = _tokenizer(config, pilot, notes, refusals)
     if tokenizer is None:
         return None
-    found = estimate(
-        config.data,
-        tokenizer,
-        sample_rows=SAMPLE_ROWS,
-        seed=config.run.seed,
-        encoder_decoder=family_of(pilot.config).encoder_decoder,
-        vocab_size=embedding_rows(pilot.place, pilot.config),
-    )
-    if found is None:
+    try:
+        found = estimate(
+            config.data,
+            tokenizer,
+            sample_rows=SAMPLE_ROWS,
+            seed=config.run.seed,
+            encoder_decoder=family_of(pilot.config).encoder_decoder,
+            vocab_size=embedding_rows(pilot.place, pilot.config),
+        )
+    except NoRowsError as error:
         notes.append("data size unknown")
-        refusals.append(f"no usable rows at data.train {config.data.train} on this machine")
+        refusals.append(f"no usable rows at data.train {config.data.train} on this machine: {error}")
         return None
     notes += found.notes
     whole = found.records < SAMPLE_ROWS  # then the sample is all there is

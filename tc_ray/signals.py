@@ -28,6 +28,7 @@ _asked: list[tuple[int, float]] = []
 """Number and time of the first signal."""
 _taken: list[dict[int, Any]] = []
 """Handlers before `stop_signals`; empty outside of it."""
+_timers: list[threading.Timer] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -67,6 +68,9 @@ def stop_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        for timer in _timers:
+            timer.cancel()
+        _timers.clear()
         for number, handler in _taken.pop().items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
@@ -88,6 +92,19 @@ def resumable(folder: Path) -> Iterator[None]:
 def as_stopped(interrupt: KeyboardInterrupt) -> Stopped:
     """The signal that an interrupt came of."""
     return interrupt if isinstance(interrupt, Stopped) else Stopped(_asked[0][0] if _asked else signal.SIGINT)
+
+
+def end_within(seconds: float) -> None:
+    """A command that was asked to end, and has written what it must, ends by then with the signal's code, whatever hangs.
+
+    A signal for a whole process group (`timeout`, systemd, Slurm) ends a local Ray too, and what asks that Ray waits a minute and
+    aborts with another code. Does nothing outside `stop_signals`.
+    """
+    if _taken and _asked:
+        timer = threading.Timer(seconds, os._exit, (128 + _asked[0][0],))
+        timer.daemon = True
+        timer.start()
+        _timers.append(timer)
 
 
 def take_signals() -> None:

@@ -241,7 +241,7 @@ CASES = [
         refused=("field messages[1].content: is missing",),
     ),
     # -- nothing is left: refused with the arithmetic
-    Case("empty", one_file(list), refused=("no row is left: of 0 records",)),
+    Case("empty", one_file(list), refused=("no row is left: its files hold no record; correct the path",)),
     Case("one_row", one_file(lambda: SUMS[:1]), refused=("1 rows with 1 different prompts", "of 1 records 0 are bad")),
     Case(
         "same_prompt",
@@ -293,6 +293,19 @@ CASES = [
         folder_of({"gsm.jsonl": SUMS, "gsm_test.jsonl": HELD}),
         (58, 6, 20),
         said=("test rows by their names: gsm_test",),
+    ),
+    Case(
+        "other_words",
+        folder_of(
+            {"d.jsonl": SUMS, "testSet.jsonl": HELD[:10], "my_held-out.jsonl": HELD[10:], "devset/a.jsonl": HELD}
+        ),
+        (64, 20, 20),
+        said=("devset/a.jsonl", "my_held-out.jsonl, testSet.jsonl"),
+    ),
+    Case(
+        "only_held_out_beside_csv",
+        folder_of({"train.csv": ["prompt,completion", "p,c"], "test.jsonl": SUMS}),
+        refused=("is held out by its name (test.jsonl)", "not read: train.csv; convert them"),
     ),
     Case(
         "three_parts",

@@ -53,6 +53,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ConfigError(f"override {twice[0]} is given {names.count(twice[0])} times: give it once")
+    for index, name in enumerate(names):
+        lost = next((earlier for earlier in names[:index] if earlier.startswith(f"{name}.")), None)
+        if lost:
+            raise ConfigError(
+                f"override {name} replaces all of {name}, and {lost} before it would be lost: give {lost} after it"
+            )
     for override in overrides:
         _apply(override, values, origins)
     unknown = [_unknown_message(key, origins) for key in _unknown_keys(values, RunConfig)]
@@ -139,25 +145,30 @@ def _apply(override: str, values: dict[str, Any], origins: dict[_Path, str]) -> 
         place = place.setdefault(key, {})
         if not isinstance(place, dict):
             raise ConfigError(f"override {shown!r}: {key} is a single value and has no field {keys[-1]}")
-    place[keys[-1]] = _override_value(text, _kinds(keys), shown)
+    place[keys[-1]] = _override_value(text, keys, shown)
     for stale in [key for key in origins if key[: len(keys)] == keys]:
         del origins[stale]
     origins[keys] = f"override {shown!r}"
 
 
-def _override_value(text: str, kinds: set[Any], shown: str) -> Any:
+def _override_value(text: str, keys: _Path, shown: str) -> Any:
     """Text and paths as they were typed, the rest as YAML."""
+    kinds = _kinds(keys)
     plain = kinds - {type(None)}
     if plain <= {str, Path}:  # also of an unknown key: it is refused by its name, whatever its value is
         if text == "null" and type(None) in kinds:
             return None
-        if Path in plain and not text:
-            raise ConfigError(f"override {shown!r}: the path is empty; write null for the default")
+        if (Path in plain or keys in _PATHS) and not text.strip():
+            raise ConfigError(f"override {shown!r}: {_empty_path(kinds)}")
         return text
     try:
         return yaml.load(text, ConfigLoader) if text.strip() else ""
     except yaml.YAMLError:
         raise ConfigError(f"override {shown!r}: not a YAML value; quote what is text in it") from None
+
+
+def _empty_path(kinds: set[Any]) -> str:
+    return "the path is empty; " + ("write null for the default" if type(None) in kinds else "name a file or folder")
 
 
 def _kinds(keys: _Path) -> set[Any]:
@@ -317,7 +328,9 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is list:
         return f"a list of {_allowed(arguments[0])}"
     if origin is dict:
-        return "a mapping of names to values"
+        return (
+            f"a mapping of names to {'text (true, false and numbers in quotes)' if arguments[1] is str else 'values'}"
+        )
     names = {
         int: "a whole number",
         float: "a number",

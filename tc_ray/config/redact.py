@@ -62,9 +62,14 @@ PLAIN_OPTIONS = frozenset(
 _STORES = ("aws_", "azure_", "google_", "gcs_")
 _STORE_VARIABLES = ("", "AWS_", "AZURE_", "AZURE_STORAGE_", "GOOGLE_", "GOOGLE_CLOUD_")
 
+# tokens of a tokenizer (eos_token, tokenizer.pad_token) and what is counted or measured of tokens (token_id, token_accuracy)
+_TEXT_TOKEN = (
+    r"(?!(?:[\w-]+\.)*(?:(?:eos|bos|pad|unk|sep|cls|mask|first|last|next|target|special|start|end|max|min|num|per)_token(?:_ids?)?|"
+    r"token_(?:accuracy|count|ids?|loss|type_ids))(?![\w.-]))"
+)
 _SECRET_NAME = (
-    r"[\w.-]*(?:passw(?:or)?d|passphrase|secret|credential|(?:access|account|api|private|master|sas|shared)[_-]?key|apikey|"
-    r"token(?![a-z]))[\w.-]*"
+    rf"{_TEXT_TOKEN}[\w.-]*(?:passw(?:or)?d|passphrase|secret|credential|(?:access|account|api|private|master|sas|shared)[_-]?key|"
+    r"apikey|token(?![a-z]))[\w.-]*"
 )
 _USERINFO = re.compile(r"(://)[^\s/?#\"'<>`]*@")
 # a password may hold / ? # unencoded, and is told from a port by what follows the digits
@@ -124,7 +129,7 @@ def redact_override(text: str) -> str:
     if not equals:
         return redact(text)
     leaf = name.strip().rpartition(".")[2]
-    if "storage_option" in name and not name.startswith("-"):
+    if "storage_option" in name.lower() and not name.startswith("-"):
         shown = _redact_option(leaf, value) if leaf != name and "storage_option" not in leaf else STRUCK_OUT
     elif re.fullmatch(_SECRET_NAME, leaf, re.IGNORECASE) or "storage_option" in value:
         shown = STRUCK_OUT

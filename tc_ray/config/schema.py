@@ -89,8 +89,8 @@ class DataSection(Section):
     )
     parts: Literal["by_name", "all_train"] = Field(
         "by_name",
-        description="files of a folder whose name, or the name of a folder in it, has the word test, or eval, validation, "
-        "valid, val or dev: by_name: they are test and validation rows; all_train: training rows like the others",
+        description="files of a folder whose name, or the name of a folder in it, has the word test (testset, heldout), or "
+        "eval, validation, valid, val or dev (evalset, ...): by_name: they are test and validation rows; all_train: training rows like the others",
     )
     validation: str | None = Field(None, description="file or folder; default: by_name in train, else cut from train")
     validation_size: float = Field(

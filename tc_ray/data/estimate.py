@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tc_ray.config.schema import EMBEDDED, DataSection
 from tc_ray.data.embedded import for_fallback, write_embedded
 from tc_ray.data.embedded_sequences import write_generated
 from tc_ray.data.encode import encode_record
+from tc_ray.data.errors import DataError
 from tc_ray.data.find import find_sources, is_absent
 from tc_ray.data.sequences import SequenceReader, label_items, scan
 from tc_ray.data.sources import Record, iter_records
@@ -25,6 +26,10 @@ from tc_ray.data.vocabulary import check_largest_id, check_special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class NoRowsError(DataError):
+    """No row to estimate from; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +77,21 @@ def estimate(
     seed: int,
     encoder_decoder: bool = False,
     vocab_size: int | None = None,
-) -> DataEstimate | None:
-    """Estimate; None where the files are absent or hold no usable row.
+) -> DataEstimate:
+    """Estimate.
 
     Raises:
-        DataError: a file cannot be read at all or its part is not clear, the embedded task is unknown, or a row of the
+        NoRowsError: the files are absent or hold no usable row. DataError: a file cannot be read at all or its part is not clear, the embedded task is unknown, or a row of the
             sample has a token that a model of `vocab_size` tokens does not embed.
     """
     check_special_ids(tokenizer, vocab_size)
     if is_absent(config) and not is_embedded(config):
-        return None
+        _raise_absent(config)
     draw = _draw_sequences if config.format == "sequences" else _draw_examples
     with tempfile.TemporaryDirectory() as folder:
         sample = draw(config, Path(folder), sample_rows, seed)
     lengths, targets, ids, bad = [], [], set(), 0
+    first_bad = ""
     for record in sample.records:
         row = encode_record(record, sample.config, tokenizer, seed, held_out=False, encoder_decoder=encoder_decoder)
         if row["kind"] == "row":
@@ -93,9 +99,17 @@ def estimate(
             lengths.append(len(row["input_ids"]))
             targets.append(len(row["input_ids"]) - row["target_start"])
             ids.update(row["input_ids"][row["target_start"] :])
-        bad += row["kind"] == "bad"
+        if row["kind"] == "bad":
+            bad += 1
+            field = f", field {row['field']}" if row["field"] else ""
+            first_bad = (
+                first_bad or f"; the first bad one: {row['unit']} {row['place']}{field}: {row['problem']}; {row['fix']}"
+            )
     if not lengths:
-        return None
+        long = len(sample.records) - bad
+        raise NoRowsError(
+            f"of {len(sample.records)} records {bad} are bad, {long} have a prompt longer than data.cutoff_tokens{first_bad}"
+        )
     readable = round(sample.total * len(lengths) / len(sample.records))
     rows = readable - sum(max(1, row_count(size, readable)) for size in sample.held_out)
     if config.max_train_rows is not None:
@@ -103,6 +117,15 @@ def estimate(
     count = len(lengths)
     means = sum(lengths) / count, sum(targets) / count
     return DataEstimate(max(0, rows), *means, len(ids), count, bad=bad, records=len(sample.records), notes=sample.notes)
+
+
+def _raise_absent(config: DataSection) -> NoReturn:
+    """Where the files were looked for."""
+    try:
+        find_sources(config)
+    except DataError as error:
+        raise NoRowsError(str(error)) from None
+    raise AssertionError("absent files were found")
 
 
 def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:

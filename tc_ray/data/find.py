@@ -22,10 +22,14 @@ SEQUENCE_SUFFIXES = (".txt",)
 SIDE_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside data files."""
 _PART_OF_WORD = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("eval", "evaluation", "validation", "valid", "val", "dev"), "validation"),
-    "test": "test",
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(
+        ("eval", "evaluation", "evalset", "validation", "valid", "validset", "val", "valset"), "validation"
+    ),
+    **dict.fromkeys(("dev", "devset"), "validation"),
+    **dict.fromkeys(("test", "testset", "heldout", "holdout"), "test"),
 }
+_HELD_OUT = re.compile(r"(?<![^\W_])(held|hold)[\W_]out(?![^\W_])")
 _SHOWN_NAMES = 5
 
 
@@ -59,8 +63,8 @@ class _Found:
 def find_sources(config: DataSection) -> Sources:
     """Files of every part that has some of its own; the other parts are cut from train.
 
-    In a folder of training data, files and folders whose names hold the word test, or eval, validation, valid, val or dev,
-    are test and validation rows (`data.parts`), unless data.test or data.validation names others.
+    In a folder of training data, files and folders whose names hold the word test (testset, heldout), or eval, validation,
+    valid, val or dev (evalset, ...), are test and validation rows (`data.parts`), unless data.test or data.validation names others.
 
     Raises:
         DataError: files are absent, of no known kind, or named so that their part is not clear.
@@ -109,9 +113,10 @@ def _parts_of_train(found: _Found, config: DataSection, notes: list[str]) -> dic
     named = [file for part in held_out.values() for file in part]
     if not files["train"]:
         if named:
+            other = f", and these files are not read: {found.names(found.left_out)}" if found.left_out else ""
             raise DataError(
-                f"data.train: every data file in {found.place} is held out by its name ({found.names(named)}); "
-                "name the file itself, or set data.parts=all_train"
+                f"data.train: every data file in {found.place} is held out by its name ({found.names(named)}){other}; "
+                f"{'convert them, ' if other else ''}name the file itself, or set data.parts=all_train"
             )
         raise _nothing(found, "train", config)
     if named and config.format == "sequences":
@@ -171,7 +176,11 @@ def _check_name(file: Path) -> None:
 def _part_by_name(file: Path, folder: Path) -> str:
     """The part whose word stands in the file's name, else in the name of the nearest folder; "" without one."""
     for name in reversed(file.parts):
-        parts = {_PART_OF_WORD[word] for word in re.split(r"[\W\d_]+", name.lower()) if word in _PART_OF_WORD}
+        parts = {
+            _PART_OF_WORD[word]
+            for word in re.split(r"[\W\d_]+", _HELD_OUT.sub(r"\1out", name.lower()))
+            if word in _PART_OF_WORD
+        }
         if len(parts) > 1:
             raise DataError(
                 f"{folder / file}: its name {name} holds the words of {' and '.join(sorted(parts))} rows; rename it, "
@@ -195,7 +204,7 @@ def _kinds(suffixes: Sequence[str]) -> str:
 def _note_left_out(found: _Found, config: DataSection, notes: list[str]) -> None:
     if found.left_out:
         kinds = _kinds(SEQUENCE_SUFFIXES if config.format == "sequences" else EXAMPLE_SUFFIXES)
-        notes.append(f"left out of {found.place}: {found.names(found.left_out)}; read are {kinds}")
+        notes.append(f"left out of {found.place}: {found.names(found.left_out)}; files that are read: {kinds}")
 
 
 def _nothing(found: _Found, part: str, config: DataSection) -> DataError:

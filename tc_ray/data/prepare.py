@@ -242,6 +242,8 @@ def _left_out(part: str, encoded: Mapping[str, Encoded]) -> LeftOut:
 
 def _arithmetic(rows: Encoded) -> str:
     """How many of the records of a source are left, and why."""
+    if not rows.records:
+        return "its files hold no record; correct the path or fill them"
     return (
         f"of {rows.records} records {len(rows.bad)} are bad, {rows.too_long} have a prompt longer than "
         f"data.cutoff_tokens, {rows.rows.num_rows} are left"

@@ -194,8 +194,23 @@ def test_text_is_taken_as_typed_and_the_rest_is_yaml(override: str, field: str, 
 
 def test_an_empty_path_is_refused() -> None:
     """Fault 21: it would be the current folder."""
-    with pytest.raises(ConfigError, match=r"run\.folder=.*the path is empty"):
-        load_config(None, ["run.folder="])
+    for field, remedy in (
+        ("run.folder", "write null"),
+        ("data.train", "name a file"),
+        ("data.test", "write null"),
+        ("model.pilot", "name a file"),
+    ):
+        for blank in ("", " "):
+            with pytest.raises(ConfigError, match=rf"{field}=.*the path is empty; {remedy}"):
+                load_config(None, [f"{field}={blank}"])
+
+
+def test_an_override_is_not_lost_to_a_later_one_of_its_section() -> None:
+    """Fault 14, its kind: of two values for one setting the last was taken in silence."""
+    with pytest.raises(ConfigError, match=r"override copilot replaces all .* copilot\.every before it would be lost"):
+        load_config(None, ["copilot.every=2", "copilot={batch_size: 4}"])
+    kept = load_config(None, ["copilot={batch_size: 4}", "copilot.every=2"]).copilot
+    assert (kept.batch_size, kept.every) == (4, 2)
 
 
 FLOATS = [field.path for field in describe_fields() if "a number" in field.allowed]

@@ -124,7 +124,10 @@ def test_inputs_are_kept_in_log_and_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("train_rows", "the training rows differ (data.train=embedded, read from here)"),
+        (
+            "train_rows",
+            "the training rows differ (data.train=embedded, read from here; tokenizer and template count too)",
+        ),
         ("validation_rows", "the validation rows differ (data.validation=cut from data.train)"),
         ("test_rows", "the test rows differ"),
         ("pilot_weights", "the base weights differ (model.pilot="),

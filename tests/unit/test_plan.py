@@ -24,6 +24,7 @@ from tc_ray.models.families import UnknownFamilyError
 from tc_ray.models.pilot import load_pilot
 from tc_ray.models.source import ModelSourceError
 from tc_ray.plan import make_plan
+from tc_ray.refusals import JobError
 from tests.family_samples import folder_of
 from tests.tiny_families import ENCODER_DECODER
 from tests.tiny_model import make_tiny_llama
@@ -225,7 +226,7 @@ def test_what_no_run_could_start_with_is_refused(tiny: Path, data: Path, tmp_pat
         make_plan(config_of(tiny, str(data), tmp_path / "run", copilot={"layers": [3]}))
     with pytest.raises(ValueError, match=r"is encoder-decoder, the Pilot is decoder-only: .*\(model.copilot\)"):
         make_plan(config_of(tiny, str(data), tmp_path / "run", model={"copilot": str(folder_of("t5"))}))
-    with pytest.raises(ValueError, match=r"states of target positions only; set log.positions=target"):
+    with pytest.raises(JobError, match=r"states of target positions only; set log.positions=target"):
         make_plan(config_of(folder_of("t5"), str(data), tmp_path / "run"))
     (tmp_path / "opt").mkdir()
     (tmp_path / "opt" / "config.json").write_text('{"model_type": "opt"}')

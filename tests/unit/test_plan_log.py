@@ -23,6 +23,7 @@ from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import log_metadata
 from tc_ray.pilot.recording import chosen_rows, to_records
 from tc_ray.plan import make_plan
+from tc_ray.refusals import JobError
 from tests.family_samples import folder_of
 from tests.tiny_families import ENCODER_DECODER
 
@@ -149,5 +150,5 @@ def test_what_cannot_be_known_is_said(data: Path, tmp_path: Path) -> None:
 
 
 def test_layers_that_the_pilot_does_not_have(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"log.rationale \[2, 4\] .* it has 4 decoder layers, 0 to 3"):
+    with pytest.raises(JobError, match=r"log.rationale \[2, 4\] .* it has 4 decoder layers, 0 to 3"):
         make_plan(config_of("llama", data, tmp_path / "run", rationale=[2, 4]))

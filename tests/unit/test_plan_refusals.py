@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from tc_ray.cli.errors import message
 from tc_ray.config.load import save_config
 from tc_ray.plan import make_plan
+from tc_ray.refusals import JobError
 from tests.unit.test_plan import BATCH, ROOT, config_of, data, tiny  # noqa: F401 - fixtures
 
 
@@ -41,6 +43,9 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
     )
     assert refusals(tmp_path / "bad.jsonl", data={"max_bad_fraction": 0.1}) == ""
     assert "no usable rows at data.train" in refusals(tmp_path / "absent.jsonl")
+    assert "absent.jsonl; correct the path" in refusals(tmp_path / "absent.jsonl")
+    chats = write(tmp_path / "chats.jsonl", [{"conversations": []}] * 3)
+    assert "3 are bad" in refusals(chats) and "line 1: has the fields conversations; give messages" in refusals(chats)
     assert "no test rows to measure with" in refusals(data={"test_size": 0})
     assert refusals(data={"test_size": 0}, log={"enabled": False}) == ""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -52,6 +57,14 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
     (tmp_path / "run").mkdir()
     save_config(earlier, tmp_path / "run" / "config.yaml")
     assert "holds a run with other settings (pilot.learning_rate: 0.5" in refusals()
+
+
+def test_a_refusal_of_adapters_is_no_surprise(tiny: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Fault 22: the plan ended in the right words, but as an error with a traceback to look for."""
+    pilot = {"method": "lora", "lora": {"target_modules": ["q_proj", "lm_head"]}}
+    with pytest.raises(JobError, match=r"Leave lm_head out") as raised:
+        make_plan(config_of(tiny, str(data), tmp_path / "run", pilot=pilot))
+    assert "TC_RAY_DEBUG" not in message(raised.value)
 
 
 def test_the_command_ends_with_2_and_prints_the_plan_all_the_same(

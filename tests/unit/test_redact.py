@@ -41,6 +41,8 @@ SECRET = "Tr0ub4dor-3"
         '{{"account_key": "{}"}}',
         "Authorization: Bearer {}-and-more",
         "s3://key:{}@bucket/log",
+        "hub.refresh_token={}",
+        "eos_token_secret={}",
     ],
 )
 def test_no_secret_is_left_in_a_text(text: str) -> None:
@@ -61,6 +63,8 @@ def test_no_secret_is_left_in_a_text(text: str) -> None:
         "pilot.learning_rate is 'fast', allowed: a number above 0",
         "s3://bucket/runs/one?versionId=3",
         "write to me@host.org",
+        "select a token to use as `pad_token` (tokenizer.pad_token = tokenizer.eos_token e.g.)",
+        "eos_token='</s>', pad_token: \"<pad>\", eos_token_id=2, token_accuracy=0.53, token_type_ids=None, first_token=7",
     ],
 )
 def test_harmless_texts_stay(text: str) -> None:
@@ -108,6 +112,7 @@ def test_command_lines(tmp_path: Path) -> None:
         "log.storage_options.aws_secret_access_key.more={}",
         "pilot.epochs=http://user:{}@host/",
         "tracking.password={}",
+        "LOG.Storage_Options.some_way={}",
     ],
 )
 def test_refused_overrides_show_no_secret(override: str) -> None:

@@ -81,3 +81,40 @@ run_command(command)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (143, "tc-ray: stopped by SIGTERM\n")
+
+
+def test_a_signal_before_the_run_begins_says_how_to_go_on(tmp_path: Path) -> None:
+    """Fault 11: while Ray starts or waits for a CPU the line said that the run was stopped, and not how to go on."""
+    code = """
+import sys, types
+from pathlib import Path
+sys.modules["ray"] = types.SimpleNamespace(init=lambda **_: sys.exit(15), is_initialized=lambda: False, shutdown=lambda: None)
+from tc_ray.cli.errors import run_command
+from tc_ray.config.schema import RunConfig
+from tc_ray.job import run_job
+run_command(lambda: run_job(RunConfig.model_validate({"run": {"folder": sys.argv[1]}})))
+"""
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    line = f"stopped by SIGTERM; the same command goes on from the last checkpoint in {folder}\n"
+    assert (done.returncode, done.stderr) == (143, line)
+
+
+def test_what_hangs_after_a_stop_does_not_change_its_exit_code() -> None:
+    """Fault 11: a signal for the whole process group ended Ray too; the run hung a minute in it and ended with code 1."""
+    code = """
+import os, signal, time
+from tc_ray.cli.errors import run_command
+from tc_ray.signals import end_within
+def command():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        end_within(0.2)
+        time.sleep(60)
+run_command(command)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False, timeout=30)
+    assert done.returncode == 143

@@ -149,12 +149,12 @@ def test_names_and_shapes_are_refused_before_workers_start(
 
 
 def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
-    """Fault 6, its end: nothing there at all. A plan can still be made, and says so."""
+    """Fault 6, its end: nothing there at all. A plan can still be made, and refuses (fault 22)."""
     folder = make_pilot("llama", tmp_path / "model")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"model\.safetensors"):
         check_folders(config_of(folder), folder, folder)
-    assert any("the run will refuse this: " in note for note in make_plan(config_of(folder)).notes)
+    assert any("model.safetensors" in reason for reason in make_plan(config_of(folder)).refusals)
 
 
 TIED = [
