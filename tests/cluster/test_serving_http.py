@@ -26,9 +26,9 @@ from tests.serving_cluster import PROMPT, figures, free_port, replica_pids, serv
 from tests.serving_process import forget_peak, memory_bytes
 from tests.serving_samples import make_export
 
-KEY = "a key for the tests"
+KEY = "a-key-for-the-tests"
 BEARER = f"Bearer {KEY}"
-OTHER_KEY = "a second key"
+OTHER_KEY = "a-second-key"
 SECRET = "zebra quilt 81723"
 LONG_TOKENS = 19_000
 """So many tokens take far longer than the tests wait for the engine to be free."""
