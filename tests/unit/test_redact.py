@@ -202,7 +202,7 @@ def test_errors_events_and_lines_of_loggers(
     assert message(ValueError(f"no entry for {SECRET}-environment")).startswith("ValueError: no entry for ***")
 
     def fail() -> Any:
-        logging.getLogger("some.library").warning("retrying %s", f"http://u:{SECRET}@h")
+        logging.getLogger("some.package").warning("retrying %s", f"http://u:{SECRET}@h")
         raise OSError(2, "No such file", f"/share/{SECRET}-environment")
 
     factory = logging.getLogRecordFactory()
