@@ -176,7 +176,7 @@ def test_subsample_drops_what_finds_the_queue_full(tmp_path: Path, disk: Disk) -
     disk.full = True
     started = time.monotonic()
     pilot.train()  # the thread takes it and fails
-    until(lambda: disk.refused)
+    until(lambda: pilot.writer._outage.open)  # a moment after the disk has refused
     taken = [pilot.train(2) for _ in range(200)]
     assert not pilot.writer.flush(200, timeout=30)
     assert not pilot.writer.flush(201)
