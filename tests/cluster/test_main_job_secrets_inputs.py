@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,23 +36,46 @@ SECRETS = {
 }
 
 
+MLFLOW_SERVER = """
+from mlflow.server import app
+from werkzeug.serving import make_server
+
+server = make_server("127.0.0.1", 0, app, threaded=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
 @pytest.fixture(scope="module")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
-    """MLflow's own server in a thread; yields its port and the folder with all it keeps."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        for store in ("FILE", "REGISTRY"):
-            patch.setenv(f"_MLFLOW_SERVER_{store}_STORE", f"sqlite:///{folder}/mlflow.db")
-        patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
-        patch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", str(folder / "artifacts"))
-        patch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
-        from mlflow.server import app
-        from werkzeug.serving import make_server
+    """MLflow's own server; yields its port and the folder with all it keeps.
 
-        server = make_server("127.0.0.1", 0, app, threaded=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port, folder
-        server.shutdown()
+    A process of its own: the server sets MLflow's tracking address for the whole process that it runs in.
+    """
+    folder = tmp_path_factory.mktemp("mlflow")
+    environment = {
+        "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder}/mlflow.db",
+        "_MLFLOW_SERVER_REGISTRY_STORE": f"sqlite:///{folder}/mlflow.db",
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+    }
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", MLFLOW_SERVER],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    try:
+        assert server.stdout is not None
+        port = server.stdout.readline()
+        assert port, (folder / "server.log").read_text()
+        yield int(port), folder
+    finally:
+        server.kill()
+        server.wait()
 
 
 @dataclass(frozen=True)
