@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tc_ray.serving.auth import configured_digests, require_key_for
-from tc_ray.serving.deployment import build_application
+from tc_ray.serving.deploy.deployment import build_application
+from tc_ray.serving.deploy.options import build_settings
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.exports import check_tokenizer, named_models
-from tc_ray.serving.guard import MAX_BODY_VARIABLE, guarded_body_bytes
-from tc_ray.serving.options import build_settings
+from tc_ray.serving.failover.proxy import MAX_BODY_VARIABLE, guarded_body_bytes
+from tc_ray.serving.http.auth import configured_digests, require_key_for
+from tc_ray.serving.models.exports import check_tokenizer, named_models
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -22,7 +22,7 @@ def build(args: dict[str, Any]) -> Any:
 
     Args:
         args: `runs`, a list of run folders, exports or NAME=FOLDER; `key_file`; `allow_open`; and the options of
-            `tc-ray serve` with underscores (tc_ray/serving/options.py). Any other is refused by name.
+            `tc-ray serve` with underscores (tc_ray/serving/deploy/options.py). Any other is refused by name.
 
     Raises:
         ServingError: no exported model in a folder, an argument that cannot be, or no API key.

@@ -2,7 +2,7 @@
 
 Invariant: a reader sees the old content or the new one, never a part, also after the machine has lost power. A folder counts
 as whole when its marker, written last, names every file in it with its size. Everything in the package that writes a small
-file or publishes a folder on a local disk does so here; the Mistake Log's files go through `mistakelog.location`.
+file or publishes a folder on a local disk does so here; the Mistake Log's files go through `mistakelog.table.location`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from workload import machine, model_folder
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.pilot import DTYPES, load_pilot
+from tc_ray.models.pilot.load import DTYPES, load_pilot
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:

@@ -32,11 +32,11 @@ from log_throughput import make_records, metadata_of
 from workload import machine, print_table, write_json
 
 from tc_ray.copilot.buffer import RoundBuffer
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.reader import LogTail
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.upkeep import Upkeep
-from tc_ray.mistakelog.writer import RecordWriter
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.read.reader import LogTail
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.writer import RecordWriter
 
 SAMPLE_SECONDS = 5.0
 SIZES = {"tokens": 80, "targets": 12, "width": 576, "top_k": 64}

@@ -40,12 +40,12 @@ from workload import machine, print_table, spread, write_json
 
 from tc_ray.copilot.batching import batch_from_records
 from tc_ray.files import sync
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.schema import ROW_SCHEMA, LogMetadata
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.writer import RecordWriter
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.rows.schema import ROW_SCHEMA, LogMetadata
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.writer import RecordWriter
 
 SIDES, WAYS = ("bare", "log"), ("bare", "mapped", "log")
 PAIRS = {

@@ -40,10 +40,10 @@ from workload import (
     write_json,
 )
 
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.writer import RecordWriter
-from tc_ray.models.pilot import DTYPES, PilotStep, add_adapters, load_pilot
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tc_ray.models.pilot.load import DTYPES, PilotStep, add_adapters, load_pilot
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import log_metadata
 from tc_ray.pilot.recorder import Recorder

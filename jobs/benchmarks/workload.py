@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.models.source import resolve_model
+from tc_ray.models.hub import resolve_model
 
 BUILTIN = "smollm2-135m-instruct"
 TOP_K = 64

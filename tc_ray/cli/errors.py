@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from tc_ray.cli.output import quiet_logging, say
+from tc_ray.cluster.signals import as_stopped, stop_signals
 from tc_ray.config.redact import redact
-from tc_ray.signals import as_stopped, stop_signals
 
 DEBUG = "TC_RAY_DEBUG"
 EXIT_ERROR = 2

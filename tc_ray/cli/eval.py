@@ -17,7 +17,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Choose lambda on the run's validation split, apply it once to the data, and print Pilot against fused."""
-    from tc_ray.reevaluation import evaluate_run
+    from tc_ray.run.evaluate import evaluate_run
 
     report, where = evaluate_run(run_folder, data)
     say("\n".join([*report.lines(), "", f"report: {where}"]))

@@ -25,7 +25,7 @@ def fuse(
     ] = None,
 ) -> None:
     """Write a fused model of a Pilot and a Copilot that was trained beside another Pilot with the same tokenizer."""
-    from tc_ray.fuse import fuse_models
+    from tc_ray.export.join import fuse_models
 
     fusion = fuse_models(pilot, copilot, out, lam=lam, space=space, feedback=feedback)
     say("\n".join(fusion.lines()))

@@ -14,7 +14,7 @@ from tc_ray.files import write_file
 
 if TYPE_CHECKING:
     from tc_ray.inspection.source import LogPlace
-    from tc_ray.mistakelog.reader import MistakeLog
+    from tc_ray.mistakelog.read.reader import MistakeLog
 
 EXIT_FINDINGS = 1
 
@@ -198,7 +198,7 @@ def verify(
     storage: Storage = None,
 ) -> None:
     """Check every file of the log against its commit: size, rows, SHA-256, schema. Exit code 1: something is wrong."""
-    from tc_ray.mistakelog.verify import verify_log
+    from tc_ray.mistakelog.maintain.verify import verify_log
 
     result = verify_log(_location(_place(source, storage)), quarantine=quarantine)
     _tell(result, as_json)
@@ -215,7 +215,7 @@ def compact(
     storage: Storage = None,
 ) -> None:
     """Merge the small files of a log that no run is writing to. Exit code 1: some are damaged, and were left as they are."""
-    from tc_ray.mistakelog.compaction import compact_log
+    from tc_ray.mistakelog.maintain.compaction import compact_log
 
     result = compact_log(_location(_place(source, storage)), target_bytes=target_bytes)
     _tell(result, as_json)
@@ -237,7 +237,7 @@ def vacuum(
     storage: Storage = None,
 ) -> None:
     """Delete files that no version in use needs."""
-    from tc_ray.mistakelog.vacuum import vacuum_log
+    from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 
     location = _location(_place(source, storage))
     _tell(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds, dry_run=dry_run), as_json)
@@ -272,7 +272,7 @@ def _place(source: str, storage: list[str] | None) -> LogPlace:
 
 
 def _location(place: LogPlace) -> Any:
-    from tc_ray.mistakelog.location import Location
+    from tc_ray.mistakelog.table.location import Location
 
     return Location(place.uri, place.options or None)
 

@@ -68,7 +68,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve exported runs as an OpenAI-compatible endpoint, until Ctrl-C. A Copilot that is exported anew is taken up."""
-    from tc_ray.serving.launch import serve_run
+    from tc_ray.serving.deploy.launch import serve_run
 
     serve_run(
         runs,

@@ -13,7 +13,7 @@ from tc_ray.cli.output import say
 
 if TYPE_CHECKING:
     from tc_ray.config.schema import RunConfig
-    from tc_ray.job import JobResult
+    from tc_ray.run.job import JobResult
 
 UPLOADED = "working_dir_files"
 """Folder of Ray's runtime resources that holds uploaded working directories."""
@@ -42,15 +42,15 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     config = load_config(recipe, overrides)
     keep_outside_upload(config)
     if only_plan:
-        from tc_ray.plan import make_plan
-        from tc_ray.refusals import JobError
+        from tc_ray.run.plan.plan import make_plan
+        from tc_ray.run.refusals import JobError
 
         made = make_plan(config)
         say(str(made))
         if made.refusals:
             raise JobError(f"the run would refuse: {'; '.join(made.refusals)}")
         return
-    from tc_ray.job import NoCopilotError, run_job
+    from tc_ray.run.job import NoCopilotError, run_job
 
     try:
         result = run_job(config)

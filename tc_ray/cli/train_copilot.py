@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tc_ray.cli.output import say
-from tc_ray.signals import resumable
+from tc_ray.cluster.signals import resumable
 
 if TYPE_CHECKING:
     from tc_ray.copilot.from_log import Progress
@@ -43,9 +43,9 @@ def train_copilot(
     """Train a Copilot from a log alone; no Pilot runs. The result is what `tc-ray fuse --copilot` takes."""
     from tc_ray.config.load import load_config, load_saved_config
     from tc_ray.copilot.from_log import train_from_log
-    from tc_ray.folder_lock import FolderLock
     from tc_ray.inspection.source import find_log
-    from tc_ray.mistakelog.reader import MistakeLog
+    from tc_ray.mistakelog.read.reader import MistakeLog
+    from tc_ray.run.folder_lock import FolderLock
 
     place = find_log(log, storage_option or [])
     if place.note:

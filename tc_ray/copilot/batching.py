@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from tc_ray.mistakelog.records import Records
+from tc_ray.mistakelog.rows.records import Records
 from tc_ray.models.copilot import CopilotBatch
-from tc_ray.models.taps import pooled
+from tc_ray.models.pilot.taps import pooled
 
 
 def pooled_records(records: Records, pooling: str) -> Records:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.mistakelog.finite import only_finite
-from tc_ray.mistakelog.records import Records
+from tc_ray.mistakelog.rows.finite import only_finite
+from tc_ray.mistakelog.rows.records import Records
 
 _DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
 

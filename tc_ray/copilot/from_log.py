@@ -26,9 +26,9 @@ from tc_ray.copilot.learner import Learner, StepResult
 from tc_ray.copilot.stored import BatchSource, Epochs, Replay
 from tc_ray.copilot.worker import build_copilot
 from tc_ray.files import DamagedFileError, read_json_as, write_file, write_json
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.schema import LogMetadata
-from tc_ray.models.source import resolve_model, tokenizer_hash
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.schema import LogMetadata
+from tc_ray.models.hub import resolve_model, tokenizer_hash
 from tc_ray.models.weights_hash import weights_hash
 
 SOURCE_FILE = "source.json"

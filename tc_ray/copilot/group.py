@@ -14,11 +14,11 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tc_ray.capacity import SAY_SECONDS, Need
+from tc_ray.cluster.capacity import SAY_SECONDS, Need
+from tc_ray.cluster.failures import is_final, short
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.worker import CopilotJob, CopilotWorker
-from tc_ray.failures import is_final, short
-from tc_ray.mistakelog.errors import LeaseLostError
+from tc_ray.mistakelog.table.errors import LeaseLostError
 
 
 class CopilotError(RuntimeError):

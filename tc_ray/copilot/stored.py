@@ -16,10 +16,10 @@ import numpy as np
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.batching import pooled_records
 from tc_ray.copilot.buffer import RoundBuffer, draw
-from tc_ray.mistakelog.finite import all_finite
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.store import StoredFile
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.finite import all_finite
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.table.store import StoredFile
 
 SHUFFLE_BYTES = 512 * 2**20
 """Data files of this size together are shuffled row by row; the order of all files is drawn for each epoch."""

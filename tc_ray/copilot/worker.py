@@ -24,13 +24,13 @@ from tc_ray.copilot.batching import batch_from_records, pooled_records
 from tc_ray.copilot.buffer import RoundBuffer, draw
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner, StepResult
-from tc_ray.data.train_table import TrainTable
-from tc_ray.mistakelog.datafile import BadFileError
-from tc_ray.mistakelog.outage import patiently
-from tc_ray.mistakelog.reader import LogTail
+from tc_ray.data.prepared.train_table import TrainTable
+from tc_ray.mistakelog.read.reader import LogTail
+from tc_ray.mistakelog.table.data_file import BadFileError
+from tc_ray.mistakelog.table.retry import patiently
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
-from tc_ray.models.taps import tapped_layers
+from tc_ray.models.pilot.taps import tapped_layers
 
 IDLE_SECONDS = 0.1
 
@@ -207,8 +207,8 @@ def build_copilot(
     from transformers import AutoConfig, AutoTokenizer
 
     from tc_ray.models.families import family_of
-    from tc_ray.models.pilot import load_pilot
-    from tc_ray.models.source import vocabulary_hash
+    from tc_ray.models.hub import vocabulary_hash
+    from tc_ray.models.pilot.load import load_pilot
 
     torch.manual_seed(config.run.seed)
     pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from tc_ray.evaluation.catalogue import Catalogue, CatalogueProcessor
 from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.item_trie import Catalogue, CatalogueProcessor
 
 _NO_ITEM = -1.0e8
 """Scores below stand for beams that are none: the library starts unused beams at -1e9, and a clamped p~ gives -inf."""

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from tc_ray.config.schema import FusionSection
-from tc_ray.data.tokenize import completion_ids
-from tc_ray.evaluation.catalogue import Catalogue
+from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.decode import rank
 from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.item_trie import Catalogue
 from tc_ray.evaluation.metric import Measure, Outcome
 from tc_ray.evaluation.statistics import bootstrap_intervals, wilson_interval
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tc_ray.data.left_out import LeftOut
+from tc_ray.data.prepared.left_out import LeftOut
 from tc_ray.evaluation.metric import Measure
 from tc_ray.evaluation.selection import Comparison
 from tc_ray.evaluation.teacher_forced import TeacherForced

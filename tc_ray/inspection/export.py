@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from tc_ray.files import sync, sync_tree
 from tc_ray.inspection.rows import COLUMNS, UNKNOWN, Array, Rows, decode
 from tc_ray.inspection.tokens import TokenTexts
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.schema import ROW_SCHEMA
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.schema import ROW_SCHEMA
 
 FIELDS = (
     "run",

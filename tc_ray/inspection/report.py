@@ -20,7 +20,7 @@ from tc_ray.inspection.sample_page import READING, sample_block
 from tc_ray.inspection.sights import across_epochs, find_sights, percent
 from tc_ray.inspection.stats import LogStats, collect
 from tc_ray.inspection.tokens import TokenTexts
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.read.reader import MistakeLog
 
 WORST = 12
 ACROSS_EACH = 3

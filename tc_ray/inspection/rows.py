@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tc_ray.mistakelog.datafile import BadFileError
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.schema import LogMetadata, LogSchemaError
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.schema import LogMetadata, LogSchemaError
+from tc_ray.mistakelog.table.data_file import BadFileError
 
 Array = npt.NDArray[Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tc_ray.inspection.page import answer_html, esc, legend_html, page, prompt_html
 from tc_ray.inspection.sights import Sight, thinned
 from tc_ray.inspection.tokens import TokenTexts
-from tc_ray.mistakelog.schema import LogMetadata
+from tc_ray.mistakelog.rows.schema import LogMetadata
 
 READING = (
     "Each token of the true answer stands on the colour of its error. A token that was not ranked first is underlined and "

@@ -14,7 +14,7 @@ import numpy as np
 from tc_ray.inspection.rows import UNKNOWN, Array, Rows, stream
 from tc_ray.inspection.tallies import SampleTable
 from tc_ray.inspection.tokens import TokenTexts
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.read.reader import MistakeLog
 
 OTHERS = 3
 """Tokens besides the true one that are told of each target token."""

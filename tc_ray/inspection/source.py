@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.config.yaml_file import read_sections
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.text import visible
 
 CONFIG_FILE = "config.yaml"

@@ -15,10 +15,10 @@ import numpy as np
 from tc_ray.inspection.rows import Array, stream
 from tc_ray.inspection.tallies import Confidence, PositionMap, SampleTable, TokenTable, Totals
 from tc_ray.inspection.tokens import TokenTexts
-from tc_ray.mistakelog.commits import dropped_records
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.schema import LogMetadata
-from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.schema import LogMetadata
+from tc_ray.mistakelog.table.commits import dropped_records
+from tc_ray.mistakelog.table.store import LogStore
 
 MAX_BINS = 120
 _MAX_SEEN = 2**15

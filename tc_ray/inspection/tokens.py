@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tc_ray.mistakelog.schema import LogMetadata
-from tc_ray.models.source import BUILTIN_MODELS, default_cache, tokenizer_hash
+from tc_ray.mistakelog.rows.schema import LogMetadata
+from tc_ray.models.hub import BUILTIN_MODELS, default_cache, tokenizer_hash
 from tc_ray.text import visible
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tc_ray.models.source import ModelSourceError
+from tc_ray.models.hub import ModelSourceError
 
 _NO_CONTENT = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and with what it was written."""

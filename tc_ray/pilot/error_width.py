@@ -14,7 +14,7 @@ import torch
 
 from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
-from tc_ray.models.errors import SparseErrors
+from tc_ray.models.pilot.token_errors import SparseErrors
 
 
 def measured_rounds(config: RunConfig, rounds: int) -> int:

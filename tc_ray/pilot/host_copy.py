@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tc_ray.mistakelog.records import Records
+from tc_ray.mistakelog.rows.records import Records
 
 
 @dataclass(frozen=True)

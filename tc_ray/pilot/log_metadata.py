@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.mistakelog.schema import LogMetadata
+from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.models.families import family_of
-from tc_ray.models.source import tokenizer_hash
-from tc_ray.models.taps import UNPOOLED, log_pooling, tap_definition, tapped_layers
+from tc_ray.models.hub import tokenizer_hash
+from tc_ray.models.pilot.taps import UNPOOLED, log_pooling, tap_definition, tapped_layers
 
 
 def log_metadata(

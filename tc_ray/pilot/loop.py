@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.batches import RoundOrder
-from tc_ray.data.train_table import TrainTable
-from tc_ray.mistakelog.ledger_actor import submit_to
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.outage import may_pass
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.writer import RecordWriter
+from tc_ray.data.prepared.batches import RoundOrder
+from tc_ray.data.prepared.train_table import TrainTable
+from tc_ray.mistakelog.commit.ledger_actor import submit_to
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.retry import may_pass
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.finite import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
 from tc_ray.pilot.engine import build_engine, take_step

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from tc_ray.config.log import LogSection
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.sampling import has_mistake, in_fraction
-from tc_ray.models.pilot import StepRecord
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
+from tc_ray.models.pilot.load import StepRecord
 from tc_ray.pilot.host_copy import HostCopy, PendingRecords
 
 

@@ -3,7 +3,7 @@
 Invariant: each start is a Ray Train run of its own that never retries. So restarts are counted here, with and without a log, and
 an error that would come again (`failures.is_final`) ends the Pilot at once. Where to go on from is found by the workers in the
 run folder, whose checkpoints are complete or absent. Ray Train's own checkpoint book-keeping is not used: `report` is a barrier
-of about two seconds, and its snapshot file is written in place (facts measured on ray 2.60). Called by `tc_ray.job`.
+of about two seconds, and its snapshot file is written in place (facts measured on ray 2.60). Called by `tc_ray.run.job`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tc_ray.capacity import Need
-from tc_ray.failures import first_final, is_final, short
+from tc_ray.cluster.capacity import Need
+from tc_ray.cluster.failures import first_final, is_final, short
 from tc_ray.pilot.loop import PilotJob, train_worker
 
 NO_ROOM = "WorkerGroupStartupTimeoutError"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.from_log import train_from_log
-from tc_ray.job import run_job
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import Killer, assert_log_is_exact, tiny_config
+from tests.support.tiny_run import Killer, assert_log_is_exact, tiny_config
 
 ROUNDS = 6
 STEPS = 2 * ROUNDS

@@ -17,13 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tc_ray.config.schema import DataSection
-from tc_ray.data.errors import DataError
-from tc_ray.data.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
-from tc_ray.data.sequences import read_items
-from tc_ray.job import JobError, run_job
-from tests.data_cases import CASES, strict_tokenizer
-from tests.tiny_model import make_tokenizer
-from tests.tiny_run import tiny_config
+from tc_ray.data.prepared.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
+from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.sequences import read_items
+from tc_ray.run.job import JobError, run_job
+from tests.support.data_cases import CASES, strict_tokenizer
+from tests.support.tiny_model import make_tokenizer
+from tests.support.tiny_run import tiny_config
 
 
 @pytest.fixture(scope="module", autouse=True)

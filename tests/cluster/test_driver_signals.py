@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tc_ray.cli.errors import run_command
-from tc_ray.job import run_job
+from tc_ray.run.job import run_job
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import tiny_config
+from tests.support.tiny_run import tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
 MODULE = "tests.cluster.test_driver_signals"

@@ -20,8 +20,8 @@ import psutil
 import pytest
 import yaml
 
-from tc_ray.models.source import default_cache
-from tests.tiny_model import make_tiny_llama
+from tc_ray.models.hub import default_cache
+from tests.support.tiny_model import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -170,7 +170,7 @@ def test_a_submitted_job_trains_and_exports(cluster: Cluster, tmp_path: Path) ->
     assert json.loads((export / "provenance.json").read_text())["rounds"] == 6
     from transformers import AutoModelForCausalLM
 
-    from tc_ray.mistakelog.reader import MistakeLog
+    from tc_ray.mistakelog.read.reader import MistakeLog
     from tc_ray.models.fusion import FusedModel
 
     AutoModelForCausalLM.from_pretrained(export / "pilot")

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import ray
 
-from tc_ray.mistakelog.errors import FencedError
-from tc_ray.mistakelog.ledger_actor import start_ledger, submit_to
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.reader_lease import held_versions
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.schema import LogSchemaError
-from tc_ray.mistakelog.writer import RecordWriter
-from tests.mistakelog_samples import assert_same, metadata, random_records
+from tc_ray.mistakelog.commit.ledger_actor import start_ledger, submit_to
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.read.reader_lease import held_versions
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.rows.schema import LogSchemaError
+from tc_ray.mistakelog.table.errors import FencedError
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
 ROUNDS = 60
 ROWS = 3

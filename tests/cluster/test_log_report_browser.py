@@ -16,10 +16,10 @@ from tc_ray.inspection.report import write_report
 from tc_ray.inspection.sample_page import sample_page
 from tc_ray.inspection.sights import find_sights
 from tc_ray.inspection.tokens import TokenTexts
-from tc_ray.mistakelog.reader import MistakeLog
-from tests.browser import Browser, find_chromium
-from tests.inspection_samples import make_examples, make_log
-from tests.tiny_model import make_tokenizer
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tests.support.browser import Browser, find_chromium
+from tests.support.inspection_samples import make_examples, make_log
+from tests.support.tiny_model import make_tokenizer
 
 CHROMIUM = find_chromium()
 pytestmark = [

@@ -16,23 +16,23 @@ from tc_ray.cli.errors import message
 from tc_ray.cli.status import status as show_status
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.errors import DataError
+from tc_ray.data.source.errors import DataError
 from tc_ray.inspection.source import find_log
-from tc_ray.job import JobError, JobResult, run_job
-from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.table.lease import LeaseHeldError, RunLease
+from tc_ray.mistakelog.table.location import Location
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.folder import read_settings
 from tc_ray.pilot.checkpoint import find_checkpoints
-from tc_ray.reevaluation import NotFinishedError, evaluate_run
-from tc_ray.refusals import check_resume
-from tc_ray.serving.exports import check_tokenizer, find_export, weight_bytes
+from tc_ray.run.evaluate import NotFinishedError, evaluate_run
+from tc_ray.run.job import JobError, JobResult, run_job
+from tc_ray.run.refusals import check_resume
+from tc_ray.serving.models.exports import check_tokenizer, find_export, weight_bytes
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tc_ray.tracking.tracker import Tracker
-from tests.tiny_run import assert_log_is_exact, tiny_config
-from tests.torn_files import torn, torn_forms
+from tests.support.tiny_run import assert_log_is_exact, tiny_config
+from tests.support.torn_files import torn, torn_forms
 
 ROUNDS = 10
 STEPS = 2 * ROUNDS

@@ -17,15 +17,15 @@ import ray
 from typer.testing import CliRunner
 
 from tc_ray.cli.main import app
-from tc_ray.job import run_job
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.quarantine import QUARANTINE_FOLDER, quarantined
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.store import LogStore, StoredFile
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.maintain.quarantine import QUARANTINE_FOLDER, quarantined
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LogStore, StoredFile
+from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import tiny_config
+from tests.support.tiny_run import tiny_config
 
 ROUNDS = 120
 FIRST_STEPS = 5

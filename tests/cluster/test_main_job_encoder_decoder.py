@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.heldout import read_held_out
-from tc_ray.job import JobError, JobResult, run_job
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.models.fusion import FusedModel
-from tests.tiny_model import make_tokenizer
-from tests.tiny_run import assert_log_is_exact, tiny_config
+from tc_ray.run.job import JobError, JobResult, run_job
+from tests.support.tiny_model import make_tokenizer
+from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 ROUNDS = 10
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import ray
 
-from tc_ray.capacity import CapacityError
+from tc_ray.cluster.capacity import CapacityError
 from tc_ray.copilot.worker import CopilotWorker
-from tc_ray.job import NoCopilotError, run_job
 from tc_ray.models.fusion import FusedModel
 from tc_ray.pilot import loop
 from tc_ray.pilot.trainer import PilotError
+from tc_ray.run.job import NoCopilotError, run_job
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.exports import find_export
+from tc_ray.serving.models.exports import find_export
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import tiny_config
+from tests.support.tiny_run import tiny_config
 
 ROUNDS = 4
 
@@ -79,7 +79,7 @@ def test_a_copilot_that_fails_for_good_leaves_the_pilots_result(
 def test_the_pilot_is_started_again_only_for_what_can_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 20: an IndexError is not tried again; a death is, and is counted with the log off too.
 
-    Without a cluster: tests/unit/test_failures.py.
+    Without a cluster: tests/unit/cluster/test_failures.py.
     """
     config = tiny_config(tmp_path, pilot__max_rounds=ROUNDS, log__enabled=False)
     run, marks = config.run.path, tmp_path / "starts"

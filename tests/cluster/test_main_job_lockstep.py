@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import ray
 
-from tc_ray.job import run_job
+from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
-from tests.tiny_run import tiny_config
+from tests.support.tiny_run import tiny_config
 
 ROUNDS = 60
 STEPS_PER_ROUND = 3

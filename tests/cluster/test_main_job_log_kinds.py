@@ -13,13 +13,13 @@ import ray
 import torch
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.batches import RoundOrder
-from tc_ray.job import JobResult, run_job
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.sampling import in_fraction
+from tc_ray.data.prepared.batches import RoundOrder
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.sampling import in_fraction
 from tc_ray.models.fusion import FusedModel
+from tc_ray.run.job import JobResult, run_job
 from tc_ray.tracking.points import read_points
-from tests.tiny_run import tiny_config
+from tests.support.tiny_run import tiny_config
 
 ROUNDS = 6
 

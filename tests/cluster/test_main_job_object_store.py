@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from tc_ray.job import run_job
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.verify import verify_log
-from tests.object_store import new_log_uri, object_store
-from tests.tiny_run import Killer, assert_log_is_exact, tiny_config
+from tc_ray.mistakelog.maintain.verify import verify_log
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.run.job import run_job
+from tests.support.object_store import new_log_uri, object_store
+from tests.support.tiny_run import Killer, assert_log_is_exact, tiny_config
 
 ROUNDS = 60
 

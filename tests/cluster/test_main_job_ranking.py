@@ -10,11 +10,11 @@ import pytest
 import ray
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.sequences import read_items
+from tc_ray.data.source.sequences import read_items
 from tc_ray.evaluation.heldout import read_held_out
-from tc_ray.job import JobResult, run_job
-from tc_ray.reevaluation import evaluate_run
-from tests.tiny_run import tiny_config
+from tc_ray.run.evaluate import evaluate_run
+from tc_ray.run.job import JobResult, run_job
+from tests.support.tiny_run import tiny_config
 
 ITEMS_MODEL = Path(__file__).resolve().parents[2] / "jobs" / "recipes" / "models" / "t5-items"
 

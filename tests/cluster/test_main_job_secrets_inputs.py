@@ -20,8 +20,8 @@ import yaml
 
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
-from tc_ray.job import run_job
-from tests.tiny_run import tiny_config
+from tc_ray.run.job import run_job
+from tests.support.tiny_run import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = {

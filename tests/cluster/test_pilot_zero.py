@@ -17,17 +17,17 @@ import pytest
 import ray
 import torch
 
-from tc_ray.data.prepare import prepare
-from tc_ray.mistakelog.ledger_actor import start_ledger
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.records import Records
+from tc_ray.cluster.session import pilot_need
+from tc_ray.data.prepared.prepare import prepare
+from tc_ray.mistakelog.commit.ledger_actor import start_ledger
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.records import Records
 from tc_ray.pilot.loop import PilotJob
 from tc_ray.pilot.trainer import fit_pilot
-from tc_ray.session import pilot_need
 from tc_ray.tracking.tracker import start_tracker
-from tests.mistakelog_samples import metadata
-from tests.tiny_model import make_tokenizer
-from tests.tiny_run import assert_log_is_exact, tiny_config
+from tests.support.mistakelog_samples import metadata
+from tests.support.tiny_model import make_tokenizer
+from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 ROUNDS = 4
 WORKERS = 2

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.serving_cluster import PROMPT, replica_pids, server_of
-from tests.serving_load import outcomes_of, start_load
-from tests.serving_samples import make_export
+from tests.support.serving_cluster import PROMPT, replica_pids, server_of
+from tests.support.serving_load import outcomes_of, start_load
+from tests.support.serving_samples import make_export
 
 LOAD_S = 100.0
 

@@ -14,9 +14,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from safetensors.torch import load_file, save_file
 
-from tc_ray.serving.exports import copilot_version
-from tests.serving_cluster import free_port, local_ray, replica_pids, soon
-from tests.serving_samples import make_export
+from tc_ray.serving.models.exports import copilot_version
+from tests.support.serving_cluster import free_port, local_ray, replica_pids, soon
+from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = {"Authorization": "Bearer k"}

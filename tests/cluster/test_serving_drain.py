@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serving_cluster import PROMPT, Stream, free_port, processes_under, runs, soon
-from tests.serving_samples import make_export
+from tests.support.serving_cluster import PROMPT, Stream, free_port, processes_under, runs, soon
+from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 1200

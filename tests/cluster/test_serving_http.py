@@ -19,12 +19,12 @@ import torch
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
+from tc_ray.serving.deploy.launch import Server, start_server
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.launch import Server, start_server
-from tests.raw_http import PIECE_BYTES, chunked, exchange
-from tests.serving_cluster import PROMPT, figures, free_port, replica_pids, server_of, soon
-from tests.serving_process import forget_peak, memory_bytes
-from tests.serving_samples import make_export
+from tests.support.raw_http import PIECE_BYTES, chunked, exchange
+from tests.support.serving_cluster import PROMPT, figures, free_port, replica_pids, server_of, soon
+from tests.support.serving_process import forget_peak, memory_bytes
+from tests.support.serving_samples import make_export
 
 KEY = "a-key-for-the-tests"
 BEARER = f"Bearer {KEY}"

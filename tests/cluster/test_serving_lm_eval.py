@@ -17,8 +17,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from tests.serving_process import ROOT, ServingProcess
-from tests.serving_samples import make_export
+from tests.support.serving_process import ROOT, ServingProcess
+from tests.support.serving_samples import make_export
 
 PROGRAM = os.environ.get("TC_RAY_LM_EVAL") or shutil.which("lm_eval")
 ROWS = 4

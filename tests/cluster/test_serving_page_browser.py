@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser import Browser, find_chromium
-from tests.serving_process import ServingProcess
-from tests.serving_samples import make_export
+from tests.support.browser import Browser, find_chromium
+from tests.support.serving_process import ServingProcess
+from tests.support.serving_samples import make_export
 
 CHROMIUM = find_chromium()
 KEY = "a key with two words"

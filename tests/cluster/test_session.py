@@ -12,18 +12,18 @@ import pytest
 import ray
 from transformers import AutoModelForCausalLM
 
+from tc_ray.cluster.session import ray_session
 from tc_ray.config.schema import RunConfig
-from tc_ray.job import run_job
-from tc_ray.session import ray_session
+from tc_ray.run.job import run_job
 from tc_ray.tracking.statusfile import read_status
-from tests.serving_cluster import processes_under, runs, soon
-from tests.tiny_run import tiny_config
+from tests.support.serving_cluster import processes_under, runs, soon
+from tests.support.tiny_run import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 JOIN = """
 import ray
 from tc_ray.config.schema import RunConfig
-from tc_ray.session import ray_session
+from tc_ray.cluster.session import ray_session
 try:
     with ray_session(RunConfig()):
         print("node", ray.get_runtime_context().get_node_id())

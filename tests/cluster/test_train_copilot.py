@@ -20,13 +20,13 @@ from tc_ray.cli.main import app
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.from_log import Progress, StoredLogError, train_from_log
 from tc_ray.copilot.stored import Epochs
-from tc_ray.folder_lock import FolderLock
-from tc_ray.job import run_job
-from tc_ray.mistakelog.compaction import compact_log
-from tc_ray.mistakelog.lease import LeaseHeldError
-from tc_ray.mistakelog.reader import MistakeLog
-from tests.tiny_model import make_tiny_llama
-from tests.tiny_run import tiny_config
+from tc_ray.mistakelog.maintain.compaction import compact_log
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.table.lease import LeaseHeldError
+from tc_ray.run.folder_lock import FolderLock
+from tc_ray.run.job import run_job
+from tests.support.tiny_model import make_tiny_llama
+from tests.support.tiny_run import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 6

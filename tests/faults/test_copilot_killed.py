@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import ray
 
-from tc_ray.job import run_job
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import Killer, assert_log_is_exact, tiny_config
+from tests.support.tiny_run import Killer, assert_log_is_exact, tiny_config
 
 ROUNDS = 240
 

@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.opening import is_table
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.repair import repair
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.vacuum import vacuum_log
-from tc_ray.mistakelog.verify import verify_log
-from tests.faults.crash_session import (
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.maintain.vacuum import vacuum_log
+from tc_ray.mistakelog.maintain.verify import verify_log
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.opening import is_table
+from tc_ray.mistakelog.table.repair import repair
+from tc_ray.mistakelog.table.store import LogStore
+from tests.support.crash_session import (
     COUNT,
     DATA,
     KILL,
@@ -40,7 +40,7 @@ from tests.faults.crash_session import (
     Outcome,
     batch,
 )
-from tests.mistakelog_samples import assert_same
+from tests.support.mistakelog_samples import assert_same
 
 NAMES = {KILL: "kill", TORN: "torn", POWER: "power", DATA: "data"}
 FAST_POINTS = 4

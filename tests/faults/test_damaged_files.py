@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tc_ray.mistakelog.datafile import DataFile, ParquetPart, file_name
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.reader import LogTail, MistakeLog
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.verify import verify_log
-from tests.mistakelog_samples import assert_same, metadata, random_records
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.maintain.verify import verify_log
+from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.table.data_file import DataFile, ParquetPart, file_name
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LogStore
+from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
 FILES, DAMAGED, ROWS = 600, 500, 2
 

@@ -16,12 +16,12 @@ import ray
 import torch
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.job import run_job
-from tc_ray.mistakelog.reader import MistakeLog
+from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.pilot.checkpoint import latest_checkpoint
+from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import assert_log_is_exact, tiny_config
+from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 ROUNDS = 60
 REPOSITORY = Path(__file__).parents[2]

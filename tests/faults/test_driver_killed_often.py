@@ -17,14 +17,14 @@ import pytest
 import ray
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.job import run_job
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.records import Records
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.records import Records
 from tc_ray.pilot.checkpoint import latest_checkpoint
+from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tests.faults.test_driver_killed import alive
-from tests.tiny_run import assert_log_is_exact, tiny_config
+from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 # on a fast machine some forty pass between two looks at the figures
 ROUNDS = 1200

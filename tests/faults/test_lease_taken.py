@@ -1,6 +1,6 @@
 """A run whose log another process has taken over, as when its driver was frozen: it stops, with one line, and changes nothing.
 
-Fast, of the same fault: tests/unit/test_mistakelog_fenced.py.
+Fast, of the same fault: tests/unit/mistakelog/test_fenced.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tc_ray.mistakelog.lease import STALE_SECONDS, RunLease
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.store import LEASE_NUMBER, LogStore
+from tc_ray.mistakelog.table.lease import STALE_SECONDS, RunLease
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LEASE_NUMBER, LogStore
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import tiny_config
+from tests.support.tiny_run import tiny_config
 
 ROUNDS = 2000
 REPOSITORY = Path(__file__).parents[2]
@@ -26,8 +26,8 @@ DRIVER = """
 import sys
 from pathlib import Path
 from tc_ray.cli.errors import run_command
-from tc_ray.job import run_job
-from tests.tiny_run import tiny_config
+from tc_ray.run.job import run_job
+from tests.support.tiny_run import tiny_config
 run_command(lambda: run_job(tiny_config(Path(sys.argv[1]), pilot__max_rounds=int(sys.argv[2]), pilot__epochs=500)))
 """
 

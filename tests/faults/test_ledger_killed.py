@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import ray
 
-from tc_ray.mistakelog.ledger_actor import start_ledger, submit_to
-from tc_ray.mistakelog.reader import LogTail, MistakeLog
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.upkeep import Upkeep
-from tc_ray.mistakelog.verify import verify_log
-from tc_ray.mistakelog.writer import RecordWriter
-from tests.mistakelog_samples import assert_same, metadata, random_records
+from tc_ray.mistakelog.commit.ledger_actor import start_ledger, submit_to
+from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.maintain.verify import verify_log
+from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
 ROWS = 3
 RANKS = 2

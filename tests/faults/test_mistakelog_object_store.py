@@ -17,18 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tc_ray.mistakelog.commits import commit_name
-from tc_ray.mistakelog.datafile import ParquetPart
-from tc_ray.mistakelog.errors import CommitConflictError
-from tc_ray.mistakelog.lease import LeaseHeldError, RunLease
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.reader import LogTail, MistakeLog
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.writer import RecordWriter
-from tests.mistakelog_samples import assert_same, metadata, random_records
-from tests.object_store import new_log_uri, object_store
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.table.commits import commit_name
+from tc_ray.mistakelog.table.data_file import ParquetPart
+from tc_ray.mistakelog.table.errors import CommitConflictError
+from tc_ray.mistakelog.table.lease import LeaseHeldError, RunLease
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tests.support.mistakelog_samples import assert_same, metadata, random_records
+from tests.support.object_store import new_log_uri, object_store
 
 ROUNDS, ROWS, CHECKPOINT_EVERY = 60, 4, 5
 REPOSITORY = Path(__file__).parents[2]

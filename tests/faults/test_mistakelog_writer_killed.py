@@ -14,17 +14,17 @@ from statistics import median
 import numpy as np
 import pytest
 
-from tc_ray.mistakelog.lease import RunLease
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.location import Location
-from tc_ray.mistakelog.reader import LogTail, MistakeLog
-from tc_ray.mistakelog.records import Records
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.upkeep import Upkeep
-from tc_ray.mistakelog.vacuum import vacuum_log
-from tc_ray.mistakelog.verify import verify_log
-from tc_ray.mistakelog.writer import RecordWriter
-from tests.mistakelog_samples import assert_same, metadata, random_records
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.maintain.vacuum import vacuum_log
+from tc_ray.mistakelog.maintain.verify import verify_log
+from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.table.lease import RunLease
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
 ROWS = 4
 CHECKPOINT_EVERY = 5

@@ -13,9 +13,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tc_ray.job import run_job
+from tc_ray.run.job import run_job
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import assert_log_is_exact, tiny_config
+from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 ROUNDS = 80
 NODE = {"num_cpus": 3, "include_dashboard": False}

@@ -19,14 +19,14 @@ import pytest
 import ray
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.batches import RoundOrder
-from tc_ray.job import run_job
-from tc_ray.mistakelog.commits import dropped_records
-from tc_ray.mistakelog.reader import MistakeLog
-from tc_ray.mistakelog.store import LogStore
+from tc_ray.data.prepared.batches import RoundOrder
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.table.commits import dropped_records
+from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.pilot.checkpoint import latest_checkpoint
+from tc_ray.run.job import run_job
 from tc_ray.tracking.statusfile import read_status
-from tests.tiny_run import tiny_config
+from tests.support.tiny_run import tiny_config
 
 ROUNDS = 60
 FULL_FROM = 6

@@ -1,6 +1,6 @@
 """The server under abuse: whatever is sent, it refuses quickly, in the shapes it documents, and stays as it was.
 
-The server is a process of its own, so that its memory can be read. The requests are those of tests/bad_requests.py, and
+The server is a process of its own, so that its memory can be read. The requests are those of tests/support/bad_requests.py, and
 what is no HTTP; test_serving_schema.py has those that are made from the server's own OpenAPI document.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from tests.bad_requests import ALIVE, COMPLETIONS, JSON_TYPE, MINIMAL, BadRequest, bad_requests
-from tests.raw_http import PIECE_BYTES, Answer, exchange, send
-from tests.serving_process import TRIES, ServingProcess, timed
-from tests.serving_samples import make_export
+from tests.support.bad_requests import ALIVE, COMPLETIONS, JSON_TYPE, MINIMAL, BadRequest, bad_requests
+from tests.support.raw_http import PIECE_BYTES, Answer, exchange, send
+from tests.support.serving_process import TRIES, ServingProcess, timed
+from tests.support.serving_samples import make_export
 
 MAX_ANSWER_S = 0.1
 MAX_GROWTH_BYTES = 50_000_000

@@ -18,9 +18,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tc_ray.serving.launch import Server
-from tests.serving_cluster import PROMPT, figures, replica_pids, server_of, soon
-from tests.serving_samples import make_export
+from tc_ray.serving.deploy.launch import Server
+from tests.support.serving_cluster import PROMPT, figures, replica_pids, server_of, soon
+from tests.support.serving_samples import make_export
 
 DISCONNECTS = 500
 WARM_UP = 250

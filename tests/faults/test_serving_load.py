@@ -18,11 +18,11 @@ import torch
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.launch import Server
+from tc_ray.serving.deploy.launch import Server
 from tests.faults.test_serving_replica_killed import cases
-from tests.serving_cluster import PROMPT, figures, free_port, replica_pids, server_of, soon
-from tests.serving_load import ROOT, Outcome, outcomes_of, start_load
-from tests.serving_samples import make_export
+from tests.support.serving_cluster import PROMPT, figures, free_port, replica_pids, server_of, soon
+from tests.support.serving_load import ROOT, Outcome, outcomes_of, start_load
+from tests.support.serving_samples import make_export
 
 REFUSED_P99_S = 0.05
 COMING_S = 10.0
@@ -175,7 +175,7 @@ def told(seconds: list[float]) -> str:
 def bare_refusals(bodies: Path, clients: int) -> list[float]:
     """Seconds in which each of so many clients that connect in one instant is refused by a server that does nothing else."""
     port = free_port()
-    server = subprocess.Popen([sys.executable, "-m", "tests.bare_server", str(port)], cwd=ROOT)
+    server = subprocess.Popen([sys.executable, "-m", "tests.support.bare_server", str(port)], cwd=ROOT)
     try:
         assert soon(lambda: is_open(port), 30)
         return [one.total_s for one in outcomes_of(start_load(f"http://127.0.0.1:{port}", bodies, clients, 0.4), 60)]

@@ -16,12 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
+from tc_ray.serving.deploy.launch import Server
+from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.engine import GenerationRequest
-from tc_ray.serving.launch import Server
-from tc_ray.serving.replica import Replica
 from tc_ray.serving.settings import ModelSettings, ReplicaSettings
-from tests.serving_cluster import PROMPT, Stream, figures, replica_pids, server_of, soon
-from tests.serving_samples import Collector, make_export
+from tests.support.serving_cluster import PROMPT, Stream, figures, replica_pids, server_of, soon
+from tests.support.serving_samples import Collector, make_export
 
 TOKENS = 80
 

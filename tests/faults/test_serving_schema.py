@@ -19,8 +19,8 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from tests.serving_process import ServingProcess, timed
-from tests.serving_samples import make_export
+from tests.support.serving_process import ServingProcess, timed
+from tests.support.serving_samples import make_export
 
 MAX_ANSWER_S = 0.1
 MAX_GROWTH_BYTES = 50_000_000

@@ -17,13 +17,13 @@ import pytest
 import typer
 
 from tc_ray.cli.main import app
-from tc_ray.mistakelog.ledger import Ledger
-from tc_ray.mistakelog.store import LogStore
-from tc_ray.mistakelog.writer import RecordWriter
-from tests.family_samples import folder_of, make_copilot, new_pilot, quiet
-from tests.mistakelog_samples import metadata, random_records
-from tests.serving_samples import make_export
-from tests.tiny_families import DECODER_ONLY
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tests.support.family_samples import folder_of, make_copilot, new_pilot, quiet
+from tests.support.mistakelog_samples import metadata, random_records
+from tests.support.serving_samples import make_export
+from tests.support.tiny_families import DECODER_ONLY
 
 matplotlib.use("Agg")
 quiet()

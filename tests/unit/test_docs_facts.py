@@ -15,17 +15,21 @@ from fastapi.testclient import TestClient
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import worker
-from tc_ray.mistakelog import lease, reader_lease
-from tc_ray.mistakelog.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, LogMetadata
-from tc_ray.mistakelog.store import LogStore
+from tc_ray.mistakelog.read import reader_lease
+from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, LogMetadata
+from tc_ray.mistakelog.table import lease
+from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.families import FAMILIES
-from tc_ray.serving import board, body_limit, guard, options, pressure
-from tc_ray.serving.api import requests, service
+from tc_ray.serving import body_limit
+from tc_ray.serving.deploy import board, options
 from tc_ray.serving.engine import engine, prefixes
+from tc_ray.serving.failover import pressure
+from tc_ray.serving.failover import proxy as guard
+from tc_ray.serving.http import requests, service
 from tc_ray.serving.settings import EngineLimits, Limits, ReplicaSettings, Scale
-from tests.mistakelog_samples import metadata
-from tests.serving_client import client_of, settings_of
-from tests.serving_samples import make_export
+from tests.support.mistakelog_samples import metadata
+from tests.support.serving_client import client_of, settings_of
+from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[2]
 

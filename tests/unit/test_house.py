@@ -133,8 +133,8 @@ LIGHT = [
     "tc_ray.config.schema",
     "tc_ray.config.load",
     "tc_ray.cli.main",
-    "tc_ray.serving.guard",
-    "tc_ray.serving.board",
+    "tc_ray.serving.failover.proxy",
+    "tc_ray.serving.deploy.board",
 ]
 
 

@@ -134,9 +134,9 @@ def test_a_row_that_lacks_something_is_found(row: str) -> None:
 
 
 def test_rows_may_be_written_plainly() -> None:
-    row = "| holds `a | b` | docs/config.md (data), tc_ray/job.py | tests/unit/test_a.py::test_b[x], tests/c/test_d.py::test_e (slow) |"
+    row = "| holds `a | b` | docs/config.md (data), tc_ray/run/job.py | tests/unit/test_a.py::test_b[x], tests/c/test_d.py::test_e (slow) |"
     (found,) = read(f"{HEAD}\n| --- | --- | --- |\n{row}")
-    assert found.made_in == ("docs/config.md", "tc_ray/job.py")
+    assert found.made_in == ("docs/config.md", "tc_ray/run/job.py")
     assert found.tests == (
         ("tests/unit/test_a.py", "test_b", frozenset()),
         ("tests/c/test_d.py", "test_e", frozenset({"slow"})),

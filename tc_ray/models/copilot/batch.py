@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from tc_ray.models.pilot import StepRecord
+    from tc_ray.models.pilot.load import StepRecord
 
 
 @dataclass(frozen=True)

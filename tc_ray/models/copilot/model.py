@@ -24,7 +24,7 @@ from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.copilot.decoder_only import DecoderOnlyStack
 from tc_ray.models.copilot.encoder_decoder import EncoderDecoderStack
 from tc_ray.models.families import family_of
-from tc_ray.models.taps import tap_definition
+from tc_ray.models.pilot.taps import tap_definition
 from tc_ray.models.weights import HEADS, load_whole
 
 OUTPUT_STD = 1e-2

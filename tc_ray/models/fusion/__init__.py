@@ -6,7 +6,7 @@ from tc_ray.models.fusion.feedback import FEEDBACKS
 from tc_ray.models.fusion.folder import write_settings
 from tc_ray.models.fusion.lens_picture import draw_logit_lens
 from tc_ray.models.fusion.model import FusedModel
-from tc_ray.models.fusion.score import Scores
+from tc_ray.models.fusion.scoring import Scores
 
 __all__ = [
     "FEEDBACKS",

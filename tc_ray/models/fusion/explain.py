@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tc_ray.models.fusion.lens import LogitLens
-from tc_ray.models.fusion.score import Completions, log_probs_of, teacher_forced_rows
+from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
 
 if TYPE_CHECKING:
     from tc_ray.models.fusion.model import FusedModel

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GenerationMixin, StoppingCriteriaList
 
 from tc_ray.models.fusion.explain import Explain, explain_completions
-from tc_ray.models.fusion.score import Completions, Scores, completions_of, score_completions
+from tc_ray.models.fusion.scoring import Completions, Scores, completions_of, score_completions
 
 if TYPE_CHECKING:
     from tc_ray.models.fusion.model import FusedModel

@@ -23,7 +23,7 @@ from tc_ray.models.fusion.distribution import SPACES, fuse
 from tc_ray.models.fusion.feedback import FEEDBACKS
 from tc_ray.models.fusion.folder import read_settings, write_settings
 from tc_ray.models.fusion.generation import ExplainedGeneration
-from tc_ray.models.taps import POOLINGS, LayerTap, tap_definition
+from tc_ray.models.pilot.taps import POOLINGS, LayerTap, tap_definition
 
 
 class FusionError(ValueError):
@@ -218,7 +218,7 @@ class FusedModel(PreTrainedModel, ExplainedGeneration):
             NoFusedModelError: a part is missing; the message names it. ValueError: an unknown format.
             FusionError: Pilot and Copilot do not fit each other.
         """
-        from tc_ray.models.pilot import load_pilot
+        from tc_ray.models.pilot.load import load_pilot
 
         folder = Path(folder)
         settings = read_settings(folder)

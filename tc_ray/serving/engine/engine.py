@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from tc_ray.models.finite import NotFiniteError
-from tc_ray.models.fusion.batch import FusedBatch, Prefill, Room
+from tc_ray.serving.engine.batch import FusedBatch, Prefill, Room
 from tc_ray.serving.engine.contract import Event, Failed, GenerationRequest, Load, Piece, Request, Scored, Ticket
 from tc_ray.serving.engine.prefixes import Prefixes
 from tc_ray.serving.engine.scoring import scored

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from tc_ray.models.fusion.batch import Prefill, PromptPrefix
+from tc_ray.serving.engine.batch import Prefill, PromptPrefix
 
 MIN_TOKENS = 16
 """Shorter beginnings are computed again: copying them saves nothing."""

@@ -9,7 +9,7 @@ import torch
 
 from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.fusion.score import Completions, log_probs_of, teacher_forced_rows
+from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
 from tc_ray.serving.engine.contract import Scored, ScoredToken, ScoreRequest
 
 _ROWS = 16

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from tc_ray.models.fusion.batch import Prefill, Room
+from tc_ray.serving.engine.batch import Prefill, Room
 from tc_ray.serving.engine.contract import Finished, GenerationRequest, Piece, Ticket
 from tc_ray.serving.engine.sampling import Sampler, described
-from tc_ray.serving.incremental_text import IncrementalText
+from tc_ray.serving.text.incremental import IncrementalText
 
 
 class Sequence:

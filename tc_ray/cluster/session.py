@@ -1,0 +1,121 @@
+"""The Ray session of a run: joins the cluster that RAY_ADDRESS names, else starts a local one and ends it.
+
+Invariant: a cluster that was there before is left running; a local one is stopped however the run ends. A cluster that can never
+hold the run is refused here, before anything is started in it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity
+from tc_ray.cluster.signals import Stopped, take_signals
+from tc_ray.config.schema import RunConfig
+
+
+def pilot_need(config: RunConfig) -> Need:
+    """Room of the Pilot's workers."""
+    r = config.resources
+    return Need("Pilot worker", r.pilot_workers, _bundle(r.pilot_cpus, r.gpus), _settings("pilot"))
+
+
+def copilot_need(config: RunConfig) -> Need | None:
+    """Room of the Copilot's learners; None: there are none."""
+    r = config.resources
+    if not config.log.enabled:
+        return None
+    return Need("Copilot learner", r.copilot_workers, _bundle(r.copilot_cpus, r.gpus), _settings("copilot"))
+
+
+def evaluation_need(config: RunConfig) -> Need:
+    """Room of the evaluation, which begins when training has given its own back."""
+    r = config.resources
+    bundle = _bundle(max(r.pilot_cpus, r.copilot_cpus), r.gpus)
+    return Need("evaluation task", 1, bundle, ("resources.pilot_cpus", "resources.copilot_cpus", "resources.gpus"))
+
+
+def training_needs(config: RunConfig) -> list[Need]:
+    """What runs at a time in training."""
+    copilot = copilot_need(config)
+    return [pilot_need(config), *([copilot] if copilot is not None else [])]
+
+
+def _bundle(cpus: float, gpus: bool) -> dict[str, float]:
+    return {"CPU": cpus} | ({"GPU": 1.0} if gpus else {})
+
+
+def _settings(who: str) -> tuple[str, ...]:
+    return f"resources.{who}_workers", f"resources.{who}_cpus"
+
+
+def cpus_needed(config: RunConfig) -> float:
+    """Ray CPUs that the run's processes ask for together."""
+    return sum(need.count * need.bundle["CPU"] for need in training_needs(config))
+
+
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[None]:
+    """Within it Ray is up. A local Ray gets at least the CPUs the run asks for, even if the machine has fewer cores."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        # workers report errors through their results; their prints stay in Ray's session folder
+        if address:
+            _init(address=address, log_to_driver=False)
+        else:
+            cores = os.cpu_count() or 1
+            count = max(cores, int(-(-cpus_needed(config) // 1)))
+            if count > cores:
+                print(
+                    f"ray: the run asks for {count} CPUs, this machine has {cores}: processes will share cores",
+                    flush=True,
+                )
+            _init(address="local", num_cpus=count, log_to_driver=False, logging_level="warning")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(**options: Any) -> None:
+    """Start or join Ray; a signal that comes meanwhile ends the command as at any other time."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except SystemExit as end:
+        # while it starts, Ray answers SIGTERM itself, by an exit with the signal's number
+        if end.code == signal.SIGTERM:
+            raise Stopped(signal.SIGTERM) from None
+        raise
+    finally:
+        take_signals()
+
+
+def check_room(config: RunConfig) -> None:
+    """Refuse a cluster that can never hold the run, then wait until it has a CPU to read the data with.
+
+    Raises:
+        CapacityError: no node can be added by itself, and those that are there are too few or too small.
+    """
+    import ray
+
+    alone = [Need("task that prepares data", 1, {"CPU": 1.0}, ())]
+    check_capacity(training_needs(config), alone + ([evaluation_need(config)] if config.log.enabled else []))
+    first = ray.remote(num_cpus=1)(_nothing).remote()
+    while not ray.wait([first], timeout=SAY_SECONDS)[0]:
+        free = amounts(ray.available_resources())
+        print(f"ray: waiting for 1 CPU to prepare the data; free now: {free} (Ctrl-C ends the wait)", flush=True)
+
+
+def _nothing() -> None:
+    """A task of one CPU: pending, it makes a cluster grow."""

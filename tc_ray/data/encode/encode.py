@@ -1,0 +1,272 @@
+"""Data files to tokenised rows, through Ray Data: one task a file, rows come back in file order.
+
+Invariant: every record of every file comes out exactly once, as an encoded row, as a row that is too long, or as a bad
+row with its place, whatever exception it causes; the order does not depend on which task ended first. Called by
+`prepare`; Ray must be running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tc_ray.config.schema import DataSection
+from tc_ray.data.encode.prompts import readable_prompt
+from tc_ray.data.encode.special_text import SpecialTextError, named_ids
+from tc_ray.data.encode.split import prompt_key
+from tc_ray.data.encode.tokenize import encode
+from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import BadRow, Record
+from tc_ray.data.source.shapes import Example, to_example
+from tc_ray.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK_ROWS = 1024
+_RAW_CHARS = 500
+NAMED_TOKEN = "the name of a special token stands in the text, and is encoded as text"
+
+# kind: row (encoded), long (prompt over the cut-off), bad (quarantined), fatal (the file cannot be read)
+_SCHEMA = pa.schema(
+    [
+        ("file", pa.int32()),
+        ("place", pa.int64()),
+        ("kind", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("target_start", pa.int32()),
+        ("was_cut", pa.bool_()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("answer", pa.string()),
+        ("key", pa.string()),
+        ("unit", pa.string()),
+        ("field", pa.string()),
+        ("problem", pa.string()),
+        ("fix", pa.string()),
+        ("raw", pa.string()),
+        ("notes", pa.list_(pa.string())),
+        ("named_id", pa.int32()),  # largest id of a special token whose name stands in the texts; null: none
+    ]
+)
+
+
+@dataclass
+class Encoded:
+    """Rows of one source: `rows` as in _SCHEMA with kind `row`, in file order; counts and bad rows of the rest.
+
+    notes: what was read otherwise than a user may think, each with the number of rows and the first of them.
+    """
+
+    rows: pa.Table
+    too_long: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in use or named in the texts; -1 without rows."""
+        ids = self.rows["input_ids"].combine_chunks().flatten()
+        return max(
+            pc.max(found).as_py() if len(found) > found.null_count else -1 for found in (ids, self.rows["named_id"])
+        )
+
+    @property
+    def cut_completions(self) -> int:
+        """Rows whose completion was cut at the cut-off."""
+        return sum(value.as_py() for value in self.rows["was_cut"])
+
+    @property
+    def records(self) -> int:
+        """Records read, bad ones included."""
+        return self.rows.num_rows + self.too_long + len(self.bad)
+
+
+def encode_files(
+    files: Sequence[Path],
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    held_out: bool,
+    encoder_decoder: bool,
+    read: Callable[[Path], Iterator[Record]],
+) -> Encoded:
+    """Read, check and tokenise `files` in Ray Data tasks. Raises DataError for a file that cannot be read at all.
+
+    Args:
+        read: yields the records of one file in order, its bad ones included.
+    """
+
+    def encode_one(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        def as_row(record: Record) -> dict[str, Any]:
+            return encode_record(record, config, tokenizer, seed, held_out, encoder_decoder)
+
+        return _encode_file(Path(str(batch["path"][0])), int(batch["file"][0]), read, as_row)
+
+    tables = _in_ray(encode_one, [{"file": index, "path": str(path)} for index, path in enumerate(files)])
+    table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
+    table = table.sort_by([("file", "ascending"), ("place", "ascending")])
+    of_kind = {kind: table.filter(pc.equal(table["kind"], kind)) for kind in ("row", "long", "bad", "fatal")}
+    for row in of_kind["fatal"].to_pylist():
+        raise DataError(row["problem"])
+    shown = ("unit", "place", "field", "problem", "fix", "raw")
+    bad = [
+        {"file": str(files[row["file"]]), **{name: row[name] for name in shown}} for row in of_kind["bad"].to_pylist()
+    ]
+    return Encoded(of_kind["row"].combine_chunks(), of_kind["long"].num_rows, bad, _notes(of_kind["row"], files))
+
+
+def _in_ray(encode_one: Callable[[dict[str, Any]], Iterator[pa.Table]], items: list[dict[str, Any]]) -> list[pa.Table]:
+    """One task a file."""
+    import ray.data
+
+    with _quiet_ray_data():
+        encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(encode_one, batch_size=1)
+        blocks = ray.get(encoded.to_arrow_refs())
+    return [block.select(_SCHEMA.names).cast(_SCHEMA) for block in blocks if block.num_rows]
+
+
+def _notes(rows: pa.Table, files: Sequence[Path]) -> list[str]:
+    """Each different note of the rows, with its number of rows and its first place."""
+    noted = rows.filter(pc.greater(pc.list_value_length(rows["notes"]), 0)).select(["notes", "file", "unit", "place"])
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for row in noted.to_pylist():
+        for note in row["notes"]:
+            counts[note] += 1
+            first.setdefault(note, f"{files[row['file']]}, {row['unit']} {row['place']}")
+    return [f"{note}: {count} rows, the first is {first[note]}" for note, count in counts.items()]
+
+
+def _encode_file(
+    path: Path, file: int, read: Callable[[Path], Iterator[Record]], as_row: Callable[[Record], dict[str, Any]]
+) -> Iterator[pa.Table]:
+    place = 0
+    try:
+        records = read(path)
+        while chunk := list(islice(records, _CHUNK_ROWS)):
+            place = chunk[-1].place
+            rows = [as_row(record) | {"file": file} for record in chunk]
+            yield pa.Table.from_pylist(rows, schema=_SCHEMA)
+    except Exception as error:  # noqa: BLE001 - as a row: Ray would wrap the exception in its own traceback
+        problem = str(error) if isinstance(error, DataError) else f"{path}: cannot be read: {_named(error)}"
+        rows = [{"file": file, "place": place + 1, "kind": "fatal", "problem": _valid(problem)}]
+        yield pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def encode_record(
+    record: Record,
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    held_out: bool,
+    encoder_decoder: bool = False,
+) -> dict[str, Any]:
+    """One record as a row of _SCHEMA (without `file`), a bad one whatever is wrong with it; Ray is not needed."""
+    try:
+        found = _encoded(record, config, tokenizer, seed, held_out, encoder_decoder)
+    except Exception as error:  # noqa: BLE001 - one record never ends a run; where all fail, they are too many bad ones
+        found = _refused(record, error)
+    if not isinstance(found, BadRow):
+        return {"place": record.place, "unit": record.unit, **found}
+    shown = {"field": found.field, "problem": found.problem, "fix": found.fix, "raw": record.raw[:_RAW_CHARS]}
+    return {"place": record.place, "unit": record.unit, "kind": "bad", **{k: _valid(v) for k, v in shown.items()}}
+
+
+def _encoded(
+    record: Record,
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    held_out: bool,
+    encoder_decoder: bool,
+) -> dict[str, Any] | BadRow:
+    example = record.value if isinstance(record.value, BadRow) else to_example(record.value, held_out=held_out)
+    if not isinstance(example, BadRow) and config.completion_pattern and example.completion is not None:
+        example = _with_pattern(example, config.completion_pattern)
+    if isinstance(example, BadRow):
+        return example
+    tokens = encode(example, config, tokenizer, encoder_decoder)
+    if tokens is None:
+        return {"kind": "long"}
+    if example.completion is not None and len(tokens.input_ids) == tokens.target_start + 1 and not tokens.was_cut:
+        return BadRow("completion", "has no tokens", "fill it in or leave the record out")
+    prompt = readable_prompt(example.turns)
+    texts = [*(turn.content for turn in example.turns), example.completion or ""]
+    named = named_ids(texts, tokenizer)
+    return {
+        "kind": "row",
+        "prompt": prompt,
+        "completion": example.completion,
+        "answer": example.answer,
+        "input_ids": tokens.input_ids,
+        "target_start": tokens.target_start,
+        "was_cut": tokens.was_cut,
+        "key": prompt_key(prompt, seed),
+        "notes": [*example.notes, *([NAMED_TOKEN] if named else [])],
+        "named_id": max(named, default=None),
+    }
+
+
+def _with_pattern(example: Example, pattern: str) -> Example | BadRow:
+    """The example with what data.completion_pattern takes of its completion."""
+    found = re.search(pattern, example.completion or "")
+    if found is None:
+        problem = f"does not match data.completion_pattern {pattern!r}"
+        return BadRow("completion", problem, "correct the pattern or the row")
+    text = found.group(found.re.groups)
+    if not text or not text.strip():
+        problem = f"data.completion_pattern {pattern!r} takes no text of it"
+        return BadRow("completion", problem, "correct the pattern (its last group must hold text) or the row")
+    return replace(example, completion=text)
+
+
+def _refused(record: Record, error: Exception) -> BadRow:
+    """The record as a bad row because of an exception that it caused."""
+    from jinja2 import TemplateError
+
+    has_messages = isinstance(record.value, dict) and record.value.get("messages") is not None
+    field = "messages" if has_messages else ""
+    if isinstance(error, TemplateError):
+        problem = f"the chat template refuses it: {first_line(error)}"
+        return BadRow(field, problem, "change the record to what the template takes, or set data.template=plain")
+    if isinstance(error, SpecialTextError):
+        return BadRow(field, str(error), "take it out of the text, or use a model with a fast tokenizer")
+    return BadRow(field, f"cannot be encoded: {_named(error)}", "correct the record or leave it out")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _valid(text: str) -> str:
+    """The text with what is not Unicode as escapes, so that it can be written to a file."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """No progress bars, plans and hints of Ray Data on the user's terminal; errors are raised."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    logger = logging.getLogger("ray.data")
+    bars, level = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        logger.setLevel(level)

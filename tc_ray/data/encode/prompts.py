@@ -1,0 +1,81 @@
+"""The text that the model is asked: turns rendered by the tokenizer's chat template or by the plain template.
+
+Invariant: training, evaluation and serving render through the same function, so a model is asked as it was trained.
+Called by `tokenize` and by serving.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.shapes import Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tc_ray.config.schema import DataSection
+
+
+def check_template(config: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError when the tokenizer cannot serve the configured template."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end token; set eos_token in the model folder's tokenizer_config.json")
+    if config.template == "chat" and not tokenizer.chat_template:
+        raise DataError("data.template is chat, but the tokenizer has no chat template; set data.template=plain")
+
+
+def render_prompt(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The full prompt text, up to where the completion begins.
+
+    Contents stand in it as they are written, unless the tokenizer's own chat template changes them (many strip blanks).
+    """
+    turns = with_system(turns, config)
+    if config.template == "plain":
+        return config.plain_template.replace("{prompt}", readable_prompt([t for t in turns if t.content]))
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)  # one conversation in, one text out
+    return text
+
+
+def with_system(turns: Sequence[Turn], config: DataSection) -> Sequence[Turn]:
+    """The turns, with `config.system` put first when they have no system message of their own.
+
+    An empty string keeps a template from adding its own default.
+    """
+    if config.system is None or turns[0].role == "system":
+        return turns
+    return (Turn("system", config.system), *turns)
+
+
+def readable_prompt(turns: Sequence[Turn]) -> str:
+    """The prompt for people and for the split: the user's text alone, or every turn with its role."""
+    if len(turns) == 1:
+        return turns[0].content
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
+def serving_template(config: DataSection) -> str | None:
+    """Chat template (Jinja) that asks an exported model as it was trained; None: the tokenizer's own already does.
+
+    For `template: plain` it renders what `render_prompt` does. For `template: chat` with `data.system` nothing is changed:
+    the caller of the model sends the system message.
+    """
+    if config.template == "chat":
+        return None
+    before, after = config.plain_template.split("{prompt}", 1)
+    system = json.dumps(config.system) if config.system else "none"
+    return (
+        f"{{%- set system = {system} -%}}"
+        "{%- set turns = messages -%}"
+        "{%- if system and messages[0]['role'] != 'system' -%}"
+        "{%- set turns = [{'role': 'system', 'content': system}] + messages -%}{%- endif -%}"
+        f"{{{{- {json.dumps(before)} -}}}}"
+        "{%- if turns | length == 1 -%}{{- turns[0]['content'] -}}"
+        "{%- else -%}{%- for turn in turns -%}{{- turn['role'] + ': ' + turn['content'] -}}"
+        "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+        f"{{{{- {json.dumps(after)} -}}}}"
+    )

@@ -1,0 +1,83 @@
+"""Which rows each round trains on, and how rows become one padded batch.
+
+Invariant: the rows of a round depend on (rows, batch size, epochs, seed) and the round alone, so a restart needs only
+the round; every row is used once an epoch and never twice in one round. Called by the Pilot loop; no torch, no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tc_ray.data.source.errors import DataError
+
+
+class RoundOrder:
+    """Order of the training rows over all epochs, cut into rounds (1-based).
+
+    Each epoch is a fresh seeded permutation and the next one follows without a gap, so a round can span two epochs;
+    only what is left after the last whole round is dropped.
+    """
+
+    def __init__(self, rows: int, batch_size: int, epochs: int, seed: int) -> None:
+        if rows < batch_size:
+            raise DataError(
+                f"{rows} training rows cannot fill a round of pilot.batch_size {batch_size}; lower it or give more data"
+            )
+        self.rows = rows
+        self.batch_size = batch_size
+        self.rounds = epochs * rows // batch_size
+        self._order = np.empty(epochs * rows, dtype=np.int64)
+        for epoch in range(epochs):
+            order = np.random.default_rng([seed, epoch]).permutation(rows)
+            begun = epoch * rows % batch_size  # rows of the last epoch in the round that this epoch completes
+            if begun:
+                order = _keep_apart(order, self._order[epoch * rows - begun : epoch * rows], batch_size - begun)
+            self._order[epoch * rows : (epoch + 1) * rows] = order
+
+    def sample_rows(self, round: int) -> NDArray[np.int64]:
+        """Row indices [batch_size] that round `round` (from 1 to `rounds`) trains on, all different."""
+        return self._order[self._positions(round)]
+
+    def seen(self, round: int) -> NDArray[np.int16]:
+        """How often each row of the round was trained on before, [batch_size]: 0 in the first epoch."""
+        return (np.arange(self._order.size)[self._positions(round)] // self.rows).astype(np.int16)
+
+    def _positions(self, round: int) -> slice:
+        if not 1 <= round <= self.rounds:
+            raise IndexError(f"round {round} is outside 1 to {self.rounds}")
+        return slice((round - 1) * self.batch_size, round * self.batch_size)
+
+
+def _keep_apart(order: NDArray[np.int64], begun: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """`order` with its first `count` rows free of those in `begun`, which take the places of the rows moved forward."""
+    taken = set(begun.tolist())
+    order = order.copy()
+    spare = (place for place in range(count, order.size) if int(order[place]) not in taken)
+    for place in range(count):
+        if int(order[place]) in taken:
+            other = next(spare)
+            order[place], order[other] = order[other], order[place]
+    return order
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, NDArray[np.int64]]:
+    """Pad rows (as in the prepared Parquet files) on the right into one batch of int64 arrays.
+
+    input_ids [B, S] filled with `pad_id`, attention_mask [B, S] (1 where a token stands), lengths [B],
+    target_start [B], sample_id [B]; S is the longest row.
+    """
+    lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+    input_ids = np.full((len(rows), int(lengths.max())), pad_id, dtype=np.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : lengths[index]] = row["input_ids"]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64),
+        "lengths": lengths,
+        "target_start": np.array([row["target_start"] for row in rows], dtype=np.int64),
+        "sample_id": np.array([row["sample_id"] for row in rows], dtype=np.int64),
+    }

@@ -1,0 +1,174 @@
+"""Item sequences of users: read and checked, items labelled, leave-one-out rows made from them.
+
+One line a user: user id, then item ids in time order, separated by blanks. The last item is the test target, the one
+before it the validation target; each earlier item but the first is the target of a training row. A row asks for an item
+with the labels of at most `history` items before it. Invariant: no row of a part has seen a target of a later part.
+`scan` runs in the driver (labels need all items), `SequenceReader` in Ray Data tasks.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tc_ray.config.schema import SequencesSection
+from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.parquet import read_prepared
+from tc_ray.data.source.records import BadRow, Record, open_bytes
+
+ITEMS_FILE = "items.parquet"
+"""The catalogue of a run, in its data folder."""
+FEWEST_ITEMS = 3
+"""One to predict from, one validation and one test target."""
+_RAW_CHARS = 500
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What `scan` found: different items, sorted; users; bad lines, as rows for the quarantine and by (file, line)."""
+
+    items: list[str]
+    users: int
+    bad: list[dict[str, Any]]
+    left_out: frozenset[tuple[str, int]]
+
+    @property
+    def records(self) -> int:
+        """Lines read, bad ones included."""
+        return self.users + len(self.bad)
+
+
+def scan(files: Sequence[Path], known: Mapping[str, str] | None = None) -> Sequences:
+    """Read all lines once and check them.
+
+    Args:
+        known: labels of a run's items; a user with another item is then bad, for the model has no name for it.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    items: set[str] = set()
+    first_place: dict[str, str] = {}
+    bad: list[dict[str, Any]] = []
+    left_out = set()
+    for file in files:
+        for place, line in _lines(file):
+            found = _parse(line)
+            if not isinstance(found, BadRow):
+                user, taken = found
+                found = _refusal(user, taken, first_place, known)
+            if isinstance(found, BadRow):
+                bad.append(_quarantined(file, place, line, found))
+                left_out.add((str(file), place))
+                continue
+            first_place[user] = f"{file}, line {place}"
+            items.update(taken)
+    return Sequences(sorted(items), len(first_place), bad, frozenset(left_out))
+
+
+def label_items(items: Sequence[str], seed: int) -> dict[str, str]:
+    """Item id -> label: the numbers 0 .. items - 1 in seeded random order, all of one even number of digits.
+
+    Labels say nothing about their items (the paper: items as random numeric ids); an even number of digits lets a
+    tokenizer that takes digits in pairs give every item the same number of tokens.
+    """
+    width = max(2, len(str(len(items) - 1)))
+    width += width % 2
+    numbers = list(range(len(items)))
+    random.Random(seed).shuffle(numbers)
+    return {item: f"{number:0{width}d}" for item, number in zip(items, numbers, strict=True)}
+
+
+@dataclass(frozen=True)
+class SequenceReader:
+    """The rows of one part ("train", "validation" or "test") of a file, as records with prompt, completion and answer.
+
+    left_out: bad lines, which `scan` has reported already.
+    """
+
+    part: str
+    labels: Mapping[str, str]
+    left_out: frozenset[tuple[str, int]]
+    config: SequencesSection
+
+    def __call__(self, file: Path) -> Iterator[Record]:
+        """Yield the records of `file` in order; the place of a record is its user's line."""
+        for place, line in _lines(file):
+            found = None if (str(file), place) in self.left_out else _parse(line)
+            if found is None or isinstance(found, BadRow):
+                continue
+            user, items = found
+            for target in self._targets(len(items)):
+                before = items[max(0, target - self.config.history) : target]
+                label = self.labels[items[target]]
+                prompt = " ".join(self.labels[item] for item in before)
+                value = {"prompt": prompt, "completion": label, "answer": label}
+                yield Record(place, "line", f"{user}: {prompt} -> {label}", value)
+
+    def _targets(self, items: int) -> range:
+        """Places in a user's sequence that are this part's targets."""
+        if self.part == "train":
+            limit = self.config.rows_per_user
+            return range(1 if limit is None else max(1, items - 2 - limit), items - 2)
+        last = items - (1 if self.part == "test" else 2)
+        return range(last, last + 1)
+
+
+def write_items(labels: Mapping[str, str], path: Path) -> None:
+    """Write the catalogue: one row an item, columns `item` (id as in the data) and `label`, sorted by label."""
+    rows = sorted(labels.items(), key=lambda pair: pair[1])
+    pq.write_table(pa.table({"item": [item for item, _ in rows], "label": [label for _, label in rows]}), path)
+
+
+def read_items(path: Path) -> dict[str, str]:
+    """Item id -> label, as `write_items` wrote them. Raises DataError when the file is absent."""
+    if not path.is_file():
+        raise DataError(f"{path} is absent: the run was not prepared from item sequences (data.format: sequences)")
+    table = read_prepared(path, ["item", "label"])
+    return dict(zip(table["item"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of the lines that are not blank."""
+    try:
+        with open_bytes(file) as lines:
+            for place, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield place, line.removeprefix(b"\xef\xbb\xbf") if place == 1 else line
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
+def _parse(line: bytes) -> tuple[str, list[str]] | BadRow:
+    """(user id, item ids) of one line."""
+    try:
+        user, *items = line.decode("utf-8").split()
+    except UnicodeDecodeError as error:
+        return BadRow("", f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8")
+    if len(items) < FEWEST_ITEMS:
+        return BadRow("items", f"user {user} has {len(items)} items", f"give at least {FEWEST_ITEMS}, or drop the user")
+    return user, items
+
+
+def _refusal(
+    user: str, items: list[str], first_place: Mapping[str, str], known: Mapping[str, str] | None
+) -> tuple[str, list[str]] | BadRow:
+    if user in first_place:
+        return BadRow("user", f"user {user} stands already in {first_place[user]}", "join the two lines in time order")
+    strange = next((item for item in items if known is not None and item not in known), None)
+    if strange is not None:
+        return BadRow("items", f"item {strange} is none of the run's items", "drop it, or train on data that has it")
+    return user, items
+
+
+def _quarantined(file: Path, place: int, line: bytes, bad: BadRow) -> dict[str, Any]:
+    raw = line.decode("utf-8", errors="replace").rstrip("\r\n")[:_RAW_CHARS]
+    shown = {"field": bad.field, "problem": bad.problem, "fix": bad.fix, "raw": raw}
+    return {"file": str(file), "unit": "line", "place": place, **shown}

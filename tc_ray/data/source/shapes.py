@@ -1,0 +1,178 @@
+"""Record shapes: messages, prompt + completion, alpaca; each becomes one `Example`.
+
+Invariant: an Example has at least one turn, the last one from the user, and no empty text; texts are as they were
+written, blanks and line ends included. Pure functions, called in Ray Data tasks by `prepare` and by nobody else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tc_ray.data.source.records import ONE_OBJECT, BadRow, DoubledKeys, LongInteger, is_nan
+
+ROLES = ("system", "user", "assistant")
+DOUBLED_KEY = "a key stands twice in one object; the last one counts"
+EARLIER_TURNS = "earlier assistant turns belong to the prompt, only the last one is trained on"
+NOT_READ = ("system", "history", "tools")
+"""Fields of other tools' records that change what a model is asked, and that are not read."""
+_SHOWN_FIELDS = 10
+_WHOLE = 2.0**53
+"""From here on floats are not exact whole numbers."""
+_SHAPES = "messages, or prompt + completion, or instruction (+ input) + output"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message before the completion."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model is asked (`turns`), what it should say (`completion`), what counts as right (`answer`).
+
+    notes: what a user should know of the record although it is used.
+    """
+
+    turns: tuple[Turn, ...]
+    completion: str | None
+    answer: str | None
+    notes: tuple[str, ...] = ()
+
+
+class _Refused(Exception):
+    def __init__(self, field: str, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.bad = BadRow(field, problem, fix)
+
+
+def to_example(value: Any, *, held_out: bool) -> Example | BadRow:
+    """Turn one parsed record into an Example, or say what is wrong with it.
+
+    `held_out` rows (validation and test files) may lack the completion if they have an answer; training rows must
+    have one.
+    """
+    try:
+        if not isinstance(value, dict):
+            raise _Refused("", f"is {_kind(value)}, not an object", f"write an object with {_SHAPES}")
+        turns, completion = _split(value, held_out)
+        answer = _answer(value)
+        if completion is None and answer is None:
+            raise _Refused("answer", "neither a completion nor an answer", "give one of them, else nothing to measure")
+        return Example(turns, completion, answer, tuple(_notes(value, turns)))
+    except _Refused as refused:
+        return refused.bad
+
+
+def _notes(value: dict[str, Any], turns: tuple[Turn, ...]) -> Iterator[str]:
+    messages = _get(value, "messages") or []
+    if any(isinstance(found, DoubledKeys) for found in (value, *messages)):
+        yield DOUBLED_KEY
+    if any(turn.role == "assistant" for turn in turns):
+        yield EARLIER_TURNS
+    for name in NOT_READ:
+        if _get(value, name):
+            yield f"the field {name} is not read"
+    if any(message.get("tool_calls") for message in messages):
+        yield "the field tool_calls is not read"
+
+
+def _get(value: dict[str, Any], field: str) -> Any:
+    """The field's value; None where it is absent or NaN, which pandas writes for it."""
+    found = value.get(field)
+    return None if is_nan(found) else found
+
+
+def _split(value: dict[str, Any], held_out: bool) -> tuple[tuple[Turn, ...], str | None]:
+    if _get(value, "messages") is not None:
+        return _from_messages(value["messages"], held_out)
+    for prompt_field, completion_field in (("prompt", "completion"), ("instruction", "output")):
+        if prompt_field in value:
+            prompt = _text(value, prompt_field)
+            if prompt_field == "instruction" and _get(value, "input") not in (None, ""):
+                prompt = f"{prompt}\n{_text(value, 'input')}"
+            if held_out and _get(value, completion_field) is None:
+                return (Turn("user", prompt),), None
+            return (Turn("user", prompt),), _text(value, completion_field)
+    raise _Refused(
+        "",
+        f"has the fields {', '.join(map(str, list(value)[:_SHOWN_FIELDS])) or '(none)'}",
+        f"give {_SHAPES}; {ONE_OBJECT}",
+    )
+
+
+def _from_messages(messages: Any, held_out: bool) -> tuple[tuple[Turn, ...], str | None]:
+    if not isinstance(messages, list) or not messages:
+        raise _Refused("messages", f"is {_kind(messages)}", "give a list of {role, content} objects")
+    turns = []
+    for index, message in enumerate(messages):
+        field = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise _Refused(field, f"is {_kind(message)}, not an object", "give {role, content}")
+        role = message.get("role")
+        if role not in ROLES:
+            raise _Refused(f"{field}.role", f"is {role!r}", f"use one of {', '.join(ROLES)}")
+        if role == "system" and index:
+            raise _Refused(f"{field}.role", "is a system message after the first", "put the system message first")
+        turns.append(Turn(role, _text(message, "content", f"{field}.content")))
+    completion = turns.pop().content if turns[-1].role == "assistant" else None
+    if completion is None and not held_out:
+        raise _Refused("messages", f"ends with a {turns[-1].role} message", "end with what the assistant should say")
+    if not turns or turns[-1].role != "user":
+        raise _Refused("messages", "has no user message before the end", "put the user's message before the answer")
+    return tuple(turns), completion
+
+
+def _text(value: dict[str, Any], field: str, name: str | None = None) -> str:
+    """The string in `field`, as it is written; it must hold more than blanks."""
+    name = name or field
+    text = _get(value, field)
+    if text is None:
+        raise _Refused(name, "is missing", f"add {name} as text")
+    if not isinstance(text, str):
+        raise _Refused(name, f"is {_kind(text)}, not text", "write it as a string")
+    if not text.strip():
+        raise _Refused(name, "is empty", "fill it in or leave the record out")
+    _check_unicode(text, name)
+    return text
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Refused(
+            name, f"is not valid Unicode at character {error.start + 1}", "write the text as UTF-8, surrogates in pairs"
+        ) from None
+
+
+def _answer(value: dict[str, Any]) -> str | None:
+    answer = _get(value, "answer")
+    if answer is None:
+        return None
+    if isinstance(answer, bool):
+        return str(answer).lower()
+    if isinstance(answer, float) and math.isinf(answer):
+        raise _Refused("answer", "is not a finite number", "write it as text or a number")
+    if isinstance(answer, float) and answer.is_integer() and abs(answer) < _WHOLE:
+        return str(int(answer))  # pandas makes floats of whole numbers where one of them is absent
+    if isinstance(answer, (int, float)):
+        return str(answer)
+    if not isinstance(answer, str):
+        raise _Refused("answer", f"is {_kind(answer)}", "write it as text or a number")
+    _check_unicode(answer, "answer")
+    return answer.strip() or None
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, LongInteger):
+        return f"a number of {value.digits} digits"
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)

@@ -1,0 +1,389 @@
+"""The Ledger: the one committer of the Mistake Log, and the one place that knows how far Pilot and Copilot are.
+
+Invariant: everything it has acknowledged stands in the Delta table (data files as table files, positions as application
+transactions), so a Ledger that died is rebuilt from the table alone, and a call repeated after its death changes nothing
+twice. What it knows is of one table version, and it commits the next version or none, so a second Ledger on the same table is
+noticed, not mixed in. A lost lease is final: every call looks whether the table has moved on, and from the first that finds
+another's lease on all of them raise LeaseLostError, `state` and reports too.
+`Ledger` is a plain object; `ledger_actor.py` puts it into a Ray actor. Called by the Pilot (attempts, files, end), the
+Copilot (position) and the job (state).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tc_ray.mistakelog.commit.fencing import fenced_files, trimmed
+from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.maintain.maintenance import Maintenance
+from tc_ray.mistakelog.maintain.quarantine import quarantined, set_aside
+from tc_ray.mistakelog.table.commits import dropped_records
+from tc_ray.mistakelog.table.data_file import BadFileError, DataFile
+from tc_ray.mistakelog.table.errors import CommitConflictError, FencedError, LogFullError
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.repair import repair
+from tc_ray.mistakelog.table.store import LogStore, StoredFile
+
+log = logging.getLogger(__name__)
+
+_NOT_FINISHED = -1
+_CONFLICT_TRIES = 5
+
+
+class LedgerError(RuntimeError):
+    """A call that does not fit the log: rounds skipped, an unknown rank, a checkpoint ahead of the log."""
+
+
+@dataclass(frozen=True)
+class LogState:
+    """Where the log stands."""
+
+    version: int
+    """Delta table version."""
+    attempt: int
+    """Current attempt, from 1; 0 before the first `begin_attempt`."""
+    round: int
+    """Largest r such that every writer committed all its records of all rounds <= r."""
+    rows: int
+    bytes: int
+    files: int
+    pilot_done: bool
+    last_round: int
+    """Last round of the Pilot; 0 until `pilot_done`."""
+    copilot_round: int
+    """Last round the Copilot reported as consumed; 0 before."""
+    copilot_steps: int
+    dropped: int = 0
+    """Records that could not be written and are missing in the log (policies subsample and stop)."""
+    quarantined: int = 0
+    """Damaged files that were taken out of the log."""
+
+
+class Ledger:
+    """Commits finished files and keeps the positions of a run.
+
+    Args:
+        location: of the table, which exists (`LogStore.create`).
+        writers: Pilot workers, until `begin_attempt` says otherwise.
+        run: must be the run the table belongs to.
+        lease: number of the run's lease; None: nobody else is at work on the log, the caller sees to that.
+        upkeep: limits and file sizes that the log is kept to after each commit; None: nothing is done.
+    """
+
+    def __init__(
+        self,
+        location: str | Path | Location,
+        *,
+        writers: int,
+        run: str,
+        lease: int | None = None,
+        upkeep: Upkeep | None = None,
+    ) -> None:
+        repair(Location(location))
+        self._store = LogStore(location, lease=lease)
+        if run != self._store.metadata.run:
+            raise LedgerError(f"{self._store.location} is the log of run {self._store.metadata.run!r}, not {run!r}")
+        self._known = -1
+        self._maintenance = Maintenance(self._store, upkeep) if upkeep is not None else None
+        self._quarantined = len(quarantined(self._store.location))
+        self._prefix = f"tc_ray/{run}/"
+        self._default_writers = writers
+        self._copilot_round = self._copilot_steps = self._checkpoint_round = 0
+        self._store.adopt()
+        self._load()
+
+    def _number(self, name: str, default: int) -> int:
+        value = self._store.number(self._prefix + name)
+        return default if value is None else value
+
+    def _load(self) -> None:
+        """Read everything this object knows from the table."""
+        self._store.refresh()
+        self._store.settle()  # what another Ledger, or a commit that seemed to fail, has left
+        self._attempt = self._number("attempt", 0)
+        self._watermark = self._number("watermark", 0)
+        self._writers = self._number("writers", self._default_writers)
+        self._finished = self._number("pilot_done", _NOT_FINISHED)
+        ranks = range(self._writers)
+        self._covered = [self._number(f"covered/{rank}/{self._attempt}", self._watermark) for rank in ranks]
+        self._sequence = [self._number(f"sequence/{rank}/{self._attempt}", -1) for rank in ranks]
+        # reading every commit is dear: only where one says so
+        self._drops = dropped_records(self._store.commits()) if self._number("drops", 0) else {}
+        self._checkpoint_round = max(self._checkpoint_round, self._watermark)
+        self._count_files()
+        self._known = self._store.version
+
+    def _catch_up(self) -> None:
+        """Before every call that acts: know the newest version, and that the lease is still held there."""
+        self._store.check_lease()
+        # a version of our own that is not known failed on the way back: it may be there all the same
+        if self._known != self._store.version or not self._store.is_newest():
+            self._load()
+
+    def _count_files(self) -> None:
+        files = self._store.files()
+        self._rows = sum(file.rows for file in files)
+        self._bytes = sum(file.bytes for file in files)
+        self._files = len(files)
+
+    def _commit(
+        self,
+        numbers: dict[str, int],
+        *,
+        add: list[DataFile] | None = None,
+        covered: list[DataFile] | None = None,
+        remove: list[StoredFile] | None = None,
+        note: Mapping[str, Any],
+    ) -> None:
+        try:
+            self._known = self._store.commit(
+                add=add or [], covered=covered or [], remove=remove or [], numbers=self._signed(numbers), note=note
+            )
+        except LogFullError:
+            self._load()  # it may have been brought as far as the table
+            raise
+
+    def _signed(self, numbers: Mapping[str, int]) -> dict[str, int]:
+        """Numbers of a commit by their names in the table, with the attempt's."""
+        return {self._prefix + name: value for name, value in {"attempt": self._attempt, **numbers}.items()}
+
+    def _retrying(self, act: Callable[[], None]) -> None:
+        """Run `act`, which checks and commits, again on fresh knowledge when another Ledger got in between."""
+        self._catch_up()
+        for left in reversed(range(_CONFLICT_TRIES)):
+            try:
+                return act()
+            except CommitConflictError:
+                if not left:
+                    raise
+                self._load()
+            except LedgerError:
+                # refused on knowledge that another Ledger has made old?
+                known = self._store.version
+                self._load()
+                if not left or self._store.version == known:
+                    raise
+
+    def begin_attempt(self, watermark: int, writers: int) -> int:
+        """Start a new attempt: drop every round after `watermark` and refuse older attempts from now on.
+
+        One table version does all of it. A call repeated because its answer was lost starts one more attempt, with the
+        same effect.
+
+        Args:
+            watermark: last round of the checkpoint that the Pilot goes on from; 0: from the start.
+            writers: Pilot workers of this attempt.
+
+        Returns:
+            The new attempt, from 1.
+
+        Raises:
+            LedgerError: the log does not reach the checkpoint, so going on would leave a gap.
+            LeaseLostError: another process has taken the log over.
+        """
+        if watermark < 0 or writers < 1:
+            raise ValueError(f"watermark {watermark} must be >= 0 and writers {writers} >= 1")
+
+        def act() -> None:
+            if watermark > min(self._covered):
+                raise LedgerError(
+                    f"{self._store.location}: the checkpoint is at round {watermark}, but the log is complete only up to "
+                    f"round {min(self._covered)}; start from an older checkpoint or a new run folder"
+                )
+            new = self._attempt + 1
+            remove = fenced_files(self._store.files(), watermark)
+            add = []
+            for file in [file for file in remove if file.round_min <= watermark]:
+                try:
+                    add.append(trimmed(self._store, file, watermark, new))
+                except BadFileError as error:
+                    self._set_aside(error)
+                    remove.remove(file)
+            numbers = {"attempt": new, "watermark": watermark, "writers": writers, "pilot_done": _NOT_FINISHED}
+            note = {"kind": "attempt", "watermark": watermark}
+            self._commit(numbers, add=add, remove=remove, note=note)
+            self._checkpoint_round = watermark
+            self._load()
+
+        self._retrying(act)
+        return self._attempt
+
+    def commit(self, file: DataFile) -> int:
+        """Make a finished file, or the coverage of rounds without rows, part of the log.
+
+        Returns:
+            A table version that holds it. A repeated call returns one too and adds nothing.
+
+        Raises:
+            FencedError: the file's attempt was replaced.
+            LeaseLostError: another process has taken the log over.
+            LedgerError: unknown rank or attempt, or rounds or sequence numbers were skipped.
+            LogFullError: no space for the commit; call again when there is.
+            ValueError: the file is not in the table's folder with the stated size.
+        """
+        try:
+            self._retrying(lambda: self._commit_file(file))
+        except LogFullError:
+            self.tend()
+            raise
+        self._maintain()
+        return self._store.version
+
+    def tend(self) -> None:
+        """Let go of what may go: for times without a commit, when the next file waits for the space that this frees."""
+        with contextlib.suppress(LogFullError):  # of a version that waits for space itself: nothing is built upon it
+            self._catch_up()
+        self._maintain(merge=False)
+
+    def _commit_file(self, file: DataFile) -> None:
+        if file.attempt < self._attempt:
+            raise FencedError(f"attempt {file.attempt} was replaced by attempt {self._attempt} ({file.key})")
+        if file.attempt > self._attempt or not 0 <= file.rank < self._writers:
+            raise LedgerError(
+                f"{file.key}: the current attempt is {self._attempt} with ranks 0..{self._writers - 1}; "
+                "call begin_attempt first"
+            )
+        last = self._sequence[file.rank]
+        if file.sequence <= last:
+            return
+        expected = self._covered[file.rank] + 1
+        if file.sequence != last + 1 or file.round_min != expected or file.round_max < file.round_min:
+            raise LedgerError(
+                f"{file.key} covers rounds {file.round_min}..{file.round_max}, "
+                f"expected sequence {last + 1} from round {expected} on"
+            )
+        suffix = f"{file.rank}/{file.attempt}"
+        numbers = {f"sequence/{suffix}": file.sequence, f"covered/{suffix}": file.round_max}
+        if file.dropped:
+            numbers["drops"] = 1
+        # a bare statement matters for its drop counts only
+        add, covered = ([file], []) if file.name is not None else ([], [file] if file.dropped else [])
+        self._commit(numbers, add=add, covered=covered, note={"kind": "append"})
+        if file.dropped:
+            self._drops.setdefault(file.rank, {}).update(file.dropped)
+        self._sequence[file.rank], self._covered[file.rank] = file.sequence, file.round_max
+        if file.name is not None:
+            self._rows, self._bytes, self._files = self._rows + file.rows, self._bytes + file.bytes, self._files + 1
+
+    def _maintain(self, merge: bool = True) -> None:
+        if self._maintenance is None:
+            return
+        try:
+            done = self._maintenance.maintain(
+                numbers=self._signed({}),
+                safe_round=min(self._checkpoint_round, *self._covered),
+                copilot_round=self._copilot_round,
+                attempt=self._attempt,
+                merge=merge,
+            )
+        except CommitConflictError:
+            self._load()  # is the lease lost? if not, upkeep has time until the next commit
+            return
+        if done.changed:
+            self._count_files()
+            self._known = self._store.version
+        for error in done.bad:
+            self._set_aside(error)
+
+    def quarantine(self, name: str, reason: str) -> bool:
+        """Take a file that a reader found damaged out of the log, if it is found so here too.
+
+        Returns:
+            It was taken out. A file that is whole, or no longer in the log, is left as it is.
+        """
+        self._catch_up()
+        file = next((file for file in self._store.files() if file.name == name), None)
+        if file is None:
+            return False
+        try:
+            self._store.read(file)
+        except BadFileError as error:
+            self._set_aside(error)
+            return True
+        log.warning("%s: a reader found %s damaged (%s); here it is whole", self._store.location, name, reason)
+        return False
+
+    def _set_aside(self, error: BadFileError) -> None:
+        self._quarantined += len(set_aside(self._store, [error], numbers=self._signed({})))
+        self._count_files()
+        self._known = self._store.version
+
+    def choose_top_k(self, top_k: int) -> int:
+        """Set how many errors a token the log lists, once; the first choice stands.
+
+        Returns:
+            The number that stands.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k {top_k} must be at least 1")
+
+        def act() -> None:
+            if not self._store.metadata.top_k:
+                self._store.choose_top_k(top_k)
+                self._known = self._store.version
+
+        self._retrying(act)
+        return self._store.metadata.top_k
+
+    def finish_pilot(self, last_round: int) -> None:
+        """Note that the Pilot has ended with `last_round`; `begin_attempt` takes it back.
+
+        Raises:
+            LedgerError: the log already holds a later round.
+        """
+
+        def act() -> None:
+            if last_round < max(self._covered):
+                raise LedgerError(f"last_round {last_round}, but round {max(self._covered)} is in the log")
+            self._commit({"pilot_done": last_round}, note={"kind": "end"})
+            self._finished = last_round
+
+        self._retrying(act)
+
+    def report_copilot(self, round: int, steps: int) -> None:
+        """Note the last round the Copilot has consumed and its optimizer steps so far (both may fall: a restart).
+
+        Held in memory only: the truth stands in the Copilot's checkpoint, and the Copilot repeats itself while it runs.
+        """
+        self._store.check_lease()
+        self._copilot_round, self._copilot_steps = round, steps
+
+    def report_checkpoint(self, round: int) -> None:
+        """Note the round of the Pilot's newest complete checkpoint: what came before is never fenced again.
+
+        Held in memory only: after a restart the watermark stands in for it until the next checkpoint.
+        """
+        self._store.check_lease()
+        self._checkpoint_round = round
+
+    def copilot_round(self) -> int:
+        """Last round the Copilot reported as consumed."""
+        self._store.check_lease()
+        return self._copilot_round
+
+    def state(self) -> LogState:
+        """Where the log stands; touches no disk.
+
+        Raises:
+            LeaseLostError: another process has taken the log over, as an earlier call has seen.
+        """
+        self._store.check_lease()
+        return LogState(
+            version=self._store.version,
+            attempt=self._attempt,
+            round=min(self._covered),
+            rows=self._rows,
+            bytes=self._bytes,
+            files=self._files,
+            pilot_done=self._finished != _NOT_FINISHED,
+            last_round=max(self._finished, 0),
+            copilot_round=self._copilot_round,
+            copilot_steps=self._copilot_steps,
+            dropped=sum(sum(rounds.values()) for rounds in self._drops.values()),
+            quarantined=self._quarantined,
+        )

@@ -1,0 +1,220 @@
+"""Compaction: small files of a log become large ones, the same rows in the same order.
+
+Invariant: a merge is one commit that removes the parts and adds the whole, marked as no change of data; every part is checked
+against its checksum before its rows are copied, so damage is found and never laundered into a file with a fresh checksum.
+Only rounds that no restart of the Pilot takes back are merged, so that fencing seldom cuts a merged file. What is merged
+grows at least twofold, so a row is copied at most log2(target / smallest file) times. Called by the Ledger after a commit
+and by `tc-ray log compact`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deltalake.exceptions import DeltaError
+
+from tc_ray.mistakelog.table.data_file import BadFileError, Compression, DataFile, ParquetPart, compression_of
+from tc_ray.mistakelog.table.errors import CommitConflictError
+from tc_ray.mistakelog.table.lease import RunLease
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LogStore, StoredFile
+
+_FEWEST_FILES = 8
+_MERGED = -1
+"""Sequence of a file that stands in for others: no commit of a writer."""
+
+
+def merge_plan(
+    files: Sequence[StoredFile],
+    target_bytes: int,
+    safe_round: int,
+    *,
+    most_rounds: int | None = None,
+    eager: bool = False,
+) -> list[list[StoredFile]]:
+    """Groups of files to merge, oldest first.
+
+    Args:
+        files: of the table, in any order.
+        target_bytes: length that files are merged up to; those of half of it are large enough already.
+        safe_round: last round that no restart of the Pilot takes back.
+        most_rounds: that a merged file may span: it leaves the log as a whole, with its newest round.
+        eager: merge whatever can be merged; otherwise only where it pays: half of the target comes together, or all that
+            `most_rounds` allows, or `_FEWEST_FILES` files of which none makes up more than half.
+
+    Returns:
+        Groups of at least two neighbours in the order of rounds, each of at most `target_bytes` together.
+    """
+    groups: list[list[StoredFile]] = []
+    group: list[StoredFile] = []
+
+    def close(complete: bool = False) -> None:
+        nonlocal group
+        total, largest = sum(file.bytes for file in group), max((file.bytes for file in group), default=0)
+        pays = complete or 2 * total >= target_bytes or (len(group) >= _FEWEST_FILES and 2 * largest <= total)
+        if len(group) > 1 and (eager or pays):
+            groups.append(group)
+        group = []
+
+    for file in sorted(files, key=lambda file: (file.round_min, file.round_max, file.name)):
+        if 2 * file.bytes >= target_bytes or file.round_max > safe_round:
+            close()
+            continue
+        if group and most_rounds is not None and file.round_max - group[0].round_min >= most_rounds:
+            close(complete=True)
+        if sum(member.bytes for member in group) + file.bytes > target_bytes:
+            close()
+        group.append(file)
+    close()
+    return groups
+
+
+def write_merged(store: LogStore, group: Sequence[StoredFile], compression: Compression | None = "none") -> DataFile:
+    """Write the rows of a group, in its order, to one new file; commit it with the group as `remove`.
+
+    In memory is one file of the group at a time, and a row group.
+
+    Args:
+        compression: None: as the first file of the group has it.
+
+    Raises:
+        BadFileError: a file of the group is not what was committed; nothing was written.
+        OSError: no space; nothing was written.
+    """
+    first, last = min(file.round_min for file in group), max(file.round_max for file in group)
+    name = f"rounds-{first:08d}-{last:08d}-merged-{uuid.uuid4().hex[:12]}.parquet"
+    part: ParquetPart | None = None
+    try:
+        for file in group:
+            rows = store.read(file)
+            if part is None:
+                codec = compression or compression_of(store.location, file.name)
+                part = ParquetPart(store.location, name, codec, store.metadata.to_configuration())
+            part.write(rows)
+        assert part is not None, "a group has files"
+        done = part.finish()
+    except BaseException:
+        if part is not None:
+            part.abort()
+        raise
+    rank, attempt = min(file.rank for file in group), min(file.attempt for file in group)
+    return DataFile(
+        name, part.rows, done.size, first, last, rank, attempt, _MERGED, done.sha256, done.crc32, dropped={}
+    )
+
+
+def merge(
+    store: LogStore,
+    group: Sequence[StoredFile],
+    *,
+    numbers: Mapping[str, int],
+    compression: Compression | None = "none",
+    note: Mapping[str, object] | None = None,
+) -> DataFile:
+    """Replace a group by one file of the same rows.
+
+    Args:
+        numbers: as for `LogStore.commit`.
+        compression: as for `write_merged`.
+
+    Raises:
+        BadFileError, OSError: see `write_merged`.
+        CommitConflictError, LeaseLostError: another process changed the log; the merged file was taken away if it is in no version.
+    """
+    merged = write_merged(store, group, compression)
+    assert merged.name is not None
+    try:
+        store.commit(
+            add=[merged], remove=group, numbers=numbers, note={"kind": "merge", **(note or {})}, data_change=False
+        )
+    except BaseException as error:
+        with contextlib.suppress(OSError, DeltaError):
+            # an error does not say that the commit was not made: only a file that was in no version may go, and not from an
+            # object store that the commit may still reach (vacuum will see). Looked up beside `store`, which must stay at
+            # the version its owner knows: that is what shows a second committer
+            decided = isinstance(error, CommitConflictError) or not _may_arrive_late(store.location)
+            if decided and merged.name not in LogStore(store.location).fates():
+                store.location.delete(merged.name)
+        raise
+    return merged
+
+
+def _may_arrive_late(location: Location) -> bool:
+    return location.local is None
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What `compact_log` did."""
+
+    location: str
+    files_before: int
+    files_after: int
+    bytes_merged: int
+    bad: list[BadFileError] = field(default_factory=list)
+    """Damaged files, left as they are."""
+
+    @property
+    def good(self) -> bool:
+        """No damage was met."""
+        return not self.bad
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        told = [f"BAD {error.name}: {error.reason}" for error in self.bad]
+        if self.bad:
+            told.append(
+                "damaged files were left as they are: `tc-ray log verify --quarantine` takes them out of the log"
+            )
+        if self.files_before == self.files_after:
+            return [*told, f"{self.location}: {self.files_before} files, none to merge"]
+        return [
+            *told,
+            f"{self.location}: {self.files_before} files became {self.files_after} ({self.bytes_merged:,} bytes merged)",
+            "the old ones are removed by `tc-ray log vacuum` when no reader needs them",
+        ]
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {
+            "location": self.location,
+            "files_before": self.files_before,
+            "files_after": self.files_after,
+            "bytes_merged": self.bytes_merged,
+            "bad": [{"name": error.name, "reason": error.reason} for error in self.bad],
+        }
+
+
+def compact_log(
+    location: str | Path | Location,
+    target_bytes: int,
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Compaction:
+    """Merge all small files of a log that no run is writing. Damaged ones are passed over, pages stay compressed as they were.
+
+    Raises:
+        LeaseHeldError: a run, or another command, is at work on the log.
+    """
+    place = Location(location)
+    with RunLease.take(place, "tc-ray log compact") as lease:
+        store = LogStore(place, lease=lease.number)
+        before = store.files()
+        merged_bytes, bad = 0, []
+        newest = max((file.round_max for file in before), default=0)
+        for group in merge_plan(before, target_bytes, newest, eager=True):
+            while len(group) > 1:
+                try:
+                    merged = merge(store, group, numbers={}, compression=None)
+                except BadFileError as error:
+                    bad.append(error)
+                    group = [file for file in group if file.name != error.name]
+                    continue
+                merged_bytes += merged.bytes
+                progress(f"{len(group)} files became {merged.name}")
+                break
+        return Compaction(str(place), len(before), len(store.files()), merged_bytes, bad)

@@ -1,0 +1,114 @@
+"""Damaged files leave the log: out of the table, into a folder aside, with a line that says why and what was lost.
+
+Invariant: at each moment a damaged file is in the table, or in the list `_tc_ray/quarantine/quarantine.jsonl`, or both: the line is
+written first, then one commit removes the file from the table, then the bytes are moved. A crash between leaves a file that
+vacuum removes, or a line that a repetition writes again. Called by the Ledger for what a reader met, and by `tc-ray log verify`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from tc_ray.mistakelog.table.data_file import BadFileError
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LogStore, StoredFile
+
+QUARANTINE_FOLDER = "_tc_ray/quarantine"
+_LIST = f"{QUARANTINE_FOLDER}/quarantine.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A damaged file that left the log."""
+
+    name: str
+    reason: str
+    rows: int
+    """Lost with it."""
+    round_min: int
+    round_max: int
+    time: str
+    """ISO 8601, UTC."""
+
+
+def set_aside(store: LogStore, bad: Sequence[BadFileError], *, numbers: Mapping[str, int]) -> list[Quarantined]:
+    """Take damaged files out of the table and move them aside.
+
+    Args:
+        store: at the newest version.
+        bad: as found; those that are no longer in the table are passed over.
+        numbers: as for `LogStore.commit`.
+
+    Returns:
+        What was taken out.
+
+    Raises:
+        CommitConflictError, LeaseLostError, LogFullError: see `LogStore.commit`.
+    """
+    store.confirm()  # before anything is written: the list of who has taken the log over must not be lost
+    files = {file.name: file for file in store.files()}
+    found = [(files[error.name], error) for error in bad if error.name in files]
+    if not found:
+        return []
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    taken = [_entry(file, error.reason, now) for file, error in found]
+    known = {line.name for line in quarantined(store.location)}
+    _append(store.location, [line for line in taken if line.name not in known])
+    store.commit(
+        remove=[file for file, _ in found],
+        numbers=numbers,
+        note={"kind": "quarantine", "reasons": {error.name: error.reason for _, error in found}},
+    )
+    for line in taken:
+        _move(store.location, line.name)
+        log.warning(
+            "%s: %s taken out of the log (%s): %d rows of rounds %d to %d are lost",
+            store.location,
+            line.name,
+            line.reason,
+            line.rows,
+            line.round_min,
+            line.round_max,
+        )
+    return taken
+
+
+def _entry(file: StoredFile, reason: str, now: str) -> Quarantined:
+    return Quarantined(file.name, reason, file.rows, file.round_min, file.round_max, now)
+
+
+def quarantined(location: Location) -> list[Quarantined]:
+    """All files that ever left a log this way, oldest first."""
+    try:
+        content = location.read(_LIST)
+    except FileNotFoundError:
+        return []
+    return [Quarantined(**json.loads(line)) for line in content.decode().splitlines() if line.strip()]
+
+
+def _append(location: Location, lines: Sequence[Quarantined]) -> None:
+    everything = [*quarantined(location), *lines]
+    text = "".join(json.dumps(line.__dict__) + "\n" for line in everything)
+    location.write(_LIST, text.encode())
+
+
+def _move(location: Location, name: str) -> None:
+    aside = f"{QUARANTINE_FOLDER}/{name}"
+    if location.local is not None:
+        location.path(aside).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            location.rename(name, aside)
+        except FileNotFoundError:
+            log.debug("%s: %s was missing: nothing to move aside", location, name)
+        return
+    try:
+        location.write(aside, location.read(name))
+    except FileNotFoundError:
+        return
+    location.delete(name)

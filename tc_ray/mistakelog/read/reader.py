@@ -1,0 +1,336 @@
+"""Readers of the Mistake Log: `LogTail` follows a growing log, `MistakeLog` reads one version of it.
+
+Invariant: a reader goes by the file list of one table version, so it never sees an unfinished, uncommitted or half-fenced
+file, and what it returns for a version never changes. While it is open, a lease keeps the version's files from being
+removed. A file that is not what was committed delivers no row: it is named, counted and passed over. Called by the
+Copilot (tail) and by users and tools (log).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tc_ray.mistakelog.read.read_ahead import read_ahead
+from tc_ray.mistakelog.read.reader_lease import ReaderLease, held, hold
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.rows.schema import ROW_SCHEMA, LogMetadata
+from tc_ray.mistakelog.table.data_file import BadFileError
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LogStore, StoredFile
+
+# whole tables wait for one whose work is slow; pieces for one who takes them as they come, out of the processor's cache
+_TABLES_AHEAD = 2
+_PIECES_AHEAD = 2
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What changed in the log since the last poll."""
+
+    new: list[tuple[str, Records]]
+    """Added files by round, with their records."""
+    removed: list[str]
+    """Files that are no longer part of the log (fenced, or replaced): forget their records. May name files passed over."""
+    version: int
+    """Table version this update ends at."""
+    bad: list[BadFileError] = field(default_factory=list)
+    """Added files that could not be trusted; they are not tried again."""
+
+
+class LogTail:
+    """Reads each file of a growing log once.
+
+    Args:
+        location: of the table.
+        run: refuse the log of another run; None: any.
+        storage_options: of an object store.
+
+    Raises:
+        LogSchemaError: no Mistake Log there, or an unknown schema version.
+    """
+
+    def __init__(
+        self,
+        location: str | Path | Location,
+        run: str | None = None,
+        *,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self._store = LogStore(location, storage_options=storage_options)
+        if run is not None and run != self._store.metadata.run:
+            raise ValueError(f"{location} is the log of run {self._store.metadata.run!r}, not {run!r}")
+        self._known: set[str] = set()
+        self._lease = held(self._store)
+
+    @property
+    def metadata(self) -> LogMetadata:
+        """The log's metadata, as of the last poll."""
+        return self._store.metadata
+
+    def poll(self, version: int | None = None, *, min_round: int = 0) -> Update:
+        """Read what is new.
+
+        Args:
+            version: go to this version, also an older one; default: the latest.
+            min_round: new files that end before this round are passed over, now and later, and not read.
+
+        Raises:
+            OSError: the location cannot be read just now; the next poll tries again.
+        """
+        leased = self._lease.version
+        self._store.refresh(version)
+        if self._store.version != leased:
+            # what was found while nothing held it may be gone by now: look again, holding whatever may be found
+            self._lease.move(self._store.version, onwards=True)
+            self._store.refresh(version)
+            self._lease.move(self._store.version)
+        files = {file.name: file for file in self._store.files()}
+        added = [file for name, file in files.items() if name not in self._known and file.round_max >= min_round]
+        new: list[tuple[str, Records]] = []
+        bad: list[BadFileError] = []
+        for file in added:
+            try:
+                new.append((file.name, _records(self._store, file)))
+            except BadFileError as error:
+                log.warning("%s: %s: passed over, %d rows", self._store.location, error, file.rows)
+                bad.append(error)
+        removed = sorted(self._known - files.keys())
+        self._known = set(files)
+        return Update(new, removed, self._store.version, bad)
+
+    def close(self) -> None:
+        """Give the lease back."""
+        self._lease.release()
+
+
+class MistakeLog:
+    """One version of a log, held until `close` (or until it is let go).
+
+    Args:
+        location: folder or URI of the table.
+        version: default: the latest at this moment.
+        storage_options: of an object store, as delta-rs names them; the environment serves too.
+
+    Raises:
+        LogSchemaError: no Mistake Log there, or an unknown schema version.
+    """
+
+    def __init__(
+        self,
+        location: str | Path | Location,
+        version: int | None = None,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self._store = LogStore(location, version, storage_options)
+        self._lease = held(self._store, version)
+        self._files = self._store.files()
+        self.bad_files: list[BadFileError] = []
+        """Files found damaged so far: their rows are in nothing that this object returned."""
+        self.not_finite: dict[str, int] = {}
+        """Rows with a NaN or an infinity that inspection has passed over, by file."""
+
+    @property
+    def location(self) -> Location:
+        """Where the log is."""
+        return self._store.location
+
+    @property
+    def metadata(self) -> LogMetadata:
+        """The log's metadata."""
+        return self._store.metadata
+
+    @property
+    def version(self) -> int:
+        """Table version that everything here is read from."""
+        return self._store.version
+
+    @property
+    def files(self) -> list[StoredFile]:
+        """Data files, by round."""
+        return list(self._files)
+
+    def dataset(self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None) -> Any:
+        """Rows as a `ray.data.Dataset` of this version (starts or uses Ray); arguments as for `arrow`.
+
+        Each data file is read, and checked, by one task. The version is held as long as the dataset is.
+
+        Raises (when the dataset runs):
+            BadFileError: a file is damaged.
+        """
+        import ray.data
+
+        read = _DatasetRead(self, rounds, None if columns is None else list(columns))
+        chosen = _in_rounds(self._files, rounds)
+        if not chosen:
+            return ray.data.from_arrow(_schema(columns).empty_table())
+        names = ray.data.from_items([{"name": file.name} for file in chosen], override_num_blocks=len(chosen))
+        return names.map_batches(read, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+
+    def arrow(self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows as an Arrow table.
+
+        Args:
+            rounds: first and last round, both included; None: all.
+            columns: default: all.
+        """
+        tables = [_schema(columns).empty_table(), *(rows for _, rows in self.tables(rounds, columns))]
+        return pa.concat_tables(tables).replace_schema_metadata(self.metadata.to_configuration())
+
+    def tables(
+        self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[StoredFile, pa.Table]]:
+        """Rows file by file, by round; arguments as for `arrow`. Damaged files are passed over; see `bad_files`.
+
+        The next two files are read, in threads, while the caller works on one: three are in memory.
+        """
+        wanted = _in_rounds(self._files, rounds)
+        return self._ahead(
+            wanted, lambda file: iter([_read_rounds(self._store, file, rounds, columns)]), ahead=_TABLES_AHEAD, depth=1
+        )
+
+    def pieces(self, rounds: tuple[int, int] | None = None, *, batch: int = 1) -> Iterator[tuple[StoredFile, Records]]:
+        """Rows as `Records` of some megabytes, file by file, by round: for going through a log of any size.
+
+        Every file is checked whole before its first rows come; damaged files are passed over; see `bad_files`. (A file that is what was
+        committed, but whose rows contradict themselves, has given those before.) Files are read and parsed in threads while the
+        caller works; some pieces of two files are in memory.
+
+        Args:
+            rounds: as for `arrow`.
+            batch: a piece has a multiple of this many rows, but for a file's last (and those that `rounds` cuts).
+        """
+        wanted = _in_rounds(self._files, rounds)
+        return self._ahead(
+            wanted, lambda file: _read_pieces(self._store, file, rounds, batch), ahead=1, depth=_PIECES_AHEAD
+        )
+
+    def _ahead(
+        self, wanted: list[StoredFile], read: Callable[[StoredFile], Iterator[T]], *, ahead: int, depth: int
+    ) -> Iterator[tuple[StoredFile, T]]:
+        coming = read_ahead((partial(read, file) for file in wanted), ahead=ahead, depth=depth)
+        with contextlib.closing(coming):
+            for file, found in zip(wanted, coming, strict=True):
+                try:
+                    for item in found:
+                        yield file, item
+                        del item  # or it would be one more in memory
+                except BadFileError as error:
+                    self._note_bad(error, file)
+
+    def file_records(self, file: StoredFile) -> Records | None:
+        """Rows of one of `files`; None: it is damaged and was passed over, see `bad_files`."""
+        try:
+            return _records(self._store, file)
+        except BadFileError as error:
+            self._note_bad(error, file)
+            return None
+
+    def _note_bad(self, error: BadFileError, file: StoredFile) -> None:
+        if error.name not in {bad.name for bad in self.bad_files}:
+            log.warning("%s: %s: passed over, %d rows", self.location, error, file.rows)
+            self.bad_files.append(error)
+
+    def records(self, rounds: tuple[int, int] | None = None) -> Records:
+        """Rows as `Records`; `rounds` as for `arrow`."""
+        return Records.from_arrow(self.arrow(rounds))
+
+    def close(self) -> None:
+        """Give the version free: its files may be removed from now on."""
+        self._lease.release()
+
+    def __enter__(self) -> MistakeLog:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _DatasetRead:
+    """Reads one file in a Ray task. On the driver it holds the version, a task gets what it needs to read."""
+
+    def __init__(self, log: MistakeLog, rounds: tuple[int, int] | None, columns: list[str] | None) -> None:
+        self._rounds, self._columns = rounds, columns
+        self._store: LogStore | None = log._store
+        self._files = {file.name: file for file in log.files}
+        self._lease: ReaderLease | None = hold(
+            log.location, log.version
+        )  # rows are read later: the log may be closed by then
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert self._store is not None
+        return {
+            "place": (self._store.location, self._store.version),
+            "files": self._files,
+            "asked": (self._rounds, self._columns),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._lease, self._files = None, state["files"]
+        self._store = LogStore(*state["place"])
+        self._rounds, self._columns = state["asked"]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        assert self._store is not None
+        names: Iterable[str] = batch.column("name").to_pylist()
+        return pa.concat_tables(
+            [_read_rounds(self._store, self._files[name], self._rounds, self._columns) for name in names]
+        )
+
+
+def _schema(columns: Sequence[str] | None) -> pa.Schema:
+    unknown = [name for name in columns or () if name not in ROW_SCHEMA.names]
+    if unknown:
+        raise ValueError(f"columns {', '.join(unknown)}: the log has {', '.join(ROW_SCHEMA.names)}")
+    return ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(name) for name in columns])
+
+
+def _in_rounds(files: list[StoredFile], rounds: tuple[int, int] | None) -> list[StoredFile]:
+    return [file for file in files if rounds is None or (file.round_min <= rounds[1] and file.round_max >= rounds[0])]
+
+
+def _read_rounds(
+    store: LogStore, file: StoredFile, rounds: tuple[int, int] | None, columns: Sequence[str] | None
+) -> pa.Table:
+    whole = rounds is None or (file.round_min >= rounds[0] and file.round_max <= rounds[1])
+    wanted = list(_schema(columns).names)
+    if whole:
+        return store.read(file, wanted)
+    assert rounds is not None
+    rows = store.read(file, list(dict.fromkeys([*wanted, "round"])))
+    return _cut(rows, rounds).select(wanted)
+
+
+def _read_pieces(store: LogStore, file: StoredFile, rounds: tuple[int, int] | None, batch: int) -> Iterator[Records]:
+    whole = rounds is None or (file.round_min >= rounds[0] and file.round_max <= rounds[1])
+    for piece in store.read_pieces(file, batch):
+        rows = piece if whole or rounds is None else _cut(piece, rounds)
+        if rows.num_rows:
+            yield _as_records(store, file, rows)
+
+
+def _cut(rows: pa.Table, rounds: tuple[int, int]) -> pa.Table:
+    return rows.filter((pc.field("round") >= rounds[0]) & (pc.field("round") <= rounds[1]))
+
+
+def _records(store: LogStore, file: StoredFile) -> Records:
+    return _as_records(store, file, store.read(file))
+
+
+def _as_records(store: LogStore, file: StoredFile, rows: pa.Table) -> Records:
+    try:
+        return Records.from_arrow(rows, store.metadata.to_configuration())
+    except ValueError as error:  # committed whole, but by something that is no writer of this log
+        raise BadFileError(file.name, str(error)) from error

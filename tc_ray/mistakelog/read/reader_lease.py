@@ -1,0 +1,181 @@
+"""Leases of readers: which versions of a log are being read, so that vacuum leaves their files alone.
+
+Invariant: a version held here is in `held_versions` from the moment `hold` or `move` returns until its holder lets it go, or
+is dead and its file has not been touched for `FRESH_SECONDS`. A reader that is about to look for the newest version first holds the
+one it knows "and all later ones": between its look and its lease on what it found, nothing of them is removed, however long it
+takes. A lease is a file `_tc_ray/readers/ID.json`; one thread of a process renews all of its leases. Where a reader may
+not write (a read-only share, a public bucket) there is no lease, and `vacuum_grace_seconds` is all that it has. Taken by readers,
+read by vacuum.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+import weakref
+from dataclasses import dataclass
+
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.process import ProcessId, is_running, this_process
+from tc_ray.mistakelog.table.store import LogStore
+
+log = logging.getLogger(__name__)
+
+FRESH_SECONDS = 60.0
+_RENEW_SECONDS = 15.0
+_FOLDER = "_tc_ray/readers"
+
+
+class ReaderLease:
+    """One reader's hold on one version; given back by `release`, or when it is let go.
+
+    Args:
+        location: of the table.
+        version: of the table.
+        onwards: and all later ones, because the holder is about to choose one.
+    """
+
+    def __init__(self, location: Location, version: int, onwards: bool = False) -> None:
+        self._location, self._name = location, f"{_FOLDER}/{uuid.uuid4().hex}.json"
+        self._lock = threading.Lock()
+        self._held: tuple[int, bool] | None = None
+        self._wanted = version, onwards
+        self._finish = weakref.finalize(self, _give_back, location, self._name, os.getpid())
+        self.move(version, onwards)
+        _renewer.add(self)
+
+    @property
+    def version(self) -> int | None:
+        """The version held, or the first of those held; None: no lease, the location cannot be written."""
+        return None if self._held is None else self._held[0]
+
+    def move(self, version: int, onwards: bool = False) -> None:
+        """Hold another version instead; onwards: and all later ones."""
+        with self._lock:
+            self._wanted = version, onwards
+            if self._wanted != self._held and self._finish.alive:
+                self._write()
+
+    def _write(self) -> None:
+        version, onwards = self._wanted
+        told = {"version": version, "onwards": onwards, "time": time.time(), **this_process().to_dict()}
+        try:
+            self._location.write(self._name, json.dumps(told).encode())
+            self._held = self._wanted
+        except OSError as error:
+            # a lease on the old version may still stand there, which holds too much at most
+            log.debug("%s: no reader's lease on version %d: %s", self._location, version, error)
+            self._held = None
+
+    def renew(self) -> None:
+        """Show that the reader lives; for the renewing thread. What could not be written before is tried again."""
+        with self._lock:
+            if not self._finish.alive:
+                return
+            if self._held is None:
+                self._write()
+                return
+            try:
+                self._location.touch(self._name)
+            except FileNotFoundError:  # taken for dead: this process was stopped for long, or the clock jumped
+                self._write()
+            except OSError as error:
+                log.debug("%s: a reader's lease could not be renewed just now: %s", self._location, error)
+
+    def release(self) -> None:
+        """Give the lease back; a second call does nothing."""
+        with self._lock:
+            self._finish()
+
+
+def hold(location: Location, version: int) -> ReaderLease:
+    """Hold a version against vacuum."""
+    return ReaderLease(location, version)
+
+
+def held(store: LogStore, version: int | None = None) -> ReaderLease:
+    """A lease on `version`, or on the newest one, to which `store` moves while nothing of it can be removed."""
+    lease = ReaderLease(store.location, store.version, onwards=True)
+    store.refresh(version)
+    lease.move(store.version)
+    return lease
+
+
+def _give_back(location: Location, name: str, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked process lets go of its copy
+    try:
+        location.delete(name)
+    except OSError as error:  # it is found stale
+        log.debug("%s: a reader's lease could not be given back: %s", location, error)
+
+
+class _Renewer:
+    """The one thread of this process that renews its leases."""
+
+    def __init__(self) -> None:
+        self._leases: weakref.WeakSet[ReaderLease] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._pid = 0
+
+    def add(self, lease: ReaderLease) -> None:
+        with self._lock:
+            self._leases.add(lease)
+            if self._pid != os.getpid():  # the first lease, or this process was forked and the thread stayed behind
+                self._pid = os.getpid()
+                threading.Thread(target=self._work, name="reader-leases", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            time.sleep(_RENEW_SECONDS)
+            with self._lock:
+                leases = list(self._leases)
+            for lease in leases:
+                lease.renew()
+            del leases
+
+
+_renewer = _Renewer()
+
+
+@dataclass(frozen=True)
+class HeldVersion:
+    """A lease as vacuum sees it."""
+
+    version: int
+    onwards: bool
+    """And all later ones: the reader is about to choose one."""
+    process: ProcessId
+
+
+def held_versions(location: Location, now: float, *, forget: bool = True) -> list[HeldVersion]:
+    """Versions that living readers hold; the leases of dead ones are removed if `forget`.
+
+    Args:
+        now: unix seconds by the clock of the disk or store (`Location.now`).
+    """
+    held = []
+    for entry in location.list(_FOLDER, recursive=False):
+        try:
+            told = json.loads(location.read(entry.name))
+            lease = HeldVersion(int(told["version"]), bool(told.get("onwards")), ProcessId.from_dict(told))
+        except FileNotFoundError:
+            continue  # given back meanwhile
+        except (ValueError, KeyError, TypeError):
+            lease = None  # torn by a power cut, or no lease
+        # looked at again, now that it was opened: a share may have shown an old time
+        touched = location.modified(entry.name) if now - entry.modified >= FRESH_SECONDS else entry.modified
+        if touched is None:
+            continue
+        if now - touched < FRESH_SECONDS:
+            if lease is not None:
+                held.append(lease)
+        elif lease is not None and is_running(lease.process):
+            held.append(lease)
+        elif forget:
+            location.delete(entry.name)
+    return held

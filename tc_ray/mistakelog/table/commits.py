@@ -1,0 +1,140 @@
+"""What the table's commits say beside Delta's own actions: checksums of files, coverage, dropped records, notes.
+
+Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once. Used by the store (checksums
+of a snapshot), the Ledger (drop counts), vacuum (with which version a file left the table) and verification.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from tc_ray.mistakelog.table.data_file import DataFile
+from tc_ray.mistakelog.table.location import Location
+
+LOG_FOLDER = "_delta_log"
+_REMOTE_READERS = 16
+_FILE_FIELDS = {item.name for item in fields(DataFile)}
+
+
+def commit_name(version: int) -> str:
+    """Name of a commit file within the table."""
+    return f"{LOG_FOLDER}/{version:020d}.json"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One table version as this package reads it."""
+
+    version: int
+    files: list[DataFile] = field(default_factory=list)
+    """Added files and bare coverage."""
+    removed: list[str] = field(default_factory=list)
+    """Files that left the table."""
+    numbers: dict[str, int] = field(default_factory=dict)
+    note: dict[str, Any] = field(default_factory=dict)
+
+
+class Fate(NamedTuple):
+    """What the commits say of one file."""
+
+    sha256: str | None
+    crc32: int | None
+    left: int | None = None
+    """The version that it left the table with: no later one has it, names are not used twice. None: it did not."""
+
+
+class CommitLog:
+    """Commits of one table, read as far as asked. Only the fates of files are kept, and vacuum lets those go too."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._read = -1
+        self._fates: dict[str, Fate] = {}
+
+    def commits(self, version: int) -> list[Commit]:
+        """Commits 0..version, oldest first, read anew. Commit files that are gone (another tool's clean-up) are left out."""
+        return [commit for commit in self._load(range(version + 1)) if commit is not None]
+
+    def fates(self, version: int) -> dict[str, Fate]:
+        """Of all files of versions up to this one (and perhaps later ones) that were not forgotten."""
+        if version > self._read:
+            for commit in self._load(range(self._read + 1, version + 1)):
+                if commit is not None:
+                    self._note(commit)
+            self._read = version
+        return self._fates
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let go of files that are no longer there."""
+        for name in names:
+            self._fates.pop(name, None)
+
+    def _note(self, commit: Commit) -> None:
+        for file in commit.files:
+            if file.name is not None:
+                # logs of the first version have no CRC-32
+                self._fates[file.name] = Fate(file.sha256 or None, file.crc32 or None)
+        for name in commit.removed:
+            self._fates[name] = self._fates.get(name, Fate(None, None))._replace(left=commit.version)
+
+    def _load(self, versions: range) -> Iterator[Commit | None]:
+        if self._location.local is not None or len(versions) < 2:
+            yield from map(self._parse, versions)
+            return
+        with ThreadPoolExecutor(_REMOTE_READERS) as pool:
+            yield from pool.map(self._parse, versions)
+
+    def _parse(self, version: int) -> Commit | None:
+        try:
+            return parse_commit(version, self._location.read(commit_name(version)))
+        except FileNotFoundError:
+            return None
+
+
+def parse_commit(version: int, content: bytes) -> Commit:
+    """A commit from its file's content.
+
+    Raises:
+        ValueError: no whole Delta commit.
+    """
+    commit = Commit(version)
+    for action in _actions(content):
+        if (info := action.get("commitInfo")) is not None:
+            told = dict(info.get("tc_ray") or {})
+            for file in told.pop("files", []):
+                known = {key: value for key, value in file.items() if key in _FILE_FIELDS}
+                known["dropped"] = {int(key): count for key, count in (known.get("dropped") or {}).items()}
+                commit.files.append(DataFile(**known))
+            commit.note.update(told)
+        elif (gone := action.get("remove")) is not None:
+            commit.removed.append(gone["path"])
+        elif (number := action.get("txn")) is not None:
+            commit.numbers[number["appId"]] = number["version"]
+    return commit
+
+
+def _actions(content: bytes) -> Iterator[dict[str, Any]]:
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    if not lines:
+        raise ValueError("empty")
+    for line in lines:
+        yield json.loads(line)
+
+
+def dropped_records(commits: list[Commit]) -> dict[int, dict[int, int]]:
+    """Records that could not be written: rank -> round -> count, of the attempts as fenced (notes `watermark`)."""
+    dropped: dict[int, dict[int, int]] = {}
+    for commit in commits:
+        if (watermark := commit.note.get("watermark")) is not None:
+            dropped = {
+                rank: {number: count for number, count in rounds.items() if number <= watermark}
+                for rank, rounds in dropped.items()
+            }
+        for file in commit.files:
+            if file.dropped and file.sequence >= 0:
+                dropped.setdefault(file.rank, {}).update(file.dropped)
+    return dropped

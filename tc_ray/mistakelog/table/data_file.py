@@ -1,0 +1,282 @@
+"""One Parquet data file: written under a temporary name, made durable, then renamed into the table's folder.
+
+Invariant: a file under its final name is complete and on disk (in an object store: uploaded). It belongs to the table only
+once the Ledger has committed it, so readers, who go by the table's file list, see neither temporary nor uncommitted files.
+Both checksums are of the bytes as they were handed to the disk. Used by the record writer, compaction, and the store when
+it cuts a file at a watermark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from zlib_ng.zlib_ng import crc32 as crc32_of
+
+from tc_ray.mistakelog.rows.schema import PREFIX, READABLE_VERSIONS, ROW_SCHEMA
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.output import Finished, LocalOutput, ObjectOutput, open_output
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Added to a local file's name while it is written."""
+# rows wait in memory until a row group of this size: small ones read slowly
+_ROW_GROUP_BYTES = 16 << 20
+_PIECE_BYTES = 6 << 20
+
+Compression = Literal["none", "zstd"]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A finished file, or the bare statement that a rank had no rows in some rounds, as handed to the Ledger."""
+
+    name: str | None
+    """File name inside the table's folder; None: no rows, only coverage."""
+    rows: int
+    bytes: int
+    round_min: int
+    """First round covered: the one after the last covered by this rank."""
+    round_max: int
+    """Last round covered; every record of this rank up to it is in this or an earlier file."""
+    rank: int
+    attempt: int
+    sequence: int
+    """Counts the commits of this rank in this attempt from 0."""
+    sha256: str
+    """Of the file's bytes, hexadecimal; empty without a file."""
+    crc32: int = 0
+    """Of the file's bytes: what readers check each time."""
+    dropped: dict[int, int] = field(default_factory=dict)
+    """Records of the covered rounds that are not in the log because it could not be written: count by round."""
+
+    @property
+    def key(self) -> str:
+        """For messages."""
+        return f"rank {self.rank}, attempt {self.attempt}, sequence {self.sequence}"
+
+
+def file_name(round_min: int, rank: int, attempt: int, sequence: int) -> str:
+    """Name of a data file; unique in a run, and known before its last round is."""
+    return f"rounds-{round_min:08d}-rank{rank}-a{attempt}-{sequence:06d}.parquet"
+
+
+class ParquetPart:
+    """A data file being written.
+
+    Args:
+        location: of the table.
+        name: of the finished file. A local one has `TEMPORARY_SUFFIX` added until then; an object appears when it is finished.
+        compression: of the Parquet pages.
+        metadata: key-value metadata of the file, so that it can be read by itself.
+    """
+
+    def __init__(self, location: Location, name: str, compression: Compression, metadata: dict[str, str]) -> None:
+        self.name = name
+        self._location = location
+        self._temporary = name + TEMPORARY_SUFFIX if location.local is not None else name
+        self._compression, self._metadata = compression, metadata
+        self._output: LocalOutput | ObjectOutput | None = None
+        self._writer: Any = None
+        self._waiting: list[pa.Table] = []
+        self._waiting_bytes = 0
+        self.rows = 0
+
+    def write(self, table: pa.Table, size: int | None = None) -> None:
+        """Add rows.
+
+        Args:
+            size: bytes in memory, of a caller who knows.
+
+        Raises:
+            OSError: the disk or store does not take them; `abort` then.
+        """
+        self._waiting.append(table)
+        self._waiting_bytes += table.get_total_buffer_size() if size is None else size
+        self.rows += table.num_rows
+        if self._waiting_bytes >= _ROW_GROUP_BYTES:
+            self._write_row_group()
+            assert self._output is not None
+            self._output.advance()
+
+    def _open(self) -> Any:
+        if self._writer is None:
+            self._output = open_output(self._location, self._temporary)
+            self._writer = pq.ParquetWriter(
+                self._output.sink,
+                ROW_SCHEMA,
+                compression=self._compression,
+                # hidden states are all different: a dictionary would only cost
+                use_dictionary=["run"],
+                write_statistics=["run", "attempt", "round", "rank", "sample_id"],
+                store_schema=False,
+            )
+            self._writer.add_key_value_metadata(self._metadata)
+        return self._writer
+
+    def _write_row_group(self) -> None:
+        if self._waiting:
+            writer = self._open()
+            assert self._output is not None
+            self._output.growing()
+            writer.write_table(pa.concat_tables(self._waiting))
+        self._waiting, self._waiting_bytes = [], 0
+
+    def finish(self) -> Finished:
+        """Complete the file, bring it to the disk and give it its final name.
+
+        Raises:
+            OSError: the disk or store does not take it; `abort` then.
+        """
+        self._write_row_group()
+        self._open().close()
+        assert self._output is not None
+        finished = self._output.complete()
+        if self._location.local is not None:
+            self._location.rename(self._temporary, self.name)
+        return finished
+
+    def abort(self) -> None:
+        """Throw the unfinished file away."""
+        self._waiting, self._waiting_bytes = [], 0
+        if self._output is None:
+            return
+        # closing writes the footer: on a full disk it fails, and the file goes anyway
+        try:
+            if self._writer is not None:  # else not even the header could be written
+                with contextlib.suppress(OSError):
+                    self._writer.close()
+        finally:
+            self._output.abandon()
+        if self._location.local is not None:
+            self._location.delete(self._temporary)
+
+
+class BadFileError(ValueError):
+    """A data file is not what was committed: missing, cut short, altered, foreign, or not readable."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a file's commit says about it; None is not checked."""
+
+    size: int | None = None
+    crc32: int | None = None
+    sha256: str | None = None
+    """Checked only where there is no crc32 (logs of older versions): it takes twenty times as long."""
+    rows: int | None = None
+
+
+def read_file(
+    location: Location, name: str, columns: list[str] | None = None, committed: Committed = Committed()
+) -> pa.Table:
+    """Rows of one data file with the types of `ROW_SCHEMA`, checked against what its commit says before they are parsed.
+
+    Args:
+        columns: default: all.
+
+    Raises:
+        BadFileError: names the file and what is wrong with it.
+        OSError: the location cannot be read at all just now.
+    """
+    content = _checked(location, name, committed)
+    schema = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(column) for column in columns])
+    with _parsing(name):
+        file = _parquet(name, content, schema, committed.rows)
+        return file.read(columns=schema.names, use_threads=False).select(schema.names).cast(schema)
+
+
+def read_pieces(location: Location, name: str, committed: Committed = Committed(), *, rows: int) -> Iterator[pa.Table]:
+    """As `read_file`, all columns, but some rows at a time: nothing is parsed before the whole file was checked.
+
+    A piece is some `_PIECE_BYTES`, which the processor's cache holds and the memory pool hands out again: parsing to pieces
+    takes a half to two thirds of the time of parsing to one table, which is grown and copied on the way.
+
+    Args:
+        rows: a piece has a multiple of this many, but for the file's last.
+    """
+    content = _checked(location, name, committed)
+    with _parsing(name):
+        file = _parquet(name, content, ROW_SCHEMA, committed.rows)
+        fitting = file.metadata.num_rows * _PIECE_BYTES // content.size // rows * rows
+        if committed.crc32 is None and not committed.sha256:
+            fitting = file.metadata.num_rows  # unchecked: no row is delivered unless all of them can be parsed
+        pieces = file.iter_batches(max(rows, fitting), columns=ROW_SCHEMA.names, use_threads=False)
+    while True:
+        with _parsing(name):
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            table = pa.Table.from_batches([piece])
+            if not table.schema.equals(ROW_SCHEMA):
+                table = table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+        yield table
+
+
+def compression_of(location: Location, name: str) -> Compression:
+    """How a whole file's pages are compressed, for a file that stands in for it."""
+    metadata = pq.ParquetFile(pa.BufferReader(location.buffer(name))).metadata
+    codecs = (
+        {metadata.row_group(0).column(i).compression for i in range(metadata.num_columns)} if metadata.num_rows else ()
+    )
+    return "zstd" if "ZSTD" in codecs else "none"
+
+
+def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
+    """Content of a file that is what was committed."""
+    try:
+        found = location.size(name)
+        if found is None:
+            raise BadFileError(name, "missing")
+        if committed.size is not None and found != committed.size:
+            raise BadFileError(name, f"{found} bytes, committed with {committed.size}")
+        if found == 0:
+            raise BadFileError(name, "empty")
+        content = location.buffer(name)
+    except FileNotFoundError:
+        raise BadFileError(name, "missing") from None
+    if committed.crc32 is not None:
+        if crc32_of(content) != committed.crc32:
+            raise BadFileError(name, "its bytes differ from those committed (CRC-32)")
+    elif committed.sha256 and hashlib.sha256(content).hexdigest() != committed.sha256:
+        raise BadFileError(name, "its bytes differ from those committed (SHA-256)")
+    return content
+
+
+def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None) -> pq.ParquetFile:
+    """The opened file, with the columns of `schema` and as many rows as were committed."""
+    file = pq.ParquetFile(pa.BufferReader(content))
+    version = (file.metadata.metadata or {}).get(f"{PREFIX}schema_version".encode())
+    if version is not None and version.decode() not in READABLE_VERSIONS:
+        raise BadFileError(
+            name,
+            f"Mistake Log schema version {version.decode()}, but this tc-ray reads {' and '.join(READABLE_VERSIONS)}",
+        )
+    if rows is not None and file.metadata.num_rows != rows:
+        raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
+    absent = [column for column in schema.names if column not in file.schema_arrow.names]
+    if absent:
+        raise BadFileError(name, f"columns {', '.join(absent)} are missing: no file of this log")
+    return file
+
+
+@contextlib.contextmanager
+def _parsing(name: str) -> Iterator[None]:
+    """Turns what Arrow raises into `BadFileError`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, (BadFileError, MemoryError)):  # that memory is short says nothing of the file
+            raise
+        raise BadFileError(name, f"no readable Parquet of this log: {str(error).splitlines()[0][:200]}") from error

@@ -1,0 +1,400 @@
+"""The Delta table under the Mistake Log: create, open, commit finished files, list them at a version.
+
+Invariant: a commit is one Delta transaction, so its added files, its removed files and its numbers (application
+transactions) become visible together or not at all; when `commit` returns, it is on the disk and not in a cache only. A commit
+is the version right after the one that its maker has read, or it fails: delta-rs, left to itself, moves it behind the commits of
+others. So what was checked at the version read, the lease above all, holds for the commit. Only the holder of the run's lease
+commits; readers only take snapshots.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction, RemoveAction
+
+from tc_ray.files import sync
+from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, LogMetadata, LogSchemaError
+from tc_ray.mistakelog.table.commits import Commit, CommitLog, Fate, commit_name
+from tc_ray.mistakelog.table.data_file import Committed, DataFile, read_file, read_pieces
+from tc_ray.mistakelog.table.durability import renew_commits, write_checkpoint
+from tc_ray.mistakelog.table.errors import CommitConflictError, LeaseLostError, full_disk_named
+from tc_ray.mistakelog.table.location import Location, check_data_name
+from tc_ray.mistakelog.table.opening import is_table, open_table
+from tc_ray.mistakelog.table.repair import NEWEST, repair
+
+LEASE_NUMBER = "tc_ray/lease"
+"""Name of the number that says who may commit; see `lease.RunLease`."""
+_CHECKPOINT_COMMITS = 100
+# the commit files hold the checksums: they stay as long as the table does
+_TABLE_SETTINGS = {"delta.logRetentionDuration": "interval 36500 days"}
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A data file of a snapshot, with the statistics and checksums of its commit."""
+
+    name: str
+    rows: int
+    bytes: int
+    run: str
+    round_min: int
+    round_max: int
+    rank: int
+    """Lowest rank in it; files of the record writer hold one."""
+    attempt: int
+    """Lowest attempt in it; files of the record writer hold one."""
+    sha256: str | None = None
+    """None: not in the commits that are left."""
+    crc32: int | None = None
+
+    @property
+    def committed(self) -> Committed:
+        """What its bytes are checked against."""
+        return Committed(self.bytes, self.crc32, self.sha256, self.rows)
+
+
+class LogStore:
+    """A Mistake Log's Delta table.
+
+    Args:
+        location: of the table.
+        version: pin this version; default: the latest, moved on by `refresh` and `commit`.
+        storage_options: of an object store.
+        lease: number of the run's lease, for one who commits under it: every commit carries it, and none is made where the
+            table has another. None: nobody else is at work on the log, or nothing is committed.
+
+    Raises:
+        LogSchemaError: no Delta table there, or not a Mistake Log of a known schema version.
+    """
+
+    def __init__(
+        self,
+        location: str | Path | Location,
+        version: int | None = None,
+        storage_options: Mapping[str, str] | None = None,
+        *,
+        lease: int | None = None,
+    ) -> None:
+        self.location = Location(location, storage_options)
+        if not is_table(self.location):
+            raise LogSchemaError(f"{self.location}: no Mistake Log here (no Delta table)")
+        self._table = open_table(self.location, version)
+        self._lease, self._lease_lost = lease, False
+        self._commits = CommitLog(self.location)
+        self.durable = self._metadata_version = int(self._table.version())
+        """The first: last version that is known to be on the disk; see `settle`."""
+        self._metadata = self._read_metadata()
+
+    @classmethod
+    def create(
+        cls,
+        location: str | Path | Location,
+        metadata: LogMetadata,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> LogStore:
+        """Open the table, made first if it is not there.
+
+        Raises:
+            LogSchemaError: the table there was made with other metadata; the message lists the differences.
+        """
+        place = Location(location, storage_options)
+        repair(place)  # a power cut while the table was made leaves an empty first commit
+        if not is_table(place):
+            place.make()
+            with full_disk_named(place):
+                DeltaTable.create(
+                    place.uri,
+                    schema=ROW_SCHEMA,
+                    name="mistake-log",
+                    configuration=metadata.to_configuration() | _TABLE_SETTINGS,
+                    storage_options=place.options,
+                    raise_if_key_not_exists=False,
+                )
+            renew_commits(place, [0])
+            if place.local is not None:
+                sync(place.local)
+        store = cls(place)
+        differences = metadata.differences(store.metadata)
+        if differences:
+            raise LogSchemaError(
+                f"{place}: this run cannot go on in this log, its metadata differs ({'; '.join(differences)}); "
+                "choose another run folder or restore the old settings"
+            )
+        return store
+
+    def _read_metadata(self) -> LogMetadata:
+        return LogMetadata.from_configuration(self._table.metadata().configuration, str(self.location))
+
+    @property
+    def metadata(self) -> LogMetadata:
+        """What holds for every row, at this version."""
+        if self._metadata_version != self._table.version():
+            self._metadata, self._metadata_version = self._read_metadata(), self._table.version()
+        return self._metadata
+
+    @property
+    def version(self) -> int:
+        """Table version this store stands at."""
+        return int(self._table.version())
+
+    def refresh(self, version: int | None = None) -> None:
+        """Move to the latest version, or to `version`.
+
+        Raises:
+            LeaseLostError: the lease of this store is another's there.
+        """
+        if version is None:
+            self._table.update_incremental()
+        elif version != self._table.version():
+            self._table.load_as_version(version)
+        self._look_at_lease()
+
+    def is_newest(self) -> bool:
+        """Nobody has committed since the version that this store stands at."""
+        return self.location.size(commit_name(self.version + 1)) is None
+
+    def check_lease(self) -> None:
+        """Raises LeaseLostError once the lease was seen to be another's; looks at nothing."""
+        if self._lease_lost:
+            raise LeaseLostError.of(self.location)
+
+    def confirm(self) -> None:
+        """Before something beside the table is changed: this store stands at the newest version, and has the lease there.
+
+        Raises:
+            CommitConflictError: another committer has changed the table since.
+            LeaseLostError: and it has taken the lease.
+        """
+        self._look_at_lease()
+        if not self.is_newest():
+            raise self._overtaken(f"another process has committed since version {self.version}")
+
+    def _look_at_lease(self) -> None:
+        if self._lease is not None and self.number(LEASE_NUMBER) != self._lease:
+            self._lease_lost = True  # for good, whatever the table says later
+        self.check_lease()
+
+    def _overtaken(self, how: str) -> Exception:
+        """The error of one behind whom another committer has come; this store stays where it is."""
+        if self._lease is not None and LogStore(self.location).number(LEASE_NUMBER) != self._lease:
+            self._lease_lost = True
+            return LeaseLostError.of(self.location)
+        return CommitConflictError(f"{self.location}: {how}")
+
+    def settle(self) -> None:
+        """Bring the commits up to this version to the disk: before anything of what they say is acknowledged, or built upon.
+
+        For one who commits, and has called `repair` before this store was opened.
+
+        Raises:
+            LogFullError: no space (some systems find that out only now).
+            OSError: the disk does not take them.
+        """
+        if self.version > self.durable:
+            with full_disk_named(self.location):
+                renew_commits(self.location, range(self.durable + 1, self.version + 1))
+            self.durable = self.version
+
+    def adopt(self) -> None:
+        """`settle` for commits of others too: who made the newest may have died before they were on the disk."""
+        self._look_at_lease()
+        self.durable = min(self.durable, max(self.version - NEWEST, -1))
+        self.settle()
+
+    def number(self, name: str) -> int | None:
+        """The number last committed under `name` (an application transaction), or None."""
+        return self._table.transaction_version(name)
+
+    def commits(self) -> list[Commit]:
+        """All commits up to this version, oldest first, read anew: for what is asked seldom."""
+        return self._commits.commits(self.version)
+
+    def fates(self) -> dict[str, Fate]:
+        """Checksums, and the version of removal, of every file that was ever committed up to this version; see `forget`."""
+        return self._commits.fates(self.version)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Files that are no longer there: nothing need be known of them."""
+        self._commits.forget(names)
+
+    def files(self) -> list[StoredFile]:
+        """Data files at this version, by round, then name.
+
+        Raises:
+            LogSchemaError: a file was committed without the statistics that the log relies on.
+        """
+        return self._files_of(self._table)
+
+    def files_at(self, version: int) -> list[StoredFile]:
+        """Data files at another version; this store stays where it is."""
+        if version == self.version:
+            return self.files()
+        return self._files_of(open_table(self.location, version))
+
+    def _files_of(self, table: DeltaTable) -> list[StoredFile]:
+        fates = self._commits.fates(int(table.version()))
+        files = []
+        for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
+            check_data_name(self.location, row["path"])
+            fate = fates.get(row["path"], Fate(None, None))
+            found = StoredFile(
+                name=row["path"],
+                rows=row["num_records"],
+                bytes=row["size_bytes"],
+                run=row.get("min.run"),
+                round_min=row.get("min.round"),
+                round_max=row.get("max.round"),
+                rank=row.get("min.rank"),
+                attempt=row.get("min.attempt"),
+                sha256=fate.sha256,
+                crc32=fate.crc32,
+            )
+            missing = [key for key, value in asdict(found).items() if value is None and key not in ("sha256", "crc32")]
+            if missing:
+                raise LogSchemaError(
+                    f"{self.location}/{found.name}: committed without statistics of {', '.join(missing)}: "
+                    "not by tc-ray; `DELETE` or `restore` it away with any Delta tool"
+                )
+            files.append(found)
+        return sorted(files, key=lambda file: (file.round_min, file.name))
+
+    def read(self, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
+        """Rows of a file, checked before they are parsed; see `read_file`."""
+        return read_file(self.location, file.name, columns, file.committed)
+
+    def read_pieces(self, file: StoredFile, rows: int) -> Iterator[pa.Table]:
+        """Rows of a file, some at a time, all checked before the first is parsed; see `datafile.read_pieces`."""
+        return read_pieces(self.location, file.name, file.committed, rows=rows)
+
+    def commit(
+        self,
+        *,
+        add: Sequence[DataFile] = (),
+        remove: Sequence[StoredFile] = (),
+        numbers: Mapping[str, int],
+        covered: Sequence[DataFile] = (),
+        note: Mapping[str, Any] | None = None,
+        data_change: bool = True,
+    ) -> int:
+        """Add and remove files and set numbers, all in one table version: the next one after `version`.
+
+        Args:
+            covered: statements without a file (rounds without rows), kept in the commit for their drop counts.
+            note: kept with the commit: JSON values.
+            data_change: False: the same rows in other files (compaction).
+
+        Returns:
+            The new table version.
+
+        Raises:
+            CommitConflictError: another committer changed the table since this store last read it.
+            LeaseLostError: the table has another lease than this store.
+            LogFullError: no space for the commit; nothing was changed.
+            ValueError: a file to add is not there, or has another size than stated.
+        """
+        now_ms = int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = [self._add_action(file, now_ms, data_change) for file in add]
+        actions += [
+            RemoveAction(file.name, data_change, now_ms, size=file.bytes, partition_values={}) for file in remove
+        ]
+        told = {"files": [asdict(file) for file in (*add, *covered)]}
+        properties = self._properties(numbers, {"tc_ray": told | dict(note or {})})
+        self._change(
+            lambda: self._table.create_write_transaction(
+                actions,
+                mode="append",
+                schema=self._table.schema(),
+                commit_properties=properties,
+                # made below, where it is brought to the disk too
+                post_commithook_properties=PostCommitHookProperties(
+                    create_checkpoint=False, cleanup_expired_logs=False
+                ),
+            )
+        )
+        if self.version % _CHECKPOINT_COMMITS == 0:
+            self._checkpoint()
+        return self.version
+
+    def choose_top_k(self, top_k: int) -> None:
+        """Set the number of errors a token in the table's configuration; see `LogMetadata.top_k`."""
+        self._change(
+            lambda: self._table.alter.set_table_properties(
+                {f"{PREFIX}top_k": str(top_k)},
+                raise_if_not_exists=False,
+                commit_properties=self._properties({}, None),
+                post_commithook_properties=PostCommitHookProperties(
+                    create_checkpoint=False, cleanup_expired_logs=False
+                ),
+            )
+        )
+
+    def _properties(self, numbers: Mapping[str, int], metadata: dict[str, Any] | None) -> CommitProperties:
+        signed = dict(numbers) if self._lease is None else {**numbers, LEASE_NUMBER: self._lease}
+        return CommitProperties(
+            custom_metadata=metadata,
+            app_transactions=[Transaction(name, value) for name, value in signed.items()],
+            max_commit_retries=0,  # a retry would move the commit behind others that nobody here has looked at
+        )
+
+    def _change(self, change: Callable[[], object]) -> None:
+        self._look_at_lease()
+        self.settle()  # of those that are not on the disk there is never more than one
+        known = self.version
+        try:
+            with full_disk_named(self.location):
+                change()
+        except CommitFailedError as error:
+            raise self._overtaken(str(error)) from error
+        # the table object does not see its own transaction before this
+        self._table.update_incremental()
+        self.settle()
+        if self.version != known + 1:
+            raise self._overtaken(f"another process has committed version {self.version}")
+
+    def _checkpoint(self) -> None:
+        """Sum the commits up in one Parquet file of Delta's own, so that opening the table stays quick."""
+        try:
+            write_checkpoint(self.location, self._table)
+        except (OSError, DeltaError, ValueError) as error:
+            # the commit itself stands; the next hundred will be summed up with these
+            log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
+
+    def _add_action(self, file: DataFile, now_ms: int, data_change: bool) -> AddAction:
+        if file.name is None:
+            raise ValueError(f"nothing to add: {file.key} covers rounds without rows")
+        size = self.location.size(file.name)
+        if size != file.bytes:
+            raise ValueError(
+                f"{self.location}/{file.name}: {'missing' if size is None else f'{size} bytes'}, "
+                f"expected {file.bytes} bytes"
+            )
+        lowest = {"run": self.metadata.run, "attempt": file.attempt, "rank": file.rank}
+        # a file that stands in for others holds several ranks and attempts, of which the lowest are known
+        highest = lowest if file.sequence >= 0 else {"run": self.metadata.run}
+        stats: dict[str, Any] = {
+            "numRecords": file.rows,
+            "minValues": {**lowest, "round": file.round_min},
+            "maxValues": {**highest, "round": file.round_max},
+            "nullCount": {"run": 0, "attempt": 0, "rank": 0, "round": 0},
+        }
+        return AddAction(
+            path=file.name,
+            size=file.bytes,
+            partition_values={},
+            modification_time=now_ms,
+            data_change=data_change,
+            stats=json.dumps(stats),
+        )

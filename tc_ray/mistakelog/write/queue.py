@@ -1,0 +1,130 @@
+"""What waits for the record writer's thread, and the exact count of what was dropped instead.
+
+Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The queue stays small
+whatever happens: micro-batches are limited by the writer, and ends of rounds without rows between them become one. Not
+thread-safe: the writer shares it under its lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from tc_ray.mistakelog.rows.records import Records
+
+
+class PendingRecords(Protocol):
+    """Records whose arrays are still on their way from a device."""
+
+    @property
+    def round(self) -> int:
+        """Round of all of them."""
+
+    @property
+    def count(self) -> int:
+        """How many."""
+
+    def resolve(self) -> Records:
+        """Wait for the arrays; called once, in the writer thread."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch."""
+
+    round: int
+    count: int
+    records: Records | PendingRecords
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`round` has ended; cut a file now if `force`, else when the limits say so."""
+
+    round: int
+    force: bool
+
+
+class RoundQueue:
+    """Micro-batches and ends of rounds, in order."""
+
+    def __init__(self) -> None:
+        self._entries: deque[Batch | Cut] = deque()
+        self._drops: dict[int, int] = {}
+        self._spoilt: set[int] = set()
+        self.depth = 0
+        """Micro-batches waiting."""
+        self.dropped = 0
+        """Records dropped so far."""
+        self.not_finite = 0
+        """Of those, records with a NaN or an infinity, and all of a round that took no step because of one."""
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def push(self, batch: Batch) -> None:
+        """Append a micro-batch."""
+        self._entries.append(batch)
+        self.depth += 1
+
+    def end_round(self, cut: Cut, *, merge: bool) -> None:
+        """Append the end of a round; `merge`: into the one before it, if no rows came between."""
+        last = self._entries[-1] if self._entries else None
+        if merge and isinstance(last, Cut):
+            self._entries[-1] = Cut(cut.round, cut.force or last.force)
+        else:
+            self._entries.append(cut)
+
+    def pop(self) -> Batch | Cut | None:
+        """The oldest entry; None: empty."""
+        entry = self._entries.popleft() if self._entries else None
+        if isinstance(entry, Batch):
+            self.depth -= 1
+        return entry
+
+    def clear(self) -> None:
+        """Forget everything that waits, uncounted: the writer has failed."""
+        self._entries.clear()
+        self.depth = 0
+
+    def drop(self, round: int, count: int, *, not_finite: bool = False) -> None:
+        """Count records that will not be in the log."""
+        if count:
+            self._drops[round] = self._drops.get(round, 0) + count
+            self.dropped += count
+            self.not_finite += count if not_finite else 0
+
+    def drop_waiting(self) -> None:
+        """Throw away the waiting micro-batches, counted; the ends of rounds stay."""
+        self.drop_all(entry for entry in self._entries if isinstance(entry, Batch))
+        cuts = [entry for entry in self._entries if isinstance(entry, Cut)]
+        self._entries, self.depth = deque(), 0
+        for cut in cuts:
+            self.end_round(cut, merge=True)
+
+    def drop_all(self, batches: Iterable[Batch]) -> None:
+        """Count the records of micro-batches as dropped."""
+        for batch in batches:
+            self.drop(batch.round, batch.count)
+
+    def spoil(self, round: int) -> None:
+        """The records of this round will not be in the log: it took no step."""
+        self._spoilt.add(round)
+
+    def without_spoilt(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The batches with rows, of rounds that are sound; the records of the others are counted as dropped."""
+        sound = []
+        for batch in batches:
+            if batch.round in self._spoilt:
+                self.drop(batch.round, batch.count, not_finite=True)
+            elif batch.count:
+                sound.append(batch)
+        return sound
+
+    def take_drops(self, last: int) -> dict[int, int]:
+        """Counts by round, of rounds up to `last`, that no earlier call gave."""
+        taken = {round: count for round, count in sorted(self._drops.items()) if round <= last}
+        self._drops = {round: count for round, count in self._drops.items() if round > last}
+        return taken

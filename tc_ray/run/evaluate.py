@@ -1,0 +1,76 @@
+"""Evaluate a finished run again, on its own test rows or on other data; the work behind `tc-ray eval`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tc_ray.cluster.capacity import check_capacity
+from tc_ray.cluster.session import evaluation_need, ray_session
+from tc_ray.config.load import load_saved_config
+from tc_ray.config.schema import RunConfig
+from tc_ray.evaluation.report import Report
+from tc_ray.text import visible
+
+NEEDED = ("config.yaml", "pilot/final/config.json", "copilot/final/config.json", "data/validation.parquet")
+
+
+class NotFinishedError(RuntimeError):
+    """The folder is no run that can be evaluated; the message says what is missing."""
+
+
+def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
+    """Choose lambda on the run's validation rows, apply it once to the test rows; returns the report and its file.
+
+    Args:
+        folder: run folder. data: JSON, JSONL or Parquet file; None takes the run's own test rows.
+
+    Raises:
+        NotFinishedError: parts of the run are missing. DataError: `data` cannot be read.
+    """
+    folder = folder.expanduser().absolute()
+    missing = [part for part in NEEDED if not (folder / part).is_file()]
+    if missing:
+        raise NotFinishedError(
+            f"{folder} cannot be evaluated: {', '.join(missing)} missing (has `tc-ray train` ended?)"
+        )
+    config = load_saved_config(folder / "config.yaml")
+    config.run.folder = folder
+    report, stem = _evaluate(config, data)
+    report.save(folder, stem)
+    return report, folder / f"{stem}.md"
+
+
+def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
+    import ray
+    from transformers import AutoConfig, AutoTokenizer
+
+    from tc_ray.data.prepared.prepare import prepare_test_file
+    from tc_ray.data.source.sequences import ITEMS_FILE
+    from tc_ray.evaluation.task import evaluate_finished
+    from tc_ray.models.hub import embedding_rows
+
+    folder, need = config.run.path, evaluation_need(config)
+    with ray_session(config):
+        check_capacity([], [need])
+        test_file, source, stem = None, "the run's own test split", "evaluation"
+        if data is not None:
+            stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
+            tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
+            shape = AutoConfig.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
+            prepared = prepare_test_file(
+                str(data),
+                config.data,
+                tokenizer,
+                folder / "data" / stem,
+                seed=config.run.seed,
+                items=folder / "data" / ITEMS_FILE,
+                encoder_decoder=shape.is_encoder_decoder,
+                vocab_size=embedding_rows(folder / "pilot" / "final", shape),
+            )
+            for line in prepared.notes:
+                print(visible(line), flush=True)
+            test_file, source = prepared.test, str(data)
+        task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
+        print(visible(f"evaluation: {need.starting()}"), flush=True)
+        return ray.get(task.remote(config, source, None, test_file=test_file)), stem

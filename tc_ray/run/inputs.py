@@ -1,0 +1,157 @@
+"""What a run starts from, by content: prepared rows and base weights. A resume with other ones is refused by name.
+
+Invariant: the hashes stand in the log's metadata and in every checkpoint of Pilot and Copilot; nothing of the run folder has
+changed when a resume is refused, so that restoring what was there is enough. When or where the content was written does not
+count. Called by the job before any worker starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.copilot.checkpoint import latest_inputs
+from tc_ray.data.prepared.prepare import PreparedData, prepare, prepared_before
+from tc_ray.data.prepared.rows_hash import rows_hashes
+from tc_ray.files import sync
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.opening import is_table
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.models.weights_hash import weights_hash
+from tc_ray.pilot.checkpoint import latest_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = ("train_rows", "validation_rows", "test_rows")
+WEIGHTS = ("pilot_weights", "copilot_weights")
+
+
+class OtherInputsError(RuntimeError):
+    """The run's rows or base weights are not those that it has started from; the message names what differs."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Inputs that a run has left somewhere. `round`: the last one of the run that is known there."""
+
+    where: str
+    round: int
+    inputs: Mapping[str, str]
+
+
+def recorded_inputs(config: RunConfig, folder: Path, log: Location) -> list[Recorded]:
+    """What the run in `folder` has started from, as its log and its newest checkpoints say; empty: it has none yet."""
+    found = []
+    if config.log.enabled and is_table(log):
+        store = LogStore(log)
+        rounds = max((file.round_max for file in store.files()), default=0)
+        metadata = store.metadata
+        found.append(Recorded(f"the log {log}", rounds, {name: getattr(metadata, name) for name in (*ROWS, *WEIGHTS)}))
+    pilot = latest_checkpoint(folder / "pilot" / "checkpoints")
+    if pilot is not None:
+        found.append(Recorded(str(pilot.folder), pilot.round, pilot.inputs))
+    copilot = latest_inputs(folder / "copilot" / "checkpoints")
+    if copilot is not None:
+        position, inputs = copilot
+        found.append(Recorded(str(folder / "copilot" / "checkpoints"), position.round, inputs))
+    return found
+
+
+def base_weights(config: RunConfig, pilot: Path | str, copilot: Path | str) -> dict[str, str]:
+    """Hashes of the weights that Pilot and Copilot start from.
+
+    Raises:
+        ModelSourceError: a weight file is damaged.
+    """
+    random = config.model.random_weights
+    of_pilot = weights_hash(pilot, random_weights=random)
+    of_copilot = of_pilot if copilot == pilot else weights_hash(copilot, random_weights=random)
+    return {"pilot_weights": of_pilot, "copilot_weights": of_copilot}
+
+
+def prepare_rows(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    recorded: list[Recorded],
+    *,
+    encoder_decoder: bool,
+    vocab_size: int,
+) -> tuple[PreparedData, dict[str, str]]:
+    """The run's rows in `data/` and their hashes. Rows that are made anew are made aside and checked first.
+
+    Raises:
+        OtherInputsError: the run has started from other rows; `data/` is as it was. DataError: see `prepare`.
+    """
+    folder, seed = config.run.path / "data", config.run.seed
+    found = prepared_before(
+        config.data, tokenizer, folder, seed=seed, encoder_decoder=encoder_decoder, vocab_size=vocab_size
+    )
+    aside = folder.with_name("data.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    if found is None:
+        found = prepare(
+            config.data, tokenizer, aside, seed=seed, encoder_decoder=encoder_decoder, vocab_size=vocab_size
+        )
+    hashes = {f"{part}_rows": value for part, value in rows_hashes(found.folder).items()}
+    try:
+        check_inputs(config, recorded, hashes, now=found.source)
+    except OtherInputsError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if found.folder == aside:
+        _take(aside, folder)
+        found = replace(found, folder=folder)
+    return found, hashes
+
+
+def check_inputs(config: RunConfig, recorded: list[Recorded], inputs: Mapping[str, str], now: str = "") -> None:
+    """Compare inputs with what is recorded.
+
+    Args:
+        now: what the rows are read from, for the message.
+
+    Raises:
+        OtherInputsError: lists what differs.
+    """
+    for earlier in recorded:
+        wrong = [
+            f"{_what(name, config, now)} ({earlier.inputs.get(name) or 'unknown'} then, {value} now)"
+            for name, value in inputs.items()
+            if earlier.inputs.get(name) != value
+        ]
+        if wrong:
+            done = f"rounds 1 to {earlier.round}" if earlier.round else "the run"
+            raise OtherInputsError(
+                f"{'; '.join(wrong)}: not what {done} started from, as {earlier.where} says. Restore what was there to go on, "
+                "or use another run.folder. Nothing was changed."
+            )
+
+
+def _what(name: str, config: RunConfig, now: str) -> str:
+    data, model = config.data, config.model
+    source = f", read from {now}" if now not in ("", data.train) else ""
+    return {
+        "train_rows": f"the training rows differ (data.train={data.train}{source}; tokenizer and template count too)",
+        "validation_rows": f"the validation rows differ (data.validation={data.validation or 'cut from data.train'})",
+        "test_rows": f"the test rows differ (data.test={data.test or 'cut from data.train'})",
+        "pilot_weights": f"the base weights differ (model.pilot={model.pilot})",
+        "copilot_weights": f"the Copilot's base weights differ (model.copilot={model.copilot or model.pilot})",
+    }[name]
+
+
+def _take(aside: Path, folder: Path) -> None:
+    """Move what was prepared to its place: data.json goes first and comes last, as it stands for a whole folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "data.json").unlink(missing_ok=True)
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == "data.json"):
+        if file.name == "data.json":
+            sync(folder)  # it must not be there after a power cut over files that are not
+        os.replace(file, folder / file.name)
+    sync(folder)
+    aside.rmdir()

@@ -1,0 +1,171 @@
+"""Rows and mean lengths of training data, from a sample of its files; for plans, without Ray.
+
+The files are read once to count their records; a seeded sample of them is checked and tokenised exactly as `prepare`
+would do it. Embedded data is generated into a temporary folder. Called by `tc_ray.run.plan.plan`; nothing is left on disk.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tc_ray.config.schema import EMBEDDED, DataSection
+from tc_ray.data.encode.encode import encode_record
+from tc_ray.data.encode.split import row_count
+from tc_ray.data.encode.vocabulary import check_largest_id, check_special_ids
+from tc_ray.data.source.embedded import for_fallback, write_embedded
+from tc_ray.data.source.embedded_sequences import write_generated
+from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.find import find_sources, is_absent
+from tc_ray.data.source.records import Record, iter_records
+from tc_ray.data.source.sequences import SequenceReader, label_items, scan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class NoRowsError(DataError):
+    """No row to estimate from; the message says why."""
+
+
+@dataclass(frozen=True)
+class DataEstimate:
+    """rows: training rows after the cuts. Means are tokens a row over `sampled` rows; `exact`: counted, not estimated.
+
+    target_ids: different token ids in the completions of the sampled rows; all rows may hold more. notes: which files are
+    read as what, and which are left out.
+    """
+
+    rows: int
+    mean_tokens: float
+    mean_target_tokens: float
+    target_ids: int
+    sampled: int
+    bad: int = 0
+    """Records of the sample that the run would leave out as bad."""
+    records: int = 0
+    """Size of the sample, bad ones included."""
+    exact: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """`records` drawn from `total`, and the settings they are read with. held_out: sizes still to be cut from them."""
+
+    records: list[Record]
+    total: int
+    config: DataSection
+    held_out: list[float]
+    notes: tuple[str, ...] = ()
+
+
+def is_embedded(config: DataSection) -> bool:
+    """The run will use the embedded data set: it says so, or its files are absent and it may fall back."""
+    return config.train == EMBEDDED or (config.fallback == EMBEDDED and is_absent(config))
+
+
+def estimate(
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sample_rows: int,
+    seed: int,
+    encoder_decoder: bool = False,
+    vocab_size: int | None = None,
+) -> DataEstimate:
+    """Estimate.
+
+    Raises:
+        NoRowsError: the files are absent or hold no usable row. DataError: a file cannot be read at all or its part is not clear, the embedded task is unknown, or a row of the
+            sample has a token that a model of `vocab_size` tokens does not embed.
+    """
+    check_special_ids(tokenizer, vocab_size)
+    if is_absent(config) and not is_embedded(config):
+        _raise_absent(config)
+    draw = _draw_sequences if config.format == "sequences" else _draw_examples
+    with tempfile.TemporaryDirectory() as folder:
+        sample = draw(config, Path(folder), sample_rows, seed)
+    lengths, targets, ids, bad = [], [], set(), 0
+    first_bad = ""
+    for record in sample.records:
+        row = encode_record(record, sample.config, tokenizer, seed, held_out=False, encoder_decoder=encoder_decoder)
+        if row["kind"] == "row":
+            check_largest_id(max([*row["input_ids"], row["named_id"] or -1]), tokenizer, vocab_size)
+            lengths.append(len(row["input_ids"]))
+            targets.append(len(row["input_ids"]) - row["target_start"])
+            ids.update(row["input_ids"][row["target_start"] :])
+        if row["kind"] == "bad":
+            bad += 1
+            field = f", field {row['field']}" if row["field"] else ""
+            first_bad = (
+                first_bad or f"; the first bad one: {row['unit']} {row['place']}{field}: {row['problem']}; {row['fix']}"
+            )
+    if not lengths:
+        long = len(sample.records) - bad
+        raise NoRowsError(
+            f"of {len(sample.records)} records {bad} are bad, {long} have a prompt longer than data.cutoff_tokens{first_bad}"
+        )
+    readable = round(sample.total * len(lengths) / len(sample.records))
+    rows = readable - sum(max(1, row_count(size, readable)) for size in sample.held_out)
+    if config.max_train_rows is not None:
+        rows = min(rows, config.max_train_rows)
+    count = len(lengths)
+    means = sum(lengths) / count, sum(targets) / count
+    return DataEstimate(max(0, rows), *means, len(ids), count, bad=bad, records=len(sample.records), notes=sample.notes)
+
+
+def _raise_absent(config: DataSection) -> NoReturn:
+    """Where the files were looked for."""
+    try:
+        find_sources(config)
+    except DataError as error:
+        raise NoRowsError(str(error)) from None
+    raise AssertionError("absent files were found")
+
+
+def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
+    if is_embedded(config):
+        # the mean over part of a generated set is as good as over all of it, and its length is known
+        part = config.model_copy(update={"embedded_rows": min(config.embedded_rows, size)})
+        write_embedded(part, folder / "embedded.jsonl", seed)
+        records = list(iter_records(folder / "embedded.jsonl"))
+        cuts = [config.validation_size, config.test_size]
+        return _Sample(records, config.embedded_rows, for_fallback(config), [cut for cut in cuts if cut])
+    found = find_sources(config)
+    records, total = _sample((record for file in found.files["train"] for record in iter_records(file)), size, seed)
+    own = ((config.validation_size, "validation"), (config.test_size, "test"))
+    cuts = [cut for cut, part in own if cut and not found.files[part]]
+    return _Sample(records, total, config, cuts, tuple(found.notes))
+
+
+def _draw_sequences(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
+    notes: tuple[str, ...] = ()
+    if is_embedded(config):
+        files = [folder / "embedded.txt"]
+        write_generated(config.sequences, files[0], seed)
+    else:
+        sources = find_sources(config)
+        files, notes = sources.files["train"], tuple(sources.notes)
+    found = scan(files)
+    read = SequenceReader("train", label_items(found.items, seed), found.left_out, config.sequences)
+    records, total = _sample((record for file in files for record in read(file)), size, seed)
+    return _Sample(records, total, config, [], notes)  # these are the training rows: the held-out ones are elsewhere
+
+
+def _sample(records: Iterable[Record], size: int, seed: int) -> tuple[list[Record], int]:
+    """`size` records drawn uniformly (algorithm R), and how many there are."""
+    draw = random.Random(seed)
+    kept: list[Record] = []
+    total = 0
+    for record in records:
+        total += 1
+        if len(kept) < size:
+            kept.append(record)
+        elif (at := draw.randrange(total)) < size:
+            kept[at] = record
+    return kept, total

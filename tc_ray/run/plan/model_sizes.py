@@ -1,0 +1,210 @@
+"""Widths and parameter counts of a run's models from their configs alone: no weight is fetched or loaded.
+
+Invariant: modules are built on the meta device by the code that the run uses, so the counts are the run's. A model that
+cannot be read here is no error: the sizes are unknown, and the plan says that the run would refuse. Called by `tc_ray.run.plan.plan`.
+"""
+
+from __future__ import annotations
+
+import ssl
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.run.plan.data_estimate import DataEstimate
+from tc_ray.text import first_line
+
+HUB_SECONDS = 4.0
+"""How long a plan waits for the hub's first answer."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model whose config can be read here. place: folder or hub id. local_only: the hub does not answer."""
+
+    name: str
+    place: Path | str
+    local_only: bool
+    config: Any
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Widths, decoder layers of the Pilot, and parameter counts. The Copilot's include the Pilot's frozen embedding.
+
+    Those of the Copilot are None where its base cannot be read, and its counts where its output covers the tokens of the
+    completions (`copilot.output_tokens: targets`) and those are not known.
+    """
+
+    hidden_size: int
+    layers: int
+    vocab_size: int
+    encoder_decoder: bool
+    pilot: int
+    pilot_trainable: int
+    copilot: int | None = None
+    copilot_trainable: int | None = None
+    copilot_hidden_size: int | None = None
+    copilot_layers: int | None = None
+
+
+def find_models(
+    config: RunConfig, notes: list[str], refusals: list[str]
+) -> tuple[ModelConfig | None, ModelConfig | None]:
+    """Pilot and Copilot's base; None for one that is still to be fetched (a note) or cannot be read here (a refusal).
+
+    Raises:
+        ModelSourceError: a model folder that is named is not there.
+    """
+    pilot = _find(config.model.pilot, config, notes, refusals)
+    if config.model.copilot in (None, config.model.pilot) or not config.log.enabled:
+        return pilot, pilot
+    assert config.model.copilot is not None
+    return pilot, _find(config.model.copilot, config, notes, refusals)
+
+
+def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -> ModelConfig | None:
+    from transformers import AutoConfig
+
+    from tc_ray.models.hub import BUILTIN_MODELS, default_cache, resolve_model
+
+    folder = config.model.cache
+    if name in BUILTIN_MODELS and not ((folder or default_cache()).expanduser() / name).is_dir():
+        notes.append(f"{name} is not on this machine yet: the first run fetches it, then its sizes are known")
+        return None
+    place = resolve_model(name, folder)
+    local_only = isinstance(place, str) and not _hub_answers()
+    try:
+        return ModelConfig(
+            name,
+            place,
+            local_only,
+            AutoConfig.from_pretrained(place, local_files_only=local_only, trust_remote_code=False),
+        )
+    except (OSError, ValueError) as error:
+        # the rest of the plan is worth having all the same
+        reason = "the hub is not to be reached, and it is not in the cache" if local_only else first_line(error, 160)
+        notes.append("sizes unknown")
+        refusals.append(f"the config of {name} cannot be read here ({reason})")
+        return None
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the model hub answers at all: where it does not, its client asks for each file again and again.
+
+    Any answer counts, a refusal too; so does a certificate that only the hub's own client may know.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
+    except (HTTPError, HTTPException):
+        return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
+
+
+def model_sizes(
+    config: RunConfig, found: ModelConfig, base: ModelConfig | None, data: DataEstimate | None
+) -> ModelSizes:
+    """Sizes from the models' configs alone: modules are built on the meta device, without memory.
+
+    Args:
+        found: the Pilot. base: the Copilot's; None where it is not known, or there is no Copilot.
+
+    Raises:
+        UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from tc_ray.models.families import family_of
+    from tc_ray.models.pilot.load import add_adapters
+
+    pilot_config, encoder_decoder = found.config, family_of(found.config).encoder_decoder
+    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft and transformers among themselves
+        pilot = auto.from_config(pilot_config)
+        if encoder_decoder and not config.model.random_weights and _has_own_head(found):
+            pilot.lm_head.weight = torch.nn.Parameter(torch.empty_like(pilot.lm_head.weight))
+        pilot = add_adapters(pilot, config.pilot)
+        copilot = {} if base is None else _copilot_sizes(config, pilot_config, base.config, data)
+    return ModelSizes(
+        hidden_size=pilot_config.hidden_size,
+        layers=family_of(pilot_config).layer_count(pilot_config),
+        vocab_size=pilot_config.vocab_size,
+        encoder_decoder=encoder_decoder,
+        pilot=sum(p.numel() for key, p in pilot.named_parameters() if "lora_" not in key),
+        pilot_trainable=sum(p.numel() for p in pilot.parameters() if p.requires_grad),
+        **copilot,
+    )
+
+
+def _has_own_head(model: ModelConfig) -> bool:
+    """Whether the saved head of an encoder-decoder is a matrix of its own (T5 1.1, FLAN-T5, mT5).
+
+    The library ties the head of a new model and says so in its config, whatever the saved one says.
+    """
+    from safetensors import safe_open
+    from transformers import PreTrainedConfig
+
+    weights = Path(model.place) / "model.safetensors"
+    if weights.is_file():
+        with safe_open(weights, "pt") as file:
+            return "lm_head.weight" in file.keys()  # noqa: SIM118 - it is no dict
+    saved, _ = PreTrainedConfig.get_config_dict(model.place, local_files_only=model.local_only)
+    return False in (saved.get("tie_word_embeddings"), saved.get("scale_decoder_outputs"))
+
+
+def _copilot_sizes(
+    config: RunConfig, pilot_config: Any, base_config: Any, data: DataEstimate | None
+) -> dict[str, int | None]:
+    from tc_ray.copilot.learner import with_adapters
+    from tc_ray.models.copilot import Copilot, CopilotConfig
+    from tc_ray.models.copilot.model import choose_layers
+    from tc_ray.models.families import family_of
+
+    name, family = config.model.copilot or config.model.pilot, family_of(base_config)
+    kinds = ("decoder-only", "encoder-decoder")
+    if family.encoder_decoder != family_of(pilot_config).encoder_decoder:
+        raise ValueError(
+            f"the Copilot's base {name} is {kinds[family.encoder_decoder]}, the Pilot is "
+            f"{kinds[not family.encoder_decoder]}: take a base of the Pilot's family (model.copilot)"
+        )
+    available = family.layer_count(base_config)
+    layers = choose_layers(config.copilot.layers, config.copilot.every, available)
+    missing = [layer for layer in layers if not 0 <= layer < available]
+    if missing:
+        raise ValueError(f"copilot.layers {missing} are not layers of {name}, which has {available}")
+    known = config.copilot.output_tokens == "all" or data is not None
+    copilot = Copilot(
+        CopilotConfig(
+            decoder=family.with_layers(base_config, layers),
+            pilot_hidden_size=pilot_config.hidden_size,
+            vocab_size=pilot_config.vocab_size,
+            pattern=config.copilot.pattern,
+            producing_state=config.copilot.producing_state,
+            output_size=0 if config.copilot.output_tokens == "all" or data is None else data.target_ids,
+        )
+    )
+    total = sum(p.numel() for p in copilot.parameters())
+    trained = sum(p.numel() for p in with_adapters(copilot, config.copilot).parameters() if p.requires_grad)
+    return {
+        "copilot": total if known else None,
+        "copilot_trainable": trained if known else None,
+        "copilot_hidden_size": base_config.hidden_size,
+        "copilot_layers": len(layers),
+    }

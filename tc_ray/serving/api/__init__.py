@@ -1,1 +1,0 @@
-"""The HTTP API: request and answer shapes, routes, streams, limits and metrics. Stands on the engine; put together by app.py."""

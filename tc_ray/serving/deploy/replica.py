@@ -1,0 +1,112 @@
+"""What runs in a replica's process: models, engines, the app over them, and the watch for newer Copilots.
+
+Invariant: a replica answers only when every model has generated a token. `Replica` knows nothing of Ray, `build_app` asks
+it for the replica's name. Called by deployment.py; the tests use `Replica` without Serve as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from tc_ray.serving.errors import ServingError
+from tc_ray.serving.latency import prepare_process
+from tc_ray.serving.models.loading import LoadedCopilot, LoadedRun
+from tc_ray.serving.models.swap import Reloader
+from tc_ray.serving.settings import ReplicaSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger("tc_ray.serving")
+
+
+class Replica:
+    """The models of a server, loaded. Raises ServingError when one cannot be."""
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        from tc_ray.serving.engine import Turns
+        from tc_ray.serving.models.registry import Catalogue
+
+        disable_progress_bar()  # Serve copies a replica's output to the user's terminal
+        torch.set_num_threads(settings.threads or 1)
+        prepare_process()
+        turns = Turns()
+        loaded: dict[LoadedRun, LoadedCopilot] = {}
+        for model in settings.models:
+            begun = time.monotonic()
+            run = LoadedRun(model, settings, turns)
+            loaded[run] = run.load_copilot_settled(run.export)
+            logger.info(
+                "%s: loaded in %.1f s, Copilot %s",
+                model.name,
+                time.monotonic() - begun,
+                loaded[run].served.copilot_version,
+            )
+        self.catalogue = Catalogue([copilot.served for copilot in loaded.values()])
+        self.reloader = Reloader(self.catalogue, loaded, watch_s=settings.watch_s, drain_s=settings.drain_s)
+        self._serving = False
+
+    def configure(self, user_config: Any) -> None:
+        """Serve's user_config: which folders the Copilots come from.
+
+        At the start they are loaded before the replica answers, and what is wrong with them raises ServingError: Serve
+        then says that the deployment failed. Later they are loaded in the background, and what is wrong is logged:
+        an error would make Serve end a replica that serves well.
+        """
+        if not self._serving:
+            self.reloader.configure(user_config)
+            self.reloader.load_all()
+            return
+        try:
+            self.reloader.configure(user_config)
+        except ServingError as error:
+            logger.error("the new user_config is not used: %s", error)
+
+    async def unhealthy(self) -> str | None:
+        """What is wrong with the first engine that does not generate; None: nothing, and the replica serves from now on."""
+        for served in self.catalogue:
+            reason = await asyncio.to_thread(served.engine.unhealthy)
+            # One that was replaced while it was tried is stopped, and that is no fault.
+            if reason and self.catalogue.find(served.name) is served:
+                return f"{served.name}: {reason}"
+        self._serving = True
+        return None
+
+
+def build_app(settings: ReplicaSettings) -> FastAPI:
+    """Load the models and return the app of a replica within Ray Serve; `app.state.replica` is the Replica.
+
+    Raises ServingError.
+    """
+    from ray import serve
+
+    from tc_ray.serving.deploy.board import AllFigures, Pins
+    from tc_ray.serving.http.app import create_app
+
+    log_to_stderr()
+    replica = Replica(settings)
+    name = str(serve.get_replica_context().replica_id.unique_id)
+    app = create_app(replica.catalogue, settings, name)
+    app.state.replica = replica
+    pins = Pins(name, app.state.metrics.text)
+    app.add_middleware(AllFigures, pins=pins)
+    app.state.pinning = asyncio.create_task(pins.run())
+    replica.reloader.start()
+    return app
+
+
+def log_to_stderr() -> None:
+    """Let this package's log lines of level INFO be seen; they never hold prompts."""
+    package = logging.getLogger("tc_ray")
+    if not package.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)

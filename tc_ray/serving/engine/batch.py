@@ -1,0 +1,337 @@
+"""A running batch of fused decoding that sequences join and leave at any token: what continuous batching stands on.
+
+A prompt is computed by itself, exactly as `generate` computes it (`Prefill`), then joins; `step` takes one token of every
+sequence and gives the next distributions of all. Invariant: a sequence's numbers do not depend on the others but for
+rounding: rows are independent in every operation, and masks hide what is not a row's own. Sequences with lam 0 that want
+no Copilot do not run one. Decoder-only models. Used by the serving engine; it knows nothing of requests or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from tc_ray.models.fusion.cache import FusedCache
+from tc_ray.models.fusion.distribution import fuse, fuse_at
+from tc_ray.models.fusion.model import FusedModel
+from tc_ray.serving.engine.kv_rows import RowCache, RowLayer, RowStore
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a sequence needs to its last token: entries in the Pilot's cache, in the Copilot's own and in its memory."""
+
+    tokens: int
+    rows: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class PromptPrefix:
+    """Keys, values and states of the first tokens of a prompt, to begin another prompt with.
+
+    entries: of each layer, keys and values [1, heads, n, head_dim]. states: fp32 [1, n, d].
+    """
+
+    ids: tuple[int, ...]
+    entries: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    states: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.states.nbytes + sum(keys.nbytes + values.nbytes for keys, values in self.entries)
+
+
+class Prefill:
+    """A prompt being computed, some tokens at a time; made by `FusedBatch.prefill`.
+
+    `pilot` and `fused`: fp32 [1, V] logits of the first new token, when `done`.
+    """
+
+    def __init__(
+        self, model: FusedModel, ids: Sequence[int], lam: float, corrected: bool, prefix: PromptPrefix | None
+    ) -> None:
+        self.ids, self.lam, self.corrected = tuple(ids), lam, corrected
+        self._model = model
+        self.cache: FusedCache = model.new_cache()
+        self._states: list[torch.Tensor] = []
+        self.reused = 0
+        """Tokens whose computation a prefix saved."""
+        if prefix is not None:
+            self._begin_with(prefix)
+        self._computed = self.reused
+        self.pilot = self.fused = torch.empty(0)
+
+    def _begin_with(self, prefix: PromptPrefix) -> None:
+        # the last token's logits are wanted, so it is computed again at least
+        most = min(len(prefix.ids), len(self.ids) - 1)
+        self.reused = next((i for i in range(most) if prefix.ids[i] != self.ids[i]), most)
+        if self.reused:
+            for layer, (keys, values) in enumerate(prefix.entries):
+                self.cache.update(keys[:, :, : self.reused], values[:, :, : self.reused], layer)
+            self._states.append(prefix.states[:, : self.reused])
+
+    @property
+    def done(self) -> bool:
+        """The whole prompt is computed."""
+        return self._computed == len(self.ids)
+
+    @torch.inference_mode()
+    def advance(self, tokens: int) -> int:
+        """Compute up to so many more tokens; returns how many."""
+        model, first = self._model, self._computed
+        count = min(tokens, len(self.ids) - first)
+        device = model.get_input_embeddings().weight.device
+        ids = torch.tensor([self.ids[first : first + count]], device=device)
+        with model._tap.recording():
+            out = model.pilot(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self._states.append(model._tap.take())
+        self._computed += count
+        if self.done:
+            self._finish(out.logits)
+        return count
+
+    def _finish(self, logits: torch.Tensor) -> None:
+        model = self._model
+        self.pilot = self.fused = logits[:, -1].float()
+        if not self.corrected:
+            return
+        ids = torch.tensor([self.ids], device=logits.device)
+        attended = torch.ones_like(ids, dtype=torch.bool)
+        states = torch.cat(self._states, 1)
+        self.cache.copilot.ask(model.copilot.question_memory(ids), attended)
+        [f] = model.corrections(logits, self.cache.copilot, ids, states, attended)
+        weight = torch.full((1,), self.lam, device=logits.device)
+        self.fused = fuse(self.pilot, f, weight, model.space)
+
+    def prefix(self) -> PromptPrefix | None:
+        """What another prompt can begin with; None where a layer has not kept every token (sliding windows)."""
+        entries = [(layer.keys, layer.values) for layer in self.cache.layers]
+        if any(keys is None or keys.shape[2] != len(self.ids) for keys, _ in entries):
+            return None
+        return PromptPrefix(self.ids, tuple(entries), torch.cat(self._states, 1))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Logits of the next token, fp32 [R, V], row by row: the Pilot's and the fused ones (the same tensor if all lam are 0)."""
+
+    pilot: torch.Tensor
+    fused: torch.Tensor
+
+
+class FusedBatch:
+    """Sequences in step with each other, each with its own lam.
+
+    Args:
+        model: decoder-only.
+
+    Raises:
+        ValueError: an encoder-decoder.
+    """
+
+    def __init__(self, model: FusedModel) -> None:
+        if model._family.encoder_decoder:
+            raise ValueError("a running batch needs a decoder-only model")
+        self.model = model
+        weight = model.get_input_embeddings().weight
+        self._device = weight.device
+        config, own = model._family.decoder(model.pilot).config, model.copilot.config.decoder_config()
+        attends = model.copilot.stack.attends_memory
+        memory_layers = [layer for layer, memory in enumerate(attends) if memory]
+        self_layers = [layer for layer, memory in enumerate(attends) if not memory]
+        place = {"dtype": weight.dtype, "device": weight.device}
+        self._pilot = RowStore(config.num_hidden_layers, config.num_key_value_heads, _head_dim(config), **place)
+        self._pilot_cache = Cache(layers=[RowLayer(self._pilot, i) for i in range(config.num_hidden_layers)])
+        heads, width = own.num_key_value_heads, _head_dim(own)
+        self._rows = RowStore(len(self_layers), heads, width, **place)
+        self._memory = RowStore(len(memory_layers), heads, width, **place)
+        self._layers = self_layers, memory_layers
+        self._row_cache, self._memory_cache = RowCache(self._rows, self_layers), RowCache(self._memory, memory_layers)
+        self._lengths: list[int] = []
+        """Tokens of each row."""
+        self._copilot_of: list[int | None] = []
+        """Of each row, its place among the corrected ones."""
+        self._lam: list[float] = []
+        """Of each corrected row."""
+        self._said: list[int] = []
+        """Of each corrected row, Copilot rows decoded."""
+        self._kept = torch.empty(0)
+        """[corrected rows, 1, d_C], what the feedback keeps of the last Copilot row."""
+        places = model.copilot.output_ids
+        compact = not model.copilot.is_full and int(places.max()) < model.vocab_size
+        self._places = places if compact else None
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    # -- room -----------------------------------------------------------------------------------------------------
+
+    def room(self, prompt: int, new: int, corrected: bool) -> Room:
+        """What a sequence of so many prompt and new tokens needs."""
+        return Room(prompt + new, new if corrected else 0, 2 * prompt + new if corrected else 0)
+
+    def _sizes(self, rooms: Sequence[Room]) -> list[tuple[RowStore, int, int]]:
+        """Each store with the rows and columns that such sequences need."""
+        corrected = [room for room in rooms if room.rows]
+        return [
+            (self._pilot, len(rooms), max((room.tokens for room in rooms), default=0)),
+            (self._rows, len(corrected), max((room.rows for room in corrected), default=0)),
+            (self._memory, len(corrected), max((room.memory for room in corrected), default=0)),
+        ]
+
+    def planned_bytes(self, rooms: Sequence[Room]) -> int:
+        """Bytes of the caches that hold such sequences at once."""
+        return sum(store.planned_bytes(rows, columns) for store, rows, columns in self._sizes(rooms))
+
+    @torch.inference_mode()
+    def reserve(self, rooms: Sequence[Room], budget_bytes: int = 0) -> None:
+        """Make the caches fit such sequences, those in the batch among them.
+
+        Args:
+            budget_bytes: room held already is kept where the caches stay below this; given up and asked for again, it
+                would be copied each time.
+        """
+        sizes = self._sizes(rooms)
+        kept = [(store, *store.at_least(rows, columns)) for store, rows, columns in sizes]
+        if sum(store.planned_bytes(rows, columns) for store, rows, columns in kept) <= budget_bytes:
+            sizes = kept
+        for store, rows, columns in sizes:
+            store.reserve(rows, columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the caches hold."""
+        return self._pilot.nbytes + self._rows.nbytes + self._memory.nbytes
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def prefill(
+        self, ids: Sequence[int], lam: float, *, corrected: bool | None = None, prefix: PromptPrefix | None = None
+    ) -> Prefill:
+        """Begin a prompt. corrected: run the Copilot; default: unless lam is 0."""
+        return Prefill(self.model, ids, lam, lam != 0 if corrected is None else corrected, prefix)
+
+    @torch.inference_mode()
+    def join(self, prefill: Prefill) -> int:
+        """Add a computed prompt as the last row; room must be reserved. Returns its place."""
+        cache = prefill.cache
+        self._pilot.join([(layer.keys, layer.values) for layer in cache.layers], len(prefill.ids))
+        self._lengths.append(len(prefill.ids))
+        if not prefill.corrected:
+            self._copilot_of.append(None)
+            return len(self) - 1
+        copilot = cache.copilot
+        for store, source, layers in zip(
+            (self._rows, self._memory), (copilot.self_attention, copilot.memory), self._layers, strict=True
+        ):
+            entries = [(source.layers[layer].keys, source.layers[layer].values) for layer in layers]
+            store.join(entries, entries[0][0].shape[2] if entries else 0)
+        self._copilot_of.append(len(self._lam))
+        self._lam.append(prefill.lam)
+        self._said.append(copilot.rows)
+        assert copilot.feedback is not None
+        kept = copilot.feedback[:, -1:]
+        self._kept = kept.clone() if len(self._lam) == 1 else torch.cat([self._kept, kept])
+        return len(self) - 1
+
+    @torch.inference_mode()
+    def leave(self, row: int) -> None:
+        """Remove a row; the last row takes its place."""
+        self._pilot.leave(row)
+        gone = self._copilot_of[row]
+        _fill(self._lengths, row)
+        _fill(self._copilot_of, row)
+        if gone is None:
+            return
+        last = len(self._lam) - 1
+        self._rows.leave(gone)
+        self._memory.leave(gone)
+        _fill(self._lam, gone)
+        _fill(self._said, gone)
+        if gone != last:
+            self._kept[gone] = self._kept[last]
+            self._copilot_of[self._copilot_of.index(last)] = gone
+        self._kept = self._kept[:last]
+
+    # -- one token ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Step:
+        """Take the token last said of each row, in the order of rows; gives the logits of the next."""
+        if len(tokens) != len(self):
+            raise ValueError(f"{len(tokens)} tokens for {len(self)} rows")
+        model = self.model
+        said = torch.tensor(tokens, device=self._device)
+        self._pilot.make_column_room(1)
+        visible = self._pilot.visible(1)
+        with model._tap.recording():
+            out = model.pilot(
+                input_ids=said[:, None],
+                attention_mask=None if visible is None else visible.long(),
+                position_ids=torch.tensor(self._lengths, device=self._device)[:, None],
+                past_key_values=self._pilot_cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        states = model._tap.take()
+        self._pilot.advance(1)
+        self._lengths = [length + 1 for length in self._lengths]
+        pilot = out.logits[:, -1].float()
+        if not self._lam:
+            return Step(pilot, pilot)
+        if len(self._lam) == len(self) and self._copilot_of == list(range(len(self))):
+            return Step(pilot, self._corrected(pilot, said, states))
+        places: list[int] = [0] * len(self._lam)
+        for row, place in enumerate(self._copilot_of):
+            if place is not None:
+                places[place] = row
+        chosen = torch.tensor(places, device=self._device)
+        corrected = self._corrected(pilot[chosen], said[chosen], states[chosen])
+        return Step(pilot, pilot.index_copy(0, chosen, corrected))
+
+    def _corrected(self, pilot: torch.Tensor, said: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Fused logits [C, V] of the corrected rows, whose Copilot rows are decoded: see `FusedModel.corrections`."""
+        model, copilot = self.model, self.model.copilot
+        feedback = model._feedbacks[model.feedback]
+        for store in (self._rows, self._memory):
+            store.make_column_room(1)
+        seen, visible = self._rows.visible(1), self._memory.visible(1)
+        if visible is None:
+            visible = torch.ones(len(self._lam), self._memory.width + 1, dtype=torch.bool, device=self._device)
+        row = feedback.row(self._kept, said)
+        state = copilot.decode_aligned(
+            copilot.with_producing_state(row, states),
+            copilot.state_memory(states),
+            visible[:, None],
+            positions=torch.tensor(self._said, device=self._device)[:, None],
+            seen=seen,
+            columns=self._rows.width,
+            self_cache=self._row_cache,
+            memory_cache=self._memory_cache,
+        )[:, 0]
+        self._rows.advance(1)
+        self._memory.advance(1)
+        self._said = [count + 1 for count in self._said]
+        self._kept = feedback.keep(state, pilot)
+        lam = torch.tensor(self._lam, device=self._device)
+        f = copilot.predict(state)
+        if self._places is not None:
+            return fuse_at(pilot, f, self._places, lam, model.space)
+        return fuse(pilot, copilot.expand(f, pilot.shape[-1]), lam, model.space)
+
+
+def _fill(numbers: list[Any], place: int) -> None:
+    """The last one takes the place of the one that goes."""
+    numbers[place] = numbers[-1]
+    numbers.pop()
+
+
+def _head_dim(config: Any) -> int:
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)

@@ -1,0 +1,79 @@
+"""The models that a server answers with, by name.
+
+Invariant: a name that a client sends is looked up here and nowhere else; it never becomes part of a path. A model can be
+swapped while requests run: who looked it up before keeps the old one. Made by the replica, read by the app.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from tc_ray.serving.engine import Engine
+from tc_ray.serving.errors import RequestError, queue_full
+from tc_ray.serving.text.prompt import PromptEncoder
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model of the API.
+
+    name: as clients call it. default_lam: weight of the correction where a request names none. created: Unix time, s.
+    copilot_version: which Copilot it is, for GET /v1/models.
+    """
+
+    name: str
+    engine: Engine
+    encoder: PromptEncoder
+    default_lam: float
+    created: int = field(default_factory=lambda: int(time.time()))
+    copilot_version: str | None = None
+
+    def has_room(self) -> bool:
+        """Whether one more request would be accepted."""
+        return self.engine.free_places() > 0
+
+    def check_room(self) -> None:
+        """Raise RequestError 429 when the engine is full: cheaper to know before a prompt is tokenised."""
+        if not self.has_room():
+            raise queue_full()
+
+
+class Catalogue:
+    """Served models by name, in the order they were added. Safe to use from several threads."""
+
+    def __init__(self, models: Iterable[ServedModel] = ()) -> None:
+        self._models = {served.name: served for served in models}
+        self._changing = threading.Lock()
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        """The models at this moment."""
+        return iter(list(self._models.values()))
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def find(self, name: str) -> ServedModel:
+        """The model of a name. Raises RequestError 404."""
+        served = self._models.get(name)
+        if served is None:
+            raise RequestError(
+                "Field `model`: no such model here; GET /v1/models lists those that are.",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return served
+
+    def replace(self, served: ServedModel) -> ServedModel | None:
+        """Serve this one from now on under its name; returns the one before, which its caller closes."""
+        with self._changing:
+            before = self._models.get(served.name)
+            self._models = {**self._models, served.name: served}
+        return before
+
+    def has_room(self) -> bool:
+        """Whether any model's engine can take one more request."""
+        return any(served.has_room() for served in self._models.values())

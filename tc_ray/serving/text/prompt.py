@@ -1,0 +1,154 @@
+"""Prompts of requests as token ids, checked against what the model can take, and where each token stands in the text.
+
+Invariant: the tokenizer here is not shared with the engine's thread (fast tokenizers may not be used by two threads at
+once) and one lock guards it. What is too long is refused without being tokenised to its end. Used by api/plan.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tc_ray.data.encode.special_text import SpecialTextError, encode_rendered, named_ids
+from tc_ray.serving.errors import RequestError, invalid_value
+from tc_ray.serving.text.incremental import IncrementalText
+from tc_ray.serving.text.token_texts import TokenTexts
+
+PROBE_CHARACTERS = 8
+"""Characters a token of the part of a long text that is tokenised first; few texts have more."""
+PROBE_SLACK_TOKENS = 16
+"""So many tokens at the end of that part may come out otherwise in the whole text."""
+
+
+@dataclass(frozen=True)
+class PlacedPrompt:
+    """A prompt as text, and where each of its tokens begins in it, in characters."""
+
+    text: str
+    begins: tuple[int, ...]
+
+    def first_after(self, marker: str, param: str) -> int:
+        """Index of the first token of what comes after the last `marker`; a token across the border belongs to it.
+
+        Returns the number of tokens where nothing comes after it. Raises RequestError where there is no marker.
+        """
+        found = self.text.rfind(marker)
+        if found < 0:
+            raise RequestError(
+                f"Field `{param}`: the prompt does not hold this text.", param=param, code="score_after_not_found"
+            )
+        border = found + len(marker)
+        for index, begin in enumerate(self.begins):
+            end = self.begins[index + 1] if index + 1 < len(self.begins) else len(self.text)
+            if begin >= border or end > border:
+                return index
+        return len(self.begins)
+
+
+class PromptEncoder:
+    """Encodes prompts. tokenizer: a transformers tokenizer of its own; vocab_size: ids the model embeds."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self.texts = TokenTexts(copy.deepcopy(tokenizer))
+        """Texts of single tokens; has a tokenizer of its own, for the event loop must not wait for the lock."""
+
+    def prompt(self, given: str | Sequence[int], limit_tokens: int, param: str = "prompt") -> tuple[int, ...]:
+        """Token ids of a prompt, at least one. Raises RequestError naming `param`."""
+        return self._ids(given, limit_tokens, param, special=True)
+
+    def completion(self, given: str | Sequence[int], limit_tokens: int, param: str) -> tuple[int, ...]:
+        """Token ids of a text that follows a prompt: without a beginning-of-text token."""
+        return self._ids(given, limit_tokens, param, special=False)
+
+    def chat(self, messages: list[dict[str, str]], limit_tokens: int) -> tuple[int, ...]:
+        """Token ids of a conversation, rendered by the model's chat template. Raises RequestError.
+
+        The name of a special token in a message is text, as in training.
+        """
+        if not self._tokenizer.chat_template:
+            raise RequestError(
+                "This model has no chat template; use /v1/completions.", param="messages", code="no_chat_template"
+            )
+        from jinja2 import TemplateError
+
+        contents = [message["content"] for message in messages]
+
+        def render(contents: Sequence[str]) -> str:
+            written = [{**message, "content": text} for message, text in zip(messages, contents, strict=True)]
+            return str(self._tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True))
+
+        with self._lock:
+            try:
+                text = render(contents)
+            except TemplateError as error:
+                raise invalid_value("messages", f"the model's chat template refuses them: {error}") from error
+        # The template writes the special tokens itself.
+        ids = self._ids(text, limit_tokens, "messages", special=False)
+        with self._lock:
+            if not named_ids(contents, self._tokenizer):
+                return ids
+            try:
+                ids = tuple(encode_rendered(contents, render, self._tokenizer))
+            except SpecialTextError as error:
+                raise invalid_value("messages", str(error)) from error
+        if len(ids) > limit_tokens:
+            raise _too_long("messages", len(ids), limit_tokens)
+        return ids
+
+    def placed(self, given: str | Sequence[int], ids: Sequence[int]) -> PlacedPrompt:
+        """A prompt that was encoded to `ids`, as the text that an echo shows."""
+        if isinstance(given, str):
+            return PlacedPrompt(given, self._begins(given))
+        with self._lock:
+            decoder = IncrementalText(self._tokenizer, special=True)
+            text, begins = "", []
+            for token in ids:
+                begins.append(len(text))
+                text += decoder.push([token])
+            return PlacedPrompt(text + decoder.finish(), tuple(begins))
+
+    def _begins(self, text: str) -> tuple[int, ...]:
+        with self._lock:
+            spans = self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        begins, end = [], 0
+        for first, last in spans:
+            # A blank that a tokenizer leaves out of a token's span belongs to it; bytes of one character share a place.
+            begins.append(min(first, end))
+            end = max(end, last)
+        return tuple(begins)
+
+    def _ids(self, given: str | Sequence[int], limit_tokens: int, param: str, *, special: bool) -> tuple[int, ...]:
+        if isinstance(given, str):
+            ids = self._tokenised(given, limit_tokens, param, special)
+            if not ids:
+                raise invalid_value(param, "it has no tokens")
+        else:
+            ids = tuple(given)
+            if max(ids) >= self.vocab_size:
+                raise invalid_value(param, f"token ids must be below {self.vocab_size}")
+        if len(ids) > limit_tokens:
+            raise _too_long(param, len(ids), limit_tokens)
+        return ids
+
+    def _tokenised(self, text: str, limit_tokens: int, param: str, special: bool) -> tuple[int, ...]:
+        probe = PROBE_CHARACTERS * (limit_tokens + PROBE_SLACK_TOKENS)
+        with self._lock:
+            if len(text) > probe:
+                begun = len(self._tokenizer(text[:probe], add_special_tokens=special)["input_ids"])
+                if begun > limit_tokens + PROBE_SLACK_TOKENS:
+                    raise _too_long(param, begun, limit_tokens, "more than ")
+            return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _too_long(param: str, tokens: int, limit_tokens: int, least: str = "") -> RequestError:
+    return RequestError(
+        f"Field `{param}`: {least}{tokens} tokens are too many; the limit here is {limit_tokens}.",
+        param=param,
+        code="context_length_exceeded",
+    )

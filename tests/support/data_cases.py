@@ -1,0 +1,399 @@
+"""Inputs that went wrong for users of this and other tools, as small files made here; `CASES` says what is right for each.
+
+Each writes its data below a folder and returns what `data.train` names. Used by tests/unit/data/test_cases.py, in this
+process, and by tests/cluster/test_data_prepare.py, in Ray's tasks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerFast
+
+from tests.support.tiny_model import make_tokenizer
+
+STRICT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SUMS = [{"prompt": f"{i // 8}+{i % 8}", "completion": str(i // 8 + i % 8)} for i in range(64)]
+HELD = [{"prompt": f"HELD {i}", "completion": "T"} for i in range(20)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """make: writes the data. rows: (train, validation, test) where it is used, else `refused` in the one message.
+
+    bad: (place, field, problem) of the quarantined rows; said: texts that stand in what the run says of its data.
+    """
+
+    name: str
+    make: Callable[[Path], Path]
+    rows: tuple[int, int, int] | None = None
+    refused: tuple[str, ...] = ()
+    bad: tuple[tuple[int, str, str], ...] = ()
+    said: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def lines(file: Path, rows: Iterable[Any]) -> Path:
+    """JSON lines; a row that is text or bytes is written as it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    raw = [row if isinstance(row, (str, bytes)) else json.dumps(row) for row in rows]
+    content = b"".join((row.encode() if isinstance(row, str) else row) + b"\n" for row in raw)
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    return file
+
+
+def one_file(rows: Callable[[], Iterable[Any]], name: str = "t.jsonl") -> Callable[[Path], Path]:
+    return lambda folder: lines(folder / name, rows())
+
+
+def folder_of(files: dict[str, Iterable[Any]]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        for name, rows in files.items():
+            lines(folder / "d" / name, rows)
+        return folder / "d"
+
+    return make
+
+
+def parquet(**columns: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        pq.write_table(pa.table(columns), folder / "t.parquet")
+        return folder / "t.parquet"
+
+    return make
+
+
+def text(content: str | bytes, name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return folder / name
+
+    return make
+
+
+def with_odd(row: Any, at: int = 3) -> Callable[[], list[Any]]:
+    """The sums with one odd row as line `at` + 1."""
+    return lambda: [*SUMS[:at], row, *SUMS[at:]]
+
+
+def chats(odd: list[dict[str, str]]) -> Callable[[], list[Any]]:
+    good = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+        for i in range(60)
+    ]
+    return lambda: [*good[:7], {"messages": odd}, *good[7:]]
+
+
+def bad_utf8_column() -> pa.Array:
+    """64 texts, the sixth of them not UTF-8: what a broken writer leaves, which pyarrow reads without checking."""
+    texts = [row["completion"].encode() for row in SUMS]
+    texts[5] = b"a\xff"
+    return pa.array(texts, pa.binary()).view(pa.string())
+
+
+def strict_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = STRICT_TEMPLATE
+    return tokenizer
+
+
+USER, SAYS = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+ROWS = (52, 6, 6)
+ONE_OBJECT = "write one JSON object per line, or a list of them"
+CHAT = {"template": "chat"}
+
+CASES = [
+    # -- one odd row among good ones: quarantined with its place, the others are used (fault 18)
+    Case(
+        "template_raises",
+        one_file(chats([USER, USER, SAYS])),
+        (48, 6, 6),
+        bad=((8, "messages", "the chat template refuses it: Roles must alternate"),),
+        config=CHAT,
+    ),
+    Case(
+        "system_refused",
+        one_file(chats([{"role": "system", "content": "s"}, USER, SAYS])),
+        (48, 6, 6),
+        bad=((8, "messages", "the chat template refuses it: System role not supported"),),
+        config=CHAT,
+    ),
+    Case(
+        "surrogate",
+        one_file(with_odd('{"prompt": "smile", "completion": "ok \\ud83d"}')),
+        ROWS,
+        bad=((4, "completion", "not valid Unicode at character 4"),),
+    ),
+    Case(
+        "surrogate_in_list",
+        lambda folder: text(json.dumps([*SUMS, {"prompt": "\udcff", "completion": "c"}]), "t.json")(folder),
+        ROWS,
+        bad=((65, "prompt", "not valid Unicode"),),
+    ),
+    Case(
+        "latin1",
+        one_file(with_odd('{"prompt":"café","completion":"x"}'.encode("latin-1"))),
+        ROWS,
+        bad=((4, "", "not UTF-8 at byte 15"),),
+    ),
+    Case(
+        "latin1_list",
+        text(json.dumps([*SUMS, {"prompt": "caf@", "completion": "x"}]).encode().replace(b"@", b"\xe9"), "t.json"),
+        ROWS,
+        bad=((65, "prompt", "not valid Unicode"),),
+    ),
+    Case(
+        "long_integer",
+        one_file(with_odd('{"prompt": "p", "completion": "c", "answer": ' + "7" * 5000 + "}")),
+        ROWS,
+        bad=((4, "answer", "a number of 5000 digits"),),
+    ),
+    Case(
+        "long_integer_in_list",
+        text("[" + ", ".join([*map(json.dumps, SUMS), '{"prompt": ' + "7" * 5000 + ', "completion": "c"}]']), "t.json"),
+        ROWS,
+        bad=((65, "prompt", "a number of 5000 digits"),),
+    ),
+    Case(
+        "long_integer_unread",
+        one_file(with_odd('{"prompt": "p", "completion": "c", "id": ' + "7" * 5000 + "}")),
+        (53, 6, 6),
+    ),
+    Case(
+        "huge_float",
+        one_file(with_odd('{"prompt": "p", "completion": "c", "answer": 1e999}')),
+        ROWS,
+        bad=((4, "answer", "not a finite number"),),
+    ),
+    Case("too_deep", one_file(with_odd("[" * 100_000)), ROWS, bad=((4, "", "nested too deeply"),)),
+    Case(
+        "parquet_badutf8",
+        parquet(prompt=[row["prompt"] for row in SUMS], completion=bad_utf8_column()),
+        (51, 6, 6),
+        bad=((6, "completion", "not valid UTF-8 at byte 2"),),
+    ),
+    Case(
+        "parquet_date_too_far",
+        parquet(
+            prompt=[row["prompt"] for row in SUMS],
+            completion=[row["completion"] for row in SUMS],
+            answer=pa.array([2**60 if i == 9 else None for i in range(64)], pa.timestamp("ms")),
+        ),
+        (51, 6, 6),
+        bad=((10, "answer", "cannot be read"),),
+    ),
+    Case(
+        "empty_completions",
+        one_file(lambda: [*SUMS, {"prompt": "e", "completion": ""}]),
+        ROWS,
+        bad=((65, "completion", "is empty"),),
+    ),
+    Case("nul", one_file(lambda: [{"prompt": f"a\0{i}", "completion": "c\0d"} for i in range(60)]), (48, 6, 6)),
+    # -- too many of them: refused with file, row, reason and remedy
+    Case(
+        "two_per_cent_empty",
+        one_file(lambda: [*SUMS[:62], {"prompt": "e", "completion": ""}, {"prompt": "f", "completion": "  "}]),
+        refused=("2 of 64 rows are bad", "t.jsonl, line 63, field completion: is empty; fill it in"),
+    ),
+    Case(
+        "bytes",
+        parquet(prompt=[b"p"] * 60, completion=["c"] * 60),
+        refused=("60 of 60", "row 1, field prompt: is bytes, not text"),
+    ),
+    Case(
+        "one_bad_row_alone", one_file(lambda: ["{broken"]), refused=("1 of 1", "t.jsonl, line 1: not JSON", ONE_OBJECT)
+    ),
+    Case("nested", text(json.dumps({"version": "1", "data": SUMS}), "t.json"), refused=("t.json, line 1", ONE_OBJECT)),
+    Case(
+        "pretty",
+        text("\n".join(json.dumps(row, indent=2) for row in SUMS), "t.json"),
+        refused=("t.json, line 1", ONE_OBJECT),
+    ),
+    Case(
+        "text",
+        one_file(lambda: [{"text": f"Q: {i}"} for i in range(60)]),
+        refused=("has the fields text", "prompt + completion"),
+    ),
+    Case(
+        "sharegpt",
+        one_file(lambda: [{"conversations": [{"from": "human", "value": "q"}]} for _ in range(60)]),
+        refused=("has the fields conversations", "give messages"),
+    ),
+    Case(
+        "trl_conversation",
+        one_file(lambda: [{"prompt": [USER], "completion": [SAYS]} for _ in range(60)]),
+        refused=("field prompt: is a list, not text",),
+    ),
+    Case(
+        "tools",
+        one_file(lambda: [{"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}, SAYS]}] * 60),
+        refused=("field messages[1].content: is missing",),
+    ),
+    # -- nothing is left: refused with the arithmetic
+    Case("empty", one_file(list), refused=("no row is left: its files hold no record; correct the path",)),
+    Case("one_row", one_file(lambda: SUMS[:1]), refused=("1 rows with 1 different prompts", "of 1 records 0 are bad")),
+    Case(
+        "same_prompt",
+        one_file(lambda: [{"prompt": "Write a haiku", "completion": f"h{i}"} for i in range(60)]),
+        refused=("60 rows with 1 different prompts leave nothing to train on",),
+    ),
+    Case(
+        "all_prompts_too_long",
+        one_file(lambda: [{"prompt": "w " * 300, "completion": "x"}] * 60),
+        refused=("of 60 records 0 are bad, 60 have a prompt longer than data.cutoff_tokens",),
+    ),
+    Case(
+        "some_prompts_too_long",
+        one_file(lambda: [*SUMS[:12], *({"prompt": "w " * 300 + str(i), "completion": "x"} for i in range(52))]),
+        (10, 1, 1),
+        said=("the prompt is longer than data.cutoff_tokens: 52 rows",),
+    ),
+    # -- targets (fault 17)
+    Case(
+        "pattern_optional",
+        one_file(
+            lambda: [{"prompt": f"p{i}", "completion": f"answer {i}" if i % 9 else "dont know"} for i in range(60)]
+        ),
+        (43, 5, 5),
+        bad=tuple((place, "completion", "takes no text of it") for place in range(1, 61, 9)),
+        config={"completion_pattern": r"answer (\d+)|dont know", "max_bad_fraction": 0.2},
+    ),
+    Case(
+        "pattern_never",
+        one_file(lambda: [{"prompt": f"p{i}", "completion": "dont know"} for i in range(60)]),
+        refused=("60 of 60 rows are bad", "field completion: data.completion_pattern", "takes no text of it"),
+        config={"completion_pattern": r"answer (\d+)|dont know", "max_bad_fraction": 1.0},
+    ),
+    # -- files of a folder (fault 19)
+    Case(
+        "eval_file",
+        folder_of({"train.jsonl": SUMS, "eval.jsonl": HELD}),
+        (58, 20, 6),
+        said=("validation rows by their names: eval.jsonl",),
+    ),
+    Case(
+        "split_dirs",
+        folder_of({"train/part-0.jsonl": SUMS, "test/part-0.jsonl": HELD}),
+        (58, 6, 20),
+        said=("test/part-0.jsonl",),
+    ),
+    Case(
+        "gsm_test",
+        folder_of({"gsm.jsonl": SUMS, "gsm_test.jsonl": HELD}),
+        (58, 6, 20),
+        said=("test rows by their names: gsm_test",),
+    ),
+    Case(
+        "other_words",
+        folder_of(
+            {"d.jsonl": SUMS, "testSet.jsonl": HELD[:10], "my_held-out.jsonl": HELD[10:], "devset/a.jsonl": HELD}
+        ),
+        (64, 20, 20),
+        said=("devset/a.jsonl", "my_held-out.jsonl, testSet.jsonl"),
+    ),
+    Case(
+        "only_held_out_beside_csv",
+        folder_of({"train.csv": ["prompt,completion", "p,c"], "test.jsonl": SUMS}),
+        refused=("is held out by its name (test.jsonl)", "not read: train.csv; convert them"),
+    ),
+    Case(
+        "three_parts",
+        folder_of({"train-00000-of-00001.jsonl": SUMS, "dev2.jsonl": HELD, "x.test.jsonl.gz": HELD}),
+        (64, 20, 20),
+        said=("dev2.jsonl", "x.test.jsonl.gz", "data.parts=all_train"),
+    ),
+    Case("all_train", folder_of({"train.jsonl": SUMS, "eval.jsonl": HELD}), (68, 8, 8), config={"parts": "all_train"}),
+    Case("testimonials", folder_of({"reviews.jsonl": SUMS[:40], "testimonials.jsonl": SUMS[40:]}), ROWS),
+    Case(
+        "devops", folder_of({"cooking.jsonl": SUMS[:20], "devops.jsonl": SUMS[20:40], "values.jsonl": SUMS[40:]}), ROWS
+    ),
+    Case(
+        "only_held_out",
+        folder_of({"test.jsonl": SUMS}),
+        refused=("every data file in", "test.jsonl", "data.parts=all_train"),
+    ),
+    Case(
+        "two_words", folder_of({"train_test.jsonl": SUMS}), refused=("train_test.jsonl", "words of test and train rows")
+    ),
+    Case("gz_file", one_file(lambda: SUMS, "t.jsonl.gz"), ROWS),
+    Case("gz_folder", folder_of({"part-0.jsonl": SUMS[:40], "part-1.jsonl.gz": SUMS[40:]}), ROWS),
+    Case("gz_cut", text(gzip.compress(b"x" * 5000)[:-12], "t.jsonl.gz"), refused=("t.jsonl.gz: cannot be read",)),
+    Case(
+        "csv_folder",
+        folder_of({"a.jsonl": SUMS, "b.csv": ["prompt,completion", "p,c"]}),
+        ROWS,
+        said=("left out of", "b.csv"),
+    ),
+    Case(
+        "hub_folder",
+        folder_of({"README.md": ["# rows"], "data/train-0.jsonl": SUMS, "dataset_infos.json": ['{"default": {}}']}),
+        ROWS,
+        said=("README.md, dataset_infos.json",),
+    ),
+    Case(
+        "saved_by_datasets",
+        folder_of({"data-00000-of-00001.arrow": ["x"], "state.json": ["{}"], "dataset_info.json": ["{}"]}),
+        refused=("holds no .json, .jsonl or .parquet file", "data-00000-of-00001.arrow"),
+    ),
+    # -- values, and what is not read
+    Case(
+        "nan_answer",
+        one_file(lambda: [{"prompt": f"q{i}", "completion": f"c{i}", "answer": float("nan")} for i in range(60)]),
+        (48, 6, 6),
+    ),
+    Case(
+        "float_answer",
+        parquet(
+            prompt=[f"p{i}" for i in range(60)],
+            completion=[str(i) for i in range(60)],
+            answer=[float("nan") if i % 5 == 0 else float(i) for i in range(60)],
+        ),
+        (48, 6, 6),
+    ),
+    Case(
+        "nan_prompt", one_file(with_odd('{"prompt": NaN, "completion": "c"}')), ROWS, bad=((4, "prompt", "is missing"),)
+    ),
+    Case(
+        "double",
+        one_file(lambda: [f'{{"prompt":"a{i}","prompt":"b{i}","completion":"c"}}' for i in range(60)]),
+        (48, 6, 6),
+        said=("a key stands twice in one object; the last one counts: 60 rows",),
+    ),
+    Case(
+        "history",
+        one_file(lambda: [{**row, "system": "pirate", "history": [["hi", "ahoy"]]} for row in SUMS]),
+        ROWS,
+        said=("the field system is not read: 64 rows", "the field history is not read: 64 rows"),
+    ),
+    Case(
+        "multiturn",
+        one_file(lambda: [{"messages": [USER, SAYS, {**USER, "content": f"u{i}"}, SAYS]} for i in range(60)]),
+        (48, 6, 6),
+        said=("only the last one is trained on: 60 rows",),
+    ),
+    Case(
+        "eos_inside",
+        one_file(lambda: [{"prompt": f"a{i}", "completion": "x<eos>y"} for i in range(60)]),
+        (48, 6, 6),
+        said=("the name of a special token stands in the text, and is encoded as text: 60 rows",),
+    ),
+    Case("bom_crlf", text("\ufeff" + "\r\n\r\n".join(map(json.dumps, SUMS)), "t.jsonl"), ROWS),
+    Case(
+        "parquet_both",
+        parquet(
+            prompt=[f"p{i}" for i in range(60)], completion=["c"] * 60, messages=pa.nulls(60, pa.list_(pa.string()))
+        ),
+        (48, 6, 6),
+    ),
+]

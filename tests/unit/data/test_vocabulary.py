@@ -1,0 +1,125 @@
+"""Token ids that the model does not embed are refused by name, before anything starts, and padding is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tc_ray.config.schema import DataSection, RunConfig
+from tc_ray.data.encode import encode as encode_module
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file
+from tc_ray.data.source.errors import DataError
+from tc_ray.models.hub import embedding_rows
+from tc_ray.run.plan.plan import make_plan
+from tests.support.data_cases import SUMS, lines
+from tests.support.tiny_model import make_tiny_llama, make_tokenizer
+
+ROWS = [{"prompt": f"<tool>{i}", "completion": "x"} for i in range(60)]
+REFUSED = r"token '<tool>' has the id 258, but the model embeds 258 tokens .*resize_token_embeddings"
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(encode_one: Any, items: list[dict[str, Any]]) -> list[pa.Table]:
+        return [table for item in items for table in encode_one({name: [value] for name, value in item.items()})]
+
+    monkeypatch.setattr(encode_module, "_in_ray", run, raising=False)
+
+
+def grown_tokenizer(*, special: bool) -> Any:
+    tokenizer = make_tokenizer()
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    else:
+        tokenizer.add_tokens(["<tool>"])
+    return tokenizer
+
+
+def section(folder: Path, rows: list[dict[str, str]]) -> DataSection:
+    return DataSection(train=str(lines(folder / "t.jsonl", rows)), template="plain", plain_template="{prompt}>")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_path: Path, special: bool) -> None:
+    """Fault 20: it ended in an IndexError in the worker, which Ray Train tried again and again."""
+    tokenizer, config = grown_tokenizer(special=special), section(tmp_path, ROWS)
+    with pytest.raises(DataError, match=REFUSED):
+        prepare(config, tokenizer, tmp_path / "out", seed=1, vocab_size=258)
+    with pytest.raises(DataError, match=REFUSED):
+        prepare_test_file(config.train, config, tokenizer, tmp_path / "eval", seed=1, vocab_size=258)
+    assert prepare(config, tokenizer, tmp_path / "out", seed=1, vocab_size=300).rows["train"] == 48, "padding is fine"
+    with pytest.raises(DataError, match=REFUSED):  # another model with the same tokenizer: the rows are reused
+        prepare(config, tokenizer, tmp_path / "out", seed=1, vocab_size=258)
+    unused = section(tmp_path, SUMS)
+    assert prepare(unused, tokenizer, tmp_path / "out2", seed=1, vocab_size=258).rows["train"] == 52
+
+
+def test_in_test_rows_too(tmp_path: Path) -> None:
+    config = section(tmp_path, SUMS).model_copy(update={"test": str(lines(tmp_path / "x.jsonl", ROWS))})
+    with pytest.raises(DataError, match=REFUSED):
+        prepare(config, grown_tokenizer(special=False), tmp_path / "out", seed=1, vocab_size=258)
+
+
+@pytest.mark.parametrize("role", ["eos_token", "pad_token"])
+def test_end_and_padding_token_must_be_embedded(tmp_path: Path, role: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({role: "<tool>"})
+    with pytest.raises(DataError, match=REFUSED):
+        prepare(section(tmp_path, SUMS), tokenizer, tmp_path / "out", seed=1, vocab_size=258)
+
+
+def test_the_embedding_is_as_large_as_config_and_weights_allow(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder)
+    assert embedding_rows(folder, config) == 258
+    config.vocab_size = 300
+    assert embedding_rows(folder, config) == 258, "the weights have fewer rows"
+    assert embedding_rows("owner/model", config) == 300
+    (folder / "broken.safetensors").write_bytes(b"no header")
+    assert embedding_rows(folder, config) == 258
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_llama(tmp_path / "other"))
+    model.resize_token_embeddings(320)
+    model.save_pretrained(tmp_path / "other")
+    assert embedding_rows(tmp_path / "other", model.config) == 320
+
+
+def test_a_plan_refuses_as_the_run_does(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+    config = RunConfig.model_validate(
+        {
+            "run": {"folder": tmp_path / "run"},
+            "model": {"pilot": str(folder)},
+            "data": section(tmp_path, ROWS).model_dump(),
+            "pilot": {"method": "full", "batch_size": 8, "micro_batch_size": 4},
+        }
+    )
+    with pytest.raises(DataError, match=REFUSED):
+        make_plan(config)
+
+
+def test_a_plan_reads_the_files_that_the_run_reads(tmp_path: Path) -> None:
+    """Fault 19: held-out files of the folder are no training rows in the plan either, and what is left out is said."""
+    folder = make_tiny_llama(tmp_path / "model")
+    lines(tmp_path / "d" / "train.jsonl", SUMS)
+    lines(tmp_path / "d" / "eval.jsonl", SUMS[:20])
+    lines(tmp_path / "d" / "b.csv", ["prompt,completion"])
+    config = RunConfig.model_validate(
+        {
+            "run": {"folder": tmp_path / "run"},
+            "model": {"pilot": str(folder)},
+            "data": {"train": str(tmp_path / "d"), "template": "plain", "test_size": 4},
+            "pilot": {"method": "full", "batch_size": 8, "micro_batch_size": 4},
+        }
+    )
+    plan = make_plan(config)
+    assert plan.data is not None and plan.data.rows == 60
+    assert "eval.jsonl" in str(plan) and "b.csv" in str(plan)
+    prepared = prepare(config.data, make_tokenizer(), tmp_path / "out", seed=1)
+    assert prepared.rows["train"] == plan.data.rows

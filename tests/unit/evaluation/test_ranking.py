@@ -1,0 +1,338 @@
+"""Ranking of items: measures by hand, the trie, beam search against scoring every item, the metric, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tc_ray.config.schema import FusionSection, RankingSection
+from tc_ray.data.encode.tokenize import completion_ids
+from tc_ray.evaluation.decode import rank
+from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.item_trie import Catalogue, CatalogueProcessor
+from tc_ray.evaluation.metric import Outcome
+from tc_ray.evaluation.procedure import evaluate
+from tc_ray.evaluation.ranking import Ranking, hit_at, ndcg_at
+from tc_ray.evaluation.report import Report
+from tc_ray.evaluation.selection import Comparison, choose
+from tc_ray.evaluation.statistics import bootstrap_intervals
+from tc_ray.models.fusion import FusedModel
+from tc_ray.models.pilot.load import load_pilot
+from tests.support.family_reference import Fusion, Made, beam_search
+from tests.support.family_samples import make_copilot, new_pilot, reference_model
+from tests.support.tiny_families import END, VOCAB
+from tests.support.tiny_model import make_tokenizer
+
+ITEMS_MODEL = Path(__file__).resolve().parents[3] / "jobs" / "recipes" / "models" / "t5-items"
+# one to three tokens, some beginning others
+LABELS = ["1", "12", "123", "13", "2", "21", "22", "220", "3", "30", "305", "4", "45", "46", "470", "8"]
+
+
+# -- measures -----------------------------------------------------------------------------------------------------
+
+
+def test_measures_by_hand() -> None:
+    # place:        1    2           3     not among the first k or not ranked
+    assert [hit_at(5, place) for place in (1, 2, 5, 6, None)] == [1, 1, 1, 0, 0]
+    assert [ndcg_at(5, place) for place in (1, 3, 6, None)] == [1.0, 0.5, 0.0, 0.0]
+    assert ndcg_at(10, 7) == pytest.approx(1 / 3)
+    assert ndcg_at(10, 2) == pytest.approx(0.6309297535714575)  # 1 / log2(3)
+
+
+def test_bootstrap_interval_of_a_mean_and_of_a_paired_difference() -> None:
+    draw = np.random.default_rng(3)
+    one = draw.random(400)
+    other = one + 0.02 + 0.01 * draw.standard_normal(400)
+    values = np.stack([one, other, other - one], 1)
+    intervals = bootstrap_intervals(values)
+    assert intervals == bootstrap_intervals(values), "seeded"
+    for column, (low, high) in zip(values.T, intervals, strict=True):
+        reach = 1.96 * column.std() / math.sqrt(400)
+        assert low == pytest.approx(column.mean() - reach, abs=0.15 * reach)
+        assert high == pytest.approx(column.mean() + reach, abs=0.15 * reach)
+    assert intervals[0][1] > intervals[1][0], "unpaired, the two overlap"
+    assert intervals[2][0] > 0.018, "paired, the difference is clear"
+    assert all(math.isnan(end) for end in bootstrap_intervals(np.empty((0, 1)))[0])
+
+
+# -- the trie -----------------------------------------------------------------------------------------------------
+
+
+def spelled(labels: list[str], tokenizer: Any) -> list[list[int]]:
+    return [completion_ids(label, tokenizer) for label in labels]
+
+
+def test_trie_against_a_dictionary_of_prefixes() -> None:
+    draw = np.random.default_rng(0)
+    items = sorted({tuple(draw.integers(2, 6, draw.integers(1, 5)).tolist()) for _ in range(40)})
+    sequences = [[*item, 1] for item in items]
+    catalogue = Catalogue(sequences, vocab_size=7)
+    assert (len(catalogue), catalogue.longest) == (len(items), max(map(len, sequences)))
+    following: dict[tuple[int, ...], set[int]] = {}
+    for ids in sequences:
+        for at in range(len(ids)):
+            following.setdefault(tuple(ids[:at]), set()).add(ids[at])
+    for length in range(4):
+        tokens = torch.from_numpy(draw.integers(0, 7, (300, length)))
+        allowed = catalogue.allowed(catalogue.walk(tokens))
+        assert allowed.shape == (300, 7)
+        for row, mask in zip(tokens.tolist(), allowed, strict=True):
+            wanted = following.get(tuple(row), set())
+            assert set(mask.nonzero()[:, 0].tolist()) == wanted
+    padded = torch.tensor([ids + [0] * (6 - len(ids)) for ids in sequences])
+    assert catalogue.items(padded).tolist() == list(range(len(items))), "padding after the end is ignored"
+    assert catalogue.items(padded[:, :1]).tolist() == [-1] * len(items), "part of an item is none"
+    assert catalogue.items(torch.tensor([[0, 1], [1, 1]])).tolist() == [-1, -1]
+
+
+def test_processor_looks_at_what_was_generated_only() -> None:
+    processor = CatalogueProcessor(Catalogue([[2, 3, 1], [2, 4, 1]], vocab_size=5), begin=2)
+    scores = torch.zeros(2, 5)
+    out = processor(torch.tensor([[4, 4, 2], [4, 4, 3]]), scores)
+    assert out.tolist() == [[-math.inf] * 3 + [0, 0], [-math.inf] * 5], "a beam outside the trie is dead"
+    assert scores.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([], "at least one"),
+        ([[2, 1], [2, 1]], "same tokens"),
+        ([[2], [2, 3]], "begins another"),
+        ([[9, 1]], "outside"),
+        ([[2, 1], []], "without tokens"),
+    ],
+)
+def test_catalogues_that_cannot_be_are_refused(sequences: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Catalogue(sequences, 5)
+
+
+# -- beam search against scoring every item -----------------------------------------------------------------------
+
+
+@cache
+def joined(family: str) -> tuple[FusedModel, Made]:
+    copilot, made = make_copilot(family)
+    return FusedModel.join(new_pilot(family), copilot), made
+
+
+def held_out(family: str, count: int = 5) -> list[HeldOut]:
+    """Prompts of unlike lengths whose gold items are drawn from LABELS."""
+    draw = np.random.default_rng(8)
+    tokenizer = make_tokenizer()
+    rows = []
+    for i, length in enumerate(draw.integers(2, 12, count).tolist()):
+        prompt = draw.integers(2, VOCAB, length).tolist() + ([END] if family == "t5" else [])
+        answer = LABELS[int(draw.integers(len(LABELS)))]
+        words = " ".join(draw.choice(LABELS, 2, replace=False))
+        rows.append(HeldOut(i, prompt + completion_ids(answer, tokenizer), len(prompt), answer, words))
+    return rows
+
+
+def reference(family: str, lam: float, space: str) -> Fusion:
+    fused, made = joined(family)
+    return Fusion(reference_model(family), fused.copilot, made, lam, space)
+
+
+def scores_of_all(fusion: Fusion, prompt: list[int]) -> list[float]:
+    """log p~ of every item, token by token."""
+    found = []
+    for ids in spelled(LABELS, make_tokenizer()):
+        rows = fusion.logits(prompt, ids[:-1]).log_softmax(-1)
+        found.append(sum(float(row[token]) for row, token in zip(rows, ids, strict=True)))
+    return found
+
+
+def ranked_by(family: str, examples: list[HeldOut], lam: float, space: str, beams: int) -> list[list[int]]:
+    fused, _ = joined(family)
+    fused.space = space
+    tokenizer = make_tokenizer()
+    catalogue = Catalogue(spelled(LABELS, tokenizer), fused.vocab_size)
+    return rank(fused, tokenizer, examples, catalogue, beams=beams, batch_size=3, lam=lam)
+
+
+@pytest.mark.parametrize(("lam", "space"), [(0.0, "probability"), (0.7, "probability"), (1.5, "logits")])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_all_items_are_ranked_as_scoring_each_ranks_them(family: str, lam: float, space: str) -> None:
+    examples = held_out(family)
+    fusion = reference(family, lam, space)
+    lost = 0
+    for example, items in zip(examples, ranked_by(family, examples, lam, space, beams=100), strict=True):
+        scores = scores_of_all(fusion, example.prompt_ids)
+        # clamped p~ is 0: such an item is not ranked, neither before nor after the others
+        possible = [i for i in range(len(LABELS)) if scores[i] > -math.inf]
+        lost += len(LABELS) - len(possible)
+        assert sorted(items) == possible
+        for better, worse in pairwise(items):
+            assert scores[better] >= scores[worse] - 1e-4
+    assert (lost > 0) == (space == "probability" and lam > 0), "clamped items must be among what is tested"
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_few_beams_are_the_reference_s_beam_search(family: str) -> None:
+    examples, lam, space = held_out(family), 1.5, "logits"
+    fusion, tokenizer = reference(family, lam, space), make_tokenizer()
+    sequences = [tuple(ids) for ids in spelled(LABELS, tokenizer)]
+    pruned = 0
+    for example, items in zip(examples, ranked_by(family, examples, lam, space, beams=3), strict=True):
+
+        def within(tokens: list[int], prompt: list[int] = example.prompt_ids) -> torch.Tensor:
+            log_probs = fusion.logits(prompt, tokens)[-1].log_softmax(-1)
+            on = {
+                ids[len(tokens)] for ids in sequences if list(ids[: len(tokens)]) == tokens and len(ids) > len(tokens)
+            }
+            kept = torch.full_like(log_probs, -math.inf)
+            kept[list(on)] = log_probs[list(on)]
+            return kept
+
+        wanted = beam_search(within, beams=3, steps=4, end=END, length_penalty=0.0)
+        assert items == [sequences.index(tuple(ids)) for score, ids in wanted if score > -math.inf]
+        pruned += list(np.argsort(scores_of_all(fusion, example.prompt_ids))[::-1][:3]) != items
+    assert pruned, "three beams never lost an item: the comparison proves little"
+
+
+def test_a_catalogue_smaller_than_the_beams_gives_each_item_once() -> None:
+    fused, _ = joined("t5")
+    tokenizer, examples = make_tokenizer(), held_out("t5")
+    for labels in (["7"], ["7", "88", "891"]):
+        catalogue = Catalogue(spelled(labels, tokenizer), fused.vocab_size)
+        found = rank(fused, tokenizer, examples, catalogue, beams=100, batch_size=8, lam=0.0)
+        assert all(sorted(items) == list(range(len(labels))) for items in found)
+
+
+def test_a_plain_model_is_ranked_too() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ITEMS_MODEL)
+    torch.manual_seed(1)
+    model = load_pilot(ITEMS_MODEL, dtype=torch.float32, random_weights=True).eval()
+    labels = [f"{n:04d}" for n in np.random.default_rng(2).permutation(10_000)[:300]]
+    catalogue = Catalogue(spelled(labels, tokenizer), model.config.vocab_size)
+    source = [15, 37, 59, 81, 1]
+    (items,) = rank(model, tokenizer, [HeldOut(0, source, 5, labels[0], "")], catalogue, beams=300, batch_size=1)
+    ids = torch.tensor(spelled(labels, tokenizer))
+    start = torch.zeros(len(labels), 1, dtype=torch.long)
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor([source] * len(labels)), decoder_input_ids=torch.cat([start, ids[:, :-1]], 1)
+        )
+    scores = out.logits.log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0].sum(1)
+    assert sorted(items) == list(range(300))
+    assert (scores[items].diff() <= 1e-4).all()
+
+
+# -- the metric ---------------------------------------------------------------------------------------------------
+
+
+def metric(history: Literal["allowed", "excluded"] = "allowed") -> Ranking:
+    ranking = RankingSection(history=history, cutoffs=[3, 10, 100])  # 100 beams: more than there are items
+    config = FusionSection(ranking=ranking, eval_batch_size=4)
+    return Ranking(make_tokenizer(), config, {f"item {label}": label for label in LABELS}, VOCAB)
+
+
+@pytest.mark.parametrize("history", ["allowed", "excluded"])
+def test_outcome_is_what_scoring_every_item_gives(history: Literal["allowed", "excluded"]) -> None:
+    fused, _ = joined("t5")
+    fused.space = "logits"
+    examples, fusion = held_out("t5", 12), reference("t5", 0.8, "logits")
+    outcome = metric(history).outcome(fused, examples, 0.8)
+    places = []
+    for example in examples:
+        scores = dict(zip(LABELS, scores_of_all(fusion, example.prompt_ids), strict=True))
+        if history == "excluded":
+            scores = {label: score for label, score in scores.items() if label not in example.prompt.split()}
+        order = sorted(scores, key=lambda label: -scores[label])
+        places.append(order.index(example.answer) + 1 if example.answer in order else None)
+    assert list(outcome.columns) == [f"{name}@{k}" for name in ("Hit", "NDCG") for k in (3, 10, 100)]
+    for k in (3, 10, 100):
+        assert outcome.columns[f"Hit@{k}"] == [hit_at(k, place) for place in places]
+        assert outcome.columns[f"NDCG@{k}"] == pytest.approx([ndcg_at(k, place) for place in places])
+    assert outcome.score == outcome.columns["NDCG@10"]
+    assert outcome.right == [place is not None and place <= 10 for place in places]
+    assert 0 < sum(outcome.right) < len(examples)
+    if history == "excluded":
+        assert any(place is None for place in places), "no row asks for an item of its own history"
+        assert all(
+            not set(said.split()) & set(e.prompt.split()) for said, e in zip(outcome.said, examples, strict=True)
+        )
+
+
+def outcome_of(places: list[int | None]) -> Outcome:
+    columns = {f"{name}@10": [f(10, place) for place in places] for name, f in (("Hit", hit_at), ("NDCG", ndcg_at))}
+    return Outcome([hit > 0 for hit in columns["Hit@10"]], columns["NDCG@10"], ["x"] * len(places), columns)
+
+
+def test_table_of_measures_and_verdict(tmp_path: Path) -> None:
+    pilot, fused = outcome_of([1, None, 3, 20] * 50), outcome_of([1, 7, 1, 20] * 50)
+    hits, ndcg = metric().measures(pilot, fused)
+    assert (hits.name, hits.pilot, hits.fused, hits.difference) == ("Hit@10", 0.5, 0.75, 0.25)
+    assert (ndcg.pilot, ndcg.fused) == pytest.approx((1.5 / 4, (1 + 1 / 3 + 1) / 4))
+    assert hits.pilot_interval == pytest.approx((0.431, 0.569), abs=1e-3)  # Wilson, 100 of 200
+    assert 0.15 < hits.difference_interval[0] < 0.25 < hits.difference_interval[1] < 0.35
+
+    def report(measures: list[Any]) -> Report:
+        compared = Comparison.of(pilot.right, fused.right)
+        names = {"right_name": "Hit@10", "score_name": "NDCG@10"}
+        return Report("rows", "logits", 0.5, "own", compared, None, None, measures=measures, **names)
+
+    better, worse = report([hits, ndcg]), report(metric().measures(fused, pilot))
+    assert better.helps and better.exported_lam == 0.5
+    assert better.verdict.startswith("The Copilot helps: NDCG@10 +20.83 points (95% interval +1")
+    assert not worse.helps and worse.exported_lam == 0.0
+    assert "with lambda 0.5, NDCG@10 -20.83 points" in worse.verdict
+    few = metric().measures(outcome_of([2, 1]), outcome_of([1, 1]))
+    assert report(few).verdict.startswith("No gain is shown: NDCG@10 +18.45 points")
+    better.save(tmp_path)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert saved["measures"]["ndcg_at_10"]["difference"] == pytest.approx(ndcg.difference)
+    text = (tmp_path / "evaluation.md").read_text()
+    assert "Hit@10   50.00  43.14 to 56.86  75.00" in text and better.verdict in text
+    assert "50 wins, 0 losses" in text
+
+
+def test_lambda_is_chosen_by_ndcg_and_zero_wins_ties() -> None:
+    pilot, low, high = ("probability", 0.0), ("probability", 0.1), ("logits", 1.0)
+    third = [1 / 3] * 3
+    assert choose({pilot: [1.0, 0.0], low: [0.0, 1.0], high: [0.5, 0.4]}, {}) == pilot
+    assert choose({pilot: third, low: [1.0, 0.0, 0.1], high: [0.5, 0.5, 0.2]}, {}) == high
+    # 0.1 + 0.2 + 0.3 depends on the order in floating point; a tie must not
+    assert choose({pilot: [0.3, 0.2, 0.1], low: [0.1, 0.2, 0.3]}, {pilot: 2.0, low: 0.1}) == pilot
+
+
+def test_the_whole_procedure_with_ranking() -> None:
+    """Gold items are those that lambda 4 raises most: validation finds it, the test rows are ranked once by each."""
+    fused, _ = joined("t5")
+    tokenizer, config = make_tokenizer(), FusionSection(space="logits", lam_grid=[0.0, 0.3, 4.0], eval_batch_size=4)
+    by_items = Ranking(tokenizer, config, {label: label for label in LABELS}, VOCAB)
+    asked = held_out("t5", 12)
+    before, after = (ranked_by("t5", asked, lam, "logits", 100) for lam in (0.0, 4.0))
+    rows = []
+    for e, old, new in zip(asked, before, after, strict=True):
+        label = LABELS[
+            max(range(len(LABELS)), key=lambda i: ndcg_at(10, new.index(i) + 1) - ndcg_at(10, old.index(i) + 1))
+        ]
+        ids = e.prompt_ids + completion_ids(label, tokenizer)
+        rows.append(HeldOut(e.sample_id, ids, e.target_start, label, e.prompt))
+    said: list[str] = []
+    report = evaluate(
+        fused, by_items, config, validation=rows[:7], test=rows[7:], data="made up", on_progress=said.append
+    )
+    assert (report.lam, report.space, report.score_name) == (4.0, "logits", "NDCG@10")
+    scores = {row["lam"]: row["score"] for row in report.validation}
+    assert scores[4.0] > max(scores[0.0], scores[0.3])
+    measures = {m.name: m for m in report.measures}
+    ranked = by_items.outcome(fused, rows[7:], 4.0)
+    assert measures["NDCG@10"].fused == pytest.approx(sum(ranked.score) / 5)
+    assert measures["NDCG@10"].difference > 0 and report.helps
+    assert sum(line.startswith("evaluate: test") for line in said) == 2
+    assert report.pilot_forced is not None and report.fused_forced is not None
+    assert report.pilot_forced.tokens == sum(len(e.input_ids) - e.target_start for e in rows[7:])
+    assert "| space | lambda | NDCG@10 | Hit@10 | wins | losses | NLL |" in report.markdown()

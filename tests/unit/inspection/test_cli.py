@@ -1,0 +1,157 @@
+"""`tc-ray log` as a user meets it: real processes on a run folder, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tc_ray.cli.log import parse_rounds
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.models.hub import tokenizer_hash
+from tests.support.inspection_samples import make_examples, make_log
+from tests.support.object_store import new_log_uri, object_store
+from tests.support.tiny_model import make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLES = make_examples(samples=6, epochs=2, vocab=258)
+
+
+def tc_ray_log(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tc_ray.cli.main", "log", *map(str, arguments)],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_tokenizer().save_pretrained(folder / "pilot" / "final")
+    make_log(folder / "log", EXAMPLES, tokenizer_hash=tokenizer_hash(make_tokenizer()))
+    (folder / "config.yaml").write_text("run: {name: trial}\n")
+    return folder
+
+
+def test_stats_in_words_and_as_json(run: Path) -> None:
+    words = tc_ray_log("stats", run)
+    assert words.returncode == 0, words.stderr
+    for text in ("12 of 6 samples", "1 to 6", "Tokens most often missed", "Hardest samples", "first sight: off by"):
+        assert text in words.stdout, text
+    document = json.loads(tc_ray_log("stats", run / "log", "--json", "--rounds", "4:").stdout)
+    assert document["rows"] == 6 and [line["round"] for line in document["by_round"]] == [4, 5, 6]
+    assert document["tokenizer"] == f"tokenizer of {run / 'pilot' / 'final'}"
+
+
+def test_show_a_sample_the_worst_and_a_page(run: Path, tmp_path: Path) -> None:
+    shown = tc_ray_log("show", run, "3")
+    rounds = [e.round for e in EXAMPLES if e.sample == 3]
+    assert shown.returncode == 0, shown.stderr
+    assert all(f"round {number} (" in shown.stdout for number in rounds)
+    assert "\x1b" not in shown.stdout, "a pipe gets no colours"
+    out = tmp_path / "worst.html"
+    made = tc_ray_log("show", run, "--worst", "2", "--html", out)
+    assert made.returncode == 0 and "2 samples" in made.stdout
+    assert out.read_text().count('class="sample"') == 2
+
+
+def test_report_and_export(run: Path, tmp_path: Path) -> None:
+    made = tc_ray_log("report", run, "--out", tmp_path / "r.html")
+    assert made.returncode == 0, made.stderr
+    assert "Mistake Log of trial" in (tmp_path / "r.html").read_text()
+    out = tmp_path / "rows.jsonl"
+    exported = tc_ray_log("export", run, "--out", out, "--rounds", "1:2", "--columns", "round,answer")
+    assert exported.returncode == 0 and "4 rows" in exported.stdout, exported.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    tokenizer = make_tokenizer()
+    assert [line["answer"] for line in lines] == [tokenizer.decode(e.answer) for e in EXAMPLES if e.round <= 2]
+    again = tc_ray_log("export", run, "--out", out)
+    assert again.returncode == 2 and "there already" in again.stderr
+
+
+def test_mistakes_of_the_user_end_in_one_line_and_code_2(run: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        (("stats", tmp_path), "no Mistake Log in it"),
+        (("show", run), "say which sample"),
+        (("show", run, "99"), "samples are 0 to 5"),
+        (("stats", run, "--rounds", "9:2"), "expected A:B"),
+        (("stats", run, "--tokenizer", tmp_path), "no tokenizer can be read there"),
+        (("export", run, "--out", tmp_path / "x", "--format", "csv"), "expected parquet or jsonl"),
+        (("export", run, "--out", tmp_path / "x.parquet", "--format", "jsonl"), "would be taken for parquet"),
+        (("export", run, "--out", tmp_path / "x.jsonl", "--format", "parquet"), "would be taken for jsonl"),
+        (("export", run, "--out", tmp_path / "x", "--tokenizer", "gpt2"), "--tokenizer is for jsonl"),
+    ):
+        result = tc_ray_log(*arguments)
+        assert result.returncode == 2, arguments
+        assert said in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_verify_finds_a_broken_file_and_takes_it_out(tmp_path: Path) -> None:
+    folder = make_log(tmp_path / "log", EXAMPLES)
+    assert tc_ray_log("verify", folder).returncode == 0
+    broken = min(folder.glob("*.parquet"))
+    broken.write_bytes(broken.read_bytes()[:-9])
+    found = tc_ray_log("verify", folder)
+    assert found.returncode == 1 and broken.name in found.stdout
+    for command in (
+        ("stats",),
+        ("stats", "--json"),
+        ("show", "--worst", "1"),
+        ("report", "--out", tmp_path / "r.html"),
+    ):
+        gaps = tc_ray_log(command[0], folder, *command[1:])
+        assert gaps.returncode == 1 and "1 damaged files were passed over" in gaps.stderr, command
+    compacted = tc_ray_log("compact", folder)
+    assert compacted.returncode == 1 and broken.name in compacted.stdout
+    aside = tc_ray_log("verify", folder, "--quarantine", "--json")
+    assert aside.returncode == 1 and broken.name in json.dumps(json.loads(aside.stdout))
+    assert tc_ray_log("verify", folder).returncode == 0
+    assert json.loads(tc_ray_log("stats", folder, "--json").stdout)["rows"] == sum(e.round > 3 for e in EXAMPLES)
+
+
+def test_compact_and_vacuum(tmp_path: Path) -> None:
+    folder = make_log(tmp_path / "log", EXAMPLES, rounds_a_file=1)
+    before = json.loads(tc_ray_log("stats", folder, "--json").stdout)
+    assert tc_ray_log("compact", folder).returncode == 0
+    tried = tc_ray_log("vacuum", folder, "--grace-seconds", "0", "--orphan-seconds", "0", "--dry-run")
+    assert tried.returncode == 0, tried.stderr
+    assert len(list(folder.glob("*.parquet"))) == 7
+    assert tc_ray_log("vacuum", folder, "--grace-seconds", "0", "--orphan-seconds", "0").returncode == 0
+    assert len(list(folder.glob("*.parquet"))) == 1
+    after = json.loads(tc_ray_log("stats", folder, "--json").stdout)
+    assert before["files"] == 6 and after["files"] == 1
+    assert before["by_round"] == after["by_round"]
+
+
+def test_a_log_in_an_object_store(tmp_path: Path) -> None:
+    with object_store() as options:
+        uri = new_log_uri(options)
+        make_log(tmp_path, EXAMPLES, location=Location(uri, options))
+        given = [word for key, value in options.items() for word in ("--storage-option", f"{key}={value}")]
+        document = json.loads(tc_ray_log("stats", uri, "--json", *given).stdout)
+        assert document["rows"] == 12 and "token ids are shown" in document["tokenizer"]
+        shown = tc_ray_log("show", uri, "2", *given)
+        assert shown.returncode == 0 and "sample 2" in shown.stdout, shown.stderr
+        assert tc_ray_log("verify", uri, *given).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "rounds"), [(None, None), ("3:9", (3, 9)), ("3:", (3, 2**62)), (":9", (0, 9)), ("4", (4, 4))]
+)
+def test_spans_of_rounds(text: str | None, rounds: tuple[int, int] | None) -> None:
+    assert parse_rounds(text) == rounds
+
+
+@pytest.mark.parametrize("text", ["", ":", "a:b", "-1:4", "5:4", "1:2:3"])
+def test_bad_spans_of_rounds(text: str) -> None:
+    with pytest.raises(ValueError, match="expected A:B"):
+        parse_rounds(text)

@@ -1,0 +1,284 @@
+"""Pages, terminal views and charts of a log: whole, self-contained, bounded, and safe whatever a token says."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tc_ray.inspection.charts import Line, heat_map, line_chart, log_ticks, ticks
+from tc_ray.inspection.colours import LEVELS, contrast, level, luminance, scale
+from tc_ray.inspection.page import esc, page, script_json
+from tc_ray.inspection.report import report_page, write_report
+from tc_ray.inspection.sample_page import sample_page
+from tc_ray.inspection.sights import find_sights, sights_of
+from tc_ray.inspection.stats import collect
+from tc_ray.inspection.terminal import legend, sample_view, stats_view
+from tc_ray.inspection.tokens import TokenizerError, TokenTexts, find_tokenizer
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.models.hub import tokenizer_hash
+from tc_ray.text import visible
+from tests.support.inspection_samples import make_examples, make_log
+from tests.support.mistakelog_samples import metadata
+from tests.support.tiny_model import make_tokenizer
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Checker(HTMLParser):
+    """Collects elements and attributes, and notes tags that do not close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.wrong: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"</{tag}> at {self.getpos()}")
+
+
+class Evil(TokenTexts):
+    """Texts that try to break out of wherever they are put."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "</script><script>alert(1)</script>")
+        self.known = True
+
+    def raw(self, token: int) -> str:
+        texts = [
+            "</script><script>alert(1)</script>",
+            '"onmouseover="alert(1)',
+            "\x1b[31m\u202e",
+            "<img src=x>",
+            "&amp;",
+            "[/bold]",
+        ]
+        return texts[token % len(texts)]
+
+    def sequence(self, tokens: object) -> str:
+        return "".join(self.raw(int(t)) for t in tokens)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> MistakeLog:
+    return MistakeLog(make_log(tmp_path / "log", make_examples(samples=12, epochs=3)))
+
+
+def assert_sound(text: str) -> Checker:
+    found = Checker(text)
+    assert not found.wrong and not found.open
+    for tag, attributes in found.tags:
+        assert not {"src", "href", "srcset"} & set(attributes), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+    assert [a.get("type") for t, a in found.tags if t == "script"] == ["application/json", None]
+    assert "http://" not in text and "https://" not in text and "@import" not in text and "url(" not in text
+    return found
+
+
+def test_the_report_is_whole_and_self_contained(log: MistakeLog) -> None:
+    text = report_page(log, TokenTexts(None, "ids"))
+    found = assert_sound(text)
+    for heading in (
+        "Loss and accuracy by round",
+        "Where an answer goes wrong",
+        "How errors fall",
+        "Which tokens are confused",
+        "Calibration of the Pilot",
+        "The same sample across epochs",
+        "Hardest samples",
+    ):
+        assert f">{heading}" in text
+    charts = json.loads(re.search(r'id="charts">(.*?)</script>', text).group(1))  # type: ignore[union-attr]
+    drawn = {a["data-chart"] for t, a in found.tags if t == "svg" and "data-chart" in a}
+    assert drawn == set(charts) == {"loss", "accuracy", "errors", "first"}
+    for chart in charts.values():
+        cells = len(chart["xs"]) * len(chart["ys"] or [1])
+        assert all(len(layer["values"]) == cells for layer in chart["layers"])
+
+
+def test_the_figures_under_the_pointer_are_the_logs(log: MistakeLog) -> None:
+    text = report_page(log, TokenTexts(None, "ids"))
+    charts = json.loads(re.search(r'id="charts">(.*?)</script>', text).group(1))  # type: ignore[union-attr]
+    stats = collect(log)
+    totals = stats.by_round
+    assert charts["loss"]["layers"][0]["values"] == pytest.approx(list(totals.loss / totals.tokens), abs=1e-4)
+    assert charts["accuracy"]["layers"][1]["values"] == pytest.approx(list(1 - totals.mistaken / totals.rows), abs=1e-4)
+    errors = charts["errors"]["layers"][0]["values"]
+    columns = len(charts["errors"]["xs"])
+    assert errors[1 * columns + 4] == pytest.approx(
+        stats.positions.error[4, 1] / stats.positions.tokens[4, 1], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["report", "sample"])
+def test_token_texts_cannot_break_out(log: MistakeLog, kind: str) -> None:
+    evil = Evil()
+    text = report_page(log, evil) if kind == "report" else sample_page(log.metadata, find_sights(log, [0, 1]), evil)
+    assert_sound(text)
+    assert "<img" not in text and "\x1b" not in text and "\u202e" not in text
+    assert "&lt;/script&gt;&lt;script&gt;" in text and "\\x1b[31m\\u202e" in text
+
+
+def test_terminal_views_cannot_be_broken_out_of(log: MistakeLog) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=200, markup=False, emoji=False, highlight=False, force_terminal=False)
+    console.print(stats_view(collect(log), Evil(), "1 MB", 50))
+    console.print(sample_view(sights_of(log, 0), Evil()))
+    assert "\x1b" not in out.getvalue() and "[/bold]" in out.getvalue() and "\\x1b[31m" in out.getvalue()
+
+
+def test_a_big_log_gives_a_bounded_page(tmp_path: Path) -> None:
+    examples = make_examples(samples=400, epochs=3, batch=2, longest=90, vocab=12)
+    log = MistakeLog(make_log(tmp_path / "log", examples, rounds_a_file=200))
+    text = report_page(log, TokenTexts(None, "ids"))
+    charts = json.loads(re.search(r'id="charts">(.*?)</script>', text).group(1))  # type: ignore[union-attr]
+    assert len(charts["errors"]["xs"]) == 120 and len(charts["errors"]["ys"]) <= 64
+    assert charts["errors"]["ys"][1] == "3-4"
+    assert len(text) < 3_000_000
+
+
+def test_a_log_of_one_epoch_says_so(tmp_path: Path) -> None:
+    log = MistakeLog(make_log(tmp_path / "log", make_examples(samples=6, epochs=1)))
+    text = report_page(log, TokenTexts(None, "ids"))
+    assert "nothing to compare" in text and "How errors fall as samples repeat" not in text
+
+
+def test_a_report_replaces_only_a_whole_page(log: MistakeLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("old")
+    with pytest.raises(ValueError, match="no target token"):
+        write_report(log, TokenTexts(None, ""), out, (900, 901))
+    assert out.read_text() == "old"
+    write_report(log, TokenTexts(None, ""), out)
+    assert out.read_text().startswith("<!DOCTYPE html>") and [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_what_colours_say_is_in_characters_too(log: MistakeLog) -> None:
+    sight = next(s for sample in range(12) for s in sights_of(log, sample) if s.wrong)
+    console = Console(file=io.StringIO(), width=200, markup=False, force_terminal=False)
+    console.print(sample_view([sight], TokenTexts(None, "")))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for place in np.flatnonzero(~sight.correct):
+        assert f"#{sight.truth[place]} «#{sight.said(place)}»" in text
+    coloured = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="truecolor")
+    coloured.print(legend())
+    assert "\x1b[" in coloured.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_scale_reads_in_grey_and_text_reads_on_it(dark: bool) -> None:
+    colours = scale(dark)
+    steps = [luminance(back) for back, _ in colours]
+    assert len(colours) == LEVELS
+    assert steps == sorted(steps, reverse=not dark)
+    assert min(abs(a - b) for a, b in itertools.pairwise(steps)) > 0.001
+    assert min(contrast(back, fore) for back, fore in colours) >= 4.5
+
+
+def test_levels_cover_the_errors() -> None:
+    assert [level(e) for e in (-1e-6, 0, 0.0499, 0.05, 0.999, 1.0, 1.0000001)] == [0, 0, 0, 1, 19, 19, 19]
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(3, 3) == [3]
+    assert log_ticks(0.04, 6) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2, 5])
+
+
+def test_a_line_with_gaps_and_a_logarithmic_axis() -> None:
+    values = np.array([8.0, np.nan, 0.1, 0.05])
+    chart = line_chart("a", "Loss", [Line("loss", values, "number")], [(1, 2), (3, 4), (5, 6), (7, 7)])
+    assert "logarithmic axis" in chart.svg and chart.svg.count("M") == 2
+    assert chart.hover["layers"][0]["values"] == [8.0, None, 0.1, 0.05]
+    assert chart.hover["xs"][-1] == "round 7"
+
+
+def test_a_heat_map_draws_each_cell_in_its_colour() -> None:
+    values = np.array([[0.0, 1.0], [0.0, np.nan], [0.5, 1.0]])
+    chart = heat_map(
+        "a",
+        "t",
+        values,
+        [(1, 1), (2, 2), (3, 3)],
+        ["one", "two"],
+        high=1.0,
+        name="e",
+        tokens=np.ones((3, 2)),
+        counted="n",
+    )
+    paths = dict(re.findall(r'<path class="e(\d+)" d="([^"]*)"', chart.svg))
+    assert paths == {"0": "M0 0h2v1h-2z", "10": "M2 0h1v1h-1z", "19": "M0 1h1v1h-1zM2 1h1v1h-1z"}
+    assert chart.hover["layers"][0]["values"] == [0.0, 0.0, 0.5, 1.0, None, 1.0]
+
+
+def test_escapes() -> None:
+    assert esc('<a "\x07') == "&lt;a &quot;\\x07"
+    assert visible("a\nb\u200b") == "a\nb\\u200b"
+    assert script_json({"a": "</script>&"}) == '{"a":"\\u003c/script\\u003e\\u0026"}'
+    assert "<title>&lt;x</title>" in page("<x", "")
+
+
+# token texts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tokenizer"
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_tokenizer_of_the_run_is_found_and_checked(tokenizer_folder: Path, tmp_path: Path) -> None:
+    right = tokenizer_hash(make_tokenizer())
+    named = find_tokenizer(metadata(tokenizer_hash=right, pilot=str(tokenizer_folder)))
+    assert named.known and named.sequence([70, 71]) == make_tokenizer().decode([70, 71])
+    run = tmp_path / "run"
+    (run / "pilot").mkdir(parents=True)
+    tokenizer_folder.rename(run / "pilot" / "final")
+    assert find_tokenizer(metadata(tokenizer_hash=right, pilot="gone"), run).known
+    other = find_tokenizer(metadata(tokenizer_hash="else", pilot="gone"), run)
+    assert not other.known and "are others" in other.note and "--tokenizer" in other.note
+    with pytest.raises(TokenizerError, match="texts would be wrong"):
+        find_tokenizer(metadata(tokenizer_hash="else"), None, str(run / "pilot" / "final"))
+    with pytest.raises(TokenizerError, match="no tokenizer can be read"):
+        find_tokenizer(metadata(), None, str(tmp_path / "nowhere"))
+
+
+def test_texts_of_single_tokens() -> None:
+    texts = TokenTexts(make_tokenizer(), "")
+    ids = make_tokenizer()("a é\n<", add_special_tokens=False)["input_ids"]
+    assert [texts.quoted(i) for i in ids] == ["a", "␣", "\\xc3", "\\xa9", "↵", "<"]
+    assert texts.sequence(ids) == "a é\n<"
+    assert texts.flowing(ids[4]) == "↵\n"
+    assert (texts.quoted(-1), texts.raw(10**6)) == ("?", "#1000000")
+    assert TokenTexts(None, "").quoted(17) == "#17"
+
+
+def test_sentencepiece_keeps_its_leading_blank() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0), ("x", -3.0)], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    texts = TokenTexts(PreTrainedTokenizerFast(tokenizer_object=backend), "")
+    assert [texts.raw(i) for i in (1, 3)] == [" the", "x"]

@@ -1,0 +1,88 @@
+"""What a power cut leaves in the transaction log is moved aside; what only damage can leave is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.schema import LogSchemaError
+from tc_ray.mistakelog.table.commits import commit_name
+from tc_ray.mistakelog.table.data_file import DataFile
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.repair import TORN_FOLDER, repair
+from tc_ray.mistakelog.table.store import LogStore
+from tests.support.mistakelog_samples import metadata
+from tests.unit.mistakelog.test_ledger import written
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A log of two committed files, versions 0 to 3."""
+    LogStore.create(tmp_path / "log", metadata())
+    ledger = Ledger(tmp_path / "log", writers=1, run="test")
+    ledger.begin_attempt(0, 1)
+    for sequence in range(2):
+        ledger.commit(written(tmp_path / "log", 1 + sequence, 1 + sequence, sequence=sequence))
+    return tmp_path / "log"
+
+
+@pytest.mark.parametrize("left", [0, 1, 200])
+def test_a_torn_last_commit_was_never_acknowledged(folder: Path, left: int) -> None:
+    last = folder / commit_name(3)
+    last.write_bytes(last.read_bytes()[:left])
+    ledger = Ledger(folder, writers=1, run="test")
+    assert (ledger.state().version, ledger.state().round) == (2, 1)
+    assert (folder / TORN_FOLDER / last.name).stat().st_size == left
+    # the writer, which never got its answer, hands the file over again
+    ledger.commit(written(folder, 2, 2, sequence=1))
+    with MistakeLog(folder) as log:
+        assert sorted(set(log.records().round.tolist())) == [1, 2]
+    assert repair(Location(folder)) == []
+
+
+def test_a_torn_first_commit_is_made_anew(tmp_path: Path) -> None:
+    LogStore.create(tmp_path, metadata())
+    (tmp_path / commit_name(0)).write_bytes(b"")
+    assert LogStore.create(tmp_path, metadata()).version == 0
+
+
+def test_damage_before_whole_commits_is_refused_by_name(folder: Path) -> None:
+    (folder / commit_name(2)).write_bytes(b"\x00" * 100)
+    with pytest.raises(LogSchemaError, match=r"00000000000000000002\.json: damaged commit .* restore the file"):
+        Ledger(folder, writers=1, run="test")
+
+
+def test_torn_checkpoints_of_the_table_are_done_without(folder: Path) -> None:
+    LogStore(folder)._checkpoint()
+    (checkpoint,) = folder.glob("_delta_log/*.checkpoint.parquet")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-20])
+    assert len(repair(Location(folder))) == 2  # and the pointer to it
+    assert Ledger(folder, writers=1, run="test").state().round == 2
+    (folder / "_delta_log" / "_last_checkpoint").write_bytes(b"")
+    assert len(repair(Location(folder))) == 1
+    assert not repair(Location(folder))
+
+
+def test_drop_counts_survive_restarts_and_follow_the_watermark(tmp_path: Path) -> None:
+    LogStore.create(tmp_path, metadata())
+    ledger = Ledger(tmp_path, writers=1, run="test")
+    ledger.begin_attempt(0, 1)
+    ledger.commit(DataFile(None, 0, 0, 1, 3, 0, 1, 0, "", dropped={1: 4, 3: 2}))
+    ledger.commit(DataFile(None, 0, 0, 4, 5, 0, 1, 1, "", dropped={5: 8}))
+    assert ledger.state().dropped == 14
+    assert Ledger(tmp_path, writers=1, run="test").state().dropped == 14
+    ledger.begin_attempt(3, 1)  # round 5 is trained again
+    assert ledger.state().dropped == 6
+    assert Ledger(tmp_path, writers=1, run="test").state().dropped == 6
+
+
+def test_the_first_choice_of_top_k_stands(tmp_path: Path) -> None:
+    LogStore.create(tmp_path, metadata(top_k=0))
+    ledger = Ledger(tmp_path, writers=1, run="test")
+    assert ledger.choose_top_k(7) == 7
+    assert ledger.choose_top_k(9) == 7
+    assert Ledger(tmp_path, writers=1, run="test").choose_top_k(9) == 7
+    assert LogStore.create(tmp_path, metadata(top_k=0)).metadata.top_k == 7

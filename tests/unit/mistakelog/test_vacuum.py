@@ -1,0 +1,318 @@
+"""What vacuum removes and what it leaves: removed files, orphans, held versions, foreign files; and the Ledger's upkeep."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.maintain.compaction import compact_log
+from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.maintain.maintenance import Maintenance
+from tc_ray.mistakelog.maintain.vacuum import Vacuum, clean, vacuum_log
+from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
+from tc_ray.mistakelog.read.reader_lease import ReaderLease
+from tc_ray.mistakelog.table.data_file import DataFile
+from tc_ray.mistakelog.table.errors import LogFullError
+from tc_ray.mistakelog.table.lease import LeaseHeldError, RunLease
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LEASE_NUMBER, LogStore
+from tests.unit.mistakelog.test_compaction import ROWS, written
+
+HOUR = 3600.0
+
+
+def age(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def data_files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def removed(done: Vacuum) -> set[str]:
+    return {entry.name for entry in done.removed}
+
+
+def test_removed_files_go_after_the_grace_time(tmp_path: Path) -> None:
+    written(tmp_path)
+    before = data_files(tmp_path)
+    compact_log(tmp_path, 1 << 20)
+    kept = vacuum_log(tmp_path, orphan_seconds=HOUR, grace_seconds=HOUR)
+    assert removed(kept) == set() and {entry.name for entry in kept.waiting} == before
+    assert kept.disk_bytes == sum((tmp_path / name).stat().st_size for name in data_files(tmp_path))
+    tried = vacuum_log(tmp_path, orphan_seconds=HOUR, grace_seconds=0, dry_run=True)
+    assert removed(tried) == before and before < data_files(tmp_path)
+    assert "would be removed" in tried.lines()[0]
+    done = vacuum_log(tmp_path, orphan_seconds=HOUR, grace_seconds=0)
+    assert removed(done) == before
+    assert data_files(tmp_path) == {file.name for file in LogStore(tmp_path).files()}
+    assert len(MistakeLog(tmp_path).records()) == 8 * ROWS
+    assert vacuum_log(tmp_path, orphan_seconds=HOUR, grace_seconds=0).removed == []
+
+
+def test_a_held_version_keeps_its_files(tmp_path: Path) -> None:
+    written(tmp_path)
+    reader = MistakeLog(tmp_path)
+    held = data_files(tmp_path)
+    compact_log(tmp_path, 1 << 20)
+    done = vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)
+    assert done.removed == [] and done.held == [reader.version]
+    assert len(reader.records()) == 8 * ROWS and not reader.bad_files
+    reader.close()
+    assert removed(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)) == held
+
+
+@pytest.mark.parametrize("follow", [True, False], ids=["tail", "log"])
+def test_a_reader_that_is_held_up_before_its_lease_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    written(tmp_path)
+    tail = LogTail(tmp_path) if follow else None
+    move, seen = ReaderLease.move, []
+
+    def held_up(lease: ReaderLease, version: int, onwards: bool = False) -> None:
+        # the reader has looked and stands here for long: meanwhile the log is merged and vacuumed without any grace
+        if not onwards and not seen:
+            monkeypatch.setattr(ReaderLease, "move", move)
+            compact_log(tmp_path, 1 << 20)
+            seen.append(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0))
+        move(lease, version, onwards)
+
+    monkeypatch.setattr(ReaderLease, "move", held_up)
+    if tail is not None:
+        # a commit, so that there is something to look for
+        with RunLease.take(Location(tmp_path), "test") as lease:
+            LogStore(tmp_path).commit(numbers={LEASE_NUMBER: lease.number})
+        update = tail.poll()
+        assert not update.bad and sum(len(records) for _, records in update.new) == 8 * ROWS
+        assert tail.poll().removed == sorted(name for name, _ in update.new)
+        tail.close()
+    else:
+        with MistakeLog(tmp_path) as log:
+            assert len(log.records()) == 8 * ROWS and not log.bad_files
+    (vacuum,) = seen
+    assert (vacuum.removed, vacuum.looking) == ([], 1)
+    assert "about to choose a version" in "\n".join(vacuum.lines())
+    assert removed(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0))
+
+
+def test_readers_that_look_all_the_time_keep_only_what_they_may_find(tmp_path: Path) -> None:
+    written(tmp_path)
+    before = data_files(tmp_path)
+    known = LogStore(tmp_path).version
+    compact_log(tmp_path, 1 << 20)
+    merged = LogStore(tmp_path)
+    (version,) = {fate.left for name, fate in merged.fates().items() if name in before}
+    assert version is not None and known < version <= merged.version
+    looking = ReaderLease(Location(tmp_path), version - 1, onwards=True)
+    done = vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)
+    assert (done.removed, done.held, done.looking) == ([], [], 1), "the version before the merge may be found"
+    looking.move(version, onwards=True)
+    done = vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)
+    assert (removed(done), done.looking) == (before, 1), "from the merge on, no version has them"
+    looking.release()
+
+
+def test_a_version_that_cannot_be_read_keeps_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path)
+    reader = MistakeLog(tmp_path)
+    compact_log(tmp_path, 1 << 20)
+    with RunLease.take(Location(tmp_path), "test"):
+        store = LogStore(tmp_path)
+        store.commits()
+        (tmp_path / "_delta_log" / f"{reader.version:020d}.json").unlink()
+        done = clean(store, orphan_seconds=0, grace_seconds=0, live_attempt=None)
+    assert done.removed == []
+    assert f"version {reader.version} is held by a reader but cannot be read" in caplog.text
+
+
+def test_a_full_disk_is_vacuumed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease needs a few bytes, which are there only when the first files are gone."""
+    written(tmp_path)
+    compact_log(tmp_path, 1 << 20)
+    before, write = data_files(tmp_path), Location.write
+
+    def full(location: Location, name: str, data: bytes) -> None:
+        if data_files(tmp_path) == before:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(location, name, data)
+
+    monkeypatch.setattr(Location, "write", full)
+    with pytest.raises(LogFullError, match=f"no space left at {tmp_path}"):
+        vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=HOUR)
+    assert len(vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0).removed) == 8
+    assert data_files(tmp_path) == {file.name for file in LogStore(tmp_path).files()}
+
+
+def test_a_ledger_frees_space_without_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path)
+    compact_log(tmp_path, 1 << 20)
+    ledger = Ledger(tmp_path, writers=1, run="test", upkeep=upkeep())
+    version = ledger.state().version
+    ledger.tend()
+    assert data_files(tmp_path) == {file.name for file in LogStore(tmp_path).files()}
+    assert ledger.state().version == version, "nothing is merged: that needs space first"
+
+
+def test_orphans_go_by_age_and_name(tmp_path: Path) -> None:
+    written(tmp_path)
+    table = data_files(tmp_path)
+    old = {
+        "rounds-00000009-rank0-a1-000008.parquet",
+        "rounds-00000009-rank0-a1-000009.parquet.tmp",
+        "rounds-00000001-00000008-merged-abc.parquet",
+    }
+    for name in (*old, "rounds-00000010-rank0-a1-000010.parquet", "mine.parquet", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x" * 10)
+    for name in (*old, "mine.parquet", "notes.txt"):
+        age(tmp_path / name, 2 * HOUR)
+    (tmp_path / "_tc_ray").mkdir()
+    for name in ("_tc_ray/x.json.1.writing", "_tc_ray/lease-12345.json", "_delta_log/00000000000000000099.json#1"):
+        (tmp_path / name).write_bytes(b"")
+        age(tmp_path / name, 2 * HOUR)
+    (tmp_path / "_tc_ray/lease-777.json").write_bytes(b"young")
+    done = vacuum_log(tmp_path, orphan_seconds=HOUR, grace_seconds=0)
+    assert removed(done) == old | {
+        "_tc_ray/x.json.1.writing",
+        "_tc_ray/lease-12345.json",
+        "_delta_log/00000000000000000099.json#1",
+    }
+    assert done.foreign == ["mine.parquet"]
+    assert data_files(tmp_path) == table | {
+        "rounds-00000010-rank0-a1-000010.parquet",
+        "mine.parquet",
+        "notes.txt",
+    }
+    assert (tmp_path / "_tc_ray/lease-777.json").exists()
+
+
+def test_what_the_running_attempt_has_not_committed_yet_stays(tmp_path: Path) -> None:
+    """Its writer may have been waiting for space for hours."""
+    written(tmp_path)
+    names = {attempt: f"rounds-00000009-rank0-a{attempt}-000008.parquet" for attempt in (1, 2)}
+    for name in names.values():
+        (tmp_path / name).write_bytes(b"x")
+        age(tmp_path / name, 10 * HOUR)
+    done = clean(LogStore(tmp_path), orphan_seconds=HOUR, grace_seconds=0, live_attempt=2)
+    assert removed(done) == {names[1]}
+
+
+def test_no_vacuum_beside_a_run(tmp_path: Path) -> None:
+    written(tmp_path)
+    with RunLease.take(Location(tmp_path), "run 'test'"):
+        with pytest.raises(LeaseHeldError, match="run 'test'"):
+            vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)
+        assert vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0, dry_run=True).removed == []
+
+
+def upkeep(**changes: object) -> Upkeep:
+    base = {
+        "compact": True,
+        "file_bytes": 1 << 20,
+        "keep_rounds": None,
+        "max_bytes": None,
+        "buffer_rounds": 1,
+        "grace_seconds": 1e-6,
+        "orphan_seconds": HOUR,
+    }
+    return Upkeep(**{**base, **changes})
+
+
+def test_upkeep_merges_retires_and_removes(tmp_path: Path) -> None:
+    written(tmp_path, rounds=20)
+    store = LogStore(tmp_path)
+    now = [0.0]
+    keeper = Maintenance(store, upkeep(keep_rounds=16), clock=lambda: now[0])
+    numbers = {LEASE_NUMBER: 1}
+    done = keeper.maintain(numbers=numbers, safe_round=18, copilot_round=20, attempt=1)
+    assert [file.round_max for file in done.retired] == [1, 2, 3, 4]
+    assert [file.round_max for file in done.merged] == [5, 6], "an eighth of what is kept"
+    assert done.changed and done.vacuum is not None and not done.vacuum.removed
+    assert [(file.round_min, file.round_max) for file in store.files()][:3] == [(5, 6), (7, 7), (8, 8)]
+    again = keeper.maintain(numbers=numbers, safe_round=18, copilot_round=20, attempt=1)
+    assert again.vacuum is None, "vacuum runs no more often than needed"
+    now[0] += 61
+    later = keeper.maintain(numbers=numbers, safe_round=18, copilot_round=20, attempt=1)
+    assert later.vacuum is not None and len(later.vacuum.removed) == 8
+    assert data_files(tmp_path) == {file.name for file in store.files()} | {file.name for file in later.merged}
+    assert len(MistakeLog(tmp_path).records()) == 16 * ROWS
+
+
+def test_upkeep_lists_the_commits_now_and_then_only(tmp_path: Path) -> None:
+    """They stay as long as the table does, so that the list grows without end."""
+    written(tmp_path)
+    now = [0.0]
+    keeper = Maintenance(LogStore(tmp_path), upkeep(compact=False), clock=lambda: now[0])
+    staged = tmp_path / "_delta_log/00000000000000000099.json#1"
+    seen = []
+    for seconds in (0, 61, HOUR + 1, 61):
+        staged.write_bytes(b"")
+        age(staged, 2 * HOUR)
+        now[0] += seconds
+        done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=8, copilot_round=8, attempt=1)
+        assert done.vacuum is not None
+        seen.append(not staged.exists())
+    assert seen == [True, False, True, False]
+
+
+def test_upkeep_says_once_why_a_limit_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path)
+    now = [0.0]
+    keeper = Maintenance(LogStore(tmp_path), upkeep(max_bytes=1, compact=False), clock=lambda: now[0])
+    for _ in range(3):
+        keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=8, copilot_round=0, attempt=1)
+    assert caplog.text.count("the Copilot, at round 0, has still to read rounds 1 to 1") == 1
+    now[0] += 601
+    keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=8, copilot_round=0, attempt=1)
+    assert caplog.text.count("has still to read") == 2
+    assert len(MistakeLog(tmp_path).records()) == 8 * ROWS
+
+
+def test_upkeep_passes_over_a_damaged_file(tmp_path: Path) -> None:
+    written(tmp_path, rounds=20)
+    store = LogStore(tmp_path)
+    victim = store.files()[0]
+    (tmp_path / victim.name).write_bytes(b"PAR1")
+    keeper = Maintenance(store, upkeep())
+    done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=20, copilot_round=20, attempt=1)
+    assert [error.name for error in done.bad] == [victim.name] and done.merge is None
+    done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=20, copilot_round=20, attempt=1)
+    assert done.merge is not None and len(done.merged) == 19
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_upkeep_that_fails_costs_the_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    written(tmp_path, rounds=20)
+    store = LogStore(tmp_path)
+    keeper = Maintenance(store, upkeep())
+
+    def refuse(location: Location, name: str, new: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tc_ray.mistakelog.table.location.Location.rename", refuse)
+    before = store.version
+    done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=20, copilot_round=20, attempt=1)
+    assert (done.merge, store.version, not list(tmp_path.glob("*.tmp"))) == (None, before, True)
+    assert f"upkeep is put off: [Errno {number}]" in caplog.text
+    monkeypatch.undo()
+    assert keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=20, copilot_round=20, attempt=1).merge is not None
+
+
+def test_upkeep_in_the_ledger(tmp_path: Path) -> None:
+    """Its counts go with it, and only rounds before the checkpoint are merged."""
+    written(tmp_path, rounds=20)
+    ledger = Ledger(tmp_path, writers=1, run="test", upkeep=upkeep(keep_rounds=16))
+    ledger.begin_attempt(20, 1)
+    ledger.report_copilot(20, 20)
+    ledger.commit(DataFile(None, 0, 0, 21, 21, 0, 2, 0, ""))
+    state = ledger.state()
+    assert (state.files, state.rows, state.round) == (15, 16 * ROWS, 21)
+    assert [(f.round_min, f.round_max) for f in LogStore(tmp_path).files()][:3] == [(5, 6), (7, 7), (8, 8)]

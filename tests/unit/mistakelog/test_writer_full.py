@@ -1,0 +1,376 @@
+"""RecordWriter while the log cannot be written: three policies, exact counts, and recovery by itself.
+
+Failures are put in where they come from: at the file's `write`, or in the answer of the Ledger. A real full disk is in
+tests/faults/test_disk_full.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.maintain.maintenance import Maintenance
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.table.commits import dropped_records
+from tc_ray.mistakelog.table.data_file import DataFile
+from tc_ray.mistakelog.table.errors import LogFullError, WriterError
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.output import LocalOutput
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.queue import Batch, Cut, RoundQueue
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tests.support.mistakelog_samples import assert_same, metadata, random_records
+
+ROWS = 3
+
+
+class Disk:
+    """The disk of a location, full or not as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full = False
+        self.refused = 0
+        disk = self
+
+        class Output(LocalOutput):
+            """Arrow writes through here."""
+
+            def __init__(self, path: Path) -> None:
+                super().__init__(path)
+                self.file, self.closed = self.sink, False
+                self.tell = self.file.tell
+                self.sink = pa.PythonFile(self, "w")
+
+            def write(self, data: Any) -> int:
+                disk.check()
+                return int(self.file.write(data))
+
+            def flush(self) -> None:
+                self.file.flush()
+
+            def close(self) -> None:
+                self.file.close()
+                self.closed = True
+
+        def write(location: Location, name: str, data: bytes) -> None:
+            disk.check()
+            assert location.local is not None
+            (location.local / name).parent.mkdir(parents=True, exist_ok=True)
+            (location.local / name).write_bytes(data)
+
+        monkeypatch.setattr("tc_ray.mistakelog.table.output.LocalOutput", Output)
+        monkeypatch.setattr(Location, "write", write)
+
+    def check(self) -> None:
+        if self.full:
+            self.refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    monkeypatch.setattr("tc_ray.mistakelog.write.writer.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("tc_ray.mistakelog.write.writer.LAST_PAUSE_SECONDS", 0.05)
+    return Disk(monkeypatch)
+
+
+class Pilot:
+    """Puts rounds and remembers them."""
+
+    def __init__(self, folder: Path, submit: Any = None, **changes: Any) -> None:
+        LogStore.create(folder, metadata())
+        self.folder = folder
+        self.ledger = Ledger(folder, writers=1, run="test")
+        attempt = self.ledger.begin_attempt(0, 1)
+        options = {"flush_rounds": 1, "file_bytes": 2**30, "queue_rounds": 2, **changes}
+        self.writer = RecordWriter(folder, submit or self.ledger.commit, run="test", rank=0, attempt=attempt, **options)
+        self.round = 0
+        self.put: list[Records] = []
+        self.dropped: dict[int, int] = {}
+
+    def train(self, batches: int = 1) -> list[bool]:
+        self.round += 1
+        taken = []
+        for at in range(batches):
+            records = random_records(ROWS, round=self.round, first_sample=100 * self.round + 10 * at)
+            taken.append(self.writer.put(records, self.round))
+            self.put.append(records)
+        self.writer.end_round(self.round)
+        return taken
+
+    def logged_drops(self) -> dict[int, int]:
+        """By round, as the table's commits tell."""
+        return dropped_records(LogStore(self.folder).commits()).get(0, {})
+
+
+def until(condition: Any, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def data_files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def test_block_waits_and_loses_nothing(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tc_ray.mistakelog.table.retry")
+    pilot = Pilot(tmp_path)
+    pilot.train()
+    assert pilot.writer.flush(1)
+    disk.full = True
+    pilot.train()
+    until(lambda: disk.refused >= 4)
+    committed = {file.name for file in MistakeLog(tmp_path).files}
+    # between two tries: an unfinished file holds no space
+    until(lambda: data_files(tmp_path) == committed)
+    pilot.train(2)  # fills the queue
+    threading.Timer(0.3, lambda: setattr(disk, "full", False)).start()
+    pilot.train()  # waits for it
+    assert pilot.writer.stats()["blocked_seconds"] > 0.1
+    assert pilot.writer.flush(4)
+    pilot.writer.close()
+    assert_same(MistakeLog(tmp_path).records(), Records.concat(pilot.put))
+    stats = pilot.writer.stats()
+    assert (stats["dropped_records"], pilot.logged_drops()) == (0, {})
+    assert 0.2 < stats["full_seconds"] < 10
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == 2, texts
+    assert "cannot be written ([Errno 28] No space left on device); the Pilot waits" in texts[0]
+    assert "can be written again after" in texts[1] and "0 records were dropped" in texts[1]
+
+
+def test_block_keeps_what_was_written_before_the_disk_was_full(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row groups of the file are on the disk already when it fails: they are written again from memory."""
+    monkeypatch.setattr("tc_ray.mistakelog.table.data_file._ROW_GROUP_BYTES", 1)
+    pilot = Pilot(tmp_path, flush_rounds=100, queue_rounds=8)
+    for _ in range(3):
+        pilot.train()
+    until(lambda: list(tmp_path.glob("*.tmp")))
+    disk.full = True
+    pilot.train()
+    until(lambda: disk.refused >= 3)
+    until(lambda: not list(tmp_path.glob("*.tmp")))  # each try begins a file and takes it away again
+    disk.full = False
+    assert pilot.writer.flush(4)
+    pilot.writer.close()
+    assert_same(MistakeLog(tmp_path).records(), Records.concat(pilot.put))
+    assert len(MistakeLog(tmp_path).files) == 1
+
+
+def test_subsample_drops_what_finds_the_queue_full(tmp_path: Path, disk: Disk) -> None:
+    pilot = Pilot(tmp_path, full_policy="subsample")
+    disk.full = True
+    started = time.monotonic()
+    pilot.train()  # the thread takes it and fails
+    until(lambda: pilot.writer._outage.open)  # a moment after the disk has refused
+    taken = [pilot.train(2) for _ in range(200)]
+    assert not pilot.writer.flush(200, timeout=30)
+    assert not pilot.writer.flush(201)
+    assert time.monotonic() - started < 5, "the Pilot waited"
+    assert taken[0] == [True, True] and not any(any(pair) for pair in taken[1:])
+    assert len(pilot.writer._queue._entries) <= 6, "the queue grows while the log cannot be written"
+    dropped = {round: 2 * ROWS for round in range(3, 202)}
+    assert pilot.writer.stats()["dropped_records"] == sum(dropped.values())
+    disk.full = False
+    until(lambda: pilot.writer.flush(201))
+    assert pilot.train() == [True]
+    pilot.writer.close()
+    kept = [records for records in pilot.put if int(records.round[0]) not in dropped]
+    assert_same(MistakeLog(tmp_path).records(), Records.concat(kept))
+    assert pilot.logged_drops() == dropped
+    assert pilot.ledger.state().round == 202
+
+
+def test_stop_throws_away_and_goes_on_by_itself(tmp_path: Path, disk: Disk) -> None:
+    pilot = Pilot(tmp_path, full_policy="stop", flush_rounds=2, queue_rounds=4)
+    pilot.train()
+    pilot.train()
+    assert pilot.writer.flush(2)
+    pilot.train()  # in the part when the disk is found full
+    disk.full = True
+    pilot.train()
+    until(lambda: disk.refused)
+    until(lambda: pilot.writer.stats()["dropped_records"] == 2 * ROWS)
+    assert pilot.train(3) == [False] * 3
+    assert not pilot.writer.flush(5)
+    assert data_files(tmp_path) == {file.name for file in MistakeLog(tmp_path).files}
+    disk.full = False
+    until(lambda: pilot.train() == [True])
+    resumed = pilot.round
+    assert pilot.writer.flush(resumed)
+    pilot.writer.close()
+    kept = [records for records in pilot.put if int(records.round[0]) in (1, 2, resumed)]
+    assert_same(MistakeLog(tmp_path).records(), Records.concat(kept))
+    drops = pilot.logged_drops()
+    assert drops == {3: 3, 4: 3, 5: 9, **{round: 3 for round in range(6, resumed)}}
+    assert pilot.writer.stats()["dropped_records"] == sum(drops.values())
+    assert len(MistakeLog(tmp_path).records()) + sum(drops.values()) == sum(len(records) for records in pilot.put)
+
+
+class FullLedger:
+    """A Ledger whose commits fail for want of space, before or after they are made."""
+
+    def __init__(self) -> None:
+        self.ledger: Ledger | None = None
+        self.full: str | None = None
+        self.refused = 0
+
+    def commit(self, file: DataFile) -> int:
+        assert self.ledger is not None
+        if self.full == "before":
+            self.refused += 1
+            raise LogFullError("no space left at here")
+        version = self.ledger.commit(file)
+        if self.full == "after":
+            self.refused += 1
+            raise LogFullError("no space left at here")
+        return version
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("policy", ["block", "subsample", "stop"])
+def test_a_commit_without_space_is_repeated(tmp_path: Path, disk: Disk, policy: Any, when: str) -> None:
+    """The answer does not tell whether the commit was made: the file must stay, whatever the policy."""
+    full = FullLedger()
+    pilot = Pilot(tmp_path, full.commit, full_policy=policy, queue_rounds=1)
+    full.ledger = pilot.ledger
+    pilot.train()
+    assert pilot.writer.flush(1)
+    full.full = when
+    pilot.train()
+    until(lambda: full.refused >= 2)
+    taken = pilot.train()
+    assert taken == [policy != "stop"]
+    if policy != "block":
+        assert not pilot.writer.flush(3)
+    full.full = None
+    until(lambda: pilot.writer.flush(3, timeout=0.1))
+    pilot.train()
+    pilot.writer.close()
+    lost = {3: ROWS} if policy == "stop" else {}
+    kept = [records for records in pilot.put if int(records.round[0]) not in lost]
+    assert_same(MistakeLog(tmp_path).records(), Records.concat(kept))
+    assert pilot.logged_drops() == lost
+
+
+def test_drops_are_counted_where_a_whole_file_has_no_rows(tmp_path: Path, disk: Disk) -> None:
+    pilot = Pilot(tmp_path, full_policy="stop", flush_rounds=100)
+    disk.full = True
+    pilot.train()
+    assert not pilot.writer.flush(1)
+    pilot.train()
+    assert len(MistakeLog(tmp_path).files) == 0
+    disk.full = False
+    until(lambda: pilot.writer.flush(2))
+    assert pilot.logged_drops() == {1: ROWS, 2: ROWS}
+    assert (pilot.ledger.state().round, pilot.ledger.state().files, pilot.ledger.state().dropped) == (2, 0, 2 * ROWS)
+    pilot.writer.close()
+
+
+def test_close_waits_no_longer_than_it_is_told(tmp_path: Path, disk: Disk) -> None:
+    pilot = Pilot(tmp_path)
+    disk.full = True
+    pilot.train()
+    with pytest.raises(WriterError, match=r"rounds 1 to 1 could not be written within 0\.2 s"):
+        pilot.writer.close(timeout=0.2)
+    pilot.writer._thread.join(5)
+    assert not pilot.writer._thread.is_alive()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_flush_has_a_time_limit(tmp_path: Path, disk: Disk) -> None:
+    pilot = Pilot(tmp_path)
+    disk.full = True
+    pilot.train()
+    started = time.monotonic()
+    assert not pilot.writer.flush(1, timeout=0.2)
+    assert 0.15 < time.monotonic() - started < 2
+    disk.full = False
+    assert pilot.writer.flush(1)
+    pilot.writer.close()
+
+
+class OnItsWay:
+    """Records still on a device."""
+
+    def __init__(self, records: Records, round: int) -> None:
+        self.records, self.round, self.count = records, round, len(records)
+        self.ready = threading.Event()
+
+    def resolve(self) -> Records:
+        assert self.ready.wait(10)
+        return self.records
+
+
+def test_records_that_are_still_on_a_device(tmp_path: Path) -> None:
+    pilot = Pilot(tmp_path)
+    records = random_records(ROWS, round=1, first_sample=100)
+    pending = OnItsWay(records, 1)
+    assert pilot.writer.put(pending, 1)
+    pilot.writer.end_round(1)
+    assert not pilot.writer.flush(1, timeout=0.1)
+    pending.ready.set()
+    assert pilot.writer.flush(1)
+    assert_same(MistakeLog(tmp_path).records(), records)
+    with pytest.raises(ValueError, match="records of round 3, put as round 2"):
+        pilot.writer.put(OnItsWay(records, 3), 2)
+    foreign = OnItsWay(random_records(ROWS, round=2, rank=5), 2)
+    foreign.ready.set()
+    pilot.writer.put(foreign, 2)
+    pilot.writer.end_round(2)
+    with pytest.raises(WriterError, match="rank 0"):
+        pilot.writer.flush(2)
+
+
+def test_the_queue_counts_every_record() -> None:
+    queue = RoundQueue()
+    records = random_records(ROWS)
+    for round in (1, 2):
+        queue.push(Batch(round, ROWS, records))
+        queue.end_round(Cut(round, force=round == 1), merge=True)
+    queue.end_round(Cut(3, force=False), merge=True)
+    assert (queue.depth, queue.dropped) == (2, 0)
+    assert queue.pop() == Batch(1, ROWS, records)
+    queue.drop_waiting()
+    assert (queue.depth, queue.dropped) == (0, ROWS)
+    assert queue.pop() == Cut(3, force=True)
+    assert queue.pop() is None and not queue
+    queue.drop(5, 2)
+    assert queue.take_drops(4) == {2: ROWS}
+    assert queue.take_drops(4) == {}
+    assert queue.take_drops(5) == {5: 2}
+
+
+def test_a_merge_that_finds_the_disk_full_is_put_off(
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the first byte: not even the file's header can be written."""
+    pilot = Pilot(tmp_path)
+    for _ in range(12):
+        pilot.train()
+    assert pilot.writer.flush(12)
+    pilot.writer.close()
+    store = LogStore(tmp_path)
+    limits = Upkeep(True, 1 << 20, None, None, 1, 600, 3600)
+    keeper = Maintenance(store, limits)
+    disk.full = True
+    done = keeper.maintain(numbers={"x": 1}, safe_round=12, copilot_round=12, attempt=1)
+    assert done.merge is None and not list(tmp_path.glob("*.tmp"))
+    assert "upkeep is put off: [Errno 28]" in caplog.text
+    disk.full = False
+    assert keeper.maintain(numbers={"x": 1}, safe_round=12, copilot_round=12, attempt=1).merge is not None
+    assert_same(MistakeLog(tmp_path).records(), Records.concat(pilot.put))

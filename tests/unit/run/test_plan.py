@@ -1,0 +1,329 @@
+"""The plan against the real thing: a log that is really written, rows that are really cut, and nothing started."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tc_ray.config.load import load_config, save_config
+from tc_ray.config.schema import RunConfig
+from tc_ray.data.source.errors import DataError
+from tc_ray.models.families import UnknownFamilyError
+from tc_ray.models.hub import ModelSourceError
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.run.plan.data_estimate import estimate
+from tc_ray.run.plan.plan import make_plan
+from tc_ray.run.refusals import JobError
+from tests.support.family_samples import folder_of
+from tests.support.tiny_families import ENCODER_DECODER
+from tests.support.tiny_model import make_tiny_llama
+
+ROOT = Path(__file__).resolve().parents[3]
+ROWS, BATCH = 96, 8
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "train.jsonl"
+    rows = [
+        {"prompt": f"What is {i} + {i * i}?" + " please" * (i % 5), "completion": f"It is {i + i * i}"}
+        for i in range(ROWS)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def config_of(tiny: Path, train: str, folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    values: dict[str, Any] = {
+        "run": {"name": "plan", "folder": folder},
+        "model": {"pilot": str(tiny)},
+        "data": {"train": train, "validation_size": 0.125, "test_size": 8, "cutoff_tokens": 200},
+        "pilot": {"batch_size": BATCH, "micro_batch_size": 4, "method": "full", "dtype": "fp32"},
+        "copilot": {"layers": [1, 3]},
+        "log": {"top_k": 16},
+    }
+    for name, fields in sections.items():
+        values[name] = values.get(name, {}) | fields
+    return RunConfig.model_validate(values)
+
+
+def test_heads_of_encoder_decoders_are_counted_as_they_are_saved(data: Path, tmp_path: Path) -> None:
+    """mT5 and FLAN-T5 have heads of their own, of which neither config speaks once it was read."""
+    model = load_pilot(folder_of("mt5"), dtype=torch.float32)
+    tied = sum(p.numel() for p in model.parameters())
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path / "own")
+    AutoTokenizer.from_pretrained(folder_of("mt5")).save_pretrained(tmp_path / "own")
+    bare = tmp_path / "bare"
+    shutil.copytree(tmp_path / "own", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    published = json.loads((bare / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (bare / "config.json").write_text(json.dumps(published))
+    found = []
+    for folder in (folder_of("mt5"), tmp_path / "own", bare):
+        log = {"positions": "target"}
+        sizes = make_plan(config_of(folder, str(data), tmp_path / "run", log=log, copilot={"layers": None})).sizes
+        assert sizes is not None
+        found.append(sizes.pilot - tied)
+    assert found == [0, 258 * 32, 258 * 32]
+    assert sum(p.numel() for p in load_pilot(tmp_path / "own", dtype=torch.float32).parameters()) == tied + 258 * 32
+
+
+def write_prepared(config: RunConfig, input_ids: list[list[int]], target_start: list[int]) -> None:
+    """The run folder of a run of `config` after its data phase, as far as a plan reads it."""
+    folder = config.run.path / "data"
+    folder.mkdir(parents=True)
+    columns = {
+        "sample_id": pa.array(range(len(input_ids)), pa.int64()),
+        "input_ids": pa.array(input_ids, pa.list_(pa.int32())),
+        "target_start": pa.array(target_start, pa.int32()),
+    }
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    (folder / "data.json").write_text("{}")
+    save_config(config, config.run.path / "config.yaml")
+
+
+def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
+    plan = make_plan(config_of(tiny, str(data), tmp_path / "run", pilot={"epochs": 3}))
+    assert plan.data is not None and plan.sizes is not None
+    assert plan.data.rows == ROWS - 12 - 8
+    assert plan.data.sampled == ROWS
+    assert plan.rounds == 3 * 76 // BATCH
+    assert plan.copilot_steps == 3 * plan.rounds
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert plan.sizes.pilot == plan.sizes.pilot_trainable == sum(p.numel() for p in model.parameters())
+    text = str(plan)
+    for words in (
+        "76 training rows",
+        f"{BATCH} examples a round = 1 worker(s) x 4 x 2 accumulation",
+        "layers 1, 3 of",
+        "free disk",
+    ):
+        assert words in text
+    assert json.loads(json.dumps(plan.to_dict()))["rounds"] == plan.rounds
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "base", "copilot"),
+    [
+        ("llama", "pilot", {"layers": [1, 3]}),
+        ("llama", "narrow", {"output_tokens": "all", "pattern": "late"}),
+        ("gemma3", "narrow", {"layers": [0, 2], "producing_state": False}),
+        ("t5", "pilot", {"layers": [0, 2]}),
+        ("flan_t5", "narrow", {"output_tokens": "all"}),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_sizes_are_those_of_the_models_that_are_trained(
+    data: Path, tmp_path: Path, family: str, base: str, copilot: dict[str, Any], method: str
+) -> None:
+    from tc_ray.copilot.learner import Learner
+    from tc_ray.copilot.worker import build_copilot, output_ids_of
+    from tc_ray.models.pilot.load import add_adapters
+
+    decoder_only = family not in ENCODER_DECODER
+    pilot_folder, base_folder = folder_of(family), folder_of(family, base)
+    config = config_of(
+        pilot_folder,
+        str(data),
+        tmp_path / "run",
+        model={"copilot": str(base_folder)},
+        pilot={"method": method, "lora": {"rank": 2, "first_layer": 2 if decoder_only else 0}},
+        copilot={"layers": None, "method": method, "lora": {"rank": 2}} | copilot,
+        log={"positions": "all" if decoder_only else "target"},
+    )
+    write_prepared(config, [[1, 2, 3] * 5, [4] * 7 + [9] * 8], [12, 7])
+    sizes = make_plan(config).sizes
+    assert sizes is not None and sizes.encoder_decoder is not decoder_only
+    pilot = add_adapters(load_pilot(pilot_folder, dtype=torch.float32), config.pilot)
+    assert sizes.pilot_trainable == sum(p.numel() for p in pilot.parameters() if p.requires_grad)
+    assert sizes.pilot == sum(p.numel() for name, p in pilot.named_parameters() if "lora_" not in name)
+    built = build_copilot(config, pilot_folder, base_folder, output_ids_of(config))
+    assert sizes.copilot == sum(p.numel() for p in built.parameters())
+    assert (sizes.copilot_layers, sizes.copilot_hidden_size) == (len(built.layers), 32 if base == "pilot" else 24)
+    learner = Learner(built, config.copilot, total_steps=1)
+    assert sizes.copilot_trainable == sum(p.numel() for p in learner.parameters.values())
+
+
+def test_the_sample_obeys_pattern_cutoff_and_bad_rows(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = {"prompt": "p", "completion": "x = 1+1\nThe answer is 2"}
+    lines = [json.dumps(good)] * 60 + ["{broken"] * 20 + [json.dumps({"prompt": "long " * 99, "completion": "y"})] * 20
+    file.write_text("\n".join(lines))
+    section = config_of(tiny, str(file), tmp_path / "run").data
+    section.completion_pattern = r"x = [^\n]*"
+    section.cutoff_tokens = 64
+    found = estimate(section, AutoTokenizer.from_pretrained(tiny), sample_rows=100, seed=0)
+    assert found is not None
+    assert found.rows == 60 - 8 - 8
+    assert found.sampled == 60
+    assert found.mean_target_tokens == len("x = 1+1") + 1
+    assert found.target_ids == len(set("x = 1+1")) + 1
+
+
+def test_a_sample_of_many_rows_is_near_the_whole(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sorted.jsonl"  # sorted by length: the first rows would mislead
+    file.write_text("".join(json.dumps({"prompt": "a" * (1 + i // 20), "completion": "b"}) + "\n" for i in range(2000)))
+    section = config_of(tiny, str(file), tmp_path / "run").data
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    whole = estimate(section, tokenizer, sample_rows=10**6, seed=0)
+    part = estimate(section, tokenizer, sample_rows=400, seed=0)
+    assert whole is not None and part is not None
+    assert part.sampled == 400 and part.rows == whole.rows
+    assert part.mean_tokens == pytest.approx(whole.mean_tokens, rel=0.1)
+
+
+def test_embedded_data_and_fallback(tiny: Path, tmp_path: Path) -> None:
+    embedded = {"embedded_rows": 1000, "validation_size": 100, "test_size": 100}
+    plan = make_plan(config_of(tiny, "embedded", tmp_path / "run", data=embedded))
+    assert plan.data is not None and plan.data.rows == 800 and "the embedded data set" in str(plan)
+    absent = make_plan(
+        config_of(tiny, str(tmp_path / "no.jsonl"), tmp_path / "run", data=embedded | {"fallback": "embedded"})
+    )
+    assert absent.data == plan.data
+    unknown = make_plan(config_of(tiny, str(tmp_path / "no.jsonl"), tmp_path / "run"))
+    assert unknown.data is None and unknown.log_bytes is None
+    assert "no usable rows at data.train" in str(unknown) and "unknown training rows" in str(unknown)
+
+
+def test_what_is_prepared_is_counted_not_estimated(tiny: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(tiny, str(data), tmp_path / "run")
+    write_prepared(config, [[1, 2, 3], [4] * 5], [1, 2])
+    found = make_plan(config).data
+    assert (
+        found is not None and found.exact and (found.rows, found.mean_tokens, found.mean_target_tokens) == (2, 4.0, 2.5)
+    )
+    assert "2 training rows cannot fill a round" in str(make_plan(config))
+    config.data.cutoff_tokens = 100  # other settings: what was prepared does not count
+    found = make_plan(config).data
+    assert found is not None and not found.exact
+
+
+def test_what_no_run_could_start_with_is_refused(tiny: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError, match="does not exist"):
+        make_plan(config_of(tmp_path / "nowhere", str(data), tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"copilot.layers \[4\] are not layers"):
+        make_plan(config_of(tiny, str(data), tmp_path / "run", copilot={"layers": [3, 4]}))
+    with pytest.raises(DataError, match="unknown kind of file"):
+        make_plan(config_of(tiny, str(tiny / "model.safetensors"), tmp_path / "run"))
+    with pytest.raises(ValueError, match="has none that attends to the Pilot under pattern 'alternate'"):
+        make_plan(config_of(tiny, str(data), tmp_path / "run", copilot={"layers": [3]}))
+    with pytest.raises(ValueError, match=r"is encoder-decoder, the Pilot is decoder-only: .*\(model.copilot\)"):
+        make_plan(config_of(tiny, str(data), tmp_path / "run", model={"copilot": str(folder_of("t5"))}))
+    with pytest.raises(JobError, match=r"states of target positions only; set log.positions=target"):
+        make_plan(config_of(folder_of("t5"), str(data), tmp_path / "run"))
+    (tmp_path / "opt").mkdir()
+    (tmp_path / "opt" / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(UnknownFamilyError, match="'opt' has no adapter"):
+        make_plan(config_of(tmp_path / "opt", str(data), tmp_path / "run"))
+
+
+def test_a_log_that_does_not_fit_is_told(tiny: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(tiny, str(data), tmp_path / "run", pilot={"epochs": 10**9})
+    assert "does not fit on the disk" in str(make_plan(config))
+
+
+def test_plain_fine_tuning_has_no_log(tiny: Path, data: Path, tmp_path: Path) -> None:
+    plan = make_plan(config_of(tiny, str(data), tmp_path / "run", log={"enabled": False}))
+    assert plan.log_bytes is None and plan.copilot_steps is None
+    assert "none: log.enabled is false" in str(plan) and "asks for 1 CPUs" in str(plan)
+
+
+def test_builtin_model_is_not_fetched_for_a_plan(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"run": {"folder": tmp_path / "run"}, "model": {"cache": tmp_path / "cache"}})
+    plan = make_plan(config)
+    assert plan.sizes is None and "the first run fetches it" in str(plan)
+    assert not (tmp_path / "cache").exists()
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`tc-ray` in a process of its own that tells at its end whether it imported Ray."""
+    code = "import atexit, sys; atexit.register(lambda: print('ray' in sys.modules)); from tc_ray.cli.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def test_command_prints_the_plan_and_starts_nothing(tiny: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = command(
+        "train", "jobs/recipes/smollm2-svamp.yaml", f"model.pilot={tiny}", f"data.train={data}", "copilot.layers=[1, 3]",
+        f"run.folder={folder}", "pilot.lora.first_layer=0", "data.completion_pattern=null", "pilot.learning_rate=1e-4", "--plan",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rounds" in done.stdout and "free disk" in done.stdout and "unknown" not in done.stdout
+    assert done.stdout.splitlines()[-1] == "False", "a plan needs no Ray"
+    assert not folder.exists()
+
+
+def test_unknown_hub_id_gives_a_plan_with_unknowns_and_is_refused(tmp_path: Path) -> None:
+    """Fault 22: the plan of a run that would refuse ends with exit code 2 and the reason."""
+    done = command(
+        "train",
+        "jobs/recipes/demo.yaml",
+        "model.pilot=nobody/no-such-model",
+        f"run.folder={tmp_path}",
+        "--plan",
+        HF_HUB_OFFLINE="1",
+    )
+    assert done.returncode == 2, done.stderr
+    assert "tc-ray: the run would refuse: the config of nobody/no-such-model cannot be read here" in done.stderr
+    assert "unknown parameters" in done.stdout and "sizes unknown" in done.stdout
+    assert "16 examples a round" in done.stdout
+
+
+def test_a_base_that_cannot_be_read_leaves_the_rest_known(tiny: Path, data: Path, tmp_path: Path) -> None:
+    plan = make_plan(config_of(tiny, str(data), tmp_path / "run", model={"copilot": "nobody/no-such-model"}))
+    assert plan.sizes is not None and plan.sizes.pilot and plan.sizes.copilot is None
+    assert plan.log_bytes and plan.rounds
+    assert "the config of nobody/no-such-model" in plan.refusals[0] and "layers and width unknown" in str(plan)
+
+
+def test_what_the_plan_tells_of_the_copilot(data: Path, tmp_path: Path) -> None:
+    base = {"model": {"copilot": str(folder_of("llama", "narrow"))}, "log": {"pooling": "max"}}
+    copilot = {"layers": None, "pattern": "early", "loss": "kl"}
+    told = str(make_plan(config_of(folder_of("llama"), str(data), tmp_path / "run", **base, copilot=copilot)))
+    for words in (
+        "every layer of",
+        "3 layers, width 24 (Pilot 32)",
+        "by pattern early",
+        "loss kl;",
+        "states: max over",
+    ):
+        assert words in told
+    log = {"log": {"positions": "target"}, "copilot": {"layers": None, "loss_form": "gram"}}
+    told = str(make_plan(config_of(folder_of("t5"), str(data), tmp_path / "run", **log)))
+    for words in ("3 layers, width 32", "to earlier rows and to the Pilot", "rmse (gram form)", "the encoder's output"):
+        assert words in told
+
+
+def test_every_recipe_has_a_plan(tiny: Path) -> None:
+    for recipe in sorted((ROOT / "jobs" / "recipes").glob("*.yaml")):
+        named = load_config(recipe).model.pilot
+        overrides = ["model.copilot=null", "copilot.layers=null", "pilot.lora.first_layer=0", "data.cutoff_tokens=900"]
+        if not Path(named).is_dir():
+            overrides.append(f"model.pilot={folder_of('flan_t5') if 't5' in named else tiny}")
+        plan = make_plan(load_config(recipe, overrides))
+        assert plan.rounds and plan.log_bytes, recipe.name

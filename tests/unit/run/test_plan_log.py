@@ -1,0 +1,154 @@
+"""The plan's bytes of the log against a log that is really written, for what `log` can keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.data.encode.encode import encode_record
+from tc_ray.data.prepared.batches import collate
+from tc_ray.data.source.records import iter_records
+from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.table.store import LogStore
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.pilot.engine import pilot_step
+from tc_ray.pilot.log_metadata import log_metadata
+from tc_ray.pilot.recording import chosen_rows, to_records
+from tc_ray.run.plan.plan import make_plan
+from tc_ray.run.refusals import JobError
+from tests.support.family_samples import folder_of
+from tests.support.tiny_families import ENCODER_DECODER
+
+ROWS, BATCH, MICRO = 96, 8, 4
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "train.jsonl"
+    rows = [
+        {"prompt": f"What is {i} + {i * i}?" + " please" * (i % 5), "completion": f"It is {i + i * i}"}
+        for i in range(ROWS)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def config_of(family: str, data: Path, folder: Path, **log: Any) -> RunConfig:
+    positions = "target" if family in ENCODER_DECODER else "all"
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "plan", "folder": folder},
+            "model": {"pilot": str(folder_of(family))},
+            "data": {"train": str(data), "validation_size": 0.125, "test_size": 8, "cutoff_tokens": 200},
+            "pilot": {"batch_size": BATCH, "micro_batch_size": MICRO, "method": "full", "dtype": "fp32"},
+            "copilot": {"layers": [0, 2]},
+            "log": {"top_k": 16, "positions": positions} | log,
+        }
+    )
+
+
+def written(config: RunConfig, data: Path, family: str) -> tuple[float, int]:
+    """Bytes a round of a log of all rows, and its files."""
+    encoder_decoder = family in ENCODER_DECODER
+    model = load_pilot(folder_of(family), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder_of(family))
+    rows = [
+        encode_record(record, config.data, tokenizer, 0, False, encoder_decoder=encoder_decoder)
+        for record in iter_records(data)
+    ]
+    step = pilot_step(model, config).eval()
+    store = LogStore.create(config.log_location, log_metadata(config, model.config, tokenizer))
+    ledger = Ledger(store.location, writers=1, run="plan")
+    writer = RecordWriter(
+        store.location,
+        ledger.commit,
+        run="plan",
+        rank=0,
+        attempt=ledger.begin_attempt(0, 1),
+        flush_rounds=config.log.flush_rounds,
+        file_bytes=config.log.file_bytes,
+        queue_rounds=4,
+    )
+    rounds = ROWS // BATCH
+    for number in range(1, rounds + 1):
+        for at in range((number - 1) * BATCH, number * BATCH, MICRO):
+            batch = collate([{**rows[i], "sample_id": i} for i in range(at, at + MICRO)], 0)
+            fields = {n: batch[n] for n in ("input_ids", "lengths", "target_start", "sample_id")}
+            tensors = [torch.from_numpy(fields[n]) for n in ("input_ids", "lengths", "target_start")]
+            record = step.measure(*tensors).record
+            assert record is not None
+            records = to_records(
+                record,
+                **fields,
+                seen=np.zeros(MICRO, np.int16),
+                round_number=number,
+                rank=0,
+                attempt=1,
+                positions=config.log.positions,
+                rows=chosen_rows(record, batch, config.log, seed=17, round_number=number),
+                dense=step.dense,
+            )
+            writer.put(records, number)
+        writer.end_round(number)
+    writer.close()
+    state = ledger.state()
+    assert state.round == rounds
+    return state.bytes / rounds, state.files
+
+
+@pytest.mark.parametrize(
+    ("family", "log"),
+    [
+        ("llama", {"flush_rounds": 4}),
+        ("llama", {"flush_rounds": 1, "positions": "target"}),
+        ("llama", {"top_k": 1000}),
+        ("flan_t5", {}),
+        ("llama", {"rationale": "all"}),
+        ("llama", {"rationale": [0, 3], "positions": "target"}),
+        ("flan_t5", {"rationale": "all"}),
+        ("llama", {"error": "dense"}),
+        ("flan_t5", {"error": "dense", "top_k": "auto"}),
+        ("llama", {"sampling": "fraction", "sampling_fraction": 0.5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "pooled",
+)
+def test_predicted_log_bytes_are_what_is_written(data: Path, tmp_path: Path, family: str, log: dict[str, Any]) -> None:
+    config = config_of(family, data, tmp_path / "run", **log)
+    predicted = make_plan(config).log_bytes_per_round
+    found, files = written(config, data, family)
+    assert files == ROWS // BATCH // config.log.flush_rounds
+    # which records a fraction of 96 takes is chance: 48, give or take 5
+    assert predicted == pytest.approx(found, rel=0.25 if "sampling" in log else 0.1)
+
+
+def test_what_cannot_be_known_is_said(data: Path, tmp_path: Path) -> None:
+    auto = make_plan(config_of("llama", data, tmp_path / "run", top_k="auto", top_k_captured=0.95, top_k_limit=40))
+    fixed = make_plan(config_of("llama", data, tmp_path / "run", top_k=40))
+    assert auto.log_bytes_per_round == fixed.log_bytes_per_round
+    assert "predicted with 40 errors a token; it can be 40 (log.top_k_limit) at most" in str(
+        auto
+    ) and "predicted with" not in str(fixed)
+    assert "as many as hold 95% of |l|" in str(auto) and "the 40 largest errors a token" in str(fixed)
+    mistakes = make_plan(config_of("llama", data, tmp_path / "run", sampling="mistakes", mistake_loss=2.5))
+    assert "not ranked first or with a loss above 2.5" in str(mistakes) and "with every record" in str(mistakes)
+    assert mistakes.log_bytes_per_round == make_plan(config_of("llama", data, tmp_path / "run")).log_bytes_per_round
+    some = config_of("llama", data, tmp_path / "run", sampling="fraction", sampling_fraction=0.25, rationale=[1, 2])
+    assert "records: 25% of them" in str(make_plan(some)) and "states: those of layers 1, 2 at all" in str(
+        make_plan(some)
+    )
+    dense = config_of("llama", data, tmp_path / "run", error="dense", rationale="all", top_k="auto")
+    told = str(make_plan(dense))
+    assert "those of all layers" in told and "errors of all tokens of the vocabulary" in told and "chosen" not in told
+
+
+def test_layers_that_the_pilot_does_not_have(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"log.rationale \[2, 4\] .* it has 4 decoder layers, 0 to 3"):
+        make_plan(config_of("llama", data, tmp_path / "run", rationale=[2, 4]))

@@ -1,0 +1,90 @@
+"""What a plan says of a run that would refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tc_ray.cli.errors import message
+from tc_ray.config.load import save_config
+from tc_ray.run.plan.plan import make_plan
+from tc_ray.run.refusals import JobError
+from tests.unit.run.test_plan import BATCH, ROOT, config_of, data, tiny  # noqa: F401 - fixtures
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_what_the_run_would_refuse_stands_in_the_plan(
+    tiny: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 22: each of these was a note or nothing, and exit code 0."""
+
+    def refusals(train: Path | str = data, **sections: dict[str, Any]) -> str:
+        return "; ".join(make_plan(config_of(tiny, str(train), tmp_path / "run", **sections)).refusals)
+
+    assert refusals() == ""
+    few = write(tmp_path / "few.jsonl", [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(12)])
+    assert f"cannot fill a round of pilot.batch_size {BATCH}" in refusals(few)
+    bad = [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(60)] + [{"prompt": 5}, {"prompt": "3+4"}]
+    assert "2 of 62 records of data.train are bad, more than data.max_bad_fraction 0.01" in refusals(
+        write(tmp_path / "bad.jsonl", bad)
+    )
+    assert refusals(tmp_path / "bad.jsonl", data={"max_bad_fraction": 0.1}) == ""
+    assert "no usable rows at data.train" in refusals(tmp_path / "absent.jsonl")
+    assert "absent.jsonl; correct the path" in refusals(tmp_path / "absent.jsonl")
+    chats = write(tmp_path / "chats.jsonl", [{"conversations": []}] * 3)
+    assert "3 are bad" in refusals(chats) and "line 1: has the fields conversations; give messages" in refusals(chats)
+    assert "no test rows to measure with" in refusals(data={"test_size": 0})
+    assert refusals(data={"test_size": 0}, log={"enabled": False}) == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "asks for 2 GPUs, this machine has 1" in refusals(resources={"gpus": True})
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert refusals(resources={"gpus": True}) == ""
+
+    earlier = config_of(tiny, str(data), tmp_path / "run", pilot={"learning_rate": 0.5})
+    (tmp_path / "run").mkdir()
+    save_config(earlier, tmp_path / "run" / "config.yaml")
+    assert "holds a run with other settings (pilot.learning_rate: 0.5" in refusals()
+
+
+def test_a_refusal_of_adapters_is_no_surprise(tiny: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Fault 22: the plan ended in the right words, but as an error with a traceback to look for."""
+    pilot = {"method": "lora", "lora": {"target_modules": ["q_proj", "lm_head"]}}
+    with pytest.raises(JobError, match=r"Leave lm_head out") as raised:
+        make_plan(config_of(tiny, str(data), tmp_path / "run", pilot=pilot))
+    assert "TC_RAY_DEBUG" not in message(raised.value)
+
+
+def test_the_command_ends_with_2_and_prints_the_plan_all_the_same(
+    tiny: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Fault 22."""
+    arguments = [f"model.pilot={tiny}", f"data.train={data}", f"run.folder={tmp_path / 'run'}", "data.test_size=0"]
+    settings = ["pilot.lora.first_layer=0", "copilot.layers=[1, 3]", "data.validation_size=8"]
+    done = subprocess.run(
+        [sys.executable, "jobs/train.py", "--config", "jobs/recipes/demo.yaml", *arguments, *settings, "--plan"],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "tc-ray: the run would refuse: no test rows to measure with: set data.test or a data.test_size above 0\n",
+    )
+    assert "rounds" in done.stdout and "refused    no test rows" in done.stdout

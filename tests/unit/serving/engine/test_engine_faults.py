@@ -1,0 +1,215 @@
+"""The engine when things go wrong: deadlines, failed prompts and steps, a broken Copilot, its end, its death."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tc_ray.models.fusion import FusedModel
+from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, ScoreRequest, Turns
+from tc_ray.serving.engine.batch import FusedBatch
+from tc_ray.serving.engine.engine import FAILURES
+from tc_ray.serving.errors import RequestError
+from tests.support.serving_samples import LIMITS, Collector, offline
+
+
+def test_deadline(engine: Engine, prompt: tuple[int, ...]) -> None:
+    collector = Collector(engine, GenerationRequest(prompt, 3000, deadline_s=time.monotonic() + 0.3))
+    pieces, end = collector.all()
+    assert pieces
+    assert end == Failed("The request was not done by its deadline.", "deadline_exceeded", 504)
+    assert Collector(engine, ScoreRequest(prompt, 1, deadline_s=time.monotonic() - 1)).all()[1] == end
+
+
+def test_failed_prompt_says_so_and_others_go_on(engine: Engine, prompt: tuple[int, ...]) -> None:
+    beside = Collector(engine, GenerationRequest(prompt, 200))
+    beside.next()
+    pieces, end = Collector(engine, GenerationRequest((10**6,), 4)).all()
+    assert (pieces, end) == ([], Failed("Generation failed in the server (IndexError)."))
+    assert isinstance(beside.all()[1], Finished)
+
+
+def test_failed_step_ends_those_in_it_and_the_next_begin_anew(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
+    steps: list[int] = []
+
+    def break_once(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            raise RuntimeError("out of memory")
+
+    handle = model.pilot.register_forward_pre_hook(break_once)
+    try:
+        collectors = [Collector(engine, GenerationRequest(prompt, 3000)) for _ in range(2)]
+        for collector in collectors:
+            assert collector.all()[1] == Failed("Generation failed in the server (RuntimeError).")
+        assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Finished)
+        assert engine.unhealthy() is None
+    finally:
+        handle.remove()
+        engine.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_fail_their_own_request_and_the_health_check(
+    model: FusedModel, export: Path, prompt: tuple[int, ...], value: float
+) -> None:
+    """Fault 5: weights that spoil under way: who asks for the Copilot is told, the Pilot's own request beside goes on."""
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
+    weight = model.copilot.output.weight
+    before = weight.detach().clone()
+    try:
+        assert engine.unhealthy() is None
+        alone = Collector(engine, GenerationRequest(prompt, 400, lam=0.0))
+        corrected = Collector(engine, GenerationRequest(prompt, 3000, lam=1.0))
+        alone.next(), corrected.next()
+        with torch.no_grad():
+            weight.fill_(value)
+        said = Failed("Generation failed in the server (NotFiniteError).")
+        assert corrected.all()[1] == said
+        assert Collector(engine, GenerationRequest(prompt, 4, lam=1.0)).all()[1] == said
+        assert Collector(engine, ScoreRequest(prompt, 1, lam=1.0)).all()[1] == said
+        assert isinstance(alone.all()[1], Finished)
+        assert engine.unhealthy() == said.message
+        with torch.no_grad():
+            weight.copy_(before)
+        assert engine.unhealthy() is None
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+        engine.close()
+
+
+def test_a_prompt_that_was_spoilt_once_spoils_no_later_request(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    """Fault 5: keys and values of a prompt whose logits were not finite are not kept for the next one that begins like it."""
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, prefix_bytes=1 << 24))
+    asked = GenerationRequest(prompt * (1 + 64 // len(prompt)), 4, lam=0.0)
+    weight = next(p for name, p in model.pilot.named_parameters() if "layers.0" in name)
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        assert Collector(engine, asked).all()[1] == Failed("Generation failed in the server (NotFiniteError).")
+        with torch.no_grad():
+            weight.copy_(before)
+        assert isinstance(Collector(engine, asked).all()[1], Finished)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+        engine.close()
+
+
+def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
+    engine: Engine, model: FusedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.unhealthy() is None
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("broken")
+
+    def idle() -> bool:
+        """One that is busy is not tried."""
+        until = time.monotonic() + 10
+        while (busy := engine._busy()) and time.monotonic() < until:
+            time.sleep(0.005)
+        return not busy
+
+    for name in ("step", "question_memory"):
+        with monkeypatch.context() as patch:
+            assert idle()
+            patch.setattr(engine._batch if name == "step" else model.copilot, name, broken)
+            assert engine.unhealthy() == "Generation failed in the server (RuntimeError)."
+        assert idle() and engine.unhealthy() is None
+
+
+def test_an_engine_that_fails_time_after_time_is_unhealthy_though_requests_keep_coming(
+    engine: Engine, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompts are computed, which is progress, and it is never idle."""
+    go_on = threading.Event()
+
+    def broken(*_: object) -> None:
+        go_on.wait(10)
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedBatch, "step", broken)
+        for failures in range(FAILURES):
+            waiting = Collector(engine, GenerationRequest(prompt, 4))
+            waiting.next()
+            assert engine.unhealthy() is None, failures
+            go_on.set()
+            assert isinstance(waiting.all()[1], Failed)
+            go_on.clear()
+        waiting = Collector(engine, GenerationRequest(prompt, 4))
+        waiting.next()
+        assert engine.unhealthy() == f"the engine failed {FAILURES} times, and no request was done in between"
+        go_on.set()
+        waiting.all()
+    assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Finished)
+    beside = Collector(engine, GenerationRequest(prompt, 3000))
+    beside.next()
+    assert engine.unhealthy() is None
+
+
+def test_close_lets_go_on_for_a_while_then_fails_the_rest(
+    model: FusedModel, export: Path, prompt: tuple[int, ...]
+) -> None:
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, max_running=1))
+    short, long, waiting = (Collector(engine, GenerationRequest(prompt, count)) for count in (20, 3000, 5))
+    closing = threading.Thread(target=engine.close, args=(1.0,))
+    short.next()
+    closing.start()
+    assert isinstance(short.all()[1], Finished)
+    with pytest.raises(RequestError) as refused:
+        Collector(engine, GenerationRequest(prompt, 4))
+    assert (refused.value.status, refused.value.code) == (503, "shutting_down")
+    closing.join()
+    shut = Failed("The server is shutting down.", "shutting_down", 503)
+    assert long.all()[1] == shut
+    assert waiting.all()[1] == shut
+    assert engine.unhealthy() == "the engine has stopped"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_dead_engine_is_told(export: Path, prompt: tuple[int, ...]) -> None:
+    def deadly(*_: object) -> None:
+        raise KeyboardInterrupt  # no Exception: ends the thread
+
+    dying = FusedModel.from_pretrained(export)
+    engine = Engine(dying, AutoTokenizer.from_pretrained(export / "pilot"))
+    assert engine.unhealthy() is None
+    dying.pilot.register_forward_pre_hook(deadly)
+    assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Failed)
+    engine.close()
+    assert engine.unhealthy() == "the engine has stopped"
+    with pytest.raises(RequestError) as refused:
+        Collector(engine, GenerationRequest(prompt, 4))
+    assert refused.value.status == 503
+
+
+def test_two_engines_of_one_pilot_take_turns(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
+    """As while a newer Copilot takes over: both tap the same Pilot."""
+    other = FusedModel.join(model.pilot, FusedModel.from_pretrained(export).copilot, lam=2.0)
+    turn, tokenizers = Turns(), [AutoTokenizer.from_pretrained(export / "pilot") for _ in range(2)]
+    engines = [Engine(one, own, LIMITS, turn=turn) for one, own in zip((model, other), tokenizers, strict=True)]
+    try:
+        collectors = [Collector(engine, GenerationRequest(prompt, 40)) for engine in engines * 3]
+        for collector in collectors:
+            collector.all()
+        for number, collector in enumerate(collectors):
+            expected = offline(model, prompt, max_new_tokens=40, do_sample=False, lam=(0.5, 2.0)[number % 2])
+            assert [token.id for token in collector.tokens] == expected
+    finally:
+        for engine in engines:
+            engine.close()

@@ -1,0 +1,102 @@
+"""The engine's queue and its clock: order of arrival, long prompts between the steps of others, and an engine that stalls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tc_ray.models.fusion import FusedModel
+from tc_ray.serving.engine import Engine, Finished, GenerationRequest, Piece
+from tc_ray.serving.engine import engine as engine_module
+from tc_ray.serving.engine.batch import FusedBatch
+from tests.support.serving_samples import LIMITS, Collector
+
+
+def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
+    """Also to one that needs much room, though one behind it would fit at once."""
+    batch = FusedBatch(model)
+
+    def planned(*new: int) -> int:
+        return batch.planned_bytes([batch.room(len(prompt), tokens, True) for tokens in new])
+
+    # the caches grow by eight rows: beside eight of 600 tokens there is room for small ones and none for a large one
+    early, large, small = [600] * 8, 1500, [5] * 3
+    budget = planned(large)
+    assert planned(*early, *small) <= budget < planned(*early, large)
+    limits = replace(LIMITS, max_running=16, max_waiting=8, cache_bytes=budget, prefix_bytes=0)
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), limits)
+    begun: list[int] = []
+    done = threading.Event()
+
+    def deliver(number: int, event: object) -> None:
+        if number not in begun:
+            begun.append(number)
+            if len(begun) == 1 + len(small):
+                done.set()
+
+    try:
+        running = [Collector(engine, GenerationRequest(prompt, new)) for new in early]
+        for one in running:
+            one.next()
+        engine.submit([GenerationRequest(prompt, new) for new in (large, *small)], deliver)
+        time.sleep(0.1)
+        assert engine.load().running == len(early) and not begun, "nothing was held back: the test shows nothing"
+        for one in running:
+            one.ticket.cancel()
+        assert done.wait(60)
+        assert begun == [0, 1, 2, 3]
+    finally:
+        engine.close()
+
+
+def test_a_long_prompt_is_computed_between_the_steps_of_others(
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...]
+) -> None:
+    """At most `prefill_tokens` of it at a time, so that streams under way are not held up by it."""
+    calls: list[tuple[int, int]] = []
+    running = Collector(engine, GenerationRequest(prompt, 400))
+    running.next()
+    handle = model.pilot.register_forward_pre_hook(
+        lambda _module, _args, given: calls.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        long = Collector(engine, GenerationRequest((prompt * 100)[: 10 * LIMITS.prefill_tokens + 1], 2))
+        assert isinstance(long.next(), Piece)
+    finally:
+        handle.remove()
+        running.ticket.cancel()
+        long.ticket.cancel()
+    parts = [at for at, (_, width) in enumerate(calls) if width > 1]
+    assert {calls[at][1] for at in parts} == {LIMITS.prefill_tokens}
+    assert len(parts) == 10
+    assert all(calls[at + 1] == (1, 1) for at in parts[:-1]), "a step of the other one after each part"
+
+
+def test_a_busy_engine_that_computes_nothing_is_unhealthy(
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, stuck = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        stuck.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(engine_module, "STALL_S", 0.3)
+    handle = model.pilot.register_forward_pre_hook(hang)
+    try:
+        waiting = Collector(engine, GenerationRequest(prompt, 4))
+        assert stuck.wait(10)
+        assert engine.unhealthy() is None, "it has only begun"
+        time.sleep(0.5)
+        said = engine.unhealthy()
+        assert said is not None and said.startswith("the engine has given no token for ")
+    finally:
+        handle.remove()
+        go_on.set()
+    assert isinstance(waiting.all()[1], Finished)
+    assert engine.unhealthy() is None

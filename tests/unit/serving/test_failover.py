@@ -1,0 +1,341 @@
+"""The stream guard over apps that end early, as Ray Serve's proxy does when a replica dies: it returns, without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from tc_ray.serving.failover.proxy import StreamGuard
+
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+DONE = b"data: [DONE]\n\n"
+
+
+def event(index: int, text: str) -> bytes:
+    chunk = {"id": "cmpl-1", "created": 7, "choices": [{"index": index, "text": text}]}
+    return f"data: {json.dumps(chunk)}\n\n".encode()
+
+
+class Client:
+    """Sends one request through a guard and keeps what came back."""
+
+    def __init__(self, app: App, *, body: bytes = b"{}", headers: list[tuple[bytes, bytes]] | None = None) -> None:
+        self.messages: list[Message] = []
+        self.gone = asyncio.Event()
+        self._body: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers or []}
+        asyncio.run(self._run(StreamGuard(app, max_body_bytes=1000), scope))
+
+    async def _run(self, guard: StreamGuard, scope: Scope) -> None:
+        async def receive() -> Message:
+            if self._body:
+                return self._body.pop()
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            self.messages.append(message)
+
+        await asyncio.wait_for(guard(scope, receive, send), 10)
+
+    @property
+    def status(self) -> int:
+        starts = [message for message in self.messages if message["type"] == "http.response.start"]
+        assert len(starts) == 1, "a response has one head"
+        return int(starts[0]["status"])
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.messages[0]["headers"])
+
+    @property
+    def text(self) -> bytes:
+        """The body, which must have been ended."""
+        bodies = self.messages[1:]
+        assert [message.get("more_body", False) for message in bodies] == [True] * (len(bodies) - 1) + [False]
+        return b"".join(message.get("body", b"") for message in bodies)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error: dict[str, Any] = json.loads(self.text)["error"]
+        return error
+
+
+class Replicas:
+    """An ASGI app whose n-th call behaves as the n-th replica given; keeps the headers each was called with."""
+
+    def __init__(self, *replicas: App) -> None:
+        self._replicas = list(replicas)
+        self.asked: list[dict[bytes, bytes]] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.asked.append(dict(scope["headers"]))
+        message = await receive()
+        assert message == {"type": "http.request", "body": b"{}", "more_body": False}
+        await self._replicas[len(self.asked) - 1](scope, receive, send)
+
+
+def streams(*events: bytes, copilot: bytes = b"v1") -> App:
+    """A replica that sends these events and ends, as it would be cut off where `DONE` is not among them."""
+
+    async def replica(_: Scope, __: Receive, send: Send) -> None:
+        kind = (b"content-type", b"text/event-stream; charset=utf-8")
+        head = [kind, (b"x-tc-ray-seed", b"42"), (b"x-tc-ray-copilot", copilot)]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for one in events:
+            await send({"type": "http.response.body", "body": one, "more_body": True})
+        if DONE in events:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return replica
+
+
+def answers(status: int, body: bytes, kind: bytes = b"application/json", **headers: bytes) -> App:
+    async def replica(_: Scope, __: Receive, send: Send) -> None:
+        head = [(b"content-type", kind), *((name.encode().replace(b"_", b"-"), v) for name, v in headers.items())]
+        await send({"type": "http.response.start", "status": status, "headers": head})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    return replica
+
+
+async def dies(_: Scope, __: Receive, ___: Send) -> None:
+    """A replica that ends before it answers."""
+
+
+async def dies_in_its_answer(_: Scope, __: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+
+
+def test_sound_answers_pass() -> None:
+    client = Client(Replicas(answers(200, b'{"a": 1}')))
+    assert (client.status, client.text) == (200, b'{"a": 1}')
+    client = Client(Replicas(streams(event(0, "a"), event(0, "b"), DONE)))
+    assert client.text == event(0, "a") + event(0, "b") + DONE
+
+
+def test_cut_stream_goes_on_where_it_ended() -> None:
+    first = [event(0, "a"), event(1, "x"), event(0, "b")]
+    replicas = Replicas(streams(*first), streams(*first, event(0, "c"), DONE))
+    client = Client(replicas)
+    assert client.text == b"".join(first) + event(0, "c") + DONE
+    assert client.status == 200
+    resume = json.loads(replicas.asked[1][b"x-tc-ray-resume"])
+    assert (resume["id"], resume["created"]) == ("cmpl-1", 7)
+    assert replicas.asked[1][b"x-tc-ray-seed"] == b"42"
+    assert b"x-tc-ray-resume" not in replicas.asked[0]
+
+
+def test_choices_may_come_in_another_order() -> None:
+    first = [event(0, "a"), event(0, "b"), event(1, "x")]
+    again = [event(1, "x"), event(1, "y"), event(0, "a"), event(0, "b"), event(0, "c")]
+    assert Client(Replicas(streams(*first), streams(*again, DONE))).text == (
+        b"".join(first) + event(1, "y") + event(0, "c") + DONE
+    )
+
+
+def test_stream_cut_in_the_middle_of_an_event() -> None:
+    replicas = Replicas(streams(event(0, "a"), event(0, "b")[:9]), streams(event(0, "a"), event(0, "b"), DONE))
+    assert Client(replicas).text == event(0, "a") + event(0, "b") + DONE
+
+
+def test_stream_cut_before_its_first_event_begins_anew_with_its_seed() -> None:
+    replicas = Replicas(streams(), streams(event(0, "a"), DONE))
+    assert Client(replicas).text == event(0, "a") + DONE
+    assert b"x-tc-ray-resume" not in replicas.asked[1]
+    assert replicas.asked[1][b"x-tc-ray-seed"] == b"42"
+
+
+def test_stream_cut_while_it_is_repeated() -> None:
+    events = [event(0, text) for text in "abcd"]
+    replicas = Replicas(streams(*events[:3]), streams(events[0]), streams(*events, DONE))
+    assert Client(replicas).text == b"".join(events) + DONE
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        [event(0, "a"), event(0, "B"), event(0, "c"), DONE],
+        [event(0, "a"), DONE],
+        [event(1, "a"), event(1, "b"), event(1, "c"), DONE],
+    ],
+)
+def test_texts_of_two_generations_are_not_joined(again: list[bytes]) -> None:
+    text = Client(Replicas(streams(event(0, "a"), event(0, "b")), streams(*again))).text
+    error = text.removeprefix(event(0, "a") + event(0, "b")).removeprefix(event(1, "a") + event(1, "b") + event(1, "c"))
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "replica_ended"
+    assert b"came out otherwise" in text and event(0, "c") not in text
+
+
+def test_logprobs_may_differ_in_their_last_digits() -> None:
+    def told(text: str, logprob: float) -> bytes:
+        choice = {"index": 0, "text": text, "logprobs": {"token_logprobs": [logprob]}}
+        return b"data: " + json.dumps({"id": "cmpl-1", "created": 7, "choices": [choice]}).encode() + b"\n\n"
+
+    replicas = Replicas(streams(told("a", -1.25)), streams(told("a", -1.2500001), told("b", -2.0), DONE))
+    assert Client(replicas).text == told("a", -1.25) + told("b", -2.0) + DONE
+
+
+def test_stream_waits_for_a_free_place() -> None:
+    full = answers(429, b'{"error": {"message": "full", "code": "queue_full"}}', retry_after=b"0")
+    replicas = Replicas(streams(event(0, "a")), full, streams(event(0, "a"), event(0, "b"), DONE))
+    assert Client(replicas).text == event(0, "a") + event(0, "b") + DONE
+
+
+def test_stream_that_ends_every_replica_ends_in_an_error_event() -> None:
+    replicas = Replicas(*[streams(event(0, "a"))] * 9)
+    text = Client(replicas).text
+    assert len(replicas.asked) == 4
+    last = text.rstrip(b"\n").rsplit(b"\n\n", 1)[1]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "replica_ended"
+    assert DONE not in text
+
+
+def test_stream_that_is_refused_elsewhere_ends_in_an_error_event() -> None:
+    refused = answers(400, b'{"error": {"message": "no such place", "code": "invalid_value"}}')
+    text = Client(Replicas(streams(event(0, "a")), refused)).text
+    assert text.startswith(event(0, "a")) and b"no such place" in text and DONE not in text
+
+
+def test_stream_is_not_continued_by_another_copilot() -> None:
+    text = Client(Replicas(streams(event(0, "a")), streams(event(0, "b"), DONE, copilot=b"v2"))).text
+    assert text.startswith(event(0, "a") + b'data: {"error"') and b"another Copilot" in text
+    assert event(0, "b") not in text
+
+
+def test_error_event_is_an_end() -> None:
+    failed = b'data: {"error": {"message": "it failed"}}\n\n'
+    replicas = Replicas(streams(event(0, "a"), failed))
+    assert Client(replicas).text == event(0, "a") + failed
+    assert len(replicas.asked) == 1
+
+
+@pytest.mark.parametrize("first", [dies, dies_in_its_answer])
+def test_answer_that_had_not_begun_is_made_anew_once(first: App) -> None:
+    assert Client(Replicas(first, answers(200, b"{}"))).text == b"{}"
+    client = Client(Replicas(first, first))
+    assert (client.status, client.error["code"], client.headers[b"retry-after"]) == (503, "replica_ended", b"1")
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "code"),
+    [
+        (503, 503, "unavailable"),
+        (429, 429, "queue_full"),
+        (404, 503, "not_ready"),
+        (408, 408, "deadline_exceeded"),
+        (500, 500, "internal_error"),
+    ],
+)
+def test_serves_own_errors_get_the_envelope(status: int, told: int, code: str) -> None:
+    client = Client(Replicas(answers(status, b"secrets of the inside", kind=b"text/plain")))
+    assert (client.status, client.error["code"]) == (told, code)
+    assert "secrets" not in client.error["message"]
+    assert (b"retry-after" in client.headers) == (told in (429, 503))
+
+
+def test_errors_of_the_app_pass_as_they_are() -> None:
+    body = b'{"error": {"message": "no", "code": "queue_full"}}'
+    client = Client(Replicas(answers(429, body, retry_after=b"3")))
+    assert (client.status, client.text, client.headers[b"retry-after"]) == (429, body, b"3")
+
+
+def test_headers_that_are_not_the_clients_business() -> None:
+    replicas = Replicas(answers(200, b"{}"))
+    given = {
+        b"x-tc-ray-seed": b"1",
+        b"x-tc-ray-resume": b"{}",
+        b"x-request-disconnect-disabled": b"?1",
+        b"x-request-timeout-seconds": b"1e9",
+        b"serve_multiplexed_model_id": b"a",
+        b"x-request-id": b"\xe9",
+        b"authorization": b"Bearer k",
+    }
+    Client(replicas, headers=list(given.items()))
+    assert replicas.asked[0] == {b"authorization": b"Bearer k"}
+
+
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"1001")]])
+def test_long_body_is_refused(headers: list[tuple[bytes, bytes]]) -> None:
+    client = Client(Replicas(), body=b"x" * 1001, headers=headers)
+    assert (client.status, client.error["code"]) == (413, "body_too_large")
+
+
+def sent_by(guard: StreamGuard, *parts: Message) -> list[Message]:
+    """What a client gets that sends these parts of a body and then nothing more."""
+    sent: list[Message] = []
+    queue = list(parts)
+
+    async def receive() -> Message:
+        if queue:
+            return queue.pop(0)
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(guard({"type": "http", "path": "/v1/completions", "headers": []}, receive, send))
+    return sent
+
+
+def test_body_that_never_comes_whole_is_refused() -> None:
+    sent = sent_by(
+        StreamGuard(Replicas(), body_timeout_s=0.05), {"type": "http.request", "body": b"{", "more_body": True}
+    )
+    assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
+    assert sent[-1]["more_body"] is False
+
+
+def test_bodies_held_at_once_are_bounded() -> None:
+    whole: Message = {"type": "http.request", "body": b"{}", "more_body": False}
+    guard = StreamGuard(Replicas(*[answers(200, b"{}")] * 2), max_held_bytes=100)
+    guard._held_bytes = 99  # of others
+    sent = sent_by(guard, whole)
+    assert sent[0]["status"] == 503 and dict(sent[0]["headers"])[b"retry-after"] == b"1"
+    assert guard._held_bytes == 99
+    guard._held_bytes = 98
+    assert sent_by(guard, whole)[0]["status"] == 200
+    assert guard._held_bytes == 98
+
+
+def test_nothing_is_sent_again_for_a_client_that_left() -> None:
+    async def replica(_: Scope, receive: Receive, send: Send) -> None:
+        await streams(event(0, "a"))(_, receive, send)
+        assert (await receive())["type"] == "http.disconnect"  # then Serve cancels the replica and returns
+
+    async def run() -> int:
+        replicas = Replicas(replica)
+        sent: list[Message] = []
+        queue: list[Message] = [
+            {"type": "http.request", "body": b"{}", "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> Message:
+            return queue.pop(0)
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/v1/completions", "headers": []}
+        await StreamGuard(replicas)(scope, receive, send)
+        return len(replicas.asked)
+
+    assert asyncio.run(run()) == 1
+
+
+def test_text_that_looks_like_an_index_is_not_one() -> None:
+    def told(text: str) -> bytes:
+        chunk = {"id": "a", "created": 1, "choices": [{"text": text, "index": 3}]}
+        return f"data: {json.dumps(chunk)}\n\n".encode()
+
+    events = [told('a "index": 9, b'), told("c")]
+    assert Client(Replicas(streams(*events), streams(*events, told("d"), DONE))).text == (
+        b"".join(events) + told("d") + DONE
+    )

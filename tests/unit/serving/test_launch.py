@@ -1,0 +1,245 @@
+"""Start-up refusals: one clear ServingError each, before Ray starts."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tc_ray.serving.deploy import launch
+from tc_ray.serving.deploy.launch import start_server
+from tc_ray.serving.deploy.memory import available_memory_bytes, check_memory
+from tc_ray.serving.errors import ServingError
+from tc_ray.serving.models.exports import (
+    copilot_signature,
+    copilot_version,
+    find_export,
+    model_name,
+    named_models,
+    weight_bytes,
+)
+from tc_ray.serving.settings import EngineLimits, ModelSettings
+from tests.support.serving_samples import make_export
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    return make_export(tmp_path / "my-run", positions=64)
+
+
+@pytest.fixture(autouse=True)
+def _no_key_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TC_RAY_API_KEY", raising=False)
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("tc_ray.serving.deploy.launch._connect", started)
+
+
+def test_run_folder_or_export_folder(export: Path) -> None:
+    assert find_export(export) == find_export(export.parent) == export
+    assert model_name(export) == "my-run"
+
+
+def test_several_models_by_name(export: Path) -> None:
+    assert named_models([export, f"other={export.parent}"]) == (
+        ModelSettings("my-run", str(export)),
+        ModelSettings("other", str(export)),
+    )
+    with pytest.raises(ServingError, match="two models are called 'my-run'"):
+        named_models([export, export.parent])
+    with pytest.raises(ServingError, match="needs a name"):
+        named_models([f"={export}"])
+    with pytest.raises(ServingError, match="no run folder"):
+        named_models([])
+
+
+def test_folder_with_an_equals_sign(tmp_path: Path) -> None:
+    export = make_export(tmp_path / "lr=0.1", positions=64)
+    assert named_models([export.parent])[0] == ModelSettings("lr=0.1", str(export))
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="is no folder"):
+        start_server([tmp_path / "absent"])
+    with pytest.raises(ServingError, match="holds no exported model"):
+        start_server([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "part", ["fusion.json", "copilot/config.json", "pilot/model.safetensors", "pilot/tokenizer_config.json"]
+)
+def test_incomplete_folder(export: Path, part: str) -> None:
+    (export / part).unlink()
+    with pytest.raises(ServingError, match=r"incomplete: .*(fusion|config|safetensors)"):
+        start_server([export.parent])
+
+
+def test_damaged_fusion_file(export: Path) -> None:
+    (export / "fusion.json").write_text("{")
+    with pytest.raises(ServingError, match="not valid JSON"):
+        start_server([export])
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.001])
+def test_weights_that_are_cut_off(export: Path, kept: float) -> None:
+    weights = export / "copilot/model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(len(content) * kept) + 4])
+    with pytest.raises(ServingError, match=r"safetensors.*damaged"):
+        start_server([export])
+
+
+def test_copilot_of_another_pilot(export: Path) -> None:
+    change(export / "copilot/config.json", pilot_hidden_size=7)
+    with pytest.raises(ServingError, match="made for a Pilot of width 7; this Pilot has 32"):
+        start_server([export])
+
+
+def test_copilot_of_another_tokenizer(export: Path) -> None:
+    change(export / "copilot/config.json", tokenizer="0123456789abcdef")
+    with pytest.raises(ServingError, match=r"trained with another tokenizer \(0123456789abcdef\)"):
+        start_server([export])
+
+
+def test_encoder_decoder_is_refused(export: Path) -> None:
+    change(export / "pilot/config.json", is_encoder_decoder=True)
+    with pytest.raises(ServingError, match="encoder-decoder; the server answers with decoder-only"):
+        start_server([export])
+
+
+def test_port_taken(export: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ServingError, match=f"port {taken.getsockname()[1]}: Address already in use"):
+            start_server([export], port=taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("port", [0, 70_000])
+def test_no_port(export: Path, port: int) -> None:
+    with pytest.raises(ServingError, match="not between"):
+        start_server([export], port=port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.5", "example.org"])
+def test_open_host_needs_a_key(export: Path, host: str) -> None:
+    with pytest.raises(ServingError, match="no API key is set"):
+        start_server([export], host)
+
+
+def test_open_host_may_be_allowed_by_name(export: Path) -> None:
+    with pytest.raises(AssertionError, match="Ray was started"):
+        start_server([export], "0.0.0.0", free_port(), allow_open=True, cache_mb=1)
+
+
+def test_not_enough_memory(export: Path) -> None:
+    available = available_memory_bytes()
+    assert available is not None and available > 0
+    with pytest.raises(ServingError, match=r"not enough memory: 1 replica .* use fewer replicas"):
+        start_server([export], port=free_port(), cache_mb=available // 2**20 + 1)
+
+
+def test_what_is_counted_as_memory(export: Path) -> None:
+    model, limits = ModelSettings("a", str(export)), EngineLimits(cache_bytes=6 * 10**8, prefix_bytes=4 * 10**8)
+    weights = weight_bytes(export)
+    assert weights == 4 * sum(size_of(path) for path in export.glob("*/*.safetensors"))
+    check_memory([model], limits, 1, 10**9 + 10**9)
+    with pytest.raises(ServingError, match=r"2 replicas .* 2 x 1.0 GB of caches"):
+        check_memory([model, model], limits, 2, 4 * 10**9)
+    check_memory([model], limits, 100, None)
+
+
+def test_versions_and_signatures(export: Path) -> None:
+    version, signature = copilot_version(export), copilot_signature(export)
+    fusion = export / "fusion.json"
+    content = fusion.read_text()
+    fusion.write_text(content)
+    assert copilot_version(export) == version and copilot_signature(export) != signature
+    fusion.write_text(content.replace("0.5", "0.6"))
+    assert copilot_version(export) != version
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["absent"], "is no folder"),
+        (["EXPORT", "--max-tokens", "0"], "max_tokens 0 must be more than 0"),
+        (["EXPORT", "--replicas", "2", "--max-replicas", "3"], "not both"),
+        (["EXPORT", "--drain-s", "5"], "drain_s 5 is shorter than request_timeout_s 600"),
+        (["EXPORT", "--host", "0.0.0.0"], "no API key is set"),
+        (["EXPORT", "--key-file", "absent"], "key file absent cannot be read"),
+        (["EXPORT", "--cache-mb", "1000000000"], "not enough memory"),
+        (["EXPORT", "EXPORT"], "two models are called"),
+    ],
+)
+def test_command_ends_with_one_line_and_exit_code_2(export: Path, arguments: list[str], words: str) -> None:
+    given = [str(export) if argument == "EXPORT" else argument for argument in arguments]
+    assert_refused(words, "--port", str(free_port()), *given)
+
+
+def test_command_whose_port_is_taken(export: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_refused(f"cannot listen on 127.0.0.1 port {port}: ", "--port", str(port), str(export))
+
+
+def test_command_with_a_copilot_of_another_tokenizer(export: Path) -> None:
+    # found only after transformers is loaded, which must not say a word of its own
+    change(export / "copilot/config.json", tokenizer="0123456789abcdef")
+    words = "the Copilot was trained with another tokenizer (0123456789abcdef)"
+    assert_refused(words, "--port", str(free_port()), "--cache-mb", "1", "--prefix-bytes", "1", str(export))
+
+
+def assert_refused(words: str, *arguments: str) -> None:
+    """`tc-ray serve` says these words in one line on stderr, nothing on stdout, and ends with exit code 2."""
+    command = [sys.executable, "-m", "tc_ray.cli.main", "serve", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("tc-ray: ") and words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_checks_do_not_load_ray() -> None:
+    code = "import sys, tc_ray.serving.deploy.launch as _; sys.exit(any(m in sys.modules for m in ('ray', 'torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def change(config: Path, **fields: object) -> None:
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+
+
+def size_of(weights: Path) -> int:
+    """Numbers in a safetensors file, as the library counts them."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_environment_of_the_proxy_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names in it are strings that only Ray resolves."""
+    from ray.serve._private.http_util import validate_http_proxy_callback_return
+    from ray.serve._private.utils import call_function_from_import_path
+
+    from tc_ray.serving.settings import ReplicaSettings
+
+    monkeypatch.setattr("tc_ray.serving.failover.proxy.prepare_process", lambda: prepared.append(True))
+    prepared: list[bool] = []
+    variables = launch.proxy_environment(ReplicaSettings(models=()))
+    made = call_function_from_import_path(variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
+    assert [one.cls.__name__ for one in validate_http_proxy_callback_return(made)] == ["StreamGuard"]
+    assert prepared == [True], "or its event loop stands still for long"

@@ -1,0 +1,257 @@
+"""Keys, limits, back-pressure and figures of the HTTP API: who is let in, what is refused, and what that costs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from tc_ray.serving.body_limit import BodyLimit
+from tc_ray.serving.errors import ServingError
+from tc_ray.serving.http.auth import KEY_VARIABLE, configured_digests, digest, require_key_for
+from tc_ray.serving.http.metrics import merged
+from tc_ray.serving.settings import EngineLimits
+from tests.support.serving_client import COMPLETION, PATHS, SCORE, client_of, make_app, post, served, settings_of
+from tests.support.serving_samples import make_export
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(tmp_path_factory.mktemp("serving"), positions=4096)
+
+
+@pytest.fixture(scope="module")
+def keyed(export: Path) -> Iterator[TestClient]:
+    settings = settings_of(export, keys=(digest("secret"), digest("other")), max_body_bytes=20_000)
+    with client_of(settings) as client:
+        yield client
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, bearer("wrong"), {"Authorization": "secret"}, {"Authorization": "Basic secret"}, bearer("")],
+    ids=str,
+)
+def test_without_a_key_nothing_but_health(keyed: TestClient, headers: dict[str, str]) -> None:
+    asked = [keyed.post(path, json=body, headers=headers) for path, body in [*PATHS.items(), ("/v1/score", SCORE)]]
+    for path in ("/v1/models", "/v1/models/demo", "/ready", "/metrics", "/openapi.json", "/nowhere"):
+        asked.append(keyed.get(path, headers=headers))
+    for response in asked:
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert response.headers["WWW-Authenticate"].startswith("Bearer")
+    # before the body is looked at
+    assert keyed.post("/v1/completions", content=b"x" * 50_000, headers=headers).status_code == 401
+    assert keyed.get("/health").json() == {"status": "ok", "reason": None}
+
+
+def test_each_key_opens(keyed: TestClient) -> None:
+    for key in ("secret", "other"):
+        assert keyed.post("/v1/completions", json=COMPLETION, headers=bearer(key)).status_code == 200
+    twice = [("Authorization", "Bearer secret"), ("Authorization", "Bearer secret")]
+    assert keyed.get("/v1/models", headers=twice).status_code == 401
+
+
+def test_keys_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert configured_digests() == ()
+    file = tmp_path / "keys"
+    file.write_text("# of the team\nfirst \n\n  second\nfirst\n")
+    assert configured_digests(file) == (digest("first"), digest("second"))
+    file.write_text("# nobody\n\n")
+    with pytest.raises(ServingError, match="no key"):
+        configured_digests(file)
+    with pytest.raises(ServingError, match="cannot be read"):
+        configured_digests(tmp_path / "absent")
+    monkeypatch.setenv(KEY_VARIABLE, " third ")
+    assert configured_digests() == (digest("third"),)
+    monkeypatch.setenv(KEY_VARIABLE, " ")
+    with pytest.raises(ServingError, match="empty"):
+        configured_digests()
+
+
+def test_open_address_needs_a_key() -> None:
+    require_key_for("127.0.0.1", ())
+    require_key_for("0.0.0.0", (digest("a"),))
+    require_key_for("0.0.0.0", (), allow_open=True)
+    with pytest.raises(ServingError, match="--allow-open"):
+        require_key_for("0.0.0.0", ())
+
+
+def test_body_that_is_too_long(keyed: TestClient) -> None:
+    response = keyed.post("/v1/completions", json={**COMPLETION, "prompt": "x" * 30_000}, headers=bearer("secret"))
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+    assert response.headers["Connection"] == "close"
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 1000
+
+    unstated = keyed.post("/v1/completions", content=endless(), headers=bearer("secret"))
+    assert unstated.status_code == 413
+
+
+def test_body_that_never_comes() -> None:
+    sent: list[Any] = []
+
+    async def app(*_: Any) -> None:
+        raise AssertionError("the app must not see it")
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "headers": []}
+    asyncio.run(BodyLimit(app, 100, timeout_s=0.05)(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
+    assert sent[-1]["more_body"] is False
+
+
+def test_long_prompt_is_refused_without_being_read_to_its_end(export: Path) -> None:
+    with client_of(settings_of(export, max_prompt_tokens=100, max_body_bytes=2**22)) as client:
+        text = "ab " * 10**6
+        for path, body in (
+            ("/v1/completions", {**COMPLETION, "prompt": text}),
+            (
+                "/v1/chat/completions",
+                {**PATHS["/v1/chat/completions"], "messages": [{"role": "user", "content": text}]},
+            ),
+            ("/v1/completions", {**COMPLETION, "prompt": [5] * 101}),
+        ):
+            response = client.post(path, json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+            assert "100" in error["message"] and "ab " not in error["message"]
+        assert client.post("/v1/completions", json={**COMPLETION, "prompt": [5] * 100}).status_code == 200
+
+
+def test_model_name_is_only_looked_up(keyed: TestClient) -> None:
+    for name in ("../../etc/passwd", "demo/../demo", "demo\x00", "", "Demo", "%2e%2e"):
+        response = keyed.post("/v1/completions", json={**COMPLETION, "model": name}, headers=bearer("secret"))
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+    for path in ("..%2f..%2fetc%2fpasswd", "%00", "demo%2f", "%ff"):
+        assert keyed.get(f"/v1/models/{path}", headers=bearer("secret")).status_code == 404
+
+
+def slow_body(tokens: int) -> dict[str, Any]:
+    return {**COMPLETION, "max_tokens": tokens, "stream": True}
+
+
+def test_full_queue_and_key_limit(export: Path) -> None:
+    """Real clients fill the places; all that are refused learn so at once, and those let in come to their end."""
+    engine = EngineLimits(max_running=2, max_waiting=2)
+    settings = settings_of(
+        export,
+        engine=engine,
+        keys=(digest("a"), digest("b")),
+        max_key_requests=3,
+        max_tokens=4000,
+        max_body_bytes=10**6,
+    )
+    app = make_app(settings)
+    with served(app) as url, httpx.Client(base_url=url, timeout=60) as http:
+        running = app.state.catalogue.find("demo").engine
+        ended: list[str] = []
+
+        def read(key: str) -> None:
+            with httpx.stream(
+                "POST", f"{url}/v1/completions", json=slow_body(400), headers=bearer(key), timeout=60
+            ) as one:
+                ended.append([line for line in one.iter_lines() if line][-1])
+
+        readers = [threading.Thread(target=read, args=(key,)) for key in "aaab"]
+        for reader in readers[:3]:
+            reader.start()
+        wait_for(lambda: running.free_places() == 1)
+        refused = http.post("/v1/completions", json=slow_body(4), headers=bearer("a"))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "key_limit")
+        # the last place is not enough for two choices: all or none
+        both = http.post("/v1/completions", json={**slow_body(4), "n": 2}, headers=bearer("b"))
+        assert (both.status_code, both.json()["error"]["code"]) == (429, "queue_full")
+        readers[3].start()
+        wait_for(lambda: running.free_places() == 0)
+        times = []
+        for _ in range(20):
+            begun = time.perf_counter()
+            refused = http.post("/v1/completions", content=b"x" * 100_000, headers=bearer("b"))
+            times.append(time.perf_counter() - begun)
+            # no body is read: what was sent here would be a 400
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert refused.headers["Retry-After"] == "1"
+        assert sorted(times)[len(times) // 2] < 0.05, times
+        for reader in readers:
+            reader.join(timeout=60)
+        assert ended == ["data: [DONE]"] * 4
+        assert http.post("/v1/completions", json=COMPLETION, headers=bearer("a")).status_code == 200
+        figures = http.get("/metrics", headers=bearer("a")).text
+        assert 'tc_ray_rejections_total{reason="key_limit",replica="r1"} 1.0' in figures
+        assert 'tc_ray_rejections_total{reason="queue_full",replica="r1"} 21.0' in figures
+
+
+def wait_for(true: Any, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_figures(export: Path) -> None:
+    with client_of(settings_of(export)) as client:
+        for _ in range(2):
+            post(client, "/v1/completions", COMPLETION)
+        client.post("/v1/completions", json={**COMPLETION, "user": "x"})
+        client.get("/secret-path")
+        engine = next(iter(client.app.state.catalogue)).engine  # type: ignore[attr-defined]
+        until = time.monotonic() + 10
+        while engine.load().running and time.monotonic() < until:
+            time.sleep(0.005)  # an answer is sent before its sequence leaves the batch
+        text = client.get("/metrics").text
+    found = {sample.name: sample for family in text_string_to_metric_families(text) for sample in family.samples}
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def value(name: str, **labels: str) -> float:
+        [one] = [s for s in samples if s.name == name and s.labels == {"replica": "r1", **labels}]
+        return float(one.value)
+
+    model = {"model": "demo"}
+    assert value("tc_ray_requests_total", route="/v1/completions", status="200", **model) == 2
+    assert value("tc_ray_requests_total", route="/v1/completions", status="400", model="") == 1
+    assert value("tc_ray_requests_total", route="other", status="404", model="") == 1
+    assert value("tc_ray_rejections_total", reason="unsupported_field") == 1
+    assert value("tc_ray_generated_tokens_total", **model) >= 24
+    assert value("tc_ray_prompt_tokens_total", **model) + value("tc_ray_cached_tokens_total", **model) >= 24
+    assert value("tc_ray_time_to_first_token_seconds_count", **model) == 2
+    assert value("tc_ray_request_seconds_count", route="/v1/completions") == 3
+    assert value("tc_ray_running_sequences", **model) == value("tc_ray_waiting_sequences", **model) == 0
+    assert 0 < value("tc_ray_cache_bytes", **model) <= value("tc_ray_cache_budget_bytes", **model) == 2**31
+    assert "secret-path" not in text and len(found) > 10
+
+
+def test_figures_of_several_replicas_become_one_text(export: Path) -> None:
+    with client_of(settings_of(export)) as client:
+        text = client.get("/metrics").text
+    other = text.replace('replica="r1"', 'replica="r2"')
+    both = merged([text, other])
+    families = list(text_string_to_metric_families(both))
+    assert len({family.name for family in families}) == len(families)
+    assert merged([text]) == text
+
+    def counted(given: str) -> int:
+        return sum(len(family.samples) for family in text_string_to_metric_families(given))
+
+    assert counted(both) == 2 * counted(text)
