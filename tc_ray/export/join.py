@@ -171,7 +171,7 @@ def _find_copilot(given: Path) -> _Copilot:
         CopilotConfig.model_type
     ):
         raise FuseError(f"--copilot {given} holds no Copilot; give an exported run, or copilot/final of a run")
-    own = given.parents[2] / "pilot" / "final"
+    own = given.parents[1] / "pilot" / "final"
     if given.parts[-2:] == ("copilot", "final") and (own / "config.json").is_file():
         return _Copilot(given, None, own, {"identity": model_identity(own), **_run_of(own)})
     return _Copilot(given, None, None, {})
@@ -188,7 +188,7 @@ def _run_of(pilot: Path) -> dict[str, Any]:
     told = told["pilot"] if isinstance(told.get("pilot"), dict) else told  # of a folder made here
     if told:
         return {key: told[key] for key in ("run", "pilot", "rounds", "verdict") if key in told}
-    run_config = pilot.parents[2] / "config.yaml"
+    run_config = pilot.parents[1] / "config.yaml"
     if pilot.parts[-2:] == ("pilot", "final") and run_config.is_file():
         from tc_ray.config.load import load_saved_config
 
