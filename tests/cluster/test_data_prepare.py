@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tc_ray.config.schema import DataSection
-from tc_ray.data.prepared.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
+from tc_ray.data.prepared.folder import SCHEMA, PreparedData
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.sequences import read_items
 from tc_ray.run.job import JobError, run_job
@@ -109,7 +110,10 @@ def test_prepared_rows_are_reused_until_something_changes(tmp_path: Path, tokeni
     out, config = tmp_path / "out", section(train=str(path))
 
     def reused(config: DataSection = config, seed: int = 1) -> bool:
-        return prepare(config, tokenizer, out, seed=seed).reused
+        if prepared_before(config, tokenizer, out, seed=seed) is not None:
+            return True
+        prepare(config, tokenizer, out, seed=seed)
+        return False
 
     assert not reused()
     first = read(prepare(config, tokenizer, out, seed=1))
@@ -129,8 +133,8 @@ def test_rows_of_another_tokenizer_are_not_used(tmp_path: Path, tokenizer: PreTr
     """Ids mean something else to it, though settings and files are the same."""
     path, out = write_rows(tmp_path / "x.jsonl", 0, 40), tmp_path / "out"
     first = read(prepare(section(train=str(path)), tokenizer, out, seed=1))
+    assert prepared_before(section(train=str(path)), make_tokenizer(), out, seed=1) is None
     again = prepare(section(train=str(path)), make_tokenizer(), out, seed=1)
-    assert not again.reused
     assert read(again)["train"][0]["input_ids"] != first["train"][0]["input_ids"]
 
 
@@ -161,7 +165,7 @@ def test_absent_files_are_an_error_or_the_embedded_set(tmp_path: Path, tokenizer
     prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
     assert sum(prepared.rows.values()) == 40
     assert "chain_sum" in prepared.describe()[0] and "is absent" in prepared.describe()[1]
-    assert prepare(config, tokenizer, tmp_path / "out", seed=1).reused
+    assert prepared_before(config, tokenizer, tmp_path / "out", seed=1) is not None
 
 
 def test_unreadable_file_is_one_plain_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -232,8 +236,8 @@ def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokeniz
         assert row["prompt"] == f"{labels[f'i{last - 2}']} {labels[f'i{last - 1}']}"
         assert row["answer"] == labels[f"i{last}"]
 
-    assert prepare(config, tokenizer, out, seed=1, encoder_decoder=True).reused
-    assert not prepare(config, tokenizer, out, seed=1).reused, "the end token after the source is gone"
+    assert prepared_before(config, tokenizer, out, seed=1, encoder_decoder=True) is not None
+    assert prepared_before(config, tokenizer, out, seed=1) is None, "the end token after the source is gone"
     with pytest.raises(DataError, match=r"s\.txt, line 31, field items: user u99 has 2 items"):
         prepare(sequence_section(train=str(path), max_bad_fraction=0), tokenizer, out, seed=1)
 

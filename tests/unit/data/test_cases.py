@@ -25,14 +25,6 @@ from tests.support.tiny_model import make_tokenizer
 PARTS = ("train", "validation", "test")
 
 
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(encode_one: Any, items: list[dict[str, Any]]) -> list[pa.Table]:
-        return [table for item in items for table in encode_one({name: [value] for name, value in item.items()})]
-
-    monkeypatch.setattr(encode_module, "_in_ray", run, raising=False)
-
-
 def section(source: Path, **values: Any) -> DataSection:
     return DataSection(train=str(source), **({"template": "plain", "plain_template": "{prompt}>"} | values))
 
