@@ -145,16 +145,9 @@ def _load(place: str, local_only: bool) -> PreTrainedTokenizerBase:
 
 def _byte_text(piece: str) -> str:
     """A byte-level piece with its bytes as escapes; other pieces as they are."""
-    table = _byte_alphabet()
-    if not all(character in table for character in piece):
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    if not all(character in byte_of for character in piece):
         return piece
-    return "".join(
-        f"\\x{table[character]:02x}" if table[character] > 126 else chr(table[character]) for character in piece
-    )
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte -> the byte."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(rest)}
+    return "".join(f"\\x{byte:02x}" if byte > 126 else chr(byte) for byte in map(byte_of.__getitem__, piece))

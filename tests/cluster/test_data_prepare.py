@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tc_ray.config.schema import DataSection
@@ -36,11 +35,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary | {"[eos]": 256}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[eos]", pad_token="[eos]")
+    return make_tokenizer()
 
 
 def section(**values: Any) -> DataSection:
@@ -78,7 +73,7 @@ def test_a_folder_of_all_kinds_is_read_in_order(tmp_path: Path, tokenizer: PreTr
     assert [row["sample_id"] for row in parts["train"]] == list(range(48))
     row = parts["train"][5]
     assert tokenizer.decode(row["input_ids"][: row["target_start"]]) == row["prompt"] + ">"
-    assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["completion"] + "[eos]"
+    assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["completion"] + "<eos>"
     assert prepared.tokens["train"] == sum(len(row["input_ids"]) for row in parts["train"])
     assert any("train: 48 rows" in line for line in prepared.describe())
 
@@ -133,8 +128,10 @@ def test_rows_of_another_tokenizer_are_not_used(tmp_path: Path, tokenizer: PreTr
     """Ids mean something else to it, though settings and files are the same."""
     path, out = write_rows(tmp_path / "x.jsonl", 0, 40), tmp_path / "out"
     first = read(prepare(section(train=str(path)), tokenizer, out, seed=1))
-    assert prepared_before(section(train=str(path)), make_tokenizer(), out, seed=1) is None
-    again = prepare(section(train=str(path)), make_tokenizer(), out, seed=1)
+    other = make_tokenizer()
+    other.add_tokens(["prompt"])
+    assert prepared_before(section(train=str(path)), other, out, seed=1) is None
+    again = prepare(section(train=str(path)), other, out, seed=1)
     assert read(again)["train"][0]["input_ids"] != first["train"][0]["input_ids"]
 
 
@@ -229,8 +226,8 @@ def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokeniz
         assert [row["sample_id"] for row in rows] == list(range(prepared.rows[part]))
         for row in rows:
             source = tokenizer.decode(row["input_ids"][: row["target_start"]])
-            assert source == row["prompt"] + ">[eos]" and row["answer"] == row["completion"]
-            assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["answer"] + "[eos]"
+            assert source == row["prompt"] + "><eos>" and row["answer"] == row["completion"]
+            assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["answer"] + "<eos>"
     for user, row in enumerate(read(prepared)["test"]):
         last = user + 3 + user % 4
         assert row["prompt"] == f"{labels[f'i{last - 2}']} {labels[f'i{last - 1}']}"

@@ -221,7 +221,7 @@ def test_estimate_counts_the_training_rows(tmp_path: Path, given: bool) -> None:
     wanted = rows(path, "train", history=4)
     assert found is not None
     assert (found.rows, found.sampled) == (len(wanted), len(wanted))
-    # items of two digits: a token each, an end token for source and target
+    # items of two digits: one token each, an end token for source and target
     assert found.mean_tokens == pytest.approx(sum(len(p.split()) + 3 for p, _ in wanted) / len(wanted))
     assert found.mean_target_tokens == 2
 

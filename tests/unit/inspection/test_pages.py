@@ -1,4 +1,4 @@
-"""Pages, terminal views and charts of a log: whole, self-contained, bounded, and safe whatever a token says."""
+"""Pages, terminal views and charts of a log: whole, self-contained, bounded, and safe whatever the text of a token is."""
 
 from __future__ import annotations
 
