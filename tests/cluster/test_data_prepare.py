@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tc_ray.config.schema import DataSection
@@ -22,15 +20,11 @@ from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.sequences import read_items
 from tc_ray.run.job import JobError, run_job
 from tests.support.data_cases import CASES, strict_tokenizer
+from tests.support.local_ray import local_ray
 from tests.support.tiny_model import make_tokenizer
 from tests.support.tiny_run import tiny_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 @pytest.fixture(scope="module")
