@@ -10,12 +10,12 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tc_ray.inspection.colours import LEVELS, level
+from tc_ray.inspection.tallies import Confidence
 from tc_ray.mistakelog.rows.ragged import Array
 
 if TYPE_CHECKING:
@@ -56,28 +56,9 @@ _SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line over bins of rounds; NaN: no value there."""
-
-    name: str
-    values: Array
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Target tokens of one group by the probability of the first choice, arrays [bins]."""
-
-    name: str
-    tokens: Array
-    probability: Array
-    """Sum of the probabilities."""
-    correct: Array
-
-
 def line_chart(
     title: str,
-    lines: Sequence[Line],
+    lines: Sequence[tuple[str, Array]],
     spans: Sequence[tuple[int, int]],
     *,
     percent: bool = False,
@@ -86,21 +67,22 @@ def line_chart(
     """At most two lines over bins of rounds.
 
     Args:
+        lines: names and values; NaN: no value there.
         spans: first and last round of each bin.
         percent: values are shares, shown from 0% to 100%. Other values that span more than a factor LOG_FROM get a
             logarithmic axis, which the title then says.
         epochs: (epoch, its first round): dotted lines.
     """
-    values = np.concatenate([line.values for line in lines])
+    values = np.concatenate([line for _, line in lines])
     finite = values[np.isfinite(values)]
     logarithmic = not percent and len(finite) > 0 and finite.min() > 0 and finite.max() / finite.min() > LOG_FROM
     with _figure(5.4, 2.9) as figure:
         axes = figure.subplots()
         axes.set_title(f"{title}, logarithmic axis" if logarithmic else title)
         middle = [(low + high) / 2 for low, high in spans]
-        for style, line in zip(_STYLES, lines, strict=False):
+        for style, (name, line) in zip(_STYLES, lines, strict=False):
             dots = {} if len(spans) == 1 else {"marker": ""}
-            axes.plot(middle, line.values, label=line.name, **{**style, **dots})
+            axes.plot(middle, line, label=name, **{**style, **dots})
         if logarithmic:
             axes.set_yscale("log", subs=(2, 5))
             axes.yaxis.set_minor_formatter("{x:g}")
@@ -163,20 +145,26 @@ def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, wid
         return _svg(figure, title)
 
 
-def reliability_chart(groups: Sequence[Reliability]) -> str:
-    """Probability of the first choice against how often it was right, and how many tokens had that probability."""
+def reliability_chart(confidence: Confidence, names: Sequence[str]) -> str:
+    """Probability of the first choice against how often it was right, and how many tokens had that probability.
+
+    names: of the two groups of `confidence`; one without tokens is left out.
+    """
     with _figure(5.4, 5.2) as figure:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.set_title("Accuracy of the first choice")
         axes.plot([0, 1], [0, 1], color=_COLOUR["soft"], linestyle=":", linewidth=1)
         axes.text(0.02, 0.94, "above the diagonal: under-confident", color=_COLOUR["soft"], fontsize=8)
         axes.text(0.98, 0.03, "below: over-confident", color=_COLOUR["soft"], fontsize=8, ha="right")
-        for place, (style, group) in enumerate(zip(_STYLES, groups, strict=False)):
-            used = np.flatnonzero(group.tokens)
-            tokens = group.tokens[used]
-            axes.plot(group.probability[used] / tokens, group.correct[used] / tokens, label=group.name, **style)
-            slot = 1 / len(group.tokens)
-            left = slot * (used + 0.08 + 0.44 * place)
+        for group, (style, name) in enumerate(zip(_STYLES, names, strict=True)):
+            used = np.flatnonzero(confidence.tokens[group])
+            if not len(used):
+                continue
+            tokens = confidence.tokens[group, used]
+            p, accuracy = confidence.probability[group, used] / tokens, confidence.correct[group, used] / tokens
+            axes.plot(p, accuracy, label=name, **style)
+            slot = 1 / confidence.tokens.shape[1]
+            left = slot * (used + 0.08 + 0.44 * group)
             below.bar(left, tokens, 0.4 * slot, align="edge", color=style["color"], alpha=0.7)
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")

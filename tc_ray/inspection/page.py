@@ -22,6 +22,7 @@ READING = (
     "Each token of the true answer stands on the colour of its error. A token that was not ranked first is underlined and "
     "followed by the one that was, «so». Point at a token to see its probabilities."
 )
+VISITS, TOKENS, PROMPT = 12, 160, 1200
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -62,42 +63,34 @@ def sample_page(metadata: LogMetadata, samples: Mapping[int, Sequence[Visit]], t
     return page(f"{metadata.run}: {name}", "\n".join([head, facts, legend_html(), *blocks]))
 
 
-def sample_html(
-    visits: Sequence[Visit],
-    texts: TokenTexts,
-    *,
-    badge: str = "",
-    most_visits: int | None = None,
-    most_tokens: int | None = None,
-    most_prompt: int | None = None,
-) -> str:
+def sample_html(visits: Sequence[Visit], texts: TokenTexts, *, badge: str = "", short: bool = False) -> str:
     """One sample: its prompt, and a line for each visit.
 
     Args:
-        badge: a word on what the sample shows. most_visits: lines shown, evenly spread. most_tokens: answer tokens shown.
-        most_prompt: characters of the prompt shown, from its end.
+        badge: a word on what the sample shows. short: at most VISITS lines of at most TOKENS answer tokens, and the last
+            PROMPT characters of the prompt.
     """
-    shown = list(visits) if most_visits is None else thinned(visits, most_visits)
+    shown = thinned(visits, VISITS) if short else visits
     lines = [
         f'<div class="visit"><p class="note"><b>round {visit.round:,}</b> {visit.when}</p><p class="note">{visit.result}</p>'
-        f"{_answer(visit, texts, most_tokens)}</div>"
+        f"{_answer(visit, texts, TOKENS if short else len(visit.truth))}</div>"
         for visit in shown
     ]
     mark = f'<span class="badge">{esc(badge)}</span>' if badge else ""
     left = len(visits) - len(shown)
     more = f'<p class="note">{left} of {len(visits)} rounds are left out.</p>' if left else ""
     prompt = texts.sequence(visits[0].prompt.tolist()).strip("\n")
-    if most_prompt is not None and len(prompt) > most_prompt:
-        prompt = f"… ({len(prompt) - most_prompt:,} characters before) {prompt[-most_prompt:]}"
+    if short and len(prompt) > PROMPT:
+        prompt = f"… ({len(prompt) - PROMPT:,} characters before) {prompt[-PROMPT:]}"
     return (
         f'<section class="sample"><h3>{mark}sample {visits[0].sample_id}</h3>'
         f'<p class="prompt">{esc(prompt)}</p>{"".join(lines)}{more}</section>'
     )
 
 
-def _answer(visit: Visit, texts: TokenTexts, most: int | None) -> str:
+def _answer(visit: Visit, texts: TokenTexts, most: int) -> str:
     """The true tokens, each on the colour of its error; after one that was not ranked first, the one that was."""
-    count = len(visit.truth) if most is None else min(most, len(visit.truth))
+    count = min(most, len(visit.truth))
     parts = []
     for place in range(count):
         text = texts.flowing(int(visit.truth[place])) + ("" if texts.known else " ")

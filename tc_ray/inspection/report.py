@@ -13,20 +13,18 @@ import numpy as np
 
 from tc_ray.files import write_file
 from tc_ray.inspection import tables
-from tc_ray.inspection.charts import Line, Reliability, heat_map, line_chart, reliability_chart
+from tc_ray.inspection.charts import heat_map, line_chart, reliability_chart
 from tc_ray.inspection.colours import level
 from tc_ray.inspection.page import READING, esc, legend_html, page, sample_html, table_html
 from tc_ray.inspection.samples import Visit, across_epochs, find_visits, percent
 from tc_ray.inspection.stats import MAX_BINS, LogStats, collect
+from tc_ray.inspection.tables import VISITED
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.ragged import Array
 
 WORST = 12
 ACROSS_EACH = 3
-VISITS = 12
-TOKENS = 160
-PROMPT = 1200
 EPOCH_MARKS = 15
 MATRIX = 14
 MISSED = 30
@@ -90,7 +88,7 @@ def _tiles(stats: LogStats) -> str:
         (" → ".join(right(line, "rows_with_mistake_share") for line in parts), f"answers without a mistake, {when}"),
         (
             "no data" if gap is None else f"{100 * gap:.1f} points",
-            f"mean gap between probability and accuracy, {('first visit', 'seen before')[group]}",
+            f"mean gap between probability and accuracy, {VISITED[group]}",
         ),
     ]
     shown = "".join(f'<div class="tile"><b>{esc(value)}</b><span>{esc(name)}</span></div>' for value, name in tiles)
@@ -99,14 +97,14 @@ def _tiles(stats: LogStats) -> str:
 
 def _rounds(stats: LogStats) -> str:
     bins = stats.bins
-    totals = stats.by_round.binned(bins.index(np.arange(stats.first_round, stats.last_round + 1)), bins.count)
+    totals = stats.by_round.binned(bins.index(np.arange(stats.first_round, stats.last_round + 1)), len(bins.spans))
     every = max(1, -(-stats.most_seen // EPOCH_MARKS))
     starts = [(seen + 1, int(stats.seen_from[seen])) for seen in range(1, stats.most_seen + 1, every)]
     epochs = [(epoch, first) for epoch, first in starts if first >= 0]
-    loss = [Line("loss", _mean(totals.loss, totals.tokens))]
+    loss = [("loss", _mean(totals.loss, totals.tokens))]
     accuracy = [
-        Line("tokens ranked first", 1.0 - _mean(totals.wrong, totals.tokens)),
-        Line("answers without a mistake", 1.0 - _mean(totals.mistaken, totals.rows)),
+        ("tokens ranked first", 1.0 - _mean(totals.wrong, totals.tokens)),
+        ("answers without a mistake", 1.0 - _mean(totals.mistaken, totals.rows)),
     ]
     charts = [
         line_chart("Loss (nats per target token)", loss, bins.spans, epochs=epochs),
@@ -196,18 +194,12 @@ def _token(token: int, texts: TokenTexts) -> str:
 
 
 def _calibration(stats: LogStats) -> str:
-    found = stats.confidence
-    groups = [
-        Reliability(name, found.tokens[group], found.probability[group], found.correct[group])
-        for group, name in enumerate(("first visit", "seen before"))
-        if found.tokens[group].any()
-    ]
     return (
         "<h2>Calibration of the Pilot</h2><p>When the Pilot gives its first choice a probability, how often is it right? On "
         "the diagonal the two agree. The bars count the tokens of each probability. Samples on their first visit are apart "
         "from those that the Pilot had trained on before.</p>"
         f"{table_html(tables.calibration(stats))}"
-        f'<figure class="narrow">{reliability_chart(groups)}</figure>'
+        f'<figure class="narrow">{reliability_chart(stats.confidence, VISITED)}</figure>'
     )
 
 
@@ -215,10 +207,7 @@ def _across(across: list[tuple[str, int]], visits: dict[int, list[Visit]], texts
     heading = "<h2>The same sample across epochs</h2>"
     if not across:
         return heading + "<p>Each sample was visited once in these rounds: there is nothing to compare.</p>"
-    blocks = [
-        sample_html(visits[sample], texts, badge=label, most_visits=VISITS, most_tokens=TOKENS, most_prompt=PROMPT)
-        for label, sample in across
-    ]
+    blocks = [sample_html(visits[sample], texts, badge=label, short=True) for label, sample in across]
     return (
         f"{heading}<p>Samples whose loss fell most (learned), rose most (got worse), or was still largest at their last visit "
         f"(still hard). {esc(READING)}</p>{legend_html()}{''.join(blocks)}"
@@ -231,7 +220,7 @@ def _hardest(worst: list[int], visits: dict[int, list[Visit]], texts: TokenTexts
         found = visits[sample]
         loss, tokens = sum(float(v.loss.sum()) for v in found), sum(len(v.loss) for v in found)
         badge = f"mean loss {loss / tokens:.3f} over {len(found)} round{'s' * (len(found) > 1)}"
-        blocks.append(sample_html(found[-1:], texts, badge=badge, most_tokens=TOKENS, most_prompt=PROMPT))
+        blocks.append(sample_html(found[-1:], texts, badge=badge, short=True))
     return (
         "<h2>Hardest samples</h2><p>The samples of the largest mean loss per target token over all their visits, as they were "
         f"at the last one. Read them for wrong labels.</p>{legend_html()}{''.join(blocks)}"

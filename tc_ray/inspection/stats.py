@@ -28,38 +28,26 @@ _SAMPLE_FIELDS = ("visits", "tokens", "wrong", "first_round", "first_loss", "las
 
 @dataclass(frozen=True)
 class RoundBins:
-    """The rounds first..last cut into `count` parts of equal width, at most MAX_BINS."""
+    """The rounds first..last cut into bins of `width` rounds (the last one may be shorter)."""
 
     first: int
     last: int
-    count: int
+    width: int
 
     @classmethod
     def over(cls, first: int, last: int, most: int = MAX_BINS) -> RoundBins:
-        """Bins of a span of rounds."""
-        rounds = last - first + 1
-        width = -(-rounds // most)
-        return cls(first, last, -(-rounds // width))
-
-    @property
-    def width(self) -> int:
-        """Rounds in a bin (the last may hold fewer)."""
-        rounds = self.last - self.first + 1
-        return -(-rounds // self.count)
+        """At most `most` bins of a span of rounds."""
+        return cls(first, last, -(-(last - first + 1) // most))
 
     def index(self, rounds: Array) -> Array:
         """int64, the bin of each round."""
         return (rounds - self.first) // self.width
 
-    def span(self, index: int) -> tuple[int, int]:
-        """First and last round of a bin."""
-        start = self.first + index * self.width
-        return start, min(start + self.width - 1, self.last)
-
     @property
     def spans(self) -> list[tuple[int, int]]:
         """First and last round of each bin."""
-        return [self.span(i) for i in range(self.count)]
+        starts = range(self.first, self.last + 1, self.width)
+        return [(start, min(start + self.width - 1, self.last)) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -191,7 +179,7 @@ def collect(log: MistakeLog, rounds: tuple[int, int] | None = None) -> LogStats:
     by_round, by_seen = Totals.zeros(last - first + 1), Totals.zeros(_MAX_SEEN)
     seen_from = np.full(_MAX_SEEN, _LATEST)
     samples, tokens, confidence = SampleTable(), TokenTable(log.metadata.vocab_size), Confidence()
-    positions = PositionMap(bins.count)
+    positions = PositionMap(len(bins.spans))
     for rows in stream(log, rounds):
         seen = np.maximum(rows.seen.astype(np.int64), 0)
         by_round.add(rows.round - first, rows)

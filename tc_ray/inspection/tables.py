@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from tc_ray.inspection.samples import percent
-from tc_ray.inspection.stats import LogStats
+from tc_ray.inspection.stats import LogStats, RoundBins
 from tc_ray.inspection.tallies import Totals
 from tc_ray.inspection.tokens import TokenTexts
 
 SEEN_LINES = 16
+VISITED = ("first visit", "seen before")
+"""The groups of `Confidence`."""
 _MEANS = ("rows", "target tokens", "loss (nats)", "error", "tokens missed", "rows with a mistake")
 
 
@@ -57,11 +59,10 @@ def facts(stats: LogStats, texts: TokenTexts) -> list[tuple[str, str]]:
 
 def by_round(stats: LogStats, most: int) -> Table:
     """Means over at most `most` spans of rounds."""
-    parts = [part for part in np.array_split(np.arange(len(stats.by_round.rows)), most) if len(part)]
-    spans = [(stats.first_round + int(part[0]), stats.first_round + int(part[-1])) for part in parts]
+    first = stats.first_round
     rows = [
-        [f"{low}-{high}" if high > low else str(low), *_means(stats.by_round, part)]
-        for (low, high), part in zip(spans, parts, strict=True)
+        [f"{low}-{high}" if high > low else str(low), *_means(stats.by_round, slice(low - first, high - first + 1))]
+        for low, high in RoundBins.over(first, stats.last_round, most).spans
     ]
     title = "Mistakes by round (loss and error per target token; error: 1 - p(true token))"
     return Table(title, ("rounds", *_MEANS), rows)
@@ -81,7 +82,7 @@ def by_seen(stats: LogStats) -> Table:
 def calibration(stats: LogStats) -> Table:
     """Probability of the Pilot's first choice against how often it was right."""
     rows = []
-    for group, name in enumerate(("first visit", "seen before")):
+    for group, name in enumerate(VISITED):
         gap, bias = stats.confidence.gap(group), stats.confidence.bias(group)
         if gap is None or bias is None:
             continue

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tc_ray.inspection.charts import Line, heat_map, line_chart
+from tc_ray.inspection.charts import heat_map, line_chart
 from tc_ray.inspection.colours import LEVELS, contrast, level, luminance, scale
 from tc_ray.inspection.page import esc, page, sample_page
 from tc_ray.inspection.report import report_page, write_report
@@ -195,12 +195,12 @@ def test_levels_cover_the_errors() -> None:
 
 def test_a_line_with_gaps_and_a_logarithmic_axis() -> None:
     values = np.array([8.0, np.nan, 0.1, 0.05])
-    chart = line_chart("Loss", [Line("loss", values)], [(1, 2), (3, 4), (5, 6), (7, 7)])
+    chart = line_chart("Loss", [("loss", values)], [(1, 2), (3, 4), (5, 6), (7, 7)])
     assert "Loss, logarithmic axis" in chart
     (line,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--one\)', chart)
     assert line.count("M") == 2, "a gap where there is no value"
     assert "logarithmic" not in line_chart(
-        "Accuracy", [Line("tokens", values / 8)], [(i, i) for i in range(4)], percent=True
+        "Accuracy", [("tokens", values / 8)], [(i, i) for i in range(4)], percent=True
     )
 
 
@@ -215,7 +215,7 @@ def test_a_heat_map_draws_each_cell_in_its_colour() -> None:
 
 
 def test_charts_have_the_colours_of_the_page() -> None:
-    chart = line_chart("Loss", [Line("a", np.ones(3)), Line("b", np.zeros(3))], [(1, 1), (2, 2), (3, 3)])
+    chart = line_chart("Loss", [("a", np.ones(3)), ("b", np.zeros(3))], [(1, 1), (2, 2), (3, 3)])
     assert not re.findall(r"#[0-9a-f]{6}\b", chart), "a fixed colour does not read on dark and on light pages"
     assert "stroke-dasharray" in chart and "var(--one)" in chart and "var(--two)" in chart
 
