@@ -139,7 +139,7 @@ def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, wid
                 patch = PathPatch(Path(corners, codes), facecolor=_COLOUR[f"e{shade}"], linewidth=0, antialiased=False)
                 axes.add_patch(patch)
         axes.set_ylim(rows * width + 0.5, 0.5)
-        axes.locator_params(axis="y", integer=True)
+        axes.locator_params(axis="y", integer=True, min_n_ticks=1)
         axes.set_ylabel("place in the answer")
         _round_axis(axes, spans)
         return _svg(figure, title)
@@ -179,7 +179,7 @@ def reliability_chart(confidence: Confidence, names: Sequence[str]) -> str:
 
 def _round_axis(axes: Axes, spans: Sequence[tuple[int, int]]) -> None:
     axes.set_xlim(spans[0][0] - 0.5, spans[-1][1] + 0.5)
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_xlabel("round")
 
 
