@@ -24,9 +24,9 @@ from tests.support.mistakelog_samples import metadata
 EXAMPLES = make_examples(samples=9, epochs=4)
 
 
-@pytest.fixture(params=["top-k", "dense"])
-def log(request: pytest.FixtureRequest, tmp_path: Path) -> MistakeLog:
-    return MistakeLog(make_log(tmp_path / "log", EXAMPLES, dense=request.param == "dense"))
+@pytest.fixture(scope="module", params=["top-k", "dense"])
+def log(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MistakeLog:
+    return MistakeLog(make_log(tmp_path_factory.mktemp("log"), EXAMPLES, dense=request.param == "dense"))
 
 
 def predicted(example: Example) -> list[int]:
