@@ -53,11 +53,10 @@ def stats(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Rounds, rows, bytes, mistakes by round, tokens most often missed, hardest samples, how errors fall."""
+    """Mistakes by round and by epoch, calibration, tokens most often missed, hardest samples."""
     from tc_ray.inspection.stats import collect
     from tc_ray.inspection.terminal import print_view, stats_view
     from tc_ray.inspection.tokens import find_tokenizer
-    from tc_ray.tracking.progress import size
 
     place = _place(source, storage)
     opened = place.open()
@@ -66,7 +65,7 @@ def stats(
     if as_json:
         say(json.dumps(found.to_dict(texts, top), indent=1))
     else:
-        print_view(stats_view(found, texts, size(found.bytes), top))
+        print_view(stats_view(found, texts, top))
     _refuse_damage(opened)
 
 
@@ -76,43 +75,43 @@ def show(
     sample: Annotated[int | None, typer.Argument(help="Sample id.")] = None,
     worst: Annotated[int | None, typer.Option("--worst", min=1, help="Show the N hardest samples instead.")] = None,
     round: Annotated[
-        int | None, typer.Option("--round", help="Only this round; default: every one it was met in.")
+        int | None, typer.Option("--round", help="Only this round; default: all in which it was trained on.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page instead of printing.")] = None,
     tokenizer: Tokenizer = None,
     storage: Storage = None,
 ) -> None:
-    """The sequence of a sample with every token coloured by its error, and what was said instead."""
-    from tc_ray.inspection.sights import find_sights, sights_of
+    """A sample with every token coloured by its error, and what the Pilot predicted instead."""
+    from tc_ray.inspection.samples import find_visits, visits_of
     from tc_ray.inspection.stats import collect
     from tc_ray.inspection.terminal import legend, print_view, sample_view
     from tc_ray.inspection.tokens import find_tokenizer
 
     if (sample is None) == (worst is None):
-        raise ValueError("say which sample: its id, or --worst N")
+        raise ValueError("name a sample: its id, or --worst N")
     place = _place(source, storage)
     opened = place.open()
     texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
     if sample is not None:
-        samples = {sample: sights_of(opened, sample, round)}
+        samples = {sample: visits_of(opened, sample, round)}
     else:
         span = None if round is None else (round, round)
         found = collect(opened, span)
         assert worst is not None
-        samples = find_sights(opened, [int(found.samples.ids[i]) for i in found.hardest(worst)], span)
+        samples = find_visits(opened, [int(found.samples.ids[i]) for i in found.hardest(worst)], span)
         if not samples:
             raise ValueError(f"{source}: no row with target tokens" + (f" in round {round}" if round else ""))
     if html is not None:
-        from tc_ray.inspection.sample_page import sample_page
+        from tc_ray.inspection.page import sample_page
 
         write_file(html, sample_page(opened.metadata, samples, texts))
         say(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
         _refuse_damage(opened)
         return
     print_view(legend())
-    for sights in samples.values():
+    for visits in samples.values():
         say("")
-        print_view(sample_view(sights, texts))
+        print_view(sample_view(visits, texts))
     if not texts.known:
         say(f"\n{texts.note}")
     _refuse_damage(opened)

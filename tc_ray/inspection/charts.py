@@ -1,310 +1,210 @@
-"""Charts as inline SVG, complete without a script, and the figures that the page's script tells of them.
+"""Charts of the report as inline SVG, drawn by matplotlib.
 
-Invariant: colours come from the page's style (light and dark), and no chart tells things apart by colour alone: lines differ
-in dashes and are named at their ends, points in shape. Used by the report.
+Invariant: colours are the page's CSS variables, so one drawing serves light pages, dark pages and paper; and no chart uses
+colour alone: lines differ in dashes, points in shape, and the heat maps' scale runs from light to dark.
 """
 
 from __future__ import annotations
 
-import math
+import io
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tc_ray.inspection.colours import LEVELS, level
-from tc_ray.inspection.page import esc
-from tc_ray.inspection.rows import Array
+from tc_ray.inspection.tallies import Confidence
+from tc_ray.mistakelog.rows.ragged import Array
 
-STYLES = ("one", "two")
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 LOG_FROM = 10.0
-
-
-@dataclass(frozen=True)
-class Chart:
-    """SVG, and what the script needs to tell the figures under the pointer."""
-
-    svg: str
-    hover: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line over the columns of a chart; NaN: no value there."""
-
-    name: str
-    values: Array
-    kind: str
-    """percent, number or count: how a value is written."""
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within low..high."""
-    if high <= low:
-        return [low]
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within low..high."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [tick for power in powers for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= tick <= high]
+"""Values that span more than this factor get a logarithmic axis."""
+_VARIABLES = ("ink", "soft", "grid", "one", "two", "panel", *(f"e{shade}" for shade in range(LEVELS)))
+# colours that stand for the page's variables until the SVG is written
+_COLOUR = {name: f"#fe00{place:02x}" for place, name in enumerate(_VARIABLES)}
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": _COLOUR["one"], "linestyle": "-", "marker": "o"},
+    {"color": _COLOUR["two"], "linestyle": (0, (5, 2)), "marker": "s", "markerfacecolor": "none"},
+)
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "figure.facecolor": "none",
+    "font.size": 9.0,
+    "text.color": _COLOUR["ink"],
+    "axes.labelcolor": _COLOUR["soft"],
+    "axes.edgecolor": _COLOUR["soft"],
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "axes.grid.axis": "y",
+    "grid.color": _COLOUR["grid"],
+    "xtick.color": _COLOUR["soft"],
+    "ytick.color": _COLOUR["soft"],
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.0,
+}
 
 
 def line_chart(
-    chart_id: str,
     title: str,
-    lines: Sequence[Line],
+    lines: Sequence[tuple[str, Array]],
     spans: Sequence[tuple[int, int]],
     *,
-    extra: Sequence[Line] = (),
-    top: float | None = None,
-    marks: Sequence[tuple[int, str]] = (),
-) -> Chart:
+    percent: bool = False,
+    epochs: Sequence[tuple[int, int]] = (),
+) -> str:
     """At most two lines over bins of rounds.
 
     Args:
+        lines: names and values; NaN: no value there.
         spans: first and last round of each bin.
-        extra: told under the pointer only.
-        top: upper end of the axis; default: from the values, and values that span more than a factor LOG_FROM get a
+        percent: values are shares, shown from 0% to 100%. Other values that span more than a factor LOG_FROM get a
             logarithmic axis, which the title then says.
-        marks: (bin, label) of upright lines.
+        epochs: (epoch, its first round): dotted lines.
     """
-    left, right, upper, width, height = 52.0, 96.0, 40.0, 520.0, 190.0
-    plot = width - left - right
-    values = np.concatenate([line.values for line in lines])
+    values = np.concatenate([line for _, line in lines])
     finite = values[np.isfinite(values)]
-    high = top if top is not None else float(finite.max()) * 1.05 if len(finite) and finite.max() > 0 else 1.0
-    percent = lines[0].kind == "percent"
-    low = float(finite.min()) / 1.05 if len(finite) else 0.0
-    logarithmic = top is None and low > 0 and high / low > LOG_FROM
-
-    def x(column: float) -> float:
-        return left + plot * (column + 0.5) / len(spans)
-
-    def y(value: float) -> float:
-        share = math.log(max(value, low) / low) / math.log(high / low) if logarithmic else value / high
-        return upper + height * (1 - share)
-
-    named = f"{title}, logarithmic axis" if logarithmic else title
-    parts = [f'<text class="title" x="0" y="14">{esc(named)}</text>']
-    for tick in log_ticks(low, high) if logarithmic else ticks(0.0, high):
-        label = f"{100 * tick:g}%" if percent else f"{tick:g}"
-        parts.append(f'<line class="grid" x1="{left}" x2="{left + plot}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{left - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{label}</text>')
-    last_label = -1e9
-    for column, name in marks:
-        edge = left + plot * column / len(spans)
-        parts.append(f'<line class="mark" x1="{edge:.1f}" x2="{edge:.1f}" y1="{upper}" y2="{upper + height}"/>')
-        if edge - last_label > 7.0 * len(name) + 6:
-            parts.append(f'<text x="{edge + 3:.1f}" y="{upper - 5}" font-size="11">{esc(name)}</text>')
-            last_label = edge
-    parts.append(_round_axis(spans, left, plot, upper + height))
-    ends = _apart([y(_last(line.values)) for line in lines], 15.0)
-    for style, line, end in zip(STYLES, lines, ends, strict=False):
-        parts.append(f'<path class="line {style}" d="{_path(line.values, x, y)}"/>')
-        if len(spans) == 1 and np.isfinite(line.values[0]):
-            parts.append(f'<circle class="dot {style}" cx="{x(0):.1f}" cy="{y(line.values[0]):.1f}" r="4"/>')
-        for row, words in enumerate(line.name.split("\n")):
-            parts.append(
-                f'<text class="{style}" x="{left + plot + 8}" y="{end + 4 + 14 * row:.1f}">{esc(words)}</text>'
-            )
-    parts.append('<rect class="cursor"/>')
-    hover = {
-        "left": left,
-        "top": upper,
-        "width": plot,
-        "height": height,
-        "xs": [_rounds(span) for span in spans],
-        "ys": None,
-        "layers": [_layer(line.name.replace("\n", " "), line.values, line.kind) for line in (*lines, *extra)],
-    }
-    return Chart(_svg(chart_id, title, width, upper + height + 40, parts), hover)
+    logarithmic = not percent and len(finite) > 0 and finite.min() > 0 and finite.max() / finite.min() > LOG_FROM
+    with _figure(5.4, 2.9) as figure:
+        axes = figure.subplots()
+        axes.set_title(f"{title}, logarithmic axis" if logarithmic else title)
+        middle = [(low + high) / 2 for low, high in spans]
+        for style, (name, line) in zip(_STYLES, lines, strict=False):
+            dots = {} if len(spans) == 1 else {"marker": ""}
+            axes.plot(middle, line, label=name, **{**style, **dots})
+        if logarithmic:
+            axes.set_yscale("log", subs=(2, 5))
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(0, 1.02 if percent else None)
+            if percent:
+                axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+        axes.grid(visible=True)
+        _round_axis(axes, spans)
+        if epochs:
+            top = axes.secondary_xaxis("top")
+            top.set_xticks([first for _, first in epochs], [str(epoch) for epoch, _ in epochs])
+            top.set_xlabel("epoch", loc="left", fontsize=8)
+            top.tick_params(length=0)
+            top.spines["top"].set_visible(False)
+            for _, first in epochs:
+                axes.axvline(first, color=_COLOUR["soft"], linestyle=":", linewidth=1)
+        if len(lines) > 1:
+            axes.legend()
+        return _svg(figure, title)
 
 
-def heat_map(
-    chart_id: str,
-    title: str,
-    values: Array,
-    spans: Sequence[tuple[int, int]],
-    places: Sequence[str],
-    *,
-    high: float,
-    name: str,
-    tokens: Array,
-    counted: str,
-) -> Chart:
-    """Share by bin of rounds (across) and place in the answer (down, the first on top); NaN: no data.
+def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, width: int, high: float) -> str:
+    """Shares by bin of rounds (across) and place in the answer (down, the first on top).
 
     Args:
-        values: [bins, places], each 0..high. high: share that has the strongest colour.
-        places: name of each place. name: what the values are. tokens: [bins, places], what they were taken over.
-        counted: name of `tokens`.
+        values: [bins, rows], each 0..high; NaN: no data.
+        width: answer tokens per row. high: share that has the strongest colour.
     """
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
     bins, rows = values.shape
-    left, upper, width = 84.0, 28.0, 1024.0
-    plot = width - left
-    cell = min(26.0, max(5.5, 420.0 / max(rows, 1)))
-    height = cell * rows
-    wide = plot / bins
-    parts = [f'<text class="title" x="0" y="14">{esc(title)}</text>']
-    parts.append(f'<rect class="empty" x="{left}" y="{upper}" width="{plot}" height="{height:.2f}"/>')
-    shades: list[list[str]] = [[] for _ in range(LEVELS)]
+    edges = [spans[0][0] - 0.5, *(last + 0.5 for _, last in spans)]
+    cells: list[list[tuple[float, float]]] = [[] for _ in range(LEVELS)]
     for row in range(rows):
-        run_from, run_level = 0, -1
-        for column in range(bins + 1):
-            value = values[column, row] if column < bins else math.nan
-            shade = level(float(value) / high) if math.isfinite(value) else -1
-            if shade != run_level:
-                if run_level >= 0:  # neighbours of one colour are one piece
-                    shades[run_level].append(f"M{run_from} {row}h{column - run_from}v1h-{column - run_from}z")
-                run_from, run_level = column, shade
-    transform = f"translate({left} {upper}) scale({wide:.5f} {cell:.4f})"
-    parts.append(f'<g transform="{transform}" shape-rendering="crispEdges">')
-    parts += [f'<path class="e{shade}" d="{"".join(cells)}"/>' for shade, cells in enumerate(shades) if cells]
-    parts.append("</g>")
-    every = max(1, math.ceil(15.0 / cell))
-    for row in range(0, rows, every):
-        middle = upper + cell * (row + 0.5) + 4
-        parts.append(f'<text x="{left - 8}" y="{middle:.1f}" text-anchor="end">{esc(places[row])}</text>')
-    parts.append(_round_axis(spans, left, plot, upper + height))
-    parts.append('<rect class="cursor"/>')
-    # [places, bins] in the script's order
-    hover = {
-        "left": left,
-        "top": upper,
-        "width": plot,
-        "height": height,
-        "xs": [_rounds(span) for span in spans],
-        "ys": list(places),
-        "layers": [
-            _layer(name, values.T.reshape(-1), "percent"),
-            _layer(counted, tokens.T.reshape(-1), "count"),
-        ],
-    }
-    return Chart(_svg(chart_id, title, width, upper + height + 40, parts), hover)
+        shades = [level(float(value) / high) if np.isfinite(value) else -1 for value in values[:, row]]
+        first = 0
+        for column in range(1, bins + 1):
+            if column == bins or shades[column] != shades[first]:  # neighbours of one colour are one piece
+                if shades[first] >= 0:
+                    left, right = edges[first], edges[column]
+                    up, down = row * width + 0.5, (row + 1) * width + 0.5
+                    cells[shades[first]] += [(left, up), (right, up), (right, down), (left, down), (left, up)]
+                first = column
+    with _figure(10.6, 1.1 + min(4.6, max(0.9, 0.22 * rows))) as figure:
+        axes = figure.subplots()
+        axes.set_title(title)
+        axes.set_facecolor(_COLOUR["panel"])
+        for shade, corners in enumerate(cells):
+            if corners:
+                codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * (len(corners) // 5)
+                patch = PathPatch(Path(corners, codes), facecolor=_COLOUR[f"e{shade}"], linewidth=0, antialiased=False)
+                axes.add_patch(patch)
+        axes.set_ylim(rows * width + 0.5, 0.5)
+        axes.locator_params(axis="y", integer=True, min_n_ticks=1)
+        axes.set_ylabel("place in the answer")
+        _round_axis(axes, spans)
+        return _svg(figure, title)
 
 
-def reliability_chart(groups: Sequence[tuple[str, Array, Array, Array]]) -> str:
+def reliability_chart(confidence: Confidence, names: Sequence[str]) -> str:
     """Probability of the first choice against how often it was right, and how many tokens had that probability.
 
-    Args:
-        groups: at most two of (name, tokens, sum of probabilities, right ones), each [bins].
+    names: of the two groups of `confidence`; one without tokens is left out.
     """
-    left, upper, side, width, below = 58.0, 30.0, 340.0, 520.0, 70.0
-    parts = ['<text class="title" x="0" y="14">Accuracy of the first choice</text>']
-
-    def x(share: float) -> float:
-        return left + side * share
-
-    def y(share: float) -> float:
-        return upper + side * (1 - share)
-
-    for tick in ticks(0.0, 1.0):
-        parts.append(f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{left - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:g}%</text>')
-        parts.append(
-            f'<text x="{x(tick):.1f}" y="{upper + side + below + 34}" text-anchor="middle">{100 * tick:g}%</text>'
-        )
-    parts.append(f'<line class="mark" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>')
-    parts.append(f'<text x="{x(0.03)}" y="{y(0.93)}">above the diagonal: under-confident</text>')
-    parts.append(f'<text x="{x(0.97)}" y="{y(0.04)}" text-anchor="end">below: over-confident</text>')
-    base = upper + side + below + 16
-    parts.append(f'<line class="axis" x1="{left}" x2="{left + side}" y1="{base}" y2="{base}"/>')
-    most = max((int(tokens.max()) for _, tokens, _, _ in groups), default=1)
-    for index, (style, (name, tokens, probability, right)) in enumerate(zip(STYLES, groups, strict=False)):
-        slot = side / len(tokens)
-        points = []
-        for i in np.flatnonzero(tokens):
-            count = int(tokens[i])
-            p, accuracy = float(probability[i]) / count, float(right[i]) / count
-            points.append(f"{x(p):.1f} {y(accuracy):.1f}")
-            told = f"{name}: said with {100 * p:.1f}%, right {100 * accuracy:.1f}%, n = {count:,} tokens"
-            tall = max(0.7, below * math.log1p(count) / math.log1p(most))
-            at = left + slot * (i + 0.08 + 0.44 * index)
-            parts.append(
-                f'<rect class="bar {style}" x="{at:.1f}" y="{base - tall:.1f}" width="{slot * 0.40:.1f}" height="{tall:.1f}">'
-                f"<title>{esc(told)}</title></rect>"
-            )
-            size = 3.0 + 4.0 * math.log1p(count) / math.log1p(most)
-            shape = (
-                f'<circle class="dot one" cx="{x(p):.1f}" cy="{y(accuracy):.1f}" r="{size:.1f}">'
-                if style == "one"
-                else f'<rect class="hole" x="{x(p) - size:.1f}" y="{y(accuracy) - size:.1f}" width="{2 * size:.1f}" '
-                f'height="{2 * size:.1f}">'
-            )
-            tag = "circle" if style == "one" else "rect"
-            parts.append(f"{shape}<title>{esc(told)}</title></{tag}>")
-        if points:
-            parts.insert(1, f'<path class="line {style}" stroke-opacity=".5" d="M{"L".join(points)}"/>')
-        shown = upper + 12 + 22 * index
-        mark = "●" if style == "one" else "□"
-        parts.append(f'<text class="{style}" x="{left + side + 14}" y="{shown}">{mark} {esc(name)}</text>')
-    parts.append(f'<text x="{left + side + 14}" y="{base - 4}">tokens (log scale)</text>')
-    parts.append(
-        f'<text x="{left + side / 2}" y="{base + 38}" text-anchor="middle">probability of the first choice</text>'
-    )
-    return _svg("", "Reliability of the Pilot's probabilities", width, base + 44, parts)
+    with _figure(5.4, 5.2) as figure:
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        axes.set_title("Accuracy of the first choice")
+        axes.plot([0, 1], [0, 1], color=_COLOUR["soft"], linestyle=":", linewidth=1)
+        axes.text(0.02, 0.94, "above the diagonal: under-confident", color=_COLOUR["soft"], fontsize=8)
+        axes.text(0.98, 0.03, "below: over-confident", color=_COLOUR["soft"], fontsize=8, ha="right")
+        for group, (style, name) in enumerate(zip(_STYLES, names, strict=True)):
+            used = np.flatnonzero(confidence.tokens[group])
+            if not len(used):
+                continue
+            tokens = confidence.tokens[group, used]
+            p, accuracy = confidence.probability[group, used] / tokens, confidence.correct[group, used] / tokens
+            axes.plot(p, accuracy, label=name, **style)
+            slot = 1 / confidence.tokens.shape[1]
+            left = slot * (used + 0.08 + 0.44 * group)
+            below.bar(left, tokens, 0.4 * slot, align="edge", color=style["color"], alpha=0.7)
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+        axes.grid(visible=True)
+        axes.legend(loc="center left")
+        below.set_yscale("log")
+        below.set_ylabel("tokens\n(log scale)")
+        below.set_xlabel("probability of the first choice")
+        below.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+        return _svg(figure, "Reliability of the Pilot's probabilities")
 
 
-def _svg(chart_id: str, title: str, width: float, height: float, parts: Sequence[str]) -> str:
-    told = f' data-chart="{esc(chart_id)}" tabindex="0"' if chart_id else ""
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:.1f}" role="img" aria-label="{esc(title)}"{told}>'
-        + "".join(parts)
-        + "</svg>"
-    )
+def _round_axis(axes: Axes, spans: Sequence[tuple[int, int]]) -> None:
+    axes.set_xlim(spans[0][0] - 0.5, spans[-1][1] + 0.5)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    axes.set_xlabel("round")
 
 
-def _round_axis(spans: Sequence[tuple[int, int]], left: float, plot: float, base: float) -> str:
-    parts = [f'<line class="axis" x1="{left}" x2="{left + plot}" y1="{base:.1f}" y2="{base:.1f}"/>']
-    first, last = spans[0][0], spans[-1][1]
-    covered = len(spans) * (spans[0][1] - first + 1)  # the last bin may be short, its column is not
-    room = (last - first) / max(plot / 70, 1)
-    between = [round(tick) for tick in ticks(first, last, max(2, int(plot // 90)))]
-    named = [tick for tick in dict.fromkeys(between) if tick - first > room and last - tick > room]
-    for tick in dict.fromkeys([first, *named, last]):
-        at = left + plot * (tick - first + 0.5) / covered
-        parts.append(f'<text x="{at:.1f}" y="{base + 17:.1f}" text-anchor="middle">{tick}</text>')
-    parts.append(f'<text x="{left + plot / 2:.1f}" y="{base + 34:.1f}" text-anchor="middle">round</text>')
-    return "".join(parts)
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure of a size in inches, under the settings of this module."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _rounds(span: tuple[int, int]) -> str:
-    return f"round {span[0]}" if span[0] == span[1] else f"rounds {span[0]} to {span[1]}"
+def _svg(figure: Figure, name: str) -> str:
+    """The drawing as an element for a page: named for screen readers, of the width it is given, in the page's colours."""
+    from matplotlib import rc_context
 
-
-def _layer(name: str, values: Array, kind: str) -> dict[str, Any]:
-    digits = 5 if kind != "count" else 0
-    told = [
-        None if not math.isfinite(value) else int(value) if kind == "count" else round(float(value), digits)
-        for value in values
-    ]
-    return {"name": name, "kind": kind, "values": told}
-
-
-def _path(values: Array, x: Any, y: Any) -> str:
-    parts, pen_down = [], False
-    for column, value in enumerate(values):
-        if math.isfinite(value):
-            parts.append(f"{'L' if pen_down else 'M'}{x(column):.1f} {y(value):.1f}")
-        pen_down = math.isfinite(value)
-    return "".join(parts)
-
-
-def _last(values: Array) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if len(finite) else 0.0
-
-
-def _apart(places: list[float], least: float) -> list[float]:
-    """Label places moved so that two do not overlap."""
-    if len(places) == 2 and abs(places[0] - places[1]) < 2 * least:
-        middle, sign = sum(places) / 2, 1.0 if places[0] > places[1] else -1.0
-        return [middle + sign * least, middle - sign * least]
-    return places
+    written = io.StringIO()
+    with rc_context({"svg.hashsalt": name}):  # ids that follow from the chart: no two charts of a page share one
+        figure.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = written.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--{_VARIABLES[int(found[1], 16)]})", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)

@@ -1,7 +1,7 @@
 """The colours of errors: one scale from no error to all of the probability on other tokens.
 
-Invariant: lightness runs one way along a scale, so that it reads in grey and with every kind of colour blindness, and text on
-a colour has a contrast of at least 4.5 to 1. Used in the terminal and in pages.
+Invariant: lightness runs one way along the scale, so it reads in grey and with every kind of colour blindness. Text on a
+colour has a contrast of at least 4.5 to 1. Used in the terminal and in pages.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 LEVELS = 20
 """Level 0 (error below 1/20) is no colour."""
 
-# from little to much error; light pages grow darker with it, dark pages lighter
+# from small to large errors: darker on light pages, lighter on dark ones
 _LIGHT = ((255, 247, 230), (254, 217, 142), (246, 140, 50), (196, 58, 20), (110, 14, 22))
 _DARK = ((44, 30, 24), (96, 44, 22), (176, 72, 24), (240, 142, 52), (255, 224, 150))
 

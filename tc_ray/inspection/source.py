@@ -1,8 +1,7 @@
 """Which log a user means: a run folder, a log's own folder, or its place in an object store.
 
-Invariant: what is found is opened at one version, so that everything said about it is about the same rows. A folder may come from
-anybody: the storage options in its config are not used, for they could send the caller's credentials to a server of its own.
-Called by the `tc-ray log` commands and `train-copilot`.
+Invariant: the storage options in a folder's config are not used. The folder may come from anybody, and its options could send
+the caller's credentials to another server. Called by the `tc-ray log` commands and `train-copilot`.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class LogPlace:
     options: dict[str, str] = field(default_factory=dict)
     """Storage options of an object store, as the caller gave them."""
     note: str = ""
-    """For the user: options of the folder that were not used, and how to give them."""
+    """For the user: which options of the folder were not used, and how to give them."""
 
     def open(self) -> MistakeLog:
         """The log at its latest version.
@@ -52,7 +51,7 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
 
     Args:
         source: what the user typed.
-        options: storage options as KEY=VALUE; beside the environment, the only ones that count.
+        options: storage options as KEY=VALUE; only these and the environment are used.
 
     Raises:
         LogNotFoundError: nothing there. ConfigError: a config.yaml that cannot be read. ValueError: an option that is not
@@ -77,7 +76,7 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
 
 
 def _unused(folder: Path, section: dict[str, Any], given: dict[str, str]) -> str:
-    """What to say of storage options that only the run itself uses."""
+    """A note on storage options that only the run itself uses; empty without any."""
     stored = section.get("storage_options")
     names = [str(key) for key in stored if str(key) not in given] if isinstance(stored, dict) else []
     if not names:
@@ -100,7 +99,7 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _log_section(path: Path) -> dict[str, Any]:
-    """The `log` section of a run's config, unchecked: a run of another version of tc-ray has other fields."""
+    """The `log` section of a run's config, unchecked, because another version of tc-ray may have other fields."""
     if not path.is_file():
         return {}
     section = read_sections(path).get("log")

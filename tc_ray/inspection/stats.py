@@ -1,58 +1,53 @@
 """Statistics of a log in one pass over its files.
 
-Invariant: every figure comes with the number of rows or tokens it was taken over. Read by `tc-ray log stats`, by
+Invariant: every number comes with the number of rows or tokens it was taken over. Used by `tc-ray log stats`, by
 `log show --worst` and by the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tc_ray.inspection.rows import Array, stream
+from tc_ray.inspection.rows import stream
 from tc_ray.inspection.tallies import Confidence, PositionMap, SampleTable, TokenTable, Totals
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.ragged import Array
 from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.mistakelog.table.commits import dropped_records
 from tc_ray.mistakelog.table.store import LogStore
 
 MAX_BINS = 120
 _MAX_SEEN = 2**15
+_LATEST = np.iinfo(np.int64).max
+_SAMPLE_FIELDS = ("visits", "tokens", "wrong", "first_round", "first_loss", "last_round", "last_loss")
 
 
 @dataclass(frozen=True)
 class RoundBins:
-    """The rounds first..last cut into `count` parts of equal width, at most MAX_BINS."""
+    """The rounds first..last cut into bins of `width` rounds (the last one may be shorter)."""
 
     first: int
     last: int
-    count: int
+    width: int
 
     @classmethod
     def over(cls, first: int, last: int, most: int = MAX_BINS) -> RoundBins:
-        """Bins of a span of rounds."""
-        rounds = last - first + 1
-        width = -(-rounds // most)
-        return cls(first, last, -(-rounds // width))
-
-    @property
-    def width(self) -> int:
-        """Rounds in a bin (the last may hold fewer)."""
-        rounds = self.last - self.first + 1
-        return -(-rounds // self.count)
+        """At most `most` bins of a span of rounds."""
+        return cls(first, last, -(-(last - first + 1) // most))
 
     def index(self, rounds: Array) -> Array:
         """int64, the bin of each round."""
         return (rounds - self.first) // self.width
 
-    def span(self, index: int) -> tuple[int, int]:
-        """First and last round of a bin."""
-        start = self.first + index * self.width
-        return start, min(start + self.width - 1, self.last)
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last round of each bin."""
+        starts = range(self.first, self.last + 1, self.width)
+        return [(start, min(start + self.width - 1, self.last)) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,11 @@ class LogStats:
     files: int
     bytes: int
     bad_files: list[str]
-    """Files of this version that could not be read, and are not counted anywhere here."""
+    """Files of this version that could not be read; their rows are counted nowhere here."""
     not_finite: int
-    """Rows with a NaN or an infinity among their errors and losses, counted nowhere else here."""
+    """Rows with a NaN or an infinity among their errors and losses; counted nowhere else here."""
     dropped: int
-    """Records of these rounds that were never written: the log could not be (`log.full_policy`), or they were not finite."""
+    """Records of these rounds that were never written: the log was full (`log.full_policy`), or they were not finite."""
     first_round: int
     last_round: int
     by_round: Totals
@@ -95,7 +90,7 @@ class LogStats:
 
     @property
     def most_seen(self) -> int:
-        """Most times that a sample had been trained on before; 0: each was met once."""
+        """Most times that a sample had been trained on before; 0: each was visited once."""
         used = np.flatnonzero(self.by_seen.rows)
         return int(used[-1]) if len(used) else 0
 
@@ -110,7 +105,7 @@ class LogStats:
         )
 
     def hardest(self, count: int) -> Array:
-        """Places in `samples` of the largest mean loss a target token, over all sights; ties by sample id."""
+        """Places in `samples` of the largest mean loss per target token, over all visits; ties by sample id."""
         return np.argsort(-self.samples.mean_loss, kind="stable")[:count]
 
     def missed(self, count: int) -> Array:
@@ -120,7 +115,6 @@ class LogStats:
 
     def to_dict(self, texts: TokenTexts, top: int) -> dict[str, Any]:
         """All of it for programs; `top`: tokens and samples listed."""
-        table = self.samples
         first, last = self.parts() if self.rows else (None, None)
         return {
             "run": self.metadata.run,
@@ -132,7 +126,7 @@ class LogStats:
             "not_finite_rows": self.not_finite,
             "dropped_rows": self.dropped,
             "rounds": {"first": self.first_round, "last": self.last_round, "with_rows": self.rounds_with_rows},
-            "samples": len(table),
+            "samples": len(self.samples),
             "tokenizer": texts.note,
             **self.by_round.line(slice(None)),
             "first_rounds": first,
@@ -142,36 +136,13 @@ class LogStats:
                 {"round": self.first_round + int(i), **self.by_round.line([i])}
                 for i in np.flatnonzero(self.by_round.rows)
             ],
-            "tokens_missed": [
-                {
-                    "token": int(token),
-                    "text": texts.raw(int(token)),
-                    "true": int(self.tokens.true[token]),
-                    "missed": int(self.tokens.missed[token]),
-                    "instead": [
-                        {"token": said, "text": texts.raw(said), "times": times}
-                        for said, times in self.tokens.instead_of(int(token), 5)
-                    ],
-                }
-                for token in self.missed(top)
-            ],
+            "tokens_missed": [self._missed_token(int(token), texts) for token in self.missed(top)],
             "pairs_short_by_at_most": self.tokens.uncounted,
             "hardest_samples": [
                 {
-                    "sample_id": int(table.ids[i]),
-                    "loss": float(table.mean_loss[i]),
-                    **{
-                        name: table[name][i].item()
-                        for name in (
-                            "sights",
-                            "tokens",
-                            "wrong",
-                            "first_round",
-                            "first_loss",
-                            "last_round",
-                            "last_loss",
-                        )
-                    },
+                    "sample_id": int(self.samples.ids[i]),
+                    "loss": float(self.samples.mean_loss[i]),
+                    **{name: self.samples[name][i].item() for name in _SAMPLE_FIELDS},
                 }
                 for i in self.hardest(top)
             ],
@@ -181,30 +152,34 @@ class LogStats:
                     "expected_calibration_error": self.confidence.gap(group),
                     "probability_minus_accuracy": self.confidence.bias(group),
                 }
-                for group, name in enumerate(("first_sight", "seen_before"))
+                for group, name in enumerate(("first_visit", "seen_before"))
             },
         }
 
+    def _missed_token(self, token: int, texts: TokenTexts) -> dict[str, Any]:
+        return {
+            "token": token,
+            "text": texts.raw(token),
+            "true": int(self.tokens.true[token]),
+            "missed": int(self.tokens.missed[token]),
+            "instead": [
+                {"token": predicted, "text": texts.raw(predicted), "times": times}
+                for predicted, times in self.tokens.instead_of(token, 5)
+            ],
+        }
 
-def collect(
-    log: MistakeLog, rounds: tuple[int, int] | None = None, on_rows: Callable[[int], None] | None = None
-) -> LogStats:
-    """Read the log once and sum up.
 
-    Args:
-        rounds: first and last round, both included; None: all.
-        on_rows: told the rows read so far.
-    """
-    low, high = rounds if rounds is not None else (0, np.iinfo(np.int64).max)
+def collect(log: MistakeLog, rounds: tuple[int, int] | None = None) -> LogStats:
+    """Read the log once and sum up; `rounds`: first and last one, both included; None: all."""
+    low, high = rounds if rounds is not None else (0, _LATEST)
     chosen = [file for file in log.files if file.round_min <= high and file.round_max >= low]
     first = max(low, min((file.round_min for file in chosen), default=low))
     last = max(first, min(high, max((file.round_max for file in chosen), default=first)))
     bins = RoundBins.over(first, last)
     by_round, by_seen = Totals.zeros(last - first + 1), Totals.zeros(_MAX_SEEN)
-    seen_from = np.full(_MAX_SEEN, np.iinfo(np.int64).max)
+    seen_from = np.full(_MAX_SEEN, _LATEST)
     samples, tokens, confidence = SampleTable(), TokenTable(log.metadata.vocab_size), Confidence()
-    positions = PositionMap(bins.count)
-    done = 0
+    positions = PositionMap(len(bins.spans))
     for rows in stream(log, rounds):
         seen = np.maximum(rows.seen.astype(np.int64), 0)
         by_round.add(rows.round - first, rows)
@@ -214,10 +189,7 @@ def collect(
         tokens.add(rows)
         positions.add(bins.index(rows.round), rows)
         confidence.add(rows)
-        done += len(rows)
-        if on_rows is not None:
-            on_rows(done)
-    seen_from[seen_from == np.iinfo(np.int64).max] = -1
+    seen_from[seen_from == _LATEST] = -1
     return LogStats(
         metadata=log.metadata,
         version=log.version,
@@ -242,7 +214,7 @@ def collect(
 def _dropped(log: MistakeLog, first: int, last: int) -> int:
     """Records of rounds first..last that the commits say were dropped."""
     store = LogStore(log.location, log.version)
-    # the Ledger's mark: reading every commit is dear, and only some logs have dropped any
+    # the Ledger marks logs that dropped records: reading every commit is slow
     if not store.number(f"tc_ray/{log.metadata.run}/drops"):
         return 0
     counts = dropped_records(store.commits())

@@ -1,7 +1,7 @@
 """Sums over rows that arrive a few at a time: by round, by sample, by token, by position, by confidence.
 
-Invariant: what a tally keeps does not depend on how the rows were cut into pieces, and its size is bounded by the number of
-rounds, samples and tokens, never by that of rows. Used by `stats.collect`.
+Invariant: a sum does not depend on how the rows were cut into pieces, and its size is bounded by the number of rounds,
+samples and tokens, never by that of rows. Used by `stats.collect`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.inspection.rows import UNKNOWN, Array, Rows
+from tc_ray.inspection.rows import UNKNOWN, Rows
+from tc_ray.mistakelog.rows.ragged import Array, lengths_of
 
 MAX_POSITIONS = 64
 MAX_PAIRS = 2_000_000
@@ -20,7 +21,7 @@ CONFIDENCE_BINS = 20
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over rows with the same key (a round, a number of earlier sights)."""
+    """Sums over rows with the same key (a round, a number of earlier visits); arrays [keys]."""
 
     rows: Array
     """int64, examples."""
@@ -37,15 +38,15 @@ class Totals:
 
     @classmethod
     def zeros(cls, keys: int) -> Totals:
-        """Nothing seen yet."""
-        whole, real = (lambda: np.zeros(keys, np.int64)), (lambda: np.zeros(keys, np.float64))
-        return cls(whole(), whole(), real(), real(), whole(), whole())
+        """Totals of no rows."""
+        kinds = (np.int64, np.int64, np.float64, np.float64, np.int64, np.int64)
+        return cls(*(np.zeros(keys, kind) for kind in kinds))
 
     def add(self, keys: Array, rows: Rows) -> None:
         """Add rows under their keys [N], each in 0..len-1."""
         wrong = rows.sums(~rows.correct)
         np.add.at(self.rows, keys, 1)
-        np.add.at(self.tokens, keys, np.diff(rows.target_offsets))
+        np.add.at(self.tokens, keys, lengths_of(rows.target_offsets))
         np.add.at(self.loss, keys, rows.sums(rows.loss))
         np.add.at(self.error, keys, rows.sums(rows.error))
         np.add.at(self.wrong, keys, wrong.astype(np.int64))
@@ -53,11 +54,10 @@ class Totals:
 
     def binned(self, bins: Array, count: int) -> Totals:
         """Sums of the keys that share a bin; `bins` [keys], each in 0..count-1."""
-        summed = {}
+        summed = Totals.zeros(count)
         for name, values in vars(self).items():
-            summed[name] = np.zeros(count, values.dtype)
-            np.add.at(summed[name], bins, values)
-        return Totals(**summed)
+            np.add.at(getattr(summed, name), bins, values)
+        return summed
 
     def line(self, keys: Any) -> dict[str, float | int | None]:
         """Counts and means over some keys; means are None without rows."""
@@ -78,47 +78,46 @@ class Totals:
         }
 
 
+_FIRST_VALUE = {"first_round": np.iinfo(np.int64).max, "last_round": np.iinfo(np.int64).min}
+
+
 class SampleTable:
-    """What became of each sample: an entry a sample id, in order of `ids`."""
+    """What became of each sample: one entry per sample id, in order of `ids`."""
 
     def __init__(self) -> None:
         self.ids = np.zeros(0, np.int64)
+        whole, real = np.zeros(0, np.int64), np.zeros(0, np.float64)
         self._columns: dict[str, Array] = {
-            "sights": np.zeros(0, np.int64),
-            "tokens": np.zeros(0, np.int64),
-            "loss": np.zeros(0, np.float64),
-            "wrong": np.zeros(0, np.int64),
-            "first_round": np.zeros(0, np.int64),
-            "first_loss": np.zeros(0, np.float64),
-            "last_round": np.zeros(0, np.int64),
-            "last_loss": np.zeros(0, np.float64),
+            **dict.fromkeys(("visits", "tokens", "wrong", "first_round", "last_round"), whole),
+            **dict.fromkeys(("loss", "first_loss", "last_loss"), real),
         }
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, name: str) -> Array:
-        """A column: sights, tokens, loss (summed over them), wrong, first_round, first_loss, last_round, last_loss."""
+        """A column: visits, tokens, loss (summed over them), wrong, first_round, first_loss, last_round, last_loss."""
         return self._columns[name]
 
     @property
     def mean_loss(self) -> Array:
-        """float64, nats a target token over all sights."""
+        """float64, nats per target token over all visits."""
         return self["loss"] / np.maximum(self["tokens"], 1)
 
     def add(self, rows: Rows) -> None:
-        """Add rows; those without target tokens have nothing to tell and are passed over."""
-        tokens, loss, wrong = np.diff(rows.target_offsets), rows.sums(rows.loss), rows.sums(~rows.correct)
+        """Add rows; those without target tokens are left out."""
+        tokens, loss, wrong = lengths_of(rows.target_offsets), rows.sums(rows.loss), rows.sums(~rows.correct)
         order = np.lexsort((rows.round, rows.sample_id))
         order = order[tokens[order] > 0]
         if len(order) == 0:
             return
         ids, starts = np.unique(rows.sample_id[order], return_index=True)
-        first, last = order[starts], order[np.append(starts[1:], len(order)) - 1]
-        self._make_room(ids)
+        ends = np.append(starts[1:], len(order))
+        first, last = order[starts], order[ends - 1]
+        self._add_ids(ids)
         at = np.searchsorted(self.ids, ids)
         columns = self._columns
-        columns["sights"][at] += np.diff(np.append(starts, len(order)))
+        columns["visits"][at] += ends - starts
         columns["tokens"][at] += np.add.reduceat(tokens[order], starts)
         columns["loss"][at] += np.add.reduceat(loss[order], starts)
         columns["wrong"][at] += np.add.reduceat(wrong[order], starts).astype(np.int64)
@@ -129,33 +128,28 @@ class SampleTable:
             columns[f"{name}_round"][at[chosen]] = rows.round[row[chosen]]
             columns[f"{name}_loss"][at[chosen]] = mean[row[chosen]]
 
-    def _make_room(self, ids: Array) -> None:
-        at = np.searchsorted(self.ids, ids)
-        known = np.zeros(len(ids), bool)
-        inside = at < len(self.ids)
-        known[inside] = self.ids[at[inside]] == ids[inside]
-        if known.all():
+    def _add_ids(self, ids: Array) -> None:
+        new = np.setdiff1d(ids, self.ids, assume_unique=True)
+        if not len(new):
             return
-        new = ~known
-        empty = {"first_round": np.iinfo(np.int64).max, "last_round": np.iinfo(np.int64).min}
-        self.ids = np.insert(self.ids, at[new], ids[new])
+        at = np.searchsorted(self.ids, new)
+        self.ids = np.insert(self.ids, at, new)
         for name, values in self._columns.items():
-            self._columns[name] = np.insert(values, at[new], empty.get(name, 0))
+            self._columns[name] = np.insert(values, at, _FIRST_VALUE.get(name, 0))
 
 
 class TokenTable:
-    """How often each token was true, was missed, and was said in place of which other.
+    """How often each token was true, was missed, and which other token was predicted in its place.
 
     Args:
         vocab_size: V.
-        max_pairs: (truth, said) pairs kept; beyond it the rarer half is given up and `uncounted` says how much a count of
-            the others can be short of.
+        max_pairs: (truth, predicted) pairs kept; beyond it the rarer half is dropped, and a count of the others can then be
+            too low by up to `uncounted`.
     """
 
     def __init__(self, vocab_size: int, max_pairs: int = MAX_PAIRS) -> None:
         self.true = np.zeros(vocab_size, np.int64)
         self.missed = np.zeros(vocab_size, np.int64)
-        self.wrongly_said = np.zeros(vocab_size, np.int64)
         self.uncounted = 0
         self._max_pairs = max_pairs
         self._keys = np.zeros(0, np.int64)
@@ -163,13 +157,11 @@ class TokenTable:
 
     def add(self, rows: Rows) -> None:
         """Add the target tokens of rows."""
-        wrong, said = ~rows.correct, rows.said
-        size = len(self.true)
-        self.true += np.bincount(rows.truth, minlength=size)
-        self.missed += np.bincount(rows.truth[wrong], minlength=size)
-        told = wrong & (said != UNKNOWN)
-        self.wrongly_said += np.bincount(said[told], minlength=size)
-        pairs = (rows.truth[told].astype(np.int64) << 32) | said[told]
+        wrong, predicted = ~rows.correct, rows.predicted
+        self.true += np.bincount(rows.truth, minlength=len(self.true))
+        self.missed += np.bincount(rows.truth[wrong], minlength=len(self.true))
+        known = wrong & (predicted != UNKNOWN)
+        pairs = (rows.truth[known].astype(np.int64) << 32) | predicted[known]
         keys, counts = np.unique(pairs, return_counts=True)
         joined, where = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
         self._counts = np.bincount(where, np.concatenate([self._counts, counts]), len(joined)).astype(np.int64)
@@ -179,24 +171,19 @@ class TokenTable:
             self.uncounted += int(np.delete(self._counts, kept).max())
             self._keys, self._counts = self._keys[kept], self._counts[kept]
 
-    def pairs(self, count: int | None = None) -> list[tuple[int, int, int]]:
-        """(truth, said, times), most often first."""
-        order = np.argsort(-self._counts, kind="stable")[:count]
-        return [(int(self._keys[i] >> 32), int(self._keys[i] & 0xFFFFFFFF), int(self._counts[i])) for i in order]
-
-    def instead_of(self, truth: int, count: int) -> list[tuple[int, int]]:
-        """(said, times) in place of `truth`, most often first."""
+    def instead_of(self, truth: int, count: int | None = None) -> list[tuple[int, int]]:
+        """(predicted, times) in place of `truth`, most often first."""
         first, last = np.searchsorted(self._keys, [truth << 32, (truth + 1) << 32])
         order = first + np.argsort(-self._counts[first:last], kind="stable")[:count]
         return [(int(self._keys[i] & 0xFFFFFFFF), int(self._counts[i])) for i in order]
 
 
 class PositionMap:
-    """Errors by bin of rounds and place in the answer: [bins, at most MAX_POSITIONS]; positions are joined as answers get longer."""
+    """Errors by bin of rounds and place in the answer: [bins, at most MAX_POSITIONS]; longer answers join positions."""
 
     def __init__(self, bins: int) -> None:
         self.width = 1
-        """Answer positions in one column."""
+        """Answer positions per column."""
         self.tokens = np.zeros((bins, MAX_POSITIONS), np.int64)
         self.error = np.zeros((bins, MAX_POSITIONS), np.float64)
         self.first_wrong = np.zeros((bins, MAX_POSITIONS), np.int64)
@@ -230,24 +217,24 @@ class PositionMap:
 
 
 class Confidence:
-    """Probability of the first-ranked token against how often it was the true one, apart for new and repeated samples."""
+    """Probability of the first choice against how often it was right: [2, bins of equal width].
+
+    Row 0: samples that the Pilot had never trained on; row 1: others.
+    """
 
     def __init__(self) -> None:
         self.tokens = np.zeros((2, CONFIDENCE_BINS), np.int64)
-        """Row 0: samples never trained on before; row 1: others. Bins of equal width of the probability."""
         self.probability = np.zeros((2, CONFIDENCE_BINS), np.float64)
         self.correct = np.zeros((2, CONFIDENCE_BINS), np.int64)
 
     def add(self, rows: Rows) -> None:
         """Add the target tokens of rows."""
-        probability = np.clip(rows.p_said.astype(np.float64), 0.0, 1.0)
-        known = rows.said != UNKNOWN
-        cell = (
-            (rows.seen > 0).astype(np.int64)[rows.row][known],
-            np.minimum((probability * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)[known],
-        )
+        known = rows.predicted != UNKNOWN
+        probability = np.clip(rows.p_predicted[known].astype(np.float64), 0.0, 1.0)
+        group = (rows.seen > 0).astype(np.int64)[rows.row][known]
+        cell = (group, np.minimum((probability * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1))
         np.add.at(self.tokens, cell, 1)
-        np.add.at(self.probability, cell, probability[known])
+        np.add.at(self.probability, cell, probability)
         np.add.at(self.correct, cell, rows.correct[known].astype(np.int64))
 
     def gap(self, group: int) -> float | None:

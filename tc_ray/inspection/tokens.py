@@ -1,7 +1,7 @@
-"""Texts of token ids, for people: from the tokenizer that made them, or the bare ids where it cannot be had.
+"""Texts of token ids: from the tokenizer that made them, or the bare ids where it is not found.
 
-Invariant: a text comes from a tokenizer with the hash that the log's metadata names, and holds no character that could
-move a cursor, turn the writing direction or hide: those are written as escapes. Used by everything here that shows tokens.
+Invariant: a text comes from a tokenizer with the hash that the log's metadata names. `quoted` and `flowing` show characters
+that could move a cursor, turn the writing direction or hide as escapes. Used by everything here that shows tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.models.hub import BUILTIN_MODELS, default_cache, tokenizer_hash
-from tc_ray.text import visible
+from tc_ray.text import first_line, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ class TokenTexts:
 
     Args:
         tokenizer: None: ids are shown.
-        note: where the tokenizer came from, or why there is none; for the user.
+        note: for the user: where the tokenizer came from, or why there is none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, note: str) -> None:
@@ -43,25 +43,25 @@ class TokenTexts:
         self._cache: dict[int, str] = {}
 
     def raw(self, token: int) -> str:
-        """The characters a token stands for; bytes that are no whole character as `\\xNN`; `#id` without a tokenizer."""
+        """The characters of a token; bytes that are not a whole character as `\\xNN`; `#id` without a tokenizer."""
         text = self._cache.get(token)
         if text is None:
             text = self._cache[token] = self._text(token)
         return text
 
     def quoted(self, token: int) -> str:
-        """One line for tables: blanks and line ends are visible. An unknown token (-1) is a question mark."""
+        """One line for tables, with visible blanks and line ends. An unknown token (-1) is a question mark."""
         if token < 0:
             return "?"
         text = visible(self.raw(token)).replace("\n", NEWLINE)
         return text.replace(" ", SPACE) if text else "(empty)"
 
     def flowing(self, token: int) -> str:
-        """For a running sequence: blanks stay, a line end is marked and kept."""
+        """For running text: blanks stay, a line end is marked and kept."""
         return visible(self.raw(token)).replace("\n", NEWLINE + "\n")
 
     def sequence(self, tokens: Sequence[int]) -> str:
-        """Text of several tokens, decoded together, so that characters of several tokens are whole."""
+        """Text of several tokens, decoded together, because a character may be cut into several tokens."""
         if self._tokenizer is None:
             return " ".join(self.raw(int(token)) for token in tokens)
         known = [int(token) for token in tokens if 0 <= int(token) < self._size]
@@ -76,16 +76,16 @@ class TokenTexts:
             return f"#{token}"
         if _REPLACEMENT in text and _REPLACEMENT not in piece:
             return _byte_text(piece)
-        # SentencePiece drops the blank of a first piece
+        # SentencePiece drops the blank of the first piece
         if piece.startswith(_BLANK_PIECE) and not text.startswith(" "):
             text = " " + text
         return text
 
 
 def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given: str | None = None) -> TokenTexts:
-    """The tokenizer that made a log's tokens: the one given, else of the run folder, else of the Pilot the log names.
+    """The tokenizer that made a log's tokens: the given one, else that of the run folder, else that of the log's Pilot.
 
-    Nothing is downloaded unless the user names it.
+    Only a tokenizer that the user names is downloaded.
 
     Args:
         given: folder or hub id from the user.
@@ -97,13 +97,13 @@ def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given:
         try:
             tokenizer = _load(given, local_only=False)
         except (OSError, ValueError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise TokenizerError(f"--tokenizer {given}: no tokenizer can be read there ({first})") from None
+            problem = f"no tokenizer can be read there ({first_line(error)})"
+            raise TokenizerError(f"--tokenizer {given}: {problem}") from None
         found = tokenizer_hash(tokenizer)
         if found != metadata.tokenizer_hash:
             raise TokenizerError(
-                f"--tokenizer {given}: its hash is {found}, but the log's tokens were made by {metadata.tokenizer_hash} "
-                f"(Pilot {metadata.pilot}); its texts would be wrong"
+                f"--tokenizer {given}: its hash is {found}, but the log's tokens come from {metadata.tokenizer_hash} (Pilot "
+                f"{metadata.pilot}); its texts would be wrong"
             )
         return TokenTexts(tokenizer, f"tokenizer of {given}")
     others = []
@@ -115,7 +115,7 @@ def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given:
         if tokenizer_hash(tokenizer) == metadata.tokenizer_hash:
             return TokenTexts(tokenizer, f"tokenizer of {place}")
         others.append(str(place))
-    why = f"the tokenizers of {', '.join(others)} are others" if others else "none is on this machine"
+    why = f"the tokenizers of {', '.join(others)} differ" if others else "none is on this machine"
     return TokenTexts(
         None,
         f"token ids are shown: the tokenizer of {metadata.pilot} (hash {metadata.tokenizer_hash}) was not found, {why}; "
@@ -144,17 +144,10 @@ def _load(place: str, local_only: bool) -> PreTrainedTokenizerBase:
 
 
 def _byte_text(piece: str) -> str:
-    """A byte-level piece that is no whole character, its bytes as escapes; other pieces as they are."""
-    table = _byte_alphabet()
-    if not all(character in table for character in piece):
+    """A byte-level piece with its bytes as escapes; other pieces as they are."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    if not all(character in byte_of for character in piece):
         return piece
-    return "".join(
-        f"\\x{table[character]:02x}" if table[character] > 126 else chr(table[character]) for character in piece
-    )
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte -> the byte."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(rest)}
+    return "".join(f"\\x{byte:02x}" if byte > 126 else chr(byte) for byte in map(byte_of.__getitem__, piece))

@@ -5,41 +5,31 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tc_ray.config.schema import DataSection
-from tc_ray.data.prepared.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
+from tc_ray.data.prepared.folder import SCHEMA, PreparedData
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.sequences import read_items
 from tc_ray.run.job import JobError, run_job
 from tests.support.data_cases import CASES, strict_tokenizer
+from tests.support.local_ray import local_ray
 from tests.support.tiny_model import make_tokenizer
 from tests.support.tiny_run import tiny_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary | {"[eos]": 256}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[eos]", pad_token="[eos]")
+    return make_tokenizer()
 
 
 def section(**values: Any) -> DataSection:
@@ -77,7 +67,7 @@ def test_a_folder_of_all_kinds_is_read_in_order(tmp_path: Path, tokenizer: PreTr
     assert [row["sample_id"] for row in parts["train"]] == list(range(48))
     row = parts["train"][5]
     assert tokenizer.decode(row["input_ids"][: row["target_start"]]) == row["prompt"] + ">"
-    assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["completion"] + "[eos]"
+    assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["completion"] + "<eos>"
     assert prepared.tokens["train"] == sum(len(row["input_ids"]) for row in parts["train"])
     assert any("train: 48 rows" in line for line in prepared.describe())
 
@@ -109,7 +99,10 @@ def test_prepared_rows_are_reused_until_something_changes(tmp_path: Path, tokeni
     out, config = tmp_path / "out", section(train=str(path))
 
     def reused(config: DataSection = config, seed: int = 1) -> bool:
-        return prepare(config, tokenizer, out, seed=seed).reused
+        if prepared_before(config, tokenizer, out, seed=seed) is not None:
+            return True
+        prepare(config, tokenizer, out, seed=seed)
+        return False
 
     assert not reused()
     first = read(prepare(config, tokenizer, out, seed=1))
@@ -129,8 +122,10 @@ def test_rows_of_another_tokenizer_are_not_used(tmp_path: Path, tokenizer: PreTr
     """Ids mean something else to it, though settings and files are the same."""
     path, out = write_rows(tmp_path / "x.jsonl", 0, 40), tmp_path / "out"
     first = read(prepare(section(train=str(path)), tokenizer, out, seed=1))
-    again = prepare(section(train=str(path)), make_tokenizer(), out, seed=1)
-    assert not again.reused
+    other = make_tokenizer()
+    other.add_tokens(["prompt"])
+    assert prepared_before(section(train=str(path)), other, out, seed=1) is None
+    again = prepare(section(train=str(path)), other, out, seed=1)
     assert read(again)["train"][0]["input_ids"] != first["train"][0]["input_ids"]
 
 
@@ -161,7 +156,7 @@ def test_absent_files_are_an_error_or_the_embedded_set(tmp_path: Path, tokenizer
     prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
     assert sum(prepared.rows.values()) == 40
     assert "chain_sum" in prepared.describe()[0] and "is absent" in prepared.describe()[1]
-    assert prepare(config, tokenizer, tmp_path / "out", seed=1).reused
+    assert prepared_before(config, tokenizer, tmp_path / "out", seed=1) is not None
 
 
 def test_unreadable_file_is_one_plain_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -225,15 +220,15 @@ def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokeniz
         assert [row["sample_id"] for row in rows] == list(range(prepared.rows[part]))
         for row in rows:
             source = tokenizer.decode(row["input_ids"][: row["target_start"]])
-            assert source == row["prompt"] + ">[eos]" and row["answer"] == row["completion"]
-            assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["answer"] + "[eos]"
+            assert source == row["prompt"] + "><eos>" and row["answer"] == row["completion"]
+            assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["answer"] + "<eos>"
     for user, row in enumerate(read(prepared)["test"]):
         last = user + 3 + user % 4
         assert row["prompt"] == f"{labels[f'i{last - 2}']} {labels[f'i{last - 1}']}"
         assert row["answer"] == labels[f"i{last}"]
 
-    assert prepare(config, tokenizer, out, seed=1, encoder_decoder=True).reused
-    assert not prepare(config, tokenizer, out, seed=1).reused, "the end token after the source is gone"
+    assert prepared_before(config, tokenizer, out, seed=1, encoder_decoder=True) is not None
+    assert prepared_before(config, tokenizer, out, seed=1) is None, "the end token after the source is gone"
     with pytest.raises(DataError, match=r"s\.txt, line 31, field items: user u99 has 2 items"):
         prepare(sequence_section(train=str(path), max_bad_fraction=0), tokenizer, out, seed=1)
 

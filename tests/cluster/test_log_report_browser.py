@@ -1,10 +1,8 @@
-"""The report in a real browser: it draws without a script, asks for nothing, answers the pointer and fits the window."""
+"""The report in a real browser: it has no script, asks for nothing, and fits the window, light, dark and on paper."""
 
 from __future__ import annotations
 
 import io
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tc_ray.inspection.page import sample_page
 from tc_ray.inspection.report import write_report
-from tc_ray.inspection.sample_page import sample_page
-from tc_ray.inspection.sights import find_sights
+from tc_ray.inspection.samples import find_visits
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tests.support.browser import Browser, find_chromium
@@ -45,7 +43,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = Hostile(make_tokenizer(), "tokenizer of the test")
     write_report(log, texts, folder / "report.html")
     (folder / "samples.html").write_text(
-        sample_page(log.metadata, find_sights(log, [0, 1, 2]), texts), encoding="utf-8"
+        sample_page(log.metadata, find_visits(log, [0, 1, 2]), texts), encoding="utf-8"
     )
     return folder / "report.html"
 
@@ -65,7 +63,7 @@ def test_it_loads_nothing_and_breaks_on_nothing(report: Path, browser: Browser, 
     assert browser.complaints == []
     assert browser.evaluate("document.title") != "broken"
     assert browser.evaluate("document.images.length") == 0
-    assert browser.evaluate("document.querySelectorAll('script').length") == 2
+    assert browser.evaluate("document.querySelectorAll('script').length") == 0
 
 
 def test_its_policy_forbids_what_it_does_not_do(report: Path, browser: Browser, tmp_path: Path) -> None:
@@ -87,49 +85,20 @@ def test_it_fits_the_window(report: Path, browser: Browser, width: int) -> None:
     assert len(boxes) == 5 and all(wide > 300 and high > 80 for wide, high in boxes)
 
 
-def test_the_pointer_and_the_arrow_keys_tell_the_figures(report: Path, browser: Browser) -> None:
-    browser.open(report)
-    charts = json.loads(re.search(r'id="charts">(.*?)</script>', report.read_text("utf-8")).group(1))  # type: ignore[union-attr]
-    chart = charts["errors"]
-    column, row = 17, 1
-    browser.evaluate("document.querySelector('svg[data-chart=errors]').scrollIntoView({block: 'center'})")
-    x, y = browser.evaluate(
-        "(() => { const p = new DOMPoint({x}, {y}).matrixTransform(document.querySelector('svg[data-chart=errors]').getScreenCTM());"
-        " return [p.x, p.y]; })()".replace(
-            "{x}, {y}",
-            f"{chart['left'] + chart['width'] * (column + 0.5) / len(chart['xs'])}, "
-            f"{chart['top'] + chart['height'] * (row + 0.5) / len(chart['ys'])}",
-        )
-    )
-    browser.move(x, y)
-    assert browser.evaluate("getComputedStyle(document.getElementById('tip')).visibility") == "visible"
-    index = row * len(chart["xs"]) + column
-    assert told(browser) == [
-        "round 18, token 2",
-        f"mean error: {100 * chart['layers'][0]['values'][index]:.1f}%",
-        f"answers that reach it: {chart['layers'][1]['values'][index]}",
-    ]
-    browser.evaluate("document.querySelector('svg[data-chart=errors]').focus()")
-    browser.press("ArrowRight")
-    browser.press("ArrowDown")
-    assert told(browser)[0] == "round 19, token 3"
-    browser.move(1, 1)
-    assert browser.evaluate("getComputedStyle(document.getElementById('tip')).visibility") == "hidden"
-
-
-def told(browser: Browser) -> list[str]:
-    return str(browser.evaluate("document.getElementById('tip').textContent")).split("\n")
-
-
-@pytest.mark.parametrize("script", [True, False])
 @pytest.mark.parametrize("dark", [True, False])
-def test_its_pictures_are_there_light_and_dark_with_and_without_script(
-    report: Path, browser: Browser, dark: bool, script: bool
-) -> None:
-    browser.open(report, dark=dark, script=script, height=2600)
-    picture = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("L"), np.float64)
-    assert picture.shape == (2600, 1200)
-    assert (np.median(picture) < 60) == dark and (np.median(picture) > 200) != dark
-    colours = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("RGB"), np.int64)
+def test_its_pictures_are_there_light_and_dark(report: Path, browser: Browser, dark: bool) -> None:
+    browser.open(report, dark=dark, height=2600)
+    picture = Image.open(io.BytesIO(browser.screenshot()))
+    grey, colours = np.asarray(picture.convert("L"), np.float64), np.asarray(picture.convert("RGB"), np.int64)
+    assert grey.shape == (2600, 1200)
+    assert (np.median(grey) < 60) == dark and (np.median(grey) > 200) != dark
     warm = (colours[..., 0] - colours[..., 2]) > 90  # the scale of errors, drawn in the heat maps
     assert warm[800:2400].mean() > 0.01
+
+
+def test_paper_is_light(report: Path, browser: Browser) -> None:
+    browser.open(report, dark=True)
+    browser.call(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -34,7 +34,7 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page of a new Chromium. What it asked the network for is in `requests`, what it complained of in `complaints`."""
+    """One page of a new Chromium. `requests`: what it asked the network for; `complaints`: its errors and warnings."""
 
     def __init__(self, program: str) -> None:
         self.requests: list[str] = []
@@ -114,25 +114,25 @@ class Browser:
             self._buffer += piece
         raw, self._buffer = self._buffer.split(b"\0", 1)
         message: dict[str, Any] = json.loads(raw)
-        event, told = message.get("method"), message.get("params", {})
+        event, fields = message.get("method"), message.get("params", {})
         if event == "Network.requestWillBeSent":
-            self.requests.append(told["request"]["url"])
-            self._addresses[told["requestId"]] = told["request"]["url"]
-        elif event == "Network.loadingFailed" and "blockedReason" in told:
-            self.blocked.append((self._addresses[told["requestId"]], told["blockedReason"]))
+            self.requests.append(fields["request"]["url"])
+            self._addresses[fields["requestId"]] = fields["request"]["url"]
+        elif event == "Network.loadingFailed" and "blockedReason" in fields:
+            self.blocked.append((self._addresses[fields["requestId"]], fields["blockedReason"]))
         elif event == "Fetch.requestPaused":
-            self._send("Fetch.continueRequest", {"requestId": told["requestId"]})
+            self._send("Fetch.continueRequest", {"requestId": fields["requestId"]})
         elif event == "Fetch.authRequired":
             self.asked_for_account += 1
             self._send(
-                "Fetch.continueWithAuth", {"requestId": told["requestId"], "authChallengeResponse": self._account}
+                "Fetch.continueWithAuth", {"requestId": fields["requestId"], "authChallengeResponse": self._account}
             )
         elif event == "Log.entryAdded":
-            self.complaints.append(told["entry"]["text"])
+            self.complaints.append(fields["entry"]["text"])
         elif event == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(told["exceptionDetails"]))
+            self.complaints.append(json.dumps(fields["exceptionDetails"]))
         elif event == "Runtime.consoleAPICalled":
-            self.complaints.append(json.dumps(told["args"]))
+            self.complaints.append(json.dumps(fields["args"]))
         return message
 
     def open(

@@ -1,4 +1,4 @@
-"""Small logs whose every figure a test can work out again: real softmax errors over a tiny vocabulary, several epochs."""
+"""Small logs whose statistics a test can compute again: softmax errors over a tiny vocabulary, several epochs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIM = 2
 
 @dataclass
 class Example:
-    """One row as the log should tell it: what tests compare with. p: float64 [n, V]."""
+    """One row as the log should hold it: what tests compare with. p: float64 [n, V]."""
 
     round: int
     sample: int
@@ -119,7 +119,8 @@ def make_log(
     """A log of the examples, committed by a Ledger.
 
     Args:
-        folder: of the table. location: of the table instead, if it is in an object store. dropped: records of the last rounds said to be dropped. spoil: changes the records of the second file.
+        folder: of the table. location: of the table instead, if it is in an object store. dropped: records of the last
+            rounds that the commit counts as dropped. spoil: changes the records of the second file.
     """
     vocab = examples[0].p.shape[1]
     top_k = vocab - 1 if dense else top_k

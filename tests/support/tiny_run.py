@@ -85,11 +85,11 @@ def assert_log_is_exact(config: RunConfig, rounds: int, rows: int) -> None:
 
 
 class Killer:
-    """Watches a run's status.json from a thread and sends SIGKILL to one of its processes when the time has come.
+    """Watches a run's status.json from a thread and sends SIGKILL to one of its processes once `ready` is true.
 
     Args:
         folder: run folder. process: name in the status (`pilot-0`, `copilot-0`).
-        ready: told the status; the process is killed the first time it says True.
+        ready: of a status; the process is killed the first time it is true.
     """
 
     def __init__(self, folder: Path, process: str, ready: Callable[[dict[str, Any]], bool]) -> None:

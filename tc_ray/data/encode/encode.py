@@ -1,8 +1,8 @@
-"""Data files to tokenised rows, through Ray Data: one task a file, rows come back in file order.
+"""Data files to tokenised rows, through Ray Data: one task per file, rows in file order.
 
-Invariant: every record of every file comes out exactly once, as an encoded row, as a row that is too long, or as a bad
-row with its place, whatever exception it causes; the order does not depend on which task ended first. Called by
-`prepare`; Ray must be running.
+Invariant: every record of every file comes out exactly once, as an encoded row, as a row that is too long, or as a bad row
+with its place, whatever exception it causes. The order does not depend on which task ended first. Called by `prepare`; Ray
+must be running.
 """
 
 from __future__ import annotations
@@ -36,36 +36,28 @@ if TYPE_CHECKING:
 _CHUNK_ROWS = 1024
 _RAW_CHARS = 500
 NAMED_TOKEN = "the name of a special token stands in the text, and is encoded as text"
-
-# kind: row (encoded), long (prompt over the cut-off), bad (quarantined), fatal (the file cannot be read)
+_TEXTS = ("kind", "prompt", "completion", "answer", "key", "unit", "field", "problem", "fix", "raw")
 _SCHEMA = pa.schema(
     [
         ("file", pa.int32()),
         ("place", pa.int64()),
-        ("kind", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("target_start", pa.int32()),
         ("was_cut", pa.bool_()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("answer", pa.string()),
-        ("key", pa.string()),
-        ("unit", pa.string()),
-        ("field", pa.string()),
-        ("problem", pa.string()),
-        ("fix", pa.string()),
-        ("raw", pa.string()),
+        *((name, pa.string()) for name in _TEXTS),
         ("notes", pa.list_(pa.string())),
-        ("named_id", pa.int32()),  # largest id of a special token whose name stands in the texts; null: none
+        ("named_id", pa.int32()),
     ]
 )
+"""kind: row (encoded), long (prompt over the cut-off), bad (quarantined), fatal (the file cannot be read). named_id: the
+largest id of a special token whose name stands in the texts, null without one."""
 
 
 @dataclass
 class Encoded:
     """Rows of one source: `rows` as in _SCHEMA with kind `row`, in file order; counts and bad rows of the rest.
 
-    notes: what was read otherwise than a user may think, each with the number of rows and the first of them.
+    notes: what was read otherwise than a user may expect, each with the number of rows and the first of them.
     """
 
     rows: pa.Table
@@ -77,42 +69,84 @@ class Encoded:
     def largest_id(self) -> int:
         """The largest token id in use or named in the texts; -1 without rows."""
         ids = self.rows["input_ids"].combine_chunks().flatten()
-        return max(
-            pc.max(found).as_py() if len(found) > found.null_count else -1 for found in (ids, self.rows["named_id"])
-        )
+        found = [pc.max(values).as_py() for values in (ids, self.rows["named_id"])]
+        return max((value for value in found if value is not None), default=-1)
 
     @property
     def cut_completions(self) -> int:
         """Rows whose completion was cut at the cut-off."""
-        return sum(value.as_py() for value in self.rows["was_cut"])
+        return int(pc.sum(self.rows["was_cut"]).as_py() or 0)
 
     @property
     def records(self) -> int:
         """Records read, bad ones included."""
-        return self.rows.num_rows + self.too_long + len(self.bad)
+        return int(self.rows.num_rows) + self.too_long + len(self.bad)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns a record into a row of _SCHEMA (without `file`). Needs no Ray.
+
+    encoder_decoder: the prompt is the encoder's source and ends with the end token.
+    """
+
+    config: DataSection
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    encoder_decoder: bool = False
+
+    def row(self, record: Record, *, held_out: bool) -> dict[str, Any]:
+        """The row; a bad one, whatever exception the record causes. `held_out`: see `to_example`."""
+        try:
+            found = self._row(record, held_out)
+        except Exception as error:  # noqa: BLE001 - one record never ends a run; where all fail, they are too many bad ones
+            found = _refused(record, error)
+        if isinstance(found, BadRow):
+            shown = {"field": found.field, "problem": found.problem, "fix": found.fix, "raw": record.raw[:_RAW_CHARS]}
+            found = {"kind": "bad", **{name: _valid(text) for name, text in shown.items()}}
+        return {"place": record.place, "unit": record.unit, **found}
+
+    def _row(self, record: Record, held_out: bool) -> dict[str, Any] | BadRow:
+        example = record.value if isinstance(record.value, BadRow) else to_example(record.value, held_out=held_out)
+        if not isinstance(example, BadRow) and self.config.completion_pattern and example.completion is not None:
+            example = _with_pattern(example, self.config.completion_pattern)
+        if isinstance(example, BadRow):
+            return example
+        tokens = encode(example, self.config, self.tokenizer, self.encoder_decoder)
+        if tokens is None:
+            return {"kind": "long"}
+        if example.completion is not None and len(tokens.input_ids) == tokens.target_start + 1 and not tokens.was_cut:
+            return BadRow("completion", "has no tokens", "fill it in or leave the record out")
+        prompt = readable_prompt(example.turns)
+        named = named_ids([*(turn.content for turn in example.turns), example.completion or ""], self.tokenizer)
+        return {
+            "kind": "row",
+            "prompt": prompt,
+            "completion": example.completion,
+            "answer": example.answer,
+            "input_ids": tokens.input_ids,
+            "target_start": tokens.target_start,
+            "was_cut": tokens.was_cut,
+            "key": prompt_key(prompt, self.seed),
+            "notes": [*example.notes, *([NAMED_TOKEN] if named else [])],
+            "named_id": max(named, default=None),
+        }
 
 
 def encode_files(
-    files: Sequence[Path],
-    config: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    held_out: bool,
-    encoder_decoder: bool,
-    read: Callable[[Path], Iterator[Record]],
+    files: Sequence[Path], encoder: Encoder, read: Callable[[Path], Iterator[Record]], *, held_out: bool
 ) -> Encoded:
-    """Read, check and tokenise `files` in Ray Data tasks. Raises DataError for a file that cannot be read at all.
+    """Read, check and tokenise `files` in Ray Data tasks.
 
     Args:
         read: yields the records of one file in order, its bad ones included.
+
+    Raises:
+        DataError: a file cannot be read at all.
     """
 
     def encode_one(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        def as_row(record: Record) -> dict[str, Any]:
-            return encode_record(record, config, tokenizer, seed, held_out, encoder_decoder)
-
-        return _encode_file(Path(str(batch["path"][0])), int(batch["file"][0]), read, as_row)
+        return _encode_file(Path(str(batch["path"][0])), int(batch["file"][0]), encoder, read, held_out)
 
     tables = _in_ray(encode_one, [{"file": index, "path": str(path)} for index, path in enumerate(files)])
     table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
@@ -121,14 +155,12 @@ def encode_files(
     for row in of_kind["fatal"].to_pylist():
         raise DataError(row["problem"])
     shown = ("unit", "place", "field", "problem", "fix", "raw")
-    bad = [
-        {"file": str(files[row["file"]]), **{name: row[name] for name in shown}} for row in of_kind["bad"].to_pylist()
-    ]
+    bad = [{"file": str(files[row["file"]]), **{n: row[n] for n in shown}} for row in of_kind["bad"].to_pylist()]
     return Encoded(of_kind["row"].combine_chunks(), of_kind["long"].num_rows, bad, _notes(of_kind["row"], files))
 
 
 def _in_ray(encode_one: Callable[[dict[str, Any]], Iterator[pa.Table]], items: list[dict[str, Any]]) -> list[pa.Table]:
-    """One task a file."""
+    """One task per file."""
     import ray.data
 
     with _quiet_ray_data():
@@ -150,14 +182,14 @@ def _notes(rows: pa.Table, files: Sequence[Path]) -> list[str]:
 
 
 def _encode_file(
-    path: Path, file: int, read: Callable[[Path], Iterator[Record]], as_row: Callable[[Record], dict[str, Any]]
+    path: Path, file: int, encoder: Encoder, read: Callable[[Path], Iterator[Record]], held_out: bool
 ) -> Iterator[pa.Table]:
     place = 0
     try:
         records = read(path)
         while chunk := list(islice(records, _CHUNK_ROWS)):
             place = chunk[-1].place
-            rows = [as_row(record) | {"file": file} for record in chunk]
+            rows = [encoder.row(record, held_out=held_out) | {"file": file} for record in chunk]
             yield pa.Table.from_pylist(rows, schema=_SCHEMA)
     except Exception as error:  # noqa: BLE001 - as a row: Ray would wrap the exception in its own traceback
         problem = str(error) if isinstance(error, DataError) else f"{path}: cannot be read: {_named(error)}"
@@ -165,62 +197,8 @@ def _encode_file(
         yield pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
-def encode_record(
-    record: Record,
-    config: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    held_out: bool,
-    encoder_decoder: bool = False,
-) -> dict[str, Any]:
-    """One record as a row of _SCHEMA (without `file`), a bad one whatever is wrong with it; Ray is not needed."""
-    try:
-        found = _encoded(record, config, tokenizer, seed, held_out, encoder_decoder)
-    except Exception as error:  # noqa: BLE001 - one record never ends a run; where all fail, they are too many bad ones
-        found = _refused(record, error)
-    if not isinstance(found, BadRow):
-        return {"place": record.place, "unit": record.unit, **found}
-    shown = {"field": found.field, "problem": found.problem, "fix": found.fix, "raw": record.raw[:_RAW_CHARS]}
-    return {"place": record.place, "unit": record.unit, "kind": "bad", **{k: _valid(v) for k, v in shown.items()}}
-
-
-def _encoded(
-    record: Record,
-    config: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    held_out: bool,
-    encoder_decoder: bool,
-) -> dict[str, Any] | BadRow:
-    example = record.value if isinstance(record.value, BadRow) else to_example(record.value, held_out=held_out)
-    if not isinstance(example, BadRow) and config.completion_pattern and example.completion is not None:
-        example = _with_pattern(example, config.completion_pattern)
-    if isinstance(example, BadRow):
-        return example
-    tokens = encode(example, config, tokenizer, encoder_decoder)
-    if tokens is None:
-        return {"kind": "long"}
-    if example.completion is not None and len(tokens.input_ids) == tokens.target_start + 1 and not tokens.was_cut:
-        return BadRow("completion", "has no tokens", "fill it in or leave the record out")
-    prompt = readable_prompt(example.turns)
-    texts = [*(turn.content for turn in example.turns), example.completion or ""]
-    named = named_ids(texts, tokenizer)
-    return {
-        "kind": "row",
-        "prompt": prompt,
-        "completion": example.completion,
-        "answer": example.answer,
-        "input_ids": tokens.input_ids,
-        "target_start": tokens.target_start,
-        "was_cut": tokens.was_cut,
-        "key": prompt_key(prompt, seed),
-        "notes": [*example.notes, *([NAMED_TOKEN] if named else [])],
-        "named_id": max(named, default=None),
-    }
-
-
 def _with_pattern(example: Example, pattern: str) -> Example | BadRow:
-    """The example with what data.completion_pattern takes of its completion."""
+    """The example with the part of its completion that data.completion_pattern takes."""
     found = re.search(pattern, example.completion or "")
     if found is None:
         problem = f"does not match data.completion_pattern {pattern!r}"
@@ -251,7 +229,7 @@ def _named(error: Exception) -> str:
 
 
 def _valid(text: str) -> str:
-    """The text with what is not Unicode as escapes, so that it can be written to a file."""
+    """The text with escapes for what is not Unicode, so that it can be written to a file."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

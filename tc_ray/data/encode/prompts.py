@@ -1,7 +1,7 @@
-"""The text that the model is asked: turns rendered by the tokenizer's chat template or by the plain template.
+"""The prompt text: turns rendered by the tokenizer's chat template or by the plain template.
 
-Invariant: training, evaluation and serving render through the same function, so a model is asked as it was trained.
-Called by `tokenize` and by serving.
+Invariant: training, evaluation and serving render prompts alike. Called by `tokenize`; an exported model carries
+`serving_template`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_template(config: DataSection, tokenizer: PreTrainedTokenizerBase) -> N
 def render_prompt(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
     """The full prompt text, up to where the completion begins.
 
-    Contents stand in it as they are written, unless the tokenizer's own chat template changes them (many strip blanks).
+    Contents are unchanged, unless the tokenizer's own chat template changes them (many strip blanks).
     """
     turns = with_system(turns, config)
     if config.template == "plain":
@@ -42,9 +42,9 @@ def render_prompt(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrai
 
 
 def with_system(turns: Sequence[Turn], config: DataSection) -> Sequence[Turn]:
-    """The turns, with `config.system` put first when they have no system message of their own.
+    """The turns, after `config.system` when they have no system message of their own.
 
-    An empty string keeps a template from adding its own default.
+    An empty string keeps a template from adding its default.
     """
     if config.system is None or turns[0].role == "system":
         return turns
@@ -52,17 +52,16 @@ def with_system(turns: Sequence[Turn], config: DataSection) -> Sequence[Turn]:
 
 
 def readable_prompt(turns: Sequence[Turn]) -> str:
-    """The prompt for people and for the split: the user's text alone, or every turn with its role."""
+    """The prompt for people and for the split: the user's text alone, or all turns with their roles."""
     if len(turns) == 1:
         return turns[0].content
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
 def serving_template(config: DataSection) -> str | None:
-    """Chat template (Jinja) that asks an exported model as it was trained; None: the tokenizer's own already does.
+    """Chat template (Jinja) of an exported model, which renders what `render_prompt` does; None: the tokenizer's own.
 
-    For `template: plain` it renders what `render_prompt` does. For `template: chat` with `data.system` nothing is changed:
-    the caller of the model sends the system message.
+    With `template: chat` the tokenizer's own stays, also with `data.system`: the caller sends the system message.
     """
     if config.template == "chat":
         return None

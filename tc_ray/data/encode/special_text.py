@@ -1,8 +1,8 @@
-"""Token ids of text in which the text of a special token, written by an example, is text and no special token.
+"""Token ids of prompts in which the name of a special token, written by a user, is plain text.
 
 A prompt is a template's text around an example's text. Special tokens of the template stay special; "<eos>" in a user's
-message or a completion is encoded as the characters it is written with. Invariant: text without such a name in it is
-encoded exactly as the tokenizer does it. Called by `tokenize`.
+message or a completion is encoded as its characters. Invariant: text without such a name is encoded exactly as the tokenizer
+does it. Called by `tokenize` and by serving.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# private-use characters, which no text holds in this order
+# private-use characters: no real text holds these marks
 _HELD = "\ue000tc-ray-text-{}\ue001"
 _ALIAS = "\ue000tc-ray-token-{}\ue001"
 
@@ -31,7 +31,7 @@ def named_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> set[i
 
 
 def encode_content(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a text that is all an example's own; no token is added."""
+    """Ids of a text that comes from an example alone; no token is added."""
     if _apart(tokenizer).found_in(text):
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -43,7 +43,7 @@ def encode_rendered(
     """Ids of `render(contents)`: special tokens that the rendering adds are special, those in `contents` are text.
 
     Raises:
-        SpecialTextError: the tokenizer is none of the fast ones, and a content holds the text of a special token.
+        SpecialTextError: the tokenizer is not a fast one, and a content holds the name of a special token.
     """
     apart = _apart(tokenizer)
     if not any(map(apart.found_in, contents)):
@@ -77,11 +77,11 @@ class _Apart:
         return {self._ids[match.group()] for match in self._pattern.finditer(text)}
 
     def hold(self, text: str) -> str:
-        """The text with names of special tokens replaced by marks that stand for their characters."""
+        """The text with a mark in place of each name of a special token."""
         return self._pattern.sub(lambda match: _HELD.format(self._names.index(match.group())), text)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text with marks of `hold` in it."""
+        """Ids of a text with marks of `hold` in it, which become the characters of the names."""
         if self._copy is None:
             self._make_copy()
         text = self._pattern.sub(lambda match: _ALIAS.format(self._names.index(match.group())), text)
@@ -106,11 +106,11 @@ class _Apart:
                 rstrip=token.rstrip,
                 single_word=token.single_word,
                 normalized=False,
-                special=False,  # or it would be plain text too
+                special=False,  # a special one would be plain text too
             )
             copy.add_tokens([alias])
             alias_id = copy.token_to_id(alias.content)
-            assert alias_id is not None  # added in the line above
+            assert alias_id is not None  # added above
             self._alias_ids[alias_id] = self._ids[name]
         copy.encode_special_tokens = True
         self._copy = copy

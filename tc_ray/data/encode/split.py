@@ -1,7 +1,7 @@
 """Cut held-out rows from training rows by the hash of their prompt.
 
-Invariant: rows with one prompt (case and spacing folded) stay on one side, and the cut depends only on the prompts and
-the seed, not on the order of files. Pure; called by `prepare`.
+Invariant: rows with the same prompt (case and spacing folded) stay in one part, and the cut depends on the prompts and the
+seed alone, not on the order of files. Pure; called by `prepare`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from tc_ray.data.source.errors import DataError
 
 
 def prompt_key(prompt: str, seed: int) -> str:
-    """16 hex digits: equal for equal prompts, in random order over different ones."""
+    """16 hex digits: equal for equal prompts, in random order for different ones."""
     folded = " ".join(prompt.casefold().split())
     return hashlib.sha256(f"{seed}\0{folded}".encode()).hexdigest()[:16]
 
 
 def row_count(size: float, rows: int) -> int:
-    """Rows that a `size` setting asks for: a fraction below 1, else a count."""
+    """Rows of a `size` setting: a fraction below 1, else a count."""
     return round(size * rows) if size < 1 else int(size)
 
 
 def cut(keys: Sequence[str], validation: float, test: float) -> list[str]:
     """Part of each row: "train", "validation" or "test".
 
-    `validation` and `test` are sizes as in the config (0: none). Prompts are taken whole, so a part can exceed its
-    size by the copies of one prompt. A size above 0 gives at least one row. Raises DataError when no row is left.
+    `validation` and `test` are sizes as in the config (0: none); a size above 0 gives at least one row. All rows of a
+    prompt stay together, so a part can exceed its size by the copies of one prompt.
+
+    Raises:
+        DataError: no training row is left.
     """
     copies = Counter(keys)
     part_of: dict[str, str] = {}

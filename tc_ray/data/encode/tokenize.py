@@ -1,8 +1,8 @@
 """Token ids of an example: prompt ids, completion ids, end token; loss begins at `target_start`.
 
-For an encoder-decoder the prompt is the encoder's source and ends with the end token, as its pretraining had it; source
-and target stand joined in one row. Invariant: input_ids[:target_start] are exactly the ids the model is asked with at
-inference. Pure; called in Ray Data tasks by `prepare`.
+For an encoder-decoder the prompt is the encoder's source and ends with the end token, as in its pretraining; source and
+target are joined in one row. Invariant: input_ids[:target_start] are exactly the prompt's ids at inference. Pure; called by
+`encode`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """`input_ids` (prompt + completion + end token); `was_cut`: the completion did not fit and lost its end."""
+    """`input_ids` (prompt + completion + end token); `was_cut`: the completion was too long and lost its end."""
 
     input_ids: list[int]
     target_start: int
@@ -33,7 +33,7 @@ class Tokens:
 def prompt_ids(
     turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False
 ) -> list[int]:
-    """Ids the model is asked with. A plain prompt begins with the begin token if the tokenizer puts one itself."""
+    """Ids of the prompt. A plain prompt begins with the begin token if the tokenizer adds one to texts."""
     turns = with_system(turns, config)
 
     def render(contents: Sequence[str]) -> str:
@@ -49,17 +49,17 @@ def prompt_ids(
 
 
 def completion_ids(completion: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids the model is to answer with, end token included."""
+    """Ids of the completion, end token included."""
     return [*encode_content(completion, tokenizer), tokenizer.eos_token_id]
 
 
 def encode(
     example: Example, config: DataSection, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False
 ) -> Tokens | None:
-    """Tokens of one example, at most `config.cutoff_tokens`; None when its prompt leaves no room for a target.
+    """Tokens of one example, at most `config.cutoff_tokens`; None when its prompt leaves no space for a target.
 
-    Without a completion the ids are the prompt and target_start is their number. A completion that is too long is cut
-    at its end; the end token goes with it, so that the model does not learn to stop there.
+    Without a completion the ids are the prompt's and target_start is their number. A completion that is too long loses its
+    end, and the end token too, so that the model does not learn to stop there.
     """
     ids = prompt_ids(example.turns, config, tokenizer, encoder_decoder)
     start = len(ids)

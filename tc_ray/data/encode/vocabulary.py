@@ -1,7 +1,7 @@
-"""Are all token ids ones that the model embeds? A tokenizer can hold more tokens than the model has rows for.
+"""Refuse token ids that the model does not embed: a tokenizer can hold more tokens than the embedding has rows.
 
-Checked before any worker starts, where the answer is a message and not an index error on a device. An embedding larger than
-the tokenizer is padding and fine; so is a token without a row that nothing uses. Called by `prepare` and `estimate`.
+Checked before any worker starts, so that the user gets a message instead of an index error on a device. A larger embedding is
+padding, which is fine; so is a token without a row that nothing uses. Called by `prepare` and by plans.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_special_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
-    """Raise DataError when the model does not embed the end or the padding token, which every run uses."""
+    """Raise DataError when the model does not embed the end or the padding token: every run uses them."""
     for token_id in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         if token_id is not None:
             check_largest_id(token_id, tokenizer, vocab_size)

@@ -1,7 +1,7 @@
 """Which rows each round trains on, and how rows become one padded batch.
 
-Invariant: the rows of a round depend on (rows, batch size, epochs, seed) and the round alone, so a restart needs only
-the round; every row is used once an epoch and never twice in one round. Called by the Pilot loop; no torch, no Ray.
+Invariant: the rows of a round depend on (rows, batch size, epochs, seed) and the round's number alone, so a restart needs
+only that number. Every row is used once per epoch and never twice in one round. Used by the Pilot's loop; no torch, no Ray.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tc_ray.data.source.errors import DataError
 class RoundOrder:
     """Order of the training rows over all epochs, cut into rounds (1-based).
 
-    Each epoch is a fresh seeded permutation and the next one follows without a gap, so a round can span two epochs;
-    only what is left after the last whole round is dropped.
+    Each epoch is a fresh seeded permutation. A round can span two epochs; only the rows after the last whole round are
+    dropped.
     """
 
     def __init__(self, rows: int, batch_size: int, epochs: int, seed: int) -> None:
@@ -53,7 +53,7 @@ class RoundOrder:
 
 
 def _keep_apart(order: NDArray[np.int64], begun: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """`order` with its first `count` rows free of those in `begun`, which take the places of the rows moved forward."""
+    """`order`, swapped so that none of its first `count` rows is in `begun`."""
     taken = set(begun.tolist())
     order = order.copy()
     spare = (place for place in range(count, order.size) if int(order[place]) not in taken)

@@ -1,7 +1,6 @@
-"""How many rows are missing from a held-out part and why; kept in the part's Parquet file, so that it cannot get lost.
+"""How many rows are missing from a held-out part and why; stored in the part's Parquet file.
 
-Invariant: rows measured + rows left out = records that the user gave for the part. Written by `prepare`, shown by the
-evaluation's report.
+Invariant: rows measured + rows left out = records of the part. Written by `prepare`, shown by the evaluation's report.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ class LeftOut:
     before_split: bool = False
 
     def measured(self, rows: int, limit: int | None) -> LeftOut:
-        """With those of `rows` that `limit` leaves out."""
+        """Also counting those of `rows` beyond `limit`."""
         return self if limit is None else replace(self, not_measured=max(0, rows - limit))
 
     def given(self, rows: int) -> int:
-        """Rows that the part would have if none of its own were missing."""
+        """Rows of the part if none of its own were missing."""
         return rows + self.not_measured + (0 if self.before_split else self.prompt_too_long + self.bad)
 
     def counted(self, rows: int, part: str) -> str:
-        """`rows` as part of what was given, with what is missing and why: "3 of 6 test rows (3 left out: ...)"."""
+        """`rows` with what is missing and why: "3 of 6 test rows (3 left out: ...)"."""
         given = self.given(rows)
         text = f"{rows} of {given} {part} rows" if given > rows else f"{rows} {part} rows"
         left_out = [
@@ -61,6 +60,6 @@ def with_left_out(table: pa.Table, left_out: LeftOut) -> pa.Table:
 
 
 def read_left_out(file: Path) -> LeftOut:
-    """Counts of a prepared Parquet file; none where it has no such metadata."""
+    """Counts of a prepared Parquet file; zeros where it has no such metadata."""
     kept = (pq.read_schema(file).metadata or {}).get(_KEY)
     return LeftOut(**json.loads(kept)) if kept else LeftOut()

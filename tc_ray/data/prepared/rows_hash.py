@@ -1,7 +1,7 @@
-"""What a run is trained on and measured with, as one number for each part of its prepared data.
+"""One hash for each part of a run's prepared data, by which a restart with other rows is refused.
 
-Invariant: the number follows from the rows and their order alone: not from the Parquet files' bytes, which change with a
-library's version, nor from where or when the rows were read. Called by the driver, before any worker starts.
+Invariant: it follows from the rows and their order alone: not from the Parquet files' bytes, which change with a library's
+version, nor from where or when the rows were read. Called by the driver, before any worker starts.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tc_ray.data.prepared.parts import PARTS
+from tc_ray.data.source.find import PARTS
 
 _TRAINED = ("sample_id", "target_start", "input_ids")
 _MEASURED = (*_TRAINED, "prompt", "completion", "answer")
 
 
 def rows_hashes(folder: Path) -> dict[str, str]:
-    """16 hex digits for each part of a prepared data folder, by its name: train, validation, test.
+    """16 hex digits by part: train, validation, test.
 
-    The training rows count with what is trained on (ids, targets, sample ids), held-out rows with their text too.
+    Training rows count with what is trained on (ids, targets, sample ids), held-out rows with their texts too.
     """
     return {part: _hash(folder / f"{part}.parquet", _TRAINED if part == "train" else _MEASURED) for part in PARTS}
 
 
 def _hash(file: Path, columns: tuple[str, ...]) -> str:
-    # one digest a column, so that it does not matter how the rows are divided into batches
+    # one digest per column: the result does not depend on how rows are divided into batches
     digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in columns}
     rows = 0
     for batch in pq.ParquetFile(file).iter_batches(columns=list(columns)):

@@ -1,4 +1,4 @@
-"""The prepared training rows in memory, addressed by row, so that any round can be rebuilt from its number alone."""
+"""The prepared training rows in memory, addressed by row. Used by the Pilot's loop, its export and the Copilot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tc_ray.data.source.parquet import read_prepared
 
 
 class TrainTable:
-    """Rows of a prepared train.parquet, held as flat arrays (4 bytes a token). Raises DataError for rows without a target."""
+    """Rows of a prepared train.parquet as flat arrays (4 bytes per token). Raises DataError for rows without a target."""
 
     def __init__(self, file: Path) -> None:
         table = read_prepared(file, ["sample_id", "input_ids", "target_start"])
@@ -25,9 +25,7 @@ class TrainTable:
         self._sample_id = table["sample_id"].to_numpy()
         bare = int((self._target_start >= self._lengths).sum())
         if bare:  # the loss of a round is divided by its target tokens
-            raise DataError(
-                f"{file}: {bare} rows have no target token; remove the folder, so that it is prepared again"
-            )
+            raise DataError(f"{file}: {bare} rows have no target token; remove the folder, and it is prepared again")
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -46,7 +44,7 @@ class TrainTable:
         return np.unique(self._ids[np.arange(len(self._ids)) >= starts]).astype(np.int64)
 
     def batch(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """These rows as one right-padded batch, see `collate`. Padding is token 0: nothing attends to it."""
+        """These rows as one right-padded batch, see `collate`. Padding is token 0; nothing attends to it."""
         return collate(
             [
                 {

@@ -1,4 +1,4 @@
-"""The one error of the data package. Raised by prepare and what it calls; shown to the user as it is."""
+"""The one error of the data package, shown to the user as it is."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Which files of a source are read, for which part of the run, and what is left out.
 
-Invariant: a file of a data folder is a row of training, validation or test data, or it is named among what is left out;
-no file vanishes without a word. A file that is named directly is always taken as what it is named for. Runs in the
-driver; called by `prepare`, `estimate` and the plan.
+Invariant: each file of a data folder belongs to the training, validation or test rows, or is named as left out. A file that
+the user names directly is taken for the part it is named for. Runs in the driver; called by `prepare` and by plans.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _SHOWN_NAMES = 5
 
 @dataclass
 class Sources:
-    """Files of each part (none for train: the embedded data set), and notes on what was chosen and what is left out."""
+    """Files of each part (train without files: the embedded data set), and notes on what was chosen and left out."""
 
     files: dict[str, list[Path]]
     notes: list[str]
@@ -43,7 +42,7 @@ class Sources:
 
 @dataclass
 class _Found:
-    """Data files of one source by the part that their names tell ("" without one), and files of other kinds."""
+    """Data files of one source by the part in their names ("" without one), and files of other kinds."""
 
     place: Path
     by_part: dict[str, list[Path]] = field(default_factory=dict)
@@ -61,10 +60,11 @@ class _Found:
 
 
 def find_sources(config: DataSection) -> Sources:
-    """Files of every part that has some of its own; the other parts are cut from train.
+    """Files of every part that has its own; the other parts are cut from train.
 
-    In a folder of training data, files and folders whose names hold the word test (testset, heldout), or eval, validation,
-    valid, val or dev (evalset, ...), are test and validation rows (`data.parts`), unless data.test or data.validation names others.
+    In a folder of training data, a file or folder is test rows if its name holds the word test (testset, heldout), and
+    validation rows if it holds eval, validation, valid, val or dev (evalset, ...): see `data.parts`. data.test and
+    data.validation override this.
 
     Raises:
         DataError: files are absent, of no known kind, or named so that their part is not clear.
@@ -87,7 +87,7 @@ def find_sources(config: DataSection) -> Sources:
 
 
 def part_files(source: str, part: str, config: DataSection, notes: list[str]) -> list[Path]:
-    """Files of `source` (file or folder) for "validation" or "test": those named so, else those with no part in the name."""
+    """Files of `source` (file or folder) for "validation" or "test": those named so, else those without a part."""
     found = _find(source, config)
     files = found.by_part.get(part) or found.by_part.get("", [])
     if not files:
@@ -100,7 +100,7 @@ def part_files(source: str, part: str, config: DataSection, notes: list[str]) ->
 
 
 def is_absent(config: DataSection) -> bool:
-    """Nothing at all stands at data.train, so that a run falls back (data.fallback) or refuses."""
+    """There is nothing at data.train, so a run falls back (data.fallback) or refuses."""
     if config.train == EMBEDDED:
         return False
     found = _find(config.train, config)
@@ -150,7 +150,7 @@ def _find(source: str, config: DataSection) -> _Found:
     for file in sorted(place.rglob("*")) if place.is_dir() else ():
         relative = file.relative_to(place)
         if not file.is_file():
-            if file.is_symlink():  # to a folder, which is not entered, or to nothing
+            if file.is_symlink():  # to a folder, which is not read, or to nothing
                 found.left_out.append(file)
             continue
         is_data = _is_data(file, suffixes)
@@ -193,7 +193,7 @@ def _part_by_name(file: Path, folder: Path) -> str:
 
 def _is_data(file: Path, suffixes: Sequence[str]) -> bool:
     name = file.name.lower()
-    texts = [suffix for suffix in suffixes if suffix != ".parquet"]  # which is compressed inside
+    texts = [suffix for suffix in suffixes if suffix != ".parquet"]  # Parquet is compressed inside
     return name.endswith((*suffixes, *(f"{suffix}.gz" for suffix in texts)))
 
 

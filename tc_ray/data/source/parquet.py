@@ -1,7 +1,4 @@
-"""Read the Parquet files that a run has prepared; a damaged one is named, with the remedy.
-
-Called by `train_table`, `sequences` and `evaluation.heldout`.
-"""
+"""Read the Parquet files that a run has prepared. Used by `train_table`, `sequences` and `evaluation.heldout`."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ def read_prepared(file: Path, columns: Sequence[str]) -> pa.Table:
     """These columns of a file.
 
     Raises:
-        DamagedFileError: it is absent, no whole Parquet file, or has other columns.
+        DamagedFileError: it is absent, not a whole Parquet file, or has other columns; the message says what to do.
     """
     try:
         return pq.read_table(file, columns=list(columns), partitioning=None)

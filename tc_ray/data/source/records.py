@@ -1,7 +1,7 @@
 """Read the records of a data file one by one, each with its place.
 
-Invariant: a record that cannot be read comes out as a `BadRow` in its place and never ends the reading; a file that
-cannot be read at all raises DataError. Called in Ray Data tasks by `encode`, and by `estimate`.
+Invariant: a record that cannot be read comes out as a `BadRow` in its place and does not end the reading. A file that
+cannot be read at all raises DataError. Called in Ray Data tasks by `encode`, and by plans.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ONE_OBJECT = "write one JSON object per line, or a list of them"
 
 @dataclass(frozen=True)
 class BadRow:
-    """What is wrong with one record: the field ('' for the whole record), the problem and the remedy."""
+    """What is wrong with one record: the field ('' for the whole record), the problem and how to fix it."""
 
     field: str
     problem: str
@@ -43,12 +43,12 @@ class Record:
 
 
 class DoubledKeys(dict[str, Any]):
-    """An object in which a key stands twice; the last one counts, as for `json`."""
+    """An object in which a key stands twice; the last one counts, as in `json`."""
 
 
 @dataclass(frozen=True)
 class LongInteger:
-    """A number of so many digits that it is no value; harmless in a field that nobody reads."""
+    """A number of more than LONGEST_INTEGER digits; it is an error only in a field that is read."""
 
     digits: int
 
@@ -117,7 +117,7 @@ def _starts_with_bracket(path: Path) -> bool:
 
 def _json_array(path: Path) -> Iterator[Record]:
     with open_bytes(path) as file:
-        # what is not UTF-8 becomes lone surrogates, for which its own record alone is refused
+        # bytes that are not UTF-8 become lone surrogates, so only their own record is refused
         text = file.read().decode("utf-8-sig", errors="surrogateescape")
     try:
         values = _parse(text)
@@ -150,10 +150,10 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _rows(batch: Any) -> list[Any]:
-    """Rows of a record batch as dicts; one that Python cannot hold (text that is not UTF-8, a date too far) as a BadRow."""
+    """Rows of a record batch as dicts; one that Python cannot hold (invalid UTF-8, a date out of range) as a BadRow."""
     try:
         return list(batch.to_pylist())
-    except Exception:  # noqa: BLE001 - whatever it is, it is looked for row by row
+    except Exception:  # noqa: BLE001 - any error: the row that causes it is looked for
         return [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
 
 
@@ -172,7 +172,7 @@ def _row(row: Any) -> Any:
 
 
 def _unreadable(error: Exception) -> tuple[str, str]:
-    """Problem and remedy."""
+    """Problem and fix."""
     return f"cannot be read: {type(error).__name__}: {first_line(error)}", "write it as text or a number"
 
 

@@ -1,8 +1,8 @@
 """Item sequences of users: read and checked, items labelled, leave-one-out rows made from them.
 
-One line a user: user id, then item ids in time order, separated by blanks. The last item is the test target, the one
-before it the validation target; each earlier item but the first is the target of a training row. A row asks for an item
-with the labels of at most `history` items before it. Invariant: no row of a part has seen a target of a later part.
+One line per user: user id, then item ids in time order, separated by blanks. The last item is the test target, the one
+before it the validation target; each earlier item but the first is the target of a training row. A row's prompt is the labels
+of at most `history` items before its target. Invariant: no row of a part contains a target of a later part.
 `scan` runs in the driver (labels need all items), `SequenceReader` in Ray Data tasks.
 """
 
@@ -24,7 +24,7 @@ from tc_ray.data.source.parquet import read_prepared
 from tc_ray.data.source.records import BadRow, Record, open_bytes
 
 ITEMS_FILE = "items.parquet"
-"""The catalogue of a run, in its data folder."""
+"""The items of a run and their labels, in its data folder."""
 FEWEST_ITEMS = 3
 """One to predict from, one validation and one test target."""
 _RAW_CHARS = 500
@@ -49,7 +49,7 @@ def scan(files: Sequence[Path], known: Mapping[str, str] | None = None) -> Seque
     """Read all lines once and check them.
 
     Args:
-        known: labels of a run's items; a user with another item is then bad, for the model has no name for it.
+        known: labels of a run's items; a user with any other item is bad, because the model has no label for it.
 
     Raises:
         DataError: a file cannot be read.
@@ -76,8 +76,8 @@ def scan(files: Sequence[Path], known: Mapping[str, str] | None = None) -> Seque
 def label_items(items: Sequence[str], seed: int) -> dict[str, str]:
     """Item id -> label: the numbers 0 .. items - 1 in seeded random order, all of one even number of digits.
 
-    Labels say nothing about their items (the paper: items as random numeric ids); an even number of digits lets a
-    tokenizer that takes digits in pairs give every item the same number of tokens.
+    Labels carry no information about their items (the paper: items as random numeric ids). With an even number of digits a
+    tokenizer that takes digits in pairs gives every item the same number of tokens.
     """
     width = max(2, len(str(len(items) - 1)))
     width += width % 2
@@ -90,7 +90,7 @@ def label_items(items: Sequence[str], seed: int) -> dict[str, str]:
 class SequenceReader:
     """The rows of one part ("train", "validation" or "test") of a file, as records with prompt, completion and answer.
 
-    left_out: bad lines, which `scan` has reported already.
+    left_out: bad lines, which `scan` has reported.
     """
 
     part: str
@@ -122,13 +122,13 @@ class SequenceReader:
 
 
 def write_items(labels: Mapping[str, str], path: Path) -> None:
-    """Write the catalogue: one row an item, columns `item` (id as in the data) and `label`, sorted by label."""
+    """Write one row per item, sorted by label; columns `item` (id as in the data) and `label`."""
     rows = sorted(labels.items(), key=lambda pair: pair[1])
     pq.write_table(pa.table({"item": [item for item, _ in rows], "label": [label for _, label in rows]}), path)
 
 
 def read_items(path: Path) -> dict[str, str]:
-    """Item id -> label, as `write_items` wrote them. Raises DataError when the file is absent."""
+    """Item id -> label, from the file of `write_items`. Raises DataError when it is absent."""
     if not path.is_file():
         raise DataError(f"{path} is absent: the run was not prepared from item sequences (data.format: sequences)")
     table = read_prepared(path, ["item", "label"])

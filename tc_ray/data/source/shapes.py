@@ -1,7 +1,7 @@
 """Record shapes: messages, prompt + completion, alpaca; each becomes one `Example`.
 
-Invariant: an Example has at least one turn, the last one from the user, and no empty text; texts are as they were
-written, blanks and line ends included. Pure functions, called in Ray Data tasks by `prepare` and by nobody else.
+Invariant: an Example has at least one turn, the last one from the user, and no empty text. Texts are as they were written,
+blanks and line ends included. Pure functions, called by `encode`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ ROLES = ("system", "user", "assistant")
 DOUBLED_KEY = "a key stands twice in one object; the last one counts"
 EARLIER_TURNS = "earlier assistant turns belong to the prompt, only the last one is trained on"
 NOT_READ = ("system", "history", "tools")
-"""Fields of other tools' records that change what a model is asked, and that are not read."""
+"""Fields of other tools' records that change the prompt, and that are not read."""
 _SHOWN_FIELDS = 10
 _WHOLE = 2.0**53
-"""From here on floats are not exact whole numbers."""
+"""From here on not every whole number is a float."""
 _SHAPES = "messages, or prompt + completion, or instruction (+ input) + output"
 
 
@@ -34,9 +34,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """What the model is asked (`turns`), what it should say (`completion`), what counts as right (`answer`).
+    """The prompt (`turns`), the text to learn (`completion`), and the answer that counts as right (`answer`).
 
-    notes: what a user should know of the record although it is used.
+    notes: what the user should know about a record that is used.
     """
 
     turns: tuple[Turn, ...]
@@ -52,10 +52,9 @@ class _Refused(Exception):
 
 
 def to_example(value: Any, *, held_out: bool) -> Example | BadRow:
-    """Turn one parsed record into an Example, or say what is wrong with it.
+    """One parsed record as an Example, or what is wrong with it.
 
-    `held_out` rows (validation and test files) may lack the completion if they have an answer; training rows must
-    have one.
+    A row of a validation or test file (`held_out`) may lack the completion if it has an answer.
     """
     try:
         if not isinstance(value, dict):
@@ -83,7 +82,7 @@ def _notes(value: dict[str, Any], turns: tuple[Turn, ...]) -> Iterator[str]:
 
 
 def _get(value: dict[str, Any], field: str) -> Any:
-    """The field's value; None where it is absent or NaN, which pandas writes for it."""
+    """The field's value; None where it is absent, or NaN, which pandas writes for that."""
     found = value.get(field)
     return None if is_nan(found) else found
 
@@ -122,14 +121,14 @@ def _from_messages(messages: Any, held_out: bool) -> tuple[tuple[Turn, ...], str
         turns.append(Turn(role, _text(message, "content", f"{field}.content")))
     completion = turns.pop().content if turns[-1].role == "assistant" else None
     if completion is None and not held_out:
-        raise _Refused("messages", f"ends with a {turns[-1].role} message", "end with what the assistant should say")
+        raise _Refused("messages", f"ends with a {turns[-1].role} message", "end with the assistant's message")
     if not turns or turns[-1].role != "user":
         raise _Refused("messages", "has no user message before the end", "put the user's message before the answer")
     return tuple(turns), completion
 
 
 def _text(value: dict[str, Any], field: str, name: str | None = None) -> str:
-    """The string in `field`, as it is written; it must hold more than blanks."""
+    """The string in `field`, unchanged; it must hold more than blanks."""
     name = name or field
     text = _get(value, field)
     if text is None:
@@ -160,7 +159,7 @@ def _answer(value: dict[str, Any]) -> str | None:
     if isinstance(answer, float) and math.isinf(answer):
         raise _Refused("answer", "is not a finite number", "write it as text or a number")
     if isinstance(answer, float) and answer.is_integer() and abs(answer) < _WHOLE:
-        return str(int(answer))  # pandas makes floats of whole numbers where one of them is absent
+        return str(int(answer))  # pandas writes whole numbers as floats where one is absent
     if isinstance(answer, (int, float)):
         return str(answer)
     if not isinstance(answer, str):

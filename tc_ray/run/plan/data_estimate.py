@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tc_ray.config.schema import EMBEDDED, DataSection
-from tc_ray.data.encode.encode import encode_record
+from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.encode.split import row_count
 from tc_ray.data.encode.vocabulary import check_largest_id, check_special_ids
-from tc_ray.data.source.embedded import for_fallback, write_embedded
-from tc_ray.data.source.embedded_sequences import write_generated
+from tc_ray.data.source.embedded import for_fallback, write_embedded, write_generated
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.find import find_sources, is_absent
 from tc_ray.data.source.records import Record, iter_records
@@ -92,8 +91,9 @@ def estimate(
         sample = draw(config, Path(folder), sample_rows, seed)
     lengths, targets, ids, bad = [], [], set(), 0
     first_bad = ""
+    encoder = Encoder(sample.config, tokenizer, seed, encoder_decoder)
     for record in sample.records:
-        row = encode_record(record, sample.config, tokenizer, seed, held_out=False, encoder_decoder=encoder_decoder)
+        row = encoder.row(record, held_out=False)
         if row["kind"] == "row":
             check_largest_id(max([*row["input_ids"], row["named_id"] or -1]), tokenizer, vocab_size)
             lengths.append(len(row["input_ids"]))

@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pytest
-
 from tc_ray.config.schema import DataSection
-from tc_ray.data.encode import encode as encode_module
 from tc_ray.data.prepared.left_out import LeftOut
 from tc_ray.data.prepared.prepare import PreparedData, prepare, prepare_test_file
 from tc_ray.evaluation.heldout import read_counted
@@ -21,14 +17,6 @@ from tests.support.tiny_model import make_tokenizer
 
 LONG = [{"prompt": "w " * 300 + str(i), "completion": "c"} for i in range(3)]
 TEST = [*({"prompt": f"t{i}", "completion": str(i)} for i in range(6)), *LONG, {"prompt": "", "completion": "c"}]
-
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(encode_one: Any, items: list[dict[str, Any]]) -> list[pa.Table]:
-        return [table for item in items for table in encode_one({name: [value] for name, value in item.items()})]
-
-    monkeypatch.setattr(encode_module, "_in_ray", run, raising=False)
 
 
 def prepared(folder: Path, **values: Any) -> PreparedData:

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
 
 from tc_ray.config.schema import DataSection, FusionSection, RunConfig, SequencesSection
-from tc_ray.data.encode.encode import encode_record
+from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.encode.tokenize import completion_ids, encode, prompt_ids
-from tc_ray.data.source.embedded_sequences import FOLLOW, SUCCESSORS, write_generated
+from tc_ray.data.source.embedded import FOLLOW, SUCCESSORS, write_generated
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.find import find_sources
 from tc_ray.data.source.sequences import SequenceReader, label_items, read_items, scan, write_items
@@ -194,7 +194,7 @@ def test_the_recipe_s_tokenizer_takes_digits_in_pairs(tmp_path: Path) -> None:
     labels = label_items(found.items, seed=5)
     data = DataSection(template="plain", plain_template="{prompt}", format="sequences")
     (record,) = SequenceReader("test", labels, found.left_out, SequencesSection(history=3))(path)
-    row = encode_record(record, data, tokenizer, 0, True, encoder_decoder=True)
+    row = Encoder(data, tokenizer, 0, encoder_decoder=True).row(record, held_out=True)
     numbers = [int(labels[f"i{n}"]) for n in (146, 147, 148, 149)]
     pairs = [part + 3 for number in numbers for part in (number // 100, number % 100)]
     assert row["input_ids"] == [*pairs[:6], 1, *pairs[6:], 1] and row["target_start"] == 7
@@ -221,7 +221,7 @@ def test_estimate_counts_the_training_rows(tmp_path: Path, given: bool) -> None:
     wanted = rows(path, "train", history=4)
     assert found is not None
     assert (found.rows, found.sampled) == (len(wanted), len(wanted))
-    # items of two digits: a token each, an end token for source and target
+    # items of two digits: one token each, an end token for source and target
     assert found.mean_tokens == pytest.approx(sum(len(p.split()) + 3 for p, _ in wanted) / len(wanted))
     assert found.mean_target_tokens == 2
 

@@ -58,7 +58,7 @@ def test_names_in_the_contents_are_text_and_the_templates_tokens_stay_special(ma
     rest = [i for i in plain if i not in special.values()]
     marks = ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<eos>"]
     expected = []
-    for i in rest:  # each letter stands for a name, written out one character a token
+    for i in rest:  # each letter stands for a name, written out one character per token
         letter = tokenizer.convert_ids_to_tokens(i)
         expected += (
             [tokenizer.convert_tokens_to_ids(c) for c in marks["ABCD".index(letter)]] if letter in "ABCD" else [i]

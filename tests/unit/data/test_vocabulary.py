@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tc_ray.config.schema import DataSection, RunConfig
-from tc_ray.data.encode import encode as encode_module
-from tc_ray.data.prepared.prepare import prepare, prepare_test_file
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
 from tc_ray.data.source.errors import DataError
 from tc_ray.models.hub import embedding_rows
 from tc_ray.run.plan.plan import make_plan
@@ -20,14 +18,6 @@ from tests.support.tiny_model import make_tiny_llama, make_tokenizer
 
 ROWS = [{"prompt": f"<tool>{i}", "completion": "x"} for i in range(60)]
 REFUSED = r"token '<tool>' has the id 258, but the model embeds 258 tokens .*resize_token_embeddings"
-
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(encode_one: Any, items: list[dict[str, Any]]) -> list[pa.Table]:
-        return [table for item in items for table in encode_one({name: [value] for name, value in item.items()})]
-
-    monkeypatch.setattr(encode_module, "_in_ray", run, raising=False)
 
 
 def grown_tokenizer(*, special: bool) -> Any:
@@ -52,8 +42,8 @@ def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_
     with pytest.raises(DataError, match=REFUSED):
         prepare_test_file(config.train, config, tokenizer, tmp_path / "eval", seed=1, vocab_size=258)
     assert prepare(config, tokenizer, tmp_path / "out", seed=1, vocab_size=300).rows["train"] == 48, "padding is fine"
-    with pytest.raises(DataError, match=REFUSED):  # another model with the same tokenizer: the rows are reused
-        prepare(config, tokenizer, tmp_path / "out", seed=1, vocab_size=258)
+    with pytest.raises(DataError, match=REFUSED):  # another model with the same tokenizer: the rows could be reused
+        prepared_before(config, tokenizer, tmp_path / "out", seed=1, vocab_size=258)
     unused = section(tmp_path, SUMS)
     assert prepare(unused, tokenizer, tmp_path / "out2", seed=1, vocab_size=258).rows["train"] == 52
 

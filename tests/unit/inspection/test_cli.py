@@ -1,11 +1,9 @@
-"""`tc-ray log` as a user meets it: real processes on a run folder, exit codes, messages."""
+"""`tc-ray log` on a run folder: what it prints, its exit codes and messages."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,24 +11,16 @@ import pytest
 from tc_ray.cli.log import parse_rounds
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.models.hub import tokenizer_hash
+from tests.support.command_line import tc_ray, tc_ray_process
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.object_store import new_log_uri, object_store
 from tests.support.tiny_model import make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = make_examples(samples=6, epochs=2, vocab=258)
 
 
-def tc_ray_log(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tc_ray.cli.main", "log", *map(str, arguments)],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+def tc_ray_log(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return tc_ray("log", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +35,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stats_in_words_and_as_json(run: Path) -> None:
     words = tc_ray_log("stats", run)
     assert words.returncode == 0, words.stderr
-    for text in ("12 of 6 samples", "1 to 6", "Tokens most often missed", "Hardest samples", "first sight: off by"):
+    for text in (
+        "12 rows of 6 samples",
+        "1 to 6",
+        "Tokens most often missed",
+        "Hardest samples",
+        "Calibration of the Pilot",
+    ):
         assert text in words.stdout, text
     document = json.loads(tc_ray_log("stats", run / "log", "--json", "--rounds", "4:").stdout)
     assert document["rows"] == 6 and [line["round"] for line in document["by_round"]] == [4, 5, 6]
@@ -53,7 +49,7 @@ def test_stats_in_words_and_as_json(run: Path) -> None:
 
 
 def test_show_a_sample_the_worst_and_a_page(run: Path, tmp_path: Path) -> None:
-    shown = tc_ray_log("show", run, "3")
+    shown = tc_ray_process("log", "show", run, "3")
     rounds = [e.round for e in EXAMPLES if e.sample == 3]
     assert shown.returncode == 0, shown.stderr
     assert all(f"round {number} (" in shown.stdout for number in rounds)
@@ -75,13 +71,13 @@ def test_report_and_export(run: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     assert [line["answer"] for line in lines] == [tokenizer.decode(e.answer) for e in EXAMPLES if e.round <= 2]
     again = tc_ray_log("export", run, "--out", out)
-    assert again.returncode == 2 and "there already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
 
 
 def test_mistakes_of_the_user_end_in_one_line_and_code_2(run: Path, tmp_path: Path) -> None:
-    for arguments, said in (
+    for arguments, message in (
         (("stats", tmp_path), "no Mistake Log in it"),
-        (("show", run), "say which sample"),
+        (("show", run), "name a sample"),
         (("show", run, "99"), "samples are 0 to 5"),
         (("stats", run, "--rounds", "9:2"), "expected A:B"),
         (("stats", run, "--tokenizer", tmp_path), "no tokenizer can be read there"),
@@ -92,7 +88,7 @@ def test_mistakes_of_the_user_end_in_one_line_and_code_2(run: Path, tmp_path: Pa
     ):
         result = tc_ray_log(*arguments)
         assert result.returncode == 2, arguments
-        assert said in result.stderr and "Traceback" not in result.stderr, result.stderr
+        assert message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
 def test_verify_finds_a_broken_file_and_takes_it_out(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_one_parquet_file_of_some_rounds_and_columns(log: MistakeLog, tmp_path: 
     assert pq.read_table(tmp_path / "none").num_rows == 0
 
 
-def test_json_lines_tell_the_rows(log: MistakeLog, tmp_path: Path) -> None:
+def test_json_lines_hold_the_rows(log: MistakeLog, tmp_path: Path) -> None:
     texts = TokenTexts(make_tokenizer(), "")
     out = tmp_path / "rows.jsonl"
     export_jsonl(log, out, texts)
@@ -88,7 +88,7 @@ def test_states_as_numbers(log: MistakeLog, tmp_path: Path) -> None:
 def test_nothing_is_replaced_and_nothing_half_is_left(log: MistakeLog, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     out.write_text("mine")
-    with pytest.raises(ExportError, match="there already"):
+    with pytest.raises(ExportError, match="exists already"):
         export_jsonl(log, out, TokenTexts(None, ""))
     with pytest.raises(ExportError, match="--columns: hat is none of run"):
         export_parquet(log, tmp_path / "a", None, ["hat"])
@@ -128,7 +128,7 @@ def test_the_config_says_where_the_log_is(tmp_path: Path) -> None:
     assert find_log("gs://bucket/log").run_folder is None
 
 
-def test_no_log_is_said_by_name(tmp_path: Path) -> None:
+def test_a_missing_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(LogNotFoundError, match="no such folder"):
         find_log(str(tmp_path / "nowhere"))
     with pytest.raises(LogNotFoundError, match="no Mistake Log in it"):

@@ -1,4 +1,4 @@
-"""Statistics of a log against the same figures worked out row by row, however the log is cut, stored or damaged."""
+"""Statistics of a log against the same numbers computed row by row, however the log is cut, stored or damaged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tc_ray.inspection.rows import stream
-from tc_ray.inspection.sights import SampleNotFoundError, across_epochs, find_sights, percent, sights_of, thinned
+from tc_ray.inspection.samples import SampleNotFoundError, across_epochs, find_visits, percent, thinned, visits_of
 from tc_ray.inspection.stats import LogStats, RoundBins, collect
 from tc_ray.inspection.tallies import PositionMap, SampleTable, TokenTable
 from tc_ray.inspection.tokens import TokenTexts
@@ -24,16 +24,16 @@ from tests.support.mistakelog_samples import metadata
 EXAMPLES = make_examples(samples=9, epochs=4)
 
 
-@pytest.fixture(params=["top-k", "dense"])
-def log(request: pytest.FixtureRequest, tmp_path: Path) -> MistakeLog:
-    return MistakeLog(make_log(tmp_path / "log", EXAMPLES, dense=request.param == "dense"))
+@pytest.fixture(scope="module", params=["top-k", "dense"])
+def log(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MistakeLog:
+    return MistakeLog(make_log(tmp_path_factory.mktemp("log"), EXAMPLES, dense=request.param == "dense"))
 
 
-def said(example: Example) -> list[int]:
+def predicted(example: Example) -> list[int]:
     return example.p.argmax(1).tolist()
 
 
-def test_rows_tell_what_the_pilot_saw(log: MistakeLog) -> None:
+def test_rows_hold_what_the_pilot_saw(log: MistakeLog) -> None:
     found = {}
     for rows in stream(log, others=3):
         for i in range(len(rows)):
@@ -43,8 +43,8 @@ def test_rows_tell_what_the_pilot_saw(log: MistakeLog) -> None:
     for example in EXAMPLES:
         rows, part = found[example.round, example.sample]
         assert rows.truth[part].tolist() == example.answer
-        assert rows.said[part].tolist() == said(example)
-        np.testing.assert_allclose(rows.p_said[part], example.p.max(1), atol=1e-6)
+        assert rows.predicted[part].tolist() == predicted(example)
+        np.testing.assert_allclose(rows.p_predicted[part], example.p.max(1), atol=1e-6)
         np.testing.assert_allclose(rows.loss[part], example.loss, rtol=1e-6)
         assert rows.position[part].tolist() == list(range(len(example.answer)))
         others = example.p.copy()
@@ -67,7 +67,7 @@ def test_hidden_states_are_never_read(log: MistakeLog, monkeypatch: pytest.Monke
     assert asked and all(columns and not {"rationale", "question"} & set(columns) for columns in asked)
 
 
-def test_totals_by_round_and_by_earlier_sights(log: MistakeLog) -> None:
+def test_totals_by_round_and_by_earlier_visits(log: MistakeLog) -> None:
     stats = collect(log)
     assert (stats.rows, stats.first_round, stats.last_round) == (len(EXAMPLES), 1, max(e.round for e in EXAMPLES))
     for round_ in range(1, stats.last_round + 1):
@@ -94,21 +94,20 @@ def check_line(line: dict[str, float | int | None], examples: list[Example]) -> 
     assert line["rows_with_mistake"] == sum(not e.correct.all() for e in examples)
 
 
-def test_missed_tokens_and_what_was_said_instead(log: MistakeLog) -> None:
+def test_missed_tokens_and_what_was_predicted_instead(log: MistakeLog) -> None:
     stats = collect(log)
     true, missed, pairs = Counter(), Counter(), Counter()
     for example in EXAMPLES:
-        for truth, heard in zip(example.answer, said(example), strict=True):
+        for truth, heard in zip(example.answer, predicted(example), strict=True):
             true[truth] += 1
             if truth != heard:
                 missed[truth] += 1
                 pairs[truth, heard] += 1
     assert missed, "the sample has mistakes"
-    assert {(t, s): n for t, s, n in stats.tokens.pairs()} == pairs
     assert [stats.tokens.missed[t] for t in stats.missed(100)] == sorted(missed.values(), reverse=True)
     for token in true:
         assert (stats.tokens.true[token], stats.tokens.missed[token]) == (true[token], missed[token])
-        instead = stats.tokens.instead_of(token, 99)
+        instead = stats.tokens.instead_of(token)
         assert dict(instead) == {s: n for (t, s), n in pairs.items() if t == token}
         assert [n for _, n in instead] == sorted((n for _, n in instead), reverse=True)
 
@@ -120,7 +119,7 @@ def test_samples_and_the_hardest_of_them(log: MistakeLog) -> None:
     assert order == sorted(mean, key=lambda s: -mean[s])
     for place, sample in enumerate(stats.samples.ids):
         mine = [e for e in EXAMPLES if e.sample == sample]
-        assert stats.samples["sights"][place] == 4
+        assert stats.samples["visits"][place] == 4
         assert stats.samples["first_round"][place] == mine[0].round
         assert stats.samples["first_loss"][place] == pytest.approx(mine[0].loss.mean(), rel=1e-5)
         assert stats.samples["last_round"][place] == mine[-1].round
@@ -167,15 +166,15 @@ def test_a_span_of_rounds(log: MistakeLog) -> None:
     assert collect(log, (500, 600)).rows == 0
 
 
-def test_figures_do_not_depend_on_how_files_are_cut(tmp_path: Path) -> None:
+def test_statistics_do_not_depend_on_how_files_are_cut(tmp_path: Path) -> None:
     texts = TokenTexts(None, "")
 
-    def told(rounds_a_file: int) -> dict[str, object]:
+    def numbers(rounds_a_file: int) -> dict[str, object]:
         folder = make_log(tmp_path / str(rounds_a_file), EXAMPLES, rounds_a_file=rounds_a_file)
         document = collect(MistakeLog(folder)).to_dict(texts, 5)
         return {key: value for key, value in document.items() if key not in ("version", "files", "bytes")}
 
-    assert told(1) == told(50)
+    assert numbers(1) == numbers(50)
 
 
 def test_a_damaged_file_is_named_and_counted_nowhere(tmp_path: Path) -> None:
@@ -189,7 +188,7 @@ def test_a_damaged_file_is_named_and_counted_nowhere(tmp_path: Path) -> None:
     check_line(stats.by_round.line(slice(None)), left)
 
 
-def test_dropped_records_are_told(tmp_path: Path) -> None:
+def test_dropped_records_are_counted(tmp_path: Path) -> None:
     assert collect(MistakeLog(make_log(tmp_path / "a", EXAMPLES))).dropped == 0
     log = MistakeLog(make_log(tmp_path / "b", EXAMPLES, dropped=7))
     assert collect(log).dropped == 7
@@ -221,7 +220,7 @@ def other_round(rows: Records) -> None:
         (other_round, "rounds outside 4 to 6"),
     ],
 )
-def test_a_whole_file_that_contradicts_itself_is_passed_over(
+def test_a_whole_file_that_contradicts_itself_is_left_out(
     tmp_path: Path, spoil: Callable[[Records], None], reason: str
 ) -> None:
     stats = collect(MistakeLog(make_log(tmp_path / "log", EXAMPLES, spoil=spoil)))
@@ -229,29 +228,29 @@ def test_a_whole_file_that_contradicts_itself_is_passed_over(
     check_line(stats.by_round.line(slice(None)), [e for e in EXAMPLES if not 4 <= e.round <= 6])
 
 
-def test_sights_of_a_sample(log: MistakeLog) -> None:
-    sights = sights_of(log, 3)
+def test_visits_to_a_sample(log: MistakeLog) -> None:
+    visits = visits_of(log, 3)
     mine = [e for e in EXAMPLES if e.sample == 3]
-    assert [s.round for s in sights] == [e.round for e in mine]
-    for sight, example in zip(sights, mine, strict=True):
-        assert sight.prompt.tolist() == example.prompt and sight.truth.tolist() == example.answer
-        assert [sight.said(i) for i in range(len(example.answer))] == said(example)
-        assert all(v.base is None for v in vars(sight).values() if isinstance(v, np.ndarray)), "keeps a file in memory"
-        assert sight.wrong == (~example.correct).sum()
-        assert sight.p_true(0) == pytest.approx(example.p[0, example.answer[0]], rel=1e-4)
-    assert [s.round for s in sights_of(log, 3, mine[1].round)] == [mine[1].round]
+    assert [s.round for s in visits] == [e.round for e in mine]
+    for visit, example in zip(visits, mine, strict=True):
+        assert visit.prompt.tolist() == example.prompt and visit.truth.tolist() == example.answer
+        assert [visit.predicted(i) for i in range(len(example.answer))] == predicted(example)
+        assert all(v.base is None for v in vars(visit).values() if isinstance(v, np.ndarray)), "keeps a file in memory"
+        assert visit.wrong == (~example.correct).sum()
+        assert visit.p_true(0) == pytest.approx(example.p[0, example.answer[0]], rel=1e-4)
+    assert [s.round for s in visits_of(log, 3, mine[1].round)] == [mine[1].round]
     with pytest.raises(SampleNotFoundError, match="samples are 0 to 8"):
-        sights_of(log, 77)
+        visits_of(log, 77)
     with pytest.raises(SampleNotFoundError, match=f"but in {mine[0].round},"):
-        sights_of(log, 3, 999)
-    assert find_sights(log, []) == {}
+        visits_of(log, 3, 999)
+    assert find_visits(log, []) == {}
 
 
 def test_across_epochs_names_each_sample_once() -> None:
     table = SampleTable()
     table.ids = np.arange(5)
     table._columns |= {
-        "sights": np.array([3, 3, 3, 1, 2]),
+        "visits": np.array([3, 3, 3, 1, 2]),
         "first_loss": np.array([5.0, 1.0, 3.0, 9.0, 0.2]),
         "last_loss": np.array([0.1, 2.5, 2.9, 9.0, 0.2]),
     }
@@ -286,22 +285,24 @@ def test_too_many_pairs_keep_the_frequent_ones_and_say_so() -> None:
 
         class Rows:
             correct = np.zeros(400, bool)
-            said = heard
+            predicted = heard
 
         Rows.truth = truth  # type: ignore[attr-defined]
         table.add(Rows())  # type: ignore[arg-type]
         exact.update(zip(truth.tolist(), heard.tolist(), strict=True))
     assert table.uncounted > 0
-    for truth, heard, times in table.pairs():
-        assert exact[truth, heard] - table.uncounted <= times <= exact[truth, heard]
-    assert table.pairs(1)[0][:2] == exact.most_common(1)[0][0]
+    for truth in range(1000):
+        for heard, times in table.instead_of(truth):
+            assert exact[truth, heard] - table.uncounted <= times <= exact[truth, heard]
+    (truth, heard), _ = exact.most_common(1)[0]
+    assert table.instead_of(truth, 1)[0][0] == heard
 
 
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 120), (5, 125), (1, 3597), (0, 10**6)])
 def test_round_bins_cover_each_round_once(first: int, last: int) -> None:
     bins = RoundBins.over(first, last)
-    assert bins.count <= 120
-    spans = [bins.span(i) for i in range(bins.count)]
+    spans = bins.spans
+    assert len(spans) <= 120
     assert spans[0][0] == first and spans[-1][1] == last
     assert all(b[0] == a[1] + 1 for a, b in itertools.pairwise(spans))
     for low, high in spans:

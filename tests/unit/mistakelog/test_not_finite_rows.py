@@ -16,7 +16,7 @@ from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.stored import Epochs
 from tc_ray.inspection.export import export_jsonl, export_parquet
 from tc_ray.inspection.report import report_page
-from tc_ray.inspection.sights import SampleNotFoundError, sights_of
+from tc_ray.inspection.samples import SampleNotFoundError, visits_of
 from tc_ray.inspection.stats import collect
 from tc_ray.inspection.terminal import stats_view
 from tc_ray.inspection.tokens import TokenTexts
@@ -173,13 +173,13 @@ def test_inspection_works_and_counts_them(log: Path, tmp_path: Path) -> None:
     stats, texts = collect(mistakes), TokenTexts(None, "no texts")
     assert stats.not_finite == spoilt_rows() and stats.rows == len(EXAMPLES) - spoilt_rows()
     console = Console(record=True, width=200)
-    console.print(stats_view(stats, texts, "1 KB", 5))
+    console.print(stats_view(stats, texts, 5))
     assert f"{spoilt_rows()} rows hold numbers that are not finite" in console.export_text()
     document = json.loads(json.dumps(stats.to_dict(texts, 5), allow_nan=False))
     assert document["not_finite_rows"] == spoilt_rows()
     assert f"{spoilt_rows()} rows hold numbers that are not finite" in report_page(MistakeLog(log), texts)
     for sample in range(6):
-        assert all(np.isfinite(sight.loss).all() for sight in sights_of(mistakes, sample))
+        assert all(np.isfinite(visit.loss).all() for visit in visits_of(mistakes, sample))
     found = verify_log(log)
     assert found.not_finite == spoilt_rows() and not found.bad and not found.good
     assert any("rows hold numbers that are not finite" in line for line in found.lines())
@@ -206,4 +206,4 @@ def test_a_log_of_nothing_else_is_told(tmp_path: Path) -> None:
         report_page(MistakeLog(folder), TokenTexts(None, "no texts"), (4, 6))
     missing = next(e.sample for e in examples if e.sample != EXAMPLES[0].sample)
     with pytest.raises(SampleNotFoundError, match="rows with numbers that are not finite are not shown"):
-        sights_of(MistakeLog(folder), missing)
+        visits_of(MistakeLog(folder), missing)

@@ -20,7 +20,7 @@ from tc_ray.config.load import load_saved_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.copilot import from_log
-from tc_ray.data.prepared.prepare import FORMAT, SCHEMA, PreparedData, _earlier, _without_folder
+from tc_ray.data.prepared.folder import SCHEMA, PreparedData, load, save
 from tc_ray.data.prepared.train_table import TrainTable
 from tc_ray.evaluation.heldout import read_held_out
 from tc_ray.evaluation.report import Report
@@ -231,18 +231,18 @@ def prepared(folder: Path) -> Path:
         "largest_id": 2,
     }
     data = PreparedData(folder=folder, **known)
-    write_json(folder / "data.json", {"fingerprint": "same", "format": FORMAT, **_without_folder(data)})
+    save(data, "same")
     return folder
 
 
 def test_torn_data_is_prepared_anew(tmp_path: Path) -> None:
     """Fault 7: a data.json that is no object, or lies over torn rows, ended the start, or counted as prepared."""
     folder = prepared(tmp_path / "data")
-    assert _earlier(folder, "same") is not None and _earlier(folder, "other") is None
+    assert load(folder, "same") is not None and load(folder, "other") is None
     for path in list(folder.iterdir()):
         for name, form in torn_forms(path.read_bytes()).items():
             with torn(path, form):
-                assert _earlier(folder, "same") is None, (path.name, name)
+                assert load(folder, "same") is None, (path.name, name)
 
 
 def test_torn_rows_are_named_where_they_are_read(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.encode.encode import encode_record
+from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.batches import collate
 from tc_ray.data.source.records import iter_records
 from tc_ray.mistakelog.commit.ledger import Ledger
@@ -60,10 +60,8 @@ def written(config: RunConfig, data: Path, family: str) -> tuple[float, int]:
     encoder_decoder = family in ENCODER_DECODER
     model = load_pilot(folder_of(family), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder_of(family))
-    rows = [
-        encode_record(record, config.data, tokenizer, 0, False, encoder_decoder=encoder_decoder)
-        for record in iter_records(data)
-    ]
+    encoder = Encoder(config.data, tokenizer, 0, encoder_decoder)
+    rows = [encoder.row(record, held_out=False) for record in iter_records(data)]
     step = pilot_step(model, config).eval()
     store = LogStore.create(config.log_location, log_metadata(config, model.config, tokenizer))
     ledger = Ledger(store.location, writers=1, run="plan")

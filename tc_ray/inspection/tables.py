@@ -1,0 +1,136 @@
+"""The statistics as tables of text, which the terminal and the report both show.
+
+Invariant: cells are raw text; whoever prints them escapes them for the place they are put in (`page.esc`, `text.visible`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tc_ray.inspection.samples import percent
+from tc_ray.inspection.stats import LogStats, RoundBins
+from tc_ray.inspection.tallies import Totals
+from tc_ray.inspection.tokens import TokenTexts
+
+SEEN_LINES = 16
+VISITED = ("first visit", "seen before")
+"""The groups of `Confidence`."""
+_MEANS = ("rows", "target tokens", "loss (nats)", "error", "tokens missed", "rows with a mistake")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head; `texts`: columns that are text and not numbers."""
+
+    title: str
+    head: Sequence[str]
+    rows: list[list[str]]
+    note: str = ""
+    texts: tuple[int, ...] = (0,)
+
+
+def facts(stats: LogStats, texts: TokenTexts) -> list[tuple[str, str]]:
+    """What the log is: (name, value)."""
+    meta = stats.metadata
+    missing = stats.last_round - stats.first_round + 1 - stats.rounds_with_rows
+    kept = f"all {meta.vocab_size:,}" if meta.error == "dense" else f"the {meta.top_k} likeliest other tokens"
+    rows = f"{stats.rows:,} rows of {len(stats.samples):,} samples, {stats.by_round.tokens.sum():,} target tokens"
+    optional = [
+        (len(stats.bad_files), "not read", f" bad files, not counted here: {', '.join(stats.bad_files[:5])}"),
+        (stats.not_finite, "left out", " rows hold numbers that are not finite, not counted here"),
+        (stats.dropped, "dropped", " records were not written: the log was full, or they were not finite"),
+    ]
+    return [
+        ("run", meta.run),
+        ("pilot", f"{meta.pilot}, {meta.vocab_size:,} tokens in its vocabulary"),
+        ("table", f"version {stats.version}, {stats.files:,} files, {stats.bytes:,} bytes"),
+        *((name, f"{count:,}{text}") for count, name, text in optional if count),
+        ("examples", rows if stats.rows else "none"),
+        ("rounds", f"{stats.first_round:,} to {stats.last_round:,}" + f", {missing:,} without rows" * bool(missing)),
+        ("errors kept", f"{kept}, besides the true one, for each target token"),
+        ("hidden states", f"{meta.tap}; {meta.rationale_layers} x {meta.rationale_dim} numbers per position"),
+        ("token texts", texts.note),
+    ]
+
+
+def by_round(stats: LogStats, most: int) -> Table:
+    """Means over at most `most` spans of rounds."""
+    first = stats.first_round
+    rows = [
+        [f"{low}-{high}" if high > low else str(low), *_means(stats.by_round, slice(low - first, high - first + 1))]
+        for low, high in RoundBins.over(first, stats.last_round, most).spans
+    ]
+    title = "Mistakes by round (loss and error per target token; error: 1 - p(true token))"
+    return Table(title, ("rounds", *_MEANS), rows)
+
+
+def by_seen(stats: LogStats) -> Table:
+    """Means over samples that the Pilot had trained on equally often before."""
+    seen = np.flatnonzero(stats.by_seen.rows)
+    if len(seen) > SEEN_LINES:
+        seen = seen[np.linspace(0, len(seen) - 1, SEEN_LINES).round().astype(int)]
+    names = {0: "first visit", 1: "once"}
+    rows = [[names.get(int(times), f"{times} times"), *_means(stats.by_seen, [times])] for times in seen]
+    note = "each sample was visited once in these rounds" if stats.most_seen == 0 else ""
+    return Table("How errors fall as samples repeat", ("trained on before", *_MEANS), rows, note)
+
+
+def calibration(stats: LogStats) -> Table:
+    """Probability of the Pilot's first choice against how often it was right."""
+    rows = []
+    for group, name in enumerate(VISITED):
+        gap, bias = stats.confidence.gap(group), stats.confidence.bias(group)
+        if gap is None or bias is None:
+            continue
+        tokens = int(stats.confidence.tokens[group].sum())
+        accuracy = float(stats.confidence.correct[group].sum()) / tokens
+        verdict = f"{'over' if bias > 0 else 'under'} by {100 * abs(bias):.1f} points"
+        line = [f"{tokens:,}", percent(accuracy + bias), percent(accuracy), verdict, f"{100 * gap:.1f} points"]
+        rows.append([name, *line])
+    head = ("samples", "target tokens", "mean probability", "accuracy", "confidence", "mean gap (ECE)")
+    return Table("Calibration of the Pilot (its first choice)", head, rows)
+
+
+def missed_tokens(stats: LogStats, texts: TokenTexts, top: int) -> Table:
+    """Tokens most often not ranked first, and what was predicted instead."""
+    rows = []
+    for token in map(int, stats.missed(top)):
+        missed, true = int(stats.tokens.missed[token]), int(stats.tokens.true[token])
+        instead = "  ".join(f"{texts.quoted(t)} ({times:,})" for t, times in stats.tokens.instead_of(token, 4))
+        rows.append([texts.quoted(token), f"{missed:,}", f"{true:,}", percent(missed / true), instead])
+    head = ("token", "missed", "of", "share", "predicted instead (times)")
+    short = stats.tokens.uncounted
+    note = f"too many different pairs: each count may be too low by up to {short:,}" if short else ""
+    return Table("Tokens most often missed", head, rows, note, texts=(0, 4))
+
+
+def hardest_samples(stats: LogStats, top: int) -> Table:
+    """Samples of the largest mean loss over all visits."""
+    head = ("sample", "loss (nats)", "visits", "missed", "of tokens", "first loss", "last loss", "last round")
+    columns = ("visits", "wrong", "tokens", "first_loss", "last_loss", "last_round")
+    found = stats.samples
+    rows = [
+        [
+            str(found.ids[i]),
+            f"{found.mean_loss[i]:.3f}",
+            *(f"{found[name][i]:{'.3f' if name.endswith('loss') else ','}}" for name in columns),
+        ]
+        for i in stats.hardest(top)
+    ]
+    note = "tc-ray log show LOG SAMPLE shows one of them, token by token"
+    return Table("Hardest samples (mean loss per target token over all visits)", head, rows, note, texts=())
+
+
+def _means(totals: Totals, keys: Any) -> list[str]:
+    line = totals.line(keys)
+    shares = [line[name] for name in ("error", "wrong_share", "rows_with_mistake_share")]
+    return [
+        f"{line['rows']:,}",
+        f"{line['target_tokens']:,}",
+        "-" if line["loss"] is None else f"{line['loss']:.4f}",
+        *("-" if share is None else percent(share) for share in shares),
+    ]
