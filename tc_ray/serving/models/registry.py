@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from tc_ray.serving.engine import Engine
-from tc_ray.serving.errors import RequestError, queue_full
+from tc_ray.serving.errors import RequestError
 from tc_ray.serving.text.prompt import PromptEncoder
 
 
@@ -34,11 +34,6 @@ class ServedModel:
     def has_room(self) -> bool:
         """Whether one more request would be accepted."""
         return self.engine.free_places() > 0
-
-    def check_room(self) -> None:
-        """Raise RequestError 429 when the engine is full: cheaper to know before a prompt is tokenised."""
-        if not self.has_room():
-            raise queue_full()
 
 
 class Catalogue:

@@ -196,24 +196,24 @@ def test_cancelled_within_one_token(engine: Engine, model: FusedModel, prompt: t
     forwards: list[int] = []
     cancelled_at: list[int] = []
     ready, ended = threading.Event(), threading.Event()
-    handle = model.pilot.register_forward_pre_hook(lambda *_: forwards.append(1))
+    hook = model.pilot.register_forward_pre_hook(lambda *_: forwards.append(1))
 
     def deliver(_: int, event: object) -> None:
         ready.wait()
         if isinstance(event, Piece) and len(forwards) > 5 and not cancelled_at:
             cancelled_at.append(len(forwards))
-            ticket.cancel()
+            handle.cancel()
             ended.set()
 
     try:
-        [ticket] = engine.submit([GenerationRequest(prompt, 3000)], deliver)
+        [handle] = engine.submit([GenerationRequest(prompt, 3000)], deliver)
         ready.set()
         assert ended.wait(30)
         while engine.load().running:
             time.sleep(0.01)
         assert len(forwards) == cancelled_at[0]
     finally:
-        handle.remove()
+        hook.remove()
     assert engine.unhealthy() is None
 
 
@@ -228,13 +228,13 @@ def test_what_waits_is_bounded_and_can_be_cancelled(engine: Engine, prompt: tupl
     assert refused.value.status == 429
     assert refused.value.headers == {"Retry-After": "1"}
     assert (engine.load().running, engine.load().waiting) == (6, 4)
-    waiting[0].ticket.cancel()
-    running[0].ticket.cancel()
+    waiting[0].handle.cancel()
+    running[0].handle.cancel()
     for collector in waiting[1:]:
         assert isinstance(collector.all()[1], Finished)
     assert waiting[0].nothing_more()
     for collector in running:
-        collector.ticket.cancel()
+        collector.handle.cancel()
 
 
 def test_the_place_of_one_that_has_ended_is_free_when_its_client_hears_of_it(

@@ -127,7 +127,7 @@ def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
     for name in ("step", "question_memory"):
         with monkeypatch.context() as patch:
             assert idle()
-            patch.setattr(engine._batch if name == "step" else model.copilot, name, broken)
+            patch.setattr(engine._worker.batch if name == "step" else model.copilot, name, broken)
             assert engine.unhealthy() == "Generation failed in the server (RuntimeError)."
         assert idle() and engine.unhealthy() is None
 

@@ -22,7 +22,7 @@ def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Pat
     batch = FusedBatch(model)
 
     def planned(*new: int) -> int:
-        return batch.planned_bytes([batch.room(len(prompt), tokens, True) for tokens in new])
+        return batch.planned_bytes([batch.need(len(prompt), tokens, True) for tokens in new])
 
     # the caches grow by eight rows: beside eight of 600 tokens there is room for small ones and none for a large one
     early, large, small = [600] * 8, 1500, [5] * 3
@@ -47,7 +47,7 @@ def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Pat
         time.sleep(0.1)
         assert engine.load().running == len(early) and not begun, "nothing was held back: the test shows nothing"
         for one in running:
-            one.ticket.cancel()
+            one.handle.cancel()
         assert done.wait(60)
         assert begun == [0, 1, 2, 3]
     finally:
@@ -69,8 +69,8 @@ def test_a_long_prompt_is_computed_between_the_steps_of_others(
         assert isinstance(long.next(), Piece)
     finally:
         handle.remove()
-        running.ticket.cancel()
-        long.ticket.cancel()
+        running.handle.cancel()
+        long.handle.cancel()
     parts = [at for at, (_, width) in enumerate(calls) if width > 1]
     assert {calls[at][1] for at in parts} == {LIMITS.prefill_tokens}
     assert len(parts) == 10
