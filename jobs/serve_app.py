@@ -12,7 +12,6 @@ from typing import Any
 from tc_ray.serving.deploy.deployment import build_application
 from tc_ray.serving.deploy.options import build_settings
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.failover.proxy import MAX_BODY_VARIABLE, guarded_body_bytes
 from tc_ray.serving.http.auth import configured_digests, require_key_for
 from tc_ray.serving.models.exports import check_tokenizer, named_models
 
@@ -41,11 +40,6 @@ def build(args: dict[str, Any]) -> Any:
     key_digests = configured_digests(key_file)
     require_key_for("0.0.0.0", key_digests, allow_open)
     settings, scale = build_settings(models, key_digests, options)
-    if settings.limits.max_body_bytes > guarded_body_bytes():
-        raise ServingError(
-            f"max_body_bytes {settings.limits.max_body_bytes} is more than the proxy lets through "
-            f"({guarded_body_bytes()}): set {MAX_BODY_VARIABLE} where Ray is started"
-        )
     for model in models:
         check_tokenizer(Path(model.export))
     return build_application(settings, scale)

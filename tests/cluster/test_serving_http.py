@@ -121,7 +121,7 @@ def test_stream_is_not_held_back(model: str, http: httpx.Client) -> None:
     body = {"model": model, "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": True}
     arrivals = []
     with http.stream("POST", "/v1/completions", json=body) as response:
-        assert response.headers["x-tc-ray-guard"] == "1"
+        assert response.headers["x-tc-ray-failover"] == "1"
         for line in response.iter_lines():
             if line:
                 arrivals.append(time.monotonic())

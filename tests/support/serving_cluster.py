@@ -15,8 +15,13 @@ from typing import Any
 import httpx
 import ray
 
-from tc_ray.serving.deploy.launch import NICENESS_VARIABLE, Server, start_server
-from tc_ray.serving.failover.proxy import PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
+from tc_ray.serving.deploy.launch import (
+    FAILOVER_PROXY,
+    NICENESS_VARIABLE,
+    PROXY_CALLBACK_VARIABLE,
+    Server,
+    start_server,
+)
 
 PROMPT = "Tom has 3 apples"
 
@@ -30,9 +35,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def local_ray(cpus: int = 2) -> Iterator[None]:
-    """A Ray of its own, whose proxies will have the stream guard."""
+    """A Ray of its own, whose HTTP proxies have the failover proxy."""
     before = os.environ.get(PROXY_CALLBACK_VARIABLE)
-    os.environ[PROXY_CALLBACK_VARIABLE] = PROXY_CALLBACK
+    os.environ[PROXY_CALLBACK_VARIABLE] = FAILOVER_PROXY
     os.environ.setdefault(NICENESS_VARIABLE, "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine takes longer than Ray's 30 s
     ray.init(address="local", num_cpus=cpus, include_dashboard=False)

@@ -23,8 +23,7 @@ from tc_ray.models.families import FAMILIES
 from tc_ray.serving import body_limit
 from tc_ray.serving.deploy import board, options
 from tc_ray.serving.engine import engine, prefixes
-from tc_ray.serving.failover import pressure
-from tc_ray.serving.failover import proxy as guard
+from tc_ray.serving.failover import proxy
 from tc_ray.serving.http import requests, service
 from tc_ray.serving.settings import EngineLimits, Limits, ReplicaSettings, Scale
 from tests.support.mistakelog_samples import metadata
@@ -118,12 +117,8 @@ NUMBERS: list[tuple[str, str, float]] = [
     (ARCHITECTURE, r"buffer \(last (\d+) rounds\)", defaults.copilot.buffer_rounds),
     (SERVING, r"computed something in the last (\d+) s", engine.STALL_S),
     (SERVING, r"the others are up to (\d+) s old", board.PIN_S),
-    (SERVING, r"until (\d+) s have passed without a refusal", pressure.FORGET_S),
-    (SERVING, r"Of more than (\d+) that come at once", pressure.MAX_NEW),
-    (SERVING, r"for the first answers, (a) second at most", pressure.HOLD_S),
     (SERVING, r"a body that takes more than (\d+) s", body_limit.BODY_TIMEOUT_S),
-    (SERVING, r"bodies of more than (\d+) MiB in a proxy", guard.MAX_HELD_BYTES / 2**20),
-    (SERVING, r"in the proxy \((\d+) MiB with a config file\)", guard.DEFAULT_MAX_BODY_BYTES / 2**20),
+    (SERVING, r"bodies of more than (\d+) MiB in a proxy", proxy.MAX_HELD_BYTES / 2**20),
     (SERVING, r"begins with (\d+) or more of the same tokens", prefixes.MIN_TOKENS),
     (SERVING, r"`stop` (\d+) strings", requests.MAX_STOPS),
     (SERVING, r"strings of (\d+) characters", requests.MAX_STOP_CHARACTERS),
@@ -131,10 +126,10 @@ NUMBERS: list[tuple[str, str, float]] = [
     (SERVING, r"`top_logprobs` to (\d+)", requests.MAX_TOP_LOGPROBS),
     (SERVING, r"(\d+) texts to score", requests.MAX_SCORED),
     (SERVING, r"`X-Request-Timeout-S` at least (\d+)", service.MIN_TIMEOUT_S),
-    ("docs/status.md", r"waits up to (\d+) s for a free place", guard.RESUME_WITHIN_S),
-    ("docs/status.md", r"for a free place, (three) times at most", guard.MAX_RESUMES),
+    ("docs/status.md", r"waits up to (\d+) s for a free place", proxy.RESUME_WITHIN_S),
+    ("docs/status.md", r"for a free place, (three) times at most", proxy.MAX_RESUMES),
 ]
-WORDS = {"a": 1.0, "three": 3.0}
+WORDS = {"three": 3.0}
 
 
 @pytest.mark.parametrize(("page", "words", "value"), NUMBERS, ids=[f"{page}: {words}" for page, words, _ in NUMBERS])

@@ -24,6 +24,7 @@ from typing import Any
 from tc_ray.serving.deploy.memory import available_cpus, available_memory_bytes, check_memory
 from tc_ray.serving.deploy.options import build_settings
 from tc_ray.serving.errors import ServingError
+from tc_ray.serving.headers import FAILOVER_HEADER
 from tc_ray.serving.http.auth import KEY_VARIABLE, configured_digests, require_key_for
 from tc_ray.serving.models.exports import check_tokenizer, named_models, weight_bytes
 from tc_ray.serving.settings import ReplicaSettings, Scale
@@ -32,6 +33,9 @@ from tc_ray.text import first_line, visible
 APPLICATION = "tc-ray"
 _CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of Ray Serve's controller actor."""
+PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""Serve's proxy process calls the function of this name for its middlewares."""
+FAILOVER_PROXY = "tc_ray.serving.failover.proxy.middlewares"
 NICENESS_VARIABLE = "RAY_worker_niceness"
 _STILL_LOADING_S = 10.0
 _STOP_MARGIN_S = 15.0
@@ -141,7 +145,7 @@ def start_server(
     server = Server(f"http://{shown}:{port}", settings, started_ray)
     try:
         _deploy(settings, scale, host, port, say)
-        _warn_unguarded(server, say)
+        _warn_without_failover(server, say)
     except BaseException:
         if started_ray:
             import ray
@@ -163,8 +167,7 @@ def _connect(settings: ReplicaSettings, scale: Scale) -> bool:
 
     if ray.is_initialized():
         return False
-    # Serve's proxy is told through its environment to put the stream guard before the replicas.
-    variables = proxy_environment(settings)
+    variables = {PROXY_CALLBACK_VARIABLE: FAILOVER_PROXY}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -181,13 +184,6 @@ def _connect(settings: ReplicaSettings, scale: Scale) -> bool:
     except Exception as error:  # Ray raises a plain one when a busy machine takes too long
         raise ServingError(f"a local Ray could not be started: {first_line(error)}") from error
     return True
-
-
-def proxy_environment(settings: ReplicaSettings) -> dict[str, str]:
-    """Environment variables of Serve's proxy, so that the stream guard works in it."""
-    from tc_ray.serving.failover.proxy import MAX_BODY_VARIABLE, PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
-
-    return {PROXY_CALLBACK_VARIABLE: PROXY_CALLBACK, MAX_BODY_VARIABLE: str(settings.limits.max_body_bytes)}
 
 
 def _deploy(settings: ReplicaSettings, scale: Scale, host: str, port: int, say: Say) -> None:
@@ -238,17 +234,15 @@ def _still_loading(say: Say) -> Iterator[None]:
         ended.set()
 
 
-def _warn_unguarded(server: Server, say: Say) -> None:
-    """Say so when the proxy was started without the guard, as in a Ray that others started."""
+def _warn_without_failover(server: Server, say: Say) -> None:
+    """Warn where Serve's proxy lacks the failover proxy, as in a Ray that others started without its variable."""
     import httpx
 
-    from tc_ray.serving.failover.proxy import GUARD_HEADER, PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
-
     with contextlib.suppress(httpx.HTTPError):
-        if GUARD_HEADER[0].decode() not in httpx.get(f"{server.url}/health", timeout=30).headers:
+        if FAILOVER_HEADER not in httpx.get(f"{server.url}/health", timeout=30).headers:
             say(
-                "warning: Ray was started without the stream guard, so a stream whose replica dies is cut; set "
-                f"{PROXY_CALLBACK_VARIABLE}={PROXY_CALLBACK} where Ray is started"
+                "warning: Ray was started without the failover proxy, so a stream whose replica dies is cut; set "
+                f"{PROXY_CALLBACK_VARIABLE}={FAILOVER_PROXY} where Ray is started"
             )
 
 

@@ -11,7 +11,6 @@ from collections import Counter
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tc_ray.serving.errors import RequestError, queue_full
-from tc_ray.serving.failover.pressure import FULL_HEADER
 from tc_ray.serving.models.registry import Catalogue
 
 
@@ -31,7 +30,7 @@ class Admission:
             return
         key = scope.setdefault("state", {}).get("key", b"")
         if len(self._catalogue) and not self._catalogue.has_room():
-            await queue_full().answer(scope, receive, send, {FULL_HEADER.decode(): "1"})
+            await queue_full().answer(scope, receive, send)
             return
         if self._under_way[key] >= self._max_key_requests:
             refusal = RequestError(

@@ -230,16 +230,13 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_environment_of_the_proxy_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names in it are strings that only Ray resolves."""
+def test_the_failover_proxy_is_where_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only Ray resolves the name."""
     from ray.serve._private.http_util import validate_http_proxy_callback_return
     from ray.serve._private.utils import call_function_from_import_path
 
-    from tc_ray.serving.settings import ReplicaSettings
-
     monkeypatch.setattr("tc_ray.serving.failover.proxy.prepare_process", lambda: prepared.append(True))
     prepared: list[bool] = []
-    variables = launch.proxy_environment(ReplicaSettings(models=()))
-    made = call_function_from_import_path(variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
-    assert [one.cls.__name__ for one in validate_http_proxy_callback_return(made)] == ["StreamGuard"]
+    made = call_function_from_import_path(launch.FAILOVER_PROXY)
+    assert [one.cls.__name__ for one in validate_http_proxy_callback_return(made)] == ["FailoverProxy"]
     assert prepared == [True], "or its event loop stands still for long"
