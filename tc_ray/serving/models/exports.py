@@ -22,8 +22,6 @@ from tc_ray.text import first_line
 
 _FP32_BYTES = 4
 _HEADER_LIMIT_BYTES = 2**27
-Signature = tuple[tuple[str, int, int, int], ...]
-"""Name, inode, size and time of change (ns) of each file of a part of an export."""
 
 
 def find_export(folder: Path | str) -> Path:
@@ -164,21 +162,11 @@ def copilot_version(export: Path) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def copilot_signature(export: Path) -> Signature:
-    """Changes when a file of the Copilot, or fusion.json, is written anew. Cheap: nothing is read."""
-    return _signature([export / "fusion.json", *sorted((export / "copilot").iterdir())])
-
-
 def pilot_version(export: Path) -> str:
     """16 hex digits that change with the Pilot's config or weights."""
     from tc_ray.models.hub import model_identity
 
     return model_identity(export / "pilot").partition("@")[2]
-
-
-def _signature(paths: Iterable[Path]) -> Signature:
-    stats = [(path.name, path.stat()) for path in paths]
-    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _json(path: Path) -> dict[str, Any]:
