@@ -118,7 +118,7 @@ def _bounds(item: Any) -> str:
     if getattr(item, "metadata", None):  # a pydantic Field inside Annotated
         return "".join(map(_bounds, item.metadata))
     found = [
-        f" {word} {getattr(item, name):g}" for name, word in _BOUNDS.items() if getattr(item, name, None) is not None
+        f" {word} {getattr(item, name):.12g}" for name, word in _BOUNDS.items() if getattr(item, name, None) is not None
     ]
     pattern = getattr(item, "pattern", None)
     return " and".join(found) + (f" matching {pattern}" if pattern else "")

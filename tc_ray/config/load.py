@@ -20,10 +20,12 @@ from tc_ray.config.data import EMBEDDED
 from tc_ray.config.fields import config_fields, names_in, types_at
 from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact_override, remember
 from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
+from tc_ray.config.serving import ServingSection
 from tc_ray.config.yaml_file import BeyondBoundsError, ConfigError, ConfigLoader, KeyPath, read_sections, text_of
 from tc_ray.files import write_file
 
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
+SERVING = "serving"
 _END = "# end of the saved configuration"
 
 
@@ -37,6 +39,43 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """
     origins: dict[KeyPath, str] = {}
     values = read_sections(path, origins) if path else {}
+    _apply_all(overrides, values, origins)
+    config = _checked(values, origins, path)
+    _drop_fallback_for_given_files(config, origins)
+    _leave_to_environment(config)
+    remember(config.secrets())
+    _place_paths(config, path)
+    return config
+
+
+def load_serving(
+    path: Path | None, overrides: Sequence[str] = (), fields: Mapping[str, Any] | None = None
+) -> ServingSection:
+    """The `serving` section of a config file alone: a server neither uses nor checks the other sections.
+
+    Args:
+        path: None: defaults. fields: of the section, from a Serve config file; they replace those of `path`, and overrides
+            replace both.
+
+    Raises:
+        ConfigError: also for an override of another section.
+    """
+    origins: dict[KeyPath, str] = {}
+    read = read_sections(path, origins) if path else {}
+    values = {name: section for name, section in read.items() if name == SERVING or not names_in((str(name),))}
+    section = values.setdefault(SERVING, {})
+    for name, value in (fields or {}).items():
+        if isinstance(section, dict):
+            section[name] = value
+        origins[SERVING, name] = f"args.{name}"
+    for override in overrides:
+        if not override.startswith(f"{SERVING}."):
+            raise ConfigError(f"override {redact_override(override)!r}: a server takes {SERVING}.FIELD=VALUE only")
+    _apply_all(overrides, values, origins)
+    return _checked(values, origins, path).serving
+
+
+def _apply_all(overrides: Sequence[str], values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
     names = [override.partition("=")[0].strip() for override in overrides]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -49,18 +88,16 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             )
     for override in overrides:
         _apply(override, values, origins)
+
+
+def _checked(values: dict[str, Any], origins: dict[KeyPath, str], path: Path | None) -> RunConfig:
     unknown = [_unknown_message(key, origins) for key in _unknown_keys(values)]
     if unknown:
         raise ConfigError("\n".join(unknown))
     try:
-        config = RunConfig.model_validate(values)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_validation_message(error, origins, path)) from None
-    _drop_fallback_for_given_files(config, origins)
-    _leave_to_environment(config)
-    remember(config.secrets())
-    _place_paths(config, path)
-    return config
 
 
 def require_secrets(config: RunConfig) -> None:
@@ -89,12 +126,24 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """As `load_config`, for what `save_config` wrote. A file that was cut off is refused: its lost sections would be defaults."""
+    _check_whole(path)
+    return load_config(path, overrides)
+
+
+def load_saved_serving(
+    path: Path, overrides: Sequence[str] = (), fields: Mapping[str, Any] | None = None
+) -> ServingSection:
+    """As `load_serving`, for what `save_config` wrote."""
+    _check_whole(path)
+    return load_serving(path, overrides, fields)
+
+
+def _check_whole(path: Path) -> None:
     if not text_of(path).rstrip().endswith(_END):
         raise ConfigError(
             f"{path} is cut off or damaged: its last line {_END!r} is missing. Remove the file: `tc-ray train` with the same "
             "recipe and overrides writes it anew"
         )
-    return load_config(path, overrides)
 
 
 def _drop_fallback_for_given_files(config: RunConfig, origins: Mapping[KeyPath, str]) -> None:

@@ -34,6 +34,7 @@ Rules over several fields:
 - `copilot.batch_size` must be a multiple of `resources.copilot_workers`.
 - `copilot.schedule: lockstep` needs `log.enabled`.
 - `log.keep_rounds` must be at least `copilot.buffer_rounds`.
+- `serving.drain_s` must be at least `serving.request_timeout_s`, `serving.max_replicas` at least `serving.replicas`.
 - `fusion.lam_grid` must contain 0.
 - `fusion.metric: ranking` needs `data.format: sequences`, which excludes `data.validation` and `data.test`.
 """

@@ -16,6 +16,7 @@ from tc_ray.config.fusion import FusionSection
 from tc_ray.config.log import LogSection
 from tc_ray.config.redact import STRUCK_OUT, redact_address, redact_options, secrets_of
 from tc_ray.config.section import MayChange, Positive, Section
+from tc_ray.config.serving import ServingSection
 from tc_ray.config.training import CopilotSection, PilotSection
 
 _TRAINED_TEXT = ("plain_template", "completion_pattern", "system")
@@ -93,6 +94,7 @@ class RunConfig(Section):
     fusion: MayChange[FusionSection] = Field(default_factory=FusionSection)
     tracking: MayChange[TrackingSection] = Field(default_factory=TrackingSection)
     resources: ResourcesSection = Field(default_factory=ResourcesSection)
+    serving: MayChange[ServingSection] = Field(default_factory=ServingSection)
 
     @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:

@@ -28,8 +28,8 @@ def document_for(export: Path, port: int) -> dict[str, Any]:
     document: dict[str, Any] = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())
     document["http_options"] = {"host": "127.0.0.1", "port": port}
     [application] = document["applications"]
-    application["args"].update(runs=[f"mawps={export}"], threads=1, cache_mb=200, max_replicas=1)
-    application["runtime_env"] = {"env_vars": {"PYTHONPATH": f"{ROOT / 'jobs'}:{ROOT}"}}
+    application["args"].update(runs=[f"mawps={export}"], threads=1, cache_bytes=2 * 10**8, max_replicas=1)
+    application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     return document
 
 

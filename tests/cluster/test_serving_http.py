@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.deploy.launch import Server, start_server
+from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
 from tests.support.raw_http import PIECE_BYTES, chunked, exchange
 from tests.support.serving_cluster import PROMPT, figures, free_port, replica_pids, server_of, soon
@@ -257,7 +258,7 @@ def test_prompts_are_in_no_log(server: Server, model: str, http: httpx.Client) -
 
 def test_second_server_in_the_cluster_is_refused(server: Server, export: Path) -> None:
     with pytest.raises(ServingError, match="runs Ray Serve already"):
-        start_server([export], port=free_port())
+        start_server(command_settings([str(export), f"serving.port={free_port()}"]))
 
 
 def test_example_names_the_key_variable(server: Server) -> None:

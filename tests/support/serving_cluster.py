@@ -22,6 +22,7 @@ from tc_ray.serving.deploy.launch import (
     Server,
     start_server,
 )
+from tc_ray.serving.deploy.settings import command_settings
 
 PROMPT = "Tom has 3 apples"
 
@@ -52,10 +53,11 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def server_of(folders: Sequence[Path | str], **options: Any) -> Iterator[Server]:
-    """A server on a Ray of its own, ended at once afterwards."""
+def server_of(folders: Sequence[Path | str], **fields: Any) -> Iterator[Server]:
+    """A server on a Ray of its own, ended at once afterwards. fields: of the `serving` section."""
+    overrides = [f"serving.{name}={value}" for name, value in {"port": free_port(), **fields}.items()]
     with local_ray():
-        server = start_server(folders, port=free_port(), **options)
+        server = start_server(command_settings([*map(str, folders), *overrides]))
         yield server
         server.stop(drain_s=0)
 

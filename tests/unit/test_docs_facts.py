@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,11 +20,10 @@ from tc_ray.mistakelog.table import lease
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.families import FAMILIES
 from tc_ray.serving import body_limit
-from tc_ray.serving.deploy import board, options
+from tc_ray.serving.deploy import board
 from tc_ray.serving.engine import engine, prefixes
 from tc_ray.serving.failover import proxy
 from tc_ray.serving.http import requests, service
-from tc_ray.serving.settings import EngineLimits, Limits, ReplicaSettings, Scale
 from tests.support.mistakelog_samples import metadata
 from tests.support.serving_client import client_of, settings_of
 from tests.support.serving_samples import make_export
@@ -139,33 +137,6 @@ def test_numbers_are_those_of_the_code(page: str, words: str, value: float) -> N
 
 
 # -- serving ------------------------------------------------------------------------------------------------------
-
-
-def test_the_options_of_the_server_are_those_of_its_page_with_their_defaults() -> None:
-    limits, at_once, replica, scale = Limits(), EngineLimits(), ReplicaSettings(models=()), Scale()
-    rows = {cells[0]: cells[1] for cells in rows_of(SERVING, "| option (")}
-    told = {name for cell in rows for name in re.findall(r"`(\w+)`", cell)}
-    assert told == options.OPTIONS.keys()
-    expected: dict[str, list[Any]] = {
-        "max_tokens` /": [limits.max_tokens],
-        "max_choices": [limits.max_choices],
-        "max_running` /": [at_once.max_running, at_once.max_waiting],
-        "max_key_requests": [limits.max_key_requests],
-        "max_body_bytes": [limits.max_body_bytes / 2**20],
-        "request_timeout_s": [limits.request_timeout_s, options.DRAIN_MARGIN_S],
-        "cache_mb": [at_once.cache_bytes / 2**20, at_once.prefix_bytes / 2**20],
-        "prefill_tokens": [at_once.prefill_tokens],
-        "replicas": [scale.min_replicas, replica.watch_s],
-    }
-    for begins, values in expected.items():
-        (default,) = [rows[cell] for cell in rows if cell.startswith(f"`{begins}")]
-        assert [float(number) for number in re.findall(r"\d+", default)] == values, begins
-    assert limits.max_prompt_tokens is None and not replica.gpu and scale.max_replicas == 1
-    assert build_drain_s() == limits.request_timeout_s + options.DRAIN_MARGIN_S == replica.drain_s
-
-
-def build_drain_s() -> float:
-    return options.build_settings((), (), {})[0].drain_s
 
 
 @pytest.fixture(scope="module")

@@ -36,22 +36,18 @@ class Replica:
         from tc_ray.serving.models.registry import Catalogue
 
         disable_progress_bar()  # Serve copies a replica's output to the user's terminal
-        torch.set_num_threads(settings.threads or 1)
+        torch.set_num_threads(settings.serving.threads or 1)
         prepare_process()
         turns = Turns()
         loaded: dict[LoadedRun, LoadedCopilot] = {}
-        for model in settings.models:
+        for name, export in settings.models.items():
             begun = time.monotonic()
-            run = LoadedRun(model, settings, turns)
-            loaded[run] = run.load_copilot(run.export)
-            logger.info(
-                "%s: loaded in %.1f s, Copilot %s",
-                model.name,
-                time.monotonic() - begun,
-                loaded[run].served.copilot_version,
-            )
+            run = LoadedRun(name, export, settings.serving, turns)
+            loaded[run] = run.load_copilot(export)
+            version = loaded[run].served.copilot_version
+            logger.info("%s: loaded in %.1f s, Copilot %s", name, time.monotonic() - begun, version)
         self.catalogue = Catalogue([copilot.served for copilot in loaded.values()])
-        self._swap = CopilotSwap(self.catalogue, loaded, drain_s=settings.drain_s)
+        self._swap = CopilotSwap(self.catalogue, loaded, drain_s=settings.serving.drain_time_s)
         self._swaps = ThreadPoolExecutor(1, thread_name_prefix="copilot-swap")
         self._serving = False
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.models.finite import NotFiniteError
 from tc_ray.serving.engine.batch import FusedBatch, Prefill, Room
 from tc_ray.serving.engine.contract import Event, Failed, GenerationRequest, Load, Piece, Request, Scored, Ticket
@@ -32,7 +33,6 @@ from tc_ray.serving.engine.scoring import scored
 from tc_ray.serving.engine.sequence import Sequence, end_ids_of
 from tc_ray.serving.engine.turns import Turns
 from tc_ray.serving.errors import RequestError
-from tc_ray.serving.settings import EngineLimits
 
 logger = logging.getLogger(__name__)
 _NOT_FINITE = "logits that are not finite"  # NaN is the largest to `max`; a token whose p~ is 0 has -inf
@@ -56,9 +56,9 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, limits: EngineLimits | None = None, *, turn: Turns | None = None
+        self, model: Any, tokenizer: Any, limits: ServingSection | None = None, *, turn: Turns | None = None
     ) -> None:
-        self.limits = limits or EngineLimits()
+        self.limits = limits or ServingSection()
         self._model, self._tokenizer, self._turn = model, tokenizer, turn or Turns()
         self._end_ids = end_ids_of(model, tokenizer)
         self._batch = FusedBatch(model)

@@ -23,7 +23,7 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY_BYTES = 2**24
+from tc_ray.config.serving import MAX_BODY_BYTES
 from tc_ray.serving import headers
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.failover.progress import DivergedError, StreamProgress

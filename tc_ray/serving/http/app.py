@@ -48,13 +48,13 @@ def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | N
     app.state.metrics = metrics
     app.state.catalogue = catalogue
     # The one added last is outermost: without a key nothing is counted against one, and no refused body is read.
-    app.add_middleware(BodyLimit, limit_bytes=settings.limits.max_body_bytes)
-    app.add_middleware(Admission, catalogue=catalogue, max_key_requests=settings.limits.max_key_requests)
+    app.add_middleware(BodyLimit, limit_bytes=settings.serving.max_body_bytes)
+    app.add_middleware(Admission, catalogue=catalogue, max_key_requests=settings.serving.max_key_requests)
     if settings.key_digests:
         app.add_middleware(BearerAuth, key_digests=settings.key_digests)
     app.add_middleware(Observed, metrics=metrics)
     _add_error_handlers(app)
-    app.include_router(make_router(Service(catalogue, settings.limits, metrics)))
+    app.include_router(make_router(Service(catalogue, settings.serving, metrics)))
     app.include_router(page)
     app.openapi = lambda: document(catalogue, settings)  # type: ignore[method-assign]
     return app

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tc_ray.config.section import MAX_LAM
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine import GenerationRequest, Request, Scored, ScoreRequest, Token
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.http.requests import (
@@ -23,7 +24,6 @@ from tc_ray.serving.http.requests import (
     split_prompts,
 )
 from tc_ray.serving.models.registry import ServedModel
-from tc_ray.serving.settings import Limits
 from tc_ray.serving.text.prompt import PlacedPrompt
 
 SEED_BITS = 53
@@ -112,7 +112,7 @@ class Plan:
         return next((p, one) for p, one in enumerate(self.scorings) if place in (one.before, one.after))
 
 
-def make_plan(served: ServedModel, body: CompletionRequest | ChatRequest, limits: Limits, terms: Terms) -> Plan:
+def make_plan(served: ServedModel, body: CompletionRequest | ChatRequest, limits: ServingSection, terms: Terms) -> Plan:
     """Check a body and encode its prompts. Raises RequestError."""
     named, n = body.named_tokens(), body.n or 1
     if isinstance(body, CompletionRequest):
@@ -157,7 +157,7 @@ def make_plan(served: ServedModel, body: CompletionRequest | ChatRequest, limits
     return plan
 
 
-def _too_many(limits: Limits, param: str, choices: int) -> RequestError:
+def _too_many(limits: ServingSection, param: str, choices: int) -> RequestError:
     return invalid_value(param, f"{choices} choices are asked for, and this server gives at most {limits.max_choices}")
 
 

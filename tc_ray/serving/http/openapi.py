@@ -38,7 +38,7 @@ def document(catalogue: Catalogue, settings: ReplicaSettings) -> dict[str, Any]:
     models = [served.name for served in catalogue]
     vocab_size = min((served.encoder.vocab_size for served in catalogue), default=2**31)
     keyed = bool(settings.key_digests)
-    parts: dict[str, Any] = {"schemas": components(settings.limits, models, vocab_size)}
+    parts: dict[str, Any] = {"schemas": components(settings.serving, models, vocab_size)}
     found: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -46,7 +46,7 @@ def document(catalogue: Catalogue, settings: ReplicaSettings) -> dict[str, Any]:
             "version": tc_ray.__version__,
             "description": "Fused Pilot and Copilot behind OpenAI's API. Unknown fields are refused. The log of 0 is -9999.0.",
         },
-        "paths": _paths(keyed, settings.limits.request_timeout_s),
+        "paths": _paths(keyed, settings.serving.request_timeout_s),
         "components": parts,
     }
     if keyed:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.http.answers import (
     ChatChunk,
     ChatCompletion,
@@ -22,7 +23,6 @@ from tc_ray.serving.http.answers import (
     State,
 )
 from tc_ray.serving.http.requests import MAX_SCORED, ChatRequest, CompletionRequest, ScoreBody
-from tc_ray.serving.settings import Limits
 
 _IN = (CompletionRequest, ChatRequest, ScoreBody)
 _OUT = (Completion, ChatCompletion, ChatChunk, ScoreAnswer, ModelCard, ModelList, State, ErrorEnvelope)
@@ -30,7 +30,7 @@ _MAX_ID = 2**31 - 1
 _NOT_TRUE = {"not": {"const": True}}
 
 
-def components(limits: Limits, models: list[str], vocab_size: int) -> dict[str, Any]:
+def components(limits: ServingSection, models: list[str], vocab_size: int) -> dict[str, Any]:
     """Schemas by name. models: names that `model` may have. vocab_size: of the smallest vocabulary served."""
     used: list[tuple[Any, Any]] = [(shape, "validation") for shape in _IN]
     used += [(shape, "serialization") for shape in _OUT]

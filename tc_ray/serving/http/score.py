@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine import Scored, ScoredToken, ScoreRequest
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.http.answers import (
@@ -25,7 +26,6 @@ from tc_ray.serving.http.answers import (
 from tc_ray.serving.http.feed import Feed
 from tc_ray.serving.http.requests import ScoreBody, split_prompts
 from tc_ray.serving.models.registry import ServedModel
-from tc_ray.serving.settings import Limits
 from tc_ray.serving.text.token_texts import TokenTexts
 
 
@@ -39,7 +39,7 @@ class ScorePlan:
     lam: float
 
 
-def make_score_plan(served: ServedModel, body: ScoreBody, limits: Limits, deadline_s: float) -> ScorePlan:
+def make_score_plan(served: ServedModel, body: ScoreBody, limits: ServingSection, deadline_s: float) -> ScorePlan:
     """Check a body and encode it. Raises RequestError."""
     completions = split_prompts(body.completion)
     if len(completions) > limits.max_choices:

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from starlette.requests import Request
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine import GenerationRequest
 from tc_ray.serving.engine import Request as EngineRequest
 from tc_ray.serving.errors import RequestError, invalid_value
@@ -23,7 +24,6 @@ from tc_ray.serving.http.feed import Feed
 from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.http.requests import AnyBody, read_body
 from tc_ray.serving.models.registry import Catalogue, ServedModel
-from tc_ray.serving.settings import Limits
 
 TIMEOUT_HEADER = "X-Request-Timeout-S"
 MIN_TIMEOUT_S = 1.0
@@ -48,7 +48,7 @@ class Service:
     """One replica's models and figures."""
 
     catalogue: Catalogue
-    limits: Limits
+    limits: ServingSection
     metrics: Metrics
     _vitals: Vitals = field(init=False)
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models.exports import check_config, copilot_version, pilot_version
-from tc_ray.serving.settings import ModelSettings, ReplicaSettings
 from tc_ray.text import first_line
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class LoadedRun:
     Pilot cannot be loaded.
     """
 
-    def __init__(self, model: ModelSettings, settings: ReplicaSettings, turns: Turns) -> None:
+    def __init__(self, name: str, export: Path, serving: ServingSection, turns: Turns) -> None:
         import torch
         from transformers import AutoTokenizer
 
@@ -50,9 +50,9 @@ class LoadedRun:
         from tc_ray.models.pilot.load import load_pilot
         from tc_ray.serving.text.prompt import PromptEncoder
 
-        self.name, self.export = model.name, Path(model.export)
-        self._settings = settings
-        self._device = "cuda" if settings.gpu else "cpu"
+        self.name, self.export = name, export
+        self._serving = serving
+        self._device = "cuda" if serving.gpu else "cpu"
         folder = self.export / "pilot"
         try:
             self._pilot: Any = _in_memory(load_pilot(folder, dtype=torch.float32, safetensors=True)).to(self._device)
@@ -77,7 +77,7 @@ class LoadedRun:
         begun = time.monotonic()
         version = copilot_version(source)
         model = self._read(source)
-        engine = Engine(model, copy.deepcopy(self._tokenizer), self._settings.engine, turn=self._turns)
+        engine = Engine(model, copy.deepcopy(self._tokenizer), self._serving, turn=self._turns)
         try:
             reason = engine.unhealthy()
             if reason:

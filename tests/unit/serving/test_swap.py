@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.engine import Finished, GenerationRequest
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models import swap
 from tc_ray.serving.models.exports import copilot_version
-from tc_ray.serving.settings import EngineLimits, ModelSettings, ReplicaSettings
+from tc_ray.serving.settings import ReplicaSettings
 from tests.support.serving_samples import Collector, make_export
 
 PROMPT = tuple(range(10, 30))
@@ -66,9 +67,8 @@ def bench(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(swap, "RETIRE_AFTER_S", 0.2)
     export = tmp_path / "run/export"
     shutil.copytree(made, export)
-    limits = EngineLimits(max_running=4, cache_bytes=2**26)
-    settings = ReplicaSettings((ModelSettings("m", str(export)),), engine=limits, threads=1, watch_s=None, drain_s=60)
-    replica = Replica(settings)
+    section = ServingSection(max_running=4, cache_bytes=2**26, threads=1, request_timeout_s=60, drain_s=60)
+    replica = Replica(ReplicaSettings({"m": export}, section))
     assert asyncio.run(replica.unhealthy()) is None
     yield Bench(replica, export)
     for served in replica.catalogue:

@@ -31,7 +31,7 @@ def proxy(request: pytest.FixtureRequest) -> Iterator[tuple[str, bool]]:
 def test_what_is_said_of_a_proxy(proxy: tuple[str, bool]) -> None:
     url, there = proxy
     said: list[str] = []
-    _warn_without_failover(Server(url, ReplicaSettings(models=()), False), said.append)
+    _warn_without_failover(Server(url, ReplicaSettings(models={}), False), said.append)
     assert len(said) == (not there)
     assert there or (said[0].startswith("warning: ") and f"{PROXY_CALLBACK_VARIABLE}=" in said[0])
 
