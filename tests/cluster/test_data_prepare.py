@@ -16,7 +16,7 @@ import ray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.prepared.prepare import SCHEMA, PreparedData, prepare, prepare_test_file
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.sequences import read_items

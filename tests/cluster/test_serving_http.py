@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.deploy.launch import Server, start_server
+from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
 from tests.support.raw_http import PIECE_BYTES, chunked, exchange
 from tests.support.serving_cluster import PROMPT, figures, free_port, replica_pids, server_of, soon
@@ -121,7 +122,7 @@ def test_stream_is_not_held_back(model: str, http: httpx.Client) -> None:
     body = {"model": model, "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": True}
     arrivals = []
     with http.stream("POST", "/v1/completions", json=body) as response:
-        assert response.headers["x-tc-ray-guard"] == "1"
+        assert response.headers["x-tc-ray-failover"] == "1"
         for line in response.iter_lines():
             if line:
                 arrivals.append(time.monotonic())
@@ -257,7 +258,7 @@ def test_prompts_are_in_no_log(server: Server, model: str, http: httpx.Client) -
 
 def test_second_server_in_the_cluster_is_refused(server: Server, export: Path) -> None:
     with pytest.raises(ServingError, match="runs Ray Serve already"):
-        start_server([export], port=free_port())
+        start_server(command_settings([str(export), f"serving.port={free_port()}"]))
 
 
 def test_example_names_the_key_variable(server: Server) -> None:

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     export = make_export(tmp_path_factory.mktemp("demo"), positions=4096)
-    with server_of([export.parent], threads=1, max_tokens=4000, cache_mb=200, watch_s=0) as server:
+    with server_of([export.parent], threads=1, max_tokens=4000, cache_bytes=2 * 10**8) as server:
         yield server
 
 

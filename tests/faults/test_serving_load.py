@@ -39,7 +39,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(export: Path) -> Iterator[Server]:
-    with server_of([f"demo={export}"], threads=1, cache_mb=200, watch_s=0, max_running=64, max_waiting=16) as server:
+    with server_of([f"demo={export}"], threads=1, cache_bytes=2 * 10**8, max_running=64, max_waiting=16) as server:
         yield server
 
 

@@ -15,8 +15,14 @@ from typing import Any
 import httpx
 import ray
 
-from tc_ray.serving.deploy.launch import NICENESS_VARIABLE, Server, start_server
-from tc_ray.serving.failover.proxy import PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
+from tc_ray.serving.deploy.launch import (
+    FAILOVER_PROXY,
+    NICENESS_VARIABLE,
+    PROXY_CALLBACK_VARIABLE,
+    Server,
+    start_server,
+)
+from tc_ray.serving.deploy.settings import command_settings
 
 PROMPT = "Tom has 3 apples"
 
@@ -30,9 +36,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def local_ray(cpus: int = 2) -> Iterator[None]:
-    """A Ray of its own, whose proxies will have the stream guard."""
+    """A Ray of its own, whose HTTP proxies have the failover proxy."""
     before = os.environ.get(PROXY_CALLBACK_VARIABLE)
-    os.environ[PROXY_CALLBACK_VARIABLE] = PROXY_CALLBACK
+    os.environ[PROXY_CALLBACK_VARIABLE] = FAILOVER_PROXY
     os.environ.setdefault(NICENESS_VARIABLE, "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine takes longer than Ray's 30 s
     ray.init(address="local", num_cpus=cpus, include_dashboard=False)
@@ -47,10 +53,11 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def server_of(folders: Sequence[Path | str], **options: Any) -> Iterator[Server]:
-    """A server on a Ray of its own, ended at once afterwards."""
+def server_of(folders: Sequence[Path | str], **fields: Any) -> Iterator[Server]:
+    """A server on a Ray of its own, ended at once afterwards. fields: of the `serving` section."""
+    overrides = [f"serving.{name}={value}" for name, value in {"port": free_port(), **fields}.items()]
     with local_ray():
-        server = start_server(folders, port=free_port(), **options)
+        server = start_server(command_settings([*map(str, folders), *overrides]))
         yield server
         server.stop(drain_s=0)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.encode.encode import Encoded, encode_files
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.find import PARTS

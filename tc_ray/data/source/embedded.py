@@ -10,7 +10,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from tc_ray.config.schema import EMBEDDED, DataSection
+from tc_ray.config.data import EMBEDDED, DataSection
 from tc_ray.data.source.errors import DataError
 
 # Short enough for a 135M model to learn part of it in minutes on a CPU, hard enough to leave mistakes to learn from.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tc_ray.config.schema import SequencesSection
+from tc_ray.config.data import SequencesSection
 
 SUCCESSORS = 3
 FOLLOW, STAY = 0.7, 0.25

@@ -10,12 +10,13 @@ import asyncio
 import logging
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.latency import prepare_process
 from tc_ray.serving.models.loading import LoadedCopilot, LoadedRun
-from tc_ray.serving.models.swap import Reloader
+from tc_ray.serving.models.swap import CopilotSwap, read_user_config
 from tc_ray.serving.settings import ReplicaSettings
 
 if TYPE_CHECKING:
@@ -35,37 +36,34 @@ class Replica:
         from tc_ray.serving.models.registry import Catalogue
 
         disable_progress_bar()  # Serve copies a replica's output to the user's terminal
-        torch.set_num_threads(settings.threads or 1)
+        torch.set_num_threads(settings.serving.threads or 1)
         prepare_process()
         turns = Turns()
         loaded: dict[LoadedRun, LoadedCopilot] = {}
-        for model in settings.models:
+        for name, export in settings.models.items():
             begun = time.monotonic()
-            run = LoadedRun(model, settings, turns)
-            loaded[run] = run.load_copilot_settled(run.export)
-            logger.info(
-                "%s: loaded in %.1f s, Copilot %s",
-                model.name,
-                time.monotonic() - begun,
-                loaded[run].served.copilot_version,
-            )
+            run = LoadedRun(name, export, settings.serving, turns)
+            loaded[run] = run.load_copilot(export)
+            version = loaded[run].served.copilot_version
+            logger.info("%s: loaded in %.1f s, Copilot %s", name, time.monotonic() - begun, version)
         self.catalogue = Catalogue([copilot.served for copilot in loaded.values()])
-        self.reloader = Reloader(self.catalogue, loaded, watch_s=settings.watch_s, drain_s=settings.drain_s)
+        self._swap = CopilotSwap(self.catalogue, loaded, drain_s=settings.serving.drain_time_s)
+        self._swaps = ThreadPoolExecutor(1, thread_name_prefix="copilot-swap")
         self._serving = False
 
     def configure(self, user_config: Any) -> None:
         """Serve's user_config: which folders the Copilots come from.
 
-        At the start they are loaded before the replica answers, and what is wrong with them raises ServingError: Serve
-        then says that the deployment failed. Later they are loaded in the background, and what is wrong is logged:
-        an error would make Serve end a replica that serves well.
+        At the start the Copilots are loaded before the replica answers, and a problem raises ServingError, so that Serve
+        reports a failed deployment. Later they are loaded in the background, and a problem is logged: an error would make
+        Serve end a replica that serves well.
         """
         if not self._serving:
-            self.reloader.configure(user_config)
-            self.reloader.load_all()
+            for problem in self._swap.load(read_user_config(user_config, self._swap.names)):
+                raise ServingError(problem)
             return
         try:
-            self.reloader.configure(user_config)
+            self._swaps.submit(self._swap.load, read_user_config(user_config, self._swap.names))
         except ServingError as error:
             logger.error("the new user_config is not used: %s", error)
 
@@ -98,7 +96,6 @@ def build_app(settings: ReplicaSettings) -> FastAPI:
     pins = Pins(name, app.state.metrics.text)
     app.add_middleware(AllFigures, pins=pins)
     app.state.pinning = asyncio.create_task(pins.run())
-    replica.reloader.start()
     return app
 
 

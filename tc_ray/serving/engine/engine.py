@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine.contract import Event, Failed, GenerationRequest, Load, Piece, Request, RequestHandle
 from tc_ray.serving.engine.turns import Turns
 from tc_ray.serving.engine.worker import Worker
 from tc_ray.serving.errors import RequestError, queue_full
-from tc_ray.serving.settings import EngineLimits
 
 STALL_S = 120.0
 """An engine that has work and computed nothing for this long is unhealthy."""
@@ -60,9 +60,9 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, limits: EngineLimits | None = None, *, turn: Turns | None = None
+        self, model: Any, tokenizer: Any, limits: ServingSection | None = None, *, turn: Turns | None = None
     ) -> None:
-        self.limits = limits or EngineLimits()
+        self.limits = limits or ServingSection()
         self._model, self._turn = model, turn or Turns()
         self._changed = threading.Condition()
         self._worker = Worker(model, tokenizer, self.limits, self._changed)

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.models.finite import NotFiniteError
 from tc_ray.serving.engine.batch import CacheNeed, FusedBatch, Prefill
 from tc_ray.serving.engine.contract import Failed, GenerationRequest, Load, Request, RequestHandle, Scored
 from tc_ray.serving.engine.prefixes import Prefixes
 from tc_ray.serving.engine.scoring import scored
 from tc_ray.serving.engine.sequence import Sequence, end_ids_of
-from tc_ray.serving.settings import EngineLimits
 
 logger = logging.getLogger(__name__)
 _NOT_FINITE = "logits that are not finite"
@@ -38,7 +38,7 @@ class Worker:
         lock: held while a request moves from one list to another, so that other threads count it once.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, limits: EngineLimits, lock: AbstractContextManager[Any]) -> None:
+    def __init__(self, model: Any, tokenizer: Any, limits: ServingSection, lock: AbstractContextManager[Any]) -> None:
         self.limits, self.end_ids = limits, end_ids_of(model, tokenizer)
         self._model, self._tokenizer, self._lock = model, tokenizer, lock
         self.batch = FusedBatch(model)

@@ -16,10 +16,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from tc_ray.serving.body_limit import BodyLimit
 from tc_ray.serving.errors import RequestError, from_validation
 from tc_ray.serving.http.admission import Admission
 from tc_ray.serving.http.auth import BearerAuth
+from tc_ray.serving.http.body_limit import BodyLimit
 from tc_ray.serving.http.metrics import Metrics, Observed
 from tc_ray.serving.http.openapi import document
 from tc_ray.serving.http.routes import make_router
@@ -49,13 +49,13 @@ def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | N
     app.state.metrics = metrics
     app.state.catalogue = catalogue
     # The one added last is outermost: the key is checked before its limit, and the limits before the body is read.
-    app.add_middleware(BodyLimit, limit_bytes=settings.limits.max_body_bytes)
-    app.add_middleware(Admission, catalogue=catalogue, max_key_requests=settings.limits.max_key_requests)
+    app.add_middleware(BodyLimit, limit_bytes=settings.serving.max_body_bytes)
+    app.add_middleware(Admission, catalogue=catalogue, max_key_requests=settings.serving.max_key_requests)
     if settings.key_digests:
         app.add_middleware(BearerAuth, key_digests=settings.key_digests)
     app.add_middleware(Observed, metrics=metrics)
     _add_error_handlers(app)
-    app.include_router(make_router(Service(catalogue, settings.limits, metrics)))
+    app.include_router(make_router(Service(catalogue, settings.serving, metrics)))
     app.include_router(page)
     app.openapi = lambda: document(app, catalogue, settings)  # type: ignore[method-assign]
     return app

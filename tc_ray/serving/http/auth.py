@@ -94,7 +94,7 @@ def require_key_for(host: str, key_digests: Sequence[bytes], allow_open: bool = 
     if not key_digests and not allow_open and not is_loopback(host):
         raise ServingError(
             f"host {host} can be reached from other machines and no API key is set: "
-            f"set {KEY_VARIABLE} or give a key file, serve on 127.0.0.1, or allow it with --allow-open"
+            f"set {KEY_VARIABLE} or give a key file, serve on 127.0.0.1, or allow it with serving.allow_open=true"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine import GenerationRequest, Request, Scored, ScoreRequest, Token
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.http.requests import (
@@ -20,7 +21,6 @@ from tc_ray.serving.http.requests import (
     split_prompts,
 )
 from tc_ray.serving.models.registry import ServedModel
-from tc_ray.serving.settings import Limits
 from tc_ray.serving.text.prompt import PlacedPrompt
 
 
@@ -96,7 +96,7 @@ class Scoring:
     named_tokens: int | None
 
 
-def places_of(body: CompletionRequest | ChatRequest | ScoreBody, limits: Limits) -> int:
+def places_of(body: CompletionRequest | ChatRequest | ScoreBody, limits: ServingSection) -> int:
     """Places that a body needs in the engine, at most. Raises RequestError where it passes the server's limits."""
     if isinstance(body, ScoreBody):
         completions = len(split_prompts(body.completion))
@@ -118,7 +118,7 @@ def places_of(body: CompletionRequest | ChatRequest | ScoreBody, limits: Limits)
 
 
 def make_generation(
-    served: ServedModel, body: CompletionRequest | ChatRequest, limits: Limits, seed: int, deadline_s: float
+    served: ServedModel, body: CompletionRequest | ChatRequest, limits: ServingSection, seed: int, deadline_s: float
 ) -> Generation:
     """Encode the prompts of a body that is within the limits. Raises RequestError."""
     n, (name, asked) = body.n or 1, body.token_limit
@@ -188,7 +188,7 @@ def _score_echo(
     return EchoScores(ids, before, after)
 
 
-def make_scoring(served: ServedModel, body: ScoreBody, limits: Limits, deadline_s: float) -> Scoring:
+def make_scoring(served: ServedModel, body: ScoreBody, limits: ServingSection, deadline_s: float) -> Scoring:
     """Encode a /v1/score body that is within the limits. Raises RequestError.
 
     What is scored is the prompt's ids followed by the completion's, each tokenised by itself as in training. The Copilot

@@ -16,12 +16,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import tc_ray
+from tc_ray.serving.headers import SEED_HEADER
 from tc_ray.serving.http.answers import ChatChunk, ErrorEnvelope
 from tc_ray.serving.http.requests import MAX_SCORED, MAX_TOKEN_ID, ChatRequest, CompletionRequest, ScoreBody
 from tc_ray.serving.models.registry import Catalogue
 from tc_ray.serving.settings import ReplicaSettings
 
-SEED_HEADER = "X-TC-Ray-Seed"
 _REFS = "#/components/schemas/{model}"
 _DESCRIPTION = "Fused Pilot and Copilot behind OpenAI's API. Unknown fields are refused. The log of 0 is -9999.0."
 _STATUS = {
@@ -97,7 +97,7 @@ def document(app: FastAPI, catalogue: Catalogue, settings: ReplicaSettings) -> d
 
 def _add_limits(fields: dict[str, Any], catalogue: Catalogue, settings: ReplicaSettings) -> None:
     """Write the server's models and limits into the schema of a body."""
-    limits = settings.limits
+    limits = settings.serving
     fields["model"]["enum"] = [served.name for served in catalogue]
     vocab_size = min((served.encoder.vocab_size for served in catalogue), default=MAX_TOKEN_ID + 1)
     most = {"max_tokens": limits.max_tokens, "max_completion_tokens": limits.max_tokens}

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Json, WithJsonSchema
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tc_ray.config.section import MAX_LAM
+from tc_ray.serving.headers import COPILOT_HEADER, RESUME_HEADER, SEED_HEADER
 from tc_ray.serving.http.answers import (
     ChatChunk,
     ChatCompletion,
@@ -29,7 +30,7 @@ from tc_ray.serving.http.answers import (
 from tc_ray.serving.http.feed import ClientGone, Feed, unless_gone
 from tc_ray.serving.http.generate import make_generation, make_scoring, places_of
 from tc_ray.serving.http.metrics import GONE, MEDIA_TYPE
-from tc_ray.serving.http.openapi import SEED_HEADER, errors, generated
+from tc_ray.serving.http.openapi import errors, generated
 from tc_ray.serving.http.requests import (
     MAX_STOP_CHARACTERS,
     ChatRequest,
@@ -45,8 +46,6 @@ from tc_ray.serving.http.service import Service
 from tc_ray.serving.http.stream import EventStream
 from tc_ray.serving.models.registry import ServedModel
 
-RESUME_HEADER = "X-TC-Ray-Resume"
-COPILOT_HEADER = "X-TC-Ray-Copilot"
 TIMEOUT_HEADER = "X-Request-Timeout-S"
 MIN_TIMEOUT_S = 1.0
 _SEED_BITS = 53

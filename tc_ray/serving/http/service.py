@@ -16,13 +16,13 @@ from typing import Protocol, TypeVar
 
 from starlette.requests import Request
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine import GenerationRequest
 from tc_ray.serving.engine import Request as EngineRequest
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.http.feed import Feed
 from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.models.registry import Catalogue, ServedModel
-from tc_ray.serving.settings import Limits
 
 HEALTH_S = 1.0
 """A health check holds for this long: /health needs no key and must not be a way to keep the engines busy."""
@@ -45,7 +45,7 @@ class Service:
     """One replica's models and metrics."""
 
     catalogue: Catalogue
-    limits: Limits
+    limits: ServingSection
     metrics: Metrics
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _checked_s: float = field(default=-math.inf, init=False)

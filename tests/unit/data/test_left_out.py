@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.encode import encode as encode_module
 from tc_ray.data.prepared.left_out import LeftOut
 from tc_ray.data.prepared.prepare import PreparedData, prepare, prepare_test_file

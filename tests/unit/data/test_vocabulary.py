@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tc_ray.config.schema import DataSection, RunConfig
+from tc_ray.config.data import DataSection
+from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode import encode as encode_module
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.errors import DataError

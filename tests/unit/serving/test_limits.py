@@ -15,11 +15,10 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from tc_ray.serving.body_limit import BodyLimit
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.http.auth import KEY_VARIABLE, configured_digests, digest, require_key_for
+from tc_ray.serving.http.body_limit import BodyLimit
 from tc_ray.serving.http.metrics import merged
-from tc_ray.serving.settings import EngineLimits
 from tests.support.serving_client import COMPLETION, PATHS, SCORE, client_of, make_app, post, served, settings_of
 from tests.support.serving_samples import make_export
 
@@ -86,7 +85,7 @@ def test_open_address_needs_a_key() -> None:
     require_key_for("127.0.0.1", ())
     require_key_for("0.0.0.0", (digest("a"),))
     require_key_for("0.0.0.0", (), allow_open=True)
-    with pytest.raises(ServingError, match="--allow-open"):
+    with pytest.raises(ServingError, match=r"serving\.allow_open=true"):
         require_key_for("0.0.0.0", ())
 
 
@@ -154,10 +153,10 @@ def slow_body(tokens: int) -> dict[str, Any]:
 
 def test_full_queue_and_key_limit(export: Path) -> None:
     """Real clients fill the places; all that are refused learn so at once, and those let in come to their end."""
-    engine = EngineLimits(max_running=2, max_waiting=2)
     settings = settings_of(
         export,
-        engine=engine,
+        max_running=2,
+        max_waiting=2,
         keys=(digest("a"), digest("b")),
         max_key_requests=3,
         max_tokens=4000,

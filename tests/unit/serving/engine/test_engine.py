@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,7 +241,9 @@ def test_the_place_of_one_that_has_ended_is_free_when_its_client_hears_of_it(
 ) -> None:
     """Its next request may be there before the batch is rid of the row: it must not be refused for that."""
     engine = Engine(
-        model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, max_running=1, max_waiting=0)
+        model,
+        AutoTokenizer.from_pretrained(export / "pilot"),
+        LIMITS.model_copy(update={"max_running": 1, "max_waiting": 0}),
     )
     ends: list[object] = []
     done = threading.Event()
@@ -288,7 +289,7 @@ def test_several_are_admitted_together_or_not_at_all(engine: Engine, prompt: tup
 
 def test_caches_stay_within_their_budget(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
     budget = 3 * 2**20
-    limits = replace(LIMITS, cache_bytes=budget, max_running=64, max_waiting=64, prefix_bytes=0)
+    limits = LIMITS.model_copy(update={"cache_bytes": budget, "max_running": 64, "max_waiting": 64, "prefix_bytes": 0})
     engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), limits)
     try:
         with pytest.raises(RequestError) as refused:

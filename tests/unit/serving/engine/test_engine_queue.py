@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Pat
     early, large, small = [600] * 8, 1500, [5] * 3
     budget = planned(large)
     assert planned(*early, *small) <= budget < planned(*early, large)
-    limits = replace(LIMITS, max_running=16, max_waiting=8, cache_bytes=budget, prefix_bytes=0)
+    limits = LIMITS.model_copy(update={"max_running": 16, "max_waiting": 8, "cache_bytes": budget, "prefix_bytes": 0})
     engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), limits)
     begun: list[int] = []
     done = threading.Event()
