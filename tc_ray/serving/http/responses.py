@@ -27,7 +27,6 @@ from tc_ray.serving.http.answers import (
     ChatDelta,
     ChatLogprobs,
     ChatTokenLogprob,
-    Choice,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
@@ -47,6 +46,9 @@ from tc_ray.serving.http.feed import Feed
 from tc_ray.serving.http.generate import Generation, Scoring
 from tc_ray.serving.http.requests import Resume
 from tc_ray.serving.text.token_texts import TokenTexts
+
+Step = tuple[int, "Part", FinishReason | None]
+"""Index of a choice, more of it, and how it ended; None: it goes on."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class ResponseBuilder(ABC):
     """
 
     prefix: str
+    response_class: type[Completion | ChatCompletion]
+    chunk_class: type[Completion | ChatChunk]
 
     def __init__(self, generation: Generation, resume: Resume | None = None) -> None:
         self.generation = generation
@@ -133,21 +137,20 @@ class ResponseBuilder(ABC):
         # Without new tokens (`max_tokens` 0) a choice ends by its length.
         reasons = [self._ended[i].finish_reason if i in self._ended else "length" for i in range(len(parts))]
         choices = [self._whole(i, Part.joined(parts[i]), reason) for i, reason in enumerate(reasons)]
-        return self._response(choices, self._usage())
+        return self.response_class(**self.head, choices=choices, usage=self._usage())
 
     async def chunks(self, feed: Feed, with_usage: bool) -> AsyncIterator[BaseModel]:
         """The chunks of a stream, each with one choice. Raises RequestError when a generation failed."""
         for index in range(len(self._choices)):
-            opening = self._opening(index)
-            if opening is not None:
-                yield self._chunk([opening], None)
+            if (opening := self._opening(index)) is not None:
+                yield self.chunk_class(**self.head, choices=[opening])
         async for index, part, reason in self._parts(feed):
-            yield self._chunk([self._piece(index, part, reason)], None)
+            yield self.chunk_class(**self.head, choices=[self._piece(index, part, reason)])
         if with_usage:
-            yield self._chunk([], self._usage())
+            yield self.chunk_class(**self.head, choices=[], usage=self._usage())
 
-    async def _parts(self, feed: Feed) -> AsyncIterator[tuple[int, Part, FinishReason | None]]:
-        """Index of a choice, more of it, and how it ended (None: it goes on)."""
+    async def _parts(self, feed: Feed) -> AsyncIterator[Step]:
+        """The parts of all choices, in the order in which a client reads them."""
         generation = self.generation
         for prompt in range(generation.prompts):
             if not generation.echo_scores or generation.echo_scores[prompt].complete:
@@ -157,7 +160,7 @@ class ResponseBuilder(ABC):
             for part in self._take(place, event):
                 yield part
 
-    def _take(self, place: int, event: Event) -> Iterator[tuple[int, Part, FinishReason | None]]:
+    def _take(self, place: int, event: Event) -> Iterator[Step]:
         if isinstance(event, Scored):
             prompt, scores = self.generation.scores_of(place)
             scores.found[place] = event
@@ -171,7 +174,7 @@ class ResponseBuilder(ABC):
         elif isinstance(event, Piece) and (part := self._choices[place].piece(event)) is not None:
             yield place, part, None
 
-    def _begin(self, prompt: int) -> Iterator[tuple[int, Part, FinishReason | None]]:
+    def _begin(self, prompt: int) -> Iterator[Step]:
         """The choices of a prompt whose echo is known: the echo, and what was held until now."""
         generation = self.generation
         for index in range(prompt * generation.n, (prompt + 1) * generation.n):
@@ -199,45 +202,26 @@ class ResponseBuilder(ABC):
     def _explained(self, part: Part) -> CopilotAnswer | None:
         return explained(part.tokens, self.texts) if self.generation.explain else None
 
-    @abstractmethod
-    def _response(self, choices: list[Any], usage: Usage) -> BaseModel:
-        """The whole response with these choices."""
+    def _opening(self, index: int) -> Any | None:
+        """The choice of the chunk before its first text, if the shape has one."""
+        return None
 
     @abstractmethod
-    def _whole(self, index: int, part: Part, reason: FinishReason) -> Choice:
-        """A choice of the whole response."""
-
-    @abstractmethod
-    def _chunk(self, choices: list[Any], usage: Usage | None) -> BaseModel:
-        """A chunk with these choices."""
-
-    @abstractmethod
-    def _opening(self, index: int) -> Choice | None:
-        """What comes before a choice's first text, if anything."""
-
-    @abstractmethod
-    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Choice:
+    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Any:
         """More of a choice, in a chunk."""
+
+    def _whole(self, index: int, part: Part, reason: FinishReason) -> Any:
+        """A choice of the whole response."""
+        return self._piece(index, part, reason)
 
 
 class CompletionBuilder(ResponseBuilder):
     """Responses and chunks of /v1/completions, which have one shape."""
 
     prefix = "cmpl"
+    response_class = chunk_class = Completion
 
-    def _response(self, choices: list[Any], usage: Usage) -> BaseModel:
-        return self._chunk(choices, usage)
-
-    def _whole(self, index: int, part: Part, reason: FinishReason) -> Choice:
-        return self._piece(index, part, reason)
-
-    def _chunk(self, choices: list[Any], usage: Usage | None) -> BaseModel:
-        return Completion(**self.head, choices=choices, usage=usage)
-
-    def _opening(self, index: int) -> Choice | None:
-        return None
-
-    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Choice:
+    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Any:
         named = self.generation.named_tokens is not None
         logprobs = completion_logprobs(part.tokens, self.texts) if named else None
         copilot = self._explained(part)
@@ -248,23 +232,18 @@ class ChatBuilder(ResponseBuilder):
     """Responses and chunks of /v1/chat/completions."""
 
     prefix = "chatcmpl"
+    response_class, chunk_class = ChatCompletion, ChatChunk
 
-    def _response(self, choices: list[Any], usage: Usage) -> BaseModel:
-        return ChatCompletion(**self.head, choices=choices, usage=usage)
-
-    def _whole(self, index: int, part: Part, reason: FinishReason) -> Choice:
-        message = ChatAnswer(content=part.text)
-        return ChatChoice(index=index, message=message, finish_reason=reason, **self._reported(part))
-
-    def _chunk(self, choices: list[Any], usage: Usage | None) -> BaseModel:
-        return ChatChunk(**self.head, choices=choices, usage=usage)
-
-    def _opening(self, index: int) -> Choice | None:
+    def _opening(self, index: int) -> Any | None:
         return ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
 
-    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Choice:
+    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Any:
         delta = ChatDelta(content=part.text if reason is None else None)
         return ChatChunkChoice(index=index, delta=delta, finish_reason=reason, **self._reported(part))
+
+    def _whole(self, index: int, part: Part, reason: FinishReason) -> Any:
+        message = ChatAnswer(content=part.text)
+        return ChatChoice(index=index, message=message, finish_reason=reason, **self._reported(part))
 
     def _reported(self, part: Part) -> dict[str, Any]:
         named = self.generation.named_tokens is not None

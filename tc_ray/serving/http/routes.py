@@ -29,13 +29,13 @@ from tc_ray.serving.http.answers import (
 )
 from tc_ray.serving.http.feed import ClientGone, Feed, unless_gone
 from tc_ray.serving.http.generate import make_generation, make_scoring, places_of
+from tc_ray.serving.http.json_route import JsonRoute
 from tc_ray.serving.http.metrics import GONE, MEDIA_TYPE
 from tc_ray.serving.http.openapi import errors, generated
 from tc_ray.serving.http.requests import (
     MAX_STOP_CHARACTERS,
     ChatRequest,
     CompletionRequest,
-    JsonRoute,
     QueryLam,
     Resume,
     ScoreBody,

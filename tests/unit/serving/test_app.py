@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
 from tc_ray.serving.errors import RequestError
-from tc_ray.serving.http.requests import check_size
+from tc_ray.serving.http.json_route import check_size
 from tests.support.serving_client import CHAT, COMPLETION, PATHS, client_of, events, post, settings_of
 from tests.support.serving_samples import make_export
 
