@@ -72,14 +72,10 @@ class RequestError(Exception):
         """This error as an HTTP response."""
         return JSONResponse(self.envelope(), self.status, self.headers)
 
-    async def answer(
-        self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str] | None = None
-    ) -> None:
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with this error from a middleware. metrics.py reads the code from the scope's state."""
         scope.setdefault("state", {})["refused"] = self.code
-        response = self.response()
-        response.headers.update(headers or {})
-        await response(scope, receive, send)
+        await self.response()(scope, receive, send)
 
 
 def queue_full() -> RequestError:

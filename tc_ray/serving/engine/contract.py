@@ -173,13 +173,12 @@ class RequestHandle:
 
 @dataclass(frozen=True)
 class Load:
-    """The engine's load: sequences running and waiting, bytes of the caches, their limit, and bytes of kept prompts."""
+    """The engine's load: sequences running and waiting, bytes of the caches and their limit."""
 
     running: int
     waiting: int
     cache_bytes: int
     cache_budget_bytes: int
-    prefix_bytes: int = 0
     prompt_tokens: int = 0
     """Totals since the start: prompt tokens computed, tokens generated, prompt tokens reused, steps of the batch."""
     generated_tokens: int = 0

@@ -58,9 +58,7 @@ class Worker:
 
     def load(self) -> Load:
         """Totals since the start, sequences under way and bytes held; `waiting` is 0."""
-        return replace(
-            self._totals, running=len(self), cache_bytes=self.batch.nbytes, prefix_bytes=self._prefixes.nbytes
-        )
+        return replace(self._totals, running=len(self), cache_bytes=self.batch.nbytes)
 
     def progress(self) -> None:
         """Something was computed just now, or there was nothing to compute."""

@@ -18,36 +18,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from tc_ray.serving.engine import Event, Finished, Piece, Scored, ScoredToken, Token
-from tc_ray.serving.http.answers import (
-    ChatAnswer,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatDelta,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CopilotAnswer,
-    ExplainedToken,
-    FinishReason,
-    PromptTokensDetails,
-    ScoreAnswer,
-    ScoredCompletion,
-    ScoredPlace,
-    ScoredTop,
-    TokenLogprob,
-    Usage,
-    finite,
-)
+from tc_ray.serving.http import answers
 from tc_ray.serving.http.feed import Feed
 from tc_ray.serving.http.generate import Generation, Scoring
 from tc_ray.serving.http.requests import Resume
 from tc_ray.serving.text.token_texts import TokenTexts
 
-Step = tuple[int, "Part", FinishReason | None]
+Step = tuple[int, "Part", answers.FinishReason | None]
 """Index of a choice, more of it, and how it ended; None: it goes on."""
 
 
@@ -115,8 +92,8 @@ class ResponseBuilder(ABC):
     """
 
     prefix: str
-    response_class: type[Completion | ChatCompletion]
-    chunk_class: type[Completion | ChatChunk]
+    response_class: type[answers.Completion | answers.ChatCompletion]
+    chunk_class: type[answers.Completion | answers.ChatChunk]
 
     def __init__(self, generation: Generation, resume: Resume | None = None) -> None:
         self.generation = generation
@@ -187,7 +164,7 @@ class ResponseBuilder(ABC):
             for event in self._held.pop(index):
                 yield from self._take(index, event)
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> answers.Usage:
         """Token counts of the request. Cached tokens of a prompt are those that none of its choices computed."""
         n, prompts = self.generation.n, range(self.generation.prompts)
         of_prompts = [
@@ -199,7 +176,7 @@ class ResponseBuilder(ABC):
             sum(min(of_prompt, default=0) for of_prompt in of_prompts),
         )
 
-    def _explained(self, part: Part) -> CopilotAnswer | None:
+    def _explained(self, part: Part) -> answers.CopilotAnswer | None:
         return explained(part.tokens, self.texts) if self.generation.explain else None
 
     def _opening(self, index: int) -> Any | None:
@@ -207,10 +184,10 @@ class ResponseBuilder(ABC):
         return None
 
     @abstractmethod
-    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Any:
+    def _piece(self, index: int, part: Part, reason: answers.FinishReason | None) -> Any:
         """More of a choice, in a chunk."""
 
-    def _whole(self, index: int, part: Part, reason: FinishReason) -> Any:
+    def _whole(self, index: int, part: Part, reason: answers.FinishReason) -> Any:
         """A choice of the whole response."""
         return self._piece(index, part, reason)
 
@@ -219,31 +196,33 @@ class CompletionBuilder(ResponseBuilder):
     """Responses and chunks of /v1/completions, which have one shape."""
 
     prefix = "cmpl"
-    response_class = chunk_class = Completion
+    response_class = chunk_class = answers.Completion
 
-    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Any:
+    def _piece(self, index: int, part: Part, reason: answers.FinishReason | None) -> Any:
         named = self.generation.named_tokens is not None
         logprobs = completion_logprobs(part.tokens, self.texts) if named else None
         copilot = self._explained(part)
-        return CompletionChoice(index=index, text=part.text, logprobs=logprobs, copilot=copilot, finish_reason=reason)
+        return answers.CompletionChoice(
+            index=index, text=part.text, logprobs=logprobs, copilot=copilot, finish_reason=reason
+        )
 
 
 class ChatBuilder(ResponseBuilder):
     """Responses and chunks of /v1/chat/completions."""
 
     prefix = "chatcmpl"
-    response_class, chunk_class = ChatCompletion, ChatChunk
+    response_class, chunk_class = answers.ChatCompletion, answers.ChatChunk
 
     def _opening(self, index: int) -> Any | None:
-        return ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
+        return answers.ChatChunkChoice(index=index, delta=answers.ChatDelta(role="assistant", content=""))
 
-    def _piece(self, index: int, part: Part, reason: FinishReason | None) -> Any:
-        delta = ChatDelta(content=part.text if reason is None else None)
-        return ChatChunkChoice(index=index, delta=delta, finish_reason=reason, **self._reported(part))
+    def _piece(self, index: int, part: Part, reason: answers.FinishReason | None) -> Any:
+        delta = answers.ChatDelta(content=part.text if reason is None else None)
+        return answers.ChatChunkChoice(index=index, delta=delta, finish_reason=reason, **self._reported(part))
 
-    def _whole(self, index: int, part: Part, reason: FinishReason) -> Any:
-        message = ChatAnswer(content=part.text)
-        return ChatChoice(index=index, message=message, finish_reason=reason, **self._reported(part))
+    def _whole(self, index: int, part: Part, reason: answers.FinishReason) -> Any:
+        message = answers.ChatAnswer(content=part.text)
+        return answers.ChatChoice(index=index, message=message, finish_reason=reason, **self._reported(part))
 
     def _reported(self, part: Part) -> dict[str, Any]:
         named = self.generation.named_tokens is not None
@@ -251,52 +230,52 @@ class ChatBuilder(ResponseBuilder):
         return {"logprobs": logprobs, "copilot": self._explained(part)}
 
 
-def usage(prompt_tokens: int, completion_tokens: int = 0, cached_tokens: int = 0) -> Usage:
+def usage(prompt_tokens: int, completion_tokens: int = 0, cached_tokens: int = 0) -> answers.Usage:
     """Token counts of a request."""
-    return Usage(
+    return answers.Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+        prompt_tokens_details=answers.PromptTokensDetails(cached_tokens=cached_tokens),
     )
 
 
-def completion_logprobs(tokens: Sequence[PlacedToken], texts: TokenTexts) -> CompletionLogprobs:
+def completion_logprobs(tokens: Sequence[PlacedToken], texts: TokenTexts) -> answers.CompletionLogprobs:
     """Log-probabilities as /v1/completions reports them."""
     tops: list[dict[str, float] | None] = []
     for token in (placed.token for placed in tokens):
         if token.logprob is None:
             tops.append(None)
             continue
-        top = {texts.text(id): finite(logprob) for id, logprob in token.top}
-        tops.append({**top, texts.text(token.id): finite(token.logprob)})
-    return CompletionLogprobs(
+        top = {texts.text(id): answers.finite(logprob) for id, logprob in token.top}
+        tops.append({**top, texts.text(token.id): answers.finite(token.logprob)})
+    return answers.CompletionLogprobs(
         tokens=[texts.text(placed.token.id) for placed in tokens],
-        token_logprobs=[None if p.token.logprob is None else finite(p.token.logprob) for p in tokens],
+        token_logprobs=[None if p.token.logprob is None else answers.finite(p.token.logprob) for p in tokens],
         top_logprobs=tops,
         text_offset=[placed.offset for placed in tokens],
     )
 
 
-def chat_logprobs(tokens: Sequence[PlacedToken], texts: TokenTexts) -> ChatLogprobs:
+def chat_logprobs(tokens: Sequence[PlacedToken], texts: TokenTexts) -> answers.ChatLogprobs:
     """Log-probabilities as /v1/chat/completions reports them."""
 
     def fields(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": texts.text(token), "logprob": finite(logprob), "bytes": list(texts.utf8(token))}
+        return {"token": texts.text(token), "logprob": answers.finite(logprob), "bytes": list(texts.utf8(token))}
 
     content = []
     for token in (placed.token for placed in tokens):
         own = -float("inf") if token.logprob is None else token.logprob
-        top = [TokenLogprob(**fields(id, own if id == token.id else logprob)) for id, logprob in token.top]
-        content.append(ChatTokenLogprob(**fields(token.id, own), top_logprobs=top))
-    return ChatLogprobs(content=content)
+        top = [answers.TokenLogprob(**fields(id, own if id == token.id else logprob)) for id, logprob in token.top]
+        content.append(answers.ChatTokenLogprob(**fields(token.id, own), top_logprobs=top))
+    return answers.ChatLogprobs(content=content)
 
 
-def explained(tokens: Sequence[PlacedToken], texts: TokenTexts) -> CopilotAnswer:
+def explained(tokens: Sequence[PlacedToken], texts: TokenTexts) -> answers.CopilotAnswer:
     """What the Copilot did at each generated token."""
-    return CopilotAnswer(
+    return answers.CopilotAnswer(
         tokens=[
-            ExplainedToken(
+            answers.ExplainedToken(
                 token=texts.text(token.id),
                 pilot_token=texts.text(token.explained.pilot_id),
                 pilot=token.explained.pilot,
@@ -309,14 +288,14 @@ def explained(tokens: Sequence[PlacedToken], texts: TokenTexts) -> CopilotAnswer
     )
 
 
-async def score_response(scoring: Scoring, feed: Feed) -> ScoreAnswer:
+async def score_response(scoring: Scoring, feed: Feed) -> answers.ScoreAnswer:
     """The response of /v1/score. Raises RequestError when a scoring failed."""
     found: dict[int, Scored] = {}
     async for place, event in feed.events():
         assert isinstance(event, Scored)
         found[place] = event
     completions = [_scored_completion(index, found[index].tokens, scoring) for index in range(len(scoring.requests))]
-    return ScoreAnswer(
+    return answers.ScoreAnswer(
         id=f"score-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=scoring.served.name,
@@ -326,24 +305,24 @@ async def score_response(scoring: Scoring, feed: Feed) -> ScoreAnswer:
     )
 
 
-def _scored_completion(index: int, tokens: Sequence[ScoredToken], scoring: Scoring) -> ScoredCompletion:
+def _scored_completion(index: int, tokens: Sequence[ScoredToken], scoring: Scoring) -> answers.ScoredCompletion:
     texts = scoring.served.encoder.texts
 
-    def place(token: ScoredToken) -> ScoredPlace:
+    def place(token: ScoredToken) -> answers.ScoredPlace:
         pairs = [(id, token.fused if id == token.id else logprob) for id, logprob in token.top]
-        top = [ScoredTop(id=id, token=texts.text(id), fused=finite(logprob)) for id, logprob in pairs]
-        return ScoredPlace(
+        top = [answers.ScoredTop(id=id, token=texts.text(id), fused=answers.finite(logprob)) for id, logprob in pairs]
+        return answers.ScoredPlace(
             id=token.id,
             token=texts.text(token.id),
-            pilot=finite(token.pilot),
-            fused=finite(token.fused),
+            pilot=answers.finite(token.pilot),
+            fused=answers.finite(token.fused),
             top_logprobs=None if scoring.named_tokens is None else top,
         )
 
-    return ScoredCompletion(
+    return answers.ScoredCompletion(
         index=index,
         tokens=[place(token) for token in tokens],
         token_count=len(tokens),
-        pilot=finite(sum(token.pilot for token in tokens)),
-        fused=finite(sum(token.fused for token in tokens)),
+        pilot=answers.finite(sum(token.pilot for token in tokens)),
+        fused=answers.finite(sum(token.fused for token in tokens)),
     )
