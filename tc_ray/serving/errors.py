@@ -7,6 +7,7 @@ client sent except the (shortened) name of a field. Used all over serving; Servi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from pydantic_core import PydanticCustomError
@@ -22,6 +23,7 @@ class ServingError(RuntimeError):
     """The server cannot start. The message is one line that says why and what to do."""
 
 
+@dataclass(eq=False)
 class RequestError(Exception):
     """A request is refused or failed.
 
@@ -31,23 +33,13 @@ class RequestError(Exception):
         challenge: with status 401, the header WWW-Authenticate.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-        challenge: str = "Bearer",
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.param = param
-        self.code = code
-        self.retry_after_s = retry_after_s
-        self.challenge = challenge
+    message: str
+    _: KW_ONLY
+    status: int = 400
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: int | None = None
+    challenge: str = "Bearer"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -92,11 +84,8 @@ def invalid_value(param: str, reason: str) -> RequestError:
 
 def error_type(status: int) -> str:
     """OpenAI's error type for an HTTP status."""
-    if status == 401:
-        return "authentication_error"
-    if status == 429:
-        return "rate_limit_error"
-    return "server_error" if status >= 500 else "invalid_request_error"
+    others = "server_error" if status >= 500 else "invalid_request_error"
+    return {401: "authentication_error", 429: "rate_limit_error"}.get(status, others)
 
 
 def contradiction(param: str, reason: str) -> PydanticCustomError:
