@@ -97,7 +97,6 @@ def _paths(keyed: bool, timeout_s: float) -> dict[str, Any]:
     }
     open_to_all: dict[str, Any] = {"security": []} if keyed else {}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    figures = {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
     return {
         "/v1/completions": work("Complete texts", "CompletionRequest", "Completion", "Completion", score_after, lam),
         "/v1/chat/completions": work("Answer a conversation", "ChatRequest", "ChatCompletion", "ChatChunk"),
@@ -111,7 +110,6 @@ def _paths(keyed: bool, timeout_s: float) -> dict[str, Any]:
         ),
         "/health": look("Whether the engines generate", "health", {**state, **_errors(500)}, **open_to_all),
         "/ready": look("Whether new requests are taken", "ready", {**state, **_errors(*refusals, 500)}),
-        "/metrics": look("Figures", "metrics", {"200": figures, **_errors(*refusals, 500)}),
     }
 
 

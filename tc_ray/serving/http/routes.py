@@ -23,7 +23,7 @@ from tc_ray.serving.http.generate import (
     score_after_from_query,
     seed_from_header,
 )
-from tc_ray.serving.http.metrics import GONE, MEDIA_TYPE
+from tc_ray.serving.http.metrics import GONE
 from tc_ray.serving.http.requests import ChatRequest, CompletionRequest, ScoreBody
 from tc_ray.serving.http.score import make_score_plan, score_answer
 from tc_ray.serving.http.service import Service
@@ -111,10 +111,6 @@ def make_router(service: Service) -> APIRouter:
     async def ready() -> Response:
         full = None if catalogue.has_room() else "as many requests run and wait as may"
         return _state(await service.unhealthy() or full)
-
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=MEDIA_TYPE)
 
     return router
 
