@@ -33,6 +33,12 @@ class ServingSection(Section):
         None,
         description="file with the API keys that clients may send, one per line; default: the key in TC_RAY_API_KEY",
     )
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="port of the Prometheus metrics of a Ray that the server starts; null: Ray chooses",
+    )
     allow_open: bool = Field(False, description="listen without a key where other machines can reach the server")
     replicas: Positive = Field(1, description="processes that each hold all models; with max_replicas, the fewest")
     max_replicas: Positive | None = Field(

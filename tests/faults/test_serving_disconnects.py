@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tc_ray.serving.deploy.launch import Server
-from tests.support.serving_cluster import PROMPT, figures, replica_pids, server_of, soon
+from tests.support.serving_cluster import PROMPT, metric, replica_pids, server_of, soon
 from tests.support.serving_samples import make_export
 
 DISCONNECTS = 500
@@ -89,9 +89,9 @@ def leave_often(server: Server, numbers: range) -> None:
 def held(server: Server) -> dict[str, float]:
     """What the engine holds, once it says that nothing runs."""
     states = ("tc_ray_running_sequences", "tc_ray_waiting_sequences", "tc_ray_cache_bytes")
-    idle = lambda: all(sum(figures(server.url, name).values()) == 0 for name in states[:2])
+    idle = lambda: all(metric(name) == 0 for name in states[:2])
     assert soon(idle, 10), "sequences of clients that left still run"
-    return {name: sum(figures(server.url, name).values()) for name in states}
+    return {name: metric(name) for name in states}
 
 
 def test_500_disconnects_leave_nothing(server: Server) -> None:

@@ -21,7 +21,7 @@ from tc_ray.serving.deploy.launch import Server
 from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.engine import GenerationRequest
 from tc_ray.serving.settings import ReplicaSettings
-from tests.support.serving_cluster import PROMPT, Stream, figures, replica_pids, server_of, soon
+from tests.support.serving_cluster import PROMPT, Stream, replica_pids, running_replicas, server_of, soon
 from tests.support.serving_samples import Collector, make_export
 
 TOKENS = 80
@@ -147,6 +147,6 @@ def test_200_streams(server: Server, export: Path) -> None:
     given = cases(export, 200, first=1000)
     assert soon(lambda: len(replica_pids()) == 2, 120)
     # both must be serving, not only there
-    assert soon(lambda: len(figures(server.url, "tc_ray_running_sequences")) == 2, 180)
+    assert soon(lambda: running_replicas() == 2, 180)
     ends = check(kill_during(server, given, 40), given)
     assert sum(ends.values()) == 200 and ends["[DONE]"] >= 150

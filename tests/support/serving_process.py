@@ -125,6 +125,7 @@ def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, ma
     """Serve until it is stopped, on the listening socket `descriptor`."""
     import torch
     import uvicorn
+    from starlette.responses import PlainTextResponse
     from transformers import AutoTokenizer
 
     from tc_ray.config.serving import ServingSection
@@ -146,6 +147,7 @@ def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, ma
     served = ServedModel("demo", engine, encoder, model.default_lam)
     settings = ReplicaSettings({"demo": export}, section, (digest(key),) if key else ())
     app = create_app(Catalogue([served]), settings)
+    app.add_route("/running", lambda _: PlainTextResponse(str(engine.load().running)))
     with socket.socket(fileno=descriptor) as listener:
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from fastapi.testclient import TestClient
+from ray.util.metrics import Counter
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import worker
@@ -19,10 +20,10 @@ from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, Lo
 from tc_ray.mistakelog.table import lease
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.families import FAMILIES
-from tc_ray.serving.deploy import board
 from tc_ray.serving.engine import engine, prefixes
 from tc_ray.serving.failover import proxy
 from tc_ray.serving.http import body_limit, requests, routes
+from tc_ray.serving.http.metrics import Metrics
 from tests.support.mistakelog_samples import metadata
 from tests.support.serving_client import client_of, settings_of
 from tests.support.serving_samples import make_export
@@ -113,7 +114,6 @@ NUMBERS: list[tuple[str, str, float]] = [
     (ARCHITECTURE, r"then sleep ([\d.]+) s at a time", worker.IDLE_SECONDS),
     (ARCHITECTURE, r"buffer \(last (\d+) rounds\)", defaults.copilot.buffer_rounds),
     (SERVING, r"computed something in the last (\d+) s", engine.STALL_S),
-    (SERVING, r"the others are up to (\d+) s old", board.PIN_S),
     (SERVING, r"a body that takes more than (\d+) s", body_limit.BODY_TIMEOUT_S),
     (SERVING, r"bodies of more than (\d+) MiB in a proxy", proxy.MAX_HELD_BYTES / 2**20),
     (SERVING, r"begins with (\d+) or more of the same tokens", prefixes.MIN_TOKENS),
@@ -156,10 +156,12 @@ def test_the_routes_are_those_of_the_page(client: TestClient) -> None:
     assert told == there | {("GET", "/")}
 
 
-def test_the_figures_are_those_of_the_page(client: TestClient) -> None:
-    told = set(re.findall(r"`(tc_ray_\w+)`", text_of(SERVING)))
-    there = set(re.findall(r"^# TYPE (tc_ray_\w+)", client.get("/metrics").text, flags=re.MULTILINE))
-    assert told == {name for name in there if not name.endswith("_created")}
+def test_the_metrics_are_those_of_the_page() -> None:
+    exported = set()
+    for value in vars(Metrics()).values():
+        for metric in value.values() if isinstance(value, dict) else [value]:
+            exported.add(f"ray_{metric.info['name']}" + "_total" * isinstance(metric, Counter))
+    assert set(re.findall(r"`(ray_tc_ray_\w+[a-z])`", text_of(SERVING))) == exported
 
 
 # -- models, packages ---------------------------------------------------------------------------------------------

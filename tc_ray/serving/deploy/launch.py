@@ -171,7 +171,7 @@ def _connect(serving: ServingSection) -> bool:
     os.environ.setdefault(NICENESS_VARIABLE, "0")
     cpus = max(available_cpus(), serving.most_replicas * (serving.threads or 1))
     try:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _metrics_export_port=serving.metrics_port)
     except Exception as error:  # Ray raises a plain one when a busy machine takes too long
         raise ServingError(f"a local Ray could not be started: {first_line(error)}") from error
     return True

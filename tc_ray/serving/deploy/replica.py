@@ -83,19 +83,13 @@ def build_app(settings: ReplicaSettings) -> FastAPI:
 
     Raises ServingError.
     """
-    from ray import serve
-
-    from tc_ray.serving.deploy.board import AllFigures, Pins
     from tc_ray.serving.http.app import create_app
 
     log_to_stderr()
     replica = Replica(settings)
-    name = str(serve.get_replica_context().replica_id.unique_id)
-    app = create_app(replica.catalogue, settings, name)
+    app = create_app(replica.catalogue, settings)
     app.state.replica = replica
-    pins = Pins(name, app.state.metrics.text)
-    app.add_middleware(AllFigures, pins=pins)
-    app.state.pinning = asyncio.create_task(pins.run())
+    app.state.reporting = asyncio.create_task(app.state.metrics.run(replica.catalogue))
     return app
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
@@ -31,10 +30,10 @@ from tc_ray.serving.settings import ReplicaSettings
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | None = None) -> FastAPI:
+def create_app(catalogue: Catalogue, settings: ReplicaSettings) -> FastAPI:
     """The application over a model registry, which may change while it runs. Its end closes the engines.
 
-    replica: this replica's name in the metrics. `app.state`: metrics, catalogue.
+    `app.state`: metrics, catalogue.
     """
 
     @contextlib.asynccontextmanager
@@ -42,7 +41,7 @@ def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | N
         yield
         await asyncio.gather(*(asyncio.to_thread(served.engine.close) for served in catalogue))
 
-    metrics = Metrics(catalogue, replica or f"pid-{os.getpid()}")
+    metrics = Metrics()
     # No documentation pages: they load scripts from elsewhere. /openapi.json stays. No redirects: they would go where the
     # client's Host header says.
     app = FastAPI(title="tc-ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)

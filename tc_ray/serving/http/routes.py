@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel, Json, WithJsonSchema
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from tc_ray.config.section import MAX_LAM
 from tc_ray.serving.headers import COPILOT_HEADER, RESUME_HEADER, SEED_HEADER
@@ -30,7 +30,7 @@ from tc_ray.serving.http.answers import (
 from tc_ray.serving.http.feed import ClientGone, Feed, unless_gone
 from tc_ray.serving.http.generate import make_generation, make_scoring, places_of
 from tc_ray.serving.http.json_route import JsonRoute
-from tc_ray.serving.http.metrics import GONE, MEDIA_TYPE
+from tc_ray.serving.http.metrics import GONE
 from tc_ray.serving.http.openapi import errors, generated
 from tc_ray.serving.http.requests import (
     MAX_STOP_CHARACTERS,
@@ -152,7 +152,7 @@ def _work_routes(service: Service) -> APIRouter:
 
 
 def _add_state_routes(router: APIRouter, service: Service) -> None:
-    """The routes that show models, health and metrics."""
+    """The routes that show models and health."""
     catalogue = service.catalogue
     unavailable: dict[int | str, dict[str, Any]] = {
         503: {"model": State, "description": "Not fit to work; `reason` says why."}
@@ -178,11 +178,6 @@ def _add_state_routes(router: APIRouter, service: Service) -> None:
         """Whether new requests are accepted."""
         full = None if catalogue.has_room() else "every place in the batch and in the queue is taken"
         return _state(await service.unhealthy() or full)
-
-    @router.get("/metrics", response_class=PlainTextResponse, responses=errors())
-    async def metrics() -> Response:
-        """Metrics in Prometheus's text format."""
-        return Response(service.metrics.text(), media_type=MEDIA_TYPE)
 
 
 async def _answer(
