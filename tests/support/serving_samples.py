@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Failed, Finished, Piece, Request, Scored, Ticket, Token
+from tc_ray.serving.engine import Engine, Failed, Finished, Piece, Request, RequestHandle, Scored, Token
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -85,8 +85,8 @@ class Collector:
     def __init__(self, engine: Engine, request: Request) -> None:
         self._events: queue.Queue[Any] = queue.Queue()
         self.tokens: list[Token] = []
-        self.ticket: Ticket
-        [self.ticket] = engine.submit([request], lambda _, event: self._events.put(event))
+        self.handle: RequestHandle
+        [self.handle] = engine.submit([request], lambda _, event: self._events.put(event))
 
     def next(self, timeout_s: float = 30) -> Piece | Finished | Scored | Failed:
         """The next event."""

@@ -20,10 +20,9 @@ from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, Lo
 from tc_ray.mistakelog.table import lease
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.families import FAMILIES
-from tc_ray.serving import body_limit
 from tc_ray.serving.engine import engine, prefixes
 from tc_ray.serving.failover import proxy
-from tc_ray.serving.http import requests, service
+from tc_ray.serving.http import body_limit, requests, routes
 from tc_ray.serving.http.metrics import Metrics
 from tests.support.mistakelog_samples import metadata
 from tests.support.serving_client import client_of, settings_of
@@ -123,7 +122,7 @@ NUMBERS: list[tuple[str, str, float]] = [
     (SERVING, r"`temperature` 0, or ([\d.]+) to 2", requests.MIN_TEMPERATURE),
     (SERVING, r"`top_logprobs` to (\d+)", requests.MAX_TOP_LOGPROBS),
     (SERVING, r"(\d+) texts to score", requests.MAX_SCORED),
-    (SERVING, r"`X-Request-Timeout-S` at least (\d+)", service.MIN_TIMEOUT_S),
+    (SERVING, r"`X-Request-Timeout-S` at least (\d+)", routes.MIN_TIMEOUT_S),
     ("docs/status.md", r"waits up to (\d+) s for a free place", proxy.RESUME_WITHIN_S),
     ("docs/status.md", r"for a free place, (three) times at most", proxy.MAX_RESUMES),
 ]

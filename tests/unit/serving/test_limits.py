@@ -14,9 +14,9 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from tc_ray.serving.body_limit import BodyLimit
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.http.auth import KEY_VARIABLE, configured_digests, digest, require_key_for
+from tc_ray.serving.http.body_limit import BodyLimit
 from tests.support.recorded_metrics import RecordedMetrics
 from tests.support.serving_client import COMPLETION, PATHS, SCORE, client_of, make_app, served, settings_of
 from tests.support.serving_samples import make_export
@@ -163,7 +163,7 @@ def test_full_queue_and_key_limit(export: Path, recorded: RecordedMetrics) -> No
     )
     app = make_app(settings)
     with served(app) as url, httpx.Client(base_url=url, timeout=60) as http:
-        running = app.state.catalogue.find("demo").engine
+        running = app.state.registry.find("demo").engine
         ended: list[str] = []
 
         def read(key: str) -> None:

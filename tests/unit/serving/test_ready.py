@@ -20,7 +20,10 @@ def test_a_full_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
         with http.stream("POST", "/v1/completions", json=body) as stream:
             next(stream.iter_lines())
             full = http.get("/ready")
-            assert (full.status_code, full.json()["reason"]) == (503, "as many requests run and wait as may")
+            assert (full.status_code, full.json()["reason"]) == (
+                503,
+                "every place in the batch and in the queue is taken",
+            )
             assert http.get("/health").status_code == 200
         until = time.monotonic() + 10
         while http.get("/ready").status_code != 200:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +91,9 @@ def test_a_prompt_that_was_spoilt_once_spoils_no_later_request(
     model: FusedModel, export: Path, prompt: tuple[int, ...]
 ) -> None:
     """Fault 5: keys and values of a prompt whose logits were not finite are not kept for the next one that begins like it."""
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, prefix_bytes=1 << 24))
+    engine = Engine(
+        model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS.model_copy(update={"prefix_bytes": 1 << 24})
+    )
     asked = GenerationRequest(prompt * (1 + 64 // len(prompt)), 4, lam=0.0)
     weight = next(p for name, p in model.pilot.named_parameters() if "layers.0" in name)
     before = weight.detach().clone()
@@ -127,7 +128,7 @@ def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
     for name in ("step", "question_memory"):
         with monkeypatch.context() as patch:
             assert idle()
-            patch.setattr(engine._batch if name == "step" else model.copilot, name, broken)
+            patch.setattr(engine._worker.batch if name == "step" else model.copilot, name, broken)
             assert engine.unhealthy() == "Generation failed in the server (RuntimeError)."
         assert idle() and engine.unhealthy() is None
 
@@ -165,7 +166,9 @@ def test_an_engine_that_fails_time_after_time_is_unhealthy_though_requests_keep_
 def test_close_lets_go_on_for_a_while_then_fails_the_rest(
     model: FusedModel, export: Path, prompt: tuple[int, ...]
 ) -> None:
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, max_running=1))
+    engine = Engine(
+        model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS.model_copy(update={"max_running": 1})
+    )
     short, long, waiting = (Collector(engine, GenerationRequest(prompt, count)) for count in (20, 3000, 5))
     closing = threading.Thread(target=engine.close, args=(1.0,))
     short.next()

@@ -72,7 +72,7 @@ def test_a_cancelled_request_gives_its_device_memory_back(engine: Engine, prompt
         for _ in range(20):
             collector = Collector(engine, GenerationRequest(prompt, 400))
             collector.next()
-            collector.ticket.cancel()
+            collector.handle.cancel()
         Collector(engine, GenerationRequest(prompt, 4)).all()  # after the last one's cache has gone
         held.append(torch.cuda.memory_allocated())
     print(held)
