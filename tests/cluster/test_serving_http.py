@@ -220,7 +220,7 @@ def test_request_whose_client_leaves_is_stopped(server: Server, model: str, http
     assert soon(lambda: in_progress() == 0, FREE_WITHIN_S)
 
 
-def test_full_queue_is_told(server: Server, model: str, http: httpx.Client) -> None:
+def test_full_queue_is_refused(server: Server, model: str, http: httpx.Client) -> None:
     body = {"model": model, "prompt": PROMPT, "max_tokens": LONG_TOKENS, "temperature": 0, "stream": True}
     request = http.build_request("POST", "/v1/completions", json=body)
     streams = []

@@ -66,7 +66,7 @@ def cases(export: Path, count: int, first: int = 0) -> list[Case]:
     are computed in. A text is taken when it stays the same while lambda moves by a hundred times as much as rounding does.
     """
     settings = ReplicaSettings({"demo": export}, ServingSection(threads=1))
-    served = Replica(settings).catalogue.find("demo")
+    served = Replica(settings).registry.find("demo")
     found: list[Case] = []
     number = first
     while len(found) < count:

@@ -33,7 +33,7 @@ def settings_of(export: Path, *, keys: tuple[bytes, ...] = (), **fields: Any) ->
 
 def make_app(settings: ReplicaSettings) -> FastAPI:
     """The app, its models loaded."""
-    return create_app(Replica(settings).catalogue, settings)
+    return create_app(Replica(settings).registry, settings)
 
 
 @contextlib.contextmanager

@@ -152,7 +152,7 @@ def runs(pid: int, begun: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent and so on, as /proc tells them after the name, which may hold anything."""
+    """State, parent and so on, from /proc, after the name, which may hold anything."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -1,7 +1,7 @@
-"""What runs in a replica's process: models, engines, the app over them, and the watch for newer Copilots.
+"""What runs in a replica's process: models, engines, the app over them, and the swap of Copilots.
 
-Invariant: a replica answers only when every model has generated a token. `Replica` knows nothing of Ray, `build_app` asks
-it for the replica's name. Called by deployment.py; the tests use `Replica` without Serve as well.
+Invariant: a replica answers only when every model has generated a token. Called by deployment.py; the tests use `Replica`
+without Serve as well.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ logger = logging.getLogger("tc_ray.serving")
 
 
 class Replica:
-    """The models of a server, loaded. Raises ServingError when one cannot be."""
+    """The models of a server, loaded. Raises ServingError where one cannot be loaded."""
 
     def __init__(self, settings: ReplicaSettings) -> None:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
         from tc_ray.serving.engine import Turns
-        from tc_ray.serving.models.registry import Catalogue
+        from tc_ray.serving.models.registry import ModelRegistry
 
         disable_progress_bar()  # Serve copies a replica's output to the user's terminal
         torch.set_num_threads(settings.serving.threads or 1)
@@ -46,8 +46,8 @@ class Replica:
             loaded[run] = run.load_copilot(export)
             version = loaded[run].served.copilot_version
             logger.info("%s: loaded in %.1f s, Copilot %s", name, time.monotonic() - begun, version)
-        self.catalogue = Catalogue([copilot.served for copilot in loaded.values()])
-        self._swap = CopilotSwap(self.catalogue, loaded, drain_s=settings.serving.drain_time_s)
+        self.registry = ModelRegistry([copilot.served for copilot in loaded.values()])
+        self._swap = CopilotSwap(self.registry, loaded, drain_s=settings.serving.drain_time_s)
         self._swaps = ThreadPoolExecutor(1, thread_name_prefix="copilot-swap")
         self._serving = False
 
@@ -68,11 +68,11 @@ class Replica:
             logger.error("the new user_config is not used: %s", error)
 
     async def unhealthy(self) -> str | None:
-        """What is wrong with the first engine that does not generate; None: nothing, and the replica serves from now on."""
-        for served in self.catalogue:
+        """What is wrong with the first engine that does not generate. None: nothing, and the replica serves from now on."""
+        for served in self.registry:
             reason = await asyncio.to_thread(served.engine.unhealthy)
-            # One that was replaced while it was tried is stopped, and that is no fault.
-            if reason and self.catalogue.find(served.name) is served:
+            # An engine that was replaced meanwhile is stopped, and that is no fault.
+            if reason and self.registry.find(served.name) is served:
                 return f"{served.name}: {reason}"
         self._serving = True
         return None
@@ -87,14 +87,14 @@ def build_app(settings: ReplicaSettings) -> FastAPI:
 
     log_to_stderr()
     replica = Replica(settings)
-    app = create_app(replica.catalogue, settings)
+    app = create_app(replica.registry, settings)
     app.state.replica = replica
-    app.state.reporting = asyncio.create_task(app.state.metrics.run(replica.catalogue))
+    app.state.reporting = asyncio.create_task(app.state.metrics.run(replica.registry))
     return app
 
 
 def log_to_stderr() -> None:
-    """Let this package's log lines of level INFO be seen; they never hold prompts."""
+    """Show this package's log lines from level INFO on. They never hold prompts."""
     package = logging.getLogger("tc_ray")
     if not package.handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -11,15 +11,15 @@ from collections import Counter
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tc_ray.serving.errors import RequestError, queue_full
-from tc_ray.serving.models.registry import Catalogue
+from tc_ray.serving.models.registry import ModelRegistry
 
 
 class Admission:
     """ASGI middleware over the routes that make a model work."""
 
-    def __init__(self, app: ASGIApp, catalogue: Catalogue, max_key_requests: int) -> None:
+    def __init__(self, app: ASGIApp, registry: ModelRegistry, max_key_requests: int) -> None:
         self._app = app
-        self._catalogue = catalogue
+        self._registry = registry
         self._max_key_requests = max_key_requests
         self._running: Counter[bytes] = Counter()
 
@@ -29,7 +29,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         key = scope.setdefault("state", {}).get("key", b"")
-        if len(self._catalogue) and not self._catalogue.has_room():
+        if len(self._registry) and not self._registry.has_room():
             await queue_full().answer(scope, receive, send)
             return
         if self._running[key] >= self._max_key_requests:

@@ -23,40 +23,40 @@ from tc_ray.serving.http.metrics import Metrics, Observed
 from tc_ray.serving.http.openapi import document
 from tc_ray.serving.http.routes import make_router
 from tc_ray.serving.http.service import Service
-from tc_ray.serving.models.registry import Catalogue
+from tc_ray.serving.models.registry import ModelRegistry
 from tc_ray.serving.page.route import router as page
 from tc_ray.serving.settings import ReplicaSettings
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def create_app(catalogue: Catalogue, settings: ReplicaSettings) -> FastAPI:
+def create_app(registry: ModelRegistry, settings: ReplicaSettings) -> FastAPI:
     """The application over a model registry, which may change while it runs. Its end closes the engines.
 
-    `app.state`: metrics, catalogue.
+    `app.state`: metrics, registry.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.gather(*(asyncio.to_thread(served.engine.close) for served in catalogue))
+        await asyncio.gather(*(asyncio.to_thread(served.engine.close) for served in registry))
 
     metrics = Metrics()
     # No documentation pages: they load scripts from elsewhere. /openapi.json stays. No redirects: they would go where the
     # client's Host header says.
     app = FastAPI(title="tc-ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.metrics = metrics
-    app.state.catalogue = catalogue
+    app.state.registry = registry
     # The one added last is outermost: the key is checked before its limit, and the limits before the body is read.
     app.add_middleware(BodyLimit, limit_bytes=settings.serving.max_body_bytes)
-    app.add_middleware(Admission, catalogue=catalogue, max_key_requests=settings.serving.max_key_requests)
+    app.add_middleware(Admission, registry=registry, max_key_requests=settings.serving.max_key_requests)
     if settings.key_digests:
         app.add_middleware(BearerAuth, key_digests=settings.key_digests)
     app.add_middleware(Observed, metrics=metrics)
     _add_error_handlers(app)
-    app.include_router(make_router(Service(catalogue, settings.serving, metrics)))
+    app.include_router(make_router(Service(registry, settings.serving, metrics)))
     app.include_router(page)
-    app.openapi = lambda: document(app, catalogue, settings)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, registry, settings)  # type: ignore[method-assign]
     return app
 
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tc_ray.serving.engine.contract import Load
 
 if TYPE_CHECKING:
-    from tc_ray.serving.models.registry import Catalogue
+    from tc_ray.serving.models.registry import ModelRegistry
 
 GONE = 499
 """Status in the metrics of a request whose client went away."""
@@ -82,7 +82,7 @@ class Metrics:
         if refused is not None:
             self._refusals.inc(1, {"reason": refused})
 
-    def report_load(self, registry: Catalogue) -> None:
+    def report_load(self, registry: ModelRegistry) -> None:
         """Set the gauges of the engines, and add to their counters what came since the last report."""
         for served in registry:
             load, labels = served.engine.load(), {"model": served.name}
@@ -96,7 +96,7 @@ class Metrics:
                     counter.inc(more, labels)
             self._reported[served.name] = served.engine, load
 
-    async def run(self, registry: Catalogue) -> None:
+    async def run(self, registry: ModelRegistry) -> None:
         """Report the load every LOAD_PERIOD_S until cancelled."""
         while True:
             self.report_load(registry)
@@ -104,7 +104,7 @@ class Metrics:
 
 
 class Observed:
-    """ASGI middleware: counts and times each request, and gives each answer an X-Request-Id."""
+    """ASGI middleware: counts and times each request, and sets X-Request-Id."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -129,13 +129,13 @@ class Observed:
         try:
             await self._app(scope, receive, watched)
         except Exception:
-            status = 500  # answered further out
+            status = 500  # an outer middleware answers
             raise
         finally:
-            told = GONE if state.get("gone") else status
+            status = GONE if state.get("gone") else status
             route = scope["path"] if scope["path"] in ROUTES else "other"
             seconds = time.perf_counter() - began_s
-            self._metrics.answered(route, state.get("model", ""), told, seconds, state.get("refused"))
+            self._metrics.answered(route, state.get("model", ""), status, seconds, state.get("refused"))
 
 
 def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -19,7 +19,7 @@ import tc_ray
 from tc_ray.serving.headers import SEED_HEADER
 from tc_ray.serving.http.answers import ChatChunk, ErrorEnvelope
 from tc_ray.serving.http.requests import MAX_SCORED, MAX_TOKEN_ID, ChatRequest, CompletionRequest, ScoreBody
-from tc_ray.serving.models.registry import Catalogue
+from tc_ray.serving.models.registry import ModelRegistry
 from tc_ray.serving.settings import ReplicaSettings
 
 _REFS = "#/components/schemas/{model}"
@@ -68,7 +68,7 @@ def _digits(pattern: str) -> dict[str, str]:
     return {"type": "string", "pattern": pattern}
 
 
-def document(app: FastAPI, catalogue: Catalogue, settings: ReplicaSettings) -> dict[str, Any]:
+def document(app: FastAPI, registry: ModelRegistry, settings: ReplicaSettings) -> dict[str, Any]:
     """The document as it is now."""
     found = get_openapi(title="tc-ray", version=tc_ray.__version__, description=_DESCRIPTION, routes=app.routes)
     schemas = found["components"]["schemas"]
@@ -91,15 +91,15 @@ def document(app: FastAPI, catalogue: Catalogue, settings: ReplicaSettings) -> d
             else:
                 operation["responses"]["401"] = {"description": _STATUS[401], "content": content}
     for shape in (CompletionRequest, ChatRequest, ScoreBody):
-        _add_limits(schemas[shape.__name__]["properties"], catalogue, settings)
+        _add_limits(schemas[shape.__name__]["properties"], registry, settings)
     return found
 
 
-def _add_limits(fields: dict[str, Any], catalogue: Catalogue, settings: ReplicaSettings) -> None:
+def _add_limits(fields: dict[str, Any], registry: ModelRegistry, settings: ReplicaSettings) -> None:
     """Write the server's models and limits into the schema of a body."""
     limits = settings.serving
-    fields["model"]["enum"] = [served.name for served in catalogue]
-    vocab_size = min((served.encoder.vocab_size for served in catalogue), default=MAX_TOKEN_ID + 1)
+    fields["model"]["enum"] = [served.name for served in registry]
+    vocab_size = min((served.encoder.vocab_size for served in registry), default=MAX_TOKEN_ID + 1)
     most = {"max_tokens": limits.max_tokens, "max_completion_tokens": limits.max_tokens}
     most |= {
         "n": limits.max_choices,

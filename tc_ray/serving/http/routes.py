@@ -153,7 +153,7 @@ def _work_routes(service: Service) -> APIRouter:
 
 def _add_state_routes(router: APIRouter, service: Service) -> None:
     """The routes that show models and health."""
-    catalogue = service.catalogue
+    registry = service.registry
     unavailable: dict[int | str, dict[str, Any]] = {
         503: {"model": State, "description": "Not fit to work; `reason` says why."}
     }
@@ -161,12 +161,12 @@ def _add_state_routes(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models", response_model=ModelList, responses=errors())
     async def models() -> Response:
         """Served models."""
-        return _json(ModelList(data=[_card(served) for served in catalogue]))
+        return _json(ModelList(data=[_card(served) for served in registry]))
 
     @router.get("/v1/models/{name:path}", response_model=ModelCard, responses=errors(404))
     async def model(name: Annotated[str, Path(min_length=1)]) -> Response:
         """One served model."""
-        return _json(_card(catalogue.find(name)))
+        return _json(_card(registry.find(name)))
 
     @router.get("/health", response_model=State, responses={**errors(), **unavailable})
     async def health() -> Response:
@@ -176,7 +176,7 @@ def _add_state_routes(router: APIRouter, service: Service) -> None:
     @router.get("/ready", response_model=State, responses={**errors(), **unavailable})
     async def ready() -> Response:
         """Whether new requests are accepted."""
-        full = None if catalogue.has_room() else "every place in the batch and in the queue is taken"
+        full = None if registry.has_room() else "every place in the batch and in the queue is taken"
         return _state(await service.unhealthy() or full)
 
 

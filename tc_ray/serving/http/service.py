@@ -22,7 +22,7 @@ from tc_ray.serving.engine import Request as EngineRequest
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.http.feed import Feed
 from tc_ray.serving.http.metrics import Metrics
-from tc_ray.serving.models.registry import Catalogue, ServedModel
+from tc_ray.serving.models.registry import ModelRegistry, ServedModel
 
 HEALTH_S = 1.0
 """A health check holds for this long: /health needs no key and must not be a way to keep the engines busy."""
@@ -44,7 +44,7 @@ Work = TypeVar("Work", bound=HasRequests)
 class Service:
     """One replica's models and metrics."""
 
-    catalogue: Catalogue
+    registry: ModelRegistry
     limits: ServingSection
     metrics: Metrics
     _checking: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
@@ -63,7 +63,7 @@ class Service:
         places: most engine requests that `make` gives.
         """
         while True:
-            served = self.catalogue.find(name)
+            served = self.registry.find(name)
             request.state.model = served.name
             try:
                 with served.engine.reserve(places) as reservation:
@@ -71,7 +71,7 @@ class Service:
                     first_token = partial(self._first_token, request, served.name)
                     return work, Feed(reservation, _owned(work.requests, request), first_token)
             except RequestError as error:
-                if error.code not in _STOPPED or self.catalogue.find(name) is served:
+                if error.code not in _STOPPED or self.registry.find(name) is served:
                     raise
                 # swapped since it was looked up
 
@@ -87,7 +87,7 @@ class Service:
             return self._unhealthy
 
     async def _check(self) -> str | None:
-        models = list(self.catalogue)
+        models = list(self.registry)
         if not models:
             return "no model is loaded"
         reasons = await asyncio.gather(*(asyncio.to_thread(served.engine.unhealthy) for served in models))
@@ -95,7 +95,7 @@ class Service:
             f"{served.name}: {reason}"
             for served, reason in zip(models, reasons, strict=True)
             # the engine of a model that was swapped meanwhile is stopped, which is no fault
-            if reason and self.catalogue.find(served.name) is served
+            if reason and self.registry.find(served.name) is served
         ]
         return "; ".join(found) or None
 

@@ -1,7 +1,7 @@
-"""The models that a server answers with, by name.
+"""The model registry: the models of a server by name.
 
 Invariant: a name that a client sends is looked up here and nowhere else; it never becomes part of a path. A model can be
-swapped while requests run: who looked it up before keeps the old one. Made by the replica, read by the app.
+replaced while requests run: a request keeps the one that it looked up. Made by the replica, read by the app.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tc_ray.serving.text.prompt import PromptEncoder
 class ServedModel:
     """One model of the API.
 
-    name: as clients call it. default_lam: weight of the correction where a request names none. created: Unix time, s.
-    copilot_version: which Copilot it is, for GET /v1/models.
+    name: in the API. default_lam: lambda of requests that name none. created: Unix time, s. copilot_version: of its
+    Copilot, for GET /v1/models.
     """
 
     name: str
@@ -36,7 +36,7 @@ class ServedModel:
         return self.engine.free_places() > 0
 
 
-class Catalogue:
+class ModelRegistry:
     """Served models by name, in the order they were added. Safe to use from several threads."""
 
     def __init__(self, models: Iterable[ServedModel] = ()) -> None:
@@ -44,7 +44,7 @@ class Catalogue:
         self._changing = threading.Lock()
 
     def __iter__(self) -> Iterator[ServedModel]:
-        """The models at this moment."""
+        """The models, as they are now."""
         return iter(list(self._models.values()))
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Catalogue:
         return served
 
     def replace(self, served: ServedModel) -> ServedModel | None:
-        """Serve this one from now on under its name; returns the one before, which its caller closes."""
+        """Serve this model under its name from now on. Returns the one before, which the caller closes."""
         with self._changing:
             before = self._models.get(served.name)
             self._models = {**self._models, served.name: served}

@@ -20,7 +20,7 @@ from tc_ray.serving.models.exports import copilot_version, find_export
 from tc_ray.serving.models.loading import LoadedCopilot, LoadedRun
 
 if TYPE_CHECKING:
-    from tc_ray.serving.models.registry import Catalogue
+    from tc_ray.serving.models.registry import ModelRegistry
 
 RETIRE_AFTER_S = 5.0
 """A replaced engine takes requests for so long still: some have looked it up before."""
@@ -50,7 +50,7 @@ class CopilotSwap:
         drain_s: how long requests of a replaced Copilot may go on.
     """
 
-    def __init__(self, registry: Catalogue, loaded: Mapping[LoadedRun, LoadedCopilot], *, drain_s: float) -> None:
+    def __init__(self, registry: ModelRegistry, loaded: Mapping[LoadedRun, LoadedCopilot], *, drain_s: float) -> None:
         self._registry, self._current, self._drain_s = registry, dict(loaded), drain_s
 
     @property

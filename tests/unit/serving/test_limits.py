@@ -163,7 +163,7 @@ def test_full_queue_and_key_limit(export: Path, recorded: RecordedMetrics) -> No
     )
     app = make_app(settings)
     with served(app) as url, httpx.Client(base_url=url, timeout=60) as http:
-        running = app.state.catalogue.find("demo").engine
+        running = app.state.registry.find("demo").engine
         ended: list[str] = []
 
         def read(key: str) -> None:

@@ -19,12 +19,12 @@ def test_requests_times_and_load(tmp_path: Path, recorded: RecordedMetrics) -> N
         client.post("/v1/completions", json={**COMPLETION, "user": "x"})
         client.get("/secret-path")
         state: Any = client.app.state  # type: ignore[attr-defined]
-        [served] = state.catalogue
+        [served] = state.registry
         until = time.monotonic() + 10
         while served.engine.load().running and time.monotonic() < until:
             time.sleep(0.005)  # a response is sent before its sequence leaves the batch
         for _ in range(2):
-            state.metrics.report_load(state.catalogue)
+            state.metrics.report_load(state.registry)
         load = served.engine.load()
     assert recorded("tc_ray_requests", route="/v1/completions", model="demo", status="200") == 2
     assert recorded("tc_ray_requests", route="/v1/completions", model="", status="400") == 1

@@ -44,7 +44,7 @@ def client(settings: Any) -> Iterator[TestClient]:
 
 
 def engine_of(app: Any) -> Any:
-    return next(iter(app.state.catalogue)).engine
+    return next(iter(app.state.registry)).engine
 
 
 def idle_within(engine: Any, seconds: float = FREE_WITHIN_S) -> bool:
@@ -227,11 +227,11 @@ def test_engine_that_closes_ends_its_streams_with_an_error(settings: Any) -> Non
 def test_model_that_is_swapped_while_requests_come(settings: Any) -> None:
     with client_of(settings) as client:
         app: Any = client.app
-        catalogue = app.state.catalogue
-        old = catalogue.find("demo")
+        registry = app.state.registry
+        old = registry.find("demo")
         before = post(client, "/v1/completions", COMPLETION)["choices"]
-        new = Replica(settings).catalogue.find("demo")
-        real_find = catalogue.find
+        new = Replica(settings).registry.find("demo")
+        real_find = registry.find
         looked_up = []
 
         def find(name: str) -> Any:
@@ -239,10 +239,10 @@ def test_model_that_is_swapped_while_requests_come(settings: Any) -> None:
             looked_up.append(name)
             if len(looked_up) > 1:
                 return real_find(name)
-            assert catalogue.replace(new) is old
+            assert registry.replace(new) is old
             old.engine.close()
             return old
 
-        catalogue.find = find
+        registry.find = find
         assert post(client, "/v1/completions", COMPLETION)["choices"] == before
         assert len(looked_up) > 1

@@ -1,4 +1,4 @@
-"""Newer Copilots in a replica without Serve: real engines, real files, requests under way while they are swapped."""
+"""Newer Copilots in a replica without Serve: real engines, real files, requests in progress while they are swapped."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Bench:
 
     @property
     def version(self) -> str | None:
-        return self.replica.catalogue.find("m").copilot_version
+        return self.replica.registry.find("m").copilot_version
 
     def reload(self, **copilots: str) -> bool:
-        """As Serve's reconfigure: load the Copilots anew; whether the served model was replaced."""
-        before = self.replica.catalogue.find("m")
+        """As Serve's reconfigure: load the Copilots again; whether the served model was replaced."""
+        before = self.replica.registry.find("m")
         self.replica.configure({"copilots": copilots})
         self.replica._swaps.submit(lambda: None).result(60)
-        return self.replica.catalogue.find("m") is not before
+        return self.replica.registry.find("m") is not before
 
     def say(self, new_tokens: int = 12) -> tuple[list[int], Finished]:
-        collector = Collector(self.replica.catalogue.find("m").engine, GenerationRequest(PROMPT, new_tokens, lam=5.0))
+        collector = Collector(self.replica.registry.find("m").engine, GenerationRequest(PROMPT, new_tokens, lam=5.0))
         return finish(collector)
 
 
@@ -71,7 +71,7 @@ def bench(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     replica = Replica(ReplicaSettings({"m": export}, section))
     assert asyncio.run(replica.unhealthy()) is None
     yield Bench(replica, export)
-    for served in replica.catalogue:
+    for served in replica.registry:
         served.engine.close()
 
 
@@ -85,7 +85,7 @@ def train(export: Path, seed: int = 1) -> None:
 
 
 def test_newer_copilot_takes_over_and_requests_under_way_end_with_the_old_one(bench: Bench) -> None:
-    before, first = bench.version, bench.replica.catalogue.find("m")
+    before, first = bench.version, bench.replica.registry.find("m")
     expected, _ = bench.say(300)
     under_way = Collector(first.engine, GenerationRequest(PROMPT, 300, lam=5.0))
     under_way.next()
@@ -116,19 +116,19 @@ def test_hooks_of_old_copilots_leave_the_pilot(bench: Bench) -> None:
 
 
 def test_nothing_happens_without_a_change(bench: Bench) -> None:
-    engine = bench.replica.catalogue.find("m").engine
+    engine = bench.replica.registry.find("m").engine
     assert not bench.reload()
     fusion = bench.export / "fusion.json"
-    fusion.write_text(fusion.read_text())  # written anew, the same content
+    fusion.write_text(fusion.read_text())  # written again, the same content
     assert not bench.reload()
-    assert bench.replica.catalogue.find("m").engine is engine
+    assert bench.replica.registry.find("m").engine is engine
 
 
 def test_changed_lambda_takes_over(bench: Bench) -> None:
     fusion = bench.export / "fusion.json"
     fusion.write_text(json.dumps({**json.loads(fusion.read_text()), "lam": 0.25}))
     assert bench.reload()
-    assert bench.replica.catalogue.find("m").default_lam == 0.25
+    assert bench.replica.registry.find("m").default_lam == 0.25
 
 
 def cut(export: Path) -> None:
