@@ -29,7 +29,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         key = scope.setdefault("state", {}).get("key", b"")
-        if len(self._registry) and not self._registry.has_room():
+        if self._registry.full:
             await queue_full().answer(scope, receive, send)
             return
         if self._running[key] >= self._max_key_requests:

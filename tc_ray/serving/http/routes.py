@@ -176,7 +176,7 @@ def _add_state_routes(router: APIRouter, service: Service) -> None:
     @router.get("/ready", response_model=State, responses={**errors(), **unavailable})
     async def ready() -> Response:
         """Whether new requests are accepted."""
-        full = None if registry.has_room() else "every place in the batch and in the queue is taken"
+        full = "every place in the batch and in the queue is taken" if registry.full else None
         return _state(await service.unhealthy() or full)
 
 

@@ -31,10 +31,6 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     copilot_version: str | None = None
 
-    def has_room(self) -> bool:
-        """Whether one more request would be accepted."""
-        return self.engine.free_places() > 0
-
 
 class ModelRegistry:
     """Served models by name, in the order they were added. Safe to use from several threads."""
@@ -69,6 +65,7 @@ class ModelRegistry:
             self._models = {**self._models, served.name: served}
         return before
 
-    def has_room(self) -> bool:
-        """Whether any model's engine can take one more request."""
-        return any(served.has_room() for served in self._models.values())
+    @property
+    def full(self) -> bool:
+        """Whether no model's engine has a free place."""
+        return len(self) > 0 and not any(served.engine.free_places() for served in self)
