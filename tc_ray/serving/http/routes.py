@@ -155,7 +155,7 @@ def _add_state_routes(router: APIRouter, service: Service) -> None:
     """The routes that show models and health."""
     registry = service.registry
     unavailable: dict[int | str, dict[str, Any]] = {
-        503: {"model": State, "description": "Not fit to work; `reason` says why."}
+        503: {"model": State, "description": "Not fit to work; `reason` states why."}
     }
 
     @router.get("/v1/models", response_model=ModelList, responses=errors())

@@ -114,7 +114,7 @@ def test_choices_are_seeded_one_after_the_other(client: TestClient, path: str) -
     assert streamed == three
 
 
-def test_seed_that_was_drawn_is_told(client: TestClient) -> None:
+def test_a_drawn_seed_is_in_the_header(client: TestClient) -> None:
     sampled = {**COMPLETION, "temperature": 1}
     first = client.post("/v1/completions", json=sampled)
     seed = int(first.headers["X-TC-Ray-Seed"])
@@ -123,7 +123,7 @@ def test_seed_that_was_drawn_is_told(client: TestClient) -> None:
     assert client.post("/v1/completions", json={**sampled, "seed": -7}).headers["X-TC-Ray-Seed"] == "-7"
 
 
-def test_penalties_change_what_is_said(client: TestClient) -> None:
+def test_penalties_change_the_text(client: TestClient) -> None:
     plain = post(client, "/v1/completions", {**COMPLETION, "max_tokens": 40})["choices"][0]["text"]
     for field in ("presence_penalty", "frequency_penalty"):
         assert (

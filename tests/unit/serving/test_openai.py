@@ -117,14 +117,14 @@ def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]
 
 def test_document_names_every_route_and_its_answers(app: FastAPI, http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
-    told = {(path, method.upper()) for path, item in document["paths"].items() for method in item}
+    documented = {(path, method.upper()) for path, item in document["paths"].items() for method in item}
     routes = {
         (route.path.replace(":path", ""), method)
         for route in every_route(app)
         for method in route.methods
         if route.path.startswith(("/v1/", "/health", "/ready")) and method != "HEAD"
     }
-    assert told == routes
+    assert documented == routes
     for path, item in document["paths"].items():
         for operation in item.values():
             assert ("401" in operation["responses"]) == (path != "/health")

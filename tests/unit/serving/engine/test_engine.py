@@ -182,7 +182,7 @@ def test_prompts_begin_with_what_was_computed_before(engine: Engine, prompt: tup
 
 
 def test_prompts_of_others_are_not_begun_with(engine: Engine, prompt: tuple[int, ...]) -> None:
-    """How many tokens were reused would tell what the others asked."""
+    """How many tokens were reused would show what the others asked."""
     cached = []
     for owner in (b"a", b"b", b"", b"a"):
         end = Collector(engine, GenerationRequest(prompt * 8, 2, owner=owner)).all()[1]

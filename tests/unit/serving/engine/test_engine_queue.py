@@ -17,13 +17,13 @@ from tests.support.serving_samples import LIMITS, Collector
 
 
 def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
-    """Also to one that needs much room, though one behind it would fit at once."""
+    """Also to one that needs much cache, though one behind it would fit at once."""
     batch = FusedBatch(model)
 
     def planned(*new: int) -> int:
         return batch.planned_bytes([batch.need(len(prompt), tokens, True) for tokens in new])
 
-    # the caches grow by eight rows: beside eight of 600 tokens there is room for small ones and none for a large one
+    # the caches grow by eight rows: beside eight of 600 tokens small ones fit and a large one does not
     early, large, small = [600] * 8, 1500, [5] * 3
     budget = planned(large)
     assert planned(*early, *small) <= budget < planned(*early, large)
@@ -92,8 +92,8 @@ def test_a_busy_engine_that_computes_nothing_is_unhealthy(
         assert stuck.wait(10)
         assert engine.unhealthy() is None, "it has only begun"
         time.sleep(0.5)
-        said = engine.unhealthy()
-        assert said is not None and said.startswith("the engine has given no token for ")
+        reason = engine.unhealthy()
+        assert reason is not None and reason.startswith("the engine has given no token for ")
     finally:
         handle.remove()
         go_on.set()
