@@ -36,9 +36,9 @@ from decoding import copilot_bytes, pilot_bytes
 from fused_models import add_model_options, device_line, load_models
 from workload import BUILTIN, print_table, write_json
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine import Engine, Event, Finished, GenerationRequest, Piece
-from tc_ray.serving.settings import EngineLimits
 
 LAM = 0.5
 
@@ -95,7 +95,7 @@ def stamped(events: queue.Queue[Any]) -> Callable[[int, Event], None]:
 
 def continuous(model: FusedModel, lam: float, clients: int, arguments: argparse.Namespace) -> Figures:
     """N clients at the engine for `--seconds`, after a warm-up; requests begun before the end count to their end."""
-    limits = EngineLimits(max_running=clients, max_waiting=clients, prefix_bytes=0)
+    limits = ServingSection(max_running=clients, max_waiting=clients, prefix_bytes=0)
     engine = Engine(model, NoEnd(), limits)
     series, lock, figures = requests(arguments, model.vocab_size, lam), threading.Lock(), Figures()
     begin = time.perf_counter() + arguments.warm_up

@@ -15,6 +15,7 @@ from typing import Any
 from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity
 from tc_ray.cluster.signals import Stopped, take_signals
 from tc_ray.config.schema import RunConfig
+from tc_ray.text import visible
 
 
 def pilot_need(config: RunConfig) -> Need:
@@ -76,10 +77,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
             cores = os.cpu_count() or 1
             count = max(cores, int(-(-cpus_needed(config) // 1)))
             if count > cores:
-                print(
-                    f"ray: the run asks for {count} CPUs, this machine has {cores}: processes will share cores",
-                    flush=True,
-                )
+                text = f"ray: the run asks for {count} CPUs, this machine has {cores}: processes will share cores"
+                print(visible(text), flush=True)
             _init(address="local", num_cpus=count, log_to_driver=False, logging_level="warning")
         yield
     finally:
@@ -114,7 +113,8 @@ def check_room(config: RunConfig) -> None:
     first = ray.remote(num_cpus=1)(_nothing).remote()
     while not ray.wait([first], timeout=SAY_SECONDS)[0]:
         free = amounts(ray.available_resources())
-        print(f"ray: waiting for 1 CPU to prepare the data; free now: {free} (Ctrl-C ends the wait)", flush=True)
+        text = f"ray: waiting for 1 CPU to prepare the data; free now: {free} (Ctrl-C ends the wait)"
+        print(visible(text), flush=True)
 
 
 def _nothing() -> None:

@@ -1,54 +1,81 @@
 """Load a `RunConfig` from YAML and dotted overrides, and write one back.
 
-Invariant: every refusal is a ConfigError of readable lines that name where the value stands (file and line, or the
-override), the key, and what is allowed instead, and no secret; nothing unknown is ever ignored. Called by the command line,
-the job entry scripts and the tests. Imports neither torch nor ray.
+Invariant: every refusal is a ConfigError of readable lines that name the place (file and line, or the override), the key and
+what is allowed instead, and show no secret; nothing unknown is ever ignored. Called by the command line, the entry scripts
+and the tests. Imports neither torch nor ray.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import ValidationError
 
+from tc_ray.config.data import EMBEDDED
+from tc_ray.config.fields import config_fields, names_in, types_at
 from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact_override, remember
-from tc_ray.config.schema import EMBEDDED, TRACKING_VARIABLE, RunConfig
-from tc_ray.config.yaml_file import ConfigError, ConfigLoader, read_sections, text_of
+from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
+from tc_ray.config.serving import ServingSection
+from tc_ray.config.yaml_file import BeyondBoundsError, ConfigError, ConfigLoader, KeyPath, read_sections, text_of
 from tc_ray.files import write_file
 
-_Path = tuple[str, ...]
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
+SERVING = "serving"
 _END = "# end of the saved configuration"
-
-
-@dataclass(frozen=True)
-class FieldDoc:
-    """One field for the documentation: dotted path, allowed values, default and meaning, all as text."""
-
-    path: str
-    allowed: str
-    default: str
-    description: str
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4`, each given once, and check it all.
 
-    The value of an override of a text or path field is taken as typed (`null` is none where the field may be null); other
-    values are YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked up from the
-    current folder, then from the root of the repository that holds the recipe. Secrets that are struck out in a saved
-    config are left to the environment where it has them. Raises ConfigError.
+    An override of a text or path field is taken as typed (`null` is none where the field may be null); other values are
+    YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked up from the current folder,
+    then from the root of the repository that holds the recipe. A secret that is struck out in a saved config is left to the
+    environment if it has it. Raises ConfigError.
     """
-    origins: dict[_Path, str] = {}
+    origins: dict[KeyPath, str] = {}
     values = read_sections(path, origins) if path else {}
+    _apply_all(overrides, values, origins)
+    config = _checked(values, origins, path)
+    _drop_fallback_for_given_files(config, origins)
+    _leave_to_environment(config)
+    remember(config.secrets())
+    _place_paths(config, path)
+    return config
+
+
+def load_serving(
+    path: Path | None, overrides: Sequence[str] = (), fields: Mapping[str, Any] | None = None
+) -> ServingSection:
+    """The `serving` section of a config file alone: a server neither uses nor checks the other sections.
+
+    Args:
+        path: None: defaults. fields: of the section, from a Serve config file; they replace those of `path`, and overrides
+            replace both.
+
+    Raises:
+        ConfigError: also for an override of another section.
+    """
+    origins: dict[KeyPath, str] = {}
+    read = read_sections(path, origins) if path else {}
+    values = {name: section for name, section in read.items() if name == SERVING or not names_in((str(name),))}
+    section = values.setdefault(SERVING, {})
+    for name, value in (fields or {}).items():
+        if isinstance(section, dict):
+            section[name] = value
+        origins[SERVING, name] = f"args.{name}"
+    for override in overrides:
+        if not override.startswith(f"{SERVING}."):
+            raise ConfigError(f"override {redact_override(override)!r}: a server takes {SERVING}.FIELD=VALUE only")
+    _apply_all(overrides, values, origins)
+    return _checked(values, origins, path).serving
+
+
+def _apply_all(overrides: Sequence[str], values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
     names = [override.partition("=")[0].strip() for override in overrides]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -61,22 +88,20 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             )
     for override in overrides:
         _apply(override, values, origins)
-    unknown = [_unknown_message(key, origins) for key in _unknown_keys(values, RunConfig)]
+
+
+def _checked(values: dict[str, Any], origins: dict[KeyPath, str], path: Path | None) -> RunConfig:
+    unknown = [_unknown_message(key, origins) for key in _unknown_keys(values)]
     if unknown:
         raise ConfigError("\n".join(unknown))
     try:
-        config = RunConfig.model_validate(values)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_validation_message(error, origins, path)) from None
-    _refuse_fallback_for_given_files(config, origins)
-    _leave_to_environment(config)
-    remember(config.secrets())
-    _place_paths(config, path)
-    return config
 
 
 def require_secrets(config: RunConfig) -> None:
-    """Refuse a config that came back from a file in which its secrets are struck out: `***` is not used as if it were one.
+    """Refuse a config that was read from a file in which its secrets are struck out: `***` is never used as a secret.
 
     Raises:
         ConfigError: names the fields.
@@ -84,7 +109,7 @@ def require_secrets(config: RunConfig) -> None:
     missing = config.secrets_to_give()
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)}: {STRUCK_OUT} stands where a secret was; secrets are not saved with a run. Give the value "
+            f"{', '.join(missing)}: {STRUCK_OUT} stands in place of a secret; secrets are not saved with a run. Give the value "
             f"again ({missing[0]}=...), or leave it to the environment"
         )
 
@@ -100,28 +125,29 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def load_saved_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """As `load_config`, for what `save_config` wrote: a file that was cut off is refused.
+    """As `load_config`, for what `save_config` wrote. A file that was cut off is refused: its lost sections would be defaults."""
+    _check_whole(path)
+    return load_config(path, overrides)
 
-    Half a config is one too: every section that is gone would have its defaults.
-    """
+
+def load_saved_serving(
+    path: Path, overrides: Sequence[str] = (), fields: Mapping[str, Any] | None = None
+) -> ServingSection:
+    """As `load_serving`, for what `save_config` wrote."""
+    _check_whole(path)
+    return load_serving(path, overrides, fields)
+
+
+def _check_whole(path: Path) -> None:
     if not text_of(path).rstrip().endswith(_END):
         raise ConfigError(
             f"{path} is cut off or damaged: its last line {_END!r} is missing. Remove the file: `tc-ray train` with the same "
             "recipe and overrides writes it anew"
         )
-    return load_config(path, overrides)
 
 
-def describe_fields() -> list[FieldDoc]:
-    """Every field of the config in the order of the schema, for `docs/` and the command line."""
-    return [
-        FieldDoc(".".join(path), _allowed(info.annotation, info.metadata), _default(info), info.description or "")
-        for path, info in _fields(RunConfig)
-    ]
-
-
-def _refuse_fallback_for_given_files(config: RunConfig, origins: Mapping[_Path, str]) -> None:
-    """Files named by an override are meant: a recipe's fallback, made for its own files, does not stand in for them."""
+def _drop_fallback_for_given_files(config: RunConfig, origins: Mapping[KeyPath, str]) -> None:
+    """Drop a recipe's fallback if an override names other files: the fallback replaces the recipe's own files only."""
 
     def is_override(name: str) -> bool:
         return origins.get(("data", name), "").startswith("override")
@@ -134,7 +160,7 @@ def _refuse_fallback_for_given_files(config: RunConfig, origins: Mapping[_Path, 
 # Overrides
 
 
-def _apply(override: str, values: dict[str, Any], origins: dict[_Path, str]) -> None:
+def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
     shown = redact_override(override)
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
@@ -151,96 +177,51 @@ def _apply(override: str, values: dict[str, Any], origins: dict[_Path, str]) -> 
     origins[keys] = f"override {shown!r}"
 
 
-def _override_value(text: str, keys: _Path, shown: str) -> Any:
+def _override_value(text: str, keys: KeyPath, shown: str) -> Any:
     """Text and paths as they were typed, the rest as YAML."""
-    kinds = _kinds(keys)
+    kinds = types_at(keys)
     plain = kinds - {type(None)}
-    if plain <= {str, Path}:  # also of an unknown key: it is refused by its name, whatever its value is
+    if plain <= {str, Path}:  # also of an unknown key, which is refused by its name whatever its value is
         if text == "null" and type(None) in kinds:
             return None
         if (Path in plain or keys in _PATHS) and not text.strip():
-            raise ConfigError(f"override {shown!r}: {_empty_path(kinds)}")
+            remedy = "write null for the default" if type(None) in kinds else "name a file or folder"
+            raise ConfigError(f"override {shown!r}: the path is empty; {remedy}")
         return text
     try:
         return yaml.load(text, ConfigLoader) if text.strip() else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, BeyondBoundsError):
         raise ConfigError(f"override {shown!r}: not a YAML value; quote what is text in it") from None
-
-
-def _empty_path(kinds: set[Any]) -> str:
-    return "the path is empty; " + ("write null for the default" if type(None) in kinds else "name a file or folder")
-
-
-def _kinds(keys: _Path) -> set[Any]:
-    """Types that the field at `keys` takes, entries of a mapping counted as fields; empty: there is no such field."""
-    found: Any = RunConfig
-    for key in keys:
-        section = _section(found)
-        if section and key in section.model_fields:
-            found = section.model_fields[key].annotation
-        elif get_origin(found) is dict:
-            found = get_args(found)[1]
-        else:
-            return set()
-    return _members(found)
-
-
-def _members(annotation: Any) -> set[Any]:
-    if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return {kind for member in get_args(annotation) for kind in _members(member)}
-    return {annotation}
 
 
 # Checking
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _fields(model: type[BaseModel], above: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    for name, info in model.model_fields.items():
-        section = _section(info.annotation)
-        if section:
-            yield from _fields(section, (*above, name))
-        else:
-            yield (*above, name), info
-
-
-def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], above: _Path = ()) -> Iterator[_Path]:
+def _unknown_keys(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[KeyPath]:
     for key, value in values.items():
         here = (*above, str(key))
-        if key not in model.model_fields:
-            yield here
+        if here in config_fields():
             continue
-        section = _section(model.model_fields[key].annotation)
-        if section and isinstance(value, Mapping):
-            yield from _unknown_keys(value, section, here)
+        if not names_in(here):
+            yield here
+        elif isinstance(value, Mapping):
+            yield from _unknown_keys(value, here)
 
 
-def _unknown_message(key: _Path, origins: dict[_Path, str]) -> str:
+def _unknown_message(key: KeyPath, origins: dict[KeyPath, str]) -> str:
     where = _origin(key, origins)
     nearest = _nearest(key)
-    advice = f"did you mean {' or '.join(nearest)}?" if nearest else f"valid here: {', '.join(_valid_at(key[:-1]))}"
+    advice = f"did you mean {' or '.join(nearest)}?" if nearest else f"valid here: {', '.join(names_in(key[:-1]))}"
     return f"{where}: unknown key {'.'.join(key)}; {advice}"
 
 
-def _valid_at(section: _Path) -> list[str]:
-    model: type[BaseModel] = RunConfig
-    for name in section:
-        model = _section(model.model_fields[name].annotation) or model
-    return list(model.model_fields)
-
-
-def _nearest(key: _Path) -> list[str]:
+def _nearest(key: KeyPath) -> list[str]:
     """Up to three valid dotted names: close ones of the same section, else the same or a close name in any section."""
     here, leaf = key[:-1], key[-1]
-    same_section = difflib.get_close_matches(leaf, _valid_at(here), n=2, cutoff=0.6)
+    same_section = difflib.get_close_matches(leaf, names_in(here), n=2, cutoff=0.6)
     if same_section:
         return [".".join((*here, name)) for name in same_section]
-    paths = [path for path, _ in _fields(RunConfig)]
+    paths = list(config_fields())
     exact = [".".join(path) for path in paths if path[-1] == leaf]
     if exact:
         return exact[:3]
@@ -248,38 +229,37 @@ def _nearest(key: _Path) -> list[str]:
     return [".".join(path) for name in close for path in paths if path[-1] == name][:3]
 
 
-def _validation_message(error: ValidationError, origins: dict[_Path, str], path: Path | None) -> str:
-    infos = dict(_fields(RunConfig))
+def _validation_message(error: ValidationError, origins: dict[KeyPath, str], path: Path | None) -> str:
+    fields = config_fields()
     lines = []
     for problem in error.errors(include_url=False):
         text = str(problem["msg"]).removeprefix("Value error, ")
         location = tuple(str(part) for part in problem["loc"])
-        known = next((location[:size] for size in range(len(location), 0, -1) if location[:size] in infos), None)
-        if known is None:  # a rule over several fields, or a value where a section should stand
+        known = next((location[:size] for size in range(len(location), 0, -1) if location[:size] in fields), None)
+        if known is None:  # a rule over several fields, or a value in place of a section
             where = _origin(location, origins) if location else str(path or "config")
             prefix = f"{'.'.join(location)}: " if location else ""
             if problem["type"] == "model_type":
                 text = f"is {_shown(location, problem['input'])}, but it is a section with the fields "
-                text += ", ".join(_valid_at(location))
+                text += ", ".join(names_in(location))
             lines.append(f"{where}: {prefix}{text}")
             continue
-        info = infos[known]
-        meaning = f" ({info.description})" if info.description else ""
+        field = fields[known]
         finite = "finite: " if problem["type"] == "finite_number" else ""
         lines.append(
-            f"{_origin(known, origins)}: {'.'.join(known)} is {_shown(known, problem['input'])}, "
-            f"allowed: {finite}{_allowed(info.annotation, info.metadata)}{meaning}"
+            f"{_origin(known, origins)}: {field.path} is {_shown(known, problem['input'])}, "
+            f"allowed: {finite}{field.allowed} ({field.description})"
         )
-    return "\n".join(dict.fromkeys(lines))  # the members of a union each complain
+    return "\n".join(dict.fromkeys(lines))  # each member of a union gives an error
 
 
-def _shown(key: _Path, value: Any) -> str:
-    """A refused value for a message, as an override of it would be shown."""
+def _shown(key: KeyPath, value: Any) -> str:
+    """A refused value for a message, shown as an override of it is."""
     return redact_override(f"{'.'.join(key)}={value!r}").partition("=")[2]
 
 
 def _leave_to_environment(config: RunConfig) -> None:
-    """Secrets that are struck out are not used as if they were real: what the environment has comes from there."""
+    """Drop struck-out secrets that the environment has, so that they are read from there."""
     options = config.log.storage_options
     for name in [name for name, value in options.items() if value == STRUCK_OUT and given_by_environment(name)]:
         del options[name]
@@ -287,7 +267,7 @@ def _leave_to_environment(config: RunConfig) -> None:
         config.tracking.uri = None
 
 
-def _origin(key: _Path, origins: dict[_Path, str]) -> str:
+def _origin(key: KeyPath, origins: dict[KeyPath, str]) -> str:
     for size in range(len(key), 0, -1):
         if key[:size] in origins:
             return origins[key[:size]]
@@ -298,7 +278,7 @@ def _origin(key: _Path, origins: dict[_Path, str]) -> str:
 def _place_paths(config: RunConfig, recipe: Path | None) -> None:
     """Make paths of data and model folders absolute, looking from the current folder and then from the recipe's repository.
 
-    What is found nowhere stays as it is written: a hub id, or a path that an error message will name.
+    A path that is not found stays as it is written: it is a hub id, or an error message will name it.
     """
     roots = [Path.cwd()]
     if recipe:
@@ -312,50 +292,3 @@ def _place_paths(config: RunConfig, recipe: Path | None) -> None:
         place = next((os.path.normpath(path) for path in found if path.exists()), None)
         if place:
             setattr(getattr(config, section), name, place)
-
-
-# Describing
-
-
-def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _allowed(arguments[0], arguments[1:])
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_allowed(argument) for argument in arguments))
-    if origin is Literal:
-        return ", ".join(str(argument) for argument in arguments)
-    if origin is list:
-        return f"a list of {_allowed(arguments[0])}"
-    if origin is dict:
-        return (
-            f"a mapping of names to {'text (true, false and numbers in quotes)' if arguments[1] is str else 'values'}"
-        )
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        Path: "a path",
-        type(None): "null",
-    }
-    bounds = "".join(_bounds(item) for item in metadata)
-    return names.get(annotation, str(annotation)) + bounds
-
-
-def _bounds(item: Any) -> str:
-    nested = getattr(item, "metadata", None)  # a pydantic Field inside Annotated
-    if nested:
-        return "".join(_bounds(part) for part in nested)
-    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    told = [f" {word} {getattr(item, name):g}" for name, word in words.items() if getattr(item, name, None) is not None]
-    pattern = getattr(item, "pattern", None)
-    return " and".join(told) + (f" matching {pattern}" if pattern else "")
-
-
-def _default(info: Any) -> str:
-    value = info.default_factory() if info.default_factory else info.default
-    if value is PydanticUndefined:
-        return "required"
-    style = '"' if isinstance(value, str) and "\n" in value else None  # one line, whatever is in it
-    return yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6).split("\n")[0]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tc_ray.config.section import NonNegative, Positive, Section
+from tc_ray.config.section import MayChange, NonNegative, Positive, Section
 
 
 class LogSection(Section):
@@ -16,7 +16,7 @@ class LogSection(Section):
     path: str | None = Field(
         None, description="folder, or s3://, gs:// or az:// location, of the log; null: log/ in the run folder"
     )
-    storage_options: dict[str, str] = Field(
+    storage_options: MayChange[dict[str, str]] = Field(
         default_factory=dict,
         description="options of an object store as delta-rs names them (aws_endpoint_url, ...); what is not here comes "
         "from the environment. Only values that are known to be harmless (region, endpoint, ...) are saved with the run; "
@@ -67,26 +67,28 @@ class LogSection(Section):
     mistake_loss: float | None = Field(
         None, gt=0, description="nats; with sampling: mistakes a token's loss above this is a mistake too"
     )
-    flush_rounds: Positive = Field(
+    flush_rounds: MayChange[Positive] = Field(
         4, description="a data file is cut at least every this many rounds, so that the Copilot sees fresh records"
     )
-    file_bytes: Positive = Field(
+    file_bytes: MayChange[Positive] = Field(
         128 * 2**20, description="a data file is cut when it reaches this size, and small files are merged up to it"
     )
-    queue_rounds: Positive = Field(8, description="micro-batches that may wait for the writer thread")
-    full_policy: Literal["block", "subsample", "stop"] = Field(
+    queue_rounds: MayChange[Positive] = Field(8, description="micro-batches that may wait for the writer thread")
+    full_policy: MayChange[Literal["block", "subsample", "stop"]] = Field(
         "block",
         description="queue full, or no space where the log is: block: the Pilot waits; subsample: micro-batches that find "
         "the queue full are dropped; stop: recording pauses until there is space. Waits and drops are counted",
     )
-    compression: Literal["none", "zstd"] = "none"
-    compact: bool = Field(True, description="merge small files of the log while the run goes on")
-    keep_rounds: Positive | None = Field(None, description="rounds kept in the log, the newest; null: all")
-    max_bytes: Positive | None = Field(
+    compression: MayChange[Literal["none", "zstd"]] = Field("none", description="of the Parquet files")
+    compact: MayChange[bool] = Field(True, description="merge small files of the log while the run goes on")
+    keep_rounds: MayChange[Positive | None] = Field(None, description="rounds kept in the log, the newest; null: all")
+    max_bytes: MayChange[Positive | None] = Field(
         None,
         description="bytes the log may take; the oldest rounds go first, but none that the Copilot has still to read",
     )
-    vacuum_grace_seconds: float = Field(
+    vacuum_grace_seconds: MayChange[float] = Field(
         600, gt=0, description="files that left the log stay this long for readers without a lease (DuckDB, Spark)"
     )
-    orphan_seconds: float = Field(3600, gt=0, description="files that were never committed are removed after this long")
+    orphan_seconds: MayChange[float] = Field(
+        3600, gt=0, description="files that were never committed are removed after this long"
+    )

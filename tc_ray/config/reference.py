@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from itertools import groupby
 
-from tc_ray.config.load import FieldDoc, describe_fields
+from tc_ray.config.fields import ConfigField, config_fields
 from tc_ray.config.schema import RunConfig
 
 _INTRODUCTION = """# Configuration
@@ -16,34 +16,43 @@ _INTRODUCTION = """# Configuration
 Made from `tc_ray/config/` by `python -m tc_ray.config.reference > docs/config.md`; do not edit by hand.
 
 A recipe is a YAML file of sections, each with some of the fields below; what it leaves out has the default. Any field
-can be set on the command line after the recipe, once each: `tc-ray train RECIPE pilot.learning_rate=1e-4 copilot.layers=[1,3]`.
-The value of a text or path field is taken as it is typed, quotes and `#` included; where such a field may be null,
-`null` means none. Every other value is YAML (`null`, `true`, `[1, 2]`, `1e-4`). Numbers are finite. An unknown key is
-an error that names the nearest valid one, with the file and line. The resolved configuration stands in the run folder
-as `config.yaml`, secrets struck out.
+can be set on the command line after the recipe, once each:
+`tc-ray train RECIPE pilot.learning_rate=1e-4 copilot.layers=[1,3]`. The value of a text or path field is taken as it is
+typed, quotes and `#` included; where such a field may be null, `null` means none. Every other value is YAML (`null`,
+`true`, `[1, 2]`, `1e-4`). Numbers are finite. An unknown key is an error that names the nearest valid one, with the file
+and line. The resolved configuration is saved in the run folder as `config.yaml`, secrets struck out.
 
-Relative paths of data and model folders start at the current folder, else at the root of the repository that holds the recipe.
+A run that is resumed must have the settings of its first start, except for the fields whose column "on resume" says
+"may change": they change nothing that was already written.
 
-Rules over several fields: `pilot.batch_size` must be a multiple of `resources.pilot_workers` times `pilot.micro_batch_size`;
-`copilot.batch_size` a multiple of `resources.copilot_workers`; `copilot.schedule: lockstep` needs `log.enabled`;
-`log.keep_rounds` must be at least `copilot.buffer_rounds`; `fusion.lam_grid`
-must contain 0; `fusion.metric: ranking` needs `data.format: sequences`, which excludes `data.validation` and `data.test`.
+Relative paths of data and model folders start at the current folder, else at the root of the repository that holds the
+recipe.
+
+Rules over several fields:
+
+- `pilot.batch_size` must be a multiple of `resources.pilot_workers` times `pilot.micro_batch_size`.
+- `copilot.batch_size` must be a multiple of `resources.copilot_workers`.
+- `copilot.schedule: lockstep` needs `log.enabled`.
+- `log.keep_rounds` must be at least `copilot.buffer_rounds`.
+- `serving.drain_s` must be at least `serving.request_timeout_s`, `serving.max_replicas` at least `serving.replicas`.
+- `fusion.lam_grid` must contain 0.
+- `fusion.metric: ranking` needs `data.format: sequences`, which excludes `data.validation` and `data.test`.
 """
+_HEAD = "| field | default | allowed | on resume | meaning |\n| --- | --- | --- | --- | --- |"
 
 
 def page() -> str:
     """The whole page as Markdown."""
     parts = [_INTRODUCTION]
-    for section, fields in groupby(describe_fields(), key=lambda field: field.path.split(".")[0]):
+    for section, fields in groupby(config_fields().values(), key=lambda field: field.path.split(".")[0]):
         meaning = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()
-        parts += [f"## {section}\n\n{meaning}\n", "| field | default | allowed | meaning |\n| --- | --- | --- | --- |"]
-        parts += [_row(field) for field in fields]
-        parts.append("")
+        parts += [f"## {section}\n\n{meaning}\n", _HEAD, *map(_row, fields), ""]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
-def _row(field: FieldDoc) -> str:
-    cells = (f"`{field.path}`", f"`{field.default}`", field.allowed, field.description)
+def _row(field: ConfigField) -> str:
+    on_resume = "may change" if field.may_change else ""
+    cells = (f"`{field.path}`", f"`{field.default}`", field.allowed, on_resume, field.description)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -1,13 +1,20 @@
-"""What every section of the configuration is made of: the strict base class and the common number types."""
+"""What every section of the configuration is made of: the strict base class and the common field types."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_LAM = 10.0
 """Largest lambda of equation 8 that a config, an exported folder or a request may ask for."""
+
+ON_RESUME = "may change on resume"
+"""Mark of a field or section that may differ when a run is resumed: it changes nothing that was already written."""
+
+_Kind = TypeVar("_Kind")
+MayChange = Annotated[_Kind, ON_RESUME]
+"""Type of such a field: `threads: MayChange[Positive] = ...`. A field without it is fixed by the first start of a run."""
 
 
 def _no_flag(value: Any) -> Any:
@@ -23,7 +30,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys and numbers that are not finite are refused, values are checked on assignment."""
+    """Base of all sections: refuses unknown keys and numbers that are not finite, and checks values on assignment."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True, protected_namespaces=())
 

@@ -1,7 +1,8 @@
 """Config files as YAML: their sections as they are written, and where each key stands.
 
-Invariant: every refusal is a ConfigError that names the file, shows no secret, and comes before work on the file grows beyond
-its length (`config.bounds`). Called by `config.load` and, for a run's log, by `inspection.source`.
+Invariant: every refusal is a ConfigError that names the file and shows no secret. A file is refused before work on it grows
+beyond its length: ten lines of aliases can stand for 10^9 values. Called by `config.load` and, for a run's log, by
+`inspection.source`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from tc_ray.config.bounds import BeyondBoundsError, BoundedLoader, check_values, read_text
 from tc_ray.config.redact import STRUCK_OUT, redact
 from tc_ray.config.schema import RunConfig
 from tc_ray.text import first_line
@@ -20,25 +20,55 @@ from tc_ray.text import first_line
 KeyPath = tuple[str, ...]
 """Names of a field from the section down."""
 
+MAX_BYTES = 2**18
+MAX_VALUES = 10_000
+"""A whole config has about 200. PyYAML reads 20,000 a second, and long text 500 KB a second."""
+MAX_DEPTH = 50
+
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message says where and what to write instead."""
 
 
-class ConfigLoader(BoundedLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and a key given twice is an error."""
+class BeyondBoundsError(ValueError):
+    """The YAML is longer, or stands for more, than any config."""
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but bounded, 1e-4 is a number, and a key given twice is an error."""
+
+    _values = 0
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Count values, each alias as one, and depth. Raises BeyondBoundsError."""
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise BeyondBoundsError(f"it holds more than {MAX_VALUES} values, so it is no config of tc-ray")
+        if self._depth > MAX_DEPTH:
+            raise BeyondBoundsError("nested too deeply for a config")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def increase_flow_level(self) -> None:
+        """Refuse early: PyYAML looks ahead from each bracket, which takes seconds for thousands of them."""
+        if self.flow_level > MAX_DEPTH:
+            raise BeyondBoundsError("nested too deeply for a config")
+        super().increase_flow_level()  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As PyYAML does, after the check. Raises ConfigError."""
-        first_line: dict[str, int] = {}
+        """Refuse a key that is there twice. Raises ConfigError."""
+        seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if key.value in first_line:
+            if key.value in seen:
                 raise ConfigError(
-                    f"{key.start_mark.name}, line {line}: {key.value} stands already in line {first_line[key.value]}; "
+                    f"{key.start_mark.name}, line {line}: {key.value} is already set in line {seen[key.value]}; "
                     f"keep one of them"
                 )
-            first_line[key.value] = line
+            seen[key.value] = line
         return super().construct_mapping(node, deep)
 
 
@@ -65,7 +95,7 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), each with its fields")
-        check_values(node)
+        _check_values(node)
         _note_lines(node, (), path, {} if origins is None else origins)
         values: dict[str, Any] = loader.construct_document(node)
     except ConfigError:
@@ -74,8 +104,8 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
         raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from None
     except BeyondBoundsError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (ValueError, TypeError) as error:  # a number of 5000 digits, a date that is none, a list as key
-        raise ConfigError(f"{path}: holds a value that is none: {redact(first_line(error))}") from None
+    except (ValueError, TypeError) as error:  # a number of 5000 digits, an impossible date, a list as key
+        raise ConfigError(f"{path}: holds an impossible value: {redact(first_line(error))}") from None
     # An empty section ("pilot:" with all fields commented out) means its defaults.
     return {key: {} if value is None else value for key, value in values.items()}
 
@@ -83,9 +113,37 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
 def text_of(path: Path) -> str:
     """The text of a config file. Raises ConfigError where it cannot be read or is too long."""
     try:
-        return read_text(path)
-    except (OSError, UnicodeDecodeError, BeyondBoundsError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"config file {path} is longer than {MAX_BYTES} bytes, so no config of tc-ray")
+    return text
+
+
+def _check_values(root: yaml.Node) -> None:
+    """Raise BeyondBoundsError if the document, each alias written out, has more than MAX_VALUES values or no end."""
+    values: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def count(node: yaml.Node) -> int:
+        if id(node) in open_nodes:
+            raise BeyondBoundsError(f"the alias in line {node.start_mark.line + 1} stands for itself")
+        if id(node) not in values:
+            open_nodes.add(id(node))
+            parts: list[yaml.Node] = []
+            if isinstance(node, yaml.SequenceNode):
+                parts = node.value
+            elif isinstance(node, yaml.MappingNode):
+                parts = [part for pair in node.value for part in pair]
+            values[id(node)] = 1 + sum(map(count, parts))
+            open_nodes.remove(id(node))
+        return values[id(node)]
+
+    if count(root) > MAX_VALUES:
+        raise BeyondBoundsError(f"its aliases stand for more than {MAX_VALUES} values; write out what is meant")
 
 
 def _note_lines(node: yaml.MappingNode, above: KeyPath, path: Path, origins: dict[KeyPath, str]) -> None:
@@ -97,7 +155,7 @@ def _note_lines(node: yaml.MappingNode, above: KeyPath, path: Path, origins: dic
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without what PyYAML quotes of the text: it may hold a secret (`*word` is an alias to it)."""
+    """What is wrong and where, without PyYAML's quotes of the text: they may hold a secret (`*word` is an alias to it)."""
     mark = getattr(error, "problem_mark", None)
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__

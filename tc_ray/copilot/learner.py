@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from tc_ray.config.schema import CopilotSection
+from tc_ray.config.training import CopilotSection
 from tc_ray.files import publish_folder
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import NEW_MODULES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tc_ray.config.schema import FusionSection
+from tc_ray.config.fusion import FusionSection
 from tc_ray.evaluation.decode import complete
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.evaluation.metric import Measure, Outcome

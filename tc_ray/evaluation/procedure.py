@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tc_ray.config.schema import FusionSection
+from tc_ray.config.fusion import FusionSection
 from tc_ray.data.prepared.left_out import LeftOut
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.evaluation.metric import Metric, Outcome

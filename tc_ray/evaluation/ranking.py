@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.config.schema import FusionSection
+from tc_ray.config.fusion import FusionSection
 from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.decode import rank
 from tc_ray.evaluation.heldout import HeldOut

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tc_ray.config.schema import PilotSection, RunConfig
+from tc_ray.config.schema import RunConfig
+from tc_ray.config.training import PilotSection
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import check_finite
 

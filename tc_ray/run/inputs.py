@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.checkpoint import latest_inputs
-from tc_ray.data.prepared.prepare import PreparedData, prepare, prepared_before
+from tc_ray.data.prepared.folder import PreparedData
+from tc_ray.data.prepared.prepare import prepare, prepared_before
 from tc_ray.data.prepared.rows_hash import rows_hashes
 from tc_ray.files import sync
 from tc_ray.mistakelog.table.location import Location

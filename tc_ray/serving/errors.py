@@ -1,4 +1,4 @@
-"""What can go wrong while serving, and how a client is told: OpenAI's error envelope, always naming the field.
+"""Errors of serving, and how a client sees them: OpenAI's error envelope, which names the field at fault.
 
 Invariant: every error body of the server is `{"error": {message, type, param, code}}`, and no message repeats what the
 client sent except the (shortened) name of a field. Used all over serving; ServingError by the cli.
@@ -7,49 +7,39 @@ client sent except the (shortened) name of a field. Used all over serving; Servi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 MAX_MESSAGE_CHARACTERS = 500
-MAX_FAULTS = 50
-"""A body with more faults than this is told so; listing each of 90,000 takes a second."""
 UNION_TAGS = frozenset({"(text)", "(texts)", "(parts)", "(ids)", "(id lists)", "(list)"})
-"""Tags that api/requests.py gives the members of its unions; they are no part of a field's name."""
+"""Tags that http/requests.py gives the members of its unions. They are no part of a field's name."""
 
 
 class ServingError(RuntimeError):
-    """The server cannot start; the message is one line that says why and what to do."""
+    """The server cannot start. The message is one line that says why and what to do."""
 
 
+@dataclass(eq=False)
 class RequestError(Exception):
     """A request is refused or failed.
 
     Args:
-        status: HTTP status. message: one sentence for the client. param: the field at fault, as the client wrote it.
+        message: one sentence for the client. status: HTTP status. param: the field at fault, as the client wrote it.
         code: a stable word for programs. retry_after_s: value of the Retry-After header, in seconds.
-        challenge: with status 401, how to sign in (the header WWW-Authenticate).
+        challenge: with status 401, the header WWW-Authenticate.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-        challenge: str = "Bearer",
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.param = param
-        self.code = code
-        self.retry_after_s = retry_after_s
-        self.challenge = challenge
+    message: str
+    _: KW_ONLY
+    status: int = 400
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: int | None = None
+    challenge: str = "Bearer"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -71,21 +61,17 @@ class RequestError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """The answer to the client."""
+        """This error as an HTTP response."""
         return JSONResponse(self.envelope(), self.status, self.headers)
 
-    async def answer(
-        self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Answer a request with this error, from a middleware; metrics.py finds the code in the scope's state."""
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with this error from a middleware. metrics.py reads the code from the scope's state."""
         scope.setdefault("state", {})["refused"] = self.code
-        response = self.response()
-        response.headers.update(headers or {})
-        await response(scope, receive, send)
+        await self.response()(scope, receive, send)
 
 
 def queue_full() -> RequestError:
-    """429: too much runs and waits already."""
+    """429: every place in the batch and in the queue is taken."""
     return RequestError(
         "Too many requests run or wait already; try again later.", status=429, code="queue_full", retry_after_s=1
     )
@@ -97,27 +83,25 @@ def invalid_value(param: str, reason: str) -> RequestError:
 
 
 def error_type(status: int) -> str:
-    """OpenAI's word for an HTTP status."""
-    if status == 401:
-        return "authentication_error"
-    if status == 429:
-        return "rate_limit_error"
-    return "server_error" if status >= 500 else "invalid_request_error"
+    """OpenAI's error type for an HTTP status."""
+    others = "server_error" if status >= 500 else "invalid_request_error"
+    return {401: "authentication_error", 429: "rate_limit_error"}.get(status, others)
 
 
-def from_validation(error: ValidationError) -> RequestError:
-    """The RequestError for what pydantic found in a JSON body; the first finding is told."""
-    if error.error_count() > MAX_FAULTS:
-        return RequestError(
-            f"The body has {error.error_count()} faults; it is no request of this route.", code="invalid_body"
-        )
-    first = error.errors(include_url=False, include_input=False)[0]
-    kind, location = first["type"], first["loc"]
-    if kind == "json_invalid":
-        return RequestError(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
-    if not location:
+def contradiction(param: str, reason: str) -> PydanticCustomError:
+    """The error that a pydantic validator raises where a field contradicts others."""
+    return PydanticCustomError("contradiction", "{reason}", {"param": param, "reason": reason})
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The RequestError for what FastAPI found in a request. It names the first error only."""
+    first = errors[0]
+    kind, (place, *location) = first["type"], first["loc"]
+    if not location and "param" not in first.get("ctx", {}):
         return RequestError("The body must be a JSON object.", code="invalid_body")
-    param = field_name(location)
+    if place == "header":
+        location = location[:1]
+    param = first.get("ctx", {}).get("param") or field_name(location)
     if kind == "missing":
         return RequestError(f"Field `{param}` is required.", param=param, code="missing_field")
     if kind == "extra_forbidden":
@@ -126,7 +110,7 @@ def from_validation(error: ValidationError) -> RequestError:
 
 
 def field_name(location: Sequence[str | int]) -> str:
-    """A pydantic location as a client would write it: ("messages", 0, "content") is `messages[0].content`."""
+    """A pydantic location as a client writes it: ("messages", 0, "content") is `messages[0].content`."""
     name = ""
     for part in location:
         if isinstance(part, int):
@@ -137,6 +121,6 @@ def field_name(location: Sequence[str | int]) -> str:
 
 
 def _printable(text: str) -> str:
-    """`text` short enough for an error and encodable as UTF-8: a field's name may hold lone surrogates."""
+    """`text` cut to the length of an error message and made valid UTF-8: a field's name may hold lone surrogates."""
     cut = text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 3] + "..."
     return cut.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,6 +1,6 @@
-"""What keeps an event loop prompt in a process that has more to do: replicas, and Serve's proxy.
+"""Short pauses of the event loop in processes that do more than answer: replicas, and Serve's proxy.
 
-Invariant: nothing here changes what is computed. Called once in a process, when its modules are imported and before it serves.
+Invariant: nothing here changes what is computed. Called once per process, after its imports and before it serves.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import gc
 import sys
 
 SWITCH_S = 0.0005
-"""The interpreter's lock changes hands after so long, not after 5 ms: a request passes through the event loops a dozen times, and
-each time would wait that long for another thread (the engine's; Serve's router)."""
+"""The interpreter's lock changes hands after so long, not after 5 ms: a request passes through the event loops a dozen
+times, and each time would wait that long for another thread (the engine's, or Serve's router)."""
 
 
 def prepare_process() -> None:
-    """Shorten the turns of threads, and take what is there now from the garbage collector.
+    """Shorten the turns of threads, and exempt all present objects from the garbage collector.
 
-    Modules stay for good, and looking through those of Ray or torch stops every thread for 50 to 150 ms, every few seconds under
-    load. What is made later, models too, is collected as ever.
+    Modules are never freed, and scanning those of Ray or torch stops every thread for 50 to 150 ms, every few seconds under
+    load. Objects that are made later, models too, are collected as usual.
     """
     sys.setswitchinterval(SWITCH_S)
     gc.collect()

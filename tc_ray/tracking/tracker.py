@@ -34,6 +34,7 @@ from tc_ray.tracking.mlflow_writer import (
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
 from tc_ray.tracking.points import METRICS_FILE, Point, PointFile, plain_numbers, read_points
 from tc_ray.tracking.progress import waiting_text
+from tc_ray.tracking.ray_metrics import RayMetrics
 from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
 
 PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
@@ -69,6 +70,7 @@ class Tracker:
         self._name = config.run.name
         check_places(folder)
         self._points = PointFile(folder / METRICS_FILE)
+        self._ray_metrics = RayMetrics(config.run.name)
         self._latest_time = 0.0
         resumed = self._points.is_resumed
         before, damage = _status_before(folder) if resumed else ({}, "")
@@ -116,6 +118,8 @@ class Tracker:
             self._pilot_rate.add(now, round)
             self._tokens += float(metrics.get("tokens", 0))
             self._token_rate.add(now, self._tokens)
+            rates = {"round": round, "tokens_per_second": self._token_rate.per_second()}
+            self._ray_metrics.set("pilot", {**metrics, **rates})
         self._status_file.touch()
 
     def copilot(self, round: int, step: int, metrics: Mapping[str, Any]) -> None:
@@ -125,6 +129,7 @@ class Tracker:
             self._write("copilot", {"time": now, "round": round, "step": step, "metrics": metrics}, axis=step)
             self._copilot = {"round": round, "step": step, "metrics": dict(metrics)}
             self._copilot_rate.add(now, step)
+            self._ray_metrics.set("copilot", {**metrics, "step": step})
         self._status_file.touch()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -132,6 +137,7 @@ class Tracker:
         with self._lock:
             now = self._now()
             self._log = {"metrics": dict(metrics)}
+            self._ray_metrics.set("log", metrics)
             written_round, written_at = self._log_written
             if self._round > written_round or now - written_at >= LOG_SECONDS:
                 self._write("log", {"time": now, "round": self._round, "metrics": metrics})

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.prepared.folder import SCHEMA, PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
 from tc_ray.data.source.errors import DataError

@@ -22,8 +22,8 @@ def test_a_second_replica_comes_under_load(tmp_path: Path) -> None:
     export = make_export(tmp_path / "demo", positions=512)
     bodies = tmp_path / "bodies.json"
     bodies.write_text(json.dumps([{"model": "demo", "prompt": PROMPT, "max_tokens": 200, "temperature": 0}]))
-    options: dict[str, Any] = {"threads": 1, "cache_mb": 200, "watch_s": 0, "max_running": 8, "max_waiting": 64}
-    with server_of([f"demo={export}"], min_replicas=1, max_replicas=2, **options) as server:
+    options: dict[str, Any] = {"threads": 1, "cache_bytes": 2 * 10**8, "max_running": 8, "max_waiting": 64}
+    with server_of([f"demo={export}"], replicas=1, max_replicas=2, **options) as server:
         assert len(replica_pids()) == 1
         began = time.monotonic()
         load = start_load(server.url, bodies, 40, LOAD_S)  # 6 under way a replica is what it aims at

@@ -28,8 +28,8 @@ def document_for(export: Path, port: int) -> dict[str, Any]:
     document: dict[str, Any] = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())
     document["http_options"] = {"host": "127.0.0.1", "port": port}
     [application] = document["applications"]
-    application["args"].update(runs=[f"mawps={export}"], threads=1, cache_mb=200, max_replicas=1)
-    application["runtime_env"] = {"env_vars": {"PYTHONPATH": f"{ROOT / 'jobs'}:{ROOT}"}}
+    application["args"].update(runs=[f"mawps={export}"], threads=1, cache_bytes=2 * 10**8, max_replicas=1)
+    application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     return document
 
 
@@ -60,7 +60,7 @@ def test_config_file_serves_and_its_user_config_names_a_copilot(
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=30).status_code == 401
         body = {"model": "mawps", "prompt": "Tom has", "max_tokens": 4, "stream": True}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=KEY, timeout=60)
-        assert answer.text.endswith("data: [DONE]\n\n") and answer.headers["x-tc-ray-guard"] == "1"
+        assert answer.text.endswith("data: [DONE]\n\n") and answer.headers["x-tc-ray-failover"] == "1"
         before = replica_pids()
         document["applications"][0]["deployments"][0]["user_config"] = {"copilots": {"mawps": str(other)}}
         deploy(document)

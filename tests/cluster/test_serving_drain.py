@@ -1,4 +1,4 @@
-"""`tc-ray serve` told to end while it answers: what is under way is finished, then it goes and leaves no process behind."""
+"""`tc-ray serve` and SIGTERM: requests in progress are finished, then it ends and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ END_S = 60.0
 @contextlib.contextmanager
 def command(export: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The real command with a Ray of its own, once it answers; what it prints is in `log`."""
-    options = {"port": port, "threads": 1, "max-tokens": TOKENS, "cache-mb": 200, "watch-s": 0}
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    fields = {"port": port, "threads": 1, "max_tokens": TOKENS, "cache_bytes": 2 * 10**8}
+    given = [f"serving.{name}={value}" for name, value in fields.items()]
     # a busy machine takes longer than Ray's 30 s to start
     environment = {**os.environ, "RAY_raylet_start_wait_time_s": "120"}
     with log.open("wb") as output:
@@ -77,7 +77,7 @@ def test_sigterm_in_the_middle_of_a_stream(tmp_path: Path) -> None:
         assert stream.text == expected
         assert process.wait(END_S) == 0, log.read_text()
         print(f"the stream went on for {drained_s:.1f} s; ended {time.monotonic() - told:.1f} s after the signal")
-        assert "finishing what is under way" in log.read_text()
+        assert "finishing requests in progress" in log.read_text()
         assert soon(lambda: not any(runs(pid, begun) for pid, begun in started.items()), 20)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health", timeout=5)

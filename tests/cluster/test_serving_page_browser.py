@@ -183,10 +183,8 @@ def test_a_stopped_answer_is_stopped_in_the_server_too(server: ServingProcess, b
 
 def running(server: ServingProcess) -> float:
     """Sequences in the engine's batch."""
-    with urlopen(f"{server.address}/metrics") as response:
-        lines = [line for line in response.read().decode().splitlines() if line.startswith("tc_ray_running")]
-    assert lines
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    with urlopen(f"{server.address}/running") as response:
+        return float(response.read())
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:

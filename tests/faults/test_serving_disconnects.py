@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tc_ray.serving.deploy.launch import Server
-from tests.support.serving_cluster import PROMPT, figures, replica_pids, server_of, soon
+from tests.support.serving_cluster import PROMPT, metric, replica_pids, server_of, soon
 from tests.support.serving_samples import make_export
 
 DISCONNECTS = 500
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     export = make_export(tmp_path_factory.mktemp("demo"), positions=4096)
-    with server_of([export.parent], threads=1, max_tokens=4000, cache_mb=200, watch_s=0) as server:
+    with server_of([export.parent], threads=1, max_tokens=4000, cache_bytes=2 * 10**8) as server:
         yield server
 
 
@@ -89,9 +89,9 @@ def leave_often(server: Server, numbers: range) -> None:
 def held(server: Server) -> dict[str, float]:
     """What the engine holds, once it says that nothing runs."""
     states = ("tc_ray_running_sequences", "tc_ray_waiting_sequences", "tc_ray_cache_bytes")
-    idle = lambda: all(sum(figures(server.url, name).values()) == 0 for name in states[:2])
+    idle = lambda: all(metric(name) == 0 for name in states[:2])
     assert soon(idle, 10), "sequences of clients that left still run"
-    return {name: sum(figures(server.url, name).values()) for name in states}
+    return {name: metric(name) for name in states}
 
 
 def test_500_disconnects_leave_nothing(server: Server) -> None:

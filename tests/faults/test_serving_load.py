@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.deploy.launch import Server
 from tests.faults.test_serving_replica_killed import cases
-from tests.support.serving_cluster import PROMPT, figures, free_port, replica_pids, server_of, soon
+from tests.support.serving_cluster import PROMPT, free_port, metric, replica_pids, server_of, soon
 from tests.support.serving_load import ROOT, Outcome, outcomes_of, start_load
 from tests.support.serving_samples import make_export
 
@@ -39,7 +39,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(export: Path) -> Iterator[Server]:
-    with server_of([f"demo={export}"], threads=1, cache_mb=200, watch_s=0, max_running=64, max_waiting=16) as server:
+    with server_of([f"demo={export}"], threads=1, cache_bytes=2 * 10**8, max_running=64, max_waiting=16) as server:
         yield server
 
 
@@ -121,7 +121,7 @@ def soak(server: Server, bodies: Path, seconds: float) -> None:
         f"{np.median([o.first_s for o in outcomes]):.2f} s, memory: {told}"
     )
     assert all(late - early < GROWTH_BYTES for early, late in grown.values())
-    assert soon(lambda: sum(figures(server.url, "tc_ray_running_sequences").values()) == 0, 30)
+    assert soon(lambda: metric("tc_ray_running_sequences") == 0, 30)
 
 
 @pytest.mark.slow

@@ -16,11 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.deploy.launch import Server
 from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.engine import GenerationRequest
-from tc_ray.serving.settings import ModelSettings, ReplicaSettings
-from tests.support.serving_cluster import PROMPT, Stream, figures, replica_pids, server_of, soon
+from tc_ray.serving.settings import ReplicaSettings
+from tests.support.serving_cluster import PROMPT, Stream, replica_pids, running_replicas, server_of, soon
 from tests.support.serving_samples import Collector, make_export
 
 TOKENS = 80
@@ -34,7 +35,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(export: Path) -> Iterator[Server]:
     limits = {"max_running": 32, "max_waiting": 96, "max_key_requests": 200}
-    with server_of([f"demo={export}"], replicas=2, threads=1, cache_mb=200, watch_s=0, **limits) as server:
+    with server_of([f"demo={export}"], replicas=2, threads=1, cache_bytes=2 * 10**8, **limits) as server:
         yield server
 
 
@@ -64,8 +65,8 @@ def cases(export: Path, count: int, first: int = 0) -> list[Case]:
     The tiny model has random weights, so among its tokens are near ties, which fall one way or the other with the batch they
     are computed in. A text is taken when it stays the same while lambda moves by a hundred times as much as rounding does.
     """
-    settings = ReplicaSettings((ModelSettings("demo", str(export)),), threads=1, watch_s=None)
-    served = Replica(settings).catalogue.find("demo")
+    settings = ReplicaSettings({"demo": export}, ServingSection(threads=1))
+    served = Replica(settings).registry.find("demo")
     found: list[Case] = []
     number = first
     while len(found) < count:
@@ -146,6 +147,6 @@ def test_200_streams(server: Server, export: Path) -> None:
     given = cases(export, 200, first=1000)
     assert soon(lambda: len(replica_pids()) == 2, 120)
     # both must be serving, not only there
-    assert soon(lambda: len(figures(server.url, "tc_ray_running_sequences")) == 2, 180)
+    assert soon(lambda: running_replicas() == 2, 180)
     ends = check(kill_during(server, given, 40), given)
     assert sum(ends.values()) == 200 and ends["[DONE]"] >= 150

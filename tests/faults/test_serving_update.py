@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from tc_ray.serving.deploy.deployment import build_application
 from tc_ray.serving.deploy.launch import APPLICATION, Server
 from tc_ray.serving.models.exports import copilot_version
-from tc_ray.serving.settings import Scale
 from tests.support.serving_cluster import PROMPT, Stream, replica_pids, server_of, soon
 from tests.support.serving_samples import make_export
 
@@ -36,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(made: Path, tmp_path: Path) -> Iterator[Server]:
     shutil.copytree(made, tmp_path / "demo/export")
-    options: dict[str, Any] = {"request_timeout_s": 120, "drain_s": 150, "watch_s": 0.5, "cache_mb": 200}
+    options: dict[str, Any] = {"request_timeout_s": 120, "drain_s": 150, "cache_bytes": 2 * 10**8}
     with server_of([tmp_path / "demo"], replicas=2, threads=1, **options) as server:
         yield server
 
@@ -107,7 +106,7 @@ def test_rolling_update_cuts_nothing(server: Server) -> None:
 
     def redeploy() -> None:
         # as a changed config file does it: a new version of the code, one replica after the other
-        serve.run(build_application(server.settings, Scale(2, 2)), name=APPLICATION, route_prefix="/")
+        serve.run(build_application(server.settings, version="2"), name=APPLICATION, route_prefix="/")
         assert soon(lambda: len(replica_pids()) == 2 and not before & set(replica_pids()), 200)
 
     ended = stream_during(server, redeploy)
@@ -117,12 +116,13 @@ def test_rolling_update_cuts_nothing(server: Server) -> None:
 
 
 def test_newer_copilot_is_taken_up_without_a_pause(server: Server) -> None:
-    export = Path(server.settings.models[0].export)
+    [export] = server.settings.models.values()
     expected, before = text_now(server), set(replica_pids())
     new: list[str] = []
 
     def export_anew() -> None:
         new.append(train(export))
+        server.reload()
         assert soon(lambda: versions(server) == set(new), 60)
         time.sleep(10)  # for streams that begin after it
 

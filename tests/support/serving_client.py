@@ -14,9 +14,10 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.http.app import create_app
-from tc_ray.serving.settings import EngineLimits, Limits, ModelSettings, ReplicaSettings
+from tc_ray.serving.settings import ReplicaSettings
 
 COMPLETION = {"model": "demo", "prompt": "Tom has 3 apples", "temperature": 0, "max_tokens": 12}
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "12 + 345?"}], "temperature": 0, "max_tokens": 12}
@@ -24,24 +25,15 @@ SCORE = {"model": "demo", "prompt": "Tom has 3 apples", "completion": " and 3 pe
 PATHS = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 
 
-def settings_of(
-    export: Path, *, engine: EngineLimits | None = None, keys: tuple[bytes, ...] = (), **limits: Any
-) -> Any:
-    """Settings of a replica that serves the export as `demo`."""
-    limits = {"max_tokens": 64, "max_body_bytes": 100_000, **limits}
-    return ReplicaSettings(
-        models=(ModelSettings("demo", str(export)),),
-        key_digests=keys,
-        limits=Limits(**limits),
-        engine=engine or EngineLimits(),
-        threads=1,
-        watch_s=None,
-    )
+def settings_of(export: Path, *, keys: tuple[bytes, ...] = (), **fields: Any) -> ReplicaSettings:
+    """Settings of a replica that serves the export as `demo`. fields: of the `serving` section."""
+    section = ServingSection(**{"max_tokens": 64, "max_body_bytes": 100_000, "threads": 1, **fields})
+    return ReplicaSettings({"demo": export}, section, keys)
 
 
 def make_app(settings: ReplicaSettings) -> FastAPI:
     """The app, its models loaded."""
-    return create_app(Replica(settings).catalogue, settings, replica="r1")
+    return create_app(Replica(settings).registry, settings)
 
 
 @contextlib.contextmanager

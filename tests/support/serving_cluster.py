@@ -14,11 +14,20 @@ from typing import Any
 
 import httpx
 import ray
+from ray import serve
 
-from tc_ray.serving.deploy.launch import NICENESS_VARIABLE, Server, start_server
-from tc_ray.serving.failover.proxy import PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
+from tc_ray.serving.deploy.launch import (
+    APPLICATION,
+    FAILOVER_PROXY,
+    NICENESS_VARIABLE,
+    PROXY_CALLBACK_VARIABLE,
+    Server,
+    start_server,
+)
+from tc_ray.serving.deploy.settings import command_settings
 
 PROMPT = "Tom has 3 apples"
+_metrics_port = 0
 
 
 def free_port() -> int:
@@ -30,12 +39,17 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def local_ray(cpus: int = 2) -> Iterator[None]:
-    """A Ray of its own, whose proxies will have the stream guard."""
+    """A Ray of its own, whose HTTP proxies have the failover proxy."""
     before = os.environ.get(PROXY_CALLBACK_VARIABLE)
-    os.environ[PROXY_CALLBACK_VARIABLE] = PROXY_CALLBACK
+    os.environ[PROXY_CALLBACK_VARIABLE] = FAILOVER_PROXY
     os.environ.setdefault(NICENESS_VARIABLE, "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine takes longer than Ray's 30 s
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+    global _metrics_port
+    _metrics_port = free_port()
+    fast = {"metrics_report_interval_ms": 500}
+    ray.init(
+        address="local", num_cpus=cpus, include_dashboard=False, _metrics_export_port=_metrics_port, _system_config=fast
+    )
     try:
         yield
     finally:
@@ -47,10 +61,11 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def server_of(folders: Sequence[Path | str], **options: Any) -> Iterator[Server]:
-    """A server on a Ray of its own, ended at once afterwards."""
+def server_of(folders: Sequence[Path | str], **fields: Any) -> Iterator[Server]:
+    """A server on a Ray of its own, ended at once afterwards. fields: of the `serving` section."""
+    overrides = [f"serving.{name}={value}" for name, value in {"port": free_port(), **fields}.items()]
     with local_ray():
-        server = start_server(folders, port=free_port(), **options)
+        server = start_server(command_settings([*map(str, folders), *overrides]))
         yield server
         server.stop(drain_s=0)
 
@@ -137,15 +152,26 @@ def runs(pid: int, begun: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent and so on, as /proc tells them after the name, which may hold anything."""
+    """State, parent and so on, from /proc, after the name, which may hold anything."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def figures(url: str, name: str, **headers: str) -> dict[str, float]:
-    """Samples of one figure, as /metrics tells them."""
-    text = httpx.get(f"{url}/metrics", headers=headers, timeout=30).text
-    lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(f"{name}{{")]
-    return {labels: float(value) for labels, value in lines}
+def prometheus() -> str:
+    """All metrics of the Ray of `local_ray`, as Prometheus scrapes them."""
+    return httpx.get(f"http://127.0.0.1:{_metrics_port}/metrics", timeout=30).text
+
+
+def metric(name: str) -> float:
+    """Sum of the samples of one metric of the server; they are up to 1.5 s old."""
+    lines = [line for line in prometheus().splitlines() if line.startswith(f"ray_{name}{{")]
+    assert lines, f"no sample of ray_{name}"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def running_replicas() -> int:
+    """Replicas that Serve sends requests to."""
+    [deployment] = serve.status().applications[APPLICATION].deployments.values()
+    return deployment.replica_states.get("RUNNING", 0)
 
 
 def soon(holds: Callable[[], bool], seconds: float) -> bool:

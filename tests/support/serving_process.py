@@ -122,17 +122,19 @@ def timed(
 
 
 def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, max_body_bytes: int) -> None:
-    """Serve until told to stop, on the listening socket `descriptor`."""
+    """Serve until it is stopped, on the listening socket `descriptor`."""
     import torch
     import uvicorn
+    from starlette.responses import PlainTextResponse
     from transformers import AutoTokenizer
 
+    from tc_ray.config.serving import ServingSection
     from tc_ray.models.fusion import FusedModel
     from tc_ray.serving.engine import Engine
     from tc_ray.serving.http.app import create_app
     from tc_ray.serving.http.auth import digest
-    from tc_ray.serving.models.registry import Catalogue, ServedModel
-    from tc_ray.serving.settings import EngineLimits, Limits, ModelSettings, ReplicaSettings
+    from tc_ray.serving.models.registry import ModelRegistry, ServedModel
+    from tc_ray.serving.settings import ReplicaSettings
     from tc_ray.serving.text.prompt import PromptEncoder
 
     torch.set_num_threads(1)
@@ -140,15 +142,12 @@ def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, ma
     tokenizer = [AutoTokenizer.from_pretrained(export / "pilot") for _ in range(2)]
     encoder = PromptEncoder(tokenizer[0], model.config.vocab_size)
     # kept prompts may fill what they are given, 256 MiB by default: here, where memory is watched, little
-    engine = Engine(model, tokenizer[1], EngineLimits(prefix_bytes=2**22))
+    section = ServingSection(prefix_bytes=2**22, max_tokens=max_tokens, max_body_bytes=max_body_bytes, threads=1)
+    engine = Engine(model, tokenizer[1], section)
     served = ServedModel("demo", engine, encoder, model.default_lam)
-    settings = ReplicaSettings(
-        models=(ModelSettings("demo", str(export)),),
-        key_digests=(digest(key),) if key else (),
-        limits=Limits(max_tokens=max_tokens, max_body_bytes=max_body_bytes),
-        threads=1,
-    )
-    app = create_app(Catalogue([served]), settings)
+    settings = ReplicaSettings({"demo": export}, section, (digest(key),) if key else ())
+    app = create_app(ModelRegistry([served]), settings)
+    app.add_route("/running", lambda _: PlainTextResponse(str(engine.load().running)))
     with socket.socket(fileno=descriptor) as listener:
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 

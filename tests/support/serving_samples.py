@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Failed, Finished, Piece, Request, Scored, Ticket, Token
-from tc_ray.serving.settings import EngineLimits
+from tc_ray.serving.engine import Engine, Failed, Finished, Piece, Request, RequestHandle, Scored, Token
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "a"), ("Ġa", "n"), ("Ġ", "3"), ("l", "e"), ("p", "le"), ("ð", "Ł")]
 """Ġ is the blank; ðŁ are the first two bytes of an emoji, so that characters break at odd places."""
 
-LIMITS = EngineLimits(max_running=6, max_waiting=4, cache_bytes=2**26, prefill_tokens=32)
+LIMITS = ServingSection(max_running=6, max_waiting=4, cache_bytes=2**26, prefill_tokens=32)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -85,8 +85,8 @@ class Collector:
     def __init__(self, engine: Engine, request: Request) -> None:
         self._events: queue.Queue[Any] = queue.Queue()
         self.tokens: list[Token] = []
-        self.ticket: Ticket
-        [self.ticket] = engine.submit([request], lambda _, event: self._events.put(event))
+        self.handle: RequestHandle
+        [self.handle] = engine.submit([request], lambda _, event: self._events.put(event))
 
     def next(self, timeout_s: float = 30) -> Piece | Finished | Scored | Failed:
         """The next event."""

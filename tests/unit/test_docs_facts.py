@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from fastapi.testclient import TestClient
+from ray.util.metrics import Counter
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import worker
@@ -20,13 +20,10 @@ from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, Lo
 from tc_ray.mistakelog.table import lease
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.families import FAMILIES
-from tc_ray.serving import body_limit
-from tc_ray.serving.deploy import board, options
 from tc_ray.serving.engine import engine, prefixes
-from tc_ray.serving.failover import pressure
-from tc_ray.serving.failover import proxy as guard
-from tc_ray.serving.http import requests, service
-from tc_ray.serving.settings import EngineLimits, Limits, ReplicaSettings, Scale
+from tc_ray.serving.failover import proxy
+from tc_ray.serving.http import body_limit, requests, routes
+from tc_ray.serving.http.metrics import Metrics
 from tests.support.mistakelog_samples import metadata
 from tests.support.serving_client import client_of, settings_of
 from tests.support.serving_samples import make_export
@@ -117,24 +114,19 @@ NUMBERS: list[tuple[str, str, float]] = [
     (ARCHITECTURE, r"then sleep ([\d.]+) s at a time", worker.IDLE_SECONDS),
     (ARCHITECTURE, r"buffer \(last (\d+) rounds\)", defaults.copilot.buffer_rounds),
     (SERVING, r"computed something in the last (\d+) s", engine.STALL_S),
-    (SERVING, r"the others are up to (\d+) s old", board.PIN_S),
-    (SERVING, r"until (\d+) s have passed without a refusal", pressure.FORGET_S),
-    (SERVING, r"Of more than (\d+) that come at once", pressure.MAX_NEW),
-    (SERVING, r"for the first answers, (a) second at most", pressure.HOLD_S),
     (SERVING, r"a body that takes more than (\d+) s", body_limit.BODY_TIMEOUT_S),
-    (SERVING, r"bodies of more than (\d+) MiB in a proxy", guard.MAX_HELD_BYTES / 2**20),
-    (SERVING, r"in the proxy \((\d+) MiB with a config file\)", guard.DEFAULT_MAX_BODY_BYTES / 2**20),
+    (SERVING, r"bodies of more than (\d+) MiB in a proxy", proxy.MAX_HELD_BYTES / 2**20),
     (SERVING, r"begins with (\d+) or more of the same tokens", prefixes.MIN_TOKENS),
     (SERVING, r"`stop` (\d+) strings", requests.MAX_STOPS),
     (SERVING, r"strings of (\d+) characters", requests.MAX_STOP_CHARACTERS),
     (SERVING, r"`temperature` 0, or ([\d.]+) to 2", requests.MIN_TEMPERATURE),
     (SERVING, r"`top_logprobs` to (\d+)", requests.MAX_TOP_LOGPROBS),
     (SERVING, r"(\d+) texts to score", requests.MAX_SCORED),
-    (SERVING, r"`X-Request-Timeout-S` at least (\d+)", service.MIN_TIMEOUT_S),
-    ("docs/status.md", r"waits up to (\d+) s for a free place", guard.RESUME_WITHIN_S),
-    ("docs/status.md", r"for a free place, (three) times at most", guard.MAX_RESUMES),
+    (SERVING, r"`X-Request-Timeout-S` at least (\d+)", routes.MIN_TIMEOUT_S),
+    ("docs/status.md", r"waits up to (\d+) s for a free place", proxy.RESUME_WITHIN_S),
+    ("docs/status.md", r"for a free place, (three) times at most", proxy.MAX_RESUMES),
 ]
-WORDS = {"a": 1.0, "three": 3.0}
+WORDS = {"three": 3.0}
 
 
 @pytest.mark.parametrize(("page", "words", "value"), NUMBERS, ids=[f"{page}: {words}" for page, words, _ in NUMBERS])
@@ -144,33 +136,6 @@ def test_numbers_are_those_of_the_code(page: str, words: str, value: float) -> N
 
 
 # -- serving ------------------------------------------------------------------------------------------------------
-
-
-def test_the_options_of_the_server_are_those_of_its_page_with_their_defaults() -> None:
-    limits, at_once, replica, scale = Limits(), EngineLimits(), ReplicaSettings(models=()), Scale()
-    rows = {cells[0]: cells[1] for cells in rows_of(SERVING, "| option (")}
-    told = {name for cell in rows for name in re.findall(r"`(\w+)`", cell)}
-    assert told == options.OPTIONS.keys()
-    expected: dict[str, list[Any]] = {
-        "max_tokens` /": [limits.max_tokens],
-        "max_choices": [limits.max_choices],
-        "max_running` /": [at_once.max_running, at_once.max_waiting],
-        "max_key_requests": [limits.max_key_requests],
-        "max_body_bytes": [limits.max_body_bytes / 2**20],
-        "request_timeout_s": [limits.request_timeout_s, options.DRAIN_MARGIN_S],
-        "cache_mb": [at_once.cache_bytes / 2**20, at_once.prefix_bytes / 2**20],
-        "prefill_tokens": [at_once.prefill_tokens],
-        "replicas": [scale.min_replicas, replica.watch_s],
-    }
-    for begins, values in expected.items():
-        (default,) = [rows[cell] for cell in rows if cell.startswith(f"`{begins}")]
-        assert [float(number) for number in re.findall(r"\d+", default)] == values, begins
-    assert limits.max_prompt_tokens is None and not replica.gpu and scale.max_replicas == 1
-    assert build_drain_s() == limits.request_timeout_s + options.DRAIN_MARGIN_S == replica.drain_s
-
-
-def build_drain_s() -> float:
-    return options.build_settings((), (), {})[0].drain_s
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +156,12 @@ def test_the_routes_are_those_of_the_page(client: TestClient) -> None:
     assert told == there | {("GET", "/")}
 
 
-def test_the_figures_are_those_of_the_page(client: TestClient) -> None:
-    told = set(re.findall(r"`(tc_ray_\w+)`", text_of(SERVING)))
-    there = set(re.findall(r"^# TYPE (tc_ray_\w+)", client.get("/metrics").text, flags=re.MULTILINE))
-    assert told == {name for name in there if not name.endswith("_created")}
+def test_the_metrics_are_those_of_the_page() -> None:
+    exported = set()
+    for value in vars(Metrics()).values():
+        for metric in value.values() if isinstance(value, dict) else [value]:
+            exported.add(f"ray_{metric.info['name']}" + "_total" * isinstance(metric, Counter))
+    assert set(re.findall(r"`(ray_tc_ray_\w+[a-z])`", text_of(SERVING))) == exported
 
 
 # -- models, packages ---------------------------------------------------------------------------------------------

@@ -134,13 +134,12 @@ LIGHT = [
     "tc_ray.config.load",
     "tc_ray.cli.main",
     "tc_ray.serving.failover.proxy",
-    "tc_ray.serving.deploy.board",
 ]
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_imports(module: str) -> None:
-    """For the command line's sake, and because the last two run in processes of their own beside busy replicas."""
+    """For the command line's sake, and because the last one runs in Serve's proxy process."""
     code = f"import sys, {module}; print(sorted({{'torch', 'ray', 'transformers', 'mlflow'}} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.encode.prompts import readable_prompt
 from tc_ray.data.encode.special_text import SpecialTextError, named_ids
 from tc_ray.data.encode.split import prompt_key

@@ -16,7 +16,7 @@ from tc_ray.data.source.shapes import Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tc_ray.config.schema import DataSection
+    from tc_ray.config.data import DataSection
 
 
 def check_template(config: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:

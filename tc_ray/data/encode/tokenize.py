@@ -18,7 +18,7 @@ from tc_ray.data.source.shapes import Example, Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tc_ray.config.schema import DataSection
+    from tc_ray.config.data import DataSection
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.encode.encode import Encoded, Encoder
 from tc_ray.data.encode.prompts import check_template
 from tc_ray.data.encode.split import cut

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tc_ray.config.schema import EMBEDDED, DataSection, SequencesSection
+from tc_ray.config.data import EMBEDDED, DataSection, SequencesSection
 from tc_ray.data.source.errors import DataError
 
 # Short enough for a 135M model to learn part of it in minutes on a CPU, hard enough to leave mistakes to learn from.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tc_ray.config.schema import EMBEDDED, DataSection
+from tc_ray.config.data import EMBEDDED, DataSection
 from tc_ray.data.source.errors import DataError
 from tc_ray.text import visible
 

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tc_ray.config.schema import SequencesSection
+from tc_ray.config.data import SequencesSection
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.parquet import read_prepared
 from tc_ray.data.source.records import BadRow, Record, open_bytes

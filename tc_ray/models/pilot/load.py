@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tc_ray.config.schema import PilotSection
+from tc_ray.config.training import PilotSection
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.taps import LayerTap
 from tc_ray.models.pilot.token_errors import SparseErrors, full_errors, sparse_errors

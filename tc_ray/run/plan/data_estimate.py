@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tc_ray.config.schema import EMBEDDED, DataSection
+from tc_ray.config.data import EMBEDDED, DataSection
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.encode.split import row_count
 from tc_ray.data.encode.vocabulary import check_largest_id, check_special_ids

@@ -1,67 +1,92 @@
 """The Ray Serve application: replicas of one deployment, each a whole server of all models.
 
-Invariant: the engines' queues are the bound that clients meet (429), so Serve lets many more requests through to a replica
-than it has places; and a replica that is replaced is given time for the longest request. Called by launch.py and
-jobs/serve_app.py.
+Invariant: clients meet the bound of the engines' queues (429), so Serve lets many more requests through to a replica than
+it has places; and a replica that is replaced has time for the longest request. `launch.py` calls `build_application`; a Serve
+config file names `build` as its `import_path` (cluster/serve.yaml).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tc_ray.serving.settings import ReplicaSettings, Scale
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from tc_ray.serving.deploy.settings import application_settings
+from tc_ray.serving.models.exports import check_tokenizer
+from tc_ray.serving.settings import ReplicaSettings
 
 DEPLOYMENT = "FusedModel"
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 HEALTH_PERIOD_S = 10.0
 HEALTH_TIMEOUT_S = 60.0
 """Of one check. Its token waits for its turn among prompts, on a machine that may be busy with a rolling update."""
-_ROOM = 4
-"""Requests that Serve lets through, for each that an engine takes in: so many clients at once are answered with 429 by a
-replica, which is quick; what is more waits in the proxy."""
+_THROUGH = 4
+"""Requests that Serve lets through per place of the engines. A replica answers so many clients at once with 429, which is
+quick; more wait in Serve's proxy."""
 _AUTOSCALE_AT = 0.75
 """Share of an engine's places that are in use on average when a replica is added."""
 
 
-def build_application(settings: ReplicaSettings, scale: Scale | None = None) -> Any:
-    """The Ray Serve application for `serve.run`, or for a Serve config file. Loads nothing here."""
-    from ray import serve
-    from ray.serve.schema import LoggingConfig
+def build(args: dict[str, Any]) -> Any:
+    """The application of a Serve config file.
 
-    scale = scale or Scale()
+    args: `runs`, a list of run folders, exports or NAME=FOLDER; `config`, a file whose `serving` section counts instead of
+    the run's own; and fields of the section (docs/config.md). The cluster can be reached from elsewhere, so an API key is
+    needed (TC_RAY_API_KEY, or `key_file`), or `allow_open: true`.
 
-    def build() -> Any:
+    Raises:
+        ServingError, ConfigError: no exported model in a folder, a setting that cannot be, or no API key.
+    """
+    settings = application_settings(args)
+    for export in settings.models.values():
+        check_tokenizer(export)
+    return build_application(settings)
+
+
+def build_application(
+    settings: ReplicaSettings, user_config: dict[str, Any] | None = None, *, version: str = "1"
+) -> Any:
+    """The Ray Serve application for `serve.run`. Loads nothing here.
+
+    user_config: of the replicas (`models/swap.py`). version: Serve replaces the replicas where it changes; where only
+    user_config changes, it calls their `reconfigure`.
+    """
+    serving = settings.serving
+
+    def build_app() -> Any:
         from tc_ray.serving.deploy.replica import build_app
 
         return build_app(settings)
 
-    places = len(settings.models) * (settings.engine.max_running + settings.engine.max_waiting)
-    through = _ROOM * places + 64
-    options: dict[str, Any] = {"num_replicas": scale.min_replicas}
-    if scale.max_replicas > scale.min_replicas:
+    places = len(settings.models) * (serving.max_running + serving.max_waiting)
+    options: dict[str, Any] = {"num_replicas": serving.replicas}
+    if serving.most_replicas > serving.replicas:
         options = {
             "autoscaling_config": {
-                "min_replicas": scale.min_replicas,
-                "max_replicas": scale.max_replicas,
-                "target_ongoing_requests": max(1.0, _AUTOSCALE_AT * settings.engine.max_running),
+                "min_replicas": serving.replicas,
+                "max_replicas": serving.most_replicas,
+                "target_ongoing_requests": max(1.0, _AUTOSCALE_AT * serving.max_running),
             }
         }
 
     @serve.deployment(
         name=DEPLOYMENT,
-        max_ongoing_requests=through,
-        # While no replica is there (the only one is being replaced) requests wait; so many a proxy.
-        max_queued_requests=through,
+        max_ongoing_requests=_THROUGH * places + 64,
+        # Requests wait in a proxy while no replica is there, as when the only one is being replaced.
+        max_queued_requests=_THROUGH * places + 64,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         max_constructor_retry_count=1,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=settings.drain_s,
-        ray_actor_options={"num_cpus": settings.threads or 1, "num_gpus": 1 if settings.gpu else 0},
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        graceful_shutdown_timeout_s=serving.drain_time_s,
+        ray_actor_options={"num_cpus": serving.threads or 1, "num_gpus": 1 if serving.gpu else 0},
+        logging_config=QUIET,
+        user_config=user_config,
         **options,
     )
-    @serve.ingress(build)
+    @serve.ingress(build_app)
     class FusedReplica:
         """A replica; Serve replaces it when the check fails."""
 
@@ -77,4 +102,5 @@ def build_application(settings: ReplicaSettings, scale: Scale | None = None) -> 
 
             await asyncio.to_thread(self.app.state.replica.configure, user_config)  # type: ignore[attr-defined]
 
-    return FusedReplica.bind()  # type: ignore[attr-defined]
+    # Without a version Serve draws one, and every `serve.run` would replace the replicas.
+    return FusedReplica.options(version=version, _internal=True).bind()  # type: ignore[attr-defined]

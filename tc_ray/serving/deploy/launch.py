@@ -1,8 +1,8 @@
-"""Start-up of the server: check folders, address, keys and memory, then put the app into Ray Serve; and its end.
+"""Start and end of the server: check folders, address, keys and memory, put the app into Ray Serve, drain it at the end.
 
-Invariant: whatever can be known before Ray starts is checked before, and every failure ends in one ServingError. At the
-end, what is under way is finished before the proxy goes. Called by `tc-ray serve`; the tests use `start_server` and stop
-it themselves.
+Invariant: whatever can be known before Ray starts is checked before, and every failure is one ServingError. At the end,
+requests in progress are finished before the proxy goes. Called by `tc-ray serve`; the tests use `start_server` and stop it
+themselves.
 """
 
 from __future__ import annotations
@@ -11,28 +11,33 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.deploy.memory import available_cpus, available_memory_bytes, check_memory
-from tc_ray.serving.deploy.options import build_settings
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.http.auth import KEY_VARIABLE, configured_digests, require_key_for
-from tc_ray.serving.models.exports import check_tokenizer, named_models, weight_bytes
-from tc_ray.serving.settings import ReplicaSettings, Scale
+from tc_ray.serving.headers import FAILOVER_HEADER
+from tc_ray.serving.http.auth import KEY_VARIABLE
+from tc_ray.serving.models.exports import check_tokenizer, weight_bytes
+from tc_ray.serving.settings import ReplicaSettings
 from tc_ray.text import first_line, visible
 
 APPLICATION = "tc-ray"
 _CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of Ray Serve's controller actor."""
+PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""Serve's proxy process calls the function of this name for its middlewares."""
+FAILOVER_PROXY = "tc_ray.serving.failover.proxy.middlewares"
 NICENESS_VARIABLE = "RAY_worker_niceness"
+RELOAD_SIGNAL = signal.SIGUSR1
 _STILL_LOADING_S = 10.0
 _STOP_MARGIN_S = 15.0
 """For Serve to see that a replica has drained, on top of the time it has for that."""
@@ -47,21 +52,27 @@ class Server:
     url: str
     settings: ReplicaSettings
     _started_ray: bool
+    _reloads: int = 0
 
     @property
     def models(self) -> list[str]:
         """Names of its models."""
-        return [model.name for model in self.settings.models]
+        return list(self.settings.models)
+
+    def reload(self) -> None:
+        """Have every replica read its Copilots' folders again and swap what has changed, in the background."""
+        self._reloads += 1
+        _run_application(self.settings, {"reload": self._reloads})
 
     def stop(self, drain_s: float | None = None) -> None:
-        """Refuse new requests, let those under way end, then end the application, and Ray if it was started for it.
+        """Refuse new requests, let those in progress end, then end the application, and Ray if it was started for it.
 
         drain_s: how long to wait for them; None: as long as the settings say.
         """
         import ray
         from ray import serve
 
-        wait_s = self.settings.drain_s + _STOP_MARGIN_S if drain_s is None else drain_s
+        wait_s = self.settings.serving.drain_time_s + _STOP_MARGIN_S if drain_s is None else drain_s
         # Serve's own shutdown ends the proxy first, and with it every stream: the application goes before.
         if wait_s > 0:
             serve.delete(APPLICATION, _blocking=False)
@@ -84,9 +95,7 @@ class Server:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ServingError when `port` of `host` cannot be listened on."""
-    if not 0 < port < 65536:
-        raise ServingError(f"port {port} is not between 1 and 65535")
+    """Raise ServingError where `port` of `host` cannot be listened on."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listener:
@@ -99,49 +108,35 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def start_server(
-    folders: Sequence[Path | str],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    *,
-    key_file: Path | str | None = None,
-    allow_open: bool = False,
-    say: Say = lambda _: None,
-    **options: Any,
-) -> Server:
+def start_server(settings: ReplicaSettings, say: Say = lambda _: None) -> Server:
     """Serve exported models and return once they answer.
 
-    Uses the Ray this process is connected to, else joins RAY_ADDRESS, else starts a local one.
-
-    Args:
-        folders: run folders or exports, or NAME=FOLDER. key_file: see `configured_digests`. allow_open: listen where
-            others can reach it, without a key. say: is told of progress. options: see `options.OPTIONS`.
+    Uses the Ray that this process is connected to, else joins RAY_ADDRESS, else starts a local one. say: shows progress.
 
     Raises:
-        ServingError: folder missing or incomplete, Copilot of another tokenizer, an option that cannot be, port taken, too
-            little memory, open address without a key, cluster that serves already, or a model that does not load.
+        ServingError: Copilot of another tokenizer, port taken, too little memory, a cluster that serves already, or a model
+            that does not load.
     """
-    models = named_models(folders)
-    key_digests = configured_digests(key_file)
-    require_key_for(host, key_digests, allow_open)
-    check_port(host, port)
-    settings, scale = build_settings(models, key_digests, options)
-    here = _runs_here()
-    if here:
-        check_memory(models, settings.engine, scale.max_replicas, available_memory_bytes())
-        if settings.threads is None:
-            settings = replace(settings, threads=max(1, available_cpus() // scale.max_replicas))
-    for model in models:
-        check_tokenizer(Path(model.export))
-    for model in models:
-        say(f"{model.name}: {model.export}, {weight_bytes(Path(model.export)) / 1e6:.0f} MB of weights")
-    say("starting Ray" if here else "joining Ray")
-    started_ray = _connect(settings, scale)
+    serving = settings.serving
+    check_port(serving.host, serving.port)
+    local = _starts_ray()
+    if local:
+        check_memory(settings.models.values(), serving, available_memory_bytes())
+        threads = serving.threads or max(1, available_cpus() // serving.most_replicas)
+        settings = replace(settings, serving=serving.model_copy(update={"threads": threads}))
+    for export in settings.models.values():
+        check_tokenizer(export)
+    for name, export in settings.models.items():
+        say(f"{name}: {export}, {weight_bytes(export) / 1e6:.0f} MB of weights")
+    say("starting Ray" if local else "joining Ray")
+    started_ray = _connect(settings.serving)
+    host = serving.host
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    server = Server(f"http://{shown}:{port}", settings, started_ray)
+    server = Server(f"http://{shown}:{serving.port}", settings, started_ray)
     try:
-        _deploy(settings, scale, host, port, say)
-        _warn_unguarded(server, say)
+        _deploy(settings, say)
+        if serving.failover:
+            _warn_without_failover(server, say)
     except BaseException:
         if started_ray:
             import ray
@@ -151,20 +146,19 @@ def start_server(
     return server
 
 
-def _runs_here() -> bool:
+def _starts_ray() -> bool:
     """Whether the server will have a Ray of its own on this machine."""
     connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     return not connected and not os.environ.get("RAY_ADDRESS")
 
 
-def _connect(settings: ReplicaSettings, scale: Scale) -> bool:
+def _connect(serving: ServingSection) -> bool:
     """Connect to Ray; true when a local one was started for the server."""
     import ray
 
     if ray.is_initialized():
         return False
-    # Serve's proxy is told through its environment to put the stream guard before the replicas.
-    variables = proxy_environment(settings)
+    variables = {PROXY_CALLBACK_VARIABLE: FAILOVER_PROXY} if serving.failover else {}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -173,45 +167,37 @@ def _connect(settings: ReplicaSettings, scale: Scale) -> bool:
             raise ServingError(f"RAY_ADDRESS {address} cannot be joined: {error}") from error
         return False
     os.environ.update(variables)
-    # Ray gives its workers the priority of background work (15), Serve's proxy too: what answers clients came last
+    # Ray starts its workers, Serve's proxy among them, with the priority of background work (niceness 15)
     os.environ.setdefault(NICENESS_VARIABLE, "0")
-    cpus = max(available_cpus(), scale.max_replicas * (settings.threads or 1))
+    cpus = max(available_cpus(), serving.most_replicas * (serving.threads or 1))
     try:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _metrics_export_port=serving.metrics_port)
     except Exception as error:  # Ray raises a plain one when a busy machine takes too long
         raise ServingError(f"a local Ray could not be started: {first_line(error)}") from error
     return True
 
 
-def proxy_environment(settings: ReplicaSettings) -> dict[str, str]:
-    """Environment variables of Serve's proxy, so that the stream guard works in it."""
-    from tc_ray.serving.failover.proxy import MAX_BODY_VARIABLE, PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
-
-    return {PROXY_CALLBACK_VARIABLE: PROXY_CALLBACK, MAX_BODY_VARIABLE: str(settings.limits.max_body_bytes)}
-
-
-def _deploy(settings: ReplicaSettings, scale: Scale, host: str, port: int, say: Say) -> None:
+def _deploy(settings: ReplicaSettings, say: Say) -> None:
     import ray
     from ray import serve
-    from ray.serve.schema import LoggingConfig
 
-    from tc_ray.serving.deploy.deployment import build_application
+    from tc_ray.serving.deploy.deployment import QUIET
 
     try:
         ray.get_actor(_CONTROLLER[0], namespace=_CONTROLLER[1])
     except ValueError:
         pass
     else:
-        # Its HTTP address is fixed, and serve.run would take it over without a word.
+        # Its HTTP address is fixed, and serve.run would replace its application without asking.
         raise ServingError(
             "this Ray cluster runs Ray Serve already; end that with `serve shutdown`, or unset RAY_ADDRESS"
         )
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+    address = {"host": settings.serving.host, "port": settings.serving.port}
+    serve.start(proxy_location="HeadOnly", http_options=address, logging_config=QUIET)
     try:
         with _still_loading(say):
-            serve.run(build_application(settings, scale), name=APPLICATION, route_prefix="/", logging_config=quiet)
+            _run_application(settings)
     except RuntimeError as error:
         reason = _deployment_failure() or str(error)
         serve.shutdown()
@@ -221,9 +207,18 @@ def _deploy(settings: ReplicaSettings, scale: Scale, host: str, port: int, say: 
         raise
 
 
+def _run_application(settings: ReplicaSettings, user_config: dict[str, Any] | None = None) -> None:
+    from ray import serve
+
+    from tc_ray.serving.deploy.deployment import QUIET, build_application
+
+    application = build_application(settings, user_config)
+    serve.run(application, name=APPLICATION, route_prefix="/", logging_config=QUIET)
+
+
 @contextlib.contextmanager
 def _still_loading(say: Say) -> Iterator[None]:
-    """Say that models are loading, and again now and then."""
+    """Say that models are loading, and again every _STILL_LOADING_S."""
     ended, begun = threading.Event(), time.monotonic()
 
     def run() -> None:
@@ -238,17 +233,15 @@ def _still_loading(say: Say) -> Iterator[None]:
         ended.set()
 
 
-def _warn_unguarded(server: Server, say: Say) -> None:
-    """Say so when the proxy was started without the guard, as in a Ray that others started."""
+def _warn_without_failover(server: Server, say: Say) -> None:
+    """Warn where Serve's proxy lacks the failover proxy, as in a Ray that others started without its variable."""
     import httpx
 
-    from tc_ray.serving.failover.proxy import GUARD_HEADER, PROXY_CALLBACK, PROXY_CALLBACK_VARIABLE
-
     with contextlib.suppress(httpx.HTTPError):
-        if GUARD_HEADER[0].decode() not in httpx.get(f"{server.url}/health", timeout=30).headers:
+        if FAILOVER_HEADER not in httpx.get(f"{server.url}/health", timeout=30).headers:
             say(
-                "warning: Ray was started without the stream guard, so a stream whose replica dies is cut; set "
-                f"{PROXY_CALLBACK_VARIABLE}={PROXY_CALLBACK} where Ray is started"
+                "warning: Ray was started without the failover proxy, so a stream whose replica dies is cut; set "
+                f"{PROXY_CALLBACK_VARIABLE}={FAILOVER_PROXY} where Ray is started"
             )
 
 
@@ -264,21 +257,27 @@ def _deployment_failure() -> str | None:
     return errors[-1].removeprefix(f"{ServingError.__module__}.{ServingError.__name__}: ") if errors else None
 
 
-def serve_run(folders: Sequence[Path | str], host: str = "127.0.0.1", port: int = 8000, **options: Any) -> None:
-    """Serve until Ctrl-C or SIGTERM; prints progress, then the address and an example. `options` as in `start_server`.
+def serve_until_stopped(settings: ReplicaSettings) -> None:
+    """Serve until Ctrl-C or SIGTERM; RELOAD_SIGNAL swaps Copilots. Prints progress, then the address and an example.
 
     Must be called in the main thread, which is the one that receives signals.
     """
-    server = start_server(folders, host, port, say=lambda line: print(visible(line), flush=True), **options)
-    ended = threading.Event()
-    # Ray's own handler of SIGTERM aborts the process; ours lets the server drain. A second signal acts as before.
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def say(line: str) -> None:
+        print(visible(line), flush=True)
+
+    server = start_server(settings, say)
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    # Ray's own handler of SIGTERM aborts the process; this one lets the server drain. A second signal acts as before.
+    numbers = (signal.SIGINT, signal.SIGTERM, RELOAD_SIGNAL)
+    before = {number: signal.signal(number, lambda got, _: signals.put(got)) for number in numbers}
     try:
-        print(visible(f"ready: {', '.join(server.models)} at {server.url}\n\n{server.example()}\n"), flush=True)
-        print("Ctrl-C ends it.", flush=True)
-        ended.wait()
+        say(f"ready: {', '.join(server.models)} at {server.url}\n\n{server.example()}\n")
+        say(f"Ctrl-C ends it. `kill -USR1 {os.getpid()}` loads Copilots that have changed.")
+        while signals.get() == RELOAD_SIGNAL:
+            server.reload()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        print("finishing what is under way; Ctrl-C again to cut it off", flush=True)
+        say("finishing requests in progress; Ctrl-C again to cut them off")
         server.stop()

@@ -1,38 +1,37 @@
-"""What this machine has for a server: whether its models fit into memory, estimated before anything is loaded; its CPUs.
+"""Memory and CPUs of this machine, and whether the models fit: estimated before anything is loaded.
 
-Invariant: the estimate is a lower bound of what the server will hold when its caches are full, so a refusal is never
-wrong by much and always says which numbers it adds up. Used by launch.py where the replicas run on this machine.
+Invariant: the estimate is a lower bound of what the server holds when its caches are full, and a refusal shows the numbers
+it adds up. Used by launch.py where the replicas run on this machine.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models.exports import weight_bytes
-from tc_ray.serving.settings import EngineLimits, ModelSettings
 
 PROCESS_BYTES = 400 * 2**20
 """A replica's process without models: torch, transformers, Ray."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_memory(
-    models: Sequence[ModelSettings], limits: EngineLimits, replicas: int, available_bytes: int | None
-) -> None:
-    """Raise ServingError when weights, caches and processes exceed what is available; None: unknown, nothing is checked."""
+def check_memory(exports: Collection[Path], serving: ServingSection, available_bytes: int | None) -> None:
+    """Raise ServingError where weights, caches and processes exceed `available_bytes`. None is unknown: nothing is checked."""
     if available_bytes is None:
         return
-    weights = sum(weight_bytes(Path(model.export)) for model in models)
-    caches = limits.cache_bytes + limits.prefix_bytes
-    needed = replicas * (weights + len(models) * caches + PROCESS_BYTES)
+    replicas = serving.most_replicas
+    weights = sum(map(weight_bytes, exports))
+    caches = serving.cache_bytes + serving.prefix_bytes
+    needed = replicas * (weights + len(exports) * caches + PROCESS_BYTES)
     if needed > available_bytes:
         raise ServingError(
             f"not enough memory: {replicas} replica{'s' if replicas > 1 else ''} with {_gb(weights)} of weights (fp32) and "
-            f"{len(models)} x {_gb(caches)} of caches need {_gb(needed)}, {_gb(available_bytes)} are available; "
-            "use fewer replicas or models, or a smaller --cache-mb"
+            f"{len(exports)} x {_gb(caches)} of caches need {_gb(needed)}, {_gb(available_bytes)} are available; "
+            "use fewer replicas or models, or a smaller serving.cache_bytes"
         )
 
 

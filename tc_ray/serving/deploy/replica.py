@@ -1,7 +1,7 @@
-"""What runs in a replica's process: models, engines, the app over them, and the watch for newer Copilots.
+"""What runs in a replica's process: models, engines, the app over them, and the swap of Copilots.
 
-Invariant: a replica answers only when every model has generated a token. `Replica` knows nothing of Ray, `build_app` asks
-it for the replica's name. Called by deployment.py; the tests use `Replica` without Serve as well.
+Invariant: a replica answers only when every model has generated a token. Called by deployment.py; the tests use `Replica`
+without Serve as well.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import asyncio
 import logging
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.latency import prepare_process
 from tc_ray.serving.models.loading import LoadedCopilot, LoadedRun
-from tc_ray.serving.models.swap import Reloader
+from tc_ray.serving.models.swap import CopilotSwap, read_user_config
 from tc_ray.serving.settings import ReplicaSettings
 
 if TYPE_CHECKING:
@@ -25,56 +26,53 @@ logger = logging.getLogger("tc_ray.serving")
 
 
 class Replica:
-    """The models of a server, loaded. Raises ServingError when one cannot be."""
+    """The models of a server, loaded. Raises ServingError where one cannot be loaded."""
 
     def __init__(self, settings: ReplicaSettings) -> None:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
         from tc_ray.serving.engine import Turns
-        from tc_ray.serving.models.registry import Catalogue
+        from tc_ray.serving.models.registry import ModelRegistry
 
         disable_progress_bar()  # Serve copies a replica's output to the user's terminal
-        torch.set_num_threads(settings.threads or 1)
+        torch.set_num_threads(settings.serving.threads or 1)
         prepare_process()
         turns = Turns()
         loaded: dict[LoadedRun, LoadedCopilot] = {}
-        for model in settings.models:
+        for name, export in settings.models.items():
             begun = time.monotonic()
-            run = LoadedRun(model, settings, turns)
-            loaded[run] = run.load_copilot_settled(run.export)
-            logger.info(
-                "%s: loaded in %.1f s, Copilot %s",
-                model.name,
-                time.monotonic() - begun,
-                loaded[run].served.copilot_version,
-            )
-        self.catalogue = Catalogue([copilot.served for copilot in loaded.values()])
-        self.reloader = Reloader(self.catalogue, loaded, watch_s=settings.watch_s, drain_s=settings.drain_s)
+            run = LoadedRun(name, export, settings.serving, turns)
+            loaded[run] = run.load_copilot(export)
+            version = loaded[run].served.copilot_version
+            logger.info("%s: loaded in %.1f s, Copilot %s", name, time.monotonic() - begun, version)
+        self.registry = ModelRegistry([copilot.served for copilot in loaded.values()])
+        self._swap = CopilotSwap(self.registry, loaded, drain_s=settings.serving.drain_time_s)
+        self._swaps = ThreadPoolExecutor(1, thread_name_prefix="copilot-swap")
         self._serving = False
 
     def configure(self, user_config: Any) -> None:
         """Serve's user_config: which folders the Copilots come from.
 
-        At the start they are loaded before the replica answers, and what is wrong with them raises ServingError: Serve
-        then says that the deployment failed. Later they are loaded in the background, and what is wrong is logged:
-        an error would make Serve end a replica that serves well.
+        At the start the Copilots are loaded before the replica answers, and a problem raises ServingError, so that Serve
+        reports a failed deployment. Later they are loaded in the background, and a problem is logged: an error would make
+        Serve end a replica that serves well.
         """
         if not self._serving:
-            self.reloader.configure(user_config)
-            self.reloader.load_all()
+            for problem in self._swap.load(read_user_config(user_config, self._swap.names)):
+                raise ServingError(problem)
             return
         try:
-            self.reloader.configure(user_config)
+            self._swaps.submit(self._swap.load, read_user_config(user_config, self._swap.names))
         except ServingError as error:
             logger.error("the new user_config is not used: %s", error)
 
     async def unhealthy(self) -> str | None:
-        """What is wrong with the first engine that does not generate; None: nothing, and the replica serves from now on."""
-        for served in self.catalogue:
+        """What is wrong with the first engine that does not generate. None: nothing, and the replica serves from now on."""
+        for served in self.registry:
             reason = await asyncio.to_thread(served.engine.unhealthy)
-            # One that was replaced while it was tried is stopped, and that is no fault.
-            if reason and self.catalogue.find(served.name) is served:
+            # An engine that was replaced meanwhile is stopped, and that is no fault.
+            if reason and self.registry.find(served.name) is served:
                 return f"{served.name}: {reason}"
         self._serving = True
         return None
@@ -85,25 +83,18 @@ def build_app(settings: ReplicaSettings) -> FastAPI:
 
     Raises ServingError.
     """
-    from ray import serve
-
-    from tc_ray.serving.deploy.board import AllFigures, Pins
     from tc_ray.serving.http.app import create_app
 
     log_to_stderr()
     replica = Replica(settings)
-    name = str(serve.get_replica_context().replica_id.unique_id)
-    app = create_app(replica.catalogue, settings, name)
+    app = create_app(replica.registry, settings)
     app.state.replica = replica
-    pins = Pins(name, app.state.metrics.text)
-    app.add_middleware(AllFigures, pins=pins)
-    app.state.pinning = asyncio.create_task(pins.run())
-    replica.reloader.start()
+    app.state.reporting = asyncio.create_task(app.state.metrics.run(replica.registry))
     return app
 
 
 def log_to_stderr() -> None:
-    """Let this package's log lines of level INFO be seen; they never hold prompts."""
+    """Show this package's log lines from level INFO on. They never hold prompts."""
     package = logging.getLogger("tc_ray")
     if not package.handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -1,4 +1,8 @@
-"""The engine: continuous batching of a fused model behind a small contract. See `engine.Engine`."""
+"""The engine: continuous batching of one fused model in a thread, behind a small interface (contract.py).
+
+Imports config, models, serving/text and errors; nothing of HTTP or Ray.
+Read engine.py first; a request enters the batch in worker.py (`Worker._join`), one token is computed in batch.py.
+"""
 
 from tc_ray.serving.engine.contract import (
     Event,
@@ -9,13 +13,13 @@ from tc_ray.serving.engine.contract import (
     Load,
     Piece,
     Request,
+    RequestHandle,
     Scored,
     ScoredToken,
     ScoreRequest,
-    Ticket,
     Token,
 )
-from tc_ray.serving.engine.engine import Engine
+from tc_ray.serving.engine.engine import Engine, Reservation
 from tc_ray.serving.engine.turns import Turns
 
 __all__ = [
@@ -28,10 +32,11 @@ __all__ = [
     "Load",
     "Piece",
     "Request",
+    "RequestHandle",
+    "Reservation",
     "ScoreRequest",
     "Scored",
     "ScoredToken",
-    "Ticket",
     "Token",
     "Turns",
 ]

@@ -1,9 +1,9 @@
-"""A running batch of fused decoding that sequences join and leave at any token: what continuous batching stands on.
+"""A running batch of fused decoding that sequences join and leave at any token.
 
-A prompt is computed by itself, exactly as `generate` computes it (`Prefill`), then joins; `step` takes one token of every
-sequence and gives the next distributions of all. Invariant: a sequence's numbers do not depend on the others but for
-rounding: rows are independent in every operation, and masks hide what is not a row's own. Sequences with lam 0 that want
-no Copilot do not run one. Decoder-only models. Used by the serving engine; it knows nothing of requests or text.
+A prompt is computed by itself, exactly as `generate` computes it (`Prefill`), then joins. `step` takes one token of every
+sequence and returns the next distributions of all. Invariant: a sequence's numbers depend on the others by rounding only:
+rows are independent in every operation, and masks hide what is not a row's own. Sequences with lam 0 do not run the
+Copilot. Decoder-only models. Used by the engine's worker; it knows nothing of requests or text.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tc_ray.serving.engine.kv_rows import RowCache, RowLayer, RowStore
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a sequence needs to its last token: entries in the Pilot's cache, in the Copilot's own and in its memory."""
+class CacheNeed:
+    """Entries that a sequence needs up to its last token: in the Pilot's cache, the Copilot's own and its memory."""
 
     tokens: int
     rows: int
@@ -48,7 +48,7 @@ class PromptPrefix:
 
 
 class Prefill:
-    """A prompt being computed, some tokens at a time; made by `FusedBatch.prefill`.
+    """A prompt being computed, some tokens at a time. Made by `FusedBatch.prefill`.
 
     `pilot` and `fused`: fp32 [1, V] logits of the first new token, when `done`.
     """
@@ -68,7 +68,7 @@ class Prefill:
         self.pilot = self.fused = torch.empty(0)
 
     def _begin_with(self, prefix: PromptPrefix) -> None:
-        # the last token's logits are wanted, so it is computed again at least
+        # the last token is computed again in any case: its logits are wanted
         most = min(len(prefix.ids), len(self.ids) - 1)
         self.reused = next((i for i in range(most) if prefix.ids[i] != self.ids[i]), most)
         if self.reused:
@@ -83,7 +83,7 @@ class Prefill:
 
     @torch.inference_mode()
     def advance(self, tokens: int) -> int:
-        """Compute up to so many more tokens; returns how many."""
+        """Compute up to `tokens` more tokens; returns how many."""
         model, first = self._model, self._computed
         count = min(tokens, len(self.ids) - first)
         device = model.get_input_embeddings().weight.device
@@ -110,7 +110,7 @@ class Prefill:
         self.fused = fuse(self.pilot, f, weight, model.space)
 
     def prefix(self) -> PromptPrefix | None:
-        """What another prompt can begin with; None where a layer has not kept every token (sliding windows)."""
+        """What another prompt can begin with; None where a layer does not keep every token (sliding windows)."""
         entries = [(layer.keys, layer.values) for layer in self.cache.layers]
         if any(keys is None or keys.shape[2] != len(self.ids) for keys, _ in entries):
             return None
@@ -126,13 +126,10 @@ class Step:
 
 
 class FusedBatch:
-    """Sequences in step with each other, each with its own lam.
-
-    Args:
-        model: decoder-only.
+    """Sequences that decode one token per step, each with its own lam.
 
     Raises:
-        ValueError: an encoder-decoder.
+        ValueError: the model is an encoder-decoder.
     """
 
     def __init__(self, model: FusedModel) -> None:
@@ -156,13 +153,13 @@ class FusedBatch:
         self._lengths: list[int] = []
         """Tokens of each row."""
         self._copilot_of: list[int | None] = []
-        """Of each row, its place among the corrected ones."""
+        """Of each row, its index among the corrected ones; None for lam 0."""
         self._lam: list[float] = []
         """Of each corrected row."""
-        self._said: list[int] = []
+        self._decoded: list[int] = []
         """Of each corrected row, Copilot rows decoded."""
         self._kept = torch.empty(0)
-        """[corrected rows, 1, d_C], what the feedback keeps of the last Copilot row."""
+        """[corrected rows, 1, d_C], the feedback of the last Copilot row."""
         places = model.copilot.output_ids
         compact = not model.copilot.is_full and int(places.max()) < model.vocab_size
         self._places = places if compact else None
@@ -170,34 +167,33 @@ class FusedBatch:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    # -- room -----------------------------------------------------------------------------------------------------
+    # -- cache ----------------------------------------------------------------------------------------------------
 
-    def room(self, prompt: int, new: int, corrected: bool) -> Room:
-        """What a sequence of so many prompt and new tokens needs."""
-        return Room(prompt + new, new if corrected else 0, 2 * prompt + new if corrected else 0)
+    def need(self, prompt: int, new: int, corrected: bool) -> CacheNeed:
+        """What a sequence of `prompt` and `new` tokens needs."""
+        return CacheNeed(prompt + new, new if corrected else 0, 2 * prompt + new if corrected else 0)
 
-    def _sizes(self, rooms: Sequence[Room]) -> list[tuple[RowStore, int, int]]:
-        """Each store with the rows and columns that such sequences need."""
-        corrected = [room for room in rooms if room.rows]
+    def _sizes(self, needs: Sequence[CacheNeed]) -> list[tuple[RowStore, int, int]]:
+        """Each store with the rows and columns that sequences of these needs take."""
+        corrected = [need for need in needs if need.rows]
         return [
-            (self._pilot, len(rooms), max((room.tokens for room in rooms), default=0)),
-            (self._rows, len(corrected), max((room.rows for room in corrected), default=0)),
-            (self._memory, len(corrected), max((room.memory for room in corrected), default=0)),
+            (self._pilot, len(needs), max((need.tokens for need in needs), default=0)),
+            (self._rows, len(corrected), max((need.rows for need in corrected), default=0)),
+            (self._memory, len(corrected), max((need.memory for need in corrected), default=0)),
         ]
 
-    def planned_bytes(self, rooms: Sequence[Room]) -> int:
-        """Bytes of the caches that hold such sequences at once."""
-        return sum(store.planned_bytes(rows, columns) for store, rows, columns in self._sizes(rooms))
+    def planned_bytes(self, needs: Sequence[CacheNeed]) -> int:
+        """Bytes of the caches that hold sequences of these needs at once."""
+        return sum(store.planned_bytes(rows, columns) for store, rows, columns in self._sizes(needs))
 
     @torch.inference_mode()
-    def reserve(self, rooms: Sequence[Room], budget_bytes: int = 0) -> None:
-        """Make the caches fit such sequences, those in the batch among them.
+    def reserve(self, needs: Sequence[CacheNeed], budget_bytes: int = 0) -> None:
+        """Resize the caches to sequences of these needs, those in the batch among them.
 
         Args:
-            budget_bytes: room held already is kept where the caches stay below this; given up and asked for again, it
-                would be copied each time.
+            budget_bytes: the caches do not shrink while they stay below this; each resize copies everything.
         """
-        sizes = self._sizes(rooms)
+        sizes = self._sizes(needs)
         kept = [(store, *store.at_least(rows, columns)) for store, rows, columns in sizes]
         if sum(store.planned_bytes(rows, columns) for store, rows, columns in kept) <= budget_bytes:
             sizes = kept
@@ -219,7 +215,7 @@ class FusedBatch:
 
     @torch.inference_mode()
     def join(self, prefill: Prefill) -> int:
-        """Add a computed prompt as the last row; room must be reserved. Returns its place."""
+        """Add a computed prompt as the last row, for which `reserve` was called. Returns the row."""
         cache = prefill.cache
         self._pilot.join([(layer.keys, layer.values) for layer in cache.layers], len(prefill.ids))
         self._lengths.append(len(prefill.ids))
@@ -234,7 +230,7 @@ class FusedBatch:
             store.join(entries, entries[0][0].shape[2] if entries else 0)
         self._copilot_of.append(len(self._lam))
         self._lam.append(prefill.lam)
-        self._said.append(copilot.rows)
+        self._decoded.append(copilot.rows)
         assert copilot.feedback is not None
         kept = copilot.feedback[:, -1:]
         self._kept = kept.clone() if len(self._lam) == 1 else torch.cat([self._kept, kept])
@@ -253,7 +249,7 @@ class FusedBatch:
         self._rows.leave(gone)
         self._memory.leave(gone)
         _fill(self._lam, gone)
-        _fill(self._said, gone)
+        _fill(self._decoded, gone)
         if gone != last:
             self._kept[gone] = self._kept[last]
             self._copilot_of[self._copilot_of.index(last)] = gone
@@ -263,16 +259,16 @@ class FusedBatch:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Step:
-        """Take the token last said of each row, in the order of rows; gives the logits of the next."""
+        """Decode the last token of each row, in the order of rows; returns the logits of the next ones."""
         if len(tokens) != len(self):
             raise ValueError(f"{len(tokens)} tokens for {len(self)} rows")
         model = self.model
-        said = torch.tensor(tokens, device=self._device)
-        self._pilot.make_column_room(1)
+        last = torch.tensor(tokens, device=self._device)
+        self._pilot.ensure_columns(1)
         visible = self._pilot.visible(1)
         with model._tap.recording():
             out = model.pilot(
-                input_ids=said[:, None],
+                input_ids=last[:, None],
                 attention_mask=None if visible is None else visible.long(),
                 position_ids=torch.tensor(self._lengths, device=self._device)[:, None],
                 past_key_values=self._pilot_cache,
@@ -286,30 +282,30 @@ class FusedBatch:
         if not self._lam:
             return Step(pilot, pilot)
         if len(self._lam) == len(self) and self._copilot_of == list(range(len(self))):
-            return Step(pilot, self._corrected(pilot, said, states))
+            return Step(pilot, self._corrected(pilot, last, states))
         places: list[int] = [0] * len(self._lam)
         for row, place in enumerate(self._copilot_of):
             if place is not None:
                 places[place] = row
         chosen = torch.tensor(places, device=self._device)
-        corrected = self._corrected(pilot[chosen], said[chosen], states[chosen])
+        corrected = self._corrected(pilot[chosen], last[chosen], states[chosen])
         return Step(pilot, pilot.index_copy(0, chosen, corrected))
 
-    def _corrected(self, pilot: torch.Tensor, said: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def _corrected(self, pilot: torch.Tensor, last: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Fused logits [C, V] of the corrected rows, whose Copilot rows are decoded: see `FusedModel.corrections`."""
         model, copilot = self.model, self.model.copilot
         feedback = model._feedbacks[model.feedback]
         for store in (self._rows, self._memory):
-            store.make_column_room(1)
+            store.ensure_columns(1)
         seen, visible = self._rows.visible(1), self._memory.visible(1)
         if visible is None:
             visible = torch.ones(len(self._lam), self._memory.width + 1, dtype=torch.bool, device=self._device)
-        row = feedback.row(self._kept, said)
+        row = feedback.row(self._kept, last)
         state = copilot.decode_aligned(
             copilot.with_producing_state(row, states),
             copilot.state_memory(states),
             visible[:, None],
-            positions=torch.tensor(self._said, device=self._device)[:, None],
+            positions=torch.tensor(self._decoded, device=self._device)[:, None],
             seen=seen,
             columns=self._rows.width,
             self_cache=self._row_cache,
@@ -317,7 +313,7 @@ class FusedBatch:
         )[:, 0]
         self._rows.advance(1)
         self._memory.advance(1)
-        self._said = [count + 1 for count in self._said]
+        self._decoded = [count + 1 for count in self._decoded]
         self._kept = feedback.keep(state, pilot)
         lam = torch.tensor(self._lam, device=self._device)
         f = copilot.predict(state)
@@ -327,7 +323,7 @@ class FusedBatch:
 
 
 def _fill(numbers: list[Any], place: int) -> None:
-    """The last one takes the place of the one that goes."""
+    """Remove a place; the last one fills it."""
     numbers[place] = numbers[-1]
     numbers.pop()
 

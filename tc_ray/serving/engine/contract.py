@@ -1,7 +1,7 @@
-"""What the engine and the rest of serving say to each other: requests in, events out. Plain data, no torch.
+"""The engine's interface: requests in, events out. Plain data, no torch.
 
 Invariant: each accepted generation or scoring ends with exactly one `Finished`, `Scored` or `Failed`, unless it was
-cancelled; what is cancelled stops within one token. Used by the engine, the app and the tests.
+cancelled; what is cancelled stops within one token. Used by the engine, the HTTP application and the tests.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Literal
 class GenerationRequest:
     """What to generate. temperature 0 is greedy; top_k None and top_p 1 do not cut; lam None is the exported one.
 
-    seed None draws one. presence_penalty, frequency_penalty: subtracted from the fused logits of tokens generated before,
-    once and once an occurrence. logprobs: None for none, else how many of the likeliest tokens to name beside the chosen
-    one (0: none). explain: report what the Pilot would have said. ignore_end: end tokens do not end it (for checks).
-    owner: whose prompt it is; only prompts of the same owner are begun with one another's. deadline_s: `time.monotonic()` at
-    which it fails.
+    seed: None draws one. presence_penalty, frequency_penalty: subtracted from the fused logits of tokens generated before,
+    once, and once per occurrence. logprobs: None for none, else how many of the likeliest tokens to name beside the chosen
+    one. explain: report what the Pilot would have chosen. ignore_end: end tokens do not end it (for health checks). owner:
+    whose prompt it is; only prompts of one owner share computed beginnings. deadline_s: `time.monotonic()` at which it fails.
     """
 
     prompt_ids: tuple[int, ...]
@@ -42,7 +41,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Log-probabilities of `ids[start:]` given `ids[:start]`, 1 <= start <= len(ids). top: likeliest tokens to name beside."""
+    """Log-probabilities of `ids[start:]` given `ids[:start]`, 1 <= start <= len(ids). top: likeliest tokens to name."""
 
     ids: tuple[int, ...]
     start: int
@@ -55,8 +54,8 @@ class ScoreRequest:
 class Explained:
     """What the correction did at one token: probabilities before and after it, of distributions before temperature.
 
-    pilot_id: likeliest token of the Pilot. pilot, fused: p^ and p~ of the token said. moved: total variation distance of p^
-    and p~, 0 to 1.
+    pilot_id: likeliest token of the Pilot. pilot, fused: p^ and p~ of the chosen token. moved: total variation distance of
+    p^ and p~, 0 to 1.
     """
 
     pilot_id: int
@@ -78,7 +77,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """More text, perhaps none, and the tokens generated since the piece before: their text may come with a later piece."""
+    """New text, perhaps empty, and the tokens since the last piece. A token's text may come with a later piece."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -92,7 +91,7 @@ class Finished:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
-    """Prompt tokens that were not computed again."""
+    """Prompt tokens whose keys and values were reused."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Failed:
-    """It broke off; `message` is fit for the client, the details are in the server's log."""
+    """It broke off. `message` is for the client; the details are in the server's log."""
 
     message: str
     code: Literal["generation_failed", "deadline_exceeded", "shutting_down"] = "generation_failed"
@@ -125,13 +124,17 @@ Event = Piece | Finished | Scored | Failed
 Request = GenerationRequest | ScoreRequest
 
 
-class Ticket:
-    """An accepted request; its caller can only cancel it, from any thread."""
+class RequestHandle:
+    """An accepted request. Its caller can only cancel it, from any thread; the rest is called in the engine's thread.
 
-    def __init__(self, request: Request, deliver: Callable[[Event], None]) -> None:
+    give_back: frees its place in the engine.
+    """
+
+    def __init__(self, request: Request, deliver: Callable[[Event], None], give_back: Callable[[], None]) -> None:
         self.request = request
-        self._deliver = deliver
+        self._deliver, self._give_back = deliver, give_back
         self._cancelled = threading.Event()
+        self._ended = False
 
     @property
     def cancelled(self) -> bool:
@@ -143,7 +146,7 @@ class Ticket:
         self._cancelled.set()
 
     def send(self, event: Event) -> None:
-        """Hand an event over, from the engine's thread. A receiver that cannot take it has gone."""
+        """Deliver an event. A receiver that raises counts as gone."""
         if self.cancelled:
             return
         try:
@@ -151,16 +154,31 @@ class Ticket:
         except Exception:  # noqa: BLE001 - most often the event loop of a replica that has been stopped
             self.cancel()
 
+    def end(self, event: Event) -> None:
+        """Deliver the last event. The place is free before: the client may send its next request at once."""
+        if not self._ended:
+            self._ended = True
+            self._give_back()
+            self.send(event)
+
+    def gone(self, now_s: float) -> bool:
+        """Whether it was cancelled, or is past its deadline and ends here. now_s: `time.monotonic()`."""
+        deadline_s = self.request.deadline_s
+        if not self.cancelled and (deadline_s is None or now_s < deadline_s):
+            return False
+        self.end(Failed("The request was not done by its deadline.", "deadline_exceeded", 504))
+        self.cancel()
+        return True
+
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine is doing at a moment: requests at work and waiting, bytes of the caches, allowed, and of kept prompts."""
+    """The engine's load: sequences running and waiting, bytes of the caches and their limit."""
 
     running: int
     waiting: int
     cache_bytes: int
     cache_budget_bytes: int
-    prefix_bytes: int = 0
     prompt_tokens: int = 0
     """Totals since the start: prompt tokens computed, tokens generated, prompt tokens reused, steps of the batch."""
     generated_tokens: int = 0

@@ -1,9 +1,9 @@
 """Keys and values of sequences that join and leave a running batch, without copying the others at every token.
 
-Each row is aligned to the right: its entries stand in columns [start, width), and every row that grows writes the same
-new column. So one slice assignment a layer takes a token in, distances between columns are distances between tokens (which
-is all that sliding windows ask), and a mask says where each row begins. Columns before the first start are let go when the
-room is needed. Used by `FusedBatch`.
+Each row is aligned to the right: its entries stand in columns [start, width), and all rows write the same new column. So
+one slice assignment per layer stores a token, distances between columns are distances between tokens (which is all that
+sliding windows need), and a mask shows where each row begins. Columns before the first start are dropped when the space is
+needed. Used by `FusedBatch`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 _ROWS, _COLUMNS = 8, 64
-"""Room grows by so many rows and columns."""
+"""A store grows by this many rows and columns."""
 
 
 def rounded(count: int, step: int) -> int:
@@ -33,15 +33,15 @@ class RowStore:
     def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._shape = layers, heads, head_dim
         self._like = {"dtype": dtype, "device": device}
-        self._data = self._room(0, 0)
+        self._data = self._zeros(0, 0)
         self.starts: list[int] = []
         """First column of each row."""
         self.width = 0
         """Columns in use; rows end here."""
 
-    def _room(self, rows: int, columns: int) -> torch.Tensor:
+    def _zeros(self, rows: int, columns: int) -> torch.Tensor:
         layers, heads, head_dim = self._shape
-        # zeros: what stands before a row's start is masked, but must be finite
+        # what stands before a row's start is masked, but must be finite
         return torch.zeros(layers, 2, rows, heads, columns, head_dim, **self._like)
 
     def __len__(self) -> int:
@@ -59,11 +59,11 @@ class RowStore:
         return self._data.nbytes
 
     def planned_bytes(self, rows: int, columns: int) -> int:
-        """Bytes that `reserve(rows, columns)` comes to in an empty store."""
+        """Bytes of an empty store after `reserve(rows, columns)`."""
         return rounded(rows, _ROWS) * rounded(columns, _COLUMNS) * self.bytes_per_entry
 
     def at_least(self, rows: int, columns: int) -> tuple[int, int]:
-        """So many rows and columns, or those that there is room for already if they are more."""
+        """The given rows and columns, or those of the store where they are more."""
         return max(rows, self._data.shape[2]), max(columns, self._data.shape[4])
 
     def lengths(self) -> list[int]:
@@ -71,10 +71,10 @@ class RowStore:
         return [self.width - start for start in self.starts]
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room for so many rows and columns, exactly (to the next step): more is given up, in use or not.
+        """Resize the store to these rows and columns, rounded up to the next step.
 
         Raises:
-            ValueError: what is in use does not fit.
+            ValueError: the entries in use do not fit.
         """
         wanted = rounded(rows, _ROWS), rounded(columns, _COLUMNS)
         have = self._data.shape[2], self._data.shape[4]
@@ -83,18 +83,18 @@ class RowStore:
         longest = max(self.lengths(), default=0)
         if len(self) > wanted[0] or longest > wanted[1]:
             raise ValueError(f"{len(self)} rows of up to {longest} entries do not fit into {wanted}")
-        fresh = self._room(*wanted)
+        fresh = self._zeros(*wanted)
         if longest:
             fresh[:, :, : len(self), :, :longest] = self._data[:, :, : len(self), :, self.width - longest : self.width]
         shift = self.width - longest
         self._data, self.width = fresh, longest
         self.starts = [start - shift for start in self.starts]
 
-    def make_column_room(self, columns: int) -> None:
-        """See that `columns` more fit beside the longest row, letting go what stands before every row.
+    def ensure_columns(self, columns: int) -> None:
+        """Ensure that `columns` more fit beside the longest row; drop the columns before every row if needed.
 
         Raises:
-            ValueError: not reserved.
+            ValueError: they were not reserved.
         """
         if self.width + columns <= self._data.shape[4]:
             return
@@ -115,10 +115,10 @@ class RowStore:
             entries: of each layer, keys and values [1, heads, n, head_dim]; n < count where a layer keeps the last ones only.
 
         Raises:
-            ValueError: not reserved.
+            ValueError: the row was not reserved.
         """
         if count > self._data.shape[4] or len(self) == self._data.shape[2]:
-            raise ValueError(f"no room for a row of {count} entries: {tuple(self._data.shape)} reserved")
+            raise ValueError(f"a row of {count} entries does not fit into the reserved {tuple(self._data.shape)}")
         if count > self.width:
             rows, shift = len(self), count - self.width
             self._data[:, :, :rows, :, shift:count] = self._data[:, :, :rows, :, : self.width].clone()
@@ -130,7 +130,7 @@ class RowStore:
         self.starts.append(end - count)
 
     def leave(self, row: int) -> None:
-        """Remove a row; the last one takes its place."""
+        """Remove a row; the last one fills its place."""
         last = len(self) - 1
         if row != last:
             start = self.starts[last]
@@ -141,7 +141,7 @@ class RowStore:
             self.width = 0
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put [rows, heads, n, head_dim] of a layer behind the columns in use; returns all of its keys and values.
+        """Store [rows, heads, n, head_dim] of a layer behind the columns in use; returns all its keys and values.
 
         The columns count as in use after `advance`, when every layer has written.
         """
@@ -152,7 +152,7 @@ class RowStore:
         return place[0], place[1]
 
     def advance(self, columns: int) -> None:
-        """Every layer has written so many columns."""
+        """Every layer has written `columns` columns."""
         self.width += columns
 
     def visible(self, columns: int) -> torch.Tensor | None:
@@ -164,7 +164,7 @@ class RowStore:
 
 
 class RowLayer(CacheLayerMixin):
-    """A layer of a RowStore as transformers' attention wants it."""
+    """A layer of a RowStore as a cache layer of transformers."""
 
     is_sliding = False
 
@@ -174,14 +174,14 @@ class RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:
-        """The store has its room already."""
+        """The store is allocated already."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Take new keys and values in; returns all."""
+        """Store new keys and values; returns all."""
         return self._store.write(self._layer, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that a mask covers, and the first."""
+        """Number of columns that a mask covers, and the first."""
         return self._store.width + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -194,7 +194,7 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache:
-    """What the Copilot's layers take for a cache: `update` by layer index, over the layers that a store holds."""
+    """The cache that the Copilot's layers use: `update` by layer index, over the layers that a store holds."""
 
     def __init__(self, store: RowStore, layers: list[int]) -> None:
         self._store, self._places = store, {layer: place for place, layer in enumerate(layers)}
@@ -202,5 +202,5 @@ class RowCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new keys and values in; returns all."""
+        """Store new keys and values; returns all."""
         return self._store.write(self._places[layer_idx], key, value)

@@ -1,7 +1,7 @@
-"""Prompts computed lately, to begin the next ones with: a system prompt is computed once. Used by the engine's thread alone.
+"""Computed prompts that later prompts begin with, so a system prompt is computed once. Used by the engine's thread alone.
 
-Invariant: a prompt is begun with those of its own owner only: how many tokens were reused is told to the client, who could
-otherwise guess at other people's prompts.
+Invariant: a prompt reuses those of its own owner only. The response reports how many tokens were reused; across owners a
+client could guess other people's prompts from it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Prefixes:
         """The owner's kept prompt that shares the longest beginning with `ids`, if that is worth it."""
         best, shared = None, MIN_TOKENS - 1
         for (whose, _), prefix in self._kept.items():
-            if whose == owner and prefix.ids[: shared + 1] == ids[: shared + 1]:  # else it cannot be longer
+            if whose == owner and prefix.ids[: shared + 1] == ids[: shared + 1]:  # otherwise it shares no more
                 count = _common(prefix.ids, ids)
                 if count > shared:
                     best, shared = prefix, count
@@ -36,7 +36,7 @@ class Prefixes:
         return best
 
     def keep(self, prefill: Prefill, owner: bytes = b"") -> None:
-        """Keep a computed prompt, letting go those not used for longest."""
+        """Keep a computed prompt; drop the least recently used ones beyond the budget."""
         if not self._budget or len(prefill.ids) < MIN_TOKENS or (owner, prefill.ids) in self._kept:
             return
         prefix = prefill.prefix()

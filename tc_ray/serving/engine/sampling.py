@@ -1,7 +1,7 @@
-"""From the logits of one sequence to its next token, and what a client may ask to know about that token.
+"""The next token of a sequence from its logits, and what a client may ask about that token.
 
 Invariant: the same logits and seed give the token that transformers' `generate` draws (temperature, then top-k, then top-p),
-whatever else is in the batch: each sequence has a generator of its own. Used by the engine, once a token.
+whatever else is in the batch: each sequence has its own generator. Used by the engine, once per token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from tc_ray.serving.engine.contract import Explained, GenerationRequest, Token
 
 _LIKELY = 256
-"""Tokens sorted at first for top-p; all are where these do not reach it."""
+"""Tokens sorted at first for top-p; all tokens are sorted only if these do not reach it."""
 
 
 class Sampler:
@@ -23,27 +23,27 @@ class Sampler:
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
         self._generator: torch.Generator | None = None
-        self._said: Counter[int] = Counter()
+        self._counts: Counter[int] = Counter()
         self._penalised = bool(request.presence_penalty or request.frequency_penalty)
 
     @property
     def is_argmax(self) -> bool:
-        """The likeliest token is always chosen: `choose` need not be asked."""
+        """Whether `choose` always gives the likeliest token."""
         return self._request.temperature == 0 and not self._penalised
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token for fused logits, fp32 [V], which are left as they are."""
+        """The next token for fused logits, fp32 [V], which are not changed."""
         request = self._request
-        if self._said and self._penalised:
-            ids = torch.tensor(list(self._said), device=logits.device)
-            counts = torch.tensor(list(self._said.values()), dtype=logits.dtype, device=logits.device)
+        if self._counts and self._penalised:
+            ids = torch.tensor(list(self._counts), device=logits.device)
+            counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype, device=logits.device)
             logits = logits.index_add(0, ids, -request.presence_penalty - request.frequency_penalty * counts)
         if request.temperature == 0:
             chosen = int(logits.argmax())
         else:
             chosen = self._draw(top_p_only(top_k_only(logits / request.temperature, request.top_k), request.top_p))
         if self._penalised:
-            self._said[chosen] += 1
+            self._counts[chosen] += 1
         return chosen
 
     def _draw(self, scores: torch.Tensor) -> int:
@@ -64,7 +64,7 @@ def top_k_only(scores: torch.Tensor, top_k: int | None) -> torch.Tensor:
 
 
 def top_p_only(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Scores [V], -inf for all that are not needed for a probability of top_p; the likeliest stays."""
+    """Scores [V], -inf for all tokens that are not needed for a probability of top_p; the likeliest always stays."""
     if top_p >= 1:
         return scores
     total = scores.logsumexp(0)
@@ -73,13 +73,13 @@ def top_p_only(scores: torch.Tensor, top_p: float) -> torch.Tensor:
         before = (values - total).exp().cumsum(0)
         if float(before[-1]) >= top_p or count == len(scores):
             break
-    # kept: those before which less than top_p is gathered
+    # a token is kept if those before it sum to less than top_p
     kept = 1 + int((before[:-1] < top_p).sum())
     return torch.full_like(scores, -math.inf).index_copy(0, ids[:kept], values[:kept])
 
 
 def described(request: GenerationRequest, chosen: int, pilot: torch.Tensor, fused: torch.Tensor) -> Token:
-    """The chosen token with what the request asks to know.
+    """The chosen token with what the request asks for.
 
     Args:
         pilot, fused: fp32 [V] logits.

@@ -17,9 +17,9 @@ _ROWS = 16
 
 
 def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator[Scored | None]:
-    """Scores of `request`, the last thing given; before it None after each part of the work.
+    """Yields None after each part of the work, and the scores of `request` at the end.
 
-    positions: of the Pilot's pass that are computed in one part. Raises NotFiniteError for a score that is NaN.
+    positions: of the Pilot's forward pass that are computed in one part. Raises NotFiniteError for a score that is NaN.
     """
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([request.ids], device=device)
@@ -33,8 +33,8 @@ def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator
     )
     tokens: list[ScoredToken] = []
     for rows in teacher_forced_rows(model, given, rows_at_a_time=_ROWS, positions_at_a_time=positions):
-        said = given.tokens[:, rows.span]
-        pilot, fused = (log_probs_of(logits, said)[0].tolist() for logits in (rows.pilot, rows.fused))
+        chosen = given.tokens[:, rows.span]
+        pilot, fused = (log_probs_of(logits, chosen)[0].tolist() for logits in (rows.pilot, rows.fused))
         if any(map(math.isnan, (*pilot, *fused))):
             raise NotFiniteError("scores that are not finite")
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(pilot)
@@ -42,6 +42,6 @@ def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator
             values, places = rows.fused[0].log_softmax(-1).topk(min(request.top, rows.fused.shape[-1]))
             pairs = zip(places.tolist(), values.tolist(), strict=True)
             tops = [tuple(zip(at, value, strict=True)) for at, value in pairs]
-        tokens += [ScoredToken(*one) for one in zip(said[0].tolist(), pilot, fused, tops, strict=True)]
+        tokens += [ScoredToken(*one) for one in zip(chosen[0].tolist(), pilot, fused, tops, strict=True)]
         yield None
     yield Scored(tuple(tokens))

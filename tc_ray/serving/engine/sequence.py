@@ -1,4 +1,4 @@
-"""One generation on its way: its sampler, its text, its place in the batch. Used by the engine's thread alone."""
+"""One generation: its sampler, its text, its need of cache. Used by the engine's thread alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from tc_ray.serving.engine.batch import Prefill, Room
-from tc_ray.serving.engine.contract import Finished, GenerationRequest, Piece, Ticket
+from tc_ray.serving.engine.batch import CacheNeed, Prefill
+from tc_ray.serving.engine.contract import Finished, GenerationRequest, Piece, RequestHandle
 from tc_ray.serving.engine.sampling import Sampler, described
 from tc_ray.serving.text.incremental import IncrementalText
 
@@ -18,19 +18,19 @@ class Sequence:
 
     Args:
         end_ids: tokens that end a text; they count as tokens and are not part of the text.
-        lam: weight of the Copilot. room: what it needs in the caches.
+        lam: weight of the Copilot. need: cache entries up to its last token.
     """
 
-    def __init__(self, ticket: Ticket, tokenizer: Any, end_ids: frozenset[int], lam: float, room: Room) -> None:
-        assert isinstance(ticket.request, GenerationRequest)
-        self.ticket, self.request = ticket, ticket.request
-        self.lam, self.room = lam, room
+    def __init__(
+        self, handle: RequestHandle, tokenizer: Any, end_ids: frozenset[int], lam: float, need: CacheNeed
+    ) -> None:
+        assert isinstance(handle.request, GenerationRequest)
+        self.handle, self.request = handle, handle.request
+        self.lam, self.need = lam, need
         self.prefill: Prefill | None = None
         self.sampler = Sampler(self.request)
         self.last = -1
-        """The token said last."""
-        self.ended = False
-        """The client has been told so, or is just being told: its place is free for the next."""
+        """The token chosen last."""
         self._text = IncrementalText(tokenizer, self.request.prompt_ids, self.request.stops)
         self._end_ids = end_ids
         self._count = 0
@@ -40,8 +40,8 @@ class Sequence:
         """Its prompt is being computed."""
         self.prefill, self._cached = prefill, prefill.reused
 
-    def say(self, chosen: int, pilot: torch.Tensor, fused: torch.Tensor) -> bool:
-        """Take the chosen token, tell the client, and whether that was the last one.
+    def append(self, chosen: int, pilot: torch.Tensor, fused: torch.Tensor) -> bool:
+        """Append the chosen token and send it to the client. Returns whether it was the last one.
 
         Args:
             pilot, fused: fp32 [V] logits that it was chosen from.
@@ -56,11 +56,10 @@ class Sequence:
         elif self._count >= self.request.max_new_tokens:
             reason = "length"
         if reason is not None:
-            self.ended = True
             text += self._text.finish()
-        self.ticket.send(Piece(text, (described(self.request, chosen, pilot, fused),)))
+        self.handle.send(Piece(text, (described(self.request, chosen, pilot, fused),)))
         if reason is not None:
-            self.ticket.send(Finished(reason, len(self.request.prompt_ids), self._count, self._cached))
+            self.handle.end(Finished(reason, len(self.request.prompt_ids), self._count, self._cached))
         return reason is not None
 
 

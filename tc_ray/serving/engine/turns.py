@@ -1,4 +1,4 @@
-"""Turns on what several engines share: the processor, and the Pilot while two Copilots of it are loaded."""
+"""Turns of several engines on what they share: the processor, and a Pilot for which two Copilots are loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 class Turns:
-    """A lock that is given in the order in which it was asked for, so that no engine starves another. `with turns: ...`"""
+    """A fair lock: engines get it in the order in which they asked, so none starves another. `with turns: ...`"""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -1,8 +1,9 @@
-"""How far a stream of server-sent events has got, and how a repeat of it by another replica is joined to what was sent.
+"""How far a stream of server-sent events has got, and how another replica's repeat is joined to what the client has.
 
-A repeat is made with the same seed, id and time, so its chunks are the same. Invariant: what `take` returns are whole events
-that the client does not have, and those it has were found again in the repeat: texts of two generations are never joined
-(another batch rounds otherwise, and a tie can fall the other way). Used by guard.py, once for each stream.
+A repeat has the same seed, id and time, so its chunks are the same. Rounding differs from batch to batch, so a tie between
+two tokens can still be decided differently.
+Invariant: `take` returns whole events that the client does not have, and only after the repeat has reproduced those that
+it has: texts of two generations are never joined. Used by proxy.py, once per stream.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import zlib
 _DONE = b"data: [DONE]"
 _ERROR = b'data: {"error"'
 _INDEX = re.compile(rb'"index": ?(\d+)')
-"""A choice's index. Inside a JSON string its quotes would be escaped, so text that looks like one is not taken for it."""
+"""A choice's index. Text of the model cannot match: its quotes are escaped inside a JSON string."""
 _LOGPROBS = b'"logprobs":'
 """Log-probabilities and explanations come after the text; they may differ in their last digits."""
 _NO_CHOICE = b""
@@ -28,8 +29,7 @@ class DivergedError(Exception):
 class StreamProgress:
     """Follows the events of one stream, and of its repeats.
 
-    Attributes: id, created: of the first chunk, None before it. ended: the stream has said that it is over, by `[DONE]` or
-    an error.
+    Attributes: id, created: of the first chunk, None before it. ended: `[DONE]` or an error event has come.
     """
 
     def __init__(self) -> None:
@@ -37,14 +37,14 @@ class StreamProgress:
         self.created: int | None = None
         self.ended = False
         self._sent: dict[bytes, tuple[int, int]] = {}
-        """Of each choice, the number of chunks that the client has and their checksum."""
+        """Per choice: number of chunks that the client has, and their checksum."""
         self._owed: dict[bytes, tuple[int, int]] = {}
-        """What a repeat must bring again before it brings news."""
+        """What a repeat must reproduce before it adds anything."""
         self._repeated: dict[bytes, tuple[int, int]] = {}
         self._rest = b""
 
     def take(self, body: bytes) -> bytes:
-        """What is new to the client in what has come; the beginning of another event is kept for the next call.
+        """The events in `body` that the client does not have. An incomplete event is kept for the next call.
 
         Raises DivergedError when a repeat differs from what the client has.
         """
@@ -61,12 +61,12 @@ class StreamProgress:
         return b"".join(event + b"\n\n" for event in events if not self._found_again(event))
 
     def repeat(self) -> None:
-        """The stream broke off and begins anew: from here on what the client has is awaited again."""
+        """The stream broke off and a repeat begins, which must first reproduce what the client has."""
         self._rest = b""
         self._owed, self._repeated = dict(self._sent), {}
 
     def resume_header(self) -> bytes | None:
-        """Value of X-TC-Ray-Resume, by which a repeat has the same chunks; None while the client has none."""
+        """Value of X-TC-Ray-Resume, which gives a repeat the same chunks; None while the client has none."""
         return None if self.id is None else json.dumps({"id": self.id, "created": self.created}).encode()
 
     def _count(self, event: bytes) -> None:
@@ -82,7 +82,7 @@ class StreamProgress:
         self._sent[key] = _added(self._sent.get(key), key, event)
 
     def _found_again(self, event: bytes) -> bool:
-        """Whether the client has this event of a repeat; counts it where it has not."""
+        """Whether the client has this event of a repeat. A new event is counted."""
         if event.startswith(_DONE):
             if self._owed:
                 raise DivergedError  # it ended earlier

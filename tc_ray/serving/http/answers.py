@@ -1,7 +1,7 @@
-"""Answers of the HTTP API, in OpenAI's shapes, and what the OpenAPI document says of them.
+"""Response bodies of the HTTP API, in OpenAI's shapes.
 
-Invariant: every body and every chunk the server sends is one of these, or an error envelope. JSON has no infinity: the
-log of 0 is told as -9999.0. Made by the shapes and routes, documented by schema.py.
+Invariant: every body and every chunk that the server sends is one of these. JSON has no infinity: the log of 0 is -9999.0.
+Made by responses.py and routes.py; FastAPI documents them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Answer(BaseModel):
 
 
 class PromptTokensDetails(Answer):
-    """What became of the prompt's tokens."""
+    """How many of the prompt's tokens were reused."""
 
-    cached_tokens: int = Field(ge=0, description="of a prompt that was computed before")
+    cached_tokens: int = Field(ge=0, description="prompt tokens that were computed for an earlier request")
 
 
 class Usage(Answer):
-    """Token counts; completion_tokens counts what was generated, the end token and stop strings included."""
+    """Token counts. completion_tokens counts what was generated, the end token and stop strings included."""
 
     prompt_tokens: int = Field(ge=0)
     completion_tokens: int = Field(ge=0)
@@ -48,7 +48,7 @@ class ExplainedToken(Answer):
 
 
 class CopilotAnswer(Answer):
-    """Answer to `copilot.explain`: one entry for each token generated, in a chunk for those since the chunk before."""
+    """Response to `copilot.explain`: one entry for each token generated; in a chunk, since the last chunk."""
 
     tokens: list[ExplainedToken]
 
@@ -58,7 +58,7 @@ class CompletionLogprobs(Answer):
 
     tokens: list[str]
     token_logprobs: list[float | None] = Field(description="null for the first token of an echoed prompt")
-    top_logprobs: list[dict[str, float] | None] = Field(description="the likeliest tokens and the one that was said")
+    top_logprobs: list[dict[str, float] | None] = Field(description="the likeliest tokens and the chosen one")
     text_offset: list[int] = Field(description="where each token begins in the choice's text, in characters")
 
 
@@ -84,7 +84,7 @@ class ChatLogprobs(Answer):
 
 
 class Choice(Answer):
-    """What all choices have. `index` comes first: the stream guard counts chunks by it."""
+    """What all choices have. `index` comes first: the failover proxy counts chunks by it."""
 
     index: int = Field(ge=0)
 
@@ -98,13 +98,18 @@ class CompletionChoice(Choice):
     finish_reason: FinishReason | None = None
 
 
-class Completion(Answer):
-    """Answer of /v1/completions, and each chunk of its stream."""
+class Headed(Answer):
+    """What the responses and chunks of generations and scores begin with."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+
+
+class Completion(Headed):
+    """Response of /v1/completions, and each chunk of its stream."""
+
+    object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -118,7 +123,7 @@ class ChatAnswer(Answer):
 
 
 class ChatChoice(Choice):
-    """The answer of a chat completion."""
+    """A choice of a chat completion."""
 
     message: ChatAnswer
     logprobs: ChatLogprobs | None = None
@@ -126,13 +131,10 @@ class ChatChoice(Choice):
     finish_reason: FinishReason
 
 
-class ChatCompletion(Answer):
-    """Answer of /v1/chat/completions."""
+class ChatCompletion(Headed):
+    """Response of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -153,13 +155,10 @@ class ChatChunkChoice(Choice):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(Answer):
+class ChatChunk(Headed):
     """A chunk of a chat completion's stream."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 
@@ -192,13 +191,10 @@ class ScoredCompletion(Answer):
     fused: float = Field(description="log p~ of the completion: the sum over its tokens")
 
 
-class ScoreAnswer(Answer):
-    """Answer of /v1/score."""
+class ScoreAnswer(Headed):
+    """Response of /v1/score."""
 
-    id: str
     object: Literal["score"] = "score"
-    created: int
-    model: str
     lam: float = Field(serialization_alias="lambda", description="weight of the correction that was used")
     completions: list[ScoredCompletion]
     usage: Usage
@@ -230,7 +226,7 @@ class ModelList(Answer):
 
 
 class State(Answer):
-    """GET /health and GET /ready; `reason` says what is wrong when the status is 503."""
+    """GET /health and GET /ready. `reason` states what is wrong when the status is 503."""
 
     status: Literal["ok", "unavailable"]
     reason: str | None = None
@@ -246,17 +242,17 @@ class ErrorDetail(Answer):
 
 
 class ErrorEnvelope(Answer):
-    """Every error body, and the last event of a stream that broke off."""
+    """Every error body, and the last event of a stream that breaks off."""
 
     error: ErrorDetail
 
 
-# httpx' `iter_lines`, for one, cuts there; within JSON they only ever stand in strings
+# Some readers of event streams, such as httpx' `iter_lines`, cut lines there. In JSON they stand in strings only.
 _LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 
 def as_json(answer: BaseModel) -> str:
-    """An answer, or a chunk, as it is sent: without characters that some readers of event streams take for the end of a line."""
+    """A response body or chunk as it is sent, without characters that could be taken for the end of a line."""
     text = answer.model_dump_json(by_alias=True)
     return text if text.isascii() else text.translate(_LINE_ENDS)
 
@@ -267,5 +263,5 @@ def finite(logprob: float) -> float:
 
 
 def error_event(envelope: dict[str, Any]) -> str:
-    """The event that ends a stream which broke off."""
+    """The event that ends a stream which breaks off."""
     return f"data: {ErrorEnvelope.model_validate(envelope).model_dump_json()}\n\n"

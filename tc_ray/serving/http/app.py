@@ -1,62 +1,62 @@
 """The HTTP application: OpenAI's routes over the engines of one replica. Plain FastAPI; the replica puts it into Ray Serve.
 
-Invariant: an answer is complete or says that it is not, and every refusal is OpenAI's error envelope. What a request passes,
-from the outside in: figures, key, admission, bound of the body, route.
+Invariant: a response is complete or ends with an error, and every refusal is OpenAI's error envelope. A request passes, from
+the outside in: metrics, key, admission, body limit, route.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from tc_ray.serving.body_limit import BodyLimit
-from tc_ray.serving.errors import RequestError
+from tc_ray.serving.errors import RequestError, from_validation
 from tc_ray.serving.http.admission import Admission
 from tc_ray.serving.http.auth import BearerAuth
+from tc_ray.serving.http.body_limit import BodyLimit
 from tc_ray.serving.http.metrics import Metrics, Observed
 from tc_ray.serving.http.openapi import document
 from tc_ray.serving.http.routes import make_router
 from tc_ray.serving.http.service import Service
-from tc_ray.serving.models.registry import Catalogue
+from tc_ray.serving.models.registry import ModelRegistry
 from tc_ray.serving.page.route import router as page
 from tc_ray.serving.settings import ReplicaSettings
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def create_app(catalogue: Catalogue, settings: ReplicaSettings, replica: str | None = None) -> FastAPI:
-    """The application over a catalogue, which may change while it runs. Its end closes the engines.
+def create_app(registry: ModelRegistry, settings: ReplicaSettings) -> FastAPI:
+    """The application over a model registry, which may change while it runs. Its end closes the engines.
 
-    replica: this replica's name in the figures. `app.state`: metrics, catalogue.
+    `app.state`: metrics, registry.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.gather(*(asyncio.to_thread(served.engine.close) for served in catalogue))
+        await asyncio.gather(*(asyncio.to_thread(served.engine.close) for served in registry))
 
-    metrics = Metrics(catalogue, replica or f"pid-{os.getpid()}")
-    # No documentation pages: they load scripts from elsewhere. /openapi.json stays. An address that is not there is told so,
-    # not redirected to what the client's Host header says.
+    metrics = Metrics()
+    # No documentation pages: they load scripts from elsewhere. /openapi.json stays. No redirects: they would go where the
+    # client's Host header says.
     app = FastAPI(title="tc-ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.metrics = metrics
-    app.state.catalogue = catalogue
-    # The one added last is outermost: without a key nothing is counted against one, and no refused body is read.
-    app.add_middleware(BodyLimit, limit_bytes=settings.limits.max_body_bytes)
-    app.add_middleware(Admission, catalogue=catalogue, max_key_requests=settings.limits.max_key_requests)
+    app.state.registry = registry
+    # The one added last is outermost: the key is checked before its limit, and the limits before the body is read.
+    app.add_middleware(BodyLimit, limit_bytes=settings.serving.max_body_bytes)
+    app.add_middleware(Admission, registry=registry, max_key_requests=settings.serving.max_key_requests)
     if settings.key_digests:
         app.add_middleware(BearerAuth, key_digests=settings.key_digests)
     app.add_middleware(Observed, metrics=metrics)
     _add_error_handlers(app)
-    app.include_router(make_router(Service(catalogue, settings.limits, metrics)))
+    app.include_router(make_router(Service(registry, settings.serving, metrics)))
     app.include_router(page)
-    app.openapi = lambda: document(catalogue, settings)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, registry, settings)  # type: ignore[method-assign]
     return app
 
 
@@ -70,6 +70,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         return answer(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return answer(request, from_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -1,9 +1,8 @@
-"""Who may call: bearer keys, and the rule that an open address needs one.
+"""API keys: where they come from, how a request is checked, and that an open address needs one.
 
-Invariant: the keys themselves are held by the starting process only for as long as it takes to hash them; replicas get
-the digests, and a given key is compared with all of them in constant time. The web page, which a browser loads without a
-bearer header, takes a key as a password too, the API does not: browsers send passwords on their own, also for other sites.
-Used by launch.py (keys) and app.py (check).
+Invariant: the starting process hashes the keys at once; replicas get the digests, and a given key is compared with all of
+them in constant time. A browser loads the web page without a bearer header, so the page takes a key as a password too. The
+API does not: browsers send passwords on their own, also for other sites. Used by deploy/ (keys) and app.py (check).
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ def digest(key: str) -> bytes:
 def configured_digests(key_file: Path | str | None = None) -> tuple[bytes, ...]:
     """Digests of the keys in `key_file`, else of the one in TC_RAY_API_KEY; empty when neither is given.
 
-    A key file is UTF-8 and holds one key a line; empty lines and those that begin with # do not count.
+    A key file is UTF-8 with one key per line; empty lines and those that begin with # are skipped.
     Raises ServingError for a file that cannot be read, a line that is no key, a file without keys and an empty variable.
     """
     if key_file is not None:
         keys = [_key(line, f"the API key file {key_file}, line {number}") for number, line in _key_lines(key_file)]
         if not keys:
-            raise ServingError(f"the API key file {key_file} holds no key; write one a line")
+            raise ServingError(f"the API key file {key_file} holds no key; write one per line")
         return tuple(dict.fromkeys(digest(key) for key in keys))
     value = os.environ.get(KEY_VARIABLE)
     if value is None:
@@ -53,7 +52,7 @@ def configured_digests(key_file: Path | str | None = None) -> tuple[bytes, ...]:
 
 
 def _key_lines(key_file: Path | str) -> list[tuple[int, str]]:
-    """Numbers and texts of the lines of a key file that count."""
+    """Numbers and texts of the lines of a key file that hold keys."""
     try:
         content = Path(key_file).read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -63,13 +62,13 @@ def _key_lines(key_file: Path | str) -> list[tuple[int, str]]:
         raise ServingError(f"the API key file {key_file} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise ServingError(f"the API key file {key_file} is no UTF-8 (byte {error.start}); save it as UTF-8") from None
-    # not splitlines, which cuts at other characters too and would make two keys of one
+    # not splitlines: it also cuts at other characters and would make two keys of one
     lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
     return [(number, line) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def _key(text: str, where: str) -> str:
-    """The key in a text. Raises ServingError, which does not show it, where the text is not one word of printing characters."""
+    """The key in a text. Raises ServingError, which does not show it, unless the text is one word of printable characters."""
     key = text.strip()
     odd = next((character for character in key if character.isspace() or not character.isprintable()), None)
     if odd is not None:
@@ -90,19 +89,18 @@ def is_loopback(host: str) -> bool:
 
 
 def require_key_for(host: str, key_digests: Sequence[bytes], allow_open: bool = False) -> None:
-    """Raise ServingError where others could reach the server, no key is set and that was not allowed by name."""
+    """Raise ServingError where other machines can reach the server, no key is set and this was not allowed explicitly."""
     if not key_digests and not allow_open and not is_loopback(host):
         raise ServingError(
             f"host {host} can be reached from other machines and no API key is set: "
-            f"set {KEY_VARIABLE} or give a key file, serve on 127.0.0.1, or allow it with --allow-open"
+            f"set {KEY_VARIABLE} or give a key file, serve on 127.0.0.1, or allow it with serving.allow_open=true"
         )
 
 
 class BearerAuth:
-    """ASGI middleware: 401 for every path but /health unless the request carries one of the keys, as the page's password or as a
-    bearer key.
+    """ASGI middleware: answers 401 on every path but /health unless the request has a bearer key, or the page a password.
 
-    Leaves the digest of the key in the scope's state, as `key`, for the limit a key has.
+    It puts the digest of the key into the scope's state, as `key`, for the limit per key.
     """
 
     def __init__(self, app: ASGIApp, key_digests: Sequence[bytes]) -> None:
@@ -128,7 +126,7 @@ class BearerAuth:
         await self._app(scope, receive, send)
 
     def _key_of(self, scope: Scope) -> bytes | None:
-        """Digest of the request's key, if it is one of ours."""
+        """Digest of the request's key, if it is a valid one."""
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(given) != 1:
             return None
@@ -138,18 +136,18 @@ class BearerAuth:
         elif scheme.lower() != b"bearer":
             return None
         sent = hashlib.sha256(key.strip()).digest()
-        # All are compared, so that the time does not tell which one, if any, it was.
+        # All are compared, so that the time does not show which one matched.
         matches = [hmac.compare_digest(sent, known) for known in self._digests]
         return sent if any(matches) else None
 
 
 def _is_page(scope: Scope) -> bool:
-    """Whether the web page or one of its files is asked for."""
+    """Whether the request is for the web page or one of its files."""
     return scope["path"] == "/" or str(scope["path"]).startswith("/page/")
 
 
 def _password(encoded: bytes) -> bytes:
-    """The password of HTTP Basic credentials, empty when there is none."""
+    """The password of HTTP Basic credentials; empty if there is none."""
     try:
         return base64.b64decode(encoded.strip(), validate=True).partition(b":")[2]
     except binascii.Error:

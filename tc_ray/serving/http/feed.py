@@ -1,7 +1,7 @@
-"""Events of engine requests, handed from the engine's thread to the event loop, and what ends them early.
+"""The engine's events on their way from its thread to the event loop, and what cancels them early.
 
-Invariant: however a response ends (done, failed, the client gone, the task cancelled), every request behind it is
-cancelled, so that nothing is generated for nobody. Used by the routes and streams, once a request.
+Invariant: however a response ends (done, failed, client gone, task cancelled), every engine request behind it is cancelled.
+Used by the routes and streams, one feed per request.
 """
 
 from __future__ import annotations
@@ -12,55 +12,52 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from tc_ray.serving.engine import Engine, Event, Failed, Piece, Request
+from tc_ray.serving.engine import Event, Failed, Piece, Request, Reservation
 from tc_ray.serving.errors import RequestError
 
 Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """The client has closed its connection: nobody reads an answer."""
+    """The client has closed its connection."""
 
 
 class Feed:
-    """Submits requests, all or none, and receives their events in the event loop that made it.
+    """Submits engine requests and receives their events in the event loop that made it.
 
-    on_first_token: called at the first piece of any. Raises what `Engine.submit` raises.
+    on_first_token: called at the first piece of any. Raises what `Reservation.submit` raises.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], on_first_token: Callable[[], None]) -> None:
+    def __init__(
+        self, reservation: Reservation, requests: Sequence[Request], on_first_token: Callable[[], None]
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._under_way = len(requests)
+        self._unfinished = len(requests)
         self._on_first_token: Callable[[], None] | None = on_first_token
-        self.tickets = engine.submit(requests, self._deliver) if requests else []
+        self._handles = reservation.submit(requests, self._deliver)
 
     def _deliver(self, place: int, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Each event with the place of its request, until all have ended. Raises RequestError for the first that failed."""
-        while self._under_way:
+        """Each event with the index of its request, until all have ended. Raises RequestError for the first failure."""
+        while self._unfinished:
             place, event = await self._events.get()
             if isinstance(event, Failed):
-                raise failure(event)
+                retry_after_s = 1 if event.status in (429, 503) else None
+                raise RequestError(event.message, status=event.status, code=event.code, retry_after_s=retry_after_s)
             if not isinstance(event, Piece):
-                self._under_way -= 1
+                self._unfinished -= 1
             elif self._on_first_token is not None:
                 self._on_first_token()
                 self._on_first_token = None
             yield place, event
 
     def cancel(self) -> None:
-        """Stop all that is under way."""
-        for ticket in self.tickets:
-            ticket.cancel()
-
-
-def failure(event: Failed) -> RequestError:
-    """What a client is told."""
-    retry_after_s = 1 if event.status in (429, 503) else None
-    return RequestError(event.message, status=event.status, code=event.code, retry_after_s=retry_after_s)
+        """Stop every request that has not ended."""
+        for handle in self._handles:
+            handle.cancel()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

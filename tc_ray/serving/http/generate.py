@@ -1,60 +1,34 @@
-"""What a body asks of the engine: prompts as ids, one engine request a choice, and one or two for an echoed prompt.
+"""From a body to the engine's requests: prompts as token ids, one request for each choice or scored text.
 
-Invariant: everything that can be refused is refused here, with the field's name, before the engine is asked. Choices come
-prompt by prompt; choice i of a prompt draws from seed + i. Used by the routes, in a worker thread.
+Invariant: everything that can be refused is refused here or in requests.py, with the field's name, before the engine is
+asked. Choices come prompt by prompt; choice i of a prompt draws from seed + i. Used by the routes; encoding runs in a
+worker thread.
 """
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tc_ray.config.section import MAX_LAM
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine import GenerationRequest, Request, Scored, ScoreRequest, Token
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.http.requests import (
     DEFAULT_COMPLETION_TOKENS,
-    MAX_STOP_CHARACTERS,
     ChatRequest,
     CompletionRequest,
-    GenerationFields,
+    ScoreBody,
     split_prompts,
 )
 from tc_ray.serving.models.registry import ServedModel
-from tc_ray.serving.settings import Limits
 from tc_ray.serving.text.prompt import PlacedPrompt
-
-SEED_BITS = 53
-"""Of a drawn seed, so that JSON in any language can hold it."""
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a request comes with besides its body.
-
-    seed: to draw from where the body names none. score_after, lam: of the query, for clients that cannot say it in the body,
-    which goes before. deadline_s: in `time.monotonic()`.
-    """
-
-    deadline_s: float
-    seed: int | None = None
-    score_after: str | None = None
-    lam: float | None = None
-
-    def weight(self, body: GenerationFields) -> float | None:
-        """lambda of a request; None for the exported one."""
-        asked = body.requested_lam()
-        return self.lam if asked is None else asked
 
 
 @dataclass
-class Scoring:
-    """The scores of one echoed prompt: the Pilot's of ids[1:border], the fused model's of ids[border:].
+class EchoScores:
+    """Scores of one echoed prompt: the Pilot's of ids[1:border], the fused model's of ids[border:].
 
-    before, after: places of the engine requests in the plan, None where there is nothing to score.
+    before, after: indices of the two engine requests in `Generation.requests`; None where there is nothing to score.
     """
 
     ids: tuple[int, ...]
@@ -62,18 +36,13 @@ class Scoring:
     after: int | None
     found: dict[int, Scored] = field(default_factory=dict)
 
-    def take(self, place: int, scored: Scored) -> bool:
-        """Keep one answer; true when all are there."""
-        self.found[place] = scored
-        return self.complete
-
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing."""
+        """Whether every engine request of the prompt has its scores."""
         return all(place is None or place in self.found for place in (self.before, self.after))
 
     def tokens(self) -> list[Token]:
-        """All tokens of the prompt; nothing is known of the first."""
+        """All tokens of the prompt. The first one has no log-probability."""
         tokens = [Token(self.ids[0])]
         for place in (self.before, self.after):
             if place is not None:
@@ -82,87 +51,109 @@ class Scoring:
 
 
 @dataclass
-class Plan:
-    """What one request asks of one engine.
+class Generation:
+    """What one completion or chat request asks of one engine.
 
-    requests: for `ServedModel.engine.submit`: first the generations, `n` for each prompt, then the scorings.
-    echoes: of each prompt as text, empty without echo. scorings: of each echoed prompt, empty without its log-probabilities.
-    prompt_tokens: of all prompts together. named_tokens, explain: what to tell of each token.
+    requests: first `n` generations for each prompt, then the scorings of echoed prompts. prompts: their number.
+    prompt_tokens: of all prompts together. named_tokens, explain: what to report of each token.
+    echoes: each prompt as text, empty without echo. echo_scores: of each prompt, empty without log-probabilities.
     """
 
     served: ServedModel
     requests: list[Request]
     n: int
     prompts: int
-    generations: int
     seed: int
     prompt_tokens: int
     named_tokens: int | None
     explain: bool
     echoes: Sequence[PlacedPrompt] = ()
-    scorings: Sequence[Scoring] = ()
+    echo_scores: Sequence[EchoScores] = ()
 
     @property
     def choices(self) -> int:
-        """Choices of the answer."""
+        """Choices of the response."""
         return self.n * self.prompts
 
-    def scoring_of(self, place: int) -> tuple[int, Scoring]:
-        """Prompt and scoring that engine request `place` belongs to."""
-        return next((p, one) for p, one in enumerate(self.scorings) if place in (one.before, one.after))
+    @property
+    def generates(self) -> bool:
+        """Whether there are new tokens at all; `max_tokens` 0 only echoes."""
+        return any(isinstance(one, GenerationRequest) for one in self.requests)
+
+    def scores_of(self, place: int) -> tuple[int, EchoScores]:
+        """The prompt that engine request `place` scores, and its scores."""
+        return next((p, one) for p, one in enumerate(self.echo_scores) if place in (one.before, one.after))
 
 
-def make_plan(served: ServedModel, body: CompletionRequest | ChatRequest, limits: Limits, terms: Terms) -> Plan:
-    """Check a body and encode its prompts. Raises RequestError."""
-    named, n = body.named_tokens(), body.n or 1
-    if isinstance(body, CompletionRequest):
-        body.check()
-        given = split_prompts(body.prompt)
-        if len(given) * n > limits.max_choices:
-            raise _too_many(limits, "n" if n > 1 else "prompt", len(given) * n)
-        prompt_field = "prompt"
-    else:
-        given, prompt_field = [], "messages"
-        if n > limits.max_choices:
-            raise _too_many(limits, "n", n)
-    new_field, asked = body.token_limit()
-    if asked is not None and asked > limits.max_tokens:
-        raise invalid_value(new_field, f"this server generates at most {limits.max_tokens} tokens a choice")
-    room = served.engine.context_tokens - (1 if asked is None else asked)
-    limit = min(room, limits.max_prompt_tokens or room)
-    if limit < 1:
+@dataclass(frozen=True)
+class Scoring:
+    """What one /v1/score request asks of one engine: one engine request for each completion."""
+
+    served: ServedModel
+    requests: list[ScoreRequest]
+    prompt_tokens: int
+    lam: float
+    named_tokens: int | None
+
+
+def places_of(body: CompletionRequest | ChatRequest | ScoreBody, limits: ServingSection) -> int:
+    """Places that a body needs in the engine, at most. Raises RequestError where it passes the server's limits."""
+    if isinstance(body, ScoreBody):
+        completions = len(split_prompts(body.completion))
+        if completions > limits.max_choices:
+            raise invalid_value("completion", f"this server scores at most {limits.max_choices} per request")
+        return completions
+    n = body.n or 1
+    prompts = len(split_prompts(body.prompt)) if isinstance(body, CompletionRequest) else 1
+    if n * prompts > limits.max_choices:
+        raise invalid_value(
+            "n" if n > 1 else "prompt",
+            f"{n * prompts} choices are asked for, and this server gives at most {limits.max_choices}",
+        )
+    name, new_tokens = body.token_limit
+    if new_tokens is not None and new_tokens > limits.max_tokens:
+        raise invalid_value(name, f"this server generates at most {limits.max_tokens} tokens per choice")
+    scorings = 2 * prompts if isinstance(body, CompletionRequest) and body.scores_prompt else 0
+    return (0 if new_tokens == 0 else n * prompts) + scorings
+
+
+def make_generation(
+    served: ServedModel, body: CompletionRequest | ChatRequest, limits: ServingSection, seed: int, deadline_s: float
+) -> Generation:
+    """Encode the prompts of a body that is within the limits. Raises RequestError."""
+    n, (name, asked) = body.n or 1, body.token_limit
+    context = served.engine.context_tokens
+    free = context - (1 if asked is None else asked)
+    longest = min(free, limits.max_prompt_tokens or free)
+    if longest < 1:
         raise RequestError(
-            f"Field `{new_field}`: the model has {served.engine.context_tokens} positions for prompt and new tokens.",
-            param=new_field,
+            f"Field `{name}`: the model has {context} positions for prompt and new tokens.",
+            param=name,
             code="context_length_exceeded",
         )
     if isinstance(body, CompletionRequest):
-        prompts = [served.encoder.prompt(one, limit, prompt_field) for one in given]
+        prompts = [served.encoder.prompt(one, longest) for one in split_prompts(body.prompt)]
     else:
         messages = [{"role": message.role, "content": message.text()} for message in body.messages]
-        prompts = [served.encoder.chat(messages, limit)]
-    seed = body.seed if body.seed is not None else terms.seed
-    if seed is None:
-        seed = secrets.randbits(SEED_BITS)
+        prompts = [served.encoder.chat(messages, longest)]
     default = DEFAULT_COMPLETION_TOKENS if isinstance(body, CompletionRequest) else limits.max_tokens
     requests: list[Request] = []
     for ids in prompts if asked != 0 else ():
-        new = asked or min(default, limits.max_tokens, served.engine.context_tokens - len(ids))
-        requests += [_generation(body, ids, new, seed + i, named, terms) for i in range(n)]
-    plan = Plan(served, requests, n, len(prompts), len(requests), seed, sum(map(len, prompts)), named, body.explains())
+        new = asked or min(default, limits.max_tokens, context - len(ids))
+        requests += [_generation_request(body, ids, new, seed + i, deadline_s) for i in range(n)]
+    tokens = sum(map(len, prompts))
+    generation = Generation(served, requests, n, len(prompts), seed, tokens, body.named_tokens, body.explains)
     if isinstance(body, CompletionRequest) and body.echo:
-        plan.echoes = [served.encoder.placed(one, ids) for one, ids in zip(given, prompts, strict=True)]
-        if body.scores_prompt():
-            _plan_scoring(plan, body, prompts, terms)
-    return plan
+        given = split_prompts(body.prompt)
+        generation.echoes = [served.encoder.placed(one, ids) for one, ids in zip(given, prompts, strict=True)]
+        if body.scores_prompt:
+            pairs = zip(prompts, generation.echoes, strict=True)
+            generation.echo_scores = [_score_echo(requests, body, ids, echo, deadline_s) for ids, echo in pairs]
+    return generation
 
 
-def _too_many(limits: Limits, param: str, choices: int) -> RequestError:
-    return invalid_value(param, f"{choices} choices are asked for, and this server gives at most {limits.max_choices}")
-
-
-def _generation(
-    body: CompletionRequest | ChatRequest, ids: tuple[int, ...], new: int, seed: int, named: int | None, terms: Terms
+def _generation_request(
+    body: CompletionRequest | ChatRequest, ids: tuple[int, ...], new: int, seed: int, deadline_s: float
 ) -> GenerationRequest:
     return GenerationRequest(
         prompt_ids=ids,
@@ -171,64 +162,48 @@ def _generation(
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k,
         seed=seed,
-        stops=body.stops(),
-        lam=terms.weight(body),
+        stops=body.stops,
+        lam=body.weight,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logprobs=named,
-        explain=body.explains(),
-        deadline_s=terms.deadline_s,
+        logprobs=body.named_tokens,
+        explain=body.explains,
+        deadline_s=deadline_s,
     )
 
 
-def _plan_scoring(plan: Plan, body: CompletionRequest, prompts: Sequence[tuple[int, ...]], terms: Terms) -> None:
-    """Add the requests that score each echoed prompt. The Copilot reads from `border` on; the Pilot stands for all before."""
-    marker, param = terms.score_after, "score_after"
-    if body.copilot is not None and body.copilot.score_after is not None:
-        marker, param = body.copilot.score_after, "copilot.score_after"
-    lam, top = terms.weight(body), plan.named_tokens or 0
-    scorings = []
-    for ids, echo in zip(prompts, plan.echoes, strict=True):
-        border = 1 if marker is None else max(1, echo.first_after(marker, param))
-        before = after = None
-        if border > 1:
-            before = len(plan.requests)
-            plan.requests.append(ScoreRequest(ids[:border], 1, 0.0, top, terms.deadline_s))
-        if border < len(ids):
-            after = len(plan.requests)
-            plan.requests.append(ScoreRequest(ids, border, lam, top, terms.deadline_s))
-        scorings.append(Scoring(ids, before, after))
-    plan.scorings = scorings
+def _score_echo(
+    requests: list[Request], body: CompletionRequest, ids: tuple[int, ...], echo: PlacedPrompt, deadline_s: float
+) -> EchoScores:
+    """Add the requests that score an echoed prompt. The Copilot begins at `border`; before it the Pilot scores alone."""
+    border = 1 if body.score_after is None else max(1, echo.first_after(body.score_after, "copilot.score_after"))
+    top = body.named_tokens or 0
+    before = after = None
+    if border > 1:
+        before = len(requests)
+        requests.append(ScoreRequest(ids[:border], 1, 0.0, top, deadline_s))
+    if border < len(ids):
+        after = len(requests)
+        requests.append(ScoreRequest(ids, border, body.weight, top, deadline_s))
+    return EchoScores(ids, before, after)
 
 
-def seed_from_header(value: str | None) -> int | None:
-    """X-TC-Ray-Seed, which the stream guard sends with a repeated request. Raises RequestError."""
-    if value is None:
-        return None
-    digits = value.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 19 and -(2**63) <= int(value) < 2**63):
-        raise invalid_value("X-TC-Ray-Seed", "must be a whole number of 64 bits")
-    return int(value)
+def make_scoring(served: ServedModel, body: ScoreBody, limits: ServingSection, deadline_s: float) -> Scoring:
+    """Encode a /v1/score body that is within the limits. Raises RequestError.
 
-
-def score_after_from_query(value: str | None) -> str | None:
-    """`score_after` of the query. Raises RequestError."""
-    if value is not None and not 1 <= len(value) <= MAX_STOP_CHARACTERS:
-        raise invalid_value("score_after", f"must have 1 to {MAX_STOP_CHARACTERS} characters")
-    return value
-
-
-def lam_from_query(value: str | None) -> float | None:
-    """`lambda` of the query. Raises RequestError."""
-    if value is None:
-        return None
-    if not (_NUMBER.fullmatch(value) and 0 <= float(value) <= MAX_LAM):
-        raise invalid_value("lambda", f"must be a number from 0 to {MAX_LAM:g}")
-    return float(value)
-
-
-def check_generation(body: GenerationFields) -> None:
-    """Raise RequestError for contradictions that do not depend on the model: told before it is looked up."""
-    body.requested_lam()
-    body.wants_usage()
-    body.named_tokens()
+    What is scored is the prompt's ids followed by the completion's, each tokenised by itself as in training. The Copilot
+    begins with the completion's first token.
+    """
+    context = served.engine.context_tokens
+    if context < 2:
+        raise RequestError(
+            "Field `model`: it has no position for a prompt.", param="model", code="context_length_exceeded"
+        )
+    prompt = served.encoder.prompt(body.prompt, min(context - 1, limits.max_prompt_tokens or context))
+    requests = []
+    for number, given in enumerate(split_prompts(body.completion)):
+        name = f"completion[{number}]" if given is not body.completion else "completion"
+        ids = served.encoder.completion(given, context - len(prompt), name)
+        requests.append(ScoreRequest((*prompt, *ids), len(prompt), body.weight, body.top_logprobs or 0, deadline_s))
+    lam = served.default_lam if body.weight is None else body.weight
+    return Scoring(served, requests, len(prompt), lam, body.top_logprobs)

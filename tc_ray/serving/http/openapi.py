@@ -1,22 +1,29 @@
-"""The OpenAPI document of a server, made for its models, limits and keys.
+"""The OpenAPI document: FastAPI's own, with the limits, models and keys of this server.
 
-Invariant: it names every route but the web page, every status a route can give, and the schema of each body. The tests hold
-it against the routes and the real answers. Used by app.py for GET /openapi.json.
+Invariant: it names every route but the web page, every status that a route can give, and the schema of each body. Rules
+between two fields stand in the descriptions of the fields only. Used by routes.py (`errors`, `generated`) and by app.py for
+GET /openapi.json.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
 import tc_ray
-from tc_ray.config.section import MAX_LAM
-from tc_ray.serving.http.requests import MAX_STOP_CHARACTERS
-from tc_ray.serving.http.schema import components
-from tc_ray.serving.http.service import MIN_TIMEOUT_S, TIMEOUT_HEADER
-from tc_ray.serving.http.stream import SEED_HEADER
-from tc_ray.serving.models.registry import Catalogue
+from tc_ray.serving.headers import SEED_HEADER
+from tc_ray.serving.http.answers import ChatChunk, ErrorEnvelope
+from tc_ray.serving.http.requests import MAX_SCORED, MAX_TOKEN_ID, ChatRequest, CompletionRequest, ScoreBody
+from tc_ray.serving.models.registry import ModelRegistry
 from tc_ray.serving.settings import ReplicaSettings
 
+_REFS = "#/components/schemas/{model}"
+_DESCRIPTION = "Fused Pilot and Copilot behind OpenAI's API. Unknown fields are refused. The log of 0 is -9999.0."
 _STATUS = {
     400: "The body, a header or a query parameter cannot be used; `error.param` names it.",
     401: "No valid API key.",
@@ -28,125 +35,90 @@ _STATUS = {
     503: "The server is shutting down, its engine has stopped, or no place is free.",
     504: "The request was not done by its deadline.",
 }
-_WORK = (400, 404, 408, 413, 429, 500, 503, 504)
-_EVENTS = """Server-sent events where `stream` is true; the schema is that of each. One chunk of one choice an event; then, if
+_EVENTS = """Server-sent events where `stream` is true; the schema is that of each. One chunk of one choice per event; then, if
 asked for, one chunk with `usage`; then `[DONE]`. A stream that breaks off ends with an error instead."""
 
 
-def document(catalogue: Catalogue, settings: ReplicaSettings) -> dict[str, Any]:
-    """The document as it is at this moment."""
-    models = [served.name for served in catalogue]
-    vocab_size = min((served.encoder.vocab_size for served in catalogue), default=2**31)
-    keyed = bool(settings.key_digests)
-    parts: dict[str, Any] = {"schemas": components(settings.limits, models, vocab_size)}
-    found: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "tc-ray",
-            "version": tc_ray.__version__,
-            "description": "Fused Pilot and Copilot behind OpenAI's API. Unknown fields are refused. The log of 0 is -9999.0.",
-        },
-        "paths": _paths(keyed, settings.limits.request_timeout_s),
-        "components": parts,
-    }
-    if keyed:
-        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}]
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` for error statuses; every route can give 500."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in (*statuses, 500):
+        found[status] = {"description": _STATUS[status], "model": ErrorEnvelope}
+        if status in (429, 503):
+            found[status]["headers"] = {"Retry-After": {"description": "seconds", "schema": _digits("^[0-9]+$")}}
     return found
 
 
-def _paths(keyed: bool, timeout_s: float) -> dict[str, Any]:
-    refusals = (401,) if keyed else ()
-    deadline = {
-        "name": TIMEOUT_HEADER,
-        "in": "header",
-        "description": f"seconds until the request fails with 504; {timeout_s:g} if absent, which is also the most",
-        "schema": {"type": "number", "minimum": MIN_TIMEOUT_S},
-    }
-    score_after = {
-        "name": "score_after",
-        "in": "query",
-        "description": "`copilot.score_after` for clients that can only set an address; without effect where no prompt is scored",
-        "schema": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
-    }
-
-    lam = {
-        "name": "lambda",
-        "in": "query",
-        "description": "`copilot.lambda` for clients that can only set an address; that of the body goes before it",
-        "schema": {"type": "number", "minimum": 0, "maximum": MAX_LAM},
-    }
-
-    def work(summary: str, body: str, answer: str, chunk: str | None, *parameters: Any) -> dict[str, Any]:
-        return {
-            "post": {
-                "summary": summary,
-                "operationId": body,
-                "parameters": [deadline, *parameters],
-                "requestBody": {"required": True, "content": _json(body)},
-                "responses": {"200": _answer(answer, chunk), **_errors(*refusals, *_WORK)},
-            }
-        }
-
-    def look(summary: str, name: str, responses: dict[str, Any], **more: Any) -> dict[str, Any]:
-        return {"get": {"summary": summary, "operationId": name, "responses": responses, **more}}
-
-    state = {
-        "200": _answer("State"),
-        "503": {"description": "Not fit to work; `reason` says why.", "content": _json("State")},
-    }
-    open_to_all: dict[str, Any] = {"security": []} if keyed else {}
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    figures = {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
-    return {
-        "/v1/completions": work("Complete texts", "CompletionRequest", "Completion", "Completion", score_after, lam),
-        "/v1/chat/completions": work("Answer a conversation", "ChatRequest", "ChatCompletion", "ChatChunk"),
-        "/v1/score": work("Log-probabilities under Pilot and fused model", "ScoreBody", "ScoreAnswer", None),
-        "/v1/models": look("Served models", "models", {"200": _answer("ModelList"), **_errors(*refusals, 500)}),
-        "/v1/models/{name}": look(
-            "One served model",
-            "model",
-            {"200": _answer("ModelCard"), **_errors(*refusals, 404, 500)},
-            parameters=[name],
-        ),
-        "/health": look("Whether the engines generate", "health", {**state, **_errors(500)}, **open_to_all),
-        "/ready": look("Whether new requests are taken", "ready", {**state, **_errors(*refusals, 500)}),
-        "/metrics": look("Figures", "metrics", {"200": figures, **_errors(*refusals, 500)}),
-    }
-
-
-def _json(schema: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-
-
-def _answer(schema: str, chunk: str | None = None) -> dict[str, Any]:
-    content = _json(schema)
-    if chunk is not None:
-        content["text/event-stream"] = {"schema": _event(chunk)}
-    answer: dict[str, Any] = {"description": "Done.", "content": content}
-    if chunk is not None:
-        told = "what the first choice drew from; as `seed`, it gives the same answer again"
-        answer["headers"] = {SEED_HEADER: {"description": told, "schema": {"type": "string", "pattern": "^-?[0-9]+$"}}}
-    return answer
-
-
-def _event(chunk: str) -> dict[str, Any]:
-    """Schema of one server-sent event."""
-    bodies = [{"$ref": f"#/components/schemas/{name}"} for name in (chunk, "ErrorEnvelope")]
+def generated(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` for a route that also streams: the seed and the events."""
+    bodies = [{"$ref": _REFS.format(model=model.__name__)} for model in (chunk, ErrorEnvelope)]
     body = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": bodies}}
-    return {
+    event = {
         "type": "object",
         "description": _EVENTS,
         "required": ["data"],
         "properties": {"data": {"anyOf": [{"const": "[DONE]"}, body]}},
     }
+    seed = "what the first choice drew from; sent as `seed`, it gives the same response again"
+    headers = {SEED_HEADER: {"description": seed, "schema": _digits("^-?[0-9]+$")}}
+    return {200: {"content": {"text/event-stream": {"schema": event}}, "headers": headers}}
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for status in sorted(statuses):
-        found[str(status)] = {"description": _STATUS[status], "content": _json("ErrorEnvelope")}
-        if status in (429, 503):
-            header = {"description": "seconds", "schema": {"type": "string", "pattern": "^[0-9]+$"}}
-            found[str(status)]["headers"] = {"Retry-After": header}
+def _digits(pattern: str) -> dict[str, str]:
+    return {"type": "string", "pattern": pattern}
+
+
+def document(app: FastAPI, registry: ModelRegistry, settings: ReplicaSettings) -> dict[str, Any]:
+    """The document as it is now."""
+    found = get_openapi(title="tc-ray", version=tc_ray.__version__, description=_DESCRIPTION, routes=app.routes)
+    schemas = found["components"]["schemas"]
+    schemas.update(models_json_schema([(ChatChunk, "serialization")], ref_template=_REFS)[1]["$defs"])
+    for unused in (
+        "HTTPValidationError",
+        "ValidationError",
+    ):  # FastAPI's own form of errors, which this server does not send
+        schemas.pop(unused, None)
+    operations = [(path, operation) for path, item in found["paths"].items() for operation in item.values()]
+    for _, operation in operations:
+        operation["responses"].pop("422", None)
+    if settings.key_digests:
+        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{"key": []}]
+        content = {"application/json": {"schema": {"$ref": _REFS.format(model=ErrorEnvelope.__name__)}}}
+        for path, operation in operations:
+            if path == "/health":
+                operation["security"] = []
+            else:
+                operation["responses"]["401"] = {"description": _STATUS[401], "content": content}
+    for shape in (CompletionRequest, ChatRequest, ScoreBody):
+        _add_limits(schemas[shape.__name__]["properties"], registry, settings)
     return found
+
+
+def _add_limits(fields: dict[str, Any], registry: ModelRegistry, settings: ReplicaSettings) -> None:
+    """Write the server's models and limits into the schema of a body."""
+    limits = settings.serving
+    fields["model"]["enum"] = [served.name for served in registry]
+    vocab_size = min((served.encoder.vocab_size for served in registry), default=MAX_TOKEN_ID + 1)
+    most = {"max_tokens": limits.max_tokens, "max_completion_tokens": limits.max_tokens}
+    most |= {
+        "n": limits.max_choices,
+        "best_of": limits.max_choices,
+        "seed": 2**63 - 1,
+    }  # FastAPI writes this as a float
+    for name, schema in fields.items():
+        for node in _nodes(schema):
+            if name in most and node.get("type") == "integer":
+                node["maximum"] = most[name]
+            if name in ("prompt", "completion") and node.get("maximum") == MAX_TOKEN_ID:
+                node["maximum"] = vocab_size - 1
+            if node.get("maxItems") == MAX_SCORED:
+                node["maxItems"] = limits.max_choices
+
+
+def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a schema."""
+    if isinstance(schema, dict):
+        yield schema
+    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _nodes(value)

@@ -1,28 +1,30 @@
-"""Request bodies of the HTTP API, in OpenAI's shapes, and how they are read.
+"""Request bodies of the HTTP API in OpenAI's shapes, and how they are parsed.
 
 Invariant: what the server does not do is refused by name, never ignored: an unknown field is an error, and no type is
-converted silently. Bodies are parsed here and nowhere else, by pydantic's own parser, which bounds depth and numbers.
-Used by the routes, plan.py and schema.py.
+converted silently. Each rule between fields stands in one validator here; what depends on the model or on the limits of
+the server stands in generate.py. Used by routes.py and generate.py.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    StrictInt,
     Tag,
-    ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
-from tc_ray.config.section import Lam
-from tc_ray.serving.errors import RequestError, from_validation, invalid_value
+from tc_ray.config.section import MAX_LAM, Lam
+from tc_ray.serving.errors import contradiction
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 200
@@ -32,14 +34,11 @@ MAX_SCORED = 64
 MAX_MESSAGES = 1024
 MAX_PARTS = 100
 """Of one message."""
-MAX_CONTAINERS = 4096
-MAX_NAMES = 8192
-"""Lists and objects, and names in objects, of a body: a megabyte of `[5],` would take the parser a second."""
+MAX_TOKEN_ID = 2**31 - 1
 MIN_TEMPERATURE = 0.01
 """Smallest temperature above 0: below it the scaled logits leave the range of a float."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for completions; chat completions default to the server's cap."""
-LAM_TWICE = "give it once: as `lambda` or as `copilot.lambda`"
 
 
 class Body(BaseModel):
@@ -48,36 +47,8 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-AnyBody = TypeVar("AnyBody", bound=Body)
-
-
-def read_body(shape: type[AnyBody], content_type: str, raw: bytes) -> AnyBody:
-    """The body of a request. Raises RequestError 400 that names the field."""
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(
-            "The body must be a JSON object, sent with Content-Type: application/json.", code="invalid_content_type"
-        )
-    _check_size(raw)
-    try:
-        return shape.model_validate_json(raw)
-    except ValidationError as error:
-        raise from_validation(error) from None
-
-
-def _check_size(raw: bytes) -> None:
-    """Raise RequestError for a body of more parts than any request has."""
-    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b":") > MAX_NAMES:
-        # Not those inside of strings: every second piece between quotes that are not escaped.
-        bare = b"".join(raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
-        if bare.count(b"[") + bare.count(b"{") > MAX_CONTAINERS or bare.count(b":") > MAX_NAMES:
-            raise RequestError(
-                f"The body has more than {MAX_CONTAINERS} lists and objects, or more than {MAX_NAMES} names in them.",
-                code="invalid_body",
-            )
-
-
 def _text_or(tag: str) -> Any:
-    """Discriminator of a union of `(text)` and lists tagged `tag`, so that an error names one member only."""
+    """Discriminator of a union of `(text)` and lists tagged `tag`. An error then names one member only."""
     return Discriminator(lambda value: tag if isinstance(value, list) else "(text)")
 
 
@@ -90,7 +61,7 @@ def _kind_of_prompt(value: Any) -> str:
 
 
 def _is_text(value: str) -> str:
-    """JSON can spell lone surrogates, which no tokenizer takes."""
+    """Refuse lone surrogates: JSON can hold them, no tokenizer takes them."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -104,6 +75,13 @@ def _is_temperature(value: float) -> float:
     return value
 
 
+def _plain_number(value: Any) -> Any:
+    """Refuse 1_0, which Python reads as 10."""
+    if isinstance(value, str) and "_" in value:
+        raise ValueError("must be a number")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_is_text)]
 NonEmptyText = Annotated[Text, Field(min_length=1)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -112,7 +90,7 @@ Stop = Annotated[
     | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("(list)")],
     _text_or("(list)"),
 ]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[Annotated[NonEmptyText, Tag("(text)")] | Annotated[Ids, Tag("(ids)")], _text_or("(ids)")]
 Prompts = Annotated[
@@ -129,6 +107,7 @@ Temperature = Annotated[
     WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}]}),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+QueryLam = Annotated[float, BeforeValidator(_plain_number), Field(ge=0, le=MAX_LAM, allow_inf_nan=False)]
 
 
 def split_prompts(prompts: str | list[Any]) -> list[str | list[int]]:
@@ -136,8 +115,15 @@ def split_prompts(prompts: str | list[Any]) -> list[str | list[int]]:
     return prompts if isinstance(prompts, list) and isinstance(prompts[0], (str, list)) else [prompts]
 
 
+class Resume(BaseModel):
+    """Id and time of a stream whose replica ended, for a repeat with the same chunks. Sent by the failover proxy."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,80}$")
+    created: StrictInt
+
+
 class CopilotWeight(Body):
-    """Extension object `copilot` where only the weight matters."""
+    """Extension object `copilot` of a route that only takes the weight."""
 
     lam: Lam | None = Field(None, alias="lambda", description="weight of the correction; default: as exported")
 
@@ -146,7 +132,8 @@ class CopilotOptions(CopilotWeight):
     """Extension object `copilot`."""
 
     explain: bool | None = Field(
-        None, description="tell for each token what the Pilot would have said and how far the Copilot moved it"
+        None,
+        description="report for each token what the Pilot would have chosen and how far the Copilot moved the distribution",
     )
 
 
@@ -173,15 +160,16 @@ class Weighted(Body):
     lam: Lam | None = Field(None, alias="lambda", description="extension: short for `copilot.lambda`; give one of them")
     copilot: CopilotWeight | None = None
 
-    def requested_lam(self) -> float | None:
-        """lambda of this request, from either place; None for the exported default.
+    @model_validator(mode="after")
+    def _one_weight(self) -> Weighted:
+        if self.lam is not None and self.copilot is not None and self.copilot.lam is not None:
+            raise contradiction("copilot.lambda", "give it once: as `lambda` or as `copilot.lambda`")
+        return self
 
-        Raises RequestError when both places give one.
-        """
-        nested = None if self.copilot is None else self.copilot.lam
-        if self.lam is not None and nested is not None:
-            raise invalid_value("copilot.lambda", LAM_TWICE)
-        return nested if self.lam is None else self.lam
+    @property
+    def weight(self) -> float | None:
+        """lambda of this request, from either place; None: the exported one."""
+        return self.copilot.lam if self.lam is None and self.copilot is not None else self.lam
 
 
 class GenerationFields(Weighted):
@@ -201,28 +189,35 @@ class GenerationFields(Weighted):
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with `stream`: true")
 
+    @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
     def token_limit(self) -> tuple[str, int | None]:
         """Name of the field that bounds the new tokens, and its value if the client gave one."""
         return "max_tokens", self.max_tokens
 
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk. Raises RequestError for stream_options without stream."""
-        if self.stream_options is None:
-            return False
-        if not self.stream:
-            raise invalid_value("stream_options", "needs `stream`: true")
-        return bool(self.stream_options.include_usage)
+    @model_validator(mode="after")
+    def _usage_needs_stream(self) -> GenerationFields:
+        if self.stream_options is not None and not self.stream:
+            raise contradiction("stream_options", "needs `stream`: true")
+        return self
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
     @abstractmethod
     def named_tokens(self) -> int | None:
         """How many of the likeliest tokens to name beside each token; None: no log-probabilities at all."""
 
+    @property
     def explains(self) -> bool:
-        """Whether the answer tells what the Copilot changed."""
+        """Whether the response reports what the Copilot changed."""
         return isinstance(self.copilot, CopilotOptions) and bool(self.copilot.explain)
 
 
@@ -238,22 +233,37 @@ class CompletionRequest(GenerationFields):
     logprobs: int | None = Field(None, ge=0, le=5, description="likeliest tokens to name beside each token")
     copilot: CompletionCopilotOptions | None = None
 
+    @model_validator(mode="after")
+    def _fields_agree(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise contradiction("best_of", "must equal `n`: every generated choice is returned")
+        if self.max_tokens == 0 and not self.echo:
+            raise contradiction("max_tokens", "0 needs `echo`: true")
+        if self.score_after is not None and not self.scores_prompt:
+            raise contradiction("copilot.score_after", "needs `echo`: true and `logprobs`")
+        return self
+
+    @property
     def named_tokens(self) -> int | None:
         """As the base."""
         return self.logprobs
 
-    def check(self) -> None:
-        """Raise RequestError for fields that contradict each other."""
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise invalid_value("best_of", "must equal `n`: every choice generated is returned")
-        if self.max_tokens == 0 and not self.echo:
-            raise invalid_value("max_tokens", "0 needs `echo`: true")
-        if self.copilot is not None and self.copilot.score_after is not None and not self.scores_prompt():
-            raise invalid_value("copilot.score_after", "needs `echo`: true and `logprobs`")
+    @property
+    def score_after(self) -> str | None:
+        """The text after which the Copilot begins in an echoed prompt."""
+        return None if self.copilot is None else self.copilot.score_after
 
+    @property
     def scores_prompt(self) -> bool:
         """Whether the prompt's own tokens get log-probabilities."""
         return bool(self.echo) and self.logprobs is not None
+
+    def with_query(self, lam: float | None, score_after: str | None) -> CompletionRequest:
+        """This body with the query's values where it has none of its own."""
+        own = self.copilot or CompletionCopilotOptions()
+        weight = lam if self.weight is None else self.weight
+        merged = own.model_copy(update={"lam": weight, "score_after": own.score_after or score_after})
+        return self.model_copy(update={"lam": None, "copilot": merged})
 
 
 class TextPart(Body):
@@ -290,18 +300,24 @@ class ChatRequest(GenerationFields):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="only with `logprobs`: true")
     copilot: CopilotOptions | None = None
 
-    def named_tokens(self) -> int | None:
-        """As the base. Raises RequestError for top_logprobs without logprobs."""
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise invalid_value("top_logprobs", "needs `logprobs`: true")
+            raise contradiction("top_logprobs", "needs `logprobs`: true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise contradiction("max_tokens", "give it or `max_completion_tokens`, not both")
+        return self
+
+    @property
+    def named_tokens(self) -> int | None:
+        """As the base."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
     def token_limit(self) -> tuple[str, int | None]:
-        """As the base; either of the two names, not both."""
+        """As the base, under either of the two names."""
         if self.max_completion_tokens is None:
-            return super().token_limit()
-        if self.max_tokens is not None:
-            raise invalid_value("max_tokens", "give it or `max_completion_tokens`, not both")
+            return super().token_limit
         return "max_completion_tokens", self.max_completion_tokens
 
 

@@ -10,20 +10,17 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tc_ray.config.section import check_lam
 from tc_ray.files import DamagedFileError, read_json
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.settings import ModelSettings
 from tc_ray.text import first_line
 
 _FP32_BYTES = 4
 _HEADER_LIMIT_BYTES = 2**27
-Signature = tuple[tuple[str, int, int, int], ...]
-"""Name, inode, size and time of change (ns) of each file of a part of an export."""
 
 
 def find_export(folder: Path | str) -> Path:
@@ -33,7 +30,9 @@ def find_export(folder: Path | str) -> Path:
     """
     given = Path(folder).expanduser().absolute()
     if not given.is_dir():
-        raise ServingError(f"{given} is no folder; give a run folder or an exported model")
+        raise ServingError(
+            f"{given} is no folder; give a run folder, an exported model, or a setting as serving.FIELD=VALUE"
+        )
     export = given / "export" if (given / "export").is_dir() else given
     if not any((export / part).exists() for part in ("fusion.json", "pilot", "copilot")):
         raise ServingError(f"{given} holds no exported model: the run has not ended, or it is no run folder")
@@ -99,14 +98,14 @@ def model_name(export: Path) -> str:
     return (export.parent if export.name == "export" else export).name
 
 
-def named_models(given: Sequence[str | Path]) -> tuple[ModelSettings, ...]:
-    """The models of a server from `FOLDER` or `NAME=FOLDER` arguments.
+def named_models(given: Sequence[str | Path]) -> dict[str, Path]:
+    """Model name -> export folder, from `FOLDER` or `NAME=FOLDER` arguments.
 
     Raises ServingError for no folder at all, an incomplete one, an empty name and two models of one name.
     """
     if not given:
         raise ServingError("no run folder is given")
-    models: list[ModelSettings] = []
+    models: dict[str, Path] = {}
     for argument in map(str, given):
         name, equals, folder = argument.partition("=")
         if not equals or "/" in name or Path(argument).is_dir():
@@ -114,20 +113,11 @@ def named_models(given: Sequence[str | Path]) -> tuple[ModelSettings, ...]:
         elif not name.strip():
             raise ServingError(f"{argument}: NAME=FOLDER needs a name")
         export = find_export(folder)
-        models.append(ModelSettings(name.strip() or model_name(export), str(export)))
-    check_names(models)
-    return tuple(models)
-
-
-def check_names(models: Iterable[ModelSettings]) -> None:
-    """Raise ServingError when two models have one name."""
-    folders: dict[str, str] = {}
-    for model in models:
-        if model.name in folders:
-            raise ServingError(
-                f"two models are called {model.name!r}: {folders[model.name]} and {model.export}; name one by NAME=FOLDER"
-            )
-        folders[model.name] = model.export
+        name = name.strip() or model_name(export)
+        if name in models:
+            raise ServingError(f"two models are called {name!r}: {models[name]} and {export}; name one by NAME=FOLDER")
+        models[name] = export
+    return models
 
 
 def weight_bytes(export: Path) -> int:
@@ -164,21 +154,11 @@ def copilot_version(export: Path) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def copilot_signature(export: Path) -> Signature:
-    """Changes when a file of the Copilot, or fusion.json, is written anew. Cheap: nothing is read."""
-    return _signature([export / "fusion.json", *sorted((export / "copilot").iterdir())])
-
-
 def pilot_version(export: Path) -> str:
     """16 hex digits that change with the Pilot's config or weights."""
     from tc_ray.models.hub import model_identity
 
     return model_identity(export / "pilot").partition("@")[2]
-
-
-def _signature(paths: Iterable[Path]) -> Signature:
-    stats = [(path.name, path.stat()) for path in paths]
-    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _json(path: Path) -> dict[str, Any]:

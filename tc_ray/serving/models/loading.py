@@ -1,8 +1,8 @@
-"""One exported run in a replica: its Pilot, loaded once, and engines for the Copilots that come and go beside it.
+"""One exported run in a replica: its Pilot, loaded once, and an engine for each Copilot that is loaded beside it.
 
-Invariant: an engine is handed out only after its Copilot has made sense on a trial and it has generated tokens with it, from
-logits that are finite, so what is put in its predecessor's place works.
-Used by replica.py at the start and by reload.py for a newer Copilot.
+Invariant: an engine is returned only after its Copilot has given plausible predictions on made-up rows and the engine has
+generated tokens from finite logits. So what replaces a Copilot works.
+Used by deploy/replica.py at the start and by swap.py for a newer Copilot.
 """
 
 from __future__ import annotations
@@ -15,15 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import (
-    Signature,
-    check_config,
-    copilot_signature,
-    copilot_version,
-    pilot_version,
-)
-from tc_ray.serving.settings import ModelSettings, ReplicaSettings
+from tc_ray.serving.models.exports import check_config, copilot_version, pilot_version
 from tc_ray.text import first_line
 
 if TYPE_CHECKING:
@@ -32,37 +26,23 @@ if TYPE_CHECKING:
     from tc_ray.serving.models.registry import ServedModel
 
 
-SETTLE_TRIES, SETTLE_PAUSE_S = 10, 1.0
-
-
-class ExportChanged(Exception):
-    """The files changed while they were read: look again later."""
-
-
-def still_written(source: Path) -> ServingError:
-    """What to raise when they go on changing."""
-    return ServingError(f"{source} is still being written; start again when it is complete")
-
-
 @dataclass(frozen=True)
 class LoadedCopilot:
-    """A served model, the fused model behind it, and the folder and files it was read from."""
+    """A served model, the fused model behind it, and the time that loading took."""
 
     served: ServedModel
     model: FusedModel
-    source: Path
-    signature: Signature
     seconds: float
 
 
 class LoadedRun:
-    """The Pilot of an exported run, and the way to make engines with it.
+    """The Pilot of an exported run, which makes engines with Copilots.
 
-    turns: of all engines of the process; those of one Pilot must never run at once. Raises ServingError when it cannot be
-    loaded.
+    turns: lock of all engines of the process; those of one Pilot must never run at once. Raises ServingError where the
+    Pilot cannot be loaded.
     """
 
-    def __init__(self, model: ModelSettings, settings: ReplicaSettings, turns: Turns) -> None:
+    def __init__(self, name: str, export: Path, serving: ServingSection, turns: Turns) -> None:
         import torch
         from transformers import AutoTokenizer
 
@@ -70,9 +50,9 @@ class LoadedRun:
         from tc_ray.models.pilot.load import load_pilot
         from tc_ray.serving.text.prompt import PromptEncoder
 
-        self.name, self.export = model.name, Path(model.export)
-        self._settings = settings
-        self._device = "cuda" if settings.gpu else "cpu"
+        self.name, self.export = name, export
+        self._serving = serving
+        self._device = "cuda" if serving.gpu else "cpu"
         folder = self.export / "pilot"
         try:
             self._pilot: Any = _in_memory(load_pilot(folder, dtype=torch.float32, safetensors=True)).to(self._device)
@@ -85,27 +65,19 @@ class LoadedRun:
         self._pilot_version = pilot_version(self.export)
         self._turns = turns
 
-    def load_copilot_settled(self, source: Path) -> LoadedCopilot:
-        """As `load_copilot`, for one that must be had now: waits a while for whoever is writing it. Raises ServingError."""
-        for _ in range(SETTLE_TRIES):
-            try:
-                return self.load_copilot(source)
-            except ExportChanged:
-                time.sleep(SETTLE_PAUSE_S)
-        raise still_written(source)
-
     def load_copilot(self, source: Path) -> LoadedCopilot:
         """An engine for this Pilot and the Copilot of the export folder `source`.
 
         Raises:
-            ServingError: it cannot be read, does not fit, or generates nothing. ExportChanged: it was written meanwhile.
+            ServingError: it cannot be read, does not fit, or generates nothing.
         """
         from tc_ray.serving.engine import Engine
         from tc_ray.serving.models.registry import ServedModel
 
         begun = time.monotonic()
-        model, version, signature = self._read(source)
-        engine = Engine(model, copy.deepcopy(self._tokenizer), self._settings.engine, turn=self._turns)
+        version = copilot_version(source)
+        model = self._read(source)
+        engine = Engine(model, copy.deepcopy(self._tokenizer), self._serving, turn=self._turns)
         try:
             reason = engine.unhealthy()
             if reason:
@@ -121,9 +93,9 @@ class LoadedRun:
             default_lam=model.default_lam,
             copilot_version=version,
         )
-        return LoadedCopilot(served, model, source, signature, time.monotonic() - begun)
+        return LoadedCopilot(served, model, time.monotonic() - begun)
 
-    def _read(self, source: Path) -> tuple[FusedModel, str, Signature]:
+    def _read(self, source: Path) -> FusedModel:
         import torch
 
         from tc_ray.models.copilot import Copilot
@@ -132,12 +104,11 @@ class LoadedRun:
         from tc_ray.models.fusion.folder import read_settings
 
         try:
-            signature, version = copilot_signature(source), copilot_version(source)
             check_config(source)
             if pilot_version(source) != self._pilot_version:
                 raise ServingError(
-                    f"{source} has another Pilot than the one that is loaded; only Copilots are replaced in a running "
-                    "server: start it anew, or deploy it again"
+                    f"{source} has another Pilot than the one that is loaded; a running server replaces Copilots only: "
+                    "start the server again"
                 )
             self._check_tokenizer(source)
             fusion = read_settings(source)
@@ -145,17 +116,14 @@ class LoadedRun:
                 Copilot.from_pretrained(source / "copilot", dtype=torch.float32, use_safetensors=True)
             ).to(self._device)
             check_answers(copilot.eval(), f"{source / 'copilot'}")
-            if copilot_signature(source) != signature:
-                raise ExportChanged
             with self._turns:  # the tap's hooks are put on the Pilot's layers: not while a forward pass walks over them
-                model = FusedModel.join(
+                return FusedModel.join(
                     self._pilot, copilot, lam=fusion.lam, space=fusion.space, feedback=fusion.feedback
                 )
-        except (ServingError, ExportChanged):
+        except ServingError:
             raise
         except Exception as error:
             raise ServingError(f"{source} cannot be loaded: {first_line(error)}") from error
-        return model, version, signature
 
     def _check_tokenizer(self, source: Path) -> None:
         trained = json.loads((source / "copilot/config.json").read_text(encoding="utf-8")).get("tokenizer")
@@ -171,12 +139,12 @@ class LoadedRun:
 
 
 def _in_memory(model: Any) -> Any:
-    """The model with weights of its own: as loaded they may be the file's pages, and whoever writes into the file in place
-    would change what is served, or end the process."""
+    """The model with weights of its own. As loaded they may be pages of the file, and a process that writes into the file in
+    place would change what is served, or crash the server."""
     copied: dict[tuple[int, Any], Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         place = (tensor.data_ptr(), tensor.shape)
-        if place not in copied:  # weights that share their numbers go on sharing them
+        if place not in copied:  # tied weights stay tied
             copied[place] = tensor.data.clone()
         tensor.data = copied[place]
     return model

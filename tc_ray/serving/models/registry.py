@@ -1,7 +1,7 @@
-"""The models that a server answers with, by name.
+"""The model registry: the models of a server by name.
 
 Invariant: a name that a client sends is looked up here and nowhere else; it never becomes part of a path. A model can be
-swapped while requests run: who looked it up before keeps the old one. Made by the replica, read by the app.
+replaced while requests run: a request keeps the one that it looked up. Made by the replica, read by the app.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from tc_ray.serving.engine import Engine
-from tc_ray.serving.errors import RequestError, queue_full
+from tc_ray.serving.errors import RequestError
 from tc_ray.serving.text.prompt import PromptEncoder
 
 
@@ -20,8 +20,8 @@ from tc_ray.serving.text.prompt import PromptEncoder
 class ServedModel:
     """One model of the API.
 
-    name: as clients call it. default_lam: weight of the correction where a request names none. created: Unix time, s.
-    copilot_version: which Copilot it is, for GET /v1/models.
+    name: in the API. default_lam: lambda of requests that name none. created: Unix time, s. copilot_version: of its
+    Copilot, for GET /v1/models.
     """
 
     name: str
@@ -31,17 +31,8 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     copilot_version: str | None = None
 
-    def has_room(self) -> bool:
-        """Whether one more request would be accepted."""
-        return self.engine.free_places() > 0
 
-    def check_room(self) -> None:
-        """Raise RequestError 429 when the engine is full: cheaper to know before a prompt is tokenised."""
-        if not self.has_room():
-            raise queue_full()
-
-
-class Catalogue:
+class ModelRegistry:
     """Served models by name, in the order they were added. Safe to use from several threads."""
 
     def __init__(self, models: Iterable[ServedModel] = ()) -> None:
@@ -49,7 +40,7 @@ class Catalogue:
         self._changing = threading.Lock()
 
     def __iter__(self) -> Iterator[ServedModel]:
-        """The models at this moment."""
+        """The models, as they are now."""
         return iter(list(self._models.values()))
 
     def __len__(self) -> int:
@@ -68,12 +59,13 @@ class Catalogue:
         return served
 
     def replace(self, served: ServedModel) -> ServedModel | None:
-        """Serve this one from now on under its name; returns the one before, which its caller closes."""
+        """Serve this model under its name from now on. Returns the one before, which the caller closes."""
         with self._changing:
             before = self._models.get(served.name)
             self._models = {**self._models, served.name: served}
         return before
 
-    def has_room(self) -> bool:
-        """Whether any model's engine can take one more request."""
-        return any(served.has_room() for served in self._models.values())
+    @property
+    def full(self) -> bool:
+        """Whether no model's engine has a free place."""
+        return len(self) > 0 and not any(served.engine.free_places() for served in self)

@@ -1,1 +1,4 @@
-"""The web page of the server: static files and the router that sends them. Used by the app."""
+"""The web page at `/`: static files (HTML, CSS, JavaScript) and the routes that send them.
+
+Imports nothing of the package. Read route.py first, then static/app.js.
+"""

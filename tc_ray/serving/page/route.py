@@ -1,7 +1,7 @@
 """The web page at `/`: Pilot and fused answers side by side, from plain files of this package.
 
-Invariant: a file is chosen by a route of a fixed name, never by a path from the request, and the page can load nothing from
-elsewhere. It holds no secret: it asks the API as any client does. Included by the app; it is no part of the OpenAPI document.
+Invariant: each file has its own fixed route, so no path of a request reaches the disk; the page loads nothing from other
+hosts. It holds no secret: it calls the API as any client does. Included by app.py; it is not in the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEADERS = {
 
 
 def make_router() -> APIRouter:
-    """GET / is the page, GET /page/NAME each file it uses. The files are read once, here."""
+    """GET / sends the page, GET /page/NAME each file it uses. The files are read once, here."""
     router = APIRouter(include_in_schema=False)
     for name, media_type in MEDIA_TYPES.items():
         content = files(__package__).joinpath(STATIC, name).read_bytes()

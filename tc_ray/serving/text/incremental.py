@@ -1,7 +1,7 @@
 """Token ids to text, piece by piece: whole characters only, and nothing of a stop string.
 
-Invariant: the pieces joined are the decoded text up to the first stop string, however the ids were cut into calls.
-Knows nothing of models or threads; used by the engine, once a generation, and for echoed prompts.
+Invariant: the joined pieces are the decoded text up to the first stop string, however the ids are divided among calls.
+Used by the engine, one per generation, and for echoed prompts.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 CONTEXT_TOKENS = 5
-"""Prompt tokens decoded before the new ones, so that a tokenizer which drops a leading blank keeps it."""
+"""Prompt tokens that are decoded before the new ones: some tokenizers drop the blank at the beginning of a text."""
 UNFINISHED = "\ufffd"
-"""What a tokenizer decodes the first bytes of a character to, until the rest of them has come."""
+"""What a tokenizer makes of an incomplete character."""
 
 
 class IncrementalText:
@@ -33,12 +33,12 @@ class IncrementalText:
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         if self._decode(self._ids).endswith(UNFINISHED):
             self._ids = []
-        self._start, self._told = 0, len(self._ids)
+        self._start, self._decoded = 0, len(self._ids)
         self._held = ""
         self.stopped = False
 
     def push(self, ids: Iterable[int]) -> str:
-        """Text that the new `ids` make certain; may be empty. After `stopped` nothing more comes."""
+        """The text that is certain after the new `ids`; may be empty. After `stopped` it is always empty."""
         piece = ""
         for token in ids:
             if self.stopped:
@@ -48,7 +48,7 @@ class IncrementalText:
         return piece
 
     def finish(self) -> str:
-        """The rest, at the end of the generation: held beginnings of stop strings and unfinished characters."""
+        """The rest at the end of the generation: held beginnings of stop strings and incomplete characters."""
         if self.stopped:
             return ""
         piece = self._release(self._new_text(final=True))
@@ -62,18 +62,18 @@ class IncrementalText:
         )
 
     def _new_text(self, final: bool) -> str:
-        """Text of the ids not told yet, once it ends at the end of a character."""
-        before = self._decode(self._ids[self._start : self._told])
+        """Text of the ids that are not yet released; empty while it ends within a character."""
+        before = self._decode(self._ids[self._start : self._decoded])
         text = self._decode(self._ids[self._start :])
         if len(text) <= len(before) or (text.endswith(UNFINISHED) and not final):
             return ""
-        self._start, self._told = self._told, len(self._ids)
+        self._start, self._decoded = self._decoded, len(self._ids)
         return text[len(before) :]
 
     def _release(self, text: str) -> str:
-        """The part of held + new text that no stop string can touch any more."""
+        """The part of held + new text that cannot belong to a stop string any more."""
         self._held += text
-        # The stop string that is complete first wins, so that the result does not depend on how the text was cut.
+        # The stop string that is complete first wins, so the result does not depend on how the text was divided.
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             piece, self._held, self.stopped = self._held[: min(found)[1]], "", True

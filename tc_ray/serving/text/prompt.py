@@ -1,7 +1,7 @@
 """Prompts of requests as token ids, checked against what the model can take, and where each token stands in the text.
 
-Invariant: the tokenizer here is not shared with the engine's thread (fast tokenizers may not be used by two threads at
-once) and one lock guards it. What is too long is refused without being tokenised to its end. Used by api/plan.py.
+Invariant: the tokenizer here is not shared with the engine's thread, because two threads must not use a fast tokenizer at
+once; a lock guards it. A text that is too long is refused before it is tokenised to its end. Used by http/generate.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tc_ray.serving.text.incremental import IncrementalText
 from tc_ray.serving.text.token_texts import TokenTexts
 
 PROBE_CHARACTERS = 8
-"""Characters a token of the part of a long text that is tokenised first; few texts have more."""
+"""Characters per token in the part of a long text that is tokenised first; few texts have more."""
 PROBE_SLACK_TOKENS = 16
-"""So many tokens at the end of that part may come out otherwise in the whole text."""
+"""At most this many tokens at the end of that part differ from those of the whole text."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class PlacedPrompt:
     begins: tuple[int, ...]
 
     def first_after(self, marker: str, param: str) -> int:
-        """Index of the first token of what comes after the last `marker`; a token across the border belongs to it.
+        """Index of the first token after the last `marker`; a token across the border counts as after it.
 
-        Returns the number of tokens where nothing comes after it. Raises RequestError where there is no marker.
+        Returns the number of tokens where nothing follows. Raises RequestError where the prompt lacks the marker.
         """
         found = self.text.rfind(marker)
         if found < 0:
             raise RequestError(
-                f"Field `{param}`: the prompt does not hold this text.", param=param, code="score_after_not_found"
+                f"Field `{param}`: the prompt does not contain this text.", param=param, code="score_after_not_found"
             )
         border = found + len(marker)
         for index, begin in enumerate(self.begins):
@@ -49,14 +49,14 @@ class PlacedPrompt:
 
 
 class PromptEncoder:
-    """Encodes prompts. tokenizer: a transformers tokenizer of its own; vocab_size: ids the model embeds."""
+    """Encodes prompts. tokenizer: a transformers tokenizer that nothing else uses. vocab_size: ids that the model embeds."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._lock = threading.Lock()
         self.texts = TokenTexts(copy.deepcopy(tokenizer))
-        """Texts of single tokens; has a tokenizer of its own, for the event loop must not wait for the lock."""
+        """Texts of single tokens. It has its own tokenizer, because the event loop must not wait for the lock."""
 
     def prompt(self, given: str | Sequence[int], limit_tokens: int, param: str = "prompt") -> tuple[int, ...]:
         """Token ids of a prompt, at least one. Raises RequestError naming `param`."""
@@ -118,7 +118,7 @@ class PromptEncoder:
             spans = self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
         begins, end = [], 0
         for first, last in spans:
-            # A blank that a tokenizer leaves out of a token's span belongs to it; bytes of one character share a place.
+            # A blank that the tokenizer leaves out of a token's span belongs to the token; bytes of one character share a place.
             begins.append(min(first, end))
             end = max(end, last)
         return tuple(begins)

@@ -1,7 +1,7 @@
 """Single tokens as text and as bytes, for log-probabilities and explanations.
 
-Invariant: a token is told the same way wherever it stands. One that is no whole character by itself is told by its
-bytes, so that different tokens do not look alike. Used by the event loop alone, with a tokenizer of its own.
+Invariant: a token has the same text wherever it stands. One that is no whole character by itself is written as its bytes,
+so that different tokens do not look alike. Used by the event loop alone, with a tokenizer of its own.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ class TokenTexts:
 
     def text(self, token: int) -> str:
         """With its leading blank; `bytes:\\xf0\\x9f` where it is no whole character; "" for ids of padding."""
-        return self._told(token)[0]
+        return self._both(token)[0]
 
     def utf8(self, token: int) -> bytes:
         """UTF-8, or the part of a character that it is."""
-        return self._told(token)[1]
+        return self._both(token)[1]
 
-    def _told(self, token: int) -> tuple[str, bytes]:
-        known = self._known.get(token)
-        if known is None:
-            known = self._known[token] = self._tell(token)
-        return known
+    def _both(self, token: int) -> tuple[str, bytes]:
+        if token not in self._known:
+            self._known[token] = self._decode(token)
+        return self._known[token]
 
-    def _tell(self, token: int) -> tuple[str, bytes]:
+    def _decode(self, token: int) -> tuple[str, bytes]:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # the model's vocabulary is padded beyond the tokenizer's
             return "", b""
@@ -54,7 +53,7 @@ class TokenTexts:
             raw = _raw_bytes(piece)
             if raw is not None:
                 return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
-        # SentencePiece drops the blank of what it takes for the first word
+        # SentencePiece drops the blank before what it takes for the first word
         if piece.startswith(_SENTENCEPIECE_BLANK) and not text.startswith(" "):
             text = f" {text}"
         return text, text.encode("utf-8")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tc_ray.config.load import describe_fields, dump_config, load_config, save_config
+from tc_ray.config.fields import config_fields
+from tc_ray.config.load import dump_config, load_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.yaml_file import ConfigError
 
@@ -213,7 +214,7 @@ def test_an_override_is_not_lost_to_a_later_one_of_its_section() -> None:
     assert (kept.batch_size, kept.every) == (4, 2)
 
 
-FLOATS = [field.path for field in describe_fields() if "a number" in field.allowed]
+FLOATS = [field.path for field in config_fields().values() if "a number" in field.allowed]
 
 
 @pytest.mark.parametrize("field", FLOATS)
@@ -235,7 +236,7 @@ def test_there_are_numbers() -> None:
 
 
 def test_fields_are_described() -> None:
-    fields = {field.path: field for field in describe_fields()}
+    fields = {field.path: field for field in config_fields().values()}
     assert fields["pilot.zero_stage"].allowed == "0, 1, 2, 3"
     assert fields["pilot.lora.rank"].default == "16"
     assert fields["copilot.lora.rank"].default == "32"

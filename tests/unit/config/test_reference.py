@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tc_ray.config.load import describe_fields
+from tc_ray.config.fields import config_fields
 from tc_ray.config.reference import page
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "config.md"
@@ -16,6 +16,18 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_every_field_has_a_row() -> None:
     rows = [line for line in page().splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == [field.path for field in describe_fields()]
+    assert [row.split("`")[1] for row in rows] == [field.path for field in config_fields().values()]
     unescaped = [row.replace("\\|", "") for row in rows]
-    assert all(row.count("|") == 5 for row in unescaped)
+    assert all(row.count("|") == 6 for row in unescaped)
+
+
+def test_every_field_has_a_meaning() -> None:
+    silent = [field.path for field in config_fields().values() if not field.description]
+    assert not silent, f"fields without a description: {silent}"
+
+
+def test_the_page_says_what_may_change_on_resume() -> None:
+    rows = {row.split("`")[1]: "| may change |" in row for row in page().splitlines() if row.startswith("| `")}
+    assert rows["resources.pilot_threads"] and rows["log.keep_rounds"]
+    assert rows["fusion.lam_grid"], "a whole section is marked"
+    assert not rows["pilot.learning_rate"] and not rows["run.seed"]

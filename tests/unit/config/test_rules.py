@@ -17,7 +17,7 @@ RULES: list[tuple[list[str], str]] = [
     ),
     (
         ["pilot.batch_size=12", "resources.pilot_workers=2", "pilot.micro_batch_size=4"],
-        "6 a worker, which must be a multiple of pilot.micro_batch_size 4",
+        "6 per worker, which must be a multiple of pilot.micro_batch_size 4",
     ),
     (
         ["copilot.batch_size=9", "resources.copilot_workers=2"],

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from tc_ray.config.schema import CopilotSection
+from tc_ray.config.training import CopilotSection
 from tc_ray.copilot import checkpoint
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner

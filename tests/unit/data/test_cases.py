@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.encode import encode as encode_module
-from tc_ray.data.prepared.prepare import PreparedData, prepare, prepare_test_file
+from tc_ray.data.prepared.folder import PreparedData
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.errors import DataError
 from tests.support.data_cases import CASES, HELD, SUMS, Case, lines, strict_tokenizer
 from tests.support.tiny_model import make_tokenizer

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
+from tc_ray.data.prepared.folder import PreparedData
 from tc_ray.data.prepared.left_out import LeftOut
-from tc_ray.data.prepared.prepare import PreparedData, prepare, prepare_test_file
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.evaluation.heldout import read_counted
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.selection import Comparison

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.encode.prompts import check_template, render_prompt
 from tc_ray.data.encode.split import cut, prompt_key
 from tc_ray.data.encode.tokenize import encode

@@ -10,7 +10,9 @@ import pytest
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
 
-from tc_ray.config.schema import DataSection, FusionSection, RunConfig, SequencesSection
+from tc_ray.config.data import DataSection, SequencesSection
+from tc_ray.config.fusion import FusionSection
+from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.encode.tokenize import completion_ids, encode, prompt_ids
 from tc_ray.data.source.embedded import FOLLOW, SUCCESSORS, write_generated

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tc_ray.config.schema import DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.encode.prompts import render_prompt
 from tc_ray.data.encode.special_text import encode_content, encode_rendered, named_ids
 from tc_ray.data.encode.tokenize import encode, prompt_ids

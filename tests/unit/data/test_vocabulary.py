@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tc_ray.config.schema import DataSection, RunConfig
+from tc_ray.config.data import DataSection
+from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
 from tc_ray.data.source.errors import DataError
 from tc_ray.models.hub import embedding_rows

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tc_ray.config.schema import FusionSection
+from tc_ray.config.fusion import FusionSection
 from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.evaluation.procedure import evaluate_pilot

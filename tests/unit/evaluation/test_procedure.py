@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tc_ray.config.schema import FusionSection
+from tc_ray.config.fusion import FusionSection
 from tc_ray.evaluation.decode import complete
 from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import HeldOut, read_held_out

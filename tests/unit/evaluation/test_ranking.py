@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tc_ray.config.schema import FusionSection, RankingSection
+from tc_ray.config.fusion import FusionSection, RankingSection
 from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.decode import rank
 from tc_ray.evaluation.heldout import HeldOut

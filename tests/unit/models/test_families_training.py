@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tc_ray.config.schema import CopilotSection, LoraSection, PilotSection
+from tc_ray.config.training import CopilotSection, LoraSection, PilotSection
 from tc_ray.copilot.learner import with_adapters
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.families import family_of

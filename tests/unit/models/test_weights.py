@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from tc_ray.config.schema import PilotSection, RunConfig
+from tc_ray.config.schema import RunConfig
 from tc_ray.config.section import MAX_LAM
+from tc_ray.config.training import PilotSection
 from tc_ray.export.join import FuseError, fuse_models
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.copilot.probe import check_answers

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
-from tc_ray.data.prepared.prepare import SCHEMA
+from tc_ray.data.prepared.folder import SCHEMA
 from tc_ray.pilot.engine import cosine_with_warmup
 from tc_ray.pilot.loop import PilotJob, Worker
 from tests.support.tiny_model import make_tokenizer

@@ -1,8 +1,9 @@
-"""The stream guard over apps that end early, as Ray Serve's proxy does when a replica dies: it returns, without a word."""
+"""The failover proxy over apps that end early: Ray Serve's proxy returns without an error when a replica dies."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from tc_ray.serving.failover.proxy import StreamGuard
+from tc_ray.serving.failover.proxy import FailoverProxy
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 DONE = b"data: [DONE]\n\n"
@@ -22,16 +23,16 @@ def event(index: int, text: str) -> bytes:
 
 
 class Client:
-    """Sends one request through a guard and keeps what came back."""
+    """Sends one request through the failover proxy and keeps what came back."""
 
     def __init__(self, app: App, *, body: bytes = b"{}", headers: list[tuple[bytes, bytes]] | None = None) -> None:
         self.messages: list[Message] = []
         self.gone = asyncio.Event()
         self._body: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers or []}
-        asyncio.run(self._run(StreamGuard(app, max_body_bytes=1000), scope))
+        asyncio.run(self._run(FailoverProxy(app), scope))
 
-    async def _run(self, guard: StreamGuard, scope: Scope) -> None:
+    async def _run(self, proxy: FailoverProxy, scope: Scope) -> None:
         async def receive() -> Message:
             if self._body:
                 return self._body.pop()
@@ -41,7 +42,7 @@ class Client:
         async def send(message: Message) -> None:
             self.messages.append(message)
 
-        await asyncio.wait_for(guard(scope, receive, send), 10)
+        await asyncio.wait_for(proxy(scope, receive, send), 10)
 
     @property
     def status(self) -> int:
@@ -260,13 +261,7 @@ def test_headers_that_are_not_the_clients_business() -> None:
     assert replicas.asked[0] == {b"authorization": b"Bearer k"}
 
 
-@pytest.mark.parametrize("headers", [[], [(b"content-length", b"1001")]])
-def test_long_body_is_refused(headers: list[tuple[bytes, bytes]]) -> None:
-    client = Client(Replicas(), body=b"x" * 1001, headers=headers)
-    assert (client.status, client.error["code"]) == (413, "body_too_large")
-
-
-def sent_by(guard: StreamGuard, *parts: Message) -> list[Message]:
+def sent_by(proxy: FailoverProxy, *parts: Message) -> list[Message]:
     """What a client gets that sends these parts of a body and then nothing more."""
     sent: list[Message] = []
     queue = list(parts)
@@ -280,28 +275,68 @@ def sent_by(guard: StreamGuard, *parts: Message) -> list[Message]:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    asyncio.run(guard({"type": "http", "path": "/v1/completions", "headers": []}, receive, send))
+    asyncio.run(proxy({"type": "http", "path": "/v1/completions", "headers": []}, receive, send))
     return sent
 
 
-def test_body_that_never_comes_whole_is_refused() -> None:
-    sent = sent_by(
-        StreamGuard(Replicas(), body_timeout_s=0.05), {"type": "http.request", "body": b"{", "more_body": True}
-    )
-    assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
-    assert sent[-1]["more_body"] is False
+def part(body: bytes, *, more: bool) -> Message:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def reads(received: list[bytes], parts: int, then: App) -> App:
+    """A replica that takes so many parts of the body and then does as another one."""
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(parts):
+            received.append((await receive())["body"])
+        await then(scope, receive, send)
+
+    return replica
+
+
+class Sequence:
+    """An ASGI app whose n-th call behaves as the n-th replica given."""
+
+    def __init__(self, *replicas: App) -> None:
+        self._replicas = list(replicas)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._replicas.pop(0)(scope, receive, send)
+
+
+def test_a_body_is_passed_on_as_it_comes_and_repeated_from_its_beginning() -> None:
+    """Also where the replica dies before the whole body has come."""
+    first: list[bytes] = []
+    again: list[bytes] = []
+    replicas = Sequence(reads(first, 1, dies), reads(again, 2, answers(200, b"{}")))
+    sent = sent_by(FailoverProxy(replicas), part(b"{", more=True), part(b"}", more=False))
+    assert (first, again, sent[0]["status"]) == ([b"{"], [b"{", b"}"], 200)
+
+
+def test_a_long_body_is_read_no_further_than_the_app_can_take() -> None:
+    """The app refuses it; until then nothing more of it is held."""
+    received: list[bytes] = []
+
+    async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(reads(received, 5, dies)(scope, receive, send), 0.1)
+        await answers(413, b"{}")(scope, receive, send)
+
+    proxy = FailoverProxy(refuses, max_body_bytes=3)
+    sent = sent_by(proxy, *[part(b"xx", more=True)] * 5)
+    assert (received, sent[0]["status"], proxy.held_bytes) == ([b"xx"] * 2, 413, 0)
 
 
 def test_bodies_held_at_once_are_bounded() -> None:
     whole: Message = {"type": "http.request", "body": b"{}", "more_body": False}
-    guard = StreamGuard(Replicas(*[answers(200, b"{}")] * 2), max_held_bytes=100)
-    guard._held_bytes = 99  # of others
-    sent = sent_by(guard, whole)
+    proxy = FailoverProxy(Replicas(*[answers(200, b"{}")] * 2), max_held_bytes=100)
+    proxy.held_bytes = 99  # of others
+    sent = sent_by(proxy, whole)
     assert sent[0]["status"] == 503 and dict(sent[0]["headers"])[b"retry-after"] == b"1"
-    assert guard._held_bytes == 99
-    guard._held_bytes = 98
-    assert sent_by(guard, whole)[0]["status"] == 200
-    assert guard._held_bytes == 98
+    assert proxy.held_bytes == 99
+    proxy.held_bytes = 98
+    assert sent_by(proxy, whole)[0]["status"] == 200
+    assert proxy.held_bytes == 98
 
 
 def test_nothing_is_sent_again_for_a_client_that_left() -> None:
@@ -324,7 +359,7 @@ def test_nothing_is_sent_again_for_a_client_that_left() -> None:
             sent.append(message)
 
         scope = {"type": "http", "path": "/v1/completions", "headers": []}
-        await StreamGuard(replicas)(scope, receive, send)
+        await FailoverProxy(replicas)(scope, receive, send)
         return len(replicas.asked)
 
     assert asyncio.run(run()) == 1

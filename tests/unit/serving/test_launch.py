@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.deploy import launch
 from tc_ray.serving.deploy.launch import start_server
 from tc_ray.serving.deploy.memory import available_memory_bytes, check_memory
+from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models.exports import (
-    copilot_signature,
     copilot_version,
     find_export,
     model_name,
     named_models,
     weight_bytes,
 )
-from tc_ray.serving.settings import EngineLimits, ModelSettings
 from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,16 +43,18 @@ def _no_key_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tc_ray.serving.deploy.launch._connect", started)
 
 
+def start(*arguments: Path | str) -> None:
+    """As `tc-ray serve` with these arguments."""
+    start_server(command_settings(list(map(str, arguments))))
+
+
 def test_run_folder_or_export_folder(export: Path) -> None:
     assert find_export(export) == find_export(export.parent) == export
     assert model_name(export) == "my-run"
 
 
 def test_several_models_by_name(export: Path) -> None:
-    assert named_models([export, f"other={export.parent}"]) == (
-        ModelSettings("my-run", str(export)),
-        ModelSettings("other", str(export)),
-    )
+    assert named_models([export, f"other={export.parent}"]) == {"my-run": export, "other": export}
     with pytest.raises(ServingError, match="two models are called 'my-run'"):
         named_models([export, export.parent])
     with pytest.raises(ServingError, match="needs a name"):
@@ -63,14 +65,14 @@ def test_several_models_by_name(export: Path) -> None:
 
 def test_folder_with_an_equals_sign(tmp_path: Path) -> None:
     export = make_export(tmp_path / "lr=0.1", positions=64)
-    assert named_models([export.parent])[0] == ModelSettings("lr=0.1", str(export))
+    assert named_models([export.parent]) == {"lr=0.1": export}
 
 
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="is no folder"):
-        start_server([tmp_path / "absent"])
+        start(tmp_path / "absent")
     with pytest.raises(ServingError, match="holds no exported model"):
-        start_server([tmp_path])
+        start(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +81,13 @@ def test_missing_folder(tmp_path: Path) -> None:
 def test_incomplete_folder(export: Path, part: str) -> None:
     (export / part).unlink()
     with pytest.raises(ServingError, match=r"incomplete: .*(fusion|config|safetensors)"):
-        start_server([export.parent])
+        start(export.parent)
 
 
 def test_damaged_fusion_file(export: Path) -> None:
     (export / "fusion.json").write_text("{")
     with pytest.raises(ServingError, match="not valid JSON"):
-        start_server([export])
+        start(export)
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.001])
@@ -94,25 +96,25 @@ def test_weights_that_are_cut_off(export: Path, kept: float) -> None:
     content = weights.read_bytes()
     weights.write_bytes(content[: int(len(content) * kept) + 4])
     with pytest.raises(ServingError, match=r"safetensors.*damaged"):
-        start_server([export])
+        start(export)
 
 
 def test_copilot_of_another_pilot(export: Path) -> None:
     change(export / "copilot/config.json", pilot_hidden_size=7)
     with pytest.raises(ServingError, match="made for a Pilot of width 7; this Pilot has 32"):
-        start_server([export])
+        start(export)
 
 
 def test_copilot_of_another_tokenizer(export: Path) -> None:
     change(export / "copilot/config.json", tokenizer="0123456789abcdef")
     with pytest.raises(ServingError, match=r"trained with another tokenizer \(0123456789abcdef\)"):
-        start_server([export])
+        start(export)
 
 
 def test_encoder_decoder_is_refused(export: Path) -> None:
     change(export / "pilot/config.json", is_encoder_decoder=True)
     with pytest.raises(ServingError, match="encoder-decoder; the server answers with decoder-only"):
-        start_server([export])
+        start(export)
 
 
 def test_port_taken(export: Path) -> None:
@@ -120,49 +122,44 @@ def test_port_taken(export: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ServingError, match=f"port {taken.getsockname()[1]}: Address already in use"):
-            start_server([export], port=taken.getsockname()[1])
-
-
-@pytest.mark.parametrize("port", [0, 70_000])
-def test_no_port(export: Path, port: int) -> None:
-    with pytest.raises(ServingError, match="not between"):
-        start_server([export], port=port)
+            start(export, f"serving.port={taken.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.5", "example.org"])
 def test_open_host_needs_a_key(export: Path, host: str) -> None:
     with pytest.raises(ServingError, match="no API key is set"):
-        start_server([export], host)
+        start(export, f"serving.host={host}")
 
 
 def test_open_host_may_be_allowed_by_name(export: Path) -> None:
     with pytest.raises(AssertionError, match="Ray was started"):
-        start_server([export], "0.0.0.0", free_port(), allow_open=True, cache_mb=1)
+        open_host = ("serving.host=0.0.0.0", "serving.allow_open=true", "serving.cache_bytes=1000000")
+        start(export, *open_host, f"serving.port={free_port()}")
 
 
 def test_not_enough_memory(export: Path) -> None:
     available = available_memory_bytes()
     assert available is not None and available > 0
     with pytest.raises(ServingError, match=r"not enough memory: 1 replica .* use fewer replicas"):
-        start_server([export], port=free_port(), cache_mb=available // 2**20 + 1)
+        start(export, f"serving.port={free_port()}", f"serving.cache_bytes={available}")
 
 
 def test_what_is_counted_as_memory(export: Path) -> None:
-    model, limits = ModelSettings("a", str(export)), EngineLimits(cache_bytes=6 * 10**8, prefix_bytes=4 * 10**8)
+    caches = {"cache_bytes": 6 * 10**8, "prefix_bytes": 4 * 10**8}
     weights = weight_bytes(export)
     assert weights == 4 * sum(size_of(path) for path in export.glob("*/*.safetensors"))
-    check_memory([model], limits, 1, 10**9 + 10**9)
+    check_memory([export], ServingSection(**caches), 10**9 + 10**9)
     with pytest.raises(ServingError, match=r"2 replicas .* 2 x 1.0 GB of caches"):
-        check_memory([model, model], limits, 2, 4 * 10**9)
-    check_memory([model], limits, 100, None)
+        check_memory([export, export], ServingSection(replicas=2, **caches), 4 * 10**9)
+    check_memory([export], ServingSection(replicas=100), None)
 
 
-def test_versions_and_signatures(export: Path) -> None:
-    version, signature = copilot_version(export), copilot_signature(export)
+def test_version_follows_the_content(export: Path) -> None:
+    version = copilot_version(export)
     fusion = export / "fusion.json"
     content = fusion.read_text()
     fusion.write_text(content)
-    assert copilot_version(export) == version and copilot_signature(export) != signature
+    assert copilot_version(export) == version
     fusion.write_text(content.replace("0.5", "0.6"))
     assert copilot_version(export) != version
 
@@ -171,12 +168,15 @@ def test_versions_and_signatures(export: Path) -> None:
     ("arguments", "words"),
     [
         (["absent"], "is no folder"),
-        (["EXPORT", "--max-tokens", "0"], "max_tokens 0 must be more than 0"),
-        (["EXPORT", "--replicas", "2", "--max-replicas", "3"], "not both"),
-        (["EXPORT", "--drain-s", "5"], "drain_s 5 is shorter than request_timeout_s 600"),
+        (["EXPORT", "serving.max_tokens=0"], "serving.max_tokens is 0, allowed: a whole number above 0"),
+        (["EXPORT", "serving.max_token=5"], "unknown key serving.max_token; did you mean serving.max_tokens"),
+        (["EXPORT", "serving.replicas=2", "serving.max_replicas=1"], "max_replicas 1 is less than replicas 2"),
+        (["EXPORT", "serving.drain_s=5"], "drain_s 5 is shorter than request_timeout_s 600"),
+        (["EXPORT", "serving.port=1"], "override serving.port is given 2 times"),
         (["EXPORT", "--host", "0.0.0.0"], "no API key is set"),
-        (["EXPORT", "--key-file", "absent"], "key file absent cannot be read"),
-        (["EXPORT", "--cache-mb", "1000000000"], "not enough memory"),
+        (["EXPORT", "serving.key_file=absent"], "key file absent cannot be read"),
+        (["EXPORT", "serving.cache_bytes=1000000000000000"], "not enough memory"),
+        (["EXPORT", "--config", "absent.yaml"], "config file absent.yaml cannot be read"),
         (["EXPORT", "EXPORT"], "two models are called"),
     ],
 )
@@ -195,7 +195,7 @@ def test_command_with_a_copilot_of_another_tokenizer(export: Path) -> None:
     # found only after transformers is loaded, which must not say a word of its own
     change(export / "copilot/config.json", tokenizer="0123456789abcdef")
     words = "the Copilot was trained with another tokenizer (0123456789abcdef)"
-    assert_refused(words, "--port", str(free_port()), "--cache-mb", "1", "--prefix-bytes", "1", str(export))
+    assert_refused(words, "--port", str(free_port()), "serving.cache_bytes=1", "serving.prefix_bytes=1", str(export))
 
 
 def assert_refused(words: str, *arguments: str) -> None:
@@ -230,16 +230,13 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_environment_of_the_proxy_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names in it are strings that only Ray resolves."""
+def test_the_failover_proxy_is_where_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only Ray resolves the name."""
     from ray.serve._private.http_util import validate_http_proxy_callback_return
     from ray.serve._private.utils import call_function_from_import_path
 
-    from tc_ray.serving.settings import ReplicaSettings
-
     monkeypatch.setattr("tc_ray.serving.failover.proxy.prepare_process", lambda: prepared.append(True))
     prepared: list[bool] = []
-    variables = launch.proxy_environment(ReplicaSettings(models=()))
-    made = call_function_from_import_path(variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
-    assert [one.cls.__name__ for one in validate_http_proxy_callback_return(made)] == ["StreamGuard"]
+    made = call_function_from_import_path(launch.FAILOVER_PROXY)
+    assert [one.cls.__name__ for one in validate_http_proxy_callback_return(made)] == ["FailoverProxy"]
     assert prepared == [True], "or its event loop stands still for long"

@@ -43,11 +43,11 @@ def tokenizer(export: Path) -> Any:
     return AutoTokenizer.from_pretrained(export / "pilot")
 
 
-def close(told: list[float | None], expected: list[float]) -> bool:
-    """Equal to rounding; log 0 is told as the floor."""
+def close(found: list[float | None], expected: list[float]) -> bool:
+    """Equal to rounding; log 0 is the floor."""
     floored = [max(value, FLOOR) for value in expected]
-    return len(told) == len(floored) and all(
-        math.isclose(one, other, abs_tol=CLOSE) for one, other in zip(told, floored, strict=True)
+    return len(found) == len(floored) and all(
+        math.isclose(one, other, abs_tol=CLOSE) for one, other in zip(found, floored, strict=True)
     )
 
 
@@ -72,15 +72,15 @@ def scored(model: FusedModel, ids: list[int], start: int, lam: float | None) -> 
 @pytest.mark.parametrize("lam", [0.5, 0.0, 2.0])
 def test_completion_logprobs_equal_offline(client: TestClient, model: FusedModel, tokenizer: Any, lam: float) -> None:
     expected = offline(model, tokenizer, COMPLETION["prompt"], lam)
-    told = post(client, "/v1/completions", {**COMPLETION, "logprobs": 3, "copilot": {"lambda": lam}})
-    [choice] = told["choices"]
+    found = post(client, "/v1/completions", {**COMPLETION, "logprobs": 3, "copilot": {"lambda": lam}})
+    [choice] = found["choices"]
     logprobs = choice["logprobs"]
     new = expected.sequences[0, -NEW:].tolist()
     texts = TokenTexts(tokenizer)
     assert logprobs["tokens"] == [texts.text(id) for id in new]
     assert close(logprobs["token_logprobs"], expected.fused_logprobs[0].tolist())
     for own, logprob, top in zip(*(logprobs[n] for n in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
-        # Greedy: the token said is the likeliest, and told by one number.
+        # Greedy: the chosen token is the likeliest, and has one number everywhere.
         assert 3 <= len(top) <= 4
         assert top[own] == logprob == max(top.values())
     for own, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
@@ -124,13 +124,13 @@ def test_chat_logprobs(client: TestClient, tokenizer: Any) -> None:
 def test_explanations_equal_offline(client: TestClient, model: FusedModel, tokenizer: Any) -> None:
     expected = offline(model, tokenizer, COMPLETION["prompt"]).explanation
     [choice] = post(client, "/v1/completions", {**COMPLETION, "copilot": {"explain": True}})["choices"]
-    told = choice["copilot"]["tokens"]
+    found = choice["copilot"]["tokens"]
     texts = TokenTexts(tokenizer)
-    assert [one["token"] for one in told] == [texts.text(id) for id in expected.tokens[0].tolist()]
-    assert [one["pilot_token"] for one in told] == [texts.text(id) for id in expected.pilot_top.ids[0, :, 0].tolist()]
+    assert [one["token"] for one in found] == [texts.text(id) for id in expected.tokens[0].tolist()]
+    assert [one["pilot_token"] for one in found] == [texts.text(id) for id in expected.pilot_top.ids[0, :, 0].tolist()]
     for name, values in (("pilot", expected.chosen.pilot), ("fused", expected.chosen.fused)):
-        assert [one[name] for one in told] == pytest.approx(values[0, :, 0].tolist(), abs=CLOSE)
-    assert all(0 < one["moved"] <= 1 for one in told)
+        assert [one[name] for one in found] == pytest.approx(values[0, :, 0].tolist(), abs=CLOSE)
+    assert all(0 < one["moved"] <= 1 for one in found)
     unmoved = post(client, "/v1/completions", {**COMPLETION, "copilot": {"explain": True, "lambda": 0}})["choices"][0]
     assert all(one["moved"] == 0 and one["pilot"] == one["fused"] for one in unmoved["copilot"]["tokens"])
 
@@ -166,7 +166,7 @@ def test_copilot_begins_after_the_marker(client: TestClient, model: FusedModel, 
     body["prompt"] = ids if place == "ids" else question + answer
     if place == "body":
         body["copilot"] = {"score_after": "Answer:"}
-    # what the body says goes before the query
+    # the body's values come before the query's
     query = "score_after=Answer:&lambda=2.0" if "lambda" not in body else "score_after=Answer:&lambda=0.5"
     path = "/v1/completions" if place == "body" else f"/v1/completions?{query}"
     [choice] = post(client, path, body)["choices"]
@@ -194,9 +194,9 @@ def test_echo_with_streams_and_choices(client: TestClient) -> None:
         texts[choice["index"]] += choice["text"]
         logprobs[choice["index"]] += choice["logprobs"]["token_logprobs"]
     assert texts == [choice["text"] for choice in whole]
-    for told, choice in zip(logprobs, whole, strict=True):
-        assert told[0] is None
-        assert close(told[1:], choice["logprobs"]["token_logprobs"][1:])
+    for found, choice in zip(logprobs, whole, strict=True):
+        assert found[0] is None
+        assert close(found[1:], choice["logprobs"]["token_logprobs"][1:])
         assert all(len(top) == 1 for top in choice["logprobs"]["top_logprobs"][1:])
     [plain] = post(client, "/v1/completions", {**COMPLETION, "echo": True})["choices"]
     [silent] = post(client, "/v1/completions", COMPLETION)["choices"]
@@ -210,17 +210,17 @@ def test_score_equals_offline(client: TestClient, model: FusedModel, tokenizer: 
     answer = post(client, "/v1/score", body)
     assert answer["lambda"] == lam
     prompt = tokenizer(SCORE["prompt"])["input_ids"]
-    for told, text in zip(answer["completions"], completions, strict=True):
+    for found, text in zip(answer["completions"], completions, strict=True):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         pilot, fused = scored(model, prompt + ids, len(prompt), lam)
-        assert [token["id"] for token in told["tokens"]] == ids
-        assert told["token_count"] == len(ids)
-        assert close([token["pilot"] for token in told["tokens"]], pilot)
-        assert close([token["fused"] for token in told["tokens"]], fused)
-        assert told["pilot"] == pytest.approx(sum(pilot), abs=CLOSE * len(ids))
-        assert told["fused"] == pytest.approx(max(sum(fused), FLOOR), abs=CLOSE * len(ids))
-        assert all(len(token["top_logprobs"]) == 2 for token in told["tokens"])
-        assert all(token["fused"] <= token["top_logprobs"][0]["fused"] + CLOSE for token in told["tokens"])
+        assert [token["id"] for token in found["tokens"]] == ids
+        assert found["token_count"] == len(ids)
+        assert close([token["pilot"] for token in found["tokens"]], pilot)
+        assert close([token["fused"] for token in found["tokens"]], fused)
+        assert found["pilot"] == pytest.approx(sum(pilot), abs=CLOSE * len(ids))
+        assert found["fused"] == pytest.approx(max(sum(fused), FLOOR), abs=CLOSE * len(ids))
+        assert all(len(token["top_logprobs"]) == 2 for token in found["tokens"])
+        assert all(token["fused"] <= token["top_logprobs"][0]["fused"] + CLOSE for token in found["tokens"])
     by_ids = {**body, "prompt": prompt, "completion": [tokenizer(text)["input_ids"] for text in completions]}
     again = post(client, "/v1/score", by_ids)["completions"]
     assert [[token["id"] for token in one["tokens"]] for one in again] == [
@@ -231,9 +231,9 @@ def test_score_equals_offline(client: TestClient, model: FusedModel, tokenizer: 
 def test_score_without_options(client: TestClient) -> None:
     answer = post(client, "/v1/score", SCORE)
     assert answer["lambda"] == 0.5
-    [told] = answer["completions"]
-    assert all(token["top_logprobs"] is None for token in told["tokens"])
-    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > told["token_count"]
+    [found] = answer["completions"]
+    assert all(token["top_logprobs"] is None for token in found["tokens"])
+    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > found["token_count"]
 
 
 @pytest.mark.parametrize(

@@ -117,14 +117,14 @@ def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]
 
 def test_document_names_every_route_and_its_answers(app: FastAPI, http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
-    told = {(path, method.upper()) for path, item in document["paths"].items() for method in item}
+    documented = {(path, method.upper()) for path, item in document["paths"].items() for method in item}
     routes = {
         (route.path.replace(":path", ""), method)
         for route in every_route(app)
         for method in route.methods
-        if route.path.startswith(("/v1/", "/health", "/ready", "/metrics")) and method != "HEAD"
+        if route.path.startswith(("/v1/", "/health", "/ready")) and method != "HEAD"
     }
-    assert told == routes
+    assert documented == routes
     for path, item in document["paths"].items():
         for operation in item.values():
             assert ("401" in operation["responses"]) == (path != "/health")
@@ -167,36 +167,36 @@ def test_bodies_and_answers_are_as_documented(http: httpx.Client, path: str, bod
     jsonschema.validate(response.json(), resolved(document, given))
 
 
-CONTRADICTIONS = [
-    ("/v1/completions", {"lambda": 1, "copilot": {"lambda": 1}}),
-    ("/v1/completions", {"stream_options": {}}),
-    ("/v1/completions", {"stream": False, "stream_options": {}}),
-    ("/v1/completions", {"max_tokens": 0}),
+FORBIDDEN = [
     ("/v1/completions", {"max_tokens": 65}),
-    ("/v1/completions", {"best_of": 2}),
-    ("/v1/completions", {"n": 2, "best_of": 3}),
     ("/v1/completions", {"n": 9}),
-    ("/v1/completions", {"n": 3, "prompt": ["a", "b", "c"]}),
     ("/v1/completions", {"prompt": ["a"] * 9}),
     ("/v1/completions", {"prompt": [268]}),
-    ("/v1/completions", {"copilot": {"score_after": "x"}, "echo": True}),
-    ("/v1/completions", {"copilot": {"score_after": "x"}, "logprobs": 1}),
     ("/v1/completions", {"temperature": 0.001}),
-    ("/v1/chat/completions", {"top_logprobs": 1}),
-    ("/v1/chat/completions", {"logprobs": False, "top_logprobs": 1}),
-    ("/v1/chat/completions", {"max_completion_tokens": 5}),
+    ("/v1/completions", {"user": "Tom"}),
     ("/v1/score", {"completion": ["a"] * 9}),
     ("/v1/score", {"model": "other"}),
 ]
+"""The document forbids these."""
+CONTRADICTIONS = [
+    ("/v1/completions", {"lambda": 1, "copilot": {"lambda": 1}}),
+    ("/v1/completions", {"stream": False, "stream_options": {}}),
+    ("/v1/completions", {"n": 2, "best_of": 3}),
+    ("/v1/completions", {"copilot": {"score_after": "x"}, "logprobs": 1}),
+    ("/v1/chat/completions", {"logprobs": False, "top_logprobs": 1}),
+    ("/v1/chat/completions", {"max_completion_tokens": 5}),
+]
+"""These break a rule between two fields, which only the description of a field states."""
 
 
-@pytest.mark.parametrize(("path", "fields"), CONTRADICTIONS, ids=str)
-def test_what_is_refused_is_against_the_document(http: httpx.Client, path: str, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("path", "fields"), [*FORBIDDEN, *CONTRADICTIONS], ids=str)
+def test_what_the_document_forbids_is_refused(http: httpx.Client, path: str, fields: dict[str, Any]) -> None:
     document = http.get("/openapi.json").json()
     operation = document["paths"][path]["post"]
     body = {**PATHS.get(path, SCORE), **fields}
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(body, resolved(document, operation["requestBody"]["content"]["application/json"]["schema"]))
+    asked = resolved(document, operation["requestBody"]["content"]["application/json"]["schema"])
+    valid = jsonschema.Draft202012Validator(asked).is_valid(body)
+    assert valid == ((path, fields) in CONTRADICTIONS)
     response = http.post(path, json=body)
     assert response.status_code in (400, 404), response.text
     error = operation["responses"][str(response.status_code)]["content"]["application/json"]["schema"]

@@ -7,21 +7,23 @@ from pathlib import Path
 
 import httpx
 
-from tc_ray.serving.settings import EngineLimits
 from tests.support.serving_client import COMPLETION, make_app, served, settings_of
 from tests.support.serving_samples import make_export
 
 
 def test_a_full_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
     export = make_export(tmp_path / "run", positions=4096)
-    app = make_app(settings_of(export, engine=EngineLimits(max_running=1, max_waiting=0), max_tokens=4000))
+    app = make_app(settings_of(export, max_running=1, max_waiting=0, max_tokens=4000))
     body = {**COMPLETION, "max_tokens": 3000, "stream": True}
     with served(app) as url, httpx.Client(base_url=url, timeout=60) as http:
         assert http.get("/ready").status_code == http.get("/health").status_code == 200
         with http.stream("POST", "/v1/completions", json=body) as stream:
             next(stream.iter_lines())
             full = http.get("/ready")
-            assert (full.status_code, full.json()["reason"]) == (503, "as many requests run and wait as may")
+            assert (full.status_code, full.json()["reason"]) == (
+                503,
+                "every place in the batch and in the queue is taken",
+            )
             assert http.get("/health").status_code == 200
         until = time.monotonic() + 10
         while http.get("/ready").status_code != 200:

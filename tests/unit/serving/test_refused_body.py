@@ -5,25 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from typing import Any
 
-import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from tc_ray.serving.body_limit import BodyLimit
-from tc_ray.serving.failover.proxy import StreamGuard
+from tc_ray.serving.http.body_limit import BodyLimit
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     raise AssertionError("a refused body was passed on")
 
 
-@pytest.mark.parametrize(
-    "refusing",
-    [StreamGuard(app, 100), StreamGuard(app, 1000, max_held_bytes=100), BodyLimit(app, 100)],
-    ids=["413", "503", "app"],
-)
-def test_a_refused_body_is_freed_at_once(refusing: Any) -> None:
+def test_a_refused_body_is_freed_at_once() -> None:
     """Refused bodies count as held no longer, so many of them must not wait for the collector together."""
 
     class Client:
@@ -35,7 +27,7 @@ def test_a_refused_body_is_freed_at_once(refusing: Any) -> None:
 
     async def refuse() -> weakref.ref[Client]:
         client = Client()
-        await refusing({"type": "http", "method": "POST", "path": "/", "headers": []}, client, send)
+        await BodyLimit(app, 100)({"type": "http", "method": "POST", "path": "/", "headers": []}, client, send)
         return weakref.ref(client)
 
     gc.disable()

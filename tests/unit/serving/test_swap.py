@@ -1,4 +1,4 @@
-"""Newer Copilots in a replica without Serve: real engines, real files, requests under way while they are swapped."""
+"""Newer Copilots in a replica without Serve: real engines, real files, requests in progress while they are swapped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,14 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.engine import Finished, GenerationRequest
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models import loading
-from tc_ray.serving.models import swap as reload
+from tc_ray.serving.models import swap
 from tc_ray.serving.models.exports import copilot_version
-from tc_ray.serving.models.loading import ExportChanged, LoadedRun
-from tc_ray.serving.settings import EngineLimits, ModelSettings, ReplicaSettings
+from tc_ray.serving.settings import ReplicaSettings
 from tests.support.serving_samples import Collector, make_export
 
 PROMPT = tuple(range(10, 30))
@@ -32,17 +30,24 @@ PROMPT = tuple(range(10, 30))
 
 @dataclass
 class Bench:
-    """A replica of one model `m`, which looks for newer Copilots only when told."""
+    """A replica of one model `m`, which serves already."""
 
     replica: Replica
     export: Path
 
     @property
     def version(self) -> str | None:
-        return self.replica.catalogue.find("m").copilot_version
+        return self.replica.registry.find("m").copilot_version
+
+    def reload(self, **copilots: str) -> bool:
+        """As Serve's reconfigure: load the Copilots again; whether the served model was replaced."""
+        before = self.replica.registry.find("m")
+        self.replica.configure({"copilots": copilots})
+        self.replica._swaps.submit(lambda: None).result(60)
+        return self.replica.registry.find("m") is not before
 
     def say(self, new_tokens: int = 12) -> tuple[list[int], Finished]:
-        collector = Collector(self.replica.catalogue.find("m").engine, GenerationRequest(PROMPT, new_tokens, lam=5.0))
+        collector = Collector(self.replica.registry.find("m").engine, GenerationRequest(PROMPT, new_tokens, lam=5.0))
         return finish(collector)
 
 
@@ -59,16 +64,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(reload, "SETTLE_S", 0.05)
-    monkeypatch.setattr(reload, "RETIRE_AFTER_S", 0.2)
+    monkeypatch.setattr(swap, "RETIRE_AFTER_S", 0.2)
     export = tmp_path / "run/export"
     shutil.copytree(made, export)
-    limits = EngineLimits(max_running=4, cache_bytes=2**26)
-    settings = ReplicaSettings((ModelSettings("m", str(export)),), engine=limits, threads=1, watch_s=None, drain_s=60)
-    replica = Replica(settings)
+    section = ServingSection(max_running=4, cache_bytes=2**26, threads=1, request_timeout_s=60, drain_s=60)
+    replica = Replica(ReplicaSettings({"m": export}, section))
+    assert asyncio.run(replica.unhealthy()) is None
     yield Bench(replica, export)
-    replica.reloader.close()
-    for served in replica.catalogue:
+    for served in replica.registry:
         served.engine.close()
 
 
@@ -82,12 +85,12 @@ def train(export: Path, seed: int = 1) -> None:
 
 
 def test_newer_copilot_takes_over_and_requests_under_way_end_with_the_old_one(bench: Bench) -> None:
-    before, first = bench.version, bench.replica.catalogue.find("m")
+    before, first = bench.version, bench.replica.registry.find("m")
     expected, _ = bench.say(300)
     under_way = Collector(first.engine, GenerationRequest(PROMPT, 300, lam=5.0))
     under_way.next()
     train(bench.export)
-    assert bench.replica.reloader.look() == ["m"]
+    assert bench.reload()
     assert bench.version == copilot_version(bench.export) != before
     tokens, end = finish(under_way)
     assert tokens == expected and end.completion_tokens == 300
@@ -101,12 +104,11 @@ def test_newer_copilot_takes_over_and_requests_under_way_end_with_the_old_one(be
 
 
 def test_hooks_of_old_copilots_leave_the_pilot(bench: Bench) -> None:
-    pilot = bench.replica.reloader._current
-    [loaded] = pilot.values()
+    [loaded] = bench.replica._swap._current.values()
     layer = loaded.model.pilot.model.layers[0]
     for seed in (1, 2, 3):
         train(bench.export, seed)
-        assert bench.replica.reloader.look() == ["m"]
+        assert bench.reload()
     until = time.monotonic() + 20
     while len(layer._forward_hooks) > 1 and time.monotonic() < until:
         time.sleep(0.05)
@@ -114,19 +116,19 @@ def test_hooks_of_old_copilots_leave_the_pilot(bench: Bench) -> None:
 
 
 def test_nothing_happens_without_a_change(bench: Bench) -> None:
-    engine = bench.replica.catalogue.find("m").engine
-    assert bench.replica.reloader.look() == []
+    engine = bench.replica.registry.find("m").engine
+    assert not bench.reload()
     fusion = bench.export / "fusion.json"
-    fusion.write_text(fusion.read_text())  # written anew, the same content
-    assert bench.replica.reloader.look() == []
-    assert bench.replica.catalogue.find("m").engine is engine
+    fusion.write_text(fusion.read_text())  # written again, the same content
+    assert not bench.reload()
+    assert bench.replica.registry.find("m").engine is engine
 
 
 def test_changed_lambda_takes_over(bench: Bench) -> None:
     fusion = bench.export / "fusion.json"
     fusion.write_text(json.dumps({**json.loads(fusion.read_text()), "lam": 0.25}))
-    assert bench.replica.reloader.look() == ["m"]
-    assert bench.replica.catalogue.find("m").default_lam == 0.25
+    assert bench.reload()
+    assert bench.replica.registry.find("m").default_lam == 0.25
 
 
 def cut(export: Path) -> None:
@@ -197,19 +199,18 @@ def fusion_lam(value: Any) -> Callable[[Path], None]:
         (misfit, "made for a Pilot of width 64"),
         (other_tokenizer, "another tokenizer"),
         (other_pilot, "another Pilot"),
-        (gone, "lacks files"),
-        (empty_fusion, "not valid JSON"),
+        (gone, "holds a Pilot alone"),
+        (empty_fusion, "fusion.json missing"),
     ],
 )
-def test_copilot_that_cannot_be_used_is_told_once_and_changes_nothing(
+def test_copilot_that_cannot_be_used_is_reported_and_changes_nothing(
     bench: Bench, caplog: pytest.LogCaptureFixture, harm: object, words: str
 ) -> None:
     assert callable(harm)
     before, tokens = bench.version, bench.say()[0]
     harm(bench.export)
     with caplog.at_level(logging.INFO, "tc_ray.serving"):
-        assert bench.replica.reloader.look() == []
-        assert bench.replica.reloader.look() == []
+        assert not bench.reload()
     [line] = [record.getMessage() for record in caplog.records if record.name == "tc_ray.serving"]
     assert words in line and f"{before} goes on serving" in line
     assert (bench.version, bench.say()[0]) == (before, tokens)
@@ -217,10 +218,10 @@ def test_copilot_that_cannot_be_used_is_told_once_and_changes_nothing(
 
 def test_a_broken_copilot_is_followed_by_a_sound_one(bench: Bench, made: Path) -> None:
     cut(bench.export)
-    assert bench.replica.reloader.look() == []
+    assert not bench.reload()
     shutil.copy(made / "copilot/model.safetensors", bench.export / "copilot/model.safetensors")
     train(bench.export)
-    assert bench.replica.reloader.look() == ["m"]
+    assert bench.reload()
     assert bench.version == copilot_version(bench.export)
 
 
@@ -228,30 +229,23 @@ def test_user_config_names_another_folder(bench: Bench, made: Path, tmp_path: Pa
     other = tmp_path / "other/export"
     shutil.copytree(made, other)
     train(other)
-    bench.replica.configure({"copilots": {"m": str(other.parent)}})
+    assert bench.reload(m=str(other.parent))
     assert bench.version == copilot_version(other)
-    assert asyncio.run(bench.replica.unhealthy()) is None
-    bench.replica.configure({"copilots": {}})
-    assert bench.replica.reloader.look() == ["m"], "a replica that serves loads it in the background"
+    assert bench.reload(), "without a name the model's own folder counts"
     assert bench.version == copilot_version(bench.export)
 
 
-def test_a_changed_reload_makes_the_server_look_at_once(bench: Bench) -> None:
-    """However seldom it looks by itself."""
-    before, watched = bench.version, bench.replica.reloader
-    bench.replica.configure({"reload": 1})
-    assert asyncio.run(bench.replica.unhealthy()) is None
-    watched._watch_s = 3600.0
-    watched.start()
-    time.sleep(0.3)
-    train(bench.export)
-    time.sleep(0.3)
-    assert bench.version == before, "it looked by itself: the test shows nothing"
-    bench.replica.configure({"reload": 2})
-    until = time.monotonic() + 30
-    while bench.version == before and time.monotonic() < until:
-        time.sleep(0.05)
-    assert bench.version == copilot_version(bench.export) != before
+def test_a_replica_that_starts_takes_the_copilots_of_its_user_config(bench: Bench, made: Path, tmp_path: Path) -> None:
+    """Before it answers, and it does not start with one that cannot be used."""
+    other = tmp_path / "other/export"
+    shutil.copytree(made, other)
+    train(other)
+    bench.replica._serving = False
+    bench.replica.configure({"copilots": {"m": str(other)}})
+    assert bench.version == copilot_version(other)
+    cut(other)
+    with pytest.raises(ServingError, match="cannot be loaded"):
+        bench.replica.configure({"copilots": {"m": str(other)}})
 
 
 @pytest.mark.parametrize(
@@ -266,44 +260,10 @@ def test_a_changed_reload_makes_the_server_look_at_once(bench: Bench) -> None:
 def test_user_config_that_cannot_be_meant(
     bench: Bench, caplog: pytest.LogCaptureFixture, user_config: object, words: str
 ) -> None:
-    with pytest.raises(ServingError, match=words):
-        bench.replica.configure(user_config)
-    # Serve gives no user_config at the start where there is none, and asks for health before it sends requests
-    assert asyncio.run(bench.replica.unhealthy()) is None
     with caplog.at_level(logging.ERROR, "tc_ray.serving"):
-        bench.replica.configure(user_config)  # of a replica that serves already: told, and no more
+        bench.replica.configure(user_config)
     assert words in caplog.text
     assert bench.say()
-
-
-def test_copilot_that_is_being_written_at_the_start_is_waited_for(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "SETTLE_PAUSE_S", 0.01)
-    read, tries = LoadedRun._read, []
-
-    def changing(run: LoadedRun, source: Path) -> Any:
-        tries.append(source)
-        if len(tries) < settles:
-            raise ExportChanged
-        return read(run, source)
-
-    monkeypatch.setattr(LoadedRun, "_read", changing)
-    settings = ReplicaSettings((ModelSettings("m", str(made)),), threads=1, watch_s=None)
-    settles = 3
-    replica = Replica(settings)
-    replica.catalogue.find("m").engine.close()
-    assert len(tries) == 3
-    settles = 1000
-    with pytest.raises(ServingError, match="still being written"):
-        Replica(settings)
-
-
-def test_watch_sees_a_change_by_itself(bench: Bench) -> None:
-    before = bench.version
-    bench.replica.reloader._watch_s = 0.1
-    bench.replica.reloader.start()
-    done = threading.Event()
-    train(bench.export)
-    until = time.monotonic() + 30
-    while bench.version == before and time.monotonic() < until:
-        done.wait(0.05)
-    assert bench.version == copilot_version(bench.export) != before
+    bench.replica._serving = False  # at the start
+    with pytest.raises(ServingError, match=words):
+        bench.replica.configure(user_config)

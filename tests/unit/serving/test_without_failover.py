@@ -1,4 +1,4 @@
-"""A server behind a proxy without the stream guard says so: in a Ray that others started nobody else would."""
+"""A server behind a proxy without the failover proxy says so, as nothing else would in a Ray that others started."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI, Response
 
-from tc_ray.serving.deploy.launch import Server, _warn_unguarded
-from tc_ray.serving.failover.proxy import GUARD_HEADER, PROXY_CALLBACK_VARIABLE
+from tc_ray.serving.deploy.launch import FAILOVER_PROXY, PROXY_CALLBACK_VARIABLE, Server, _warn_without_failover
+from tc_ray.serving.failover.proxy import FAILOVER_HEADER
 from tc_ray.serving.settings import ReplicaSettings
 from tests.support.serving_client import served
 
 
-@pytest.fixture(params=[True, False], ids=["guarded", "unguarded"])
+@pytest.fixture(params=[True, False], ids=["with", "without"])
 def proxy(request: pytest.FixtureRequest) -> Iterator[tuple[str, bool]]:
-    """Address of something that answers for health, and whether the guard's mark is on its answers."""
+    """Address of something that answers for health, and whether its answers say that they went through the failover proxy."""
     app = FastAPI()
 
     @app.get("/health")
     def health() -> Response:
-        name, value = GUARD_HEADER
+        name, value = FAILOVER_HEADER
         return Response("{}", headers={name.decode(): value.decode()} if request.param else {})
 
     with served(app) as url:
@@ -29,15 +29,13 @@ def proxy(request: pytest.FixtureRequest) -> Iterator[tuple[str, bool]]:
 
 
 def test_what_is_said_of_a_proxy(proxy: tuple[str, bool]) -> None:
-    url, guarded = proxy
+    url, there = proxy
     said: list[str] = []
-    _warn_unguarded(Server(url, ReplicaSettings(models=()), False), said.append)
-    assert len(said) == (not guarded)
-    assert guarded or (said[0].startswith("warning: ") and f"{PROXY_CALLBACK_VARIABLE}=" in said[0])
+    _warn_without_failover(Server(url, ReplicaSettings(models={}), False), said.append)
+    assert len(said) == (not there)
+    assert there or (said[0].startswith("warning: ") and f"{PROXY_CALLBACK_VARIABLE}=" in said[0])
 
 
 def test_the_middleware_is_in_the_place_that_the_docs_name() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs/serving.md").read_text(encoding="utf-8")
-    from tc_ray.serving.failover import proxy as guard
-
-    assert f"{PROXY_CALLBACK_VARIABLE}={guard.PROXY_CALLBACK}" in page
+    assert f"{PROXY_CALLBACK_VARIABLE}={FAILOVER_PROXY}" in page

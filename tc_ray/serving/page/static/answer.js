@@ -1,4 +1,4 @@
-// One column: an answer as it streams, its tokens coloured by the size of the correction, and its figures.
+// One column: an answer as it streams, its tokens coloured by the size of the correction, and its numbers.
 // Invariant: the text of `.answer` is the text of the chunks, character for character; marks are classes, not text.
 
 const LEVELS = 10;
@@ -85,7 +85,7 @@ export class Answer {
     element.classList.toggle("other", tokens.some((token) => token.pilot_token !== token.token));
   }
 
-  // `outcome`: what to say of an answer that did not come to its own end
+  // `outcome`: the note under an answer that did not end by itself
   end(outcome = "") {
     if (this.waiting.length && this.reason === "stop") {
       const element = document.createElement("span"); // the end token: it has no text, but a correction

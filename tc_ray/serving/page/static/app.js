@@ -1,4 +1,4 @@
-// The page's own logic: reads the form, starts both streams, shows what comes. Nothing is stored but the key, for this tab.
+// The page's own logic: reads the form, starts both streams, shows what arrives. Nothing is stored but the key, for this tab.
 
 import { Answer, Parting } from "./answer.js";
 import { chunks, models, ServerError } from "./stream.js";

@@ -29,7 +29,7 @@ async function send(path, key, options) {
   try {
     message = (await response.json()).error.message;
   } catch {
-    // no envelope: something between here and the server has answered
+    // no envelope: something between this page and the server answered
   }
   if (response.status === 401) {
     message = key ? "The server does not know this API key." : "The server asks for a key: enter it under API key.";

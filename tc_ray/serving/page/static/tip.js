@@ -1,4 +1,4 @@
-// The box that tells a token's figures, beside the token, within the window. All text goes in as text, never as HTML.
+// The box with a token's numbers, beside the token and inside the window. All text is set as text, never as HTML.
 
 function shown(text) {
   if (text === "") return "(no text)";

@@ -9,7 +9,7 @@ import torch
 
 from tc_ray.models.fusion import FusedModel, fuse
 from tc_ray.models.fusion.distribution import fuse_at
-from tc_ray.serving.engine.batch import FusedBatch, Room
+from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
 from tc_ray.serving.engine.kv_rows import RowStore
 from tests.support.family_samples import make_copilot, new_pilot, output_ids, quiet
 from tests.support.tiny_families import DECODER_ONLY, VOCAB
@@ -55,16 +55,16 @@ def run_together(model: FusedModel, prefill_tokens: int = 1000) -> list[tuple[li
     tokens: dict[int, list[int]] = {}
     logits: dict[int, list[torch.Tensor]] = {}
     order: list[int] = []
-    rooms: dict[int, Room] = {}
+    needs: dict[int, CacheNeed] = {}
     time = 0
     while len(tokens) < len(PROMPTS) or order:
         for number in (i for i, arrival in enumerate(ARRIVALS) if arrival == time):
             prefill = batch.prefill(PROMPTS[number], LAMS[number])
             while not prefill.done:
                 assert prefill.advance(prefill_tokens) > 0
-            rooms[number] = batch.room(len(PROMPTS[number]), NEW, LAMS[number] != 0)
-            batch.reserve([rooms[i] for i in (*order, number)])
-            assert batch.nbytes == batch.planned_bytes([rooms[i] for i in (*order, number)])
+            needs[number] = batch.need(len(PROMPTS[number]), NEW, LAMS[number] != 0)
+            batch.reserve([needs[i] for i in (*order, number)])
+            assert batch.nbytes == batch.planned_bytes([needs[i] for i in (*order, number)])
             assert batch.join(prefill) == len(order)
             order.append(number)
             tokens[number], logits[number] = [int(prefill.fused.argmax())], [prefill.fused]
@@ -149,7 +149,7 @@ def test_fusing_at_some_tokens_is_fusing(space: str, scale: float) -> None:
     torch.testing.assert_close(at.softmax(1), expected.softmax(1), atol=1e-6, rtol=1e-3)
 
 
-def test_room_is_given_up_and_asked_for() -> None:
+def test_a_store_shrinks_and_grows() -> None:
     store = RowStore(1, 1, 2, torch.float32, torch.device("cpu"))
     store.reserve(2, 10)
     assert store.nbytes == store.planned_bytes(2, 10) == 8 * 64 * store.bytes_per_entry
@@ -159,13 +159,13 @@ def test_room_is_given_up_and_asked_for() -> None:
 
     store.join(entries(3, 1.0), 3)
     store.join(entries(60, 2.0), 60)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="does not fit"):
         store.join(entries(65, 3.0), 65)
     assert store.lengths() == [3, 60]
     with pytest.raises(ValueError, match="do not fit"):
-        store.make_column_room(5)
+        store.ensure_columns(5)
     store.leave(1)
-    store.make_column_room(5)
+    store.ensure_columns(5)
     keys, values = store.write(0, torch.full((1, 1, 5, 2), 7.0), torch.full((1, 1, 5, 2), -7.0))
     store.advance(5)
     assert keys[0, 0, :, 0].tolist() == [1.0] * 3 + [7.0] * 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,7 +182,7 @@ def test_prompts_begin_with_what_was_computed_before(engine: Engine, prompt: tup
 
 
 def test_prompts_of_others_are_not_begun_with(engine: Engine, prompt: tuple[int, ...]) -> None:
-    """How many tokens were reused would tell what the others asked."""
+    """How many tokens were reused would show what the others asked."""
     cached = []
     for owner in (b"a", b"b", b"", b"a"):
         end = Collector(engine, GenerationRequest(prompt * 8, 2, owner=owner)).all()[1]
@@ -196,24 +195,24 @@ def test_cancelled_within_one_token(engine: Engine, model: FusedModel, prompt: t
     forwards: list[int] = []
     cancelled_at: list[int] = []
     ready, ended = threading.Event(), threading.Event()
-    handle = model.pilot.register_forward_pre_hook(lambda *_: forwards.append(1))
+    hook = model.pilot.register_forward_pre_hook(lambda *_: forwards.append(1))
 
     def deliver(_: int, event: object) -> None:
         ready.wait()
         if isinstance(event, Piece) and len(forwards) > 5 and not cancelled_at:
             cancelled_at.append(len(forwards))
-            ticket.cancel()
+            handle.cancel()
             ended.set()
 
     try:
-        [ticket] = engine.submit([GenerationRequest(prompt, 3000)], deliver)
+        [handle] = engine.submit([GenerationRequest(prompt, 3000)], deliver)
         ready.set()
         assert ended.wait(30)
         while engine.load().running:
             time.sleep(0.01)
         assert len(forwards) == cancelled_at[0]
     finally:
-        handle.remove()
+        hook.remove()
     assert engine.unhealthy() is None
 
 
@@ -228,13 +227,13 @@ def test_what_waits_is_bounded_and_can_be_cancelled(engine: Engine, prompt: tupl
     assert refused.value.status == 429
     assert refused.value.headers == {"Retry-After": "1"}
     assert (engine.load().running, engine.load().waiting) == (6, 4)
-    waiting[0].ticket.cancel()
-    running[0].ticket.cancel()
+    waiting[0].handle.cancel()
+    running[0].handle.cancel()
     for collector in waiting[1:]:
         assert isinstance(collector.all()[1], Finished)
     assert waiting[0].nothing_more()
     for collector in running:
-        collector.ticket.cancel()
+        collector.handle.cancel()
 
 
 def test_the_place_of_one_that_has_ended_is_free_when_its_client_hears_of_it(
@@ -242,7 +241,9 @@ def test_the_place_of_one_that_has_ended_is_free_when_its_client_hears_of_it(
 ) -> None:
     """Its next request may be there before the batch is rid of the row: it must not be refused for that."""
     engine = Engine(
-        model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, max_running=1, max_waiting=0)
+        model,
+        AutoTokenizer.from_pretrained(export / "pilot"),
+        LIMITS.model_copy(update={"max_running": 1, "max_waiting": 0}),
     )
     ends: list[object] = []
     done = threading.Event()
@@ -288,7 +289,7 @@ def test_several_are_admitted_together_or_not_at_all(engine: Engine, prompt: tup
 
 def test_caches_stay_within_their_budget(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
     budget = 3 * 2**20
-    limits = replace(LIMITS, cache_bytes=budget, max_running=64, max_waiting=64, prefix_bytes=0)
+    limits = LIMITS.model_copy(update={"cache_bytes": budget, "max_running": 64, "max_waiting": 64, "prefix_bytes": 0})
     engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), limits)
     try:
         with pytest.raises(RequestError) as refused:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def test_deadline(engine: Engine, prompt: tuple[int, ...]) -> None:
     assert Collector(engine, ScoreRequest(prompt, 1, deadline_s=time.monotonic() - 1)).all()[1] == end
 
 
-def test_failed_prompt_says_so_and_others_go_on(engine: Engine, prompt: tuple[int, ...]) -> None:
+def test_a_failed_prompt_fails_alone(engine: Engine, prompt: tuple[int, ...]) -> None:
     beside = Collector(engine, GenerationRequest(prompt, 200))
     beside.next()
     pieces, end = Collector(engine, GenerationRequest((10**6,), 4)).all()
@@ -62,7 +61,7 @@ def test_failed_step_ends_those_in_it_and_the_next_begin_anew(
 def test_logits_that_are_not_finite_fail_their_own_request_and_the_health_check(
     model: FusedModel, export: Path, prompt: tuple[int, ...], value: float
 ) -> None:
-    """Fault 5: weights that spoil under way: who asks for the Copilot is told, the Pilot's own request beside goes on."""
+    """Fault 5, weights that turn bad: requests with the Copilot fail, the Pilot's own request beside them continues."""
     engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
     weight = model.copilot.output.weight
     before = weight.detach().clone()
@@ -73,12 +72,12 @@ def test_logits_that_are_not_finite_fail_their_own_request_and_the_health_check(
         alone.next(), corrected.next()
         with torch.no_grad():
             weight.fill_(value)
-        said = Failed("Generation failed in the server (NotFiniteError).")
-        assert corrected.all()[1] == said
-        assert Collector(engine, GenerationRequest(prompt, 4, lam=1.0)).all()[1] == said
-        assert Collector(engine, ScoreRequest(prompt, 1, lam=1.0)).all()[1] == said
+        failed = Failed("Generation failed in the server (NotFiniteError).")
+        assert corrected.all()[1] == failed
+        assert Collector(engine, GenerationRequest(prompt, 4, lam=1.0)).all()[1] == failed
+        assert Collector(engine, ScoreRequest(prompt, 1, lam=1.0)).all()[1] == failed
         assert isinstance(alone.all()[1], Finished)
-        assert engine.unhealthy() == said.message
+        assert engine.unhealthy() == failed.message
         with torch.no_grad():
             weight.copy_(before)
         assert engine.unhealthy() is None
@@ -92,7 +91,9 @@ def test_a_prompt_that_was_spoilt_once_spoils_no_later_request(
     model: FusedModel, export: Path, prompt: tuple[int, ...]
 ) -> None:
     """Fault 5: keys and values of a prompt whose logits were not finite are not kept for the next one that begins like it."""
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, prefix_bytes=1 << 24))
+    engine = Engine(
+        model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS.model_copy(update={"prefix_bytes": 1 << 24})
+    )
     asked = GenerationRequest(prompt * (1 + 64 // len(prompt)), 4, lam=0.0)
     weight = next(p for name, p in model.pilot.named_parameters() if "layers.0" in name)
     before = weight.detach().clone()
@@ -127,7 +128,7 @@ def test_an_engine_whose_batch_or_copilot_fails_is_unhealthy(
     for name in ("step", "question_memory"):
         with monkeypatch.context() as patch:
             assert idle()
-            patch.setattr(engine._batch if name == "step" else model.copilot, name, broken)
+            patch.setattr(engine._worker.batch if name == "step" else model.copilot, name, broken)
             assert engine.unhealthy() == "Generation failed in the server (RuntimeError)."
         assert idle() and engine.unhealthy() is None
 
@@ -165,7 +166,9 @@ def test_an_engine_that_fails_time_after_time_is_unhealthy_though_requests_keep_
 def test_close_lets_go_on_for_a_while_then_fails_the_rest(
     model: FusedModel, export: Path, prompt: tuple[int, ...]
 ) -> None:
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), replace(LIMITS, max_running=1))
+    engine = Engine(
+        model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS.model_copy(update={"max_running": 1})
+    )
     short, long, waiting = (Collector(engine, GenerationRequest(prompt, count)) for count in (20, 3000, 5))
     closing = threading.Thread(target=engine.close, args=(1.0,))
     short.next()
@@ -182,7 +185,7 @@ def test_close_lets_go_on_for_a_while_then_fails_the_rest(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_dead_engine_is_told(export: Path, prompt: tuple[int, ...]) -> None:
+def test_a_dead_engine_is_reported(export: Path, prompt: tuple[int, ...]) -> None:
     def deadly(*_: object) -> None:
         raise KeyboardInterrupt  # no Exception: ends the thread
 

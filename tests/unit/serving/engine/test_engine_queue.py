@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,17 @@ from tests.support.serving_samples import LIMITS, Collector
 
 
 def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
-    """Also to one that needs much room, though one behind it would fit at once."""
+    """Also to one that needs much cache, though one behind it would fit at once."""
     batch = FusedBatch(model)
 
     def planned(*new: int) -> int:
-        return batch.planned_bytes([batch.room(len(prompt), tokens, True) for tokens in new])
+        return batch.planned_bytes([batch.need(len(prompt), tokens, True) for tokens in new])
 
-    # the caches grow by eight rows: beside eight of 600 tokens there is room for small ones and none for a large one
+    # the caches grow by eight rows: beside eight of 600 tokens small ones fit and a large one does not
     early, large, small = [600] * 8, 1500, [5] * 3
     budget = planned(large)
     assert planned(*early, *small) <= budget < planned(*early, large)
-    limits = replace(LIMITS, max_running=16, max_waiting=8, cache_bytes=budget, prefix_bytes=0)
+    limits = LIMITS.model_copy(update={"max_running": 16, "max_waiting": 8, "cache_bytes": budget, "prefix_bytes": 0})
     engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), limits)
     begun: list[int] = []
     done = threading.Event()
@@ -47,7 +46,7 @@ def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Pat
         time.sleep(0.1)
         assert engine.load().running == len(early) and not begun, "nothing was held back: the test shows nothing"
         for one in running:
-            one.ticket.cancel()
+            one.handle.cancel()
         assert done.wait(60)
         assert begun == [0, 1, 2, 3]
     finally:
@@ -69,8 +68,8 @@ def test_a_long_prompt_is_computed_between_the_steps_of_others(
         assert isinstance(long.next(), Piece)
     finally:
         handle.remove()
-        running.ticket.cancel()
-        long.ticket.cancel()
+        running.handle.cancel()
+        long.handle.cancel()
     parts = [at for at, (_, width) in enumerate(calls) if width > 1]
     assert {calls[at][1] for at in parts} == {LIMITS.prefill_tokens}
     assert len(parts) == 10
@@ -93,8 +92,8 @@ def test_a_busy_engine_that_computes_nothing_is_unhealthy(
         assert stuck.wait(10)
         assert engine.unhealthy() is None, "it has only begun"
         time.sleep(0.5)
-        said = engine.unhealthy()
-        assert said is not None and said.startswith("the engine has given no token for ")
+        reason = engine.unhealthy()
+        assert reason is not None and reason.startswith("the engine has given no token for ")
     finally:
         handle.remove()
         go_on.set()

@@ -1,0 +1,124 @@
+"""The fields of the configuration as a table: dotted name, type, allowed values, default, meaning, may it change on resume.
+
+Invariant: all of it is read from the schema, so nothing is listed twice. Called by `config.load` (checks and messages),
+`config.reference` (docs/config.md) and `run.refusals` (what a resume may change).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.config.section import ON_RESUME
+from tc_ray.config.yaml_file import KeyPath
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """One field. path: its dotted name. may_change: a resumed run may have another value than its first start."""
+
+    path: str
+    info: FieldInfo
+    may_change: bool
+
+    @property
+    def description(self) -> str:
+        """Its meaning."""
+        return self.info.description or ""
+
+    @property
+    def allowed(self) -> str:
+        """Values it takes, as text."""
+        return _allowed(self.info.annotation, self.info.metadata)
+
+    @property
+    def default(self) -> str:
+        """Its default as one line of YAML."""
+        value = self.info.get_default(call_default_factory=True)
+        style = '"' if isinstance(value, str) and "\n" in value else None
+        return yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6).split("\n")[0]
+
+
+@cache
+def config_fields() -> dict[KeyPath, ConfigField]:
+    """Every field by its path, in the order of the schema."""
+    return dict(_walk(RunConfig))
+
+
+def names_in(section: KeyPath) -> list[str]:
+    """Names of the fields and sections directly in a section; () is the whole config. Empty where it is no section."""
+    below = (path[len(section)] for path in config_fields() if path[: len(section)] == section and path != section)
+    return list(dict.fromkeys(below))
+
+
+def types_at(key: KeyPath) -> set[Any]:
+    """Types that the field at `key` takes, entries of a mapping counted as fields; empty: there is no such field."""
+    if key in config_fields():
+        return _members(config_fields()[key].info.annotation)
+    mapping = config_fields().get(key[:-1])
+    if mapping is not None and get_origin(mapping.info.annotation) is dict:
+        return _members(get_args(mapping.info.annotation)[1])
+    return {dict} if names_in(key) else set()
+
+
+def _walk(model: type[BaseModel], above: KeyPath = (), free: bool = False) -> Iterator[tuple[KeyPath, ConfigField]]:
+    for name, info in model.model_fields.items():
+        path, may_change = (*above, name), free or ON_RESUME in info.metadata
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _walk(info.annotation, path, may_change)
+        else:
+            yield path, ConfigField(".".join(path), info, may_change)
+
+
+def _members(annotation: Any) -> set[Any]:
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return {kind for member in get_args(annotation) for kind in _members(member)}
+    return {annotation}
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    types.NoneType: "null",
+}
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _allowed(annotation: Any, metadata: Any = ()) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _allowed(arguments[0], arguments[1:])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_allowed(argument) for argument in arguments))
+    if origin is Literal:
+        return ", ".join(str(argument) for argument in arguments)
+    if origin is list:
+        return f"a list of {_allowed(arguments[0])}"
+    if origin is dict:
+        values = "text (true, false and numbers in quotes)" if arguments[1] is str else "values"
+        return f"a mapping of names to {values}"
+    return _NAMES.get(annotation, str(annotation)) + "".join(map(_bounds, metadata))
+
+
+def _bounds(item: Any) -> str:
+    if getattr(item, "metadata", None):  # a pydantic Field inside Annotated
+        return "".join(map(_bounds, item.metadata))
+    found = [
+        f" {word} {getattr(item, name):.12g}" for name, word in _BOUNDS.items() if getattr(item, name, None) is not None
+    ]
+    pattern = getattr(item, "pattern", None)
+    return " and".join(found) + (f" matching {pattern}" if pattern else "")

@@ -1,0 +1,109 @@
+"""The `pilot` and `copilot` sections: how the two models are trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tc_ray.config.section import Fraction, MayChange, NonNegative, Positive, Section
+
+_METHOD = "lora: train adapters on frozen weights; full: train all weights"
+_WARMUP = "share of the steps in which the learning rate rises from 0 to its peak; it then falls along a cosine"
+_DECAY = "weight decay of AdamW"
+_CLIP = "gradients are scaled down to this norm"
+
+
+class LoraSection(Section):
+    """Low-rank adapters (peft)."""
+
+    rank: Positive = Field(16, description="rank of an adapter's two matrices")
+    alpha: Positive = Field(32, description="an adapter's output is scaled by alpha / rank")
+    dropout: Fraction = Field(0.05, description="dropout of an adapter's input")
+    target_modules: list[str] | None = Field(
+        None,
+        description="module names to adapt; null: the attention and feed-forward projections of the model's family",
+    )
+    first_layer: NonNegative = Field(0, description="adapt decoder layers from this one on (0: all)")
+
+
+class PilotSection(Section):
+    """Fine-tuning of the Pilot (Ray Train + DeepSpeed)."""
+
+    method: Literal["lora", "full"] = Field("lora", description=_METHOD)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description=_DECAY)
+    warmup_ratio: Fraction = Field(0.03, description=_WARMUP)
+    epochs: Positive = Field(1, description="passes over the training rows")
+    max_rounds: Positive | None = Field(None, description="stop after this many rounds; default: the epochs' rounds")
+    batch_size: Positive = Field(16, description="examples per round, over all workers and accumulation steps")
+    micro_batch_size: Positive = Field(16, description="examples of one forward pass of one worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what DeepSpeed ZeRO divides among the workers: 0 nothing, 1 optimizer, 2 gradients too, 3 weights too",
+    )
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="type of the weights and of computing")
+    max_grad_norm: float = Field(1.0, gt=0, description=_CLIP)
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    checkpoint_every_rounds: MayChange[Positive] = Field(50, description="rounds between two checkpoints")
+    keep_checkpoints: MayChange[Positive] = Field(2, description="checkpoints kept, the newest")
+    max_failures: MayChange[int] = Field(
+        3, ge=-1, description="restarts of the worker group before the run fails; -1: no limit"
+    )
+
+
+class CopilotLoraSection(LoraSection):
+    """Low-rank adapters of the Copilot's decoder layers (paper: rank 32, alpha 64, dropout 0.08)."""
+
+    rank: Positive = Field(32, description="rank of an adapter's two matrices")
+    alpha: Positive = Field(64, description="an adapter's output is scaled by alpha / rank")
+    dropout: Fraction = Field(0.08, description="dropout of an adapter's input")
+
+
+class CopilotSection(Section):
+    """The Copilot and its asynchronous training."""
+
+    layers: list[int] | None = Field(None, description="layers of the base model to start from; null: by every")
+    every: Positive = Field(1, description="take every k-th layer, counted so that the last layer is among them")
+    method: Literal["lora", "full"] = Field("full", description=_METHOD)
+    lora: CopilotLoraSection = Field(default_factory=CopilotLoraSection)
+    pattern: Literal["alternate", "early", "late", "all"] = Field(
+        "alternate",
+        description="layers of a decoder-only Copilot that attend to the Pilot instead of to earlier rows (table 18): every "
+        "second one, the first half, the last half, or all",
+    )
+    loss: Literal["rmse", "kl", "cross_entropy"] = Field(
+        "rmse", description="between f and the logged error (equation 7; table 20 compares the three)"
+    )
+    loss_form: Literal["auto", "dense", "gram"] = Field(
+        "auto",
+        description="how the rmse is computed: dense: from the residual f - l, in blocks of columns; gram: from the Gram "
+        "matrix of W_out; auto: the cheaper one by size. None holds a tensor of size tokens x V",
+    )
+    output_tokens: Literal["targets", "all"] = Field(
+        "targets", description="tokens the Copilot can correct: those that occur in training completions, or all of V"
+    )
+    producing_state: bool = Field(
+        True, description="add the Pilot's hidden state that produced token i to input row i (not in the paper)"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description=_DECAY)
+    warmup_ratio: Fraction = Field(0.03, description=_WARMUP)
+    max_grad_norm: float = Field(1.0, gt=0, description=_CLIP)
+    batch_size: Positive = Field(16, description="records per Copilot step, over all learner workers")
+    steps_per_round: Positive = Field(3, description="Copilot steps for each Pilot round")
+    buffer_rounds: Positive = Field(128, description="most recent rounds that a batch is drawn from (paper A.3)")
+    max_seen: NonNegative | None = Field(
+        None, description="use only records whose sample was trained on at most this often before; null: all"
+    )
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="type of computing; weights and optimizer stay fp32")
+    schedule: Literal["async", "lockstep"] = Field(
+        "async", description="lockstep: the Pilot waits for the Copilot after each round (a test mode)"
+    )
+    checkpoint_every_steps: MayChange[Positive] = Field(100, description="Copilot steps between two checkpoints")
+    max_restarts: MayChange[int] = Field(
+        3, ge=0, description="restarts of the learner group before the Copilot is given up"
+    )

@@ -1,0 +1,78 @@
+"""The settings of a server, from the command line or from the `args` of a Serve config file.
+
+The `serving` section of the served run's recipe gives the defaults, or that of a config file which is named instead.
+Overrides replace single fields. Invariant: nothing unknown is ignored, and nothing is loaded but text files.
+Called by launch.py and deployment.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tc_ray.config.load import load_saved_serving, load_serving
+from tc_ray.config.serving import ServingSection
+from tc_ray.serving.errors import ServingError
+from tc_ray.serving.http.auth import configured_digests, require_key_for
+from tc_ray.serving.models.exports import named_models
+from tc_ray.serving.settings import ReplicaSettings
+
+OVERRIDE = "serving."
+"""What an override begins with; any other argument of `tc-ray serve` is a run."""
+
+
+def command_settings(arguments: Sequence[str], config: Path | None = None) -> ReplicaSettings:
+    """Settings from the arguments of `tc-ray serve`: run folders, exports or NAME=FOLDER, and overrides `serving.FIELD=VALUE`.
+
+    config: a file whose `serving` section counts instead of the recipes'.
+
+    Raises:
+        ServingError: no exported model in a folder, recipes that differ, or an open address without an API key.
+        ConfigError: a setting that cannot be.
+    """
+    overrides = [argument for argument in arguments if argument.startswith(OVERRIDE) and "=" in argument]
+    runs = [argument for argument in arguments if argument not in overrides]
+    models = named_models(runs)
+    return _settings(models, _section(models, config, overrides, {}))
+
+
+def application_settings(args: Mapping[str, Any]) -> ReplicaSettings:
+    """Settings from the `args` of a Serve config file: `runs`, `config` (a file, optional) and fields of the section.
+
+    Raises as `command_settings`.
+    """
+    fields = dict(args)
+    runs, config = fields.pop("runs", None), fields.pop("config", None)
+    if not isinstance(runs, list) or not all(isinstance(run, str) for run in runs):
+        raise ServingError("args.runs must be a list of run folders")
+    for name in ("host", "port"):
+        if name in fields:
+            raise ServingError(f"args.{name}: the http_options of the Serve config file set the address")
+    models = named_models(runs)
+    section = _section(models, None if config is None else Path(config), (), fields)
+    return _settings(models, section.model_copy(update={"host": "0.0.0.0"}))
+
+
+def _settings(models: Mapping[str, Path], serving: ServingSection) -> ReplicaSettings:
+    digests = configured_digests(serving.key_file)
+    require_key_for(serving.host, digests, serving.allow_open)
+    return ReplicaSettings(models, serving, digests)
+
+
+def _section(
+    models: Mapping[str, Path], config: Path | None, overrides: Sequence[str], fields: Mapping[str, Any]
+) -> ServingSection:
+    if config is not None:
+        return load_serving(config, overrides, fields)
+    recipes = [recipe for export in models.values() if (recipe := export / "config.yaml").is_file()]
+    if not recipes:  # folders that `tc-ray fuse` wrote
+        return load_serving(None, overrides, fields)
+    first, *others = (load_saved_serving(recipe, overrides, fields) for recipe in recipes)
+    differing = {name for other in others for name, value in other if value != getattr(first, name)}
+    if differing:
+        names = ", ".join(f"{OVERRIDE}{name}" for name in sorted(differing))
+        raise ServingError(
+            f"the recipes of these runs differ in {names}: set it on the command line, or name one config file by --config"
+        )
+    return first

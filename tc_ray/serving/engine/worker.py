@@ -1,0 +1,229 @@
+"""What the engine's thread does in a round: admit, compute prompts, one token for every sequence, and scores.
+
+Invariants: sequences are admitted in the order of arrival, each when the caches hold it to its last token; the caches never
+pass `limits.cache_bytes`, except for the moment in which one is copied to a larger block. An error in the batch fails the
+sequences in it and no others. A request enters the batch in `_join`. Used by engine.py, in the engine's thread alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tc_ray.config.serving import ServingSection
+from tc_ray.models.finite import NotFiniteError
+from tc_ray.serving.engine.batch import CacheNeed, FusedBatch, Prefill
+from tc_ray.serving.engine.contract import Failed, GenerationRequest, Load, Request, RequestHandle, Scored
+from tc_ray.serving.engine.prefixes import Prefixes
+from tc_ray.serving.engine.scoring import scored
+from tc_ray.serving.engine.sequence import Sequence, end_ids_of
+
+logger = logging.getLogger(__name__)
+_NOT_FINITE = "logits that are not finite"
+
+
+class Worker:
+    """The sequences and scorings under way, and the batch.
+
+    Args:
+        model: a decoder-only FusedModel. tokenizer: used by the engine's thread alone. limits: what is held at once.
+        lock: held while a request moves from one list to another, so that other threads count it once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, limits: ServingSection, lock: AbstractContextManager[Any]) -> None:
+        self.limits, self.end_ids = limits, end_ids_of(model, tokenizer)
+        self._model, self._tokenizer, self._lock = model, tokenizer, lock
+        self.batch = FusedBatch(model)
+        self._prefixes = Prefixes(limits.prefix_bytes)
+        self._joining: deque[Sequence] = deque()
+        """Admitted; their prompts are being computed."""
+        self._running: list[Sequence] = []
+        """In the order of the batch's rows."""
+        self._scoring: deque[tuple[RequestHandle, Iterator[Scored | None]]] = deque()
+        self._totals = Load(0, 0, 0, limits.cache_bytes)
+        self.last_progress_s = time.monotonic()
+        self.failures = 0
+        """Since the last request that was completed."""
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._joining) + len(self._scoring)
+
+    def load(self) -> Load:
+        """Totals since the start, sequences under way and bytes held; `waiting` is 0."""
+        return replace(self._totals, running=len(self), cache_bytes=self.batch.nbytes)
+
+    def progress(self) -> None:
+        """Something was computed just now, or there was nothing to compute."""
+        self.last_progress_s = time.monotonic()
+
+    # -- admission ------------------------------------------------------------------------------------------------
+
+    def lam_of(self, request: GenerationRequest) -> float:
+        """Weight of the Copilot."""
+        return float(self._model.default_lam if request.lam is None else request.lam)
+
+    def need_of(self, request: GenerationRequest) -> CacheNeed:
+        """Cache entries of a request up to its last token."""
+        return self.batch.need(len(request.prompt_ids), request.max_new_tokens, self.lam_of(request) != 0)
+
+    def fits(self, request: Request) -> bool:
+        """Whether a request can be admitted now."""
+        if not isinstance(request, GenerationRequest):
+            return True
+        needs = [sequence.need for sequence in (*self._joining, *self._running)]
+        if len(needs) >= self.limits.max_running:
+            return False
+        return self.batch.planned_bytes([*needs, self.need_of(request)]) <= self.limits.cache_bytes
+
+    def admit(self, handle: RequestHandle) -> None:
+        """Take a request that fits."""
+        request = handle.request
+        if isinstance(request, GenerationRequest):
+            end_ids = frozenset() if request.ignore_end else self.end_ids
+            lam, need = self.lam_of(request), self.need_of(request)
+            self._joining.append(Sequence(handle, self._tokenizer, end_ids, lam, need))
+        else:
+            self._scoring.append((handle, scored(self._model, request, self.limits.prefill_tokens)))
+
+    def drop_gone(self, now_s: float) -> None:
+        """Remove what was cancelled or is past its deadline."""
+        self._joining = deque(sequence for sequence in self._joining if not sequence.handle.gone(now_s))
+        self._scoring = deque(item for item in self._scoring if not item[0].gone(now_s))
+        for row in reversed(range(len(self._running))):
+            if self._running[row].handle.gone(now_s):
+                self._leave(row)
+
+    def clear(self) -> list[RequestHandle]:
+        """Remove everything; returns the handles."""
+        handles = [sequence.handle for sequence in (*self._joining, *self._running)]
+        handles += [handle for handle, _ in self._scoring]
+        for held in (self._joining, self._running, self._scoring):
+            held.clear()
+        return handles
+
+    # -- one round ------------------------------------------------------------------------------------------------
+
+    def round(self) -> None:
+        """Compute prompts (at most `prefill_tokens`), one token for every sequence, and a part of one scoring."""
+        self._compute_prompts()
+        if self._running:
+            self._step()
+        if self._scoring:
+            self._score()
+
+    def _compute_prompts(self) -> None:
+        left = self.limits.prefill_tokens
+        while self._joining and left > 0:
+            sequence = self._joining[0]
+            stays = False
+            try:
+                prefill = sequence.prefill or self._begin(sequence)
+                computed = prefill.advance(left)
+                left -= computed
+                self._count(prompt_tokens=computed)
+                stays = not prefill.done or self._join(sequence, prefill)
+            except Exception as error:  # noqa: BLE001 - logged, and reported to the client
+                self._fail(error, [sequence.handle])
+            if not stays:
+                self._joining.popleft()
+
+    def _begin(self, sequence: Sequence) -> Prefill:
+        ids, owner = sequence.request.prompt_ids, sequence.request.owner
+        prefill = self.batch.prefill(ids, sequence.lam, prefix=self._prefixes.longest(ids, owner))
+        self._count(cached_tokens=prefill.reused)
+        sequence.start(prefill)
+        return prefill
+
+    def _join(self, sequence: Sequence, prefill: Prefill) -> bool:
+        """Send the first token of a computed prompt; the sequence enters the batch if more follow. Returns whether it did."""
+        pilot, fused = prefill.pilot[0], prefill.fused[0]
+        if not fused.max().isfinite():
+            raise NotFiniteError(_NOT_FINITE)
+        # only after the check: a prompt with bad states must not spoil later requests
+        self._prefixes.keep(prefill, sequence.request.owner)
+        chosen = int(fused.argmax()) if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
+        self._count(generated_tokens=1)
+        if sequence.append(chosen, pilot, fused):
+            self.failures = 0
+            return False
+        try:
+            self.batch.reserve([other.need for other in (*self._running, sequence)], self.limits.cache_bytes)
+            self.batch.join(prefill)
+        except Exception as error:
+            self._replace_batch(error)
+            raise
+        sequence.prefill = None  # its keys and values are in the batch now
+        with self._lock:
+            self._running.append(self._joining.popleft())
+        return True
+
+    def _step(self) -> None:
+        ended, broken = [], []
+        try:
+            step = self.batch.step([sequence.last for sequence in self._running])
+            best, likeliest = (found.tolist() for found in step.fused.max(1))
+            for row, sequence in enumerate(self._running):
+                if not math.isfinite(
+                    best[row]
+                ):  # `max` gives NaN where there is one; tokens of probability 0 have -inf
+                    broken.append(row)
+                    continue
+                fused = step.fused[row]
+                pilot = fused if step.pilot is step.fused else step.pilot[row]
+                chosen = likeliest[row] if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
+                if sequence.append(chosen, pilot, fused):
+                    ended.append(row)
+        except Exception as error:  # noqa: BLE001 - logged, and reported to the clients
+            self._replace_batch(error)
+            return
+        self._count(generated_tokens=len(self._running), steps=1)
+        if ended:
+            self.failures = 0
+        if broken:
+            self._fail(NotFiniteError(_NOT_FINITE), [self._running[row].handle for row in broken])
+        for row in sorted(ended + broken, reverse=True):
+            self._leave(row)
+
+    def _score(self) -> None:
+        handle, parts = self._scoring[0]
+        try:
+            with torch.inference_mode():
+                found = next(parts)
+        except Exception as error:  # noqa: BLE001 - logged, and reported to the client
+            self._scoring.popleft()
+            self._fail(error, [handle])
+            return
+        self.progress()
+        if found is not None:  # the next scoring starts only now: the states of one text are in memory at a time
+            self.failures = 0
+            self._scoring.popleft()
+            handle.end(found)
+
+    def _replace_batch(self, error: Exception) -> None:
+        """Fail everything in the batch, whose caches may be half written, and start a new one."""
+        failed, self._running = self._running, []
+        self.batch = FusedBatch(self._model)
+        self._fail(error, [sequence.handle for sequence in failed])
+
+    def _fail(self, error: Exception, handles: list[RequestHandle]) -> None:
+        logger.error("generation failed", exc_info=error)
+        self.failures += 1
+        for handle in handles:
+            handle.end(Failed(f"Generation failed in the server ({type(error).__name__})."))
+
+    def _leave(self, row: int) -> None:
+        self.batch.leave(row)
+        self._running[row] = self._running[-1]
+        self._running.pop()
+
+    def _count(self, **more: int) -> None:
+        self.progress()
+        self._totals = replace(self._totals, **{name: getattr(self._totals, name) + n for name, n in more.items()})
