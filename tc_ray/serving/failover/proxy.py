@@ -98,43 +98,43 @@ class _Body:
 
     def __init__(self, proxy: FailoverProxy, receive: Receive) -> None:
         self._proxy, self._receive = proxy, receive
-        self._parts: list[Message] = []
-        self.size = 0
+        self._content = bytearray()
+        self._whole = False
         self.gone = self.too_many = False
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return len(self._content)
 
     def replay(self) -> Receive:
         """A `receive` for one attempt: what has arrived so far, then what the client sends."""
-        place = 0
+        place, ended = 0, False
 
         async def receive() -> Message:
-            nonlocal place
-            while place == len(self._parts) and not self._whole():
+            nonlocal place, ended
+            while place == self.size and not (self._whole or self.gone):
                 await self._read()
-            if place < len(self._parts):
-                place += 1
-                return self._parts[place - 1]
-            message = await self._receive()
-            self.gone |= message["type"] == "http.disconnect"
-            return message
+            if ended and not self.gone:
+                self.gone = (await self._receive())["type"] == "http.disconnect"
+            if self.gone:
+                return {"type": "http.disconnect"}
+            part, place, ended = bytes(self._content[place:]), self.size, self._whole
+            return {"type": "http.request", "body": part, "more_body": not ended}
 
         return receive
-
-    def _whole(self) -> bool:
-        return self.gone or bool(self._parts and not self._parts[-1].get("more_body", False))
 
     async def _read(self) -> None:
         """Take in the next part of the body."""
         if self.size > self._proxy.max_body_bytes:
             await asyncio.Event().wait()  # the app refuses it, which cancels this
         message = await self._receive()
-        size = len(message.get("body", b""))
-        self.size += size
-        self._proxy.held_bytes += size
+        part = message.get("body", b"")
+        self._content += part
+        self._proxy.held_bytes += len(part)
+        self._whole = not message.get("more_body", False)
         self.too_many = self._proxy.held_bytes > self._proxy.max_held_bytes
-        if self.too_many:
-            message = {"type": "http.disconnect"}
-        self.gone = message["type"] == "http.disconnect"
-        self._parts.append(message)
+        self.gone = self.too_many or message["type"] == "http.disconnect"
 
 
 class _Relay:

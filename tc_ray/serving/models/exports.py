@@ -1,7 +1,7 @@
 """The export folders a server is given: found, checked and named before anything is loaded.
 
 Invariant: what is wrong with a folder ends in one ServingError that names folder and part; importing this module loads
-neither torch nor transformers. Used by launch.py, jobs/serve_app.py, replica.py and reload.py.
+neither torch nor transformers. Used by deploy/, loading.py and swap.py.
 """
 
 from __future__ import annotations

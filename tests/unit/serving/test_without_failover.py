@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI, Response
 
+import tc_ray
 from tc_ray.serving.deploy.launch import FAILOVER_PROXY, PROXY_CALLBACK_VARIABLE, Server, _warn_without_failover
 from tc_ray.serving.failover.proxy import FAILOVER_HEADER
 from tc_ray.serving.settings import ReplicaSettings
@@ -34,6 +36,16 @@ def test_what_is_said_of_a_proxy(proxy: tuple[str, bool]) -> None:
     _warn_without_failover(Server(url, ReplicaSettings(models={}), False), said.append)
     assert len(said) == (not there)
     assert there or (said[0].startswith("warning: ") and f"{PROXY_CALLBACK_VARIABLE}=" in said[0])
+
+
+def test_nothing_of_serving_imports_the_plug_in() -> None:
+    serving = Path(tc_ray.__file__).parent / "serving"
+    importing = {
+        str(path.relative_to(serving))
+        for path in serving.rglob("*.py")
+        if re.search(r"^\s*(from|import) tc_ray\.serving\.failover", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert importing <= {"failover/proxy.py"}
 
 
 def test_the_middleware_is_in_the_place_that_the_docs_name() -> None:
