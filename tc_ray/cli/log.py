@@ -11,6 +11,7 @@ import typer
 from tc_ray.cli.once import OnceCommand
 from tc_ray.cli.output import say
 from tc_ray.files import write_file
+from tc_ray.text import byte_size
 
 if TYPE_CHECKING:
     from tc_ray.inspection.source import LogPlace
@@ -57,7 +58,6 @@ def stats(
     from tc_ray.inspection.stats import collect
     from tc_ray.inspection.terminal import print_view, stats_view
     from tc_ray.inspection.tokens import find_tokenizer
-    from tc_ray.tracking.progress import size
 
     place = _place(source, storage)
     opened = place.open()
@@ -66,7 +66,7 @@ def stats(
     if as_json:
         say(json.dumps(found.to_dict(texts, top), indent=1))
     else:
-        print_view(stats_view(found, texts, size(found.bytes), top))
+        print_view(stats_view(found, texts, byte_size(found.bytes), top))
     _refuse_damage(opened)
 
 
@@ -129,13 +129,12 @@ def report(
     """One self-contained HTML page: error heat map, loss and accuracy, confusions, calibration, samples."""
     from tc_ray.inspection.report import write_report
     from tc_ray.inspection.tokens import find_tokenizer
-    from tc_ray.tracking.progress import size
 
     place = _place(source, storage)
     opened = place.open()
     texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
     write_report(opened, texts, out, parse_rounds(rounds))
-    say(f"{out}: {size(out.stat().st_size)}, {texts.note}")
+    say(f"{out}: {byte_size(out.stat().st_size)}, {texts.note}")
     _refuse_damage(opened)
 
 
@@ -161,7 +160,6 @@ def export(
     """Copy rows out of the log, as Parquet files or as JSON lines."""
     from tc_ray.inspection.export import JSON_SUFFIXES, export_jsonl, export_parquet
     from tc_ray.inspection.tokens import find_tokenizer
-    from tc_ray.tracking.progress import size
 
     named = {".parquet": "parquet", **dict.fromkeys(JSON_SUFFIXES, "jsonl")}.get(out.suffix)
     format = format or named or "parquet"
@@ -183,7 +181,7 @@ def export(
         result = export_jsonl(opened, out, texts, parse_rounds(rounds), chosen, states=states)
         if not texts.known:
             say(texts.note, error=True)
-    say(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
+    say(f"{out}: {result.rows:,} rows, {byte_size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
     if result.not_finite:
         say(f"{result.not_finite:,} of them hold numbers that are not finite: null stands for each", error=True)
 

@@ -1,9 +1,10 @@
 """The Tracker: the one place where a run's metrics meet, and the one writer of MLflow.
 
-Invariant: a (metric, round) or (Copilot metric, step) is written once, over worker crashes and resumed runs; nothing here
-waits for MLflow before `finish`, and after the start no MLflow error reaches the run: they are counted and shown as events.
-The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer.
-Metric names the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `loss`; log
+Invariant: a (metric, round) or (Copilot metric, step) is written once, over worker crashes and resumed runs. Nothing here
+waits for MLflow before `finish`, and after the start no MLflow error reaches the run: errors are counted and shown as events.
+The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer. Every
+measurement passes through `Tracker._record`.
+Metric names that the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `loss`; log
 `bytes`, `rows`, `backlog_rounds`, `backlog_bytes`, `lag_rounds`. Any other name is written too.
 """
 
@@ -32,17 +33,17 @@ from tc_ray.tracking.mlflow_writer import (
     resolve_uri,
 )
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
-from tc_ray.tracking.points import METRICS_FILE, Point, PointFile, plain_numbers, read_points
+from tc_ray.tracking.points import METRICS_FILE, PointFile, plain_numbers, read_points
 from tc_ray.tracking.progress import waiting_text
 from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
 
 PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-"""Ways a run ends, and MLflow's words for them."""
+"""Ways a run ends -> MLflow's words for them."""
 WAITING_TAG = "tc_ray.waiting"
-"""MLflow tag: what the run waits for now; empty while it does not."""
+"""MLflow tag: what the run waits for now, or empty."""
 LOG_SECONDS = 5.0
-"""A log point is written when the round has moved on, or after this time (catch-up: the round stands still)."""
+"""A log point is written when the round has changed, or after this time (in the catch-up the round does not change)."""
 RATE_WINDOW = 64
 
 
@@ -51,12 +52,11 @@ class Tracker:
 
     Args:
         config: the run's config.
-        folder: run folder; what stands in it from an earlier start is continued.
+        folder: run folder; the files of an earlier start are continued. Damaged ones stop nothing: an event says what is
+            missing.
         uri: MLflow tracking URI; default by `resolve_uri` in this process.
         was_opened: the caller has opened MLflow. If it cannot be opened again (the actor was restarted during an outage),
             the run goes on without it.
-
-    Files of an earlier start that are damaged stop nothing: an event says what is missing.
 
     Raises:
         TrackingError: MLflow is enabled and cannot be used, or a folder stands where a file should be.
@@ -64,7 +64,7 @@ class Tracker:
 
     def __init__(self, config: RunConfig, folder: Path, uri: str | None = None, *, was_opened: bool = False) -> None:
         self._lock = threading.RLock()
-        remember(config.secrets())  # in this process too: texts of events come from anywhere
+        remember(config.secrets())  # in this process too: an event's text may hold any of them
         self._folder = folder
         self._name = config.run.name
         check_places(folder)
@@ -78,9 +78,11 @@ class Tracker:
         self._plan: dict[str, Any] = before.get("plan", {})
         self._evaluation: dict[str, Any] = before.get("evaluation", {})
         self._events = Events(before.get("events", []))
-        self._pilot = _latest(self._points.last.get("pilot"))
-        self._copilot = _latest(self._points.last.get("copilot"))
-        self._log = _latest(self._points.last.get("log"))
+        self._latest: dict[str, dict[str, Any]] = {
+            kind: {name: point[name] for name in ("round", "step", "metrics") if name in point}
+            for kind in ("pilot", "copilot", "log")
+            if (point := self._points.last.get(kind)) is not None
+        }
         self._log_written: tuple[int, float] = (-1, float("-inf"))
         self._pilot_rate, self._copilot_rate, self._token_rate = Rate(), Rate(), Rate()
         self._tokens = 0.0
@@ -110,9 +112,7 @@ class Tracker:
     def pilot(self, round: int, metrics: Mapping[str, Any]) -> None:
         """A Pilot round ended (1-based). A replayed round is not written again."""
         with self._lock:
-            now = self._now()
-            self._write("pilot", {"time": now, "round": round, "metrics": metrics}, axis=round)
-            self._pilot = {"round": round, "metrics": dict(metrics)}
+            now = self._record("pilot", metrics, axis="round", round=round)
             self._pilot_rate.add(now, round)
             self._tokens += float(metrics.get("tokens", 0))
             self._token_rate.add(now, self._tokens)
@@ -121,25 +121,22 @@ class Tracker:
     def copilot(self, round: int, step: int, metrics: Mapping[str, Any]) -> None:
         """A Copilot step ended (1-based), trained on the log up to Pilot round `round`. A replayed step is not written again."""
         with self._lock:
-            now = self._now()
-            self._write("copilot", {"time": now, "round": round, "step": step, "metrics": metrics}, axis=step)
-            self._copilot = {"round": round, "step": step, "metrics": dict(metrics)}
+            now = self._record("copilot", metrics, axis="step", round=round, step=step)
             self._copilot_rate.add(now, step)
         self._status_file.touch()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """State of the Mistake Log: bytes, rows, backlog, lag in rounds. Written at most once a round or LOG_SECONDS."""
+        """State of the Mistake Log: bytes, rows, backlog, lag in rounds. Written at most once per round or LOG_SECONDS."""
         with self._lock:
-            now = self._now()
-            self._log = {"metrics": dict(metrics)}
             written_round, written_at = self._log_written
-            if self._round > written_round or now - written_at >= LOG_SECONDS:
-                self._write("log", {"time": now, "round": self._round, "metrics": metrics})
+            due = self._round > written_round or time.time() - written_at >= LOG_SECONDS
+            now = self._record("log", metrics, write=due, round=self._round)
+            if due:
                 self._log_written = (self._round, now)
         self._status_file.touch()
 
     def event(self, kind: str, text: str) -> None:
-        """Something worth telling happened. `kind` "restart" is counted as a restart; others are shown once, with a count."""
+        """Something worth reporting happened. Kind "restart" is counted as a restart; others are shown once, with a count."""
         text = redact(text)
         with self._lock:
             now = self._now()
@@ -148,7 +145,7 @@ class Tracker:
         self._status_file.touch()
 
     def waiting(self, who: str, text: str) -> None:
-        """What `who` (pilot, copilot, evaluation) does or waits for before it shows progress; an empty text: no longer."""
+        """What `who` (pilot, copilot, evaluation) does or waits for before it makes progress; an empty text ends it."""
         with self._lock:
             if self._waiting.get(who, {}).get("text", "") == text:
                 return
@@ -172,7 +169,7 @@ class Tracker:
         self._status_file.touch()
 
     def phase(self, name: str) -> None:
-        """The run enters a phase, one of PHASES."""
+        """The run enters one of PHASES."""
         if name not in PHASES:
             raise ValueError(f"unknown phase {name!r}; phases are {', '.join(PHASES)}")
         with self._lock:
@@ -183,8 +180,7 @@ class Tracker:
         """Results on held-out data: `table` a JSON tree whose numbers become metrics, `markdown` the report."""
         with self._lock:
             self._evaluation = finite(json.loads(json.dumps(table, default=float)))
-            metrics = dict(_numbers("", table))
-            self._write("evaluation", {"time": self._now(), "round": self._round, "metrics": metrics}, axis=self._round)
+            self._record("evaluation", dict(_numbers("", table)), axis="round", round=self._round)
             if self._mlflow is not None:
                 self._mlflow.log_text(markdown, "evaluation.md")
         self._status_file.write()
@@ -209,7 +205,7 @@ class Tracker:
         for who in list(self._waiting):
             self.waiting(who, "")
         if status != "done":
-            # whoever has stopped the run may kill it within seconds: what takes time comes after
+            # the process may be killed within seconds, so the status comes first
             with self._lock:
                 self._state = status
             self._status_file.write()
@@ -252,9 +248,7 @@ class Tracker:
                 "updated": time.time(),
                 "plan": self._plan,
                 "waiting": {who: dict(wait) for who, wait in self._waiting.items()},
-                "pilot": _jsonable(self._pilot),
-                "copilot": _jsonable(self._copilot),
-                "log": _jsonable(self._log),
+                **{kind: self._latest.get(kind, {}) for kind in ("pilot", "copilot", "log")},
                 "tokens_per_second": self._token_rate.per_second(),
                 "rounds_per_minute": self._pilot_rate.per_second(60.0),
                 "eta_seconds": self._eta_seconds(),
@@ -274,26 +268,40 @@ class Tracker:
 
     @property
     def _round(self) -> int:
-        return int(self._pilot.get("round", 0))
+        return int(self._latest.get("pilot", {}).get("round", 0))
 
     def _now(self) -> float:
         """Unix time, at least a millisecond after the last one: MLflow tells points of one round apart by it alone."""
         self._latest_time = max(time.time(), self._latest_time + 0.001)
         return self._latest_time
 
-    def _write(self, kind: str, point: Point, axis: int | None = None) -> None:
-        written = self._points.append(kind, point, axis)
-        if written is not None and self._mlflow is not None:
-            self._mlflow.log_point(written)
+    def _record(
+        self, kind: str, metrics: Mapping[str, Any], *, axis: str | None = None, write: bool = True, **at: int
+    ) -> float:
+        """Take in one measurement: for the status and, if `write`, for metrics.jsonl and MLflow. Returns its unix time.
+
+        Args:
+            kind: "pilot", "copilot", "log" or "evaluation".
+            axis: "round" or "step": a metric that was written there before is not written again; None: always written.
+            at: `round` and, of the Copilot, `step`.
+        """
+        now, numbers = self._now(), plain_numbers(metrics)
+        self._latest[kind] = {**at, "metrics": numbers}
+        if write:
+            point = {"time": now, **at, "metrics": numbers}
+            written = self._points.append(kind, point, None if axis is None else at[axis])
+            if written is not None and self._mlflow is not None:
+                self._mlflow.log_point(written)
+        return now
 
     def _eta_seconds(self) -> float | None:
-        """Time until the slower of the two models is through its plan; None outside training."""
+        """Time until both models have done their plan; None outside training."""
         if self._state != "running" or self._phase not in ("train", "catch-up"):
             return None
         waits = []
         for rate, now, total in (
             (self._pilot_rate, self._round, self._plan.get("rounds_total")),
-            (self._copilot_rate, self._copilot.get("step", 0), self._plan.get("copilot_steps_total")),
+            (self._copilot_rate, self._latest.get("copilot", {}).get("step", 0), self._plan.get("copilot_steps_total")),
         ):
             speed = rate.per_second()
             if total and total > now:
@@ -314,7 +322,7 @@ class Rate:
         self._readings: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
 
     def add(self, at: float, value: float) -> None:
-        """Add a reading; one that went back (a replay after a crash) starts the window anew."""
+        """Add a reading; a smaller one (a replay after a crash) empties the window first."""
         if self._readings and value < self._readings[-1][1]:
             self._readings.clear()
         self._readings.append((at, value))
@@ -330,7 +338,7 @@ class Rate:
 def start_tracker(config: RunConfig, folder: Path) -> Any:
     """Start the Tracker as a Ray actor on the caller's node and wait until it is ready. Returns the actor handle.
 
-    The actor takes no CPU. It is restarted if it dies: all it knows stands in the run folder.
+    The actor takes no CPU. It is restarted if it dies, as all it knows is in the run folder.
 
     Raises:
         TrackingError: MLflow cannot be used, or a folder stands where a file should be.
@@ -338,11 +346,11 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # The URI is resolved here: a worker process on a cluster does not see the caller's environment.
+    # resolved here, as a worker process on a cluster does not see the caller's environment
     uri = resolve_uri(config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": here}
-    # An error in an actor's constructor reaches the caller only as a dead actor: so what can fail is tried here first.
+    # An error in an actor's constructor reaches the caller only as a dead actor, so what can fail is tried here first.
     check_places(folder)
     if config.tracking.enabled:
         open_run(config, folder, uri)
@@ -352,29 +360,20 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
 
 
 def check_places(folder: Path) -> None:
-    """Raise TrackingError where a folder stands in the place of a file that the Tracker writes."""
+    """Raise TrackingError if a file that the Tracker writes is a folder."""
     for name in (METRICS_FILE, STATUS_FILE, RUN_ID_FILE):
         if (folder / name).is_dir():
             raise TrackingError(f"{folder / name} is a folder, and the run writes a file of that name: move it away")
 
 
 def _status_before(folder: Path) -> tuple[Status, str]:
-    """Status of an earlier start; empty, with the reason where there should be one, when it cannot be read."""
+    """Status of an earlier start, or an empty one and, if its file is damaged, the reason."""
     try:
         return read_status(folder), ""
     except FileNotFoundError:
         return {}, ""
     except DamagedFileError as error:
-        return {}, f"what an earlier start had to say is lost: {first_line(error)}"
-
-
-def _latest(point: Point | None) -> dict[str, Any]:
-    """The part of a point that the status shows."""
-    return {k: v for k, v in (point or {}).items() if k in ("round", "step", "metrics")}
-
-
-def _jsonable(latest: dict[str, Any]) -> dict[str, Any]:
-    return {**latest, "metrics": plain_numbers(latest["metrics"])} if "metrics" in latest else latest
+        return {}, f"the status of an earlier start is lost: {first_line(error)}"
 
 
 def _numbers(prefix: str, tree: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.run.plan.data_estimate import DataEstimate, NoRowsError, estimate, is_embedded
 from tc_ray.run.plan.model_sizes import ModelConfig, ModelSizes, find_models, model_sizes
 from tc_ray.run.refusals import JobError, check_resume
-from tc_ray.text import first_line
+from tc_ray.text import byte_size, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -380,11 +380,4 @@ def _number(value: float | None) -> str:
 
 
 def _bytes(value: int | None) -> str:
-    if value is None:
-        return "unknown"
-    size = float(value)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
+    return "unknown" if value is None else byte_size(value)

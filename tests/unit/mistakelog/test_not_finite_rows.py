@@ -30,7 +30,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.pilot.token_errors import SparseErrors
 from tc_ray.pilot import recorder
 from tc_ray.pilot.error_width import ErrorCurve
-from tc_ray.run.job import logged_error_size
+from tc_ray.run.finish import logged_error_size
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.mistakelog_samples import assert_same, random_records
 from tests.unit.pilot.test_recorder import ROUNDS, Run

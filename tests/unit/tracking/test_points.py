@@ -99,15 +99,16 @@ def test_status_file_is_throttled_and_the_last_change_lands(tmp_path: Path) -> N
 
     state = {"n": 0}
     status = StatusFile(tmp_path, make, interval_s=0.3)
+    status.write()
     for n in range(200):
         state["n"] = n
         status.touch()
-    assert len(made) == 1
+    assert len(made) <= 2
     deadline = time.monotonic() + 5
     while read_json(tmp_path / "status.json")["n"] != 199 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert read_json(tmp_path / "status.json") == {"n": 199}
-    assert len(made) == 2
+    assert len(made) <= 3, "one of the start, one of the first change, one of all others"
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
 
 
