@@ -1,4 +1,4 @@
-"""`tc-ray log`: look into a Mistake Log, take rows out of it, check and tidy it. Needs no Ray; works while the run goes on."""
+"""`tc-ray log`: inspect, export, check and clean up a Mistake Log. Needs no Ray; works while the run goes on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Rounds = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 log = typer.Typer(
-    no_args_is_help=True, help="Look into a Mistake Log: stats, show, report, export, verify, compact, vacuum."
+    no_args_is_help=True, help="Inspect a Mistake Log: stats, show, report, export, verify, compact, vacuum."
 )
 
 
@@ -54,7 +54,7 @@ def stats(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Rounds, rows, bytes, mistakes by round, tokens most often missed, hardest samples, how errors fall."""
+    """Rounds, rows, bytes, mistakes by round, tokens most often missed, hardest samples, decline of errors."""
     from tc_ray.inspection.stats import collect
     from tc_ray.inspection.terminal import print_view, stats_view
     from tc_ray.inspection.tokens import find_tokenizer
@@ -76,20 +76,20 @@ def show(
     sample: Annotated[int | None, typer.Argument(help="Sample id.")] = None,
     worst: Annotated[int | None, typer.Option("--worst", min=1, help="Show the N hardest samples instead.")] = None,
     round: Annotated[
-        int | None, typer.Option("--round", help="Only this round; default: every one it was met in.")
+        int | None, typer.Option("--round", help="Only this round; default: every round that has the sample.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page instead of printing.")] = None,
     tokenizer: Tokenizer = None,
     storage: Storage = None,
 ) -> None:
-    """The sequence of a sample with every token coloured by its error, and what was said instead."""
+    """The sequence of a sample with every token coloured by its error, and what was predicted instead."""
     from tc_ray.inspection.sights import find_sights, sights_of
     from tc_ray.inspection.stats import collect
     from tc_ray.inspection.terminal import legend, print_view, sample_view
     from tc_ray.inspection.tokens import find_tokenizer
 
     if (sample is None) == (worst is None):
-        raise ValueError("say which sample: its id, or --worst N")
+        raise ValueError("name the sample: its id, or --worst N")
     place = _place(source, storage)
     opened = place.open()
     texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
@@ -144,9 +144,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Folder, or a .parquet or .jsonl file; must not exist.")],
     format: Annotated[
         str | None,
-        typer.Option(
-            "--format", help="parquet: rows as they are; jsonl: readable. Default: as the name in --out ends."
-        ),
+        typer.Option("--format", help="parquet: rows as they are; jsonl: readable. Default: by the name in --out."),
     ] = None,
     rounds: Rounds = None,
     columns: Annotated[
@@ -166,9 +164,9 @@ def export(
     if format not in ("parquet", "jsonl"):
         raise ValueError(f"--format {format!r}: expected parquet or jsonl")
     if named is not None and named != format:
-        raise ValueError(f"--format {format} --out {out}: a file of that name would be taken for {named}")
+        raise ValueError(f"--format {format} --out {out}: a file of that name would be read as {named}")
     if tokenizer is not None and format == "parquet":
-        raise ValueError("--tokenizer is for jsonl: a Parquet export holds token ids and no texts")
+        raise ValueError("--tokenizer is for jsonl: a Parquet export holds token ids and no text")
     place = _place(source, storage)
     opened = place.open()
     chosen = [name.strip() for name in columns.split(",")] if columns else None
@@ -183,14 +181,15 @@ def export(
             say(texts.note, error=True)
     say(f"{out}: {result.rows:,} rows, {byte_size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
     if result.not_finite:
-        say(f"{result.not_finite:,} of them hold numbers that are not finite: null stands for each", error=True)
+        say(f"{result.not_finite:,} of them hold numbers that are not finite: null is written for each", error=True)
 
 
 @log.command("verify", cls=OnceCommand)
 def verify(
     source: Log,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Take bad files out of the table and put them aside.")
+        bool,
+        typer.Option("--quarantine", help="Remove bad files from the table and keep them in a folder of their own."),
     ] = False,
     as_json: AsJson = False,
     storage: Storage = None,
@@ -199,7 +198,7 @@ def verify(
     from tc_ray.mistakelog.maintain.verify import verify_log
 
     result = verify_log(_location(_place(source, storage)), quarantine=quarantine)
-    _tell(result, as_json)
+    _print(result, as_json)
     if not result.good:
         raise typer.Exit(EXIT_FINDINGS)
 
@@ -212,11 +211,11 @@ def compact(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Merge the small files of a log that no run is writing to. Exit code 1: some are damaged, and were left as they are."""
+    """Merge the small files of a log that no run writes to. Exit code 1: some are damaged and were left as they are."""
     from tc_ray.mistakelog.maintain.compaction import compact_log
 
     result = compact_log(_location(_place(source, storage)), target_bytes=target_bytes)
-    _tell(result, as_json)
+    _print(result, as_json)
     if not result.good:
         raise typer.Exit(EXIT_FINDINGS)
 
@@ -224,7 +223,7 @@ def compact(
 @log.command("vacuum", cls=OnceCommand)
 def vacuum(
     source: Log,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
     grace_seconds: Annotated[
         float, typer.Option("--grace-seconds", min=0, help="Files that left the log less than this long ago stay.")
     ] = 600.0,
@@ -238,7 +237,7 @@ def vacuum(
     from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 
     location = _location(_place(source, storage))
-    _tell(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds, dry_run=dry_run), as_json)
+    _print(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds, dry_run=dry_run), as_json)
 
 
 def parse_rounds(text: str | None) -> tuple[int, int] | None:
@@ -276,18 +275,18 @@ def _location(place: LogPlace) -> Any:
 
 
 def _refuse_damage(opened: MistakeLog) -> None:
-    """What was shown lacks rows: a script must not take it for all there is."""
+    """Exit with an error code if rows are missing above, so that a script does not take them for the whole log."""
     left_out = sum(opened.not_finite.values())
     if left_out:
         say(f"{left_out:,} rows hold numbers that are not finite and are left out above", error=True)
     if opened.bad_files:
         say(
-            f"{len(opened.bad_files)} damaged files were passed over, their rows are missing above: "
-            "`tc-ray log verify` names what is wrong with them",
+            f"{len(opened.bad_files)} damaged files were skipped, their rows are missing above: "
+            "`tc-ray log verify` says what is wrong with them",
             error=True,
         )
         raise typer.Exit(EXIT_FINDINGS)
 
 
-def _tell(result: Any, as_json: bool) -> None:
+def _print(result: Any, as_json: bool) -> None:
     say(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))

@@ -28,7 +28,7 @@ def train_copilot(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write, or to go on with; default: copilot-from-log in the run folder."),
+        typer.Option(help="Folder to write, or to resume; default: copilot-from-log in the run folder."),
     ] = None,
     epochs: Annotated[
         int | None,
@@ -61,7 +61,7 @@ def train_copilot(
         raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
     target = target.expanduser().absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    # beside the folder: one that is refused, as it holds something else, is left as it was
+    # beside the folder, so that a folder which is refused is left as it was
     lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
     with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
         trained = train_from_log(mistakes, settings, target, epochs=epochs, show=show)
@@ -69,7 +69,7 @@ def train_copilot(
 
 
 class _Show:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal, a line every LINE_SECONDS elsewhere."""
 
     def __init__(self) -> None:
         self._bar: Any = None

@@ -42,7 +42,7 @@ class Run:
     tracker: Any = None
     copilot: CopilotGroup | None = None
     no_copilot: str | None = None
-    """Why the Copilot failed for good; the run then goes on with the Pilot alone."""
+    """Why the Copilot failed for good; the run then continues with the Pilot alone."""
     report: Report | None = None
     export: Path | None = None
 

@@ -56,7 +56,7 @@ class Tracker:
             missing.
         uri: MLflow tracking URI; default by `resolve_uri` in this process.
         was_opened: the caller has opened MLflow. If it cannot be opened again (the actor was restarted during an outage),
-            the run goes on without it.
+            the run continues without it.
 
     Raises:
         TrackingError: MLflow is enabled and cannot be used, or a folder stands where a file should be.
@@ -98,7 +98,8 @@ class Tracker:
                 if not was_opened:
                     raise
                 self.event(
-                    "mlflow", f"{first_line(error)}. The run goes on without it; its next start sends what is missing"
+                    "mlflow",
+                    f"{first_line(error)}. The run continues without it; its next start sends the missing points",
                 )
             if resumed and self._mlflow is not None:
                 self._mlflow.fill_gaps(read_points(folder / METRICS_FILE))
@@ -271,7 +272,7 @@ class Tracker:
         return int(self._latest.get("pilot", {}).get("round", 0))
 
     def _now(self) -> float:
-        """Unix time, at least a millisecond after the last one: MLflow tells points of one round apart by it alone."""
+        """Unix time, at least a millisecond after the last one: MLflow distinguishes points of one round by it alone."""
         self._latest_time = max(time.time(), self._latest_time + 0.001)
         return self._latest_time
 
@@ -311,7 +312,7 @@ class Tracker:
         return max(waits, default=0.0)
 
     def _mlflow_failed(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk: MLflow's thread goes on
+        with contextlib.suppress(OSError):  # a full disk must not end MLflow's thread
             self.event("mlflow", text)
 
 
@@ -377,7 +378,7 @@ def _status_before(folder: Path) -> tuple[Status, str]:
 
 
 def _numbers(prefix: str, tree: Mapping[str, Any]) -> Any:
-    """Numeric leaves of a JSON tree as dotted names (lists and texts are left to the report)."""
+    """Numeric leaves of a JSON tree as dotted names; lists and texts are left out."""
     for key, value in tree.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping):

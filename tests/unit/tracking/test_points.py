@@ -74,7 +74,7 @@ def test_a_damaged_line_is_passed_over_and_named(tmp_path: Path, caplog: pytest.
     good = [json.dumps({"kind": "pilot", **pilot_point(round, loss=1.0)}) for round in (1, 2)]
     path.write_text("\n".join([good[0], *damaged, good[1], ""]))
     assert [p["round"] for p in read_points(path)] == [1, 2]
-    assert f"metrics.jsonl: {len(damaged)} damaged lines were passed over, the first is line 2" in caplog.text
+    assert f"metrics.jsonl: {len(damaged)} damaged lines were skipped, the first is line 2" in caplog.text
     again = PointFile(path)
     assert again.damage.startswith(f"{len(damaged)} damaged lines")
     again.append("pilot", pilot_point(3, loss=2.0), axis=3)
