@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from tc_ray.cluster.session import evaluation_need
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.run.state import Run
 
@@ -16,17 +15,11 @@ ERROR_SIZE_ROUNDS = 16
 
 
 def evaluate(run: Run) -> None:
-    """Leaves `run.report`, evaluation.json and evaluation.md. Runs in a task with the CPUs (and GPU) that training had."""
-    import ray
+    """Leaves `run.report`, evaluation.json and evaluation.md."""
+    from tc_ray.run.evaluate import launch_evaluation
 
-    from tc_ray.evaluation.task import evaluate_finished
-
-    need = evaluation_need(run.config)
-    task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
-    size = logged_error_size(run.log)
-    run.tracker.waiting.remote("evaluation", need.starting())
-    source = run.prepared.data.source
-    report = ray.get(task.remote(run.config, source, run.tracker, seen_error_size=size, no_copilot=run.no_copilot))
+    size, source = logged_error_size(run.log), run.prepared.data.source
+    report = launch_evaluation(run.config, source, run.tracker, seen_error_size=size, no_copilot=run.no_copilot)
     report.save(run.folder)
     run.tracker.evaluation.remote(report.to_dict(), report.markdown())
     run.report = report
