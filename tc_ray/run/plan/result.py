@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tc_ray.cluster.session import cpus_needed
@@ -31,10 +31,6 @@ class Plan:
     free_bytes: int
     notes: list[str]
     refusals: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**asdict(self), "config": self.config.public_dump()}
 
     def __str__(self) -> str:
         return "\n".join(redact(f"{label:<10} {text}".rstrip()) for label, text in _lines(self))
