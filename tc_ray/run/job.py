@@ -30,7 +30,7 @@ from tc_ray.run.train import copilot_is_done, finish_copilot, pilot_is_done, sta
 from tc_ray.run.watch import Watchers
 
 END_SECONDS = 20.0
-"""Time for a stopped run, whose status is written, to give its workers back."""
+"""Time for a stopped run to end its workers, after its status is written."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def run_job(config: RunConfig) -> JobResult:
         check_owner(folder, trusted=config.run.trust_folder)
     check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # `resumable` also around the start of Ray: a signal that comes then finds a folder that may hold an earlier start
+    # `resumable` also around the start of Ray, as the folder may hold an earlier start
     with FolderLock(folder, f"run {config.run.name}"), resumable(folder), ray_session(config):
         check_room(config)
         run = Run(config, folder, Location(config.log_location, config.log.storage_options))
@@ -105,7 +105,7 @@ def run_job(config: RunConfig) -> JobResult:
 
 @contextmanager
 def _leased(run: Run) -> Iterator[None]:
-    """Hold the lease of the run's log. A log that is not there yet is leased as soon as `open_run` has made it."""
+    """Hold the lease of the run's log, which takes over a dead holder's. `open_run` takes the lease of a log that it makes."""
     repair(run.log)
     if run.config.log.enabled and is_table(run.log):
         run.lease = RunLease.take(run.log, f"run {run.config.run.name}")
@@ -117,13 +117,13 @@ def _leased(run: Run) -> Iterator[None]:
 
 
 def _work(run: Run) -> JobResult:
-    """All phases in order. However they end, the status says how, and workers and threads are given back."""
+    """All phases in order. At their end, also by an error or a signal, the status is written and workers and threads end."""
     import ray
 
     watchers, status, shown = Watchers(run), "failed", PHASES[0].status
     watchers.start()
     try:
-        with resumable(run.folder):  # how to resume is said first: who stops a run may kill it within seconds
+        with resumable(run.folder):  # prints how to resume first, as the process may be killed within seconds
             for phase in PHASES:
                 run.check_lease()
                 if phase.skip is not None and phase.skip(run):
@@ -141,7 +141,7 @@ def _work(run: Run) -> JobResult:
         status = "stopped"
         raise
     except Exception:
-        run.check_lease()  # a run whose log another process has taken says so, whatever has failed because of it
+        run.check_lease()  # if another process has taken the log, that is the error to report
         raise
     finally:
         watchers.stop()

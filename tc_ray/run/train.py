@@ -1,8 +1,8 @@
 """The asynchronous part of a run: Pilot and Copilot train at the same time and meet only in the Mistake Log.
 
-`start_copilot` returns at once: a thread of the driver keeps the learners alive, who read the log's committed rounds.
+`start_copilot` returns at once: a thread of the driver keeps the learners alive, which read the log's committed rounds.
 `train_pilot` blocks until the Pilot has its last round. `finish_copilot` waits for the steps that are still due. The Copilot
-comes first because its CPUs are reserved by name, while Ray Train takes what is left. Called by `run.job`.
+starts first because it reserves its CPUs in a placement group, while Ray Train takes what is left. Called by `run.job`.
 """
 
 from __future__ import annotations
