@@ -197,10 +197,7 @@ def verify(
     """Check every file of the log against its commit: size, rows, SHA-256, schema. Exit code 1: something is wrong."""
     from tc_ray.mistakelog.maintain.verify import verify_log
 
-    result = verify_log(_location(_place(source, storage)), quarantine=quarantine)
-    _print(result, as_json)
-    if not result.good:
-        raise typer.Exit(EXIT_FINDINGS)
+    _print(verify_log(_location(_place(source, storage)), quarantine=quarantine), as_json)
 
 
 @log.command("compact", cls=OnceCommand)
@@ -214,10 +211,7 @@ def compact(
     """Merge the small files of a log that no run writes to. Exit code 1: some are damaged and were left as they are."""
     from tc_ray.mistakelog.maintain.compaction import compact_log
 
-    result = compact_log(_location(_place(source, storage)), target_bytes=target_bytes)
-    _print(result, as_json)
-    if not result.good:
-        raise typer.Exit(EXIT_FINDINGS)
+    _print(compact_log(_location(_place(source, storage)), target_bytes=target_bytes), as_json)
 
 
 @log.command("vacuum", cls=OnceCommand)
@@ -289,4 +283,7 @@ def _refuse_damage(opened: MistakeLog) -> None:
 
 
 def _print(result: Any, as_json: bool) -> None:
+    """Print a result of maintenance; one that found faults ends the command with EXIT_FINDINGS."""
     say(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))
+    if not getattr(result, "good", True):
+        raise typer.Exit(EXIT_FINDINGS)
