@@ -16,6 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
+from tc_ray.tracking.events import RESTART
+
 METRICS_FILE = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
@@ -85,14 +87,14 @@ class PointFile:
     Args:
         path: the file; created with its folder. A cut-off last line is removed.
 
-    damage: says how many lines of an earlier start were skipped; empty if none.
+    damage: says how many lines of an earlier start were skipped; empty if none. restarts: events of that kind in the file.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._highest: dict[tuple[str, str], int] = {}
-        self.event_counts: dict[str, int] = {}
+        self.restarts = 0
         self.last: dict[str, Point] = {}
         damaged = []
         for number, found in _lines(path):
@@ -136,8 +138,7 @@ class PointFile:
         for name in point.get("metrics", ()):
             key = (kind, name)
             self._highest[key] = max(axis, self._highest.get(key, -1))
-        if kind == "event":
-            self.event_counts[point["event"]] = self.event_counts.get(point["event"], 0) + 1
+        self.restarts += kind == "event" and point["event"] == RESTART
         self.last[kind] = point
 
     def _cut_partial_line(self) -> None:

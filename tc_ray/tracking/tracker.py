@@ -23,7 +23,7 @@ from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.text import first_line
-from tc_ray.tracking.events import RESTART, Events
+from tc_ray.tracking.events import Events
 from tc_ray.tracking.mlflow_writer import (
     RUN_ID_FILE,
     MlflowWriter,
@@ -72,8 +72,8 @@ class Tracker:
         self._latest_time = 0.0
         resumed = self._points.is_resumed
         before, damage = _status_before(folder) if resumed else ({}, "")
-        self._phase, self._phase_since = "prepare", time.time()
-        self._started = before.get("started") or self._phase_since
+        self._phase = "prepare"
+        self._started = before.get("started") or time.time()
         self._state = "running"
         self._plan: dict[str, Any] = before.get("plan", {})
         self._evaluation: dict[str, Any] = before.get("evaluation", {})
@@ -174,7 +174,7 @@ class Tracker:
         if name not in PHASES:
             raise ValueError(f"unknown phase {name!r}; phases are {', '.join(PHASES)}")
         with self._lock:
-            self._phase, self._phase_since = name, time.time()
+            self._phase = name
         self._status_file.write()
 
     def evaluation(self, table: Mapping[str, Any], markdown: str) -> None:
@@ -224,27 +224,25 @@ class Tracker:
                 self.event("mlflow", f"not everything reached MLflow; all of it is in {METRICS_FILE}")
         with self._lock:
             self._state = status
-            if status in PHASES and self._phase != status:
-                self._phase, self._phase_since = status, time.time()
+            if status in PHASES:
+                self._phase = status
         self._status_file.close()
         return self.status()
 
     def status(self) -> Status:
         """What the run is doing, as JSON values.
 
-        Keys: run, folder, state (running, done, failed, stopped), phase, phase_since, started, updated (unix seconds), plan,
+        Keys: run, folder, state (running, done, failed, stopped), phase, started, updated (unix seconds), plan,
         waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, log {metrics},
-        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`events.Events`), event_counts,
+        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`events.Events`),
         processes (pid by name), evaluation, mlflow (null when off).
         """
         with self._lock:
-            counts = self._points.event_counts
             return {
                 "run": self._name,
                 "folder": str(self._folder),
                 "state": self._state,
                 "phase": self._phase,
-                "phase_since": self._phase_since,
                 "started": self._started,
                 "updated": time.time(),
                 "plan": self._plan,
@@ -253,9 +251,8 @@ class Tracker:
                 "tokens_per_second": self._token_rate.per_second(),
                 "rounds_per_minute": self._pilot_rate.per_second(60.0),
                 "eta_seconds": self._eta_seconds(),
-                "restarts": counts.get(RESTART, 0),
+                "restarts": self._points.restarts,
                 "events": self._events.shown(),
-                "event_counts": dict(counts),
                 "processes": dict(self._processes),
                 "evaluation": self._evaluation,
                 "mlflow": self._mlflow
