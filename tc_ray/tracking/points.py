@@ -152,7 +152,7 @@ class PointFile:
 
 
 def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Turn Python, numpy and torch scalars into JSON numbers; NaN and infinities become None.
+    """Turn Python, numpy and torch scalars into JSON numbers; NaN and infinities become None, which stays None.
 
     Raises:
         TypeError: a value is not a number; names the metric.
@@ -160,7 +160,7 @@ def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     plain: dict[str, float | None] = {}
     for name, value in metrics.items():
         try:
-            number = float(value)
+            number = math.nan if value is None else float(value)
         except (TypeError, ValueError):
             raise TypeError(f"metric {name!r} is not a number: {value!r}") from None
         plain[name] = number if math.isfinite(number) else None

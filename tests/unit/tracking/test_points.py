@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tc_ray.config.schema import RunConfig
 from tc_ray.files import read_json
 from tc_ray.tracking.points import PointFile, read_points
 from tc_ray.tracking.statusfile import StatusFile, read_status
+from tc_ray.tracking.tracker import Tracker
 
 
 def pilot_point(round: int, **metrics: float) -> dict[str, object]:
@@ -117,3 +119,12 @@ def test_status_of_no_run_says_why(tmp_path: Path) -> None:
         read_status(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_status(tmp_path / "absent")
+
+
+def test_a_loss_that_is_not_a_number_reaches_status_and_file(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"run": {"folder": tmp_path}, "tracking": {"enabled": False}})
+    tracker = Tracker(config, tmp_path)
+    tracker.pilot(1, {"loss": float("nan"), "tokens": 8})
+    assert tracker.status()["pilot"]["metrics"] == {"loss": None, "tokens": 8.0}
+    (point,) = (point for point in read_points(tmp_path / "metrics.jsonl") if point["kind"] == "pilot")
+    assert point["metrics"] == {"loss": None, "tokens": 8.0}
