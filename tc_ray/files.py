@@ -1,8 +1,8 @@
 """Small files and folders that survive a power cut: written aside, synced, renamed into place.
 
-Invariant: a reader sees the old content or the new one, never a part, also after the machine has lost power. A folder counts
-as whole when its marker, written last, names every file in it with its size. Everything in the package that writes a small
-file or publishes a folder on a local disk does so here; the Mistake Log's files go through `mistakelog.table.location`.
+Invariant: a reader sees the old content or the new one, never a part, also after a power cut. A folder is whole when its
+marker, written last, names every file in it with its size. The whole package writes small files and publishes folders on a
+local disk through this module; the Mistake Log's files go through `mistakelog.table.location`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         OSError: it could not be written; the old file, if any, is untouched.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    # process and thread: two writers of one file must not share the temporary one
+    # with process and thread, so that two writers of one file do not share the temporary one
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.writing")
     try:
         with open(temporary, "wb") as file:
@@ -49,12 +49,12 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, document: Any, *, indent: int | None = 2) -> None:
     """Write or replace a JSON file, atomically and durably; numbers that are not finite are refused (ValueError)."""
-    # ASCII: file names that are not valid Unicode can be written too, and no terminal that shows the file is steered by it
+    # ASCII can hold file names that are not valid Unicode, and cannot steer a terminal that shows the file
     write_file(path, json.dumps(document, indent=indent, allow_nan=False) + "\n")
 
 
 class DamagedFileError(ValueError):
-    """A small file does not hold what was written into it: cut off, overwritten, or a folder in its place. Names the file."""
+    """A small file is cut off, overwritten, or a folder in its place. The message names it."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,18 +77,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_as(path: Path, kind: type[_Kind]) -> _Kind:
-    """The JSON object in a file as a dataclass (or pydantic model), its types checked; further keys are ignored.
+    """The JSON object in a file as a dataclass (or pydantic model), its types checked; other keys are ignored.
 
     Raises:
-        FileNotFoundError: there is no such file. DamagedFileError: it holds something else.
+        FileNotFoundError: there is no such file. DamagedFileError: fields or types differ.
     """
     return typed(read_json(path), kind, path)
 
 
 def typed(document: Any, kind: type[_Kind], path: Path) -> _Kind:
-    """What was read from `path` as a dataclass or pydantic model. Raises DamagedFileError where fields or types are others."""
+    """A document read from `path` as a dataclass or pydantic model. Raises DamagedFileError if fields or types differ."""
     try:
-        # as JSON again: strictly read Python objects would have to be of `kind` already
+        # as JSON, since a strict check of Python objects would want them to be of `kind` already
         return TypeAdapter(kind).validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
@@ -106,10 +106,9 @@ def finite(document: Any) -> Any:
 
 
 def publish_folder(temporary: Path, folder: Path) -> None:
-    """Give a folder that was written aside its final name: synced, marked as whole, then renamed.
+    """Give a folder that was written under another name its final one: sync it, mark it as whole, rename it.
 
-    An older folder of that name is replaced. A crash between leaves the old folder, the new one, or neither, and then
-    `temporary` is whole.
+    It replaces an older folder of that name. A crash leaves the old folder, the new one, or neither; then `temporary` is whole.
     """
     mark_whole(temporary)
     if folder.exists():
@@ -119,7 +118,7 @@ def publish_folder(temporary: Path, folder: Path) -> None:
 
 
 def mark_whole(folder: Path, **more: Any) -> None:
-    """Sync every file below the folder, then write its marker; `more`: further keys of it."""
+    """Sync every file below the folder, then write its marker. more: other keys of the marker."""
     (folder / FOLDER_MARKER).unlink(missing_ok=True)
     sync_tree(folder)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -127,7 +126,7 @@ def mark_whole(folder: Path, **more: Any) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """The folder has its marker, and every file that it names has its size. A damaged marker counts as none."""
+    """Whether the folder has its marker, and every file that it names has its size. A damaged marker counts as none."""
     try:
         sizes = read_json(folder / FOLDER_MARKER)["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -136,9 +135,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Flush a file that another library has written, or a folder's entries: without it a rename can be lost with the machine.
+    """Flush a file that another library wrote, or a folder's entries: without that a power cut can undo a rename.
 
-    An error of it is final: the system may have thrown the data away, and a second call would find nothing to write.
+    An error is final: the system may have dropped the data, and a second call would succeed without it.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -148,7 +147,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file below a folder, and the folders themselves: what is renamed or marked afterwards is whole."""
+    """Flush every file below a folder, and the folders themselves, before it is renamed or marked."""
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # another worker's temporary file
             sync(path)
@@ -156,8 +155,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def disk_time(folder: Path) -> float:
-    """Unix seconds now, by the clock that stamps the files in a folder: on a share that of the file server, whose time may
-    differ from this machine's. Needs no space.
+    """Unix seconds now, by the clock that stamps files in a folder: on a share the file server's. Needs no space.
 
     Raises:
         OSError: the folder may not be written.

@@ -1,7 +1,7 @@
 """How a command ends when something goes wrong: one clear message on standard error, exit code 2, no traceback.
 
-A signal that asks it to end: one line, exit code 128 + its number. TC_RAY_DEBUG=1 shows the traceback of an error. Invariant:
-no secret is shown, in no line of a logger either. Used by `tc_ray.cli.main` and `jobs/train.py`.
+A signal ends it with one line and exit code 128 + its number. TC_RAY_DEBUG=1 shows the traceback of an error. Invariant: no
+message and no line of a logger shows a secret. Used by `tc_ray.cli.main` and `jobs/train.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MESSAGE_LINES = 20
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command; turn its error, or a signal that asks it to end, into a message and an exit code. SystemExit passes."""
+    """Run a command; turn its error, or a signal, into a message and an exit code. SystemExit passes."""
     logging.setLogRecordFactory(_Record)
     quiet_logging()
     with stop_signals():
@@ -32,7 +32,7 @@ def run_command(command: Callable[[], object]) -> None:
             command()
         except KeyboardInterrupt as interrupt:
             end_stopped(interrupt)
-        except Exception as error:  # noqa: BLE001 - whatever it is ends as a message
+        except Exception as error:  # noqa: BLE001 - every error ends as a message
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 say(redact(traceback.format_exc()), error=True)
                 sys.exit(EXIT_TRACEBACK)
@@ -41,7 +41,7 @@ def run_command(command: Callable[[], object]) -> None:
 
 
 def end_stopped(interrupt: KeyboardInterrupt) -> NoReturn:
-    """End a command that a signal has asked to end."""
+    """End a command that a signal has stopped."""
     stop = as_stopped(interrupt)
     if not stop.reported:
         say(f"tc-ray: {stop}", error=True)
@@ -51,8 +51,8 @@ def end_stopped(interrupt: KeyboardInterrupt) -> NoReturn:
 def message(error: BaseException) -> str:
     """The text for a user.
 
-    An error that crossed Ray is shown as the one that was raised there. Our own errors and those that name a file speak for
-    themselves; any other is a surprise: its type and the way to the traceback are added.
+    An error from a Ray worker is shown as it was raised there. Errors of this package, and those that name a file, are shown as
+    they are; any other gets its type and a hint how to see the traceback.
     """
     # Ray wraps an error of a task or actor; its own text is the remote traceback.
     cause = getattr(error, "cause", None)

@@ -1,4 +1,4 @@
-"""`tc-ray log`: look into a Mistake Log, take rows out of it, check and tidy it. Needs no Ray; works while the run goes on."""
+"""`tc-ray log`: inspect, export, check and clean up a Mistake Log. Needs no Ray; works while the run goes on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from tc_ray.cli.once import OnceCommand
 from tc_ray.cli.output import say
 from tc_ray.files import write_file
+from tc_ray.text import byte_size
 
 if TYPE_CHECKING:
     from tc_ray.inspection.source import LogPlace
@@ -40,7 +41,7 @@ Rounds = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 log = typer.Typer(
-    no_args_is_help=True, help="Look into a Mistake Log: stats, show, report, export, verify, compact, vacuum."
+    no_args_is_help=True, help="Inspect a Mistake Log: stats, show, report, export, verify, compact, vacuum."
 )
 
 
@@ -128,13 +129,12 @@ def report(
     """One self-contained HTML page: error heat map, loss and accuracy, confusions, calibration, samples."""
     from tc_ray.inspection.report import write_report
     from tc_ray.inspection.tokens import find_tokenizer
-    from tc_ray.tracking.progress import size
 
     place = _place(source, storage)
     opened = place.open()
     texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
     write_report(opened, texts, out, parse_rounds(rounds))
-    say(f"{out}: {size(out.stat().st_size)}, {texts.note}")
+    say(f"{out}: {byte_size(out.stat().st_size)}, {texts.note}")
     _refuse_damage(opened)
 
 
@@ -144,9 +144,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Folder, or a .parquet or .jsonl file; must not exist.")],
     format: Annotated[
         str | None,
-        typer.Option(
-            "--format", help="parquet: rows as they are; jsonl: readable. Default: as the name in --out ends."
-        ),
+        typer.Option("--format", help="parquet: rows as they are; jsonl: readable. Default: by the name in --out."),
     ] = None,
     rounds: Rounds = None,
     columns: Annotated[
@@ -160,16 +158,15 @@ def export(
     """Copy rows out of the log, as Parquet files or as JSON lines."""
     from tc_ray.inspection.export import JSON_SUFFIXES, export_jsonl, export_parquet
     from tc_ray.inspection.tokens import find_tokenizer
-    from tc_ray.tracking.progress import size
 
     named = {".parquet": "parquet", **dict.fromkeys(JSON_SUFFIXES, "jsonl")}.get(out.suffix)
     format = format or named or "parquet"
     if format not in ("parquet", "jsonl"):
         raise ValueError(f"--format {format!r}: expected parquet or jsonl")
     if named is not None and named != format:
-        raise ValueError(f"--format {format} --out {out}: a file of that name would be taken for {named}")
+        raise ValueError(f"--format {format} --out {out}: a file of that name would be read as {named}")
     if tokenizer is not None and format == "parquet":
-        raise ValueError("--tokenizer is for jsonl: a Parquet export holds token ids and no texts")
+        raise ValueError("--tokenizer is for jsonl: a Parquet export holds token ids and no text")
     place = _place(source, storage)
     opened = place.open()
     chosen = [name.strip() for name in columns.split(",")] if columns else None
@@ -182,16 +179,17 @@ def export(
         result = export_jsonl(opened, out, texts, parse_rounds(rounds), chosen, states=states)
         if not texts.known:
             say(texts.note, error=True)
-    say(f"{out}: {result.rows:,} rows, {size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
+    say(f"{out}: {result.rows:,} rows, {byte_size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
     if result.not_finite:
-        say(f"{result.not_finite:,} of them hold numbers that are not finite: null stands for each", error=True)
+        say(f"{result.not_finite:,} of them hold numbers that are not finite: null is written for each", error=True)
 
 
 @log.command("verify", cls=OnceCommand)
 def verify(
     source: Log,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Take bad files out of the table and put them aside.")
+        bool,
+        typer.Option("--quarantine", help="Remove bad files from the table and keep them in a folder of their own."),
     ] = False,
     as_json: AsJson = False,
     storage: Storage = None,
@@ -199,10 +197,7 @@ def verify(
     """Check every file of the log against its commit: size, rows, SHA-256, schema. Exit code 1: something is wrong."""
     from tc_ray.mistakelog.maintain.verify import verify_log
 
-    result = verify_log(_location(_place(source, storage)), quarantine=quarantine)
-    _tell(result, as_json)
-    if not result.good:
-        raise typer.Exit(EXIT_FINDINGS)
+    _print(verify_log(_location(_place(source, storage)), quarantine=quarantine), as_json)
 
 
 @log.command("compact", cls=OnceCommand)
@@ -213,19 +208,16 @@ def compact(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Merge the small files of a log that no run is writing to. Exit code 1: some are damaged, and were left as they are."""
+    """Merge the small files of a log that no run writes to. Exit code 1: some are damaged and were left as they are."""
     from tc_ray.mistakelog.maintain.compaction import compact_log
 
-    result = compact_log(_location(_place(source, storage)), target_bytes=target_bytes)
-    _tell(result, as_json)
-    if not result.good:
-        raise typer.Exit(EXIT_FINDINGS)
+    _print(compact_log(_location(_place(source, storage)), target_bytes=target_bytes), as_json)
 
 
 @log.command("vacuum", cls=OnceCommand)
 def vacuum(
     source: Log,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
     grace_seconds: Annotated[
         float, typer.Option("--grace-seconds", min=0, help="Files that left the log less than this long ago stay.")
     ] = 600.0,
@@ -239,7 +231,7 @@ def vacuum(
     from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 
     location = _location(_place(source, storage))
-    _tell(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds, dry_run=dry_run), as_json)
+    _print(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds, dry_run=dry_run), as_json)
 
 
 def parse_rounds(text: str | None) -> tuple[int, int] | None:
@@ -277,18 +269,21 @@ def _location(place: LogPlace) -> Any:
 
 
 def _refuse_damage(opened: MistakeLog) -> None:
-    """What was shown lacks rows: a script must not take it for all there is."""
+    """Exit with an error code if rows are missing above, so that a script does not take them for the whole log."""
     left_out = sum(opened.not_finite.values())
     if left_out:
         say(f"{left_out:,} rows hold numbers that are not finite and are left out above", error=True)
     if opened.bad_files:
         say(
-            f"{len(opened.bad_files)} damaged files were passed over, their rows are missing above: "
-            "`tc-ray log verify` names what is wrong with them",
+            f"{len(opened.bad_files)} damaged files were skipped, their rows are missing above: "
+            "`tc-ray log verify` says what is wrong with them",
             error=True,
         )
         raise typer.Exit(EXIT_FINDINGS)
 
 
-def _tell(result: Any, as_json: bool) -> None:
+def _print(result: Any, as_json: bool) -> None:
+    """Print a result of maintenance; one that found faults ends the command with EXIT_FINDINGS."""
     say(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))
+    if not getattr(result, "good", True):
+        raise typer.Exit(EXIT_FINDINGS)

@@ -23,7 +23,7 @@ from tc_ray.config.redact import redact
 
 
 class _Commands(TyperGroup):
-    """Ends a command that a signal stops as `jobs/train.py` ends; the library would say "Aborted!" and exit with 1."""
+    """A signal ends a command as it ends `jobs/train.py`; the library alone would print "Aborted!" and exit with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -75,7 +75,7 @@ def _run() -> None:
     except Exception as error:
         if not isinstance(getattr(error, "exit_code", None), int) or not hasattr(error, "message"):
             raise
-        # words that no command takes: shown as typer does it, but for what is secret in them
+        # unknown words on the command line: shown as typer does, with secrets struck out
         from typer.rich_utils import rich_format_error
 
         error.message = redact(str(error.message))

@@ -1,7 +1,7 @@
 """Commands whose options are given once.
 
-Invariant: an option that takes one value and is given twice is refused by name; the parser alone would take the last in
-silence. Every command of `tc_ray.cli.main` and `tc_ray.cli.log` is of this class.
+Invariant: an option of one value that is given twice is refused by name; the parser alone would silently take the last one.
+Every command of `tc_ray.cli.main` and `tc_ray.cli.log` is of this class.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The one way by which commands print.
+"""How commands print.
 
-Invariant: what comes from files, folders and requests is shown as characters: escape codes in a file name or in the
-status of a foreign run cannot steer the terminal. Commands, `errors.run_command` and the entry scripts print here.
+Invariant: text from files, folders and requests is shown as characters: escape codes in a file name or in the status of a
+foreign run cannot steer the terminal. Used by commands, `errors.run_command` and the entry scripts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def say(text: str, *, error: bool = False) -> None:
 
 
 def quiet_logging() -> None:
-    """Show warnings of the package as plain lines, made safe as those of `say`."""
+    """Show warnings of the package as plain lines, as safe as those of `say`."""
     handler = logging.lastResort
     if handler is not None:
         handler.setFormatter(_Visible("%(message)s"))

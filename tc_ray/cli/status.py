@@ -18,7 +18,7 @@ TREND_WIDTH = 40
 
 def status(
     run_folder: Annotated[Path, typer.Argument(help="Folder of a run, for instance outputs/demo.")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep showing it until the run has ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
 ) -> None:
     """Show both losses, rounds, log backlog and lag, tokens/s, restarts and ETA of a run."""
@@ -76,7 +76,7 @@ def trends(folder: Path) -> list[tuple[str, str]]:
 
 
 def sparkline(values: list[float]) -> str:
-    """Means of at most TREND_WIDTH equal parts as bars, between the first and the last mean as numbers."""
+    """The means of at most TREND_WIDTH equal parts as bars, with the first and the last mean as numbers."""
     parts = min(TREND_WIDTH, len(values))
     cuts = [len(values) * i // parts for i in range(parts + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]

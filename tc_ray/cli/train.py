@@ -34,8 +34,7 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     """Load the config, then print its plan or run it.
 
     Raises:
-        ConfigError: recipe or overrides cannot be used; JobError: what the run would refuse, of a plan; and whatever the
-            job raises.
+        ConfigError: recipe or overrides cannot be used. JobError: the run would refuse its plan. And what the job raises.
     """
     from tc_ray.config.load import load_config
 
@@ -61,7 +60,7 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
 
 
 def keep_outside_upload(config: RunConfig) -> None:
-    """Move a relative run folder out of the directory that `ray job submit` uploaded: Ray deletes that one."""
+    """Move a relative run folder out of the directory that `ray job submit` uploaded, since Ray deletes that directory."""
     if UPLOADED not in Path.cwd().parts or (config.run.folder and config.run.folder.is_absolute()):
         return
     relative = config.run.folder or Path("outputs") / config.run.name
@@ -70,7 +69,7 @@ def keep_outside_upload(config: RunConfig) -> None:
 
 
 def summary(result: JobResult) -> list[str]:
-    """What a run leaves and how to go on from it, as lines."""
+    """The results of a run and what to do with them, as lines."""
     if result.report is None or result.export is None:
         return [f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
     lines = ["", *result.report.lines(), ""]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,7 +27,7 @@ def train_copilot(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write, or to go on with; default: copilot-from-log in the run folder."),
+        typer.Option(help="Folder to write, or to resume; default: copilot-from-log in the run folder."),
     ] = None,
     epochs: Annotated[
         int | None,
@@ -61,41 +60,24 @@ def train_copilot(
         raise typer.BadParameter("a log without its run folder needs --config RECIPE (sections copilot and model)")
     target = target.expanduser().absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    # beside the folder: one that is refused, as it holds something else, is left as it was
+    # beside the folder, so that a folder which is refused is left as it was
     lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
-    with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, _Show() as show:
-        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=show)
+    with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes:
+        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=_Lines())
     say("\n".join(trained.lines()))
 
 
-class _Show:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+class _Lines:
+    """Progress as a line on standard error, every LINE_SECONDS and at the end."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
         self._last = 0.0
 
-    def __enter__(self) -> _Show:  # noqa: PYI034 - Self needs Python 3.11
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task("copilot", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
     def __call__(self, progress: Progress) -> None:
+        if time.monotonic() - self._last < LINE_SECONDS and progress.step != progress.total_steps:
+            return
+        self._last = time.monotonic()
         result = progress.result
         loss = "nothing to learn from" if result is None else f"loss {result.loss:.4f}" if result.taken else "left out"
         text = f"copilot step {progress.step}/{progress.total_steps} | round {progress.round} | {loss}"
-        if self._bar is not None:
-            self._bar.update(self._task, description=text, completed=progress.step, total=progress.total_steps)
-        elif time.monotonic() - self._last > LINE_SECONDS or progress.step == progress.total_steps:
-            self._last = time.monotonic()
-            say(text, error=True)
+        say(text, error=True)

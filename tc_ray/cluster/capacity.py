@@ -1,7 +1,7 @@
-"""Room in a Ray cluster: what a run needs, whether the cluster can ever hold it, and the words for a wait.
+"""What a run needs of a Ray cluster, whether the cluster can ever hold it, and the message of a wait.
 
-Invariant: what is called impossible cannot be placed on the nodes that are there, whatever else they run; a cluster that can
-grow is never called too small. Imports nothing of the package. Called by the session, the plan, and by those that place workers.
+Invariant: a run that is refused cannot be placed on the cluster's nodes even if they are empty. A cluster that can grow is
+never refused. Imports nothing of the package. Called by the session, the plan, and the modules that place workers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 SAY_SECONDS = 30.0
-"""How often a wait is said anew."""
+"""How often a wait is reported again."""
 REPORT_SECONDS = 20.0
-"""How long the first report of an autoscaler is waited for; it writes one every 5 s."""
+"""Longest wait for the first report of an autoscaler, which writes one every 5 s."""
 _SLACK = 1e-6
-"""Ray counts resources in parts of 1/10000."""
+"""Ray counts resources in units of 1/10000."""
 
 Bundle = Mapping[str, float]
 """Amounts of Ray resources by name, "CPU" and "GPU"."""
@@ -29,7 +29,7 @@ class CapacityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Need:
-    """`count` processes of one kind that run at a time, each with one bundle; settings: config fields that lower it."""
+    """`count` processes of one kind that run at the same time, one bundle each. settings: config fields that lower the need."""
 
     who: str
     count: int
@@ -41,13 +41,13 @@ class Need:
         return one if self.count == 1 else f"{self.count} {self.who}s with {amounts(self.bundle)} each"
 
     def waiting(self) -> str:
-        """What is waited for, and what is free now. Ray must run."""
+        """The message of a wait: the need, and what is free now. Ray must run."""
         import ray
 
         return f"waiting for room: {self}; free now: {amounts(ray.available_resources())}"
 
     def starting(self) -> str:
-        """That the processes are started; that they wait for room, where too little of it is free. Ray must run."""
+        """The message of a start, or of a wait if too little is free. Ray must run."""
         import ray
 
         return f"starting {self}" if fits([ray.available_resources()], [self]) else self.waiting()
@@ -84,7 +84,7 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
 
 
 def total(needs: Iterable[Need]) -> str:
-    """All of these needs at a time, as text."""
+    """All of these needs together, as text."""
     summed: dict[str, float] = {}
     for need in needs:
         for name, amount in need.bundle.items():
@@ -93,11 +93,11 @@ def total(needs: Iterable[Need]) -> str:
 
 
 def fits(nodes: Sequence[Mapping[str, float]], needs: Sequence[Need]) -> bool:
-    """Whether empty nodes hold all bundles at a time, none over two nodes. Exact for one or two needs."""
+    """Whether empty nodes hold all bundles at the same time, each on one node. Exact for one or two needs."""
     if len(needs) > 2:
-        raise ValueError("fits answers for two kinds of bundles at most")
+        raise ValueError("fits takes two kinds of bundles at most")
     first, *others = needs
-    # most[n]: bundles of the other need that find room beside n of the first
+    # most[n]: bundles of the other need that fit beside n of the first
     most = [0] + [-1] * first.count
     for node in nodes:
         here = []
@@ -112,16 +112,16 @@ def fits(nodes: Sequence[Mapping[str, float]], needs: Sequence[Need]) -> bool:
 
 
 def _times(node: Mapping[str, float], bundle: Bundle) -> int:
-    """How often a bundle goes into a node."""
+    """How many of a bundle fit on a node."""
     counts = [math.floor(node.get(name, 0.0) / amount + _SLACK) for name, amount in bundle.items() if amount > 0]
     return max(0, min(counts, default=2**31))
 
 
 def can_grow() -> bool:
-    """Whether an autoscaler that can start nodes looks after this cluster. Ray must run.
+    """Whether an autoscaler can start nodes for this cluster. Ray must run.
 
-    Ray has no public answer, so three marks are read: a cluster config of the platform, the report of autoscaler v1, and under
-    autoscaler v2 the node types that it gives its nodes. An unknown answer counts as yes: a wait is said, a refusal is final.
+    Ray has no public API for it, so three places are read: a cluster config of the platform, the report of autoscaler v1, and
+    the node types of autoscaler v2. An unknown answer counts as yes: a wait is reported, but a refusal would be final.
     """
     try:
         from ray._private.state import state
@@ -137,15 +137,15 @@ def can_grow() -> bool:
         status.ParseFromString(gcs.get_cluster_status())
         types = [node.ray_node_type_name for node in status.cluster_resource_state.node_states]
         return starts_nodes(report, types if status.HasField("autoscaling_state") else [])
-    except Exception:  # noqa: BLE001 - another version of Ray, or Ray Client: whatever it raises, it is no answer
+    except Exception:  # noqa: BLE001 - another version of Ray, or Ray Client: any error means unknown
         return True
 
 
 def _first_report(ask: Callable[[], bytes | None]) -> bytes | None:
-    """The report of autoscaler v1; of a Ray that has just started it says nothing of the nodes for some seconds.
+    """The report of autoscaler v1. In the first seconds of a Ray it does not name the nodes; None: there is no v1.
 
     Raises:
-        TimeoutError: it still says nothing of them.
+        TimeoutError: it still does not name them.
     """
     end = time.monotonic() + REPORT_SECONDS
     while time.monotonic() < end:
@@ -157,11 +157,11 @@ def _first_report(ask: Callable[[], bytes | None]) -> bytes | None:
 
 
 def starts_nodes(report: bytes | None, node_types: Iterable[str]) -> bool:
-    """What the two autoscalers leave to be read.
+    """Read the reports of the two autoscalers.
 
     Args:
-        report: JSON of autoscaler v1; one that only watches calls each node's type "node_" and the node's id.
-        node_types: that autoscaler v2 knows; empty texts where it only watches.
+        report: JSON of autoscaler v1. If it only watches, each node's type is "node_" and the node's id.
+        node_types: of autoscaler v2; empty texts if it only watches.
     """
     active = json.loads(report)["autoscaler_report"]["active_nodes"] if report else {}
     return any(not name.startswith("node_") for name in active) or any(node_types)

@@ -1,7 +1,7 @@
-"""Which failures of a worker can pass when it is started again, and how a failure is said in one line.
+"""Which failures of a worker a restart can cure, and a failure in one line.
 
-Invariant: imports nothing of the package and not Ray, so that Pilot and Copilot may ask. Called by the loops that restart
-workers (`pilot.trainer`, `copilot.group`): what would fail again is not tried again.
+Invariant: imports neither the package nor Ray. Called by the loops that restart workers (`pilot.trainer`, `copilot.group`): a
+start that would fail again is not tried.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ FINAL = (
     ArithmeticError,
     NotImplementedError,
 )
-"""Python's own errors that follow from code, settings or data alone. A RuntimeError may be torch's word for a lost peer."""
+"""Python's own errors that follow from code, settings or data alone. A RuntimeError is not: torch raises it for a lost peer."""
 SHOWN = 300
 
 
 def is_final(error: BaseException) -> bool:
     """Whether a new start on the same data would end in the same error.
 
-    Final are the errors of this package, unless the class says `may_pass = True`, and those of Python's own that follow from
-    code, settings or data. All else may pass: dead workers, nodes and actors, memory, disks, connections, devices.
+    Errors of this package are final unless the class has `may_pass = True`, and so are those in FINAL. All others may pass:
+    dead workers, nodes and actors, memory, disks, connections, devices.
     """
     return any(_is_final(cause) for cause in _causes(error))
 
 
 def first_final(errors: dict[int, Exception]) -> tuple[int, Exception]:
-    """Of the errors of a group by rank (at least one), the one that says most: a final one, else that of the lowest rank."""
+    """The error that explains the failure of a group (rank -> error, at least one): a final one, else the lowest rank's."""
     return min(errors.items(), key=lambda item: (not is_final(item[1]), item[0]))
 
 
@@ -45,7 +45,7 @@ def short(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and those that it was raised for: Ray hands on `cause`, Ray Train `health_check_failure`."""
+    """The error and its causes: Ray keeps them in `cause`, Ray Train in `health_check_failure`."""
     seen: set[int] = set()
     current: BaseException | None = error
     while isinstance(current, BaseException) and id(current) not in seen:
@@ -58,5 +58,5 @@ def _is_final(error: BaseException) -> bool:
     module = type(error).__module__
     if module.partition(".")[0] == "tc_ray":
         return not getattr(error, "may_pass", False)
-    # errors of other libraries may derive from these and yet pass: a file that was cut off while it was read
+    # exact Python types only: a library's subclass may pass, for instance a file that was cut off while it was read
     return module == "builtins" and isinstance(error, FINAL)

@@ -1,7 +1,7 @@
 """The Ray session of a run: joins the cluster that RAY_ADDRESS names, else starts a local one and ends it.
 
-Invariant: a cluster that was there before is left running; a local one is stopped however the run ends. A cluster that can never
-hold the run is refused here, before anything is started in it.
+Invariant: a cluster that was joined is left running; a local one is stopped however the run ends. A cluster that can never hold
+the run is refused before anything is started in it. Called by `run.job` and `run.evaluate`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tc_ray.text import visible
 
 
 def pilot_need(config: RunConfig) -> Need:
-    """Room of the Pilot's workers."""
+    """Resources of the Pilot's workers."""
     r = config.resources
     return Need("Pilot worker", r.pilot_workers, _bundle(r.pilot_cpus, r.gpus), _settings("pilot"))
 
 
 def copilot_need(config: RunConfig) -> Need | None:
-    """Room of the Copilot's learners; None: there are none."""
+    """Resources of the Copilot's learners; None: there are none."""
     r = config.resources
     if not config.log.enabled:
         return None
@@ -33,14 +33,14 @@ def copilot_need(config: RunConfig) -> Need | None:
 
 
 def evaluation_need(config: RunConfig) -> Need:
-    """Room of the evaluation, which begins when training has given its own back."""
+    """Resources of the evaluation, which starts when training has released its own."""
     r = config.resources
     bundle = _bundle(max(r.pilot_cpus, r.copilot_cpus), r.gpus)
     return Need("evaluation task", 1, bundle, ("resources.pilot_cpus", "resources.copilot_cpus", "resources.gpus"))
 
 
 def training_needs(config: RunConfig) -> list[Need]:
-    """What runs at a time in training."""
+    """What runs at the same time in training."""
     copilot = copilot_need(config)
     return [pilot_need(config), *([copilot] if copilot is not None else [])]
 
@@ -60,7 +60,7 @@ def cpus_needed(config: RunConfig) -> float:
 
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
-    """Within it Ray is up. A local Ray gets at least the CPUs the run asks for, even if the machine has fewer cores."""
+    """Ray runs inside it. A local Ray gets at least the CPUs that the run asks for, even if the machine has fewer cores."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -86,13 +86,13 @@ def ray_session(config: RunConfig) -> Iterator[None]:
 
 
 def _init(**options: Any) -> None:
-    """Start or join Ray; a signal that comes meanwhile ends the command as at any other time."""
+    """Start or join Ray; a signal in between ends the command as it does at any other time."""
     import ray
 
     try:
         ray.init(**options)
     except SystemExit as end:
-        # while it starts, Ray answers SIGTERM itself, by an exit with the signal's number
+        # while it starts, Ray itself handles SIGTERM: it exits with the signal's number
         if end.code == signal.SIGTERM:
             raise Stopped(signal.SIGTERM) from None
         raise
@@ -104,7 +104,7 @@ def check_room(config: RunConfig) -> None:
     """Refuse a cluster that can never hold the run, then wait until it has a CPU to read the data with.
 
     Raises:
-        CapacityError: no node can be added by itself, and those that are there are too few or too small.
+        CapacityError: no node can be added automatically, and the nodes are too few or too small.
     """
     import ray
 
@@ -118,4 +118,4 @@ def check_room(config: RunConfig) -> None:
 
 
 def _nothing() -> None:
-    """A task of one CPU: pending, it makes a cluster grow."""
+    """A task of one CPU; while it is pending, an autoscaler adds nodes."""

@@ -1,8 +1,8 @@
 """Secrets struck out of what a run writes, prints and hands on: addresses, storage options, overrides, messages.
 
-Invariant: what a function here returns holds `***` in place of each secret that it knows: the userinfo of a URI, credentials of
-a query string, values that are named like a secret, and values that this process was given as one (`remember`, environment).
-Redacting twice changes nothing. Used by everything that writes a file of a run or a line for people. Imports nothing heavy.
+Invariant: the functions return `***` in place of each secret they know: the userinfo of a URI, credentials of a query string,
+values that are named like a secret, and values that this process got as one (`remember`, environment). Redacting twice changes
+nothing. Used by everything that writes a file of a run or a line for people. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import quote, unquote
 
 STRUCK_OUT = "***"
-"""Stands for a secret. The environment or the command line has to give it again."""
+"""In place of a secret, which the environment or the command line has to give again."""
 
 PLAIN_OPTIONS = frozenset(
     {
@@ -72,7 +72,7 @@ _SECRET_NAME = (
     r"apikey|token(?![a-z]))[\w.-]*"
 )
 _USERINFO = re.compile(r"(://)[^\s/?#\"'<>`]*@")
-# a password may hold / ? # unencoded, and is told from a port by what follows the digits
+# a password may hold / ? # unencoded; what follows the digits distinguishes it from a port
 _ODD_USERINFO = re.compile(r"(://)(?![^\s/?#@:]*:\d+(?:[/?#\s]|$))[^\s/?#@:]*:[^\s\"'<>`]*@")
 _ENCODED_USERINFO = re.compile(r"(%3A%2F%2F)(?:(?!%2F)[^\s&\"'<>/])*?%40", re.IGNORECASE)
 _QUERY = re.compile(
@@ -95,7 +95,7 @@ _known: set[str] = set()
 
 
 def remember(values: Iterable[str]) -> None:
-    """Values that `redact` strikes out of every text of this process from now on; those of less than 8 characters are left."""
+    """Strike these values out of every text of this process from now on; those of less than 8 characters are ignored."""
     for value in values:
         if value != STRUCK_OUT:
             _known.update(form for form in (value, quote(value, safe=""), unquote(value)) if len(form) >= _SHORTEST)
@@ -111,7 +111,7 @@ def redact(text: str) -> str:
 
 
 def redact_address(text: str) -> str:
-    """A URI, or a text with URIs, without userinfo and without credentials in query strings; the same text on any machine."""
+    """A URI, or a text with URIs, without userinfo and query credentials; the result is the same on any machine."""
     text = _ODD_USERINFO.sub(rf"\1{STRUCK_OUT}@", text)
     text = _USERINFO.sub(rf"\1{STRUCK_OUT}@", text)
     text = _ENCODED_USERINFO.sub(rf"\1{STRUCK_OUT}%40", text)
@@ -119,7 +119,7 @@ def redact_address(text: str) -> str:
 
 
 def redact_options(options: Mapping[str, str]) -> dict[str, str]:
-    """Storage options with every value struck out that is not on the list of harmless ones."""
+    """Storage options, where only the values on the list of harmless ones are kept."""
     return {name: _redact_option(name, value) for name, value in options.items()}
 
 
@@ -139,7 +139,7 @@ def redact_override(text: str) -> str:
 
 
 def redact_command(words: Sequence[str]) -> list[str]:
-    """`sys.argv` for a record of how something was made."""
+    """`sys.argv` for provenance records."""
     shown = []
     for before, word in zip(["", *words], words, strict=False):
         option = word.removeprefix("--storage-option=")
@@ -152,7 +152,7 @@ def redact_command(words: Sequence[str]) -> list[str]:
 
 
 def secrets_of(options: Mapping[str, str], *addresses: str | None) -> set[str]:
-    """What is secret in storage options and addresses: option values, userinfo, passwords, query credentials."""
+    """The secrets in storage options and addresses: option values, userinfo, passwords, query credentials."""
     found = {value for name, value in options.items() if _redact_option(name, value) == STRUCK_OUT}
     for address in (*addresses, *options.values()):
         found |= _parts(address or "")
@@ -160,7 +160,7 @@ def secrets_of(options: Mapping[str, str], *addresses: str | None) -> set[str]:
 
 
 def given_by_environment(option: str) -> bool:
-    """The environment holds this storage option, under one of the names that the stores' clients read."""
+    """Whether the environment has this storage option under a name that the stores' clients read."""
     return any(f"{prefix}{option.upper()}" in os.environ for prefix in _STORE_VARIABLES)
 
 
@@ -171,7 +171,7 @@ def _redact_option(name: str, value: str) -> str:
     if plain not in PLAIN_OPTIONS:
         return STRUCK_OUT
     shown = redact_address(value)
-    # a proxy may be named without a scheme
+    # a proxy's address may have no scheme
     return f"{STRUCK_OUT}@{shown.rpartition('@')[2]}" if "@" in shown and "://" not in shown else shown
 
 

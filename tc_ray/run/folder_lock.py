@@ -1,8 +1,9 @@
 """The lock of a run folder: one driver at a time works in it.
 
-The Mistake Log has a lease of its own, which holds on any storage and against commands too; but a first start has no log yet
-while it prepares its data, and a run with `log.enabled: false` never gets one. Invariant: the lock is the kernel's (flock on
-`run.lock`), so it ends with its process whatever that dies of; the file's content only says who holds it. Used by job.py.
+The lease of the Mistake Log works on any storage and against other commands too. The lock is for the time before: a first
+start has no log while it prepares its data, and a run with `log.enabled: false` never gets one. Invariant: the lock is the
+kernel's (flock on `run.lock`), so it ends with its process, however that dies. The file's content only names the holder, so a
+stale run is taken over by locking. Used by `run.job` and `tc-ray train-copilot`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from tc_ray.mistakelog.table.process import is_running
 
 NAME = "run.lock"
 _WRITTEN_SECONDS = 1.0
-"""Within this time the holder has written who it is."""
+"""Time in which a new holder has written its name."""
 
 log = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """A held lock, a context manager; the file stays behind, empty of meaning without its process.
+    """A held lock, a context manager. Its file stays after the process, without meaning.
 
     Args:
         folder: the run folder, which exists.
-        what: the run, for the message that a second one gets.
+        what: the run, for the error of a second one.
         name: of the lock's file.
 
     Raises:
@@ -44,15 +45,13 @@ class FolderLock:
             os.close(self._handle)
             raise LeaseHeldError(f"{folder} is in use: {_holder(path)}. {WAIT_FOR_IT}") from None
         except OSError as error:
-            log.warning(
-                "%s: this file system has no locks (%s); only the log's lease keeps a second run away", path, error
-            )
+            log.warning("%s: this file system has no locks (%s); only the log's lease stops a second run", path, error)
             return
         try:
             os.ftruncate(self._handle, 0)
             os.write(self._handle, Holder.this(what).to_json())
-        except OSError as error:  # a full disk: the lock holds all the same
-            log.warning("%s: who holds the lock cannot be written there (%s)", path, error)
+        except OSError as error:  # a full disk; the lock is held without it
+            log.warning("%s: the holder of the lock cannot be written there (%s)", path, error)
 
     def __enter__(self) -> FolderLock:  # noqa: PYI034 - Self needs Python 3.11
         return self
@@ -70,5 +69,5 @@ def _holder(path: Path) -> str:
                 return str(holder)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
-        time.sleep(0.02)  # it is being written just now
+        time.sleep(0.02)  # the holder is writing its name
     return "another run"

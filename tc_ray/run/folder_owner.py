@@ -1,6 +1,6 @@
-"""Whose files a run goes on from: DeepSpeed's checkpoints are pickles, and a pickle can run any code when it is loaded.
+"""Who owns the files that a run resumes from: DeepSpeed's checkpoints are pickles, which can run any code when loaded.
 
-Invariant: a run does not load what another user has put there, unless it is told to. Called by the job before a resume.
+Invariant: a run loads no file of another user unless `run.trust_folder` allows it. Called by `run.job` before a resume.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ class ForeignFolderError(RuntimeError):
 
 
 def check_owner(folder: Path, *, trusted: bool, own: int | None = None) -> None:
-    """Refuse to go on from files that another user owns.
+    """Refuse to resume from files that another user owns.
 
-    Whoever owns a file that is made here now counts as this user: on a share that maps users (NFS with root squashed, a
-    mount with one owner) that is another number than this process has.
+    The owner of a file made here now counts as this user too: a share that maps users (NFS with root squashed, a mount with
+    one owner) gives it another number than this process has.
 
     Args:
         folder: an existing run folder. trusted: `run.trust_folder`. own: number of this user; None: found as above.
 
     Raises:
-        ForeignFolderError: a file or folder among `LOADED` belongs to somebody else.
+        ForeignFolderError: a file or folder among `LOADED` belongs to another user.
     """
     if trusted or not any((folder / name).exists() for name in LOADED):
         return
@@ -48,7 +48,7 @@ def check_owner(folder: Path, *, trusted: bool, own: int | None = None) -> None:
 def _loaded(folder: Path) -> Iterator[Path]:
     for name in LOADED:
         path = folder / name
-        # the folders above too: their owner can exchange what is below
+        # the folders above too: their owner can replace what is below
         for above in reversed(path.relative_to(folder).parents[:-1]):
             if (folder / above).exists():
                 yield folder / above

@@ -1,8 +1,8 @@
 """What a run starts from, by content: prepared rows and base weights. A resume with other ones is refused by name.
 
-Invariant: the hashes stand in the log's metadata and in every checkpoint of Pilot and Copilot; nothing of the run folder has
-changed when a resume is refused, so that restoring what was there is enough. When or where the content was written does not
-count. Called by the job before any worker starts.
+Invariant: the hashes are in the log's metadata and in every checkpoint of Pilot and Copilot. They depend on content alone, not
+on when or where it was written. A refused resume has changed nothing in the run folder, so restoring the old input is enough.
+Called by `run.prepare` before any worker starts.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ WEIGHTS = ("pilot_weights", "copilot_weights")
 
 
 class OtherInputsError(RuntimeError):
-    """The run's rows or base weights are not those that it has started from; the message names what differs."""
+    """The run was started with other rows or base weights; the message names what differs."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Inputs that a run has left somewhere. `round`: the last one of the run that is known there."""
+    """Hashes of inputs that an earlier start wrote to `where`. round: the last round that was written there."""
 
     where: str
     round: int
@@ -47,7 +47,7 @@ class Recorded:
 
 
 def recorded_inputs(config: RunConfig, folder: Path, log: Location) -> list[Recorded]:
-    """What the run in `folder` has started from, as its log and its newest checkpoints say; empty: it has none yet."""
+    """What the run in `folder` was started with, by its log and its newest checkpoints; empty if it has neither."""
     found = []
     if config.log.enabled and is_table(log):
         store = LogStore(log)
@@ -84,10 +84,10 @@ def prepare_rows(
     encoder_decoder: bool,
     vocab_size: int,
 ) -> tuple[PreparedData, dict[str, str]]:
-    """The run's rows in `data/` and their hashes. Rows that are made anew are made aside and checked first.
+    """The run's rows in `data/` and their hashes. New rows are made in `data.new/` and checked before they replace old ones.
 
     Raises:
-        OtherInputsError: the run has started from other rows; `data/` is as it was. DataError: see `prepare`.
+        OtherInputsError: the run was started with other rows; `data/` is unchanged. DataError: see `prepare`.
     """
     folder, seed = config.run.path / "data", config.run.seed
     found = prepared_before(
@@ -115,7 +115,7 @@ def check_inputs(config: RunConfig, recorded: list[Recorded], inputs: Mapping[st
     """Compare inputs with what is recorded.
 
     Args:
-        now: what the rows are read from, for the message.
+        now: source of the rows, for the message.
 
     Raises:
         OtherInputsError: lists what differs.
@@ -129,7 +129,7 @@ def check_inputs(config: RunConfig, recorded: list[Recorded], inputs: Mapping[st
         if wrong:
             done = f"rounds 1 to {earlier.round}" if earlier.round else "the run"
             raise OtherInputsError(
-                f"{'; '.join(wrong)}: not what {done} started from, as {earlier.where} says. Restore what was there to go on, "
+                f"{'; '.join(wrong)}: {done} started from others, which {earlier.where} records. Restore them to resume, "
                 "or use another run.folder. Nothing was changed."
             )
 
@@ -147,12 +147,12 @@ def _what(name: str, config: RunConfig, now: str) -> str:
 
 
 def _take(aside: Path, folder: Path) -> None:
-    """Move what was prepared to its place: data.json goes first and comes last, as it stands for a whole folder."""
+    """Move prepared files to their place. data.json marks a whole folder: the old one goes first, the new one comes last."""
     folder.mkdir(exist_ok=True)
     (folder / "data.json").unlink(missing_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "data.json"):
         if file.name == "data.json":
-            sync(folder)  # it must not be there after a power cut over files that are not
+            sync(folder)  # after a power cut, data.json must not be there without the files it names
         os.replace(file, folder / file.name)
     sync(folder)
     aside.rmdir()

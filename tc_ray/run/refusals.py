@@ -1,6 +1,6 @@
-"""What a run refuses before it touches anything, and its plan with it.
+"""What a run refuses before it touches anything, and its plan too.
 
-Invariant: nothing is written and Ray is not needed. Called by `tc_ray.run.job` and `tc_ray.run.plan.plan`.
+Invariant: nothing is written and Ray is not needed. Called by `run.job` and `run.plan.plan`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tc_ray.config.schema import RunConfig
 
 
 class JobError(RuntimeError):
-    """The run cannot start or go on; the message says why and what to do."""
+    """The run cannot start or resume; the message says why and what to do."""
 
 
 def check_resume(config: RunConfig, folder: Path) -> None:

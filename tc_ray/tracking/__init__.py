@@ -1,4 +1,5 @@
-"""Tracking of a run: the files that `tc-ray status` reads, MLflow, the loss plot and the progress view.
+"""Tracking of a run: metrics.jsonl, status.json, MLflow, the loss plot and the progress view.
 
-Stands on `tc_ray.config` only. `tracker.start_tracker` is what the job calls; everything else is read from the run folder.
+May import `config`, `files` and `text` only. Read `tracker.py` first: `Tracker._record` is where every measurement enters.
+`start_tracker` is what the job calls; all readers read the run folder.
 """

@@ -1,7 +1,7 @@
 """The events that a run's status shows.
 
-Invariant: restarts are never pushed out by other events, and an event that repeats is shown once, with its count. The whole
-list, repetitions too, stands in metrics.jsonl. Used by `tracker.Tracker`.
+Invariant: other events never push out restarts, and an event that repeats is shown once, with its count. metrics.jsonl has the
+whole list, repetitions too. Used by `tracker.Tracker`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EVENTS_SHOWN = 20
 """Restarts, and other events, that are kept: this many of each."""
 
 Event = dict[str, Any]
-"""`time` (unix seconds), `kind`, `text`; `count`, where it came more than once: `time` is then that of the first."""
+"""`time` (unix seconds, of the first one), `kind`, `text`, and `count` if there were several."""
 
 
 class Events:
@@ -33,7 +33,7 @@ class Events:
             (self._restarts if event["kind"] == RESTART else self._others).append(event)
 
     def add(self, time: float, kind: str, text: str) -> None:
-        """Take an event in; one that is shown already (restarts excepted) is counted there."""
+        """Add an event, or raise the count of one with the same kind and text (except restarts)."""
         if kind == RESTART:
             self._restarts.append({"time": time, "kind": kind, "text": text})
             return
@@ -44,12 +44,12 @@ class Events:
         self._others.append({"time": time, "kind": kind, "text": text})
 
     def shown(self) -> list[Event]:
-        """Copies of all that are kept, oldest first."""
+        """Copies of all, oldest first."""
         return sorted(map(dict, (*self._restarts, *self._others)), key=lambda event: event["time"])
 
 
 def newest(events: list[Event], limit: int) -> list[Event]:
-    """The last `limit` events, the last restart always among them."""
+    """The last `limit` events, always with the last restart."""
     chosen = events[-limit:]
     restart = next((event for event in reversed(events) if event["kind"] == RESTART), None)
     return chosen if restart is None or restart in chosen else [restart, *chosen[1:]]

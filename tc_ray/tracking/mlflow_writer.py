@@ -1,8 +1,7 @@
 """The one writer of MLflow: opens or continues a run, then logs in batches from a background thread.
 
-Invariant: callers never wait for MLflow and never see its errors after `open_run`; errors are counted and handed to
-`on_error`. Points carry the time they were measured at, so sending one again changes nothing.
-Used by `tracker.Tracker` only.
+Invariant: after `open_run` callers never wait for MLflow and never see its errors, which are counted and passed to `on_error`.
+A point carries the time of its measurement, so sending it again changes nothing. Used by `tracker.Tracker` only.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ BATCH_METRICS = 1000
 BATCH_PARAMS = 100
 BATCH_SECONDS = 1.0
 RECOVERED_SECONDS = 60.0
-"""MLflow answers again when nothing has failed for this long."""
+"""MLflow counts as recovered when nothing has failed for this long."""
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def resolve_uri(config: RunConfig) -> str:
 
 
 def mlflow_command(uri: str) -> str:
-    """The shell command that shows the runs of a tracking URI in a browser; for a server, its address. Without secrets."""
+    """The shell command that shows a tracking URI in a browser, or a server's address. Without secrets."""
     shown = redact_address(uri)
     return shown if uri.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
 
@@ -86,8 +85,8 @@ class MlflowWriter:
     Args:
         run_id: from `open_run`.
         uri: tracking URI of that run.
-        on_error: called from the writer's thread with one line when MLflow fails and one when it answers again; never for
-            each call that fails in between.
+        on_error: called from the writer's thread with one line when MLflow fails and one when it has recovered, not for
+            each failed call.
     """
 
     def __init__(self, run_id: str, uri: str, on_error: Callable[[str], None]) -> None:
@@ -120,7 +119,7 @@ class MlflowWriter:
         self._queue.put(lambda: log_it(self.run_id, str(path), name))
 
     def fill_gaps(self, points: Iterable[Point]) -> None:
-        """Queue what MLflow lacks of these points (a process died between the file and MLflow)."""
+        """Queue the points that MLflow lacks (a process died between writing the file and sending them)."""
         wanted: dict[str, list[Metric]] = {}
         for point in points:
             for metric in to_mlflow(point):
@@ -130,26 +129,26 @@ class MlflowWriter:
             present = {(m.step, m.timestamp) for m in self._client.get_metric_history(self.run_id, key)}
             self._send([m for m in metrics if (m.step, m.timestamp) not in present])
 
-        self._queue.put(self._begin_anew)
+        self._queue.put(self._clear_failure)
         for key, metrics in wanted.items():
             self._queue.put(lambda key=key, metrics=metrics: send(key, metrics))  # type: ignore[misc]
 
     def finish(self, mlflow_status: str, timeout_s: float) -> bool:
-        """Send what is queued, set the run's status, stop the thread. False: not done within timeout_s, or MLflow fails."""
+        """Send the queue, set the run's status, stop the thread. False: not done within timeout_s, or MLflow fails."""
         self._queue.put(lambda: self._client.set_terminated(self.run_id, mlflow_status))
         self._queue.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive() and not self._failing
 
     def _work(self) -> None:
-        """Collect metrics for BATCH_SECONDS, send them; run other work in its place in the queue."""
+        """Send metrics collected for BATCH_SECONDS; do other work at its place in the queue."""
         batch: list[Metric] = []
         deadline = 0.0
         while True:
             try:
                 item = self._queue.get(timeout=max(0.0, deadline - time.monotonic()) if batch else None)
             except queue.Empty:
-                self._guard(self._send, batch)
+                self._attempt(self._send, batch)
                 batch = []
                 continue
             if isinstance(item, Metric):
@@ -159,18 +158,18 @@ class MlflowWriter:
                 if len(batch) < BATCH_METRICS and time.monotonic() < deadline:
                     continue
             if batch:
-                self._guard(self._send, batch)
+                self._attempt(self._send, batch)
                 batch = []
             if item is None:
                 return
             if not isinstance(item, Metric):
-                self._guard(item)
+                self._attempt(item)
 
     def _send(self, metrics: list[Metric]) -> None:
         for first in range(0, len(metrics), BATCH_METRICS):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + BATCH_METRICS])
 
-    def _guard(self, work: Callable[..., None], *args: Any) -> None:
+    def _attempt(self, work: Callable[..., None], *args: Any) -> None:
         try:
             work(*args)
         except Exception as error:  # noqa: BLE001 - tracking must not end a run, whatever the store raises
@@ -179,28 +178,27 @@ class MlflowWriter:
             if not self._failing:
                 self._failing = True
                 log.warning("MLflow: %s", redact(str(error)))
-                self._on_error(f"MLflow fails, the run goes on without it: {redact(first_line(error))}")
+                self._on_error(f"MLflow fails, the run continues without it: {redact(first_line(error))}")
         else:
-            # not at the first success: a store that can be read and not written fails and answers in turn
+            # not at the first success: a store that can be read but not written alternates
             if self._failing and time.monotonic() - self._failed_at > RECOVERED_SECONDS:
                 self._failing = False
-                self._on_error("MLflow answers again; what it lacks is sent at the end")
+                self._on_error("MLflow answers again; it gets the missing points at the end")
 
-    def _begin_anew(self) -> None:
+    def _clear_failure(self) -> None:
         self._failing = False
 
 
 def open_run(config: RunConfig, folder: Path, uri: str) -> str:
     """Continue the MLflow run named in the run folder's mlflow.json, or start one. Returns the MLflow run id.
 
-    Params that changed since the first start keep their first value in MLflow (it refuses a change); the new one goes into
-    a tag `changed.<key>`.
+    MLflow refuses a changed param, so it keeps its first value and the new one goes into a tag `changed.<key>`.
 
     Raises:
         TrackingError: the tracking URI is unknown, unreachable or not writable.
     """
     for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)  # a new database tells of each of its migrations
+        logging.getLogger(noisy).setLevel(logging.WARNING)  # a new database logs each of its migrations
     try:
         with _few_retries(uri):
             client = MlflowClient(tracking_uri=uri)
@@ -255,7 +253,7 @@ def _new_run(client: MlflowClient, config: RunConfig, folder: Path, uri: str) ->
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # Without it, a local store puts artifacts under the working directory of whoever writes them.
+        # without it, a local store puts artifacts under the working directory of the writing process
         location = f"file://{config.run.path.parent / 'mlartifacts'}" if uri.startswith("sqlite") else None
         try:
             experiment_id = client.create_experiment(name, artifact_location=location)
@@ -273,7 +271,7 @@ def _new_run(client: MlflowClient, config: RunConfig, folder: Path, uri: str) ->
 
 @contextlib.contextmanager
 def _few_retries(uri: str) -> Iterator[None]:
-    """At the start a wrong address shall be told in seconds; MLflow's own defaults retry for minutes."""
+    """Report a wrong address within seconds; MLflow's own defaults retry for minutes."""
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))
         path.parent.mkdir(parents=True, exist_ok=True)

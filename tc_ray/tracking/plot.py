@@ -1,6 +1,6 @@
 """losses.png: the losses of both models and the Copilot's lag on one axis of wall time.
 
-Called by `tracker.Tracker.finish`; needs only a metrics.jsonl, so a picture can be drawn of a run that still goes on.
+Called by `tracker.Tracker.finish`. It needs only a metrics.jsonl, so it can draw a run that is still going on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMOOTH_SHARE = 0.04
 def draw_losses(metrics: Path, picture: Path) -> None:
     """Draw pilot `loss` (left), copilot `loss` (right) and log `lag_rounds` (below) over wall minutes.
 
-    Time between two starts of a resumed run, in which nothing ran, is left out and marked by a dotted line.
+    The idle time between two starts of a resumed run is left out and marked by a dotted line.
 
     Args:
         metrics: a metrics.jsonl.
@@ -70,7 +70,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     below.set_xlabel("minutes of running")
     below.spines[["top", "right"]].set_visible(False)
     ended = max(minutes[-1] for minutes, _ in (pilot, copilot) if minutes)
-    below.set_xlim(0, ended * 1.02 or 1)  # what comes after training has no loss to show
+    below.set_xlim(0, ended * 1.02 or 1)  # there is no loss after training
     for minute in (minute for minute in resumes if minute <= ended):
         for axes in (upper, below):
             axes.axvline(minute, color="black", linestyle=":", linewidth=1)
@@ -83,7 +83,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
 
 
 def _active_minutes(points: list[Point]) -> tuple[list[tuple[float, Point]], list[float]]:
-    """Pair each point with the minutes that the run had been running, and give the minutes at which it was resumed."""
+    """Pair each point with the minutes that the run had been running; also the minutes at which it was resumed."""
     timed: list[tuple[float, Point]] = []
     resumes: list[float] = []
     began = before = points[0]["time"] if points else 0.0

@@ -1,9 +1,8 @@
-"""metrics.jsonl: every point a run has measured, one JSON object a line, append only.
+"""metrics.jsonl: every point a run has measured, one JSON object per line, append only.
 
-Invariant: for one kind and metric the axis (Pilot: round; Copilot: its own step) only grows, over restarts of workers and
-of the whole run: a replayed round or step is dropped. This file is the truth; MLflow is filled from it. Damaged lines (a
-power cut, a full disk) are passed over and reported; they stop nothing.
-Written by `tracker.Tracker`, read by `plot.draw_losses` and `tc-ray status`.
+Invariant: for one kind and metric the axis (Pilot: round; Copilot: its own step) only grows, over restarts of workers and of
+the whole run: a replayed round or step is dropped. MLflow is filled from this file. Damaged lines (a power cut, a full disk)
+are skipped and reported; they stop nothing. Written by `tracker.Tracker`, read by `plot.draw_losses` and `tc-ray status`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
+from tc_ray.tracking.events import RESTART
+
 METRICS_FILE = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ round known at that time), for "copilot" also `step`, and `metrics` (name -> num
 
 
 class _Line(BaseModel):
-    """What readers count on in a line."""
+    """What readers rely on in a line."""
 
     model_config = ConfigDict(strict=True)
     kind: str
@@ -42,8 +43,8 @@ class _Line(BaseModel):
 def read_points(path: Path) -> Iterator[Point]:
     """Yield the points of a metrics.jsonl; an absent file yields nothing.
 
-    A last line without a newline is a write that was cut off (a killed process) and is left out. Other lines that hold no
-    point are passed over; a warning at the end names their number.
+    A last line without a newline was cut off with its process and is left out. Other lines that hold no point are skipped; a
+    warning at the end says how many.
     """
     damaged = []
     for number, point in _lines(path):
@@ -52,11 +53,11 @@ def read_points(path: Path) -> Iterator[Point]:
         else:
             yield point
     if damaged:
-        log.warning("%s: %s", path, _passed_over(damaged))
+        log.warning("%s: %s", path, _skipped(damaged))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Point | None]]:
-    """Number and point of each complete line, None where it holds none."""
+    """Number of each complete line, and its point or None."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -76,24 +77,24 @@ def _parsed(line: bytes) -> Point | None:
     return point if all(name in point for name in known) else None
 
 
-def _passed_over(damaged: list[int]) -> str:
-    return f"{len(damaged)} damaged lines were passed over, the first is line {damaged[0]}"
+def _skipped(damaged: list[int]) -> str:
+    return f"{len(damaged)} damaged lines were skipped, the first is line {damaged[0]}"
 
 
 class PointFile:
-    """Append-only writer of metrics.jsonl that drops what is there already.
+    """Append-only writer of metrics.jsonl that drops points which are there already.
 
     Args:
         path: the file; created with its folder. A cut-off last line is removed.
 
-    damage: what was passed over on reading what was there, in words; empty when all was well.
+    damage: says how many lines of an earlier start were skipped; empty if none. restarts: events of that kind in the file.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._highest: dict[tuple[str, str], int] = {}
-        self.event_counts: dict[str, int] = {}
+        self.restarts = 0
         self.last: dict[str, Point] = {}
         damaged = []
         for number, found in _lines(path):
@@ -101,13 +102,13 @@ class PointFile:
                 damaged.append(number)
             else:
                 self._remember(found)
-        self.damage = _passed_over(damaged) if damaged else ""
+        self.damage = _skipped(damaged) if damaged else ""
         self.is_resumed = bool(self.last)
         self._file = path.open("ab")
         self._cut_partial_line()
 
     def append(self, kind: str, point: Point, axis: int | None = None) -> Point | None:
-        """Write one point and return it as written, or None if nothing in it is new.
+        """Write one point. Returns it as written, or None if nothing in it is new.
 
         Args:
             kind: see `Point`.
@@ -137,8 +138,7 @@ class PointFile:
         for name in point.get("metrics", ()):
             key = (kind, name)
             self._highest[key] = max(axis, self._highest.get(key, -1))
-        if kind == "event":
-            self.event_counts[point["event"]] = self.event_counts.get(point["event"], 0) + 1
+        self.restarts += kind == "event" and point["event"] == RESTART
         self.last[kind] = point
 
     def _cut_partial_line(self) -> None:
@@ -152,7 +152,7 @@ class PointFile:
 
 
 def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Turn Python, numpy and torch scalars into JSON numbers; NaN and infinities become None.
+    """Turn Python, numpy and torch scalars into JSON numbers; NaN and infinities become None, which stays None.
 
     Raises:
         TypeError: a value is not a number; names the metric.
@@ -160,7 +160,7 @@ def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     plain: dict[str, float | None] = {}
     for name, value in metrics.items():
         try:
-            number = float(value)
+            number = math.nan if value is None else float(value)
         except (TypeError, ValueError):
             raise TypeError(f"metric {name!r} is not a number: {value!r}") from None
         plain[name] = number if math.isfinite(number) else None

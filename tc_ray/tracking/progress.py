@@ -1,8 +1,8 @@
 """ProgressView: what a run is doing, as a live panel on a terminal and as plain lines elsewhere.
 
-Invariant: it only reads status dicts (`tracker.Tracker.status`, status.json); a source that fails for a moment is asked again.
-What they hold is shown as characters: it cannot steer the terminal.
-`tc-ray train` follows the Tracker actor with it, `tc-ray status --follow` the run folder.
+Invariant: it only reads status dicts (`tracker.Tracker.status`, status.json), and asks again if there is none. Their texts are
+shown as characters and cannot steer the terminal. `tc-ray train` follows the Tracker with it, `tc-ray status --follow` the
+run folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tc_ray.text import visible
+from tc_ray.text import byte_size, visible
 from tc_ray.tracking.events import described, newest
 from tc_ray.tracking.statusfile import HEARTBEAT_SECONDS, Status
 
@@ -35,7 +35,7 @@ class ProgressView:
 
     Args:
         console: where to; default standard output. Not a terminal: plain lines.
-        line_seconds: least time between two plain lines within a phase.
+        line_seconds: least time between two plain lines of one phase.
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS) -> None:
@@ -107,29 +107,29 @@ def waiting_text(waiting: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def silence(status: Status) -> str:
-    """What to say of a run that calls itself running but has not written its status for long; else empty.
+    """What to say of a run whose status is "running" but has not been written for long; else empty.
 
-    Told by `silent_seconds`, which a reader of the run's folder adds (`statusfile.silent_seconds`): a status that was asked of the
-    Tracker is never old, whatever the clock of its host says.
+    `silent_seconds` is added by a reader of the run's folder (`statusfile.silent_seconds`). A status from the Tracker itself
+    has none: it is never old, whatever the clock of its host says.
     """
     age_s = status.get("silent_seconds", 0.0)
     if status["state"] != "running" or age_s < STALE_SECONDS:
         return ""
-    return f"no sign of life for {clock(age_s)}: it was killed; `tc-ray train` with the same recipe goes on"
+    return f"no sign of life for {clock(age_s)}: it was killed; `tc-ray train` with the same recipe resumes it"
 
 
 def facts(status: Status) -> list[tuple[str, str]]:
-    """Names and texts of what is worth showing; the text is empty where the run has no such number yet."""
+    """Names and texts of the numbers to show; a text is empty while the run has no such number."""
     plan, pilot, copilot = status["plan"], status["pilot"], status["copilot"]
     log = status["log"].get("metrics", {})
     backlog = [
         _number(log.get("backlog_rounds"), "{:.0f} rounds"),
-        size(log["backlog_bytes"]) if log.get("backlog_bytes") is not None else "",
+        byte_size(log["backlog_bytes"]) if log.get("backlog_bytes") is not None else "",
     ]
-    a_token = pilot.get("metrics", {}).get("log_bytes_per_token")
+    per_token = pilot.get("metrics", {}).get("log_bytes_per_token")
     stored = [
-        size(log["bytes"]) if log.get("bytes") is not None else "",
-        f"{size(a_token)} a token" if a_token is not None else "",
+        byte_size(log["bytes"]) if log.get("bytes") is not None else "",
+        f"{byte_size(per_token)} per token" if per_token is not None else "",
     ]
     speed = [
         _number(status["tokens_per_second"], "{:.0f} tokens/s"),
@@ -185,15 +185,6 @@ def clock(seconds: float) -> str:
     whole = max(0, int(seconds))
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
-
-
-def size(count: float) -> str:
-    """Bytes in a unit that leaves at most four digits."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _of(now: float | None, total: float | None) -> str:

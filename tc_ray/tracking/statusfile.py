@@ -1,8 +1,8 @@
 """status.json: what a run is doing now, replaced atomically and at most once a second.
 
-Invariant: a reader always sees a whole document, the last change lands even when nothing follows it, and while the run
-lives the file is never much older than HEARTBEAT_SECONDS: an old one belongs to a dead run. The file only shows what a run
-does: one that cannot be written or read stops nothing.
+Invariant: a reader always sees a whole document. The last change is written even if no other follows. While the run lives
+the file is never much older than HEARTBEAT_SECONDS, so an old one belongs to a dead run. The file only shows what a run does:
+an error in writing or reading it stops nothing.
 Written by `tracker.Tracker`, read by `tc-ray status` and the progress view, without Ray.
 """
 
@@ -57,7 +57,7 @@ class _MLflow(BaseModel):
 
 
 class _Document(BaseModel):
-    """What readers count on in a status.json; it may hold more."""
+    """What readers rely on in a status.json; it may hold more."""
 
     run: str
     state: str
@@ -93,15 +93,15 @@ def read_status(folder: Path) -> Status:
         raise NoRunError(f"{folder}: {why}") from None
     except DamagedFileError as error:
         raise DamagedFileError(
-            f"{error}. The file only shows what the run does: `tc-ray train` with the same recipe goes on and writes it anew"
+            f"{error}. The file only shows what the run does: `tc-ray train` with the same recipe resumes and writes it anew"
         ) from None
     return status
 
 
 def silent_seconds(folder: Path) -> float:
-    """How long status.json has not been written, by the disk's clock, for the run may be on another host.
+    """Seconds since status.json was written, by the disk's clock, as the run may be on another host.
 
-    Where the folder may not be written, that clock cannot be asked: then by this host's.
+    That clock is read by a write; in a folder without write permission this host's clock is used.
     """
     try:
         now = disk_time(folder)
@@ -116,7 +116,7 @@ class StatusFile:
     Args:
         folder: run folder.
         make: returns the document; called at write time, from any thread.
-        interval_s: least time between two writes.
+        interval_s: least time between two writes for changes.
     """
 
     def __init__(self, folder: Path, make: Callable[[], Status], interval_s: float = 1.0) -> None:
@@ -124,31 +124,18 @@ class StatusFile:
         self._make = make
         self._interval_s = interval_s
         self._lock = threading.Lock()
-        self._write_lock = threading.Lock()
-        self._written_at = float("-inf")
-        self._timer: threading.Timer | None = None
-        self._due = False
-        self._closed = False
+        self._changed, self._closed = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
         self._failing = False
 
     def touch(self) -> None:
-        """Something changed: write now, or when the interval has passed."""
-        with self._lock:
-            wait_s = self._written_at + self._interval_s - time.monotonic()
-            if wait_s > 0:
-                if not self._due:
-                    self._due = True
-                    self._arm(wait_s)
-                return
-        self.write()
+        """Something changed: it is written within the interval."""
+        self._changed.set()
+        self._start()
 
     def write(self) -> None:
         """Write now."""
         with self._lock:
-            self._due = False
-            self._written_at = time.monotonic()
-            self._arm(HEARTBEAT_SECONDS)
-        with self._write_lock:
             try:
                 write_json(self._path, finite(self._make()), indent=1)
                 self._failing = False
@@ -156,18 +143,23 @@ class StatusFile:
                 if not self._failing:
                     log.warning("%s cannot be written (%s); trying again at each change", self._path, error)
                 self._failing = True
+        self._start()
 
     def close(self) -> None:
         """Write for the last time."""
-        with self._lock:
-            self._closed = True
+        self._closed.set()
+        self._changed.set()
         self.write()
 
-    def _arm(self, wait_s: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if not self._closed:
-            self._timer = threading.Timer(wait_s, self.write)
-            self._timer.daemon = True
-            self._timer.start()
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="status-file", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            self._changed.wait(HEARTBEAT_SECONDS)
+            self._changed.clear()
+            if not self._closed.is_set():
+                self.write()
+            self._closed.wait(self._interval_s)

@@ -1,9 +1,10 @@
 """The Tracker: the one place where a run's metrics meet, and the one writer of MLflow.
 
-Invariant: a (metric, round) or (Copilot metric, step) is written once, over worker crashes and resumed runs; nothing here
-waits for MLflow before `finish`, and after the start no MLflow error reaches the run: they are counted and shown as events.
-The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer.
-Metric names the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `loss`; log
+Invariant: a (metric, round) or (Copilot metric, step) is written once, over worker crashes and resumed runs. Nothing here
+waits for MLflow before `finish`, and after the start no MLflow error reaches the run: errors are counted and shown as events.
+The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer. Every
+measurement passes through `Tracker._record`.
+Metric names that the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `loss`; log
 `bytes`, `rows`, `backlog_rounds`, `backlog_bytes`, `lag_rounds`. Any other name is written too.
 """
 
@@ -22,7 +23,7 @@ from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.text import first_line
-from tc_ray.tracking.events import RESTART, Events
+from tc_ray.tracking.events import Events
 from tc_ray.tracking.mlflow_writer import (
     RUN_ID_FILE,
     MlflowWriter,
@@ -32,18 +33,18 @@ from tc_ray.tracking.mlflow_writer import (
     resolve_uri,
 )
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
-from tc_ray.tracking.points import METRICS_FILE, Point, PointFile, plain_numbers, read_points
+from tc_ray.tracking.points import METRICS_FILE, PointFile, plain_numbers, read_points
 from tc_ray.tracking.progress import waiting_text
 from tc_ray.tracking.ray_metrics import RayMetrics
 from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
 
 PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-"""Ways a run ends, and MLflow's words for them."""
+"""Ways a run ends -> MLflow's words for them."""
 WAITING_TAG = "tc_ray.waiting"
-"""MLflow tag: what the run waits for now; empty while it does not."""
+"""MLflow tag: what the run waits for now, or empty."""
 LOG_SECONDS = 5.0
-"""A log point is written when the round has moved on, or after this time (catch-up: the round stands still)."""
+"""A log point is written when the round has changed, or after this time (in the catch-up the round does not change)."""
 RATE_WINDOW = 64
 
 
@@ -52,12 +53,11 @@ class Tracker:
 
     Args:
         config: the run's config.
-        folder: run folder; what stands in it from an earlier start is continued.
+        folder: run folder; the files of an earlier start are continued. Damaged ones stop nothing: an event says what is
+            missing.
         uri: MLflow tracking URI; default by `resolve_uri` in this process.
         was_opened: the caller has opened MLflow. If it cannot be opened again (the actor was restarted during an outage),
-            the run goes on without it.
-
-    Files of an earlier start that are damaged stop nothing: an event says what is missing.
+            the run continues without it.
 
     Raises:
         TrackingError: MLflow is enabled and cannot be used, or a folder stands where a file should be.
@@ -65,7 +65,7 @@ class Tracker:
 
     def __init__(self, config: RunConfig, folder: Path, uri: str | None = None, *, was_opened: bool = False) -> None:
         self._lock = threading.RLock()
-        remember(config.secrets())  # in this process too: texts of events come from anywhere
+        remember(config.secrets())  # in this process too: an event's text may hold any of them
         self._folder = folder
         self._name = config.run.name
         check_places(folder)
@@ -74,15 +74,17 @@ class Tracker:
         self._latest_time = 0.0
         resumed = self._points.is_resumed
         before, damage = _status_before(folder) if resumed else ({}, "")
-        self._phase, self._phase_since = "prepare", time.time()
-        self._started = before.get("started") or self._phase_since
+        self._phase = "prepare"
+        self._started = before.get("started") or time.time()
         self._state = "running"
         self._plan: dict[str, Any] = before.get("plan", {})
         self._evaluation: dict[str, Any] = before.get("evaluation", {})
         self._events = Events(before.get("events", []))
-        self._pilot = _latest(self._points.last.get("pilot"))
-        self._copilot = _latest(self._points.last.get("copilot"))
-        self._log = _latest(self._points.last.get("log"))
+        self._latest: dict[str, dict[str, Any]] = {
+            kind: {name: point[name] for name in ("round", "step", "metrics") if name in point}
+            for kind in ("pilot", "copilot", "log")
+            if (point := self._points.last.get(kind)) is not None
+        }
         self._log_written: tuple[int, float] = (-1, float("-inf"))
         self._pilot_rate, self._copilot_rate, self._token_rate = Rate(), Rate(), Rate()
         self._tokens = 0.0
@@ -98,7 +100,8 @@ class Tracker:
                 if not was_opened:
                     raise
                 self.event(
-                    "mlflow", f"{first_line(error)}. The run goes on without it; its next start sends what is missing"
+                    "mlflow",
+                    f"{first_line(error)}. The run continues without it; its next start sends the missing points",
                 )
             if resumed and self._mlflow is not None:
                 self._mlflow.fill_gaps(read_points(folder / METRICS_FILE))
@@ -112,9 +115,7 @@ class Tracker:
     def pilot(self, round: int, metrics: Mapping[str, Any]) -> None:
         """A Pilot round ended (1-based). A replayed round is not written again."""
         with self._lock:
-            now = self._now()
-            self._write("pilot", {"time": now, "round": round, "metrics": metrics}, axis=round)
-            self._pilot = {"round": round, "metrics": dict(metrics)}
+            now = self._record("pilot", metrics, axis="round", round=round)
             self._pilot_rate.add(now, round)
             self._tokens += float(metrics.get("tokens", 0))
             self._token_rate.add(now, self._tokens)
@@ -125,27 +126,24 @@ class Tracker:
     def copilot(self, round: int, step: int, metrics: Mapping[str, Any]) -> None:
         """A Copilot step ended (1-based), trained on the log up to Pilot round `round`. A replayed step is not written again."""
         with self._lock:
-            now = self._now()
-            self._write("copilot", {"time": now, "round": round, "step": step, "metrics": metrics}, axis=step)
-            self._copilot = {"round": round, "step": step, "metrics": dict(metrics)}
+            now = self._record("copilot", metrics, axis="step", round=round, step=step)
             self._copilot_rate.add(now, step)
             self._ray_metrics.set("copilot", {**metrics, "step": step})
         self._status_file.touch()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """State of the Mistake Log: bytes, rows, backlog, lag in rounds. Written at most once a round or LOG_SECONDS."""
+        """State of the Mistake Log: bytes, rows, backlog, lag in rounds. Written at most once per round or LOG_SECONDS."""
         with self._lock:
-            now = self._now()
-            self._log = {"metrics": dict(metrics)}
-            self._ray_metrics.set("log", metrics)
             written_round, written_at = self._log_written
-            if self._round > written_round or now - written_at >= LOG_SECONDS:
-                self._write("log", {"time": now, "round": self._round, "metrics": metrics})
+            due = self._round > written_round or time.time() - written_at >= LOG_SECONDS
+            now = self._record("log", metrics, write=due, round=self._round)
+            if due:
                 self._log_written = (self._round, now)
+            self._ray_metrics.set("log", metrics)
         self._status_file.touch()
 
     def event(self, kind: str, text: str) -> None:
-        """Something worth telling happened. `kind` "restart" is counted as a restart; others are shown once, with a count."""
+        """Something worth reporting happened. Kind "restart" is counted as a restart; others are shown once, with a count."""
         text = redact(text)
         with self._lock:
             now = self._now()
@@ -154,7 +152,7 @@ class Tracker:
         self._status_file.touch()
 
     def waiting(self, who: str, text: str) -> None:
-        """What `who` (pilot, copilot, evaluation) does or waits for before it shows progress; an empty text: no longer."""
+        """What `who` (pilot, copilot, evaluation) does or waits for before it makes progress; an empty text ends it."""
         with self._lock:
             if self._waiting.get(who, {}).get("text", "") == text:
                 return
@@ -178,19 +176,18 @@ class Tracker:
         self._status_file.touch()
 
     def phase(self, name: str) -> None:
-        """The run enters a phase, one of PHASES."""
+        """The run enters one of PHASES."""
         if name not in PHASES:
             raise ValueError(f"unknown phase {name!r}; phases are {', '.join(PHASES)}")
         with self._lock:
-            self._phase, self._phase_since = name, time.time()
+            self._phase = name
         self._status_file.write()
 
     def evaluation(self, table: Mapping[str, Any], markdown: str) -> None:
         """Results on held-out data: `table` a JSON tree whose numbers become metrics, `markdown` the report."""
         with self._lock:
             self._evaluation = finite(json.loads(json.dumps(table, default=float)))
-            metrics = dict(_numbers("", table))
-            self._write("evaluation", {"time": self._now(), "round": self._round, "metrics": metrics}, axis=self._round)
+            self._record("evaluation", dict(_numbers("", table)), axis="round", round=self._round)
             if self._mlflow is not None:
                 self._mlflow.log_text(markdown, "evaluation.md")
         self._status_file.write()
@@ -215,7 +212,7 @@ class Tracker:
         for who in list(self._waiting):
             self.waiting(who, "")
         if status != "done":
-            # whoever has stopped the run may kill it within seconds: what takes time comes after
+            # the process may be killed within seconds, so the status comes first
             with self._lock:
                 self._state = status
             self._status_file.write()
@@ -233,40 +230,35 @@ class Tracker:
                 self.event("mlflow", f"not everything reached MLflow; all of it is in {METRICS_FILE}")
         with self._lock:
             self._state = status
-            if status in PHASES and self._phase != status:
-                self._phase, self._phase_since = status, time.time()
+            if status in PHASES:
+                self._phase = status
         self._status_file.close()
         return self.status()
 
     def status(self) -> Status:
         """What the run is doing, as JSON values.
 
-        Keys: run, folder, state (running, done, failed, stopped), phase, phase_since, started, updated (unix seconds), plan,
+        Keys: run, folder, state (running, done, failed, stopped), phase, started, updated (unix seconds), plan,
         waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, log {metrics},
-        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`events.Events`), event_counts,
+        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`events.Events`),
         processes (pid by name), evaluation, mlflow (null when off).
         """
         with self._lock:
-            counts = self._points.event_counts
             return {
                 "run": self._name,
                 "folder": str(self._folder),
                 "state": self._state,
                 "phase": self._phase,
-                "phase_since": self._phase_since,
                 "started": self._started,
                 "updated": time.time(),
                 "plan": self._plan,
                 "waiting": {who: dict(wait) for who, wait in self._waiting.items()},
-                "pilot": _jsonable(self._pilot),
-                "copilot": _jsonable(self._copilot),
-                "log": _jsonable(self._log),
+                **{kind: self._latest.get(kind, {}) for kind in ("pilot", "copilot", "log")},
                 "tokens_per_second": self._token_rate.per_second(),
                 "rounds_per_minute": self._pilot_rate.per_second(60.0),
                 "eta_seconds": self._eta_seconds(),
-                "restarts": counts.get(RESTART, 0),
+                "restarts": self._points.restarts,
                 "events": self._events.shown(),
-                "event_counts": dict(counts),
                 "processes": dict(self._processes),
                 "evaluation": self._evaluation,
                 "mlflow": self._mlflow
@@ -280,26 +272,40 @@ class Tracker:
 
     @property
     def _round(self) -> int:
-        return int(self._pilot.get("round", 0))
+        return int(self._latest.get("pilot", {}).get("round", 0))
 
     def _now(self) -> float:
-        """Unix time, at least a millisecond after the last one: MLflow tells points of one round apart by it alone."""
+        """Unix time, at least a millisecond after the last one: MLflow distinguishes points of one round by it alone."""
         self._latest_time = max(time.time(), self._latest_time + 0.001)
         return self._latest_time
 
-    def _write(self, kind: str, point: Point, axis: int | None = None) -> None:
-        written = self._points.append(kind, point, axis)
-        if written is not None and self._mlflow is not None:
-            self._mlflow.log_point(written)
+    def _record(
+        self, kind: str, metrics: Mapping[str, Any], *, axis: str | None = None, write: bool = True, **at: int
+    ) -> float:
+        """Take in one measurement: for the status and, if `write`, for metrics.jsonl and MLflow. Returns its unix time.
+
+        Args:
+            kind: "pilot", "copilot", "log" or "evaluation".
+            axis: "round" or "step": a metric that was written there before is not written again; None: always written.
+            at: `round` and, of the Copilot, `step`.
+        """
+        now, numbers = self._now(), plain_numbers(metrics)
+        self._latest[kind] = {**at, "metrics": numbers}
+        if write:
+            point = {"time": now, **at, "metrics": numbers}
+            written = self._points.append(kind, point, None if axis is None else at[axis])
+            if written is not None and self._mlflow is not None:
+                self._mlflow.log_point(written)
+        return now
 
     def _eta_seconds(self) -> float | None:
-        """Time until the slower of the two models is through its plan; None outside training."""
+        """Time until both models have done their plan; None outside training."""
         if self._state != "running" or self._phase not in ("train", "catch-up"):
             return None
         waits = []
         for rate, now, total in (
             (self._pilot_rate, self._round, self._plan.get("rounds_total")),
-            (self._copilot_rate, self._copilot.get("step", 0), self._plan.get("copilot_steps_total")),
+            (self._copilot_rate, self._latest.get("copilot", {}).get("step", 0), self._plan.get("copilot_steps_total")),
         ):
             speed = rate.per_second()
             if total and total > now:
@@ -309,7 +315,7 @@ class Tracker:
         return max(waits, default=0.0)
 
     def _mlflow_failed(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk: MLflow's thread goes on
+        with contextlib.suppress(OSError):  # a full disk must not end MLflow's thread
             self.event("mlflow", text)
 
 
@@ -320,7 +326,7 @@ class Rate:
         self._readings: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW)
 
     def add(self, at: float, value: float) -> None:
-        """Add a reading; one that went back (a replay after a crash) starts the window anew."""
+        """Add a reading; a smaller one (a replay after a crash) empties the window first."""
         if self._readings and value < self._readings[-1][1]:
             self._readings.clear()
         self._readings.append((at, value))
@@ -336,7 +342,7 @@ class Rate:
 def start_tracker(config: RunConfig, folder: Path) -> Any:
     """Start the Tracker as a Ray actor on the caller's node and wait until it is ready. Returns the actor handle.
 
-    The actor takes no CPU. It is restarted if it dies: all it knows stands in the run folder.
+    The actor takes no CPU. It is restarted if it dies, as all it knows is in the run folder.
 
     Raises:
         TrackingError: MLflow cannot be used, or a folder stands where a file should be.
@@ -344,11 +350,11 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # The URI is resolved here: a worker process on a cluster does not see the caller's environment.
+    # resolved here, as a worker process on a cluster does not see the caller's environment
     uri = resolve_uri(config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": here}
-    # An error in an actor's constructor reaches the caller only as a dead actor: so what can fail is tried here first.
+    # An error in an actor's constructor reaches the caller only as a dead actor, so what can fail is tried here first.
     check_places(folder)
     if config.tracking.enabled:
         open_run(config, folder, uri)
@@ -358,33 +364,24 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
 
 
 def check_places(folder: Path) -> None:
-    """Raise TrackingError where a folder stands in the place of a file that the Tracker writes."""
+    """Raise TrackingError if a file that the Tracker writes is a folder."""
     for name in (METRICS_FILE, STATUS_FILE, RUN_ID_FILE):
         if (folder / name).is_dir():
             raise TrackingError(f"{folder / name} is a folder, and the run writes a file of that name: move it away")
 
 
 def _status_before(folder: Path) -> tuple[Status, str]:
-    """Status of an earlier start; empty, with the reason where there should be one, when it cannot be read."""
+    """Status of an earlier start, or an empty one and, if its file is damaged, the reason."""
     try:
         return read_status(folder), ""
     except FileNotFoundError:
         return {}, ""
     except DamagedFileError as error:
-        return {}, f"what an earlier start had to say is lost: {first_line(error)}"
-
-
-def _latest(point: Point | None) -> dict[str, Any]:
-    """The part of a point that the status shows."""
-    return {k: v for k, v in (point or {}).items() if k in ("round", "step", "metrics")}
-
-
-def _jsonable(latest: dict[str, Any]) -> dict[str, Any]:
-    return {**latest, "metrics": plain_numbers(latest["metrics"])} if "metrics" in latest else latest
+        return {}, f"the status of an earlier start is lost: {first_line(error)}"
 
 
 def _numbers(prefix: str, tree: Mapping[str, Any]) -> Any:
-    """Numeric leaves of a JSON tree as dotted names (lists and texts are left to the report)."""
+    """Numeric leaves of a JSON tree as dotted names; lists and texts are left out."""
     for key, value in tree.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping):

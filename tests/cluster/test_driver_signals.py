@@ -52,7 +52,7 @@ def test_a_stopped_run_says_so_and_how_to_go_on(tmp_path: Path, number: signal.S
             driver.wait()
     assert read_status(run)["state"] == "stopped"
     text = output.read_text()
-    assert f"stopped by {number.name}; the same command goes on from the last checkpoint in {run}\n" in text
+    assert f"stopped by {number.name}; the same command resumes from the last checkpoint in {run}\n" in text
     for words in ("Traceback", "*** SIG", "raylet", "StackTrace"):
         assert words not in text, text[-3000:]
 

@@ -1,7 +1,7 @@
 """Rows and mean lengths of training data, from a sample of its files; for plans, without Ray.
 
-The files are read once to count their records; a seeded sample of them is checked and tokenised exactly as `prepare`
-would do it. Embedded data is generated into a temporary folder. Called by `tc_ray.run.plan.plan`; nothing is left on disk.
+The files are read once to count their records. A seeded sample is checked and tokenised exactly as `prepare` does it. Embedded
+data is generated into a temporary folder, so nothing is left on disk. Called by `run.plan.plan`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class NoRowsError(DataError):
-    """No row to estimate from; the message says why."""
+    """There is no row to estimate from; the message says why."""
 
 
 @dataclass(frozen=True)
 class DataEstimate:
-    """rows: training rows after the cuts. Means are tokens a row over `sampled` rows; `exact`: counted, not estimated.
+    """rows: training rows after the cuts. Means are tokens per row over `sampled` rows. exact: counted, not estimated.
 
     target_ids: different token ids in the completions of the sampled rows; all rows may hold more. notes: which files are
     read as what, and which are left out.
@@ -54,7 +54,7 @@ class DataEstimate:
 
 @dataclass(frozen=True)
 class _Sample:
-    """`records` drawn from `total`, and the settings they are read with. held_out: sizes still to be cut from them."""
+    """`records` drawn from `total`, and the settings to read them with. held_out: sizes that are still cut from them."""
 
     records: list[Record]
     total: int
@@ -64,7 +64,7 @@ class _Sample:
 
 
 def is_embedded(config: DataSection) -> bool:
-    """The run will use the embedded data set: it says so, or its files are absent and it may fall back."""
+    """Whether the run will use the embedded data set: by its config, or as the fallback for absent files."""
     return config.train == EMBEDDED or (config.fallback == EMBEDDED and is_absent(config))
 
 
@@ -77,7 +77,7 @@ def estimate(
     encoder_decoder: bool = False,
     vocab_size: int | None = None,
 ) -> DataEstimate:
-    """Estimate.
+    """Rows and mean lengths of the training data.
 
     Raises:
         NoRowsError: the files are absent or hold no usable row. DataError: a file cannot be read at all or its part is not clear, the embedded task is unknown, or a row of the
@@ -120,7 +120,7 @@ def estimate(
 
 
 def _raise_absent(config: DataSection) -> NoReturn:
-    """Where the files were looked for."""
+    """Raise NoRowsError that says where the files were looked for."""
     try:
         find_sources(config)
     except DataError as error:
@@ -130,7 +130,7 @@ def _raise_absent(config: DataSection) -> NoReturn:
 
 def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
     if is_embedded(config):
-        # the mean over part of a generated set is as good as over all of it, and its length is known
+        # the length of a generated set is known, and a part of it has the same mean
         part = config.model_copy(update={"embedded_rows": min(config.embedded_rows, size)})
         write_embedded(part, folder / "embedded.jsonl", seed)
         records = list(iter_records(folder / "embedded.jsonl"))
@@ -154,7 +154,7 @@ def _draw_sequences(config: DataSection, folder: Path, size: int, seed: int) -> 
     found = scan(files)
     read = SequenceReader("train", label_items(found.items, seed), found.left_out, config.sequences)
     records, total = _sample((record for file in files for record in read(file)), size, seed)
-    return _Sample(records, total, config, [], notes)  # these are the training rows: the held-out ones are elsewhere
+    return _Sample(records, total, config, [], notes)  # training rows only: nothing is cut from them
 
 
 def _sample(records: Iterable[Record], size: int, seed: int) -> tuple[list[Record], int]:

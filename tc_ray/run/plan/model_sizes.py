@@ -1,7 +1,7 @@
 """Widths and parameter counts of a run's models from their configs alone: no weight is fetched or loaded.
 
-Invariant: modules are built on the meta device by the code that the run uses, so the counts are the run's. A model that
-cannot be read here is no error: the sizes are unknown, and the plan says that the run would refuse. Called by `tc_ray.run.plan.plan`.
+Invariant: modules are built on the meta device by the run's own code, so the counts are the run's. A model that cannot be
+read here is no error: its sizes are unknown, and the plan says that the run would refuse. Called by `run.plan.plan`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tc_ray.run.plan.data_estimate import DataEstimate
 from tc_ray.text import first_line
 
 HUB_SECONDS = 4.0
-"""How long a plan waits for the hub's first answer."""
+"""Longest wait for the hub's first answer."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class ModelConfig:
 class ModelSizes:
     """Widths, decoder layers of the Pilot, and parameter counts. The Copilot's include the Pilot's frozen embedding.
 
-    Those of the Copilot are None where its base cannot be read, and its counts where its output covers the tokens of the
-    completions (`copilot.output_tokens: targets`) and those are not known.
+    The Copilot's are None if its base cannot be read. Its counts are None too if its output covers the tokens of the
+    completions (`copilot.output_tokens: targets`) and these are unknown.
     """
 
     hidden_size: int
@@ -57,10 +57,10 @@ class ModelSizes:
 def find_models(
     config: RunConfig, notes: list[str], refusals: list[str]
 ) -> tuple[ModelConfig | None, ModelConfig | None]:
-    """Pilot and Copilot's base; None for one that is still to be fetched (a note) or cannot be read here (a refusal).
+    """Pilot and Copilot's base; None for one that must be fetched first (a note) or cannot be read here (a refusal).
 
     Raises:
-        ModelSourceError: a model folder that is named is not there.
+        ModelSourceError: a model folder does not exist.
     """
     pilot = _find(config.model.pilot, config, notes, refusals)
     if config.model.copilot in (None, config.model.pilot) or not config.log.enabled:
@@ -88,8 +88,8 @@ def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -
             AutoConfig.from_pretrained(place, local_files_only=local_only, trust_remote_code=False),
         )
     except (OSError, ValueError) as error:
-        # the rest of the plan is worth having all the same
-        reason = "the hub is not to be reached, and it is not in the cache" if local_only else first_line(error, 160)
+        # the rest of the plan is still useful
+        reason = "the hub does not answer, and the model is not in the cache" if local_only else first_line(error, 160)
         notes.append("sizes unknown")
         refusals.append(f"the config of {name} cannot be read here ({reason})")
         return None
@@ -97,9 +97,9 @@ def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -
 
 @cache
 def _hub_answers() -> bool:
-    """Whether the model hub answers at all: where it does not, its client asks for each file again and again.
+    """Whether the model hub answers at all; if not, its client would retry for each file.
 
-    Any answer counts, a refusal too; so does a certificate that only the hub's own client may know.
+    Any answer counts: a refusal too, and a certificate that only the hub's own client may know.
     """
     from huggingface_hub import constants
 
@@ -122,7 +122,7 @@ def model_sizes(
     """Sizes from the models' configs alone: modules are built on the meta device, without memory.
 
     Args:
-        found: the Pilot. base: the Copilot's; None where it is not known, or there is no Copilot.
+        found: the Pilot. base: the Copilot's; None if it is unknown or there is no Copilot.
 
     Raises:
         UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
@@ -136,7 +136,7 @@ def model_sizes(
     pilot_config, encoder_decoder = found.config, family_of(found.config).encoder_decoder
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft and transformers among themselves
+        warnings.simplefilter("ignore", FutureWarning)  # peft and transformers warn about each other
         pilot = auto.from_config(pilot_config)
         if encoder_decoder and not config.model.random_weights and _has_own_head(found):
             pilot.lm_head.weight = torch.nn.Parameter(torch.empty_like(pilot.lm_head.weight))
@@ -154,9 +154,9 @@ def model_sizes(
 
 
 def _has_own_head(model: ModelConfig) -> bool:
-    """Whether the saved head of an encoder-decoder is a matrix of its own (T5 1.1, FLAN-T5, mT5).
+    """Whether an encoder-decoder was saved with an untied head (T5 1.1, FLAN-T5, mT5).
 
-    The library ties the head of a new model and says so in its config, whatever the saved one says.
+    The library ties the head of a new model and sets its config so, whatever the saved config says.
     """
     from safetensors import safe_open
     from transformers import PreTrainedConfig

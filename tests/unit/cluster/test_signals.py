@@ -98,7 +98,7 @@ run_command(lambda: run_job(RunConfig.model_validate({"run": {"folder": sys.argv
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    line = f"stopped by SIGTERM; the same command goes on from the last checkpoint in {folder}\n"
+    line = f"stopped by SIGTERM; the same command resumes from the last checkpoint in {folder}\n"
     assert (done.returncode, done.stderr) == (143, line)
 
 

@@ -82,8 +82,8 @@ def test_mistakes_of_the_user_end_in_one_line_and_code_2(run: Path, tmp_path: Pa
         (("stats", run, "--rounds", "9:2"), "expected A:B"),
         (("stats", run, "--tokenizer", tmp_path), "no tokenizer can be read there"),
         (("export", run, "--out", tmp_path / "x", "--format", "csv"), "expected parquet or jsonl"),
-        (("export", run, "--out", tmp_path / "x.parquet", "--format", "jsonl"), "would be taken for parquet"),
-        (("export", run, "--out", tmp_path / "x.jsonl", "--format", "parquet"), "would be taken for jsonl"),
+        (("export", run, "--out", tmp_path / "x.parquet", "--format", "jsonl"), "would be read as parquet"),
+        (("export", run, "--out", tmp_path / "x.jsonl", "--format", "parquet"), "would be read as jsonl"),
         (("export", run, "--out", tmp_path / "x", "--tokenizer", "gpt2"), "--tokenizer is for jsonl"),
     ):
         result = tc_ray_log(*arguments)
@@ -105,7 +105,7 @@ def test_verify_finds_a_broken_file_and_takes_it_out(tmp_path: Path) -> None:
         ("report", "--out", tmp_path / "r.html"),
     ):
         gaps = tc_ray_log(command[0], folder, *command[1:])
-        assert gaps.returncode == 1 and "1 damaged files were passed over" in gaps.stderr, command
+        assert gaps.returncode == 1 and "1 damaged files were skipped" in gaps.stderr, command
     compacted = tc_ray_log("compact", folder)
     assert compacted.returncode == 1 and broken.name in compacted.stdout
     aside = tc_ray_log("verify", folder, "--quarantine", "--json")

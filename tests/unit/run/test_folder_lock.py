@@ -84,7 +84,7 @@ def test_a_full_disk_does_not_undo_the_lock(
 
     monkeypatch.setattr(os, "write", full)
     with FolderLock(tmp_path, "run first"):
-        assert "who holds the lock cannot be written" in caplog.text and "No space left" in caplog.text
+        assert "the holder of the lock cannot be written" in caplog.text and "No space left" in caplog.text
         with pytest.raises(LeaseHeldError, match="in use: another run"):
             FolderLock(tmp_path, "run second")
     monkeypatch.undo()

@@ -143,7 +143,7 @@ def test_each_difference_is_named(tmp_path: Path, name: str, words: str) -> None
     check_inputs(config, recorded, INPUTS)
     with pytest.raises(OtherInputsError) as caught:
         check_inputs(config, recorded, INPUTS | {name: "ff"}, now="here")
-    for part in (words, "ff now", "rounds 1 to 5", "Restore what was there", "another run.folder"):
+    for part in (words, "ff now", "rounds 1 to 5", "Restore them", "another run.folder"):
         assert part in str(caught.value)
 
 

@@ -110,5 +110,5 @@ def test_plan_without_the_hub(recipe: Path, tmp_path: Path) -> None:
     assert time.monotonic() - began < 60, "it asked a dead hub again and again"
     named = load_config(recipe).model
     for name in {named.pilot, named.copilot}:
-        assert f"the config of {name} cannot be read here (the hub is not to be reached" in done.stdout
-    assert "16 examples a round" in done.stdout and "unknown parameters" in done.stdout
+        assert f"the config of {name} cannot be read here (the hub does not answer" in done.stdout
+    assert "16 examples per round" in done.stdout and "unknown parameters" in done.stdout

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tc_ray.config.schema import RunConfig
 from tc_ray.files import read_json
 from tc_ray.tracking.points import PointFile, read_points
 from tc_ray.tracking.statusfile import StatusFile, read_status
+from tc_ray.tracking.tracker import Tracker
 
 
 def pilot_point(round: int, **metrics: float) -> dict[str, object]:
@@ -74,7 +76,7 @@ def test_a_damaged_line_is_passed_over_and_named(tmp_path: Path, caplog: pytest.
     good = [json.dumps({"kind": "pilot", **pilot_point(round, loss=1.0)}) for round in (1, 2)]
     path.write_text("\n".join([good[0], *damaged, good[1], ""]))
     assert [p["round"] for p in read_points(path)] == [1, 2]
-    assert f"metrics.jsonl: {len(damaged)} damaged lines were passed over, the first is line 2" in caplog.text
+    assert f"metrics.jsonl: {len(damaged)} damaged lines were skipped, the first is line 2" in caplog.text
     again = PointFile(path)
     assert again.damage.startswith(f"{len(damaged)} damaged lines")
     again.append("pilot", pilot_point(3, loss=2.0), axis=3)
@@ -99,15 +101,16 @@ def test_status_file_is_throttled_and_the_last_change_lands(tmp_path: Path) -> N
 
     state = {"n": 0}
     status = StatusFile(tmp_path, make, interval_s=0.3)
+    status.write()
     for n in range(200):
         state["n"] = n
         status.touch()
-    assert len(made) == 1
+    assert len(made) <= 2
     deadline = time.monotonic() + 5
     while read_json(tmp_path / "status.json")["n"] != 199 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert read_json(tmp_path / "status.json") == {"n": 199}
-    assert len(made) == 2
+    assert len(made) <= 3, "one of the start, one of the first change, one of all others"
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
 
 
@@ -116,3 +119,12 @@ def test_status_of_no_run_says_why(tmp_path: Path) -> None:
         read_status(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_status(tmp_path / "absent")
+
+
+def test_a_loss_that_is_not_a_number_reaches_status_and_file(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"run": {"folder": tmp_path}, "tracking": {"enabled": False}})
+    tracker = Tracker(config, tmp_path)
+    tracker.pilot(1, {"loss": float("nan"), "tokens": 8})
+    assert tracker.status()["pilot"]["metrics"] == {"loss": None, "tokens": 8.0}
+    (point,) = (point for point in read_points(tmp_path / "metrics.jsonl") if point["kind"] == "pilot")
+    assert point["metrics"] == {"loss": None, "tokens": 8.0}

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.tracking.progress import ProgressView, clock, size
+from tc_ray.text import byte_size
+from tc_ray.tracking.progress import ProgressView, clock
 from tc_ray.tracking.tracker import Tracker
 
 
@@ -56,7 +57,7 @@ def test_line_tells_what_there_is(tracker: Tracker) -> None:
     tracker.pilot(1, {"loss": 2.5, "log_bytes_per_token": 1234.5})
     tracker.log({"lag_rounds": 4, "bytes": 56_000})
     shown.show(tracker.status())
-    assert "round 1/10 | pilot loss 2.5000 | lag 4 rounds | log 56.0 KB, 1.2 KB a token" in out.getvalue()
+    assert "round 1/10 | pilot loss 2.5000 | lag 4 rounds | log 56.0 KB, 1.2 KB per token" in out.getvalue()
     assert "copilot" not in out.getvalue() and "None" not in out.getvalue()
 
 
@@ -95,4 +96,4 @@ def test_follow_ends_with_the_run(tracker: Tracker) -> None:
 
 def test_units() -> None:
     assert [clock(s) for s in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
-    assert [size(b) for b in (999, 1500, 2.5e9, 3e12)] == ["999 B", "1.5 KB", "2.5 GB", "3.0 TB"]
+    assert [byte_size(b) for b in (999, 1500, 2.5e9, 3e12)] == ["999 B", "1.5 KB", "2.5 GB", "3.0 TB"]

@@ -226,8 +226,8 @@ def test_mlflow_that_answers_again_is_told_once(monkeypatch: pytest.MonkeyPatch)
         writer.log_text("x", "y")
     assert writer.finish("FINISHED", 10)
     assert told == [
-        "MLflow fails, the run goes on without it: no space left",
-        "MLflow answers again; what it lacks is sent at the end",
+        "MLflow fails, the run continues without it: no space left",
+        "MLflow answers again; it gets the missing points at the end",
     ]
 
 

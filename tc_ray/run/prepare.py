@@ -1,0 +1,116 @@
+"""The first phases of a run: check its models, prepare its rows, then open its log and its tracking.
+
+Invariant: a run that is refused for its models, data or inputs has written nothing but its run folder, so its settings may be
+corrected. `config.yaml` is saved only after that. Called by `run.job`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tc_ray.config.load import save_config
+from tc_ray.mistakelog.table.lease import RunLease
+from tc_ray.run.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
+from tc_ray.run.refusals import JobError
+from tc_ray.run.state import Prepared, Run
+from tc_ray.text import first_line, visible
+
+
+def prepare(run: Run) -> None:
+    """Leaves `run.prepared` and the rows in `data/`; rows that are there and fit are taken.
+
+    Raises:
+        JobError: a model cannot be used, or nothing would be measured. DataError: see `prepare_rows`. OtherInputsError: the
+            run was started with other rows or weights.
+    """
+    from tc_ray.data.prepared.batches import RoundOrder
+    from tc_ray.models.families import family_of
+    from tc_ray.models.hub import embedding_rows, resolve_model
+
+    config, pilot = run.config, run.config.pilot
+    pilot_path = resolve_model(config.model.pilot, config.model.cache)
+    base_path = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else pilot_path
+    tokenizer, model_config = _read_model(config.model.pilot, pilot_path)
+    encoder_decoder = family_of(model_config).encoder_decoder
+    _check_models(run, model_config, pilot_path, base_path)
+    recorded = recorded_inputs(config, run.folder, run.log)
+    weights = base_weights(config, pilot_path, base_path)
+    check_inputs(config, recorded, weights)
+    vocab_size = embedding_rows(pilot_path, model_config)
+    data, rows = prepare_rows(config, tokenizer, recorded, encoder_decoder=encoder_decoder, vocab_size=vocab_size)
+    _print(*data.describe())
+    data.check_rounds(pilot.batch_size)
+    if config.log.enabled and not data.rows["test"]:
+        raise JobError("no test rows to measure with: set data.test or a data.test_size above 0")
+    order = RoundOrder(data.rows["train"], pilot.batch_size, pilot.epochs, config.run.seed)
+    rounds = min(order.rounds, pilot.max_rounds or order.rounds)
+    run.prepared = Prepared(pilot_path, base_path, tokenizer, model_config, data, rows | weights, rounds)
+    _print(
+        f"run {config.run.name} in {run.folder}: {rounds} rounds of {pilot.batch_size} examples, "
+        f"{config.copilot.steps_per_round} Copilot steps per round"
+    )
+
+
+def open_run(run: Run) -> None:
+    """Leaves `run.ledger` (None without a log), `run.lease`, `run.tracker` and config.yaml."""
+    from tc_ray.tracking.tracker import start_tracker
+
+    if run.config.log.enabled:
+        _open_log(run)
+    save_config(run.config, run.folder / "config.yaml")
+    run.tracker = start_tracker(run.config, run.folder)
+    run.tracker.plan.remote(run.prepared.rounds, run.copilot_steps)
+
+
+def _read_model(name: str, path: Any) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        return (
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+            AutoConfig.from_pretrained(path, trust_remote_code=False),
+        )
+    except ValueError as error:
+        reason = first_line(error)
+        raise JobError(f"model.pilot {name} cannot be read (code in a model folder is never run): {reason}") from error
+
+
+def _check_models(run: Run, model_config: Any, pilot_path: Any, base_path: Any) -> None:
+    from tc_ray.models.weights import check_folders
+    from tc_ray.pilot.log_metadata import check_log
+
+    try:
+        check_folders(run.config, pilot_path, base_path)
+        if run.config.log.enabled:
+            check_log(run.config, model_config)
+    except (ValueError, OSError) as error:
+        raise JobError(str(error)) from None
+
+
+def _open_log(run: Run) -> None:
+    """Make or open the table, take its lease if it is new, and start its Ledger."""
+    from tc_ray.mistakelog.commit.ledger_actor import start_ledger
+    from tc_ray.mistakelog.maintain.limits import Upkeep
+    from tc_ray.mistakelog.table.store import LogStore
+    from tc_ray.pilot.log_metadata import log_metadata
+
+    config, prepared = run.config, run.prepared
+    metadata = log_metadata(config, prepared.model_config, prepared.tokenizer, prepared.inputs)
+    LogStore.create(run.log, metadata)
+    if run.lease is None:
+        run.lease = RunLease.take(run.log, f"run {config.run.name}")
+    # rounds behind its position that a restarted Copilot reads again; with max_seen they depend on the records
+    read_again = config.copilot.buffer_rounds if config.copilot.max_seen is None else prepared.rounds
+    run.ledger = start_ledger(
+        run.log,
+        metadata,
+        writers=config.resources.pilot_workers,
+        run=config.run.name,
+        lease=run.lease.number,
+        upkeep=Upkeep.from_config(config.log, read_again),
+    )
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        print(visible(line), flush=True)
