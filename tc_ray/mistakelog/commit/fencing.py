@@ -48,6 +48,5 @@ def trimmed(store: LogStore, file: StoredFile, watermark: int, attempt: int) -> 
         file.rank,
         file.attempt,
         _TRIMMED,
-        done.sha256,
         done.crc32,
     )

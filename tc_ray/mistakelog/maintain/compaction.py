@@ -102,9 +102,7 @@ def write_merged(store: LogStore, group: Sequence[StoredFile], compression: Comp
             part.abort()
         raise
     rank, attempt = min(file.rank for file in group), min(file.attempt for file in group)
-    return DataFile(
-        name, part.rows, done.size, first, last, rank, attempt, _MERGED, done.sha256, done.crc32, dropped={}
-    )
+    return DataFile(name, part.rows, done.size, first, last, rank, attempt, _MERGED, done.crc32, dropped={})
 
 
 def merge(

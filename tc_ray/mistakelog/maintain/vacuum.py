@@ -41,8 +41,7 @@ from tc_ray.mistakelog.table.store import LEASE_NUMBER, LogStore
 
 log = logging.getLogger(__name__)
 
-# the second: unfinished files of logs of the first version
-_OURS = re.compile(r"(rounds-\d{8}-|rank\d+-a\d+-).*\.parquet(\.tmp)?$")
+_OURS = re.compile(r"rounds-\d{8}-.*\.parquet(\.tmp)?$")
 _ATTEMPT = re.compile(r"-rank\d+-a(\d+)-\d{6}(-t\d+)?\.parquet(\.tmp)?$")
 _LEASE = re.compile(r"_tc_ray/lease-(\d+)\.json$")
 # half-written small files and checkpoints, and what delta-rs stages its commits in

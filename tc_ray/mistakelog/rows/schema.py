@@ -8,14 +8,12 @@ stops. Used by every other module of this package.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
-"""2: layers of the rationale, dense errors and a top_k that is chosen while the run goes on."""
-READABLE_VERSIONS = ("1", "2")
 PREFIX = "tc_ray."
 
 ROW_SCHEMA = pa.schema(
@@ -118,16 +116,14 @@ class LogMetadata:
         version = configuration.get(PREFIX + "schema_version")
         if version is None:
             raise LogSchemaError(f"{where}: no {PREFIX}schema_version in the table's configuration: not a Mistake Log")
-        if version not in READABLE_VERSIONS:
+        if version != str(SCHEMA_VERSION):
             raise LogSchemaError(
-                f"{where}: Mistake Log schema version {version}, but this tc-ray reads versions "
-                f"{' and '.join(READABLE_VERSIONS)}; read it with the tc-ray that wrote it"
+                f"{where}: Mistake Log schema version {version}, but this tc-ray reads version {SCHEMA_VERSION}; "
+                "read it with the tc-ray that wrote it"
             )
         values: dict[str, str | int] = {}
         for field in fields(cls):
             raw = configuration.get(PREFIX + field.name)
-            if raw is None and field.default is not MISSING:
-                continue  # added after the first logs of this schema version were written
             if raw is None:
                 raise LogSchemaError(f"{where}: {PREFIX}{field.name} is missing in the table's configuration")
             try:

@@ -41,7 +41,6 @@ class Commit:
 class Fate(NamedTuple):
     """What the commits say of one file."""
 
-    sha256: str | None
     crc32: int | None
     left: int | None = None
     """The version that it left the table with: no later one has it, names are not used twice. None: it did not."""
@@ -76,10 +75,9 @@ class CommitLog:
     def _note(self, commit: Commit) -> None:
         for file in commit.files:
             if file.name is not None:
-                # logs of the first version have no CRC-32
-                self._fates[file.name] = Fate(file.sha256 or None, file.crc32 or None)
+                self._fates[file.name] = Fate(file.crc32)
         for name in commit.removed:
-            self._fates[name] = self._fates.get(name, Fate(None, None))._replace(left=commit.version)
+            self._fates[name] = self._fates.get(name, Fate(None))._replace(left=commit.version)
 
     def _load(self, versions: range) -> Iterator[Commit | None]:
         if self._location.local is not None or len(versions) < 2:

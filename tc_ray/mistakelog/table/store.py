@@ -56,14 +56,13 @@ class StoredFile:
     """Lowest rank in it; files of the record writer hold one."""
     attempt: int
     """Lowest attempt in it; files of the record writer hold one."""
-    sha256: str | None = None
-    """None: not in the commits that are left."""
     crc32: int | None = None
+    """None: not in the commits that are left."""
 
     @property
     def committed(self) -> Committed:
         """What its bytes are checked against."""
-        return Committed(self.bytes, self.crc32, self.sha256, self.rows)
+        return Committed(self.bytes, self.crc32, self.rows)
 
 
 class LogStore:
@@ -249,7 +248,7 @@ class LogStore:
         files = []
         for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
             check_data_name(self.location, row["path"])
-            fate = fates.get(row["path"], Fate(None, None))
+            fate = fates.get(row["path"], Fate(None))
             found = StoredFile(
                 name=row["path"],
                 rows=row["num_records"],
@@ -259,10 +258,9 @@ class LogStore:
                 round_max=row.get("max.round"),
                 rank=row.get("min.rank"),
                 attempt=row.get("min.attempt"),
-                sha256=fate.sha256,
                 crc32=fate.crc32,
             )
-            missing = [key for key, value in asdict(found).items() if value is None and key not in ("sha256", "crc32")]
+            missing = [key for key, value in asdict(found).items() if value is None and key != "crc32"]
             if missing:
                 raise LogSchemaError(
                     f"{self.location}/{found.name}: committed without statistics of {', '.join(missing)}: "

@@ -19,10 +19,9 @@ from typing import Literal, TypeVar
 
 from tc_ray.mistakelog.rows.finite import only_finite
 from tc_ray.mistakelog.rows.records import Records
-from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, Compression, DataFile, file_name
+from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, Compression, DataFile, Finished, file_name
 from tc_ray.mistakelog.table.errors import FencedError, WriterError
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.output import Finished
 from tc_ray.mistakelog.table.retry import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, OutageClock, may_pass
 from tc_ray.mistakelog.write.open_file import HeldPart
 from tc_ray.mistakelog.write.queue import Batch, Cut, PendingRecords, RoundQueue
@@ -325,7 +324,7 @@ class RecordWriter:
             self._commit(self._covered + 1, cut.round)
 
     def _commit(self, first: int, last: int) -> None:
-        name, finished = None, Finished(0, "", 0)
+        name, finished = None, Finished(0, 0)
         rows = self._held.rows
         if rows:
             done = self._until_written(lambda: self._held.finish(self._name()))
@@ -337,7 +336,7 @@ class RecordWriter:
         with self._changed:
             dropped = self._queue.take_drops(last)
         origin = (self._rank, self._attempt, self._sequence)
-        file = DataFile(name, rows, finished.size, first, last, *origin, finished.sha256, finished.crc32, dropped)
+        file = DataFile(name, rows, finished.size, first, last, *origin, finished.crc32, dropped)
         # may have been done although the answer was an error, so this file stays as it is: the Ledger knows repetitions
         self._until_written(lambda: self._submit(file), repeat=True)
         self._sequence += 1

@@ -128,7 +128,7 @@ def test_the_rows_stay_what_they_were(tmp_path: Path, ranks: int) -> None:
     assert_same(before.records(), Records.concat([before.records((n, n)) for n in range(1, 9)]))
     merged = after.files[0]
     assert (merged.round_min, merged.round_max, merged.rows) == (1, 8, 8 * ranks * ROWS)
-    assert merged.sha256 and merged.crc32
+    assert merged.crc32
     assert verify_log(tmp_path).good
     assert compact_log(tmp_path, 1 << 20).lines() == [f"{tmp_path}: 1 files, none to merge"]
 

@@ -312,7 +312,7 @@ def test_upkeep_in_the_ledger(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, writers=1, run="test", upkeep=upkeep(keep_rounds=16))
     ledger.begin_attempt(20, 1)
     ledger.report_copilot(20, 20)
-    ledger.commit(DataFile(None, 0, 0, 21, 21, 0, 2, 0, ""))
+    ledger.commit(DataFile(None, 0, 0, 21, 21, 0, 2, 0))
     state = ledger.state()
     assert (state.files, state.rows, state.round) == (15, 16 * ROWS, 21)
     assert [(f.round_min, f.round_max) for f in LogStore(tmp_path).files()][:3] == [(5, 6), (7, 7), (8, 8)]

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from tc_ray.mistakelog.commit.ledger import Ledger
@@ -22,10 +21,9 @@ from tc_ray.mistakelog.maintain.maintenance import Maintenance
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.commits import dropped_records
-from tc_ray.mistakelog.table.data_file import DataFile
+from tc_ray.mistakelog.table.data_file import DataFile, _Output
 from tc_ray.mistakelog.table.errors import LogFullError, WriterError
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.output import LocalOutput
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.queue import Batch, Cut, RoundQueue
 from tc_ray.mistakelog.write.writer import RecordWriter
@@ -42,25 +40,11 @@ class Disk:
         self.refused = 0
         disk = self
 
-        class Output(LocalOutput):
-            """Arrow writes through here."""
+        arrow_write = _Output.write
 
-            def __init__(self, path: Path) -> None:
-                super().__init__(path)
-                self.file, self.closed = self.sink, False
-                self.tell = self.file.tell
-                self.sink = pa.PythonFile(self, "w")
-
-            def write(self, data: Any) -> int:
-                disk.check()
-                return int(self.file.write(data))
-
-            def flush(self) -> None:
-                self.file.flush()
-
-            def close(self) -> None:
-                self.file.close()
-                self.closed = True
+        def output_write(output: _Output, data: bytes) -> int:
+            disk.check()
+            return arrow_write(output, data)
 
         def write(location: Location, name: str, data: bytes) -> None:
             disk.check()
@@ -68,7 +52,7 @@ class Disk:
             (location.local / name).parent.mkdir(parents=True, exist_ok=True)
             (location.local / name).write_bytes(data)
 
-        monkeypatch.setattr("tc_ray.mistakelog.table.output.LocalOutput", Output)
+        monkeypatch.setattr(_Output, "write", output_write)
         monkeypatch.setattr(Location, "write", write)
 
     def check(self) -> None:
