@@ -31,6 +31,7 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 from log_throughput import make_records, metadata_of
 from workload import machine, print_table, write_json
 
+from tc_ray.config.log import LogSection
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.limits import Upkeep
@@ -82,12 +83,10 @@ def write(folder: Path, minutes: float, per_second: float) -> None:
     writer = RecordWriter(
         store.location,
         ledger.commit,
+        LogSection(flush_rounds=4, file_bytes=64 << 20, queue_rounds=8),
         run="benchmark",
         rank=0,
         attempt=ledger.begin_attempt(0, 1),
-        flush_rounds=4,
-        file_bytes=64 << 20,
-        queue_rounds=8,
     )
     began, number = time.monotonic(), 0
     while time.monotonic() - began < 60 * minutes:

@@ -38,6 +38,7 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 
 from workload import machine, print_table, spread, write_json
 
+from tc_ray.config.log import LogSection
 from tc_ray.copilot.batching import batch_from_records
 from tc_ray.files import sync
 from tc_ray.mistakelog.commit.ledger import Ledger
@@ -153,12 +154,10 @@ class Disk:
         writer = RecordWriter(
             store.location,
             ledger.commit,
+            LogSection(flush_rounds=2**31, file_bytes=self._file_bytes, queue_rounds=8),
             run="benchmark",
             rank=0,
             attempt=attempt,
-            flush_rounds=2**31,
-            file_bytes=self._file_bytes,
-            queue_rounds=8,
         )
         for number, records in enumerate(self._rounds, 1):
             writer.put(records, number)

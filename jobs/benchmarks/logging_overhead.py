@@ -1,7 +1,7 @@
 """Cost of the Mistake Log to the Pilot: time of a round with logging on against off, interleaved in one process.
 
 python jobs/benchmarks/logging_overhead.py [--rounds 40] [--batch-size 16] [--tokens 80] [--targets 12] [--threads 1]
-    [--rationale pooled | all | 0,9,19,29] [--error top-k | dense] [--top-k 64] [--device cuda]
+    [--rationale pooled | all | 0,9,19,29] [--error top-k | dense] [--top-k 16] [--device cuda]
 
 One model with two training forwards on the same weights: one leaves a record (taps, errors, conversion, hand-over
 to the writer's queue), the other does not. The writer thread and a real Ledger write a real Delta table in a temporary
@@ -46,7 +46,7 @@ from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.pilot.load import DTYPES, PilotStep, add_adapters, load_pilot
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import log_metadata
-from tc_ray.pilot.recorder import Recorder
+from tc_ray.pilot.record import Recorder
 
 WARM_UP_PAIRS = 2
 
@@ -71,7 +71,7 @@ class Rounds:
             },
         )
         pilot = add_adapters(pilot, self.config.pilot).to(self.device)
-        log, shape = self.config.log, pilot.config
+        shape = pilot.config
         recording = pilot_step(pilot, self.config).train()
         self.steps = {True: recording, False: PilotStep(pilot, top_k=1, record=False).train()}
         self.trained = [p for p in pilot.parameters() if p.requires_grad]
@@ -79,33 +79,15 @@ class Rounds:
         store = LogStore.create(log_folder, log_metadata(self.config, shape, AutoTokenizer.from_pretrained(model)))
         run = self.config.run.name
         self.ledger = Ledger(store.location, writers=1, run=run)
-        attempt = self.ledger.begin_attempt(0, 1)
-        self.writer = RecordWriter(
+        writer = RecordWriter(
             store.location,
             self.ledger.commit,
+            self.config.log,
             run=run,
             rank=0,
-            attempt=attempt,
-            flush_rounds=log.flush_rounds,
-            file_bytes=log.file_bytes,
-            queue_rounds=log.queue_rounds,
-            full_policy=log.full_policy,
-            compression=log.compression,
+            attempt=self.ledger.begin_attempt(0, 1),
         )
-        self.recorder = Recorder(
-            self.config,
-            self.writer,
-            recording,
-            self.device,
-            rank=0,
-            world_size=1,
-            attempt=attempt,
-            rounds=WARM_UP_PAIRS + arguments.rounds,
-            start_round=0,
-            stored_top_k=store.metadata.top_k,
-            choose=self.ledger.choose_top_k,
-            tell=lambda kind, text: None,
-        )
+        self.recorder = Recorder(writer, self.config.log, seed=self.config.run.seed, device=self.device)
         self.logged = 0
 
     def run(self, batch: Batch, *, logging: bool) -> float:
@@ -188,7 +170,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--rationale", type=rationale, default="pooled", help="as log.rationale; layers with commas")
     parser.add_argument("--error", choices=("top-k", "dense"), default="top-k", help="as log.error")
-    parser.add_argument("--top-k", type=int, default=TOP_K, help=f"errors kept a token (default {TOP_K})")
+    parser.add_argument("--top-k", type=int, default=TOP_K, help=f"errors kept per token (default {TOP_K})")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
@@ -205,7 +187,7 @@ def main() -> None:
     print(f"median of pair ratios  {result['median_of_pair_ratios']:.4f} (quartiles {low:.4f} to {high:.4f})")
     blocked = f"waited {result['blocked_seconds']:.3f} s for the writer"
     print(
-        f"log                    {result['log_bytes_per_round'] / 1e6:.2f} MB a round, {result['log_bytes_per_token']:.0f} B a token; the rounds {blocked}"
+        f"log                    {result['log_bytes_per_round'] / 1e6:.2f} MB a round, {result['log_bytes_per_token']:.0f} B per token; the rounds {blocked}"
     )
     write_json(arguments.json, result)
 

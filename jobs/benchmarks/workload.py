@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
 from tc_ray.models.hub import resolve_model
 
 BUILTIN = "smollm2-135m-instruct"
-TOP_K = 64
-"""Errors logged a token. A run chooses them from its data; random tokens would choose another number."""
+TOP_K = LogSection().top_k
+"""Errors logged per target token."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,13 @@ def model_folder(name: str) -> Path:
 
 
 def recipe_config(layers: int, **sections: dict[str, Any]) -> RunConfig:
-    """The settings of jobs/recipes/smollm2-svamp.yaml that cost time, for a model of `layers` layers, and 64 errors a token.
+    """The settings of jobs/recipes/smollm2-svamp.yaml that cost time, for a model of `layers` layers.
 
     LoRA r16 from a third of the depth on; a Copilot of every fifth layer, trained in full.
     """
     values: dict[str, dict[str, Any]] = {
         "pilot": {"learning_rate": 6e-4, "lora": {"rank": 16, "alpha": 32, "first_layer": layers // 3}},
         "copilot": {"every": 5 if layers >= 10 else 2, "learning_rate": 1e-3, "steps_per_round": 3},
-        "log": {"top_k": TOP_K},
     }
     for name, fields in sections.items():
         values[name] = {**values.get(name, {}), **fields}

@@ -127,7 +127,7 @@ def pilot_step(model: Any, config: RunConfig) -> PilotStep:
     log, family = config.log, family_of(model)
     return PilotStep(
         model,
-        top_k=log.top_k_limit if log.top_k == "auto" else log.top_k,
+        top_k=log.top_k,
         record=log.enabled,
         pooling=log_pooling(log.rationale, log.pooling),
         layers=tapped_layers(log.rationale, len(family.layers(model))),

@@ -28,7 +28,7 @@ def log_metadata(
     layers, count = check_log(config, pilot_config), family.layer_count(pilot_config)
     pooling = log_pooling(log.rationale, log.pooling)
     most = pilot_config.vocab_size - 1
-    top_k = most if log.error == "dense" else 0 if log.top_k == "auto" else min(log.top_k, most)
+    top_k = most if log.error == "dense" else min(log.top_k, most)
     hashes: dict[str, Any] = dict(inputs or {})
     return LogMetadata(
         run=config.run.name,

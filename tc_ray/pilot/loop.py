@@ -26,13 +26,12 @@ from tc_ray.data.prepared.train_table import TrainTable
 from tc_ray.mistakelog.commit.ledger_actor import submit_to
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.retry import may_pass
-from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.finite import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
 from tc_ray.pilot.engine import build_engine, take_step
 from tc_ray.pilot.export import probe_rows, save_merged
-from tc_ray.pilot.recorder import Recorder
+from tc_ray.pilot.record import Recorder
 
 LOCKSTEP_POLL_SECONDS = 0.05
 SPACE_POLL_SECONDS = 1.0
@@ -104,7 +103,7 @@ class Worker:
             loss, round_tokens, taken = self._round(number)
             tokens += round_tokens
             if self.recorder is not None:
-                self.recorder.end_round(number, spoilt=not taken)
+                self.recorder.end_round(number, left_out=not taken)
             last = number == self.job.rounds
             seconds, mean = time.monotonic() - began, tokens / (time.monotonic() - started)
             self._report(number, loss, rate, round_tokens, seconds, mean)
@@ -148,47 +147,31 @@ class Worker:
             raise NotFiniteError(f"{what} holds weights that are not finite ({name or 'on another rank'}); {advice}")
 
     def _begin_attempt(self, watermark: int) -> None:
-        """Rank 0 fences the log past the watermark and shares the attempt's number and the log's k; then every rank writes."""
+        """Rank 0 fences the log past the watermark and shares the attempt's number; then every rank writes."""
         self.job.tracker.process.remote(f"pilot-{self.rank}", os.getpid())
         if not self.config.log.enabled:
             return
-        log, location = self.config.log, Location(self.config.log_location, self.config.log.storage_options)
-        shared = torch.zeros(2, dtype=torch.int64, device=self.device)
+        shared = torch.zeros(1, dtype=torch.int64, device=self.device)
         if self.rank == 0:
             shared[0] = self._committed("begin_attempt", watermark, self.world_size)
-            shared[1] = LogStore(location).metadata.top_k
         if self.world_size > 1:
             torch.distributed.broadcast(shared, 0)
-        self.attempt, stored_top_k = shared.tolist()
+        self.attempt = int(shared)
         if self.rank == 0 and self.attempt > 1:
             self.job.tracker.event.remote("resume", f"Pilot attempt {self.attempt} goes on after round {watermark}")
+        log = self.config.log
+        if self.config.copilot.schedule == "lockstep":  # the Copilot waits for every round
+            log = log.model_copy(update={"flush_rounds": 1})
         writer = RecordWriter(
-            location,
+            Location(self.config.log_location, log.storage_options),
             submit_to(self.job.ledger),
+            log,
             run=self.config.run.name,
             rank=self.rank,
             attempt=self.attempt,
-            flush_rounds=1 if self.config.copilot.schedule == "lockstep" else log.flush_rounds,
-            file_bytes=log.file_bytes,
-            queue_rounds=log.queue_rounds,
-            full_policy=log.full_policy,
-            compression=log.compression,
             start_round=watermark,
         )
-        self.recorder = Recorder(
-            self.config,
-            writer,
-            self.engine.module,
-            self.device,
-            rank=self.rank,
-            world_size=self.world_size,
-            attempt=self.attempt,
-            rounds=self.job.rounds,
-            start_round=watermark,
-            stored_top_k=stored_top_k,
-            choose=lambda top_k: int(self._committed("choose_top_k", top_k)),
-            tell=self.job.tracker.event.remote,
-        )
+        self.recorder = Recorder(writer, log, seed=self.config.run.seed, device=self.device)
 
     def _committed(self, method: str, *arguments: int) -> Any:
         """Answer of a Ledger call that writes to the log; without it the run cannot go on, so it waits for a full disk."""
@@ -315,7 +298,7 @@ class Worker:
         """Up to this round, on all ranks; all get the same answer."""
         if self.recorder is None:
             return True
-        complete = torch.tensor(float(self.recorder.flush(number)), device=self.device)
+        complete = torch.tensor(float(self.recorder.writer.flush(number)), device=self.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(complete, torch.distributed.ReduceOp.MIN)
         return bool(complete)

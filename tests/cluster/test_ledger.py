@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger_actor import start_ledger, submit_to
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.read.reader_lease import held_versions
@@ -35,12 +36,10 @@ def make_writer(folder: Path, ledger: object, rank: int, attempt: int) -> Record
     return RecordWriter(
         folder,
         submit_to(ledger),
+        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=2),
         run="test",
         rank=rank,
         attempt=attempt,
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=2,
     )
 
 

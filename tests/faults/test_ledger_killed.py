@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import ray
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger_actor import start_ledger, submit_to
 from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.maintain.verify import verify_log
@@ -63,12 +64,10 @@ def test_the_ledger_killed_at_random(tmp_path: Path, kills: int) -> None:
         writer = RecordWriter(
             tmp_path,
             submit_to(ledger),
+            LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=2),
             run="test",
             rank=rank,
             attempt=attempt,
-            flush_rounds=1,
-            file_bytes=2**30,
-            queue_rounds=2,
         )
         number = 0
         while not last[0] or number < last[0]:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.rows.records import Records
@@ -96,12 +97,10 @@ def test_the_dataset_reads_a_pinned_version_in_other_processes(place: Location) 
     writer = RecordWriter(
         place,
         ledger.commit,
+        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=4),
         run="test",
         rank=0,
         attempt=ledger.begin_attempt(0, 1),
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=4,
     )
     for number in range(1, 5):
         writer.put(batch(number, 1), number)
@@ -133,12 +132,10 @@ def pilot(uri: str, checkpoint: Path, options: dict[str, str]) -> None:
         writer = RecordWriter(
             place,
             ledger.commit,
+            LogSection(flush_rounds=2, file_bytes=2**30, queue_rounds=4),
             run="test",
             rank=0,
             attempt=attempt,
-            flush_rounds=2,
-            file_bytes=2**30,
-            queue_rounds=4,
             start_round=watermark,
         )
         for number in range(watermark + 1, ROUNDS + 1):
@@ -209,12 +206,10 @@ def test_checksums_are_found_and_an_altered_object_is_refused(place: Location) -
     writer = RecordWriter(
         place,
         ledger.commit,
+        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=4),
         run="test",
         rank=0,
         attempt=ledger.begin_attempt(0, 1),
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=4,
     )
     for number in range(1, 4):
         writer.put(batch(number, 1), number)

@@ -14,6 +14,7 @@ from statistics import median
 import numpy as np
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.maintain.vacuum import vacuum_log
@@ -59,12 +60,10 @@ def pilot(folder: Path, rounds: int) -> None:
     writer = RecordWriter(
         folder,
         ledger.commit,
+        LogSection(flush_rounds=2, file_bytes=2**30, queue_rounds=4),
         run="test",
         rank=0,
         attempt=attempt,
-        flush_rounds=2,
-        file_bytes=2**30,
-        queue_rounds=4,
         start_round=watermark,
     )
     for number in range(watermark + 1, rounds + 1):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.compaction import compact_log
 from tc_ray.mistakelog.maintain.limits import Upkeep
@@ -40,12 +41,10 @@ def written(place: Location, upkeep: Upkeep | None = None) -> Ledger:
     writer = RecordWriter(
         place,
         ledger.commit,
+        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=8),
         run="test",
         rank=0,
         attempt=ledger.begin_attempt(0, 1),
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=8,
     )
     for number in range(1, ROUNDS + 1):
         writer.put(batch(number), number)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.maintain.verify import verify_log
@@ -108,12 +109,10 @@ def test_four_readers_and_a_cap(tmp_path: Path, seconds: float) -> None:
     writer = RecordWriter(
         folder,
         ledger.commit,
+        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=2),
         run="test",
         rank=0,
         attempt=attempt,
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=2,
     )
     readers = [
         subprocess.Popen(

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain import maintenance
 from tc_ray.mistakelog.maintain.limits import Upkeep
@@ -96,12 +97,10 @@ def train(
     writer = RecordWriter(
         folder / "log",
         submit,
+        LogSection(flush_rounds=4 if start.phase == 1 else 1, file_bytes=2**30, queue_rounds=4),
         run="test",
         rank=0,
         attempt=attempt,
-        flush_rounds=4 if start.phase == 1 else 1,
-        file_bytes=2**30,
-        queue_rounds=4,
         start_round=start.round,
     )
     for number in range(start.round + 1, last + 1):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tc_ray.config.log import LogSection
 from tc_ray.data.prepared.batches import collate
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.read.reader import MistakeLog
@@ -17,7 +18,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.pilot.load import PilotStep
-from tc_ray.pilot.recording import to_records
+from tc_ray.pilot.record import to_records
 from tests.support.mistakelog_samples import metadata
 from tests.support.reference import DenseRecord, dense_record
 
@@ -93,22 +94,13 @@ def logged(
     writer = RecordWriter(
         folder,
         ledger.commit,
+        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=2),
         run="test",
         rank=0,
         attempt=ledger.begin_attempt(0, 1),
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=2,
     )
-    records = to_records(
-        record,
-        **{k: batch[k] for k in ("input_ids", "lengths", "target_start", "sample_id")},
-        seen=np.zeros(len(rows)),
-        round_number=1,
-        rank=0,
-        attempt=1,
-        positions=positions,
-    )
+    settings = LogSection.model_validate({"positions": positions})
+    records, _ = to_records(record, batch, np.zeros(len(rows)), settings, round=1, rank=0, attempt=1)
     writer.put(records, 1)
     writer.end_round(1)
     writer.close()

@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from tc_ray.cli.main import app
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
@@ -67,7 +68,9 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     LogStore.create(folder, metadata())
     ledger = Ledger(folder, writers=1, run="test")
     options: dict[str, Any] = {"flush_rounds": 4, "file_bytes": 2**30, "queue_rounds": 8}
-    writer = RecordWriter(folder, ledger.commit, run="test", rank=0, attempt=ledger.begin_attempt(0, 1), **options)
+    writer = RecordWriter(
+        folder, ledger.commit, LogSection(**options), run="test", rank=0, attempt=ledger.begin_attempt(0, 1)
+    )
     for number in range(1, 21):
         writer.put(random_records(6, round=number, first_sample=10 * number), number)
         writer.end_round(number)

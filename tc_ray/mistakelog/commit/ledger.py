@@ -59,7 +59,7 @@ class LogState:
     """Last round the Copilot reported as consumed; 0 before."""
     copilot_steps: int
     dropped: int = 0
-    """Records that could not be written and are missing in the log (policies subsample and stop)."""
+    """Records that could not be written and are missing in the log (`log.full_policy: drop`, and rows that are not finite)."""
     quarantined: int = 0
     """Damaged files that were taken out of the log."""
 
@@ -312,23 +312,6 @@ class Ledger:
         self._quarantined += len(set_aside(self._store, [error], numbers=self._signed({})))
         self._count_files()
         self._known = self._store.version
-
-    def choose_top_k(self, top_k: int) -> int:
-        """Set how many errors a token the log lists, once; the first choice stands.
-
-        Returns:
-            The number that stands.
-        """
-        if top_k < 1:
-            raise ValueError(f"top_k {top_k} must be at least 1")
-
-        def act() -> None:
-            if not self._store.metadata.top_k:
-                self._store.choose_top_k(top_k)
-                self._known = self._store.version
-
-        self._retrying(act)
-        return self._store.metadata.top_k
 
     def finish_pilot(self, last_round: int) -> None:
         """Note that the Pilot has ended with `last_round`; `begin_attempt` takes it back.

@@ -202,25 +202,6 @@ class Records:
             parts["question"] = self.question[flat_index(offsets[chosen], lengths_of(offsets)[chosen])]
         return replace(self, **parts)  # type: ignore[arg-type]
 
-    def truncated(self, top_k: int) -> Records:
-        """The same records with the first `top_k` errors of each token besides the true one's; `error_rest` takes the mass
-        of those dropped.
-
-        Raises:
-            ValueError: fewer are listed, or the errors are dense.
-        """
-        if self.error == "dense" or not 0 <= top_k <= self.top_k:
-            raise ValueError(f"cannot keep the {top_k} largest of {self.top_k} {self.error} errors")
-        if top_k == self.top_k:
-            return self
-        dropped = self.error_values[:, top_k + 1 :].sum(1, dtype=np.float64)
-        return replace(
-            self,
-            error_ids=self.error_ids[:, : top_k + 1],
-            error_values=self.error_values[:, : top_k + 1],
-            error_rest=(self.error_rest - dropped).astype(np.float32),
-        )
-
     @classmethod
     def concat(cls, parts: Sequence[Records]) -> Records:
         """One Records with the records of all parts, in order (a copy, except of a single part).
@@ -342,10 +323,6 @@ class Records:
             )
         layers, dim, top_k = (int(width) for width in widths if width is not None)
         dense = metadata.get(PREFIX + "error") == "dense"
-        if top_k < 1 and table.num_rows:
-            raise LogSchemaError(
-                "the number of errors a token was not chosen when this metadata was read (top_k 0): read it again"
-            )
         if not table.schema.equals(
             ROW_SCHEMA
         ):  # of a small piece of a file the cast would cost as much as all the rest

@@ -72,7 +72,7 @@ class LogMetadata:
     positions: Literal["all", "target"]
     """Positions with stored states: every one before the last, or those that predict a target token."""
     top_k: int
-    """Errors listed a target token besides the true token; 0: not chosen yet (`log.top_k: auto`), V - 1 if dense."""
+    """Errors listed a target token besides the true token; V - 1 if dense."""
     question: Literal["ids", "states"] = "ids"
     """Where X~ is: ids: it follows from input_ids and the Pilot's embedding; states: in the column `question`."""
     layers: str = "all"
@@ -135,6 +135,4 @@ class LogMetadata:
     def differences(self, other: LogMetadata) -> list[str]:
         """Human-readable differences from another log's metadata; empty when rows of both may share a table."""
         mine, theirs = asdict(self), asdict(other)
-        if self.top_k == 0:  # to be chosen: what the table has chosen already holds
-            mine["top_k"] = theirs["top_k"]
         return [f"{key}: {theirs[key]!r} in the table, {mine[key]!r} here" for key in mine if mine[key] != theirs[key]]

@@ -23,7 +23,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from tc_ray.files import sync
-from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, LogMetadata, LogSchemaError
+from tc_ray.mistakelog.rows.schema import ROW_SCHEMA, LogMetadata, LogSchemaError
 from tc_ray.mistakelog.table.commits import Commit, CommitLog, Fate, commit_name
 from tc_ray.mistakelog.table.data_file import Committed, DataFile, read_file, read_pieces
 from tc_ray.mistakelog.table.durability import renew_commits, write_checkpoint
@@ -325,19 +325,6 @@ class LogStore:
         if self.version % _CHECKPOINT_COMMITS == 0:
             self._checkpoint()
         return self.version
-
-    def choose_top_k(self, top_k: int) -> None:
-        """Set the number of errors a token in the table's configuration; see `LogMetadata.top_k`."""
-        self._change(
-            lambda: self._table.alter.set_table_properties(
-                {f"{PREFIX}top_k": str(top_k)},
-                raise_if_not_exists=False,
-                commit_properties=self._properties({}, None),
-                post_commithook_properties=PostCommitHookProperties(
-                    create_checkpoint=False, cleanup_expired_logs=False
-                ),
-            )
-        )
 
     def _properties(self, numbers: Mapping[str, int], metadata: dict[str, Any] | None) -> CommitProperties:
         signed = dict(numbers) if self._lease is None else {**numbers, LEASE_NUMBER: self._lease}

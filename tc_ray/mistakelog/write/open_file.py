@@ -1,8 +1,8 @@
-"""The rows of the data file that is being written, kept in memory until the file is complete.
+"""The data file that is being written; its rows stay in memory until the file is complete.
 
-Invariant: what was added is never lost to a failed write: `withdraw` takes the unfinished file off the disk at once (so that it
-holds no space and nobody finds it), and the next `write` or `finish` begins it anew from memory. The rows are the views that
-the records gave, so keeping them costs up to `file_bytes` and one round. Used by the record writer's thread.
+Invariant: a failed write loses no row. `withdraw` takes the unfinished file off the disk at once, so that it holds no space and
+no reader finds it, and the next `write` or `finish` begins it anew from memory. The rows are views of the records' arrays, so
+keeping them costs up to `log.file_bytes` and one round. Used by the record writer's thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tc_ray.mistakelog.table.location import Location
 log = logging.getLogger(__name__)
 
 
-class HeldPart:
+class OpenFile:
     """Rows of one data file, by round.
 
     Args:
@@ -29,28 +29,22 @@ class HeldPart:
     def __init__(self, location: Location, compression: Compression) -> None:
         self._location, self._compression = location, compression
         self._part: ParquetPart | None = None
-        self._tries = 0
+        self._failures = 0
         self.clear()
 
     def clear(self) -> None:
-        """Forget all rows: they stand in a finished file, or were counted as dropped."""
+        """Forget all rows: they stand in a finished file."""
         self._tables: list[tuple[pa.Table, int]] = []
         self._written = 0
-        self.counts: dict[int, int] = {}
-        """Rows by round."""
+        self.rows = 0
         self.bytes = 0
         """Of the rows in memory, uncompressed."""
 
-    @property
-    def rows(self) -> int:
-        """Rows held."""
-        return sum(self.counts.values())
-
-    def add(self, round: int, table: pa.Table) -> None:
+    def add(self, table: pa.Table) -> None:
         """Take rows of a round that has ended; the metadata of the table's schema goes into the file."""
         size = table.get_total_buffer_size()
         self._tables.append((table, size))
-        self.counts[round] = self.counts.get(round, 0) + table.num_rows
+        self.rows += table.num_rows
         self.bytes += size
 
     def write(self, name: str) -> None:
@@ -64,9 +58,9 @@ class HeldPart:
         """
         if self._part is None and self._tables:
             # after a failure another name: the upload that seemed to fail might still arrive
-            unique = name if not self._tries else f"{name.removesuffix('.parquet')}-t{self._tries}.parquet"
-            told = self._tables[0][0].schema.metadata or {}
-            metadata = {key.decode(): value.decode() for key, value in told.items()}
+            unique = name if not self._failures else f"{name.removesuffix('.parquet')}-t{self._failures}.parquet"
+            stored = self._tables[0][0].schema.metadata or {}
+            metadata = {key.decode(): value.decode() for key, value in stored.items()}
             self._part, self._written = ParquetPart(self._location, unique, self._compression, metadata), 0
         for table, size in self._tables[self._written :]:
             assert self._part is not None
@@ -85,7 +79,7 @@ class HeldPart:
         self.write(name)
         assert self._part is not None, "no rows: nothing to finish"
         finished = self._part.finish()
-        final, self._part, self._tries = self._part.name, None, 0
+        final, self._part, self._failures = self._part.name, None, 0
         return final, finished
 
     def withdraw(self) -> None:
@@ -93,12 +87,12 @@ class HeldPart:
         part, self._part = self._part, None
         if part is None:
             return
-        self._tries += 1
+        self._failures += 1
         try:
             part.abort()
-        except Exception:  # what failed once may fail in closing too: the rows are here, and the file goes below
+        except Exception:  # closing may fail as writing did: the rows are in memory, and the file is deleted below
             log.debug("%s: closing the unfinished %s failed", self._location, part.name, exc_info=True)
-        # it may have got its final name before the failure, but nobody was told of it
+        # a rename may have come before the failure: no reader knows the final name yet
         for name in (part.name + TEMPORARY_SUFFIX, part.name):
             with contextlib.suppress(OSError):
                 self._location.delete(name)

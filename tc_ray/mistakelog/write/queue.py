@@ -1,33 +1,17 @@
 """What waits for the record writer's thread, and the exact count of what was dropped instead.
 
-Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The queue stays small
-whatever happens: micro-batches are limited by the writer, and ends of rounds without rows between them become one. Not
-thread-safe: the writer shares it under its lock.
+Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The queue stays small:
+micro-batches are limited by the writer, and ends of rounds without rows between them become one. Not thread-safe: the writer
+shares it under its lock.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from tc_ray.mistakelog.rows.records import Records
-
-
-class PendingRecords(Protocol):
-    """Records whose arrays are still on their way from a device."""
-
-    @property
-    def round(self) -> int:
-        """Round of all of them."""
-
-    @property
-    def count(self) -> int:
-        """How many."""
-
-    def resolve(self) -> Records:
-        """Wait for the arrays; called once, in the writer thread."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +19,9 @@ class Batch:
     """A micro-batch."""
 
     round: int
-    count: int
-    records: Records | PendingRecords
+    records: Records
+    wait: Callable[[], object] | None = None
+    """Returns when the arrays that come from a device have their values; None: they have them."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +32,13 @@ class Cut:
     force: bool
 
 
-class RoundQueue:
+class WriteQueue:
     """Micro-batches and ends of rounds, in order."""
 
     def __init__(self) -> None:
         self._entries: deque[Batch | Cut] = deque()
         self._drops: dict[int, int] = {}
-        self._spoilt: set[int] = set()
+        self._left_out: set[int] = set()
         self.depth = 0
         """Micro-batches waiting."""
         self.dropped = 0
@@ -96,32 +81,19 @@ class RoundQueue:
             self.dropped += count
             self.not_finite += count if not_finite else 0
 
-    def drop_waiting(self) -> None:
-        """Throw away the waiting micro-batches, counted; the ends of rounds stay."""
-        self.drop_all(entry for entry in self._entries if isinstance(entry, Batch))
-        cuts = [entry for entry in self._entries if isinstance(entry, Cut)]
-        self._entries, self.depth = deque(), 0
-        for cut in cuts:
-            self.end_round(cut, merge=True)
-
-    def drop_all(self, batches: Iterable[Batch]) -> None:
-        """Count the records of micro-batches as dropped."""
-        for batch in batches:
-            self.drop(batch.round, batch.count)
-
-    def spoil(self, round: int) -> None:
+    def leave_out(self, round: int) -> None:
         """The records of this round will not be in the log: it took no step."""
-        self._spoilt.add(round)
+        self._left_out.add(round)
 
-    def without_spoilt(self, batches: Iterable[Batch]) -> list[Batch]:
-        """The batches with rows, of rounds that are sound; the records of the others are counted as dropped."""
-        sound = []
+    def without_left_out(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The batches that have rows, of rounds that are not left out; the records of the others are counted as dropped."""
+        kept = []
         for batch in batches:
-            if batch.round in self._spoilt:
-                self.drop(batch.round, batch.count, not_finite=True)
-            elif batch.count:
-                sound.append(batch)
-        return sound
+            if batch.round in self._left_out:
+                self.drop(batch.round, len(batch.records), not_finite=True)
+            elif len(batch.records):
+                kept.append(batch)
+        return kept
 
     def take_drops(self, last: int) -> dict[int, int]:
         """Counts by round, of rounds up to `last`, that no earlier call gave."""

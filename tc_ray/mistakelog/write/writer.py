@@ -1,10 +1,10 @@
 """The record writer of one Pilot worker: a bounded queue and one thread between the training step and the disk.
 
-Invariant: a data file holds whole rounds of one rank, in order, and no NaN or infinity, and is handed to the Ledger only when it
-is complete and on disk; `flush` returns True only after the Ledger acknowledged. Every record that was put is in the log or
-counted as dropped in the commit that covers its round. The step waits for the disk only when the queue was full, until half is
-free or a file is cut, or not at all by policy, and both are counted. In memory are at most the queue, the round that has not
-ended, and the rows of the file being written (`file_bytes` and one round). Called by the Pilot's loop: `put`, `end_round`, `flush`.
+Invariant: a data file holds whole rounds of one rank, in order, and no NaN or infinity. It is handed to the Ledger only when it is
+complete and on disk; `flush` returns True only after the Ledger acknowledged. Every record that was put is in the log or
+counted as dropped in the commit that covers its round. The step waits for the disk only when the queue is full, until half is
+free or a file is cut, or not at all (`log.full_policy: drop`); both are counted. In memory are at most the queue, the round that
+has not ended, and the rows of the open file (`file_bytes` and one round). Called by the Pilot: `put`, `end_round`, `flush`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.rows.finite import only_finite
 from tc_ray.mistakelog.rows.records import Records
-from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, Compression, DataFile, Finished, file_name
+from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, DataFile, Finished, file_name
 from tc_ray.mistakelog.table.errors import FencedError, WriterError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.retry import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, OutageClock, may_pass
-from tc_ray.mistakelog.write.open_file import HeldPart
-from tc_ray.mistakelog.write.queue import Batch, Cut, PendingRecords, RoundQueue
+from tc_ray.mistakelog.write.open_file import OpenFile
+from tc_ray.mistakelog.write.queue import Batch, Cut, WriteQueue
 
 log = logging.getLogger(__name__)
 
-# under `stop` the rows are gone: what tells that there is space again is a file of about their size, within these bounds
-_PROBE_BYTES = (64 << 10, 16 << 20)
 _CONSEQUENCE = {
     "block": "the Pilot waits for it when the queue is full",
-    "subsample": "what finds the queue full is dropped",
-    "stop": "records are dropped until it can",
+    "drop": "micro-batches that find the queue full are dropped and counted",
 }
 T = TypeVar("T")
 
@@ -44,16 +42,11 @@ class RecordWriter:
     Args:
         location: of the Delta table.
         submit: hands a finished file to the Ledger and returns the table version; called in the writer thread.
+        settings: `flush_rounds`, `file_bytes`, `queue_rounds`, `full_policy` and `compression` count. The queue holds the
+            micro-batches of one round more. The thread repeats a write that failed for want of space, under both policies.
         run: value of the `run` column.
         rank: of this Pilot worker.
         attempt: as returned by `Ledger.begin_attempt`.
-        flush_rounds: a file is cut at least every this many rounds.
-        file_bytes: a file is cut at the end of the round in which its records pass this size in memory.
-        queue_rounds: micro-batches that may wait for the thread; it holds those of one more round.
-        full_policy: no space, or a store that does not answer: `block` and `subsample` try again until it works; with
-            `block`, `put` waits when the queue is full, with `subsample` it drops the micro-batch then (also behind a disk
-            that is only slow). `stop` throws away what waits and all that follows until a probe can be written.
-        compression: of the Parquet pages.
         start_round: last round already in the log for this attempt: the watermark given to `begin_attempt`.
     """
 
@@ -61,37 +54,31 @@ class RecordWriter:
         self,
         location: str | Path | Location,
         submit: Callable[[DataFile], int],
+        settings: LogSection,
         *,
         run: str,
         rank: int,
         attempt: int,
-        flush_rounds: int,
-        file_bytes: int,
-        queue_rounds: int,
-        full_policy: Literal["block", "subsample", "stop"] = "block",
-        compression: Compression = "none",
         start_round: int = 0,
     ) -> None:
-        self._location = Location(location)
-        self._submit, self._run, self._rank, self._attempt = submit, run, rank, attempt
-        self._flush_rounds, self._file_bytes, self._queue_rounds = flush_rounds, file_bytes, queue_rounds
-        self._policy = full_policy
+        self.rank, self.attempt = rank, attempt
+        self._location, self._submit, self._settings, self._run = Location(location), submit, settings, run
+        self._blocks = settings.full_policy == "block"
 
         self._changed = threading.Condition()
         # shared with the thread, under _changed
-        self._queue = RoundQueue()
+        self._queue = WriteQueue()
         self._error: BaseException | None = None
         self._closing = self._abandoned = False
         self._acknowledged = start_round
         self._file_total_bytes = 0
         self._outage = OutageClock(f"log writer of rank {rank}")
-        self._recording = True
         # the caller's side
         self._ended = start_round
         self._records = 0
         self._blocked_seconds = 0.0
         # the thread's side
-        self._held = HeldPart(self._location, compression)
+        self._file = OpenFile(self._location, settings.compression)
         # batches of the round that has not ended: kept out of the file, which may be cut before they are complete
         self._unfinished: list[Batch] = []
         self._sequence = 0
@@ -105,54 +92,51 @@ class RecordWriter:
         """Unfinished files of this rank's earlier attempts: their writers are dead or fenced."""
         if self._location.local is None:
             return
-        pattern = re.compile(rf"-rank{self._rank}-a(\d+)-.*{re.escape(TEMPORARY_SUFFIX)}$")
+        pattern = re.compile(rf"-rank{self.rank}-a(\d+)-.*{re.escape(TEMPORARY_SUFFIX)}$")
         for entry in self._location.list(recursive=False):
             found = pattern.search(entry.name)
-            if found and int(found[1]) < self._attempt:
+            if found and int(found[1]) < self.attempt:
                 self._location.delete(entry.name)
 
-    def put(self, records: Records | PendingRecords, round: int) -> bool:
+    def put(self, records: Records, round: int, wait: Callable[[], object] | None = None) -> bool:
         """Queue one micro-batch of `round`. Its arrays must not change afterwards: they are written without a copy.
 
+        Args:
+            wait: returns when the arrays that come from a device have their values; called once, in the writer thread. Round,
+                rank, attempt and offsets are read before.
+
         Returns:
-            False if the records were dropped: queue full (subsample), or no space (stop).
+            False if the records were dropped, because the queue is full (`drop`).
 
         Raises:
             ValueError: the records are of another round, rank or attempt, or of a round already ended.
             FencedError, WriterError: the writer thread has stopped.
         """
-        if isinstance(records, Records):
-            self._check_origin(records, round)
-            count = len(records)
-        else:
-            count = records.count
-            if records.round != round:
-                raise ValueError(f"records of round {records.round}, put as round {round}")
+        if ((records.round != round) | (records.rank != self.rank) | (records.attempt != self.attempt)).any():
+            raise ValueError(f"records are not all of round {round}, rank {self.rank}, attempt {self.attempt}")
         if round != self._ended + 1:
             raise ValueError(f"records of round {round}, but round {self._ended} was the last to end")
+        limit = self._settings.queue_rounds
         with self._changed:
             self._check_usable()
-            if self._recording and self._queue.depth >= self._queue_rounds and self._policy != "subsample":
+            if self._queue.depth >= limit and self._blocks:
                 started = time.monotonic()
-                self._changed.wait_for(lambda: self._queue.depth < self._queue_rounds or self._error is not None)
+                self._changed.wait_for(lambda: self._queue.depth < limit or self._error is not None)
                 self._blocked_seconds += time.monotonic() - started
                 self._raise_error()
-            if not self._recording or self._queue.depth >= self._queue_rounds:
-                self._queue.drop(round, count)
+            if self._queue.depth >= limit:
+                self._queue.drop(round, len(records))
                 return False
-            self._queue.push(Batch(round, count, records))
-            self._records += count
+            self._queue.push(Batch(round, records, wait))
+            self._records += len(records)
             self._changed.notify_all()
         return True
 
-    def _check_origin(self, records: Records, round: int) -> None:
-        stray = (records.round != round) | (records.rank != self._rank) | (records.attempt != self._attempt)
-        if stray.any():
-            raise ValueError(f"records are not all of round {round}, rank {self._rank}, attempt {self._attempt}")
+    def end_round(self, round: int, *, left_out: bool = False) -> None:
+        """All of this rank's micro-batches of `round` were put (possibly none).
 
-    def end_round(self, round: int, *, spoilt: bool = False) -> None:
-        """All of this rank's micro-batches of `round` were put (possibly none). `spoilt`: it took no step, as its loss or gradient
-        was not finite; its records are dropped and counted.
+        Args:
+            left_out: the round took no step, because its loss or gradient was not finite; its records are dropped and counted.
 
         Raises:
             ValueError: not the round after the last one.
@@ -162,13 +146,13 @@ class RecordWriter:
             raise ValueError(f"end of round {round}, but round {self._ended} was the last to end")
         with self._changed:
             self._check_usable()
-            if spoilt:
-                self._queue.spoil(round)
+            if left_out:
+                self._queue.leave_out(round)
             self._queue_cut(Cut(round, force=False))
         self._ended = round
 
     def _queue_cut(self, cut: Cut) -> None:
-        # rounds pass by while the log cannot be written, and the queue must not grow by their ends
+        # while the log cannot be written rounds go on ending, and the queue must not grow by that
         self._queue.end_round(cut, merge=self._outage.open)
         self._changed.notify_all()
 
@@ -180,8 +164,8 @@ class RecordWriter:
             timeout: seconds to wait at most; None: no limit.
 
         Returns:
-            Whether it has. False: not within `timeout`, or (subsample, stop) the log cannot be written just now. Then no
-            checkpoint may be made of this round; training can go on, and a later `flush` covers it.
+            Whether it has. False: not within `timeout`, or (`drop`) the log cannot be written just now. Then no checkpoint may
+            be made of this round; training can go on, and a later `flush` covers it.
 
         Raises:
             ValueError: `round` has not ended.
@@ -196,9 +180,7 @@ class RecordWriter:
             self._queue_cut(Cut(self._ended, force=True))
             self._changed.wait_for(
                 lambda: (
-                    self._acknowledged >= round
-                    or self._error is not None
-                    or (self._policy != "block" and self._outage.open)
+                    self._acknowledged >= round or self._error is not None or (not self._blocks and self._outage.open)
                 ),
                 timeout,
             )
@@ -208,7 +190,7 @@ class RecordWriter:
     def close(self, timeout: float | None = None) -> None:
         """Commit all ended rounds, drop the records of a round that has not ended, stop the thread.
 
-        Waits, under every policy, until the log can be written, or for `timeout` seconds.
+        Waits, under both policies, until the log can be written, or for `timeout` seconds.
 
         Raises:
             FencedError, WriterError: the writer thread had stopped with an error, or `timeout` has passed.
@@ -224,7 +206,7 @@ class RecordWriter:
                 self._abandoned = True
                 self._changed.notify_all()
             raise WriterError(
-                f"the log writer of rank {self._rank}: rounds {self._acknowledged + 1} to {self._ended} could not be "
+                f"the log writer of rank {self.rank}: rounds {self._acknowledged + 1} to {self._ended} could not be "
                 f"written within {timeout} s"
             )
         with self._changed:
@@ -254,13 +236,13 @@ class RecordWriter:
             raise type(self._error)(str(self._error)) from self._error
         if self._error is not None:
             raise WriterError(
-                f"the log writer of rank {self._rank} failed after round {self._acknowledged}: {self._error}"
+                f"the log writer of rank {self.rank} failed after round {self._acknowledged}: {self._error}"
             ) from self._error
 
     def _check_usable(self) -> None:
         self._raise_error()
         if self._closing:
-            raise WriterError(f"the log writer of rank {self._rank} is closed")
+            raise WriterError(f"the log writer of rank {self.rank} is closed")
 
     # everything below runs in the writer thread
 
@@ -269,76 +251,66 @@ class RecordWriter:
             while (entry := self._next()) is not None:
                 if isinstance(entry, Batch):
                     self._take(entry)
-                    continue
-                self._write_round(entry.round)
-                self._cut(entry)
+                else:
+                    self._write_round(entry.round)
+                    self._cut(entry)
         except BaseException as error:
-            log.exception("the log writer of rank %d stops", self._rank)
+            log.exception("the log writer of rank %d stops", self.rank)
             with self._changed:
                 self._error = error
                 self._queue.clear()
                 self._changed.notify_all()
         finally:
-            self._held.withdraw()
+            self._file.withdraw()
 
     def _next(self) -> Batch | Cut | None:
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
             entry = self._queue.pop()
-            if 2 * self._queue.depth <= self._queue_rounds:
+            if 2 * self._queue.depth <= self._settings.queue_rounds:
                 # not at each place that becomes free: the two threads would take turns micro-batch by micro-batch
                 self._changed.notify_all()
             return entry
 
     def _take(self, batch: Batch) -> None:
-        records = batch.records
-        if not isinstance(records, Records):
-            records = records.resolve()
-            self._check_origin(records, batch.round)
-            if len(records) != batch.count:
-                raise ValueError(f"{len(records)} records came from the device, {batch.count} were put")
-        records, left_out = only_finite(records)
+        if batch.wait is not None:
+            batch.wait()
+        records, dropped = only_finite(batch.records)
         with self._changed:
-            self._queue.drop(batch.round, left_out, not_finite=True)
-        self._unfinished.append(Batch(batch.round, len(records), records))
+            self._queue.drop(batch.round, dropped, not_finite=True)
+        self._unfinished.append(Batch(batch.round, records))
 
     def _write_round(self, round: int) -> None:
-        """Move batches of rounds up to `round` to the part, and to the disk as it sees fit."""
+        """Move batches of rounds up to `round` to the open file, and to the disk as it sees fit."""
         with self._changed:
-            ready = self._queue.without_spoilt(batch for batch in self._unfinished if batch.round <= round)
+            ready = self._queue.without_left_out(batch for batch in self._unfinished if batch.round <= round)
         for batch in ready:
-            assert isinstance(batch.records, Records)
-            self._held.add(batch.round, batch.records.to_arrow(self._run))
+            self._file.add(batch.records.to_arrow(self._run))
         self._unfinished = [batch for batch in self._unfinished if batch.round > round]
-        if self._held.rows:
-            self._until_written(lambda: self._held.write(self._name()))
+        if self._file.rows:
+            self._until_written(lambda: self._file.write(self._name()))
 
     def _name(self) -> str:
-        return file_name(self._covered + 1, self._rank, self._attempt, self._sequence)
+        return file_name(self._covered + 1, self.rank, self.attempt, self._sequence)
 
     def _cut(self, cut: Cut) -> None:
-        full = cut.round - self._covered >= self._flush_rounds or self._held.bytes >= self._file_bytes
-        if cut.round > self._covered and (cut.force or full):
+        long = cut.round - self._covered >= self._settings.flush_rounds or self._file.bytes >= self._settings.file_bytes
+        if cut.round > self._covered and (cut.force or long):
             with self._changed:  # `put` need not wait for a commit where there is a place
                 self._changed.notify_all()
             self._commit(self._covered + 1, cut.round)
 
     def _commit(self, first: int, last: int) -> None:
-        name, finished = None, Finished(0, 0)
-        rows = self._held.rows
+        name, finished, rows = None, Finished(0, 0), self._file.rows
         if rows:
-            done = self._until_written(lambda: self._held.finish(self._name()))
-            if done is None:  # thrown away
-                rows = 0
-            else:
-                name, finished = done
-                self._held.clear()
+            name, finished = self._until_written(lambda: self._file.finish(self._name()))
+            self._file.clear()
         with self._changed:
             dropped = self._queue.take_drops(last)
-        origin = (self._rank, self._attempt, self._sequence)
+        origin = (self.rank, self.attempt, self._sequence)
         file = DataFile(name, rows, finished.size, first, last, *origin, finished.crc32, dropped)
-        # may have been done although the answer was an error, so this file stays as it is: the Ledger knows repetitions
-        self._until_written(lambda: self._submit(file), repeat=True)
+        # an error does not say that nothing was committed: the same file is submitted again, and the Ledger knows repetitions
+        self._until_written(lambda: self._submit(file))
         self._sequence += 1
         self._covered = last
         with self._changed:
@@ -346,54 +318,26 @@ class RecordWriter:
             self._file_total_bytes += finished.size
             self._changed.notify_all()
 
-    def _until_written(self, act: Callable[[], T], repeat: bool = False) -> T | None:
-        """Run `act` again until the disk or store takes it; None: given up by policy `stop` (not with `repeat`)."""
-        pause, probe_bytes = FIRST_PAUSE_SECONDS, 0
-        result: T | None = None
+    def _until_written(self, act: Callable[[], T]) -> T:
+        """What `act` returns; it is repeated until the disk or store takes it."""
+        pause = FIRST_PAUSE_SECONDS
         while True:
             try:
-                if probe_bytes:
-                    self._probe(probe_bytes)
-                else:
-                    result = act()
+                result = act()
             except OSError as error:
                 if not may_pass(error):
                     raise
-                self._held.withdraw()
-                if self._policy == "stop":
-                    if not repeat and not probe_bytes:
-                        probe_bytes = min(max(self._held.bytes, _PROBE_BYTES[0]), _PROBE_BYTES[1])
-                    self._stop_recording()
+                self._file.withdraw()
                 self._wait(error, pause)
                 pause = min(2 * pause, LAST_PAUSE_SECONDS)
-                continue
-            with self._changed:
-                self._recording = True
-                self._outage.end(self._queue.dropped)
-            return result
+            else:
+                with self._changed:
+                    self._outage.end(self._queue.dropped)
+                return result
 
     def _wait(self, error: OSError, seconds: float) -> None:
         with self._changed:
-            self._outage.begin(error, _CONSEQUENCE[self._policy], self._queue.dropped)
+            self._outage.begin(error, _CONSEQUENCE[self._settings.full_policy], self._queue.dropped)
             self._changed.notify_all()
             if self._changed.wait_for(lambda: self._abandoned, seconds):
                 raise error
-
-    def _stop_recording(self) -> None:
-        """Throw away what waits here, counted, and have `put` drop what comes."""
-        with self._changed:
-            self._recording = False
-            self._queue.drop_waiting()
-            self._queue.drop_all(self._unfinished)
-            for round, count in self._held.counts.items():
-                self._queue.drop(round, count)
-            self._changed.notify_all()
-        self._unfinished = []
-        self._held.clear()
-
-    def _probe(self, size: int) -> None:
-        name = f"_tc_ray/probe-rank{self._rank}"
-        try:
-            self._location.write(name, bytes(size))
-        finally:
-            self._location.delete(name)

@@ -349,20 +349,20 @@ class Copilot(PreTrainedModel):
         errors = self.error_rows(batch.error_ids.view(-1, entries), batch.error_values.view(-1, entries))
         start = self.start.weight.expand(count, 1, -1)
         inputs = torch.cat([start.to(errors.dtype), errors.view(count, rows, -1)[:, :-1]], 1)
-        at = (batch.state_position[:, None] == batch.row_position[:, :, None]).to(torch.uint8).argmax(-1)
+        at = (batch.rationale_position[:, None] == batch.row_position[:, :, None]).to(torch.uint8).argmax(-1)
         # bf16 on the way here, which loses nothing; what follows is as precise as the model
-        states = batch.states.float()
+        states = batch.rationale.float()
         producing = states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))
         inputs = self.with_producing_state(inputs, producing)
         asked = (
             self.question_memory(batch.question_ids)
-            if batch.question_states is None
-            else self.question_state_memory(batch.question_states.float())
+            if batch.question is None
+            else self.question_state_memory(batch.question.float())
         )
         memory = torch.cat([asked, self.state_memory(states)], 1)
-        causal = (batch.state_position[:, None] <= batch.row_position[:, :, None]) & (batch.state_position >= 0)[
-            :, None
-        ]
+        causal = (batch.rationale_position[:, None] <= batch.row_position[:, :, None]) & (
+            batch.rationale_position >= 0
+        )[:, None]
         question = batch.question_mask[:, None].expand(-1, rows, -1)
         return self.decode(inputs, memory, torch.cat([question, causal], 2))[batch.row_mask]
 

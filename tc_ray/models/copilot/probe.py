@@ -39,12 +39,12 @@ def probe_batch(config: CopilotConfig) -> CopilotBatch:
     return CopilotBatch(
         question_ids=torch.randint(config.vocab_size, (_RECORDS, _PROMPT), generator=dice),
         question_mask=torch.ones(_RECORDS, _PROMPT, dtype=torch.bool),
-        states=torch.randn(wide, generator=dice).to(torch.bfloat16),
-        state_position=position,
+        rationale=torch.randn(wide, generator=dice).to(torch.bfloat16),
+        rationale_position=position,
         row_position=rows,
         error_ids=torch.randint(config.vocab_size, (_RECORDS, _ROWS, _ENTRIES), generator=dice),
         error_values=torch.rand(_RECORDS, _ROWS, _ENTRIES, generator=dice) - 0.5,
-        question_states=torch.randn(asked, generator=dice).to(torch.bfloat16) if encoder_decoder else None,
+        question=torch.randn(asked, generator=dice).to(torch.bfloat16) if encoder_decoder else None,
     )
 
 

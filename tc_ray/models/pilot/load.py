@@ -87,13 +87,13 @@ class StepRecord(NamedTuple):
     """What one micro-batch leaves for the Mistake Log; N target tokens in batch order.
 
     errors: sparse l. token_loss: fp32 [N]. token_correct: bool [N].
-    states: fp32 [B, S, d] pooled hidden states, or [B, S, layers, d] unpooled in the model's dtype; those that predict token
+    rationale: fp32 [B, S, d] pooled hidden states of the layers, or [B, S, layers, d] unpooled in the model's dtype; those that predict token
     j + 1 of the sequence stand at position j.
     question: fp32 [B, Q, d] encoder output; None where X~ follows from the token ids (decoder-only).
     """
 
     errors: SparseErrors
-    states: torch.Tensor
+    rationale: torch.Tensor
     token_loss: torch.Tensor
     token_correct: torch.Tensor
     question: torch.Tensor | None = None
@@ -114,7 +114,7 @@ class PilotStep(nn.Module):
 
     Args:
         model: language model or its peft wrapper.
-        top_k: probabilities kept a token in the record; may be set anew between two passes.
+        top_k: probabilities kept per token in the record.
         record: False skips taps and errors (plain fine-tuning).
         pooling: how states are pooled over layers, or `taps.UNPOOLED`.
         layers: decoder layers tapped, ascending from 0; None: all.
@@ -163,22 +163,22 @@ class PilotStep(nn.Module):
         targets = input_ids[:, 1:][rows]
         log_probs = self._family.logits(self.model, passed.final).float().log_softmax(-1)
         token_loss = -log_probs.gather(1, targets[:, None])[:, 0]
-        if passed.states is None:
+        if passed.rationale is None:
             return Measured(log_probs, targets, token_loss, None)
         with torch.no_grad():
             errors = full_errors(log_probs, targets) if self.dense else sparse_errors(log_probs, targets, self.top_k)
             # the true token is ranked first when it beats the best other token: the first of the sparse ones
             best = -errors.values[:, 1:].amin(1) if self.dense else -errors.values[:, 1]
             correct = 1.0 - errors.values[:, 0] >= best
-        record = StepRecord(errors, passed.states, token_loss.detach(), correct, passed.question)
+        record = StepRecord(errors, passed.rationale, token_loss.detach(), correct, passed.question)
         return Measured(log_probs, targets, token_loss, record)
 
 
 class _Pass(NamedTuple):
-    """final: [N, d] states of the target rows, after the final norm. states and question as in StepRecord."""
+    """final: [N, d] states of the target rows, after the final norm. rationale and question as in StepRecord."""
 
     final: torch.Tensor
-    states: torch.Tensor | None
+    rationale: torch.Tensor | None
     question: torch.Tensor | None
 
 

@@ -30,8 +30,6 @@ _ROW_BYTES = 64
 """Key columns, lengths and null maps of one record in Parquet."""
 _FILE_BYTES = 2500
 """Parquet header, footer and metadata of one data file."""
-AUTO_TOP_K = 64
-"""Errors a token that a plan counts with where the run chooses them (`log.top_k: auto`), if `log.top_k_limit` allows so many."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +144,9 @@ class Plan:
         states += f" at {log.positions} positions"
         if self.sizes is not None and self.sizes.encoder_decoder:
             states += ", and the encoder's output"
-        errors = f"the {log.top_k} largest errors a token"
+        errors = f"the {log.top_k} largest errors per token"
         if log.error == "dense":
             errors = "the errors of all tokens of the vocabulary"
-        elif log.top_k == "auto":
-            errors = f"the largest errors a token, as many as hold {100 * log.top_k_captured:g}% of |l|"
         lines = [("log", f"{told}; free disk {_bytes(self.free_bytes)}"), ("", f"states: {states}; {errors}")]
         if log.sampling == "fraction":
             lines.append(("", f"records: {100 * log.sampling_fraction:g}% of them"))
@@ -249,11 +245,6 @@ def _check_log(config: RunConfig, pilot: ModelConfig) -> None:
 def _log_notes(config: RunConfig) -> list[str]:
     """What the predicted bytes stand on."""
     log, notes = config.log, []
-    if log.top_k == "auto" and log.error == "top-k":
-        notes.append(
-            f"log.top_k is chosen in the run's first rounds: the bytes are predicted with {min(AUTO_TOP_K, log.top_k_limit)} "
-            f"errors a token; it can be {log.top_k_limit} (log.top_k_limit) at most"
-        )
     if log.sampling == "mistakes":
         notes.append("how many records have a mistake shows in the run: the bytes are predicted with every record")
     return notes
@@ -271,8 +262,7 @@ def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: fl
     states = layers * (mean_tokens - 1 if log.positions == "all" else mean_targets)
     if sizes.encoder_decoder:
         states += mean_tokens - mean_targets
-    top_k = min(AUTO_TOP_K, log.top_k_limit) if log.top_k == "auto" else log.top_k
-    errors = 4 * sizes.vocab_size if log.error == "dense" else 8 * (min(top_k, sizes.vocab_size - 1) + 1)
+    errors = 4 * sizes.vocab_size if log.error == "dense" else 8 * (min(log.top_k, sizes.vocab_size - 1) + 1)
     record = states * sizes.hidden_size * 2 + mean_tokens * 4 + mean_targets * (errors + 4 + 4 + 1 / 8) + _ROW_BYTES
     records = record * config.pilot.batch_size * (log.sampling_fraction if log.sampling == "fraction" else 1.0)
     workers = config.resources.pilot_workers

@@ -178,7 +178,6 @@ def test_model_folder_beside_the_recipes_is_found_from_anywhere(
         ("data.embedded_task_options.max_terms=4", "data.embedded_task_options", {"max_terms": 4}),
         ("pilot.lora.target_modules=[q, v]", "pilot.lora.target_modules", ["q", "v"]),
         ("log.rationale=[1, 2]", "log.rationale", [1, 2]),
-        ("log.top_k=auto", "log.top_k", "auto"),
         ("log.top_k=8", "log.top_k", 8),
         ("tracking.enabled=off", "tracking.enabled", False),
     ],

@@ -238,7 +238,7 @@ def poisoned(batch: CopilotBatch, field: str, value: float) -> CopilotBatch:
     return dataclasses.replace(batch, **{field: changed})
 
 
-@pytest.mark.parametrize("field", ["error_values", "states"])
+@pytest.mark.parametrize("field", ["error_values", "rationale"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model_folder: Path, field: str, value: float) -> None:
     """Fault 5: one NaN among 756 values turned all parameters into NaN for good; now such a step is left out and counted."""

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.compaction import compact_log, merge, merge_plan
 from tc_ray.mistakelog.maintain.verify import verify_log
@@ -95,13 +96,10 @@ def written(
         writer = RecordWriter(
             folder,
             ledger.commit,
+            LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=8, compression=compression),
             run="test",
             rank=rank,
             attempt=attempt,
-            flush_rounds=1,
-            file_bytes=2**30,
-            queue_rounds=8,
-            compression=compression,
         )
         for number in range(1, rounds + 1):
             put.append(random_records(ROWS, round=number, rank=rank, first_sample=100 * number + 10 * rank))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.read.reader import MistakeLog
@@ -211,12 +212,10 @@ def test_a_data_file_whose_sync_failed_is_written_anew(
     writer = RecordWriter(
         folder,
         ledger.commit,
+        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=4),
         run="test",
         rank=0,
         attempt=attempt,
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=4,
         start_round=2,
     )
     disk.fail[TEMPORARY_SUFFIX] = OSError(errno.ENOSPC, "No space left on device")

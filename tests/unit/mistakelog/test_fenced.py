@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.maintain.compaction import compact_log, merge
@@ -96,7 +97,6 @@ CALLS: dict[str, Callable[[Fenced], object]] = {
     "tend": lambda a: a.ledger.tend(),
     "quarantine": lambda a: a.ledger.quarantine("rounds-00000001-rank0-a1-000000.parquet", "damaged"),
     "quarantine unknown": lambda a: a.ledger.quarantine("x.parquet", "damaged"),
-    "choose_top_k": lambda a: a.ledger.choose_top_k(3),
 }
 
 
@@ -119,7 +119,7 @@ def test_a_holder_that_lost_its_lease_never_comes_back(fenced: Fenced, first: st
 
 
 def test_the_lease_number_of_another_is_never_written_over(fenced: Fenced) -> None:
-    """Fault 1: the store refuses by itself, whatever its caller has refreshed before; also under `choose_top_k`."""
+    """Fault 1: the store refuses by itself, whatever its caller has refreshed before."""
     for moved in (False, True):
         if moved:
             with pytest.raises(LeaseLostError):
@@ -128,8 +128,6 @@ def test_the_lease_number_of_another_is_never_written_over(fenced: Fenced) -> No
                 fenced.store.refresh()
         with pytest.raises(LeaseLostError):
             fenced.store.commit(numbers={"x": 1})
-        with pytest.raises(LeaseLostError):
-            fenced.store.choose_top_k(9)
     with pytest.raises(LeaseLostError):
         fenced.store.check_lease()
     fenced.check_untouched()
@@ -140,9 +138,8 @@ def test_no_commit_moves_behind_those_of_another(tmp_path: Path) -> None:
     LogStore.create(tmp_path, metadata())
     one, other = LogStore(tmp_path), LogStore(tmp_path)
     other.commit(numbers={"another": 1})
-    for change in (lambda: one.commit(numbers={"x": 1}), lambda: one.choose_top_k(9)):
-        with pytest.raises(CommitConflictError):
-            change()
+    with pytest.raises(CommitConflictError):
+        one.commit(numbers={"x": 1})
     one.refresh()
     assert one.commit(numbers={"x": 1}) == 2
 
@@ -281,12 +278,10 @@ def test_the_writer_says_that_the_lease_is_lost(fenced: Fenced) -> None:
     writer = RecordWriter(
         fenced.place,
         fenced.ledger.commit,
+        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=4),
         run="test",
         rank=0,
         attempt=fenced.attempt,
-        flush_rounds=1,
-        file_bytes=2**30,
-        queue_rounds=4,
         start_round=3,
     )
     writer.put(random_records(2, round=4, attempt=fenced.attempt, first_sample=40), 4)

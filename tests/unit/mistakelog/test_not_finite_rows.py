@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.buffer import RoundBuffer
@@ -27,13 +26,11 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.commits import dropped_records
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
-from tc_ray.models.pilot.token_errors import SparseErrors
-from tc_ray.pilot import recorder
-from tc_ray.pilot.error_width import ErrorCurve
+from tc_ray.pilot import record
 from tc_ray.run.job import logged_error_size
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.mistakelog_samples import assert_same, random_records
-from tests.unit.pilot.test_recorder import ROUNDS, Run
+from tests.unit.pilot.test_record import ROUNDS, Run
 
 FIELDS = ("error_values", "error_rest", "token_loss", "rationale", "question")
 TARGET_ARRAYS = ("error_ids", "error_values", "error_rest", "token_loss", "token_correct")
@@ -91,31 +88,27 @@ def test_rows_without_targets_are_looked_at_too() -> None:
 
 
 def test_the_writer_keeps_them_out_and_covers_the_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 5: rows with a NaN do not enter the log, a round of nothing else is covered without rows, and commits count them;
-    k chosen from rounds with such rows is that of the others."""
-    fields = {"log": {"top_k_rounds": 2}}
-    clean = Run(tmp_path / "clean", **fields)
+    """Fault 5: rows with a NaN do not enter the log, a round of nothing else is covered without rows, and commits count them."""
+    clean = Run(tmp_path / "clean")
     clean.attempt(0, ROUNDS)
-    run = Run(tmp_path / "spoilt", **fields)
-    made = recorder.to_records
+    run = Run(tmp_path / "spoilt")
+    made = record.to_records
 
-    def spoil_some(step: object, **given: object) -> Records:
-        records = made(step, **given)  # type: ignore[arg-type]
-        assert isinstance(records, Records)
-        if given["round_number"] == 1:
+    def spoil_some(*given: Any, round: int, **more: Any) -> tuple[Records, Any]:
+        records, wait = made(*given, round=round, **more)
+        if round == 1:
             records.token_loss[records.target_offsets[1] - 1] = np.nan
-        if given["round_number"] == 3:
+        if round == 3:
             records.rationale[:] = 0x7FC0
-        return records
+        return records, wait
 
-    monkeypatch.setattr(recorder, "to_records", spoil_some)
+    monkeypatch.setattr(record, "to_records", spoil_some)
     run.attempt(0, ROUNDS)
     per_round = len(clean.records()) // ROUNDS
     found = run.records()
     assert all_finite(found) and len(found) == len(clean.records()) - 2 - per_round
     assert 3 not in found.round
     store = LogStore(run.config.log_location)
-    assert store.metadata.top_k == LogStore(clean.config.log_location).metadata.top_k
     assert run.ledger.state().round == ROUNDS
     assert {r: n for rounds in dropped_records(store.commits()).values() for r, n in rounds.items()} == {
         1: 2,
@@ -123,12 +116,10 @@ def test_the_writer_keeps_them_out_and_covers_the_round(tmp_path: Path, monkeypa
     }
 
 
-@pytest.mark.parametrize("spoilt", [1, 4], ids=["while k is chosen", "after"])
-def test_no_row_of_a_round_without_a_step_enters_the_log(tmp_path: Path, spoilt: int) -> None:
+def test_no_row_of_a_round_without_a_step_enters_the_log(tmp_path: Path) -> None:
     """Fault 5: also the rows that hold no NaN, of a round whose loss was spoilt by others."""
-    fields = {"log": {"top_k_rounds": 2}}
-    clean, run = Run(tmp_path / "clean", **fields), Run(tmp_path / "spoilt", **fields)
-    run.spoilt = {spoilt}
+    clean, run, spoilt = Run(tmp_path / "clean"), Run(tmp_path / "spoilt"), 4
+    run.left_out = {spoilt}
     clean.attempt(0, ROUNDS)
     run.attempt(0, ROUNDS)
     found, all_rows = run.records(), clean.records()
@@ -137,16 +128,6 @@ def test_no_row_of_a_round_without_a_step_enters_the_log(tmp_path: Path, spoilt:
     counts = dropped_records(LogStore(run.config.log_location).commits())
     assert counts == {0: {spoilt: int((all_rows.round == spoilt).sum())}}
     assert run.metrics[-1]["not_finite_records"] in (0.0, float(counts[0][spoilt]))  # the thread may be behind
-
-
-def test_the_choice_of_k_does_not_see_them() -> None:
-    """Fault 5: one NaN made every sum of the curve NaN, and k the largest there is."""
-    values = torch.tensor([[0.5, -0.4, -0.1], [float("nan"), -0.4, -0.1], [0.5, -float("inf"), -0.1]])
-    errors = SparseErrors(torch.zeros(3, 3, dtype=torch.int64), values, torch.zeros(3))
-    curve, clean = ErrorCurve(2, torch.device("cpu")), ErrorCurve(2, torch.device("cpu"))
-    curve.add(errors)
-    clean.add(SparseErrors(errors.ids[:1], values[:1], torch.zeros(1)))
-    torch.testing.assert_close(curve.sums, clean.sums)
 
 
 def test_the_buffer_and_stored_batches_pass_over_them(log: Path) -> None:

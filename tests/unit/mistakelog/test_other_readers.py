@@ -10,6 +10,7 @@ import polars
 import pytest
 from deltalake import DeltaTable
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.store import LogStore
@@ -27,12 +28,10 @@ def folder(tmp_path: Path) -> Path:
         writer = RecordWriter(
             tmp_path / "log",
             ledger.commit,
+            LogSection(flush_rounds=3, file_bytes=2**30, queue_rounds=4),
             run="test",
             rank=0,
             attempt=attempt,
-            flush_rounds=3,
-            file_bytes=2**30,
-            queue_rounds=4,
             start_round=watermark,
         )
         for number in range(watermark + 1, last + 1):

@@ -168,7 +168,7 @@ def test_metadata_round_trip_and_unknown_version() -> None:
     with pytest.raises(LogSchemaError, match=f"here.*version 99.*reads version {SCHEMA_VERSION}"):
         LogMetadata.from_configuration({**configuration, "tc_ray.schema_version": "99"}, "here")
     partial = {key: value for key, value in configuration.items() if key != "tc_ray.question"}
-    with pytest.raises(LogSchemaError, match="tc_ray.question is missing"):
+    with pytest.raises(LogSchemaError, match=r"tc_ray\.question is missing"):
         LogMetadata.from_configuration(partial, "here")
     with pytest.raises(LogSchemaError, match="not a Mistake Log"):
         LogMetadata.from_configuration({}, "here")

@@ -77,12 +77,3 @@ def test_drop_counts_survive_restarts_and_follow_the_watermark(tmp_path: Path) -
     ledger.begin_attempt(3, 1)  # round 5 is trained again
     assert ledger.state().dropped == 6
     assert Ledger(tmp_path, writers=1, run="test").state().dropped == 6
-
-
-def test_the_first_choice_of_top_k_stands(tmp_path: Path) -> None:
-    LogStore.create(tmp_path, metadata(top_k=0))
-    ledger = Ledger(tmp_path, writers=1, run="test")
-    assert ledger.choose_top_k(7) == 7
-    assert ledger.choose_top_k(9) == 7
-    assert Ledger(tmp_path, writers=1, run="test").choose_top_k(9) == 7
-    assert LogStore.create(tmp_path, metadata(top_k=0)).metadata.top_k == 7

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.rows.records import Records
@@ -26,9 +27,9 @@ def begin(folder: Path, watermark: int = 0) -> tuple[Ledger, int]:
     return ledger, ledger.begin_attempt(watermark, 1)
 
 
-def make_writer(folder: Path, submit: Any, attempt: int = 1, **changes: Any) -> RecordWriter:
-    options = {"flush_rounds": 4, "file_bytes": 2**30, "queue_rounds": 4, **changes}
-    return RecordWriter(folder, submit, run="test", rank=0, attempt=attempt, **options)
+def make_writer(folder: Path, submit: Any, attempt: int = 1, start_round: int = 0, **changes: Any) -> RecordWriter:
+    settings = LogSection.model_validate({"flush_rounds": 4, "file_bytes": 2**30, "queue_rounds": 4, **changes})
+    return RecordWriter(folder, submit, settings, run="test", rank=0, attempt=attempt, start_round=start_round)
 
 
 def batch(round: int, rows: int = 3, attempt: int = 1) -> Records:
@@ -133,7 +134,7 @@ def test_a_full_queue_blocks_and_is_counted(tmp_path: Path) -> None:
 def test_a_full_queue_drops_by_policy_and_counts_exactly(tmp_path: Path) -> None:
     ledger, _ = begin(tmp_path)
     slow = SlowLedger(ledger)
-    writer = make_writer(tmp_path, slow.commit, flush_rounds=1, queue_rounds=2, full_policy="subsample")
+    writer = make_writer(tmp_path, slow.commit, flush_rounds=1, queue_rounds=2, full_policy="drop")
     writer.put(batch(1), 1)
     writer.end_round(1)
     assert slow.waiting.wait(10)

@@ -1,4 +1,4 @@
-"""RecordWriter while the log cannot be written: three policies, exact counts, and recovery by itself.
+"""RecordWriter while the log cannot be written: both policies, exact counts, and recovery by itself.
 
 Failures are put in where they come from: at the file's `write`, or in the answer of the Ledger. A real full disk is in
 tests/faults/test_disk_full.py.
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.maintain.maintenance import Maintenance
@@ -25,7 +26,7 @@ from tc_ray.mistakelog.table.data_file import DataFile, _Output
 from tc_ray.mistakelog.table.errors import LogFullError, WriterError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
-from tc_ray.mistakelog.write.queue import Batch, Cut, RoundQueue
+from tc_ray.mistakelog.write.queue import Batch, Cut, WriteQueue
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
@@ -77,7 +78,9 @@ class Pilot:
         self.ledger = Ledger(folder, writers=1, run="test")
         attempt = self.ledger.begin_attempt(0, 1)
         options = {"flush_rounds": 1, "file_bytes": 2**30, "queue_rounds": 2, **changes}
-        self.writer = RecordWriter(folder, submit or self.ledger.commit, run="test", rank=0, attempt=attempt, **options)
+        self.writer = RecordWriter(
+            folder, submit or self.ledger.commit, LogSection(**options), run="test", rank=0, attempt=attempt
+        )
         self.round = 0
         self.put: list[Records] = []
         self.dropped: dict[int, int] = {}
@@ -155,8 +158,8 @@ def test_block_keeps_what_was_written_before_the_disk_was_full(
     assert len(MistakeLog(tmp_path).files) == 1
 
 
-def test_subsample_drops_what_finds_the_queue_full(tmp_path: Path, disk: Disk) -> None:
-    pilot = Pilot(tmp_path, full_policy="subsample")
+def test_drop_drops_what_finds_the_queue_full(tmp_path: Path, disk: Disk) -> None:
+    pilot = Pilot(tmp_path, full_policy="drop")
     disk.full = True
     started = time.monotonic()
     pilot.train()  # the thread takes it and fails
@@ -177,32 +180,6 @@ def test_subsample_drops_what_finds_the_queue_full(tmp_path: Path, disk: Disk) -
     assert_same(MistakeLog(tmp_path).records(), Records.concat(kept))
     assert pilot.logged_drops() == dropped
     assert pilot.ledger.state().round == 202
-
-
-def test_stop_throws_away_and_goes_on_by_itself(tmp_path: Path, disk: Disk) -> None:
-    pilot = Pilot(tmp_path, full_policy="stop", flush_rounds=2, queue_rounds=4)
-    pilot.train()
-    pilot.train()
-    assert pilot.writer.flush(2)
-    pilot.train()  # in the part when the disk is found full
-    disk.full = True
-    pilot.train()
-    until(lambda: disk.refused)
-    until(lambda: pilot.writer.stats()["dropped_records"] == 2 * ROWS)
-    assert pilot.train(3) == [False] * 3
-    assert not pilot.writer.flush(5)
-    assert data_files(tmp_path) == {file.name for file in MistakeLog(tmp_path).files}
-    disk.full = False
-    until(lambda: pilot.train() == [True])
-    resumed = pilot.round
-    assert pilot.writer.flush(resumed)
-    pilot.writer.close()
-    kept = [records for records in pilot.put if int(records.round[0]) in (1, 2, resumed)]
-    assert_same(MistakeLog(tmp_path).records(), Records.concat(kept))
-    drops = pilot.logged_drops()
-    assert drops == {3: 3, 4: 3, 5: 9, **{round: 3 for round in range(6, resumed)}}
-    assert pilot.writer.stats()["dropped_records"] == sum(drops.values())
-    assert len(MistakeLog(tmp_path).records()) + sum(drops.values()) == sum(len(records) for records in pilot.put)
 
 
 class FullLedger:
@@ -226,7 +203,7 @@ class FullLedger:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("policy", ["block", "subsample", "stop"])
+@pytest.mark.parametrize("policy", ["block", "drop"])
 def test_a_commit_without_space_is_repeated(tmp_path: Path, disk: Disk, policy: Any, when: str) -> None:
     """The answer does not tell whether the commit was made: the file must stay, whatever the policy."""
     full = FullLedger()
@@ -237,31 +214,29 @@ def test_a_commit_without_space_is_repeated(tmp_path: Path, disk: Disk, policy: 
     full.full = when
     pilot.train()
     until(lambda: full.refused >= 2)
-    taken = pilot.train()
-    assert taken == [policy != "stop"]
+    assert pilot.train() == [True]
     if policy != "block":
         assert not pilot.writer.flush(3)
     full.full = None
     until(lambda: pilot.writer.flush(3, timeout=0.1))
     pilot.train()
     pilot.writer.close()
-    lost = {3: ROWS} if policy == "stop" else {}
-    kept = [records for records in pilot.put if int(records.round[0]) not in lost]
-    assert_same(MistakeLog(tmp_path).records(), Records.concat(kept))
-    assert pilot.logged_drops() == lost
+    assert_same(MistakeLog(tmp_path).records(), Records.concat(pilot.put))
+    assert pilot.logged_drops() == {}
 
 
-def test_drops_are_counted_where_a_whole_file_has_no_rows(tmp_path: Path, disk: Disk) -> None:
-    pilot = Pilot(tmp_path, full_policy="stop", flush_rounds=100)
+def test_drops_are_counted_where_a_commit_has_no_rows(tmp_path: Path, disk: Disk) -> None:
+    pilot = Pilot(tmp_path, full_policy="drop", queue_rounds=1)
     disk.full = True
-    pilot.train()
-    assert not pilot.writer.flush(1)
-    pilot.train()
-    assert len(MistakeLog(tmp_path).files) == 0
+    pilot.train()  # the thread takes it and fails
+    until(lambda: pilot.writer._outage.open)
+    assert pilot.train() == [True]  # waits in the queue
+    assert [pilot.train() for _ in range(3)] == [[False]] * 3
     disk.full = False
-    until(lambda: pilot.writer.flush(2))
-    assert pilot.logged_drops() == {1: ROWS, 2: ROWS}
-    assert (pilot.ledger.state().round, pilot.ledger.state().files, pilot.ledger.state().dropped) == (2, 0, 2 * ROWS)
+    until(lambda: pilot.writer.flush(5))
+    assert pilot.logged_drops() == {3: ROWS, 4: ROWS, 5: ROWS}
+    state = pilot.ledger.state()
+    assert (state.round, state.rows, state.dropped) == (5, 2 * ROWS, 3 * ROWS)
     pilot.writer.close()
 
 
@@ -288,52 +263,36 @@ def test_flush_has_a_time_limit(tmp_path: Path, disk: Disk) -> None:
     pilot.writer.close()
 
 
-class OnItsWay:
-    """Records still on a device."""
-
-    def __init__(self, records: Records, round: int) -> None:
-        self.records, self.round, self.count = records, round, len(records)
-        self.ready = threading.Event()
-
-    def resolve(self) -> Records:
-        assert self.ready.wait(10)
-        return self.records
-
-
 def test_records_that_are_still_on_a_device(tmp_path: Path) -> None:
+    """The step goes on: the thread waits, and reads no number before."""
     pilot = Pilot(tmp_path)
     records = random_records(ROWS, round=1, first_sample=100)
-    pending = OnItsWay(records, 1)
-    assert pilot.writer.put(pending, 1)
+    ready, losses = threading.Event(), records.token_loss.copy()
+    records.token_loss[:] = float("nan")
+    assert pilot.writer.put(records, 1, lambda: ready.wait(10))
     pilot.writer.end_round(1)
     assert not pilot.writer.flush(1, timeout=0.1)
-    pending.ready.set()
+    records.token_loss[:] = losses
+    ready.set()
     assert pilot.writer.flush(1)
     assert_same(MistakeLog(tmp_path).records(), records)
-    with pytest.raises(ValueError, match="records of round 3, put as round 2"):
-        pilot.writer.put(OnItsWay(records, 3), 2)
-    foreign = OnItsWay(random_records(ROWS, round=2, rank=5), 2)
-    foreign.ready.set()
-    pilot.writer.put(foreign, 2)
-    pilot.writer.end_round(2)
-    with pytest.raises(WriterError, match="rank 0"):
-        pilot.writer.flush(2)
+    pilot.writer.close()
 
 
 def test_the_queue_counts_every_record() -> None:
-    queue = RoundQueue()
+    queue = WriteQueue()
     records = random_records(ROWS)
     for round in (1, 2):
-        queue.push(Batch(round, ROWS, records))
+        queue.push(Batch(round, records))
         queue.end_round(Cut(round, force=round == 1), merge=True)
     queue.end_round(Cut(3, force=False), merge=True)
     assert (queue.depth, queue.dropped) == (2, 0)
-    assert queue.pop() == Batch(1, ROWS, records)
-    queue.drop_waiting()
-    assert (queue.depth, queue.dropped) == (0, ROWS)
-    assert queue.pop() == Cut(3, force=True)
-    assert queue.pop() is None and not queue
+    assert queue.pop() == Batch(1, records)
+    assert [queue.pop() for _ in range(3)] == [Cut(1, force=True), Batch(2, records), Cut(3, force=False)]
+    assert queue.pop() is None and not queue and queue.depth == 0
+    queue.drop(2, ROWS)
     queue.drop(5, 2)
+    assert queue.dropped == ROWS + 2
     assert queue.take_drops(4) == {2: ROWS}
     assert queue.take_drops(4) == {}
     assert queue.take_drops(5) == {5: 2}

@@ -88,7 +88,7 @@ def test_records_through_adapters_are_the_pilot_s(family: str) -> None:
     model = add_adapters(new_pilot(family), PilotSection(method="lora"))
     wrapped = PilotStep(model, top_k=5).eval().measure(*inputs()).record
     assert plain is not None and wrapped is not None
-    close(wrapped.states, plain.states)
+    close(wrapped.rationale, plain.rationale)
     close(wrapped.errors.values, plain.errors.values)
     if plain.question is not None:
         close(wrapped.question, plain.question)
@@ -122,10 +122,10 @@ def test_gradient_checkpointing_changes_no_record(family: str) -> None:
         loss, record = step(*inputs(), 1.0)
         loss.backward()
         _, again = step(*inputs(), 1.0)
-        assert record is not None and again is not None and torch.equal(record.states, again.states)
+        assert record is not None and again is not None and torch.equal(record.rationale, again.rationale)
         made.append((record, {name: p.grad for name, p in model.named_parameters()}))
     (plain, gradients), (again, others) = made
-    assert torch.equal(plain.states, again.states)
+    assert torch.equal(plain.rationale, again.rationale)
     assert torch.equal(plain.errors.values, again.errors.values)
     for name, gradient in gradients.items():
         close(others[name], gradient)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.worker import CopilotJob, CopilotWorker
 from tc_ray.mistakelog.commit.ledger import Ledger
@@ -30,7 +31,7 @@ def write(folder: Path, rows: int, rounds: int = 1) -> tuple[list[DataFile], Led
         return ledger.commit(file)
 
     options: dict[str, Any] = {"flush_rounds": 1, "file_bytes": 2**30, "queue_rounds": 4}
-    writer = RecordWriter(folder, commit, run="test", rank=0, attempt=attempt, **options)
+    writer = RecordWriter(folder, commit, LogSection(**options), run="test", rank=0, attempt=attempt)
     for number in range(1, rounds + 1):
         writer.put(random_records(rows, round=number, first_sample=10_000 * number), number)
         writer.end_round(number)

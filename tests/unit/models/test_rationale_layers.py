@@ -23,7 +23,7 @@ from tc_ray.models.pilot.load import PilotStep
 from tc_ray.models.pilot.taps import LayerTap, pooled, tap_definition, tapped_layers
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import check_log, log_metadata
-from tc_ray.pilot.recording import to_records
+from tc_ray.pilot.record import to_records
 from tests.support.family_reference import pilot_pass
 from tests.support.family_samples import make_copilot, new_pilot, quiet, reference_model
 from tests.support.reference_samples import close
@@ -58,17 +58,7 @@ def recorded(model: Any, config: RunConfig) -> Records:
     record = step.measure(*tensors).record
     step.close()
     assert record is not None
-    made = to_records(
-        record,
-        **given,
-        seen=np.zeros(len(SHAPES), np.int16),
-        round_number=1,
-        rank=0,
-        attempt=1,
-        positions=config.log.positions,
-        dense=step.dense,
-    )
-    assert isinstance(made, Records)
+    made, _ = to_records(record, given, np.zeros(len(SHAPES), np.int16), config.log, round=1, rank=0, attempt=1)
     made.validate()
     return made
 
@@ -114,9 +104,9 @@ def test_pooled_later_is_pooled_at_once(family: str, pooling: str) -> None:
     from_log = batch_from_records(few)
     assert record is not None
     for row in range(len(SHAPES)):
-        at = from_log.state_position[row]
+        at = from_log.rationale_position[row]
         real = at >= 0
-        assert torch.equal(from_log.states[row, real], record.states[row, at[real]].bfloat16())
+        assert torch.equal(from_log.rationale[row, real], record.rationale[row, at[real]].bfloat16())
 
 
 def test_pooling_of_one_layer_is_that_layer() -> None:
@@ -162,15 +152,15 @@ def test_metadata(family: str) -> None:
     def of(**log: Any) -> LogMetadata:
         return log_metadata(config_of(family, **log), shape, tokenizer)
 
-    plain = of(top_k="auto")
+    plain = of()
     assert (plain.pooling, plain.rationale_layers, plain.layers, plain.top_k, plain.error) == (
         "mean",
         1,
         "all",
-        0,
+        5,
         "top-k",
     )
-    assert of().top_k == 5 and of(top_k=10**6).top_k == shape.vocab_size - 1
+    assert of(top_k=10**6).top_k == shape.vocab_size - 1
     everything = of(rationale="all", error="dense")
     assert (everything.pooling, everything.rationale_layers, everything.layers) == ("none", count, "all")
     assert (everything.error, everything.top_k) == ("dense", shape.vocab_size - 1)

@@ -126,7 +126,7 @@ def test_gradient_checkpointing_changes_no_record(model_folder: Path, tmp_path: 
     for one, other in zip(made[0][0], made[1][0], strict=True):
         for a, b in zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]:
             assert a is b is None or torch.equal(a, b)
-    assert torch.equal(made[1][0].states, made[1][1].states)
+    assert torch.equal(made[1][0].rationale, made[1][1].rationale)
     close(made[1][2], made[0][2], 1e-5)
 
 

@@ -46,7 +46,7 @@ def worker(steps: Steps) -> Worker:
     made: Any = Worker.__new__(Worker)
     made.rank, made.world_size, made.device, made.postponed = 0, 1, torch.device("cpu"), False
     made.config = RunConfig.model_validate({"run": {"folder": steps.checkpoints.parent}})
-    made.checkpoints, made.recorder, made.engine = steps.checkpoints, steps, steps
+    made.checkpoints, made.recorder, made.engine = steps.checkpoints, SimpleNamespace(writer=steps), steps
     made.job = PilotJob(made.config, "", Path(), ROUND, ledger=steps, tracker=steps)
     return made  # type: ignore[no-any-return]
 

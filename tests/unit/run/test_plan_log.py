@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import encode_record
 from tc_ray.data.prepared.batches import collate
@@ -21,7 +22,7 @@ from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import log_metadata
-from tc_ray.pilot.recording import chosen_rows, to_records
+from tc_ray.pilot.record import chosen_rows, to_records
 from tc_ray.run.plan.plan import make_plan
 from tc_ray.run.refusals import JobError
 from tests.support.family_samples import folder_of
@@ -70,32 +71,21 @@ def written(config: RunConfig, data: Path, family: str) -> tuple[float, int]:
     writer = RecordWriter(
         store.location,
         ledger.commit,
+        LogSection(flush_rounds=config.log.flush_rounds, file_bytes=config.log.file_bytes, queue_rounds=4),
         run="plan",
         rank=0,
         attempt=ledger.begin_attempt(0, 1),
-        flush_rounds=config.log.flush_rounds,
-        file_bytes=config.log.file_bytes,
-        queue_rounds=4,
     )
     rounds = ROWS // BATCH
     for number in range(1, rounds + 1):
         for at in range((number - 1) * BATCH, number * BATCH, MICRO):
             batch = collate([{**rows[i], "sample_id": i} for i in range(at, at + MICRO)], 0)
-            fields = {n: batch[n] for n in ("input_ids", "lengths", "target_start", "sample_id")}
-            tensors = [torch.from_numpy(fields[n]) for n in ("input_ids", "lengths", "target_start")]
+            tensors = [torch.from_numpy(batch[n]) for n in ("input_ids", "lengths", "target_start")]
             record = step.measure(*tensors).record
             assert record is not None
-            records = to_records(
-                record,
-                **fields,
-                seen=np.zeros(MICRO, np.int16),
-                round_number=number,
-                rank=0,
-                attempt=1,
-                positions=config.log.positions,
-                rows=chosen_rows(record, batch, config.log, seed=17, round_number=number),
-                dense=step.dense,
-            )
+            rows_kept = chosen_rows(record, batch, config.log, seed=17, round=number)
+            seen = np.zeros(MICRO, np.int16)
+            records, _ = to_records(record, batch, seen, config.log, round=number, rank=0, attempt=1, rows=rows_kept)
             writer.put(records, number)
         writer.end_round(number)
     writer.close()
@@ -115,7 +105,7 @@ def written(config: RunConfig, data: Path, family: str) -> tuple[float, int]:
         ("llama", {"rationale": [0, 3], "positions": "target"}),
         ("flan_t5", {"rationale": "all"}),
         ("llama", {"error": "dense"}),
-        ("flan_t5", {"error": "dense", "top_k": "auto"}),
+        ("flan_t5", {"error": "dense"}),
         ("llama", {"sampling": "fraction", "sampling_fraction": 0.5}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "pooled",
@@ -130,13 +120,8 @@ def test_predicted_log_bytes_are_what_is_written(data: Path, tmp_path: Path, fam
 
 
 def test_what_cannot_be_known_is_said(data: Path, tmp_path: Path) -> None:
-    auto = make_plan(config_of("llama", data, tmp_path / "run", top_k="auto", top_k_captured=0.95, top_k_limit=40))
     fixed = make_plan(config_of("llama", data, tmp_path / "run", top_k=40))
-    assert auto.log_bytes_per_round == fixed.log_bytes_per_round
-    assert "predicted with 40 errors a token; it can be 40 (log.top_k_limit) at most" in str(
-        auto
-    ) and "predicted with" not in str(fixed)
-    assert "as many as hold 95% of |l|" in str(auto) and "the 40 largest errors a token" in str(fixed)
+    assert "the 40 largest errors per token" in str(fixed) and "predicted with" not in str(fixed)
     mistakes = make_plan(config_of("llama", data, tmp_path / "run", sampling="mistakes", mistake_loss=2.5))
     assert "not ranked first or with a loss above 2.5" in str(mistakes) and "with every record" in str(mistakes)
     assert mistakes.log_bytes_per_round == make_plan(config_of("llama", data, tmp_path / "run")).log_bytes_per_round
@@ -144,9 +129,9 @@ def test_what_cannot_be_known_is_said(data: Path, tmp_path: Path) -> None:
     assert "records: 25% of them" in str(make_plan(some)) and "states: those of layers 1, 2 at all" in str(
         make_plan(some)
     )
-    dense = config_of("llama", data, tmp_path / "run", error="dense", rationale="all", top_k="auto")
+    dense = config_of("llama", data, tmp_path / "run", error="dense", rationale="all")
     told = str(make_plan(dense))
-    assert "those of all layers" in told and "errors of all tokens of the vocabulary" in told and "chosen" not in told
+    assert "those of all layers" in told and "errors of all tokens of the vocabulary" in told
 
 
 def test_layers_that_the_pilot_does_not_have(data: Path, tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
 from tc_ray.mistakelog.rows.schema import LogSchemaError
 from tc_ray.models.pilot.load import PilotStep, StepRecord
 from tc_ray.models.pilot.token_errors import dense_errors, full_errors, sparse_errors
-from tc_ray.pilot.host_copy import HostCopy, PendingRecords
-from tc_ray.pilot.recording import chosen_rows, to_records
+from tc_ray.pilot.record import HostCopy, chosen_rows, to_records
 from tests.support.family_samples import new_pilot, quiet
 from tests.support.mistakelog_samples import assert_same, random_records
 from tests.support.tiny_families import VOCAB
@@ -45,9 +44,12 @@ def forward(family: str, *, dense: bool = False, pooling: str = "mean", device: 
     return record
 
 
-def records_of(step: StepRecord, positions: str = "target", **given: Any) -> Records | PendingRecords:
+def records_of(step: StepRecord, positions: str = "target", error: str = "top-k", **given: Any) -> Records:
+    log = LogSection.model_validate({"positions": positions, "error": error})
     seen = np.arange(len(SHAPES), dtype=np.int16)
-    return to_records(step, **batch(), seen=seen, round_number=7, rank=1, attempt=2, positions=positions, **given)
+    records, wait = to_records(step, batch(), seen, log, round=7, rank=1, attempt=2, **given)
+    assert wait is None
+    return records
 
 
 # -- dense errors -------------------------------------------------------------------------------------------------
@@ -67,8 +69,8 @@ def test_full_errors_are_those_of_every_token() -> None:
 @pytest.mark.parametrize("family", ["llama", "flan_t5"])
 def test_dense_errors_through_the_table(family: str) -> None:
     """Rows hold V values in vocabulary order and no ids; in memory the records are those of `top_k` V - 1 but for the order."""
-    made = records_of(forward(family, dense=True), dense=True)
-    assert isinstance(made, Records) and made.top_k == VOCAB - 1
+    made = records_of(forward(family, dense=True), error="dense")
+    assert made.top_k == VOCAB - 1
     table = made.to_arrow("r")
     ids = batch()["input_ids"]
     for row, (length, start) in enumerate(SHAPES):
@@ -102,8 +104,7 @@ def test_dense_order_there_and_back() -> None:
 
 
 def test_dense_rows_that_do_not_fit_are_refused() -> None:
-    made = records_of(forward("llama", dense=True), dense=True)
-    assert isinstance(made, Records)
+    made = records_of(forward("llama", dense=True), error="dense")
     table = made.to_arrow("r")
     metadata = made.arrow_metadata()
     with pytest.raises(LogSchemaError, match="list lengths do not fit"):
@@ -113,8 +114,6 @@ def test_dense_rows_that_do_not_fit_are_refused() -> None:
     swapped = dataclasses.replace(made, error_ids=made.error_ids[:, ::-1])
     with pytest.raises(ValueError, match="the true token first"):
         swapped.validate()
-    with pytest.raises(ValueError, match="dense errors"):
-        made.truncated(3)
 
 
 # -- sampling -----------------------------------------------------------------------------------------------------
@@ -162,7 +161,6 @@ def test_mistakes(bound: float | None) -> None:
 def test_rows_left_out_are_as_if_selected_afterwards(family: str, positions: str, rows: list[int]) -> None:
     step = forward(family, pooling="none")
     whole, part = records_of(step, positions), records_of(step, positions, rows=np.array(rows, np.int64))
-    assert isinstance(whole, Records) and isinstance(part, Records)
     part.validate()
     assert_same(part, whole.select(rows))
 
@@ -170,8 +168,7 @@ def test_rows_left_out_are_as_if_selected_afterwards(family: str, positions: str
 def test_chosen_rows_are_those_of_the_policies() -> None:
     step, given = forward("llama"), batch()
     whole = records_of(step)
-    assert isinstance(whole, Records)
-    options: dict[str, Any] = {"seed": 17, "round_number": 7}
+    options: dict[str, Any] = {"seed": 17, "round": 7}
     assert chosen_rows(step, given, LogSection(), **options) is None
     some = chosen_rows(step, given, LogSection(sampling="fraction", sampling_fraction=0.5), **options)
     assert some is not None
@@ -189,7 +186,6 @@ def test_chosen_rows_are_those_of_the_policies() -> None:
 def test_arrow_holds_the_memory_of_the_records() -> None:
     """No host copy between the conversion and Parquet, but for the bools, which Arrow packs."""
     made = records_of(forward("t5"))
-    assert isinstance(made, Records)
     batch = made.to_arrow("r").to_batches()[0]
     for name in ("rationale", "question", "input_ids", "error_ids", "error_values", "error_rest", "token_loss"):
         array, column = getattr(made, name), batch.column(name)
@@ -200,7 +196,6 @@ def test_arrow_holds_the_memory_of_the_records() -> None:
 def test_errors_are_the_step_s_own_memory_on_the_cpu() -> None:
     step = forward("llama")
     made = records_of(step)
-    assert isinstance(made, Records)
     for name, tensor in (
         ("error_values", step.errors.values),
         ("error_rest", step.errors.rest),
@@ -221,13 +216,15 @@ def test_a_copy_from_a_device_is_what_the_device_had(family: str, rows: np.ndarr
     busy = torch.randn(4096, 4096, device="cuda")
     for _ in range(20):
         busy = busy @ busy / 64
-    pending = records_of(step, rows=rows, copy=copy)
-    assert isinstance(pending, PendingRecords) and isinstance(expected, Records)
-    assert (pending.round, pending.rank, pending.attempt, pending.count) == (7, 1, 2, len(expected))
+    log = LogSection(positions="target")
+    seen = np.arange(len(SHAPES), dtype=np.int16)
+    records, wait = to_records(step, batch(), seen, log, round=7, rank=1, attempt=2, rows=rows, copy=copy)
+    assert wait is not None and len(records) == len(expected)
     del step
     for _ in range(20):  # takes the memory of the step again
         torch.full((64, 19, 3, 32), 7.0, device="cuda")
-    assert_same(pending.resolve(), expected)
+    wait()
+    assert_same(records, expected)
 
 
 def _on_cpu(part: Any) -> Any:

@@ -1,0 +1,216 @@
+"""From the Pilot's forward pass to the Mistake Log: rows are chosen, copied to the host once, and queued for the writer.
+
+Invariant: the records of a round are a pure function of the round, so a replayed round leaves the same ones. What the log does not
+keep (rows left out by `log.sampling`, padding, prompt positions) is dropped on the device, before the copy. Nothing here waits for
+the device, except `log.sampling: mistakes`. Called by `pilot.loop` between the forward and the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from tc_ray.config.log import LogSection
+from tc_ray.mistakelog.rows.ragged import offsets_of
+from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
+from tc_ray.mistakelog.write.writer import RecordWriter
+from tc_ray.models.pilot.load import StepRecord
+
+
+class Recorder:
+    """Records of one rank in one attempt.
+
+    Args:
+        writer: of this rank and attempt; `close` closes it.
+        log: the run's settings. seed: of the run; `log.sampling: fraction` depends on it.
+        device: of the Pilot.
+    """
+
+    def __init__(self, writer: RecordWriter, log: LogSection, *, seed: int, device: torch.device) -> None:
+        self.writer, self._log, self._seed = writer, log, seed
+        self._copy = HostCopy(device)
+        self.skipped = 0
+        """Records of this rank that `log.sampling` left out in this attempt."""
+        self._round_tokens = 0
+        self._unacknowledged: deque[tuple[int, int]] = deque()
+        """(round, its tokens) of rounds that have ended."""
+        self._acknowledged_tokens = 0
+
+    def record(self, step: StepRecord, batch: Mapping[str, np.ndarray], seen: np.ndarray, round: int) -> None:
+        """Queue the records of one micro-batch of `round`; batch as of `TrainTable.batch`, seen: int16 [B]."""
+        self._round_tokens += int(batch["lengths"].sum())
+        rows = chosen_rows(step, batch, self._log, seed=self._seed, round=round)
+        if rows is not None:
+            self.skipped += len(seen) - len(rows)
+            if not len(rows):
+                return
+        records, wait = to_records(
+            step,
+            batch,
+            seen,
+            self._log,
+            round=round,
+            rank=self.writer.rank,
+            attempt=self.writer.attempt,
+            rows=rows,
+            copy=self._copy,
+        )
+        self.writer.put(records, round, wait)
+
+    def end_round(self, round: int, *, left_out: bool = False) -> None:
+        """All micro-batches of the round were recorded. left_out: it took no step, see `RecordWriter.end_round`."""
+        self._unacknowledged.append((round, self._round_tokens))
+        self._round_tokens = 0
+        self.writer.end_round(round, left_out=left_out)
+
+    def close(self) -> None:
+        """Commit all rounds that have ended and stop the writer."""
+        self.writer.close()
+
+    def metrics(self) -> dict[str, float]:
+        """The writer's counts, and `bytes_per_token`: bytes of this rank's files per token of prompt and completion."""
+        stats = {name: float(value) for name, value in self.writer.stats().items()}
+        while self._unacknowledged and self._unacknowledged[0][0] <= stats["acknowledged_round"]:
+            self._acknowledged_tokens += self._unacknowledged.popleft()[1]
+        if self._acknowledged_tokens:
+            stats["bytes_per_token"] = stats["bytes"] / self._acknowledged_tokens
+        return stats
+
+
+def chosen_rows(
+    step: StepRecord, batch: Mapping[str, np.ndarray], log: LogSection, *, seed: int, round: int
+) -> np.ndarray | None:
+    """int64 rows of the batch that `log.sampling` keeps, ascending; None: all.
+
+    `mistakes` reads two numbers per target token from the device, which waits for the forward pass.
+    """
+    if log.sampling == "fraction":
+        rounds = np.full(len(batch["sample_id"]), round)
+        return np.flatnonzero(in_fraction(log.sampling_fraction, seed, rounds, batch["sample_id"]))
+    if log.sampling == "mistakes":
+        offsets = offsets_of(batch["lengths"] - batch["target_start"])
+        correct, loss = step.token_correct.cpu().numpy(), step.token_loss.cpu().numpy()
+        return np.flatnonzero(has_mistake(correct, loss, offsets, log.mistake_loss))
+    return None
+
+
+def to_records(
+    step: StepRecord,
+    batch: Mapping[str, np.ndarray],
+    seen: np.ndarray,
+    log: LogSection,
+    *,
+    round: int,
+    rank: int,
+    attempt: int,
+    rows: np.ndarray | None = None,
+    copy: HostCopy | None = None,
+) -> tuple[Records, Callable[[], object] | None]:
+    """Records of one micro-batch of B examples.
+
+    Args:
+        step: what the Pilot's forward left, on its device.
+        batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]. seen: int [B].
+        log: its `positions` and `error` as the step had them.
+        rows: int64, examples to keep, ascending; None: all.
+        copy: of the step's device; None: one for this call.
+
+    Returns:
+        The records, and on CUDA a call that waits until the arrays from the device (rationale, question, errors, losses) have
+        their values. All other arrays have theirs at once.
+    """
+    copy = copy or HostCopy(step.rationale.device)
+    input_ids = batch["input_ids"]
+    lengths, starts = batch["lengths"].astype(np.int64), batch["target_start"].astype(np.int64)
+    count, position = len(lengths), np.arange(input_ids.shape[1])
+    taken = np.ones(count, bool) if rows is None else np.isin(np.arange(count), rows)
+    first = np.zeros(count, np.int64) if log.positions == "all" else starts - 1
+    kept = taken[:, None] & (position >= first[:, None]) & (position < (lengths - 1)[:, None])
+    tensors = {
+        "error_ids": step.errors.ids.to(torch.int32),
+        "error_values": step.errors.values,
+        "error_rest": step.errors.rest,
+        "token_loss": step.token_loss,
+        "token_correct": step.token_correct,
+    }
+    if not taken.all():
+        tokens = copy.to_device(np.flatnonzero(np.repeat(taken, lengths - starts)))
+        tensors = {name: values.index_select(0, tokens) for name, values in tensors.items()}
+    tensors["rationale"] = _at(step.rationale, kept, copy)
+    if step.question is not None:
+        asked = taken[:, None] & (position[: step.question.shape[1]] < starts[:, None])
+        tensors["question"] = _at(step.question, asked, copy)
+    arrays, wait = copy.arrays(tensors)
+    number = int(taken.sum())
+    records = Records(
+        round=np.full(number, round, np.int64),
+        rank=np.full(number, rank, np.int32),
+        attempt=np.full(number, attempt, np.int32),
+        sample_id=batch["sample_id"][taken].astype(np.int64),
+        seen=seen[taken].astype(np.int16),
+        input_ids=input_ids[taken[:, None] & (position < lengths[:, None])].astype(np.int32),
+        seq_offsets=offsets_of(lengths[taken]),
+        target_start=starts[taken].astype(np.int32),
+        rationale_offsets=offsets_of(kept.sum(1)[taken]),
+        rationale_layers=step.rationale.shape[2] if step.rationale.ndim == 4 else 1,
+        rationale_dim=step.rationale.shape[-1],
+        target_offsets=offsets_of((lengths - starts)[taken]),
+        error=log.error,
+        **arrays,
+    )
+    return records, wait
+
+
+def _at(states: torch.Tensor, mask: np.ndarray, copy: HostCopy) -> torch.Tensor:
+    """bf16 [positions, ..] of states [B, S, ..] where the host's mask [B, S] is set; does not wait for the device."""
+    index = copy.to_device(np.flatnonzero(mask))
+    return states.flatten(0, 1).index_select(0, index).to(torch.bfloat16)
+
+
+class HostCopy:
+    """Copies tensors of one device to the host without stopping the device.
+
+    On CUDA a side stream copies into pinned memory while the backward pass runs; who needs the numbers (in a run the log's
+    writer thread) waits for the copy. On the CPU the tensors' own memory is used.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def to_device(self, index: np.ndarray) -> torch.Tensor:
+        """An index made on the host, on the device; does not wait for the device."""
+        tensor = torch.from_numpy(index)
+        return tensor if self._stream is None else tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def arrays(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, np.ndarray], Callable[[], object] | None]:
+        """Host arrays of the tensors, and a call that waits until they have their values; on the CPU None: they have them.
+
+        bfloat16 comes as its bits, uint16.
+        """
+        if self._stream is None:
+            return {name: _numpy(tensor) for name, tensor in tensors.items()}, None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            arrays: dict[str, Any] = {}
+            for name, tensor in tensors.items():
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                host.copy_(tensor, non_blocking=True)
+                # the allocator must not give the memory to the next step before the copy has read it
+                tensor.record_stream(self._stream)
+                arrays[name] = _numpy(host)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return arrays, copied.synchronize
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
