@@ -20,7 +20,7 @@ from tc_ray.data.prepared.prepare import PreparedData, prepare, prepared_before
 from tc_ray.data.prepared.rows_hash import rows_hashes
 from tc_ray.files import sync
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.opening import is_table
+from tc_ray.mistakelog.table.repair import is_table
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.weights_hash import weights_hash
 from tc_ray.pilot.checkpoint import latest_checkpoint

@@ -23,15 +23,14 @@ from tc_ray.files import is_whole
 from tc_ray.mistakelog.table.errors import LeaseLostError
 from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.opening import is_table
-from tc_ray.mistakelog.table.repair import repair
+from tc_ray.mistakelog.table.repair import is_table, repair
 from tc_ray.run.folder_lock import FolderLock
 from tc_ray.run.folder_owner import check_owner
 from tc_ray.run.refusals import JobError, check_resume
 from tc_ray.text import visible
 
 LOG_POLL_SECONDS = 1.0
-TEND_SECONDS = 5.0
+MAINTAIN_SECONDS = 5.0
 END_SECONDS = 20.0
 """Time for a stopped run, whose status is written, to give its workers back."""
 ERROR_SIZE_ROUNDS = 16
@@ -213,7 +212,7 @@ class _Job:
         if not self.config.log.enabled:
             return
         from tc_ray.mistakelog.commit.ledger_actor import start_ledger
-        from tc_ray.mistakelog.maintain.limits import Upkeep
+        from tc_ray.mistakelog.maintain.maintenance import Limits
         from tc_ray.mistakelog.table.store import LogStore
         from tc_ray.pilot.log_metadata import log_metadata
 
@@ -227,7 +226,7 @@ class _Job:
             writers=self.config.resources.pilot_workers,
             run=self.config.run.name,
             lease=self.lease.number,
-            upkeep=Upkeep.from_config(self.config.log, self._rounds_read_again()),
+            limits=Limits.from_config(self.config.log, self._rounds_read_again()),
         )
 
     def _rounds_read_again(self) -> int:
@@ -346,11 +345,11 @@ class _Job:
         """
         import ray
 
-        tended = time.monotonic()
+        maintained = time.monotonic()
         while self.ledger is not None and not self.stop_watching.wait(LOG_POLL_SECONDS):
-            if time.monotonic() > tended + TEND_SECONDS or (self.lease is not None and self.lease.lost):
-                self.ledger.tend.remote()
-                tended = time.monotonic()
+            if time.monotonic() > maintained + MAINTAIN_SECONDS or (self.lease is not None and self.lease.lost):
+                self.ledger.maintain_soon.remote()
+                maintained = time.monotonic()
             try:
                 state = ray.get(self.ledger.state.remote())
             except LeaseLostError:

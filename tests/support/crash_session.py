@@ -20,7 +20,7 @@ from pathlib import Path
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain import maintenance
-from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.maintain.maintenance import Limits
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table import store
 from tc_ray.mistakelog.table.data_file import DataFile
@@ -34,7 +34,7 @@ COUNT, KILL, TORN, POWER, DATA = range(5)
 ROUNDS = 8
 ROWS = 4
 REPOSITORY = Path(__file__).parents[2]
-UPKEEP = Upkeep(
+LIMITS = Limits(
     compact=True,
     file_bytes=24_000,
     keep_rounds=None,
@@ -73,7 +73,7 @@ def session(folder: Path, say: Callable[[list[object]], None]) -> None:
     store._CHECKPOINT_COMMITS = 6
     LogStore.create(place, metadata())
     with RunLease.take(place, "session") as lease:
-        ledger = Ledger(place, writers=1, run="test", lease=lease.number, upkeep=UPKEEP)
+        ledger = Ledger(place, writers=1, run="test", lease=lease.number, limits=LIMITS)
         if Checkpoint.read(folder).phase == 1:
             train(folder, ledger, say, last=4, checkpoints={3})
             Checkpoint(2, 2).write(folder)
@@ -92,6 +92,7 @@ def train(
     def submit(file: DataFile) -> int:
         version = ledger.commit(file)
         say(["acknowledged", file.round_max])
+        ledger.maintain()  # here and not in a thread, so that each session makes the same calls
         return version
 
     writer = RecordWriter(

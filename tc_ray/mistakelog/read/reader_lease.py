@@ -17,10 +17,10 @@ import threading
 import time
 import uuid
 import weakref
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from tc_ray.mistakelog.table.lease import ProcessId
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.process import ProcessId, is_running, this_process
 from tc_ray.mistakelog.table.store import LogStore
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class ReaderLease:
 
     def _write(self) -> None:
         version, onwards = self._wanted
-        told = {"version": version, "onwards": onwards, "time": time.time(), **this_process().to_dict()}
+        told = {"version": version, "onwards": onwards, "time": time.time(), **asdict(ProcessId.this())}
         try:
             self._location.write(self._name, json.dumps(told).encode())
             self._held = self._wanted
@@ -174,7 +174,7 @@ def held_versions(location: Location, now: float, *, forget: bool = True) -> lis
         if now - touched < FRESH_SECONDS:
             if lease is not None:
                 held.append(lease)
-        elif lease is not None and is_running(lease.process):
+        elif lease is not None and lease.process.is_running():
             held.append(lease)
         elif forget:
             location.delete(entry.name)

@@ -26,11 +26,9 @@ from tc_ray.files import sync
 from tc_ray.mistakelog.rows.schema import ROW_SCHEMA, LogMetadata, LogSchemaError
 from tc_ray.mistakelog.table.commits import Commit, CommitLog, Fate, commit_name
 from tc_ray.mistakelog.table.data_file import Committed, DataFile, read_file, read_pieces
-from tc_ray.mistakelog.table.durability import renew_commits, write_checkpoint
 from tc_ray.mistakelog.table.errors import CommitConflictError, LeaseLostError, full_disk_named
 from tc_ray.mistakelog.table.location import Location, check_data_name
-from tc_ray.mistakelog.table.opening import is_table, open_table
-from tc_ray.mistakelog.table.repair import NEWEST, repair
+from tc_ray.mistakelog.table.repair import NEWEST, is_table, open_table, renew_commits, repair, write_checkpoint
 
 LEASE_NUMBER = "tc_ray/lease"
 """Name of the number that says who may commit; see `lease.RunLease`."""
@@ -93,9 +91,10 @@ class LogStore:
         self._table = open_table(self.location, version)
         self._lease, self._lease_lost = lease, False
         self._commits = CommitLog(self.location)
-        self.durable = self._metadata_version = int(self._table.version())
-        """The first: last version that is known to be on the disk; see `settle`."""
-        self._metadata = self._read_metadata()
+        self.durable = int(self._table.version())
+        """Last version that is known to be on the disk; see `settle`."""
+        self.metadata = LogMetadata.from_configuration(self._table.metadata().configuration, str(self.location))
+        """What holds for every row; it never changes."""
 
     @classmethod
     def create(
@@ -133,16 +132,6 @@ class LogStore:
                 "choose another run folder or restore the old settings"
             )
         return store
-
-    def _read_metadata(self) -> LogMetadata:
-        return LogMetadata.from_configuration(self._table.metadata().configuration, str(self.location))
-
-    @property
-    def metadata(self) -> LogMetadata:
-        """What holds for every row, at this version."""
-        if self._metadata_version != self._table.version():
-            self._metadata, self._metadata_version = self._read_metadata(), self._table.version()
-        return self._metadata
 
     @property
     def version(self) -> int:

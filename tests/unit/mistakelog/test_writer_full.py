@@ -10,6 +10,7 @@ import errno
 import logging
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.limits import Upkeep
-from tc_ray.mistakelog.maintain.maintenance import Maintenance
+from tc_ray.mistakelog.maintain.maintenance import Limits, Maintenance, Position
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.commits import dropped_records
@@ -308,12 +308,12 @@ def test_a_merge_that_finds_the_disk_full_is_put_off(
     assert pilot.writer.flush(12)
     pilot.writer.close()
     store = LogStore(tmp_path)
-    limits = Upkeep(True, 1 << 20, None, None, 1, 600, 3600)
-    keeper = Maintenance(store, limits)
+    limits = Limits(True, 1 << 20, None, None, 1, 600, 3600)
+    keeper = Maintenance(store, limits, lambda: nullcontext(Position({"x": 1}, 12, 12, 1)))
     disk.full = True
-    done = keeper.maintain(numbers={"x": 1}, safe_round=12, copilot_round=12, attempt=1)
+    done = keeper.maintain()
     assert done.merge is None and not list(tmp_path.glob("*.tmp"))
-    assert "upkeep is put off: [Errno 28]" in caplog.text
+    assert "maintenance is put off: [Errno 28]" in caplog.text
     disk.full = False
-    assert keeper.maintain(numbers={"x": 1}, safe_round=12, copilot_round=12, attempt=1).merge is not None
+    assert keeper.maintain().merge is not None
     assert_same(MistakeLog(tmp_path).records(), Records.concat(pilot.put))
