@@ -212,7 +212,6 @@ class _Job:
         if not self.config.log.enabled:
             return
         from tc_ray.mistakelog.commit.ledger_actor import start_ledger
-        from tc_ray.mistakelog.maintain.maintenance import Limits
         from tc_ray.mistakelog.table.store import LogStore
         from tc_ray.pilot.log_metadata import log_metadata
 
@@ -226,7 +225,8 @@ class _Job:
             writers=self.config.resources.pilot_workers,
             run=self.config.run.name,
             lease=self.lease.number,
-            limits=Limits.from_config(self.config.log, self._rounds_read_again()),
+            settings=self.config.log,
+            buffer_rounds=self._rounds_read_again(),
         )
 
     def _rounds_read_again(self) -> int:

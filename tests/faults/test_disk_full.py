@@ -24,7 +24,6 @@ from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.maintain.compaction import compact_log
-from tc_ray.mistakelog.maintain.maintenance import Limits
 from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
@@ -108,7 +107,10 @@ def tended(root: Path) -> None:
     folder, grace_seconds = root / "log", 2.0
     LogStore.create(folder, metadata())
     ledger = LedgerActor(
-        folder, writers=1, run="test", limits=Limits(True, 1 << 20, None, None, 1, grace_seconds, 3600)
+        folder,
+        writers=1,
+        run="test",
+        settings=LogSection(file_bytes=1 << 20, vacuum_grace_seconds=grace_seconds, orphan_seconds=3600),
     )
     attempt = ledger.begin_attempt(0, 1)
     writer = RecordWriter(

@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.fencing import fenced_files, trimmed
-from tc_ray.mistakelog.maintain.maintenance import Limits, Maintenance, Position
+from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.maintain.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.table.commits import dropped_records
 from tc_ray.mistakelog.table.data_file import BadFileError, DataFile
@@ -77,7 +78,8 @@ class Ledger:
         writers: Pilot workers, until `begin_attempt` says otherwise.
         run: must be the run that the table belongs to.
         lease: number of the run's lease; None: the caller ensures that nobody else is at work on the log.
-        limits: what `maintain` keeps the log to; None: there is no maintenance.
+        settings: what `maintain` keeps the log to; None: there is no maintenance.
+        buffer_rounds: rounds behind the Copilot's position that it reads again after a restart.
     """
 
     def __init__(
@@ -87,7 +89,8 @@ class Ledger:
         writers: int,
         run: str,
         lease: int | None = None,
-        limits: Limits | None = None,
+        settings: LogSection | None = None,
+        buffer_rounds: int = 1,
     ) -> None:
         repair(Location(location))
         self._store = LogStore(location, lease=lease)
@@ -97,7 +100,9 @@ class Ledger:
         self._known = -1
         self._log_full = False
         self._maintaining = threading.Lock()
-        self._maintenance = None if limits is None else Maintenance(self._store, limits, self._maintenance_turn)
+        self._maintenance: Maintenance | None = None
+        if settings is not None:
+            self._maintenance = Maintenance(self._store, settings, buffer_rounds, self._maintenance_turn)
         self._prefix = f"tc_ray/{run}/"
         self._default_writers = writers
         self._copilot_round = self._copilot_steps = self._checkpoint_round = 0
@@ -164,19 +169,10 @@ class Ledger:
             if self._known != self._store.version:
                 self._count()
 
-    def _commit(
-        self,
-        numbers: dict[str, int],
-        *,
-        add: list[DataFile] | None = None,
-        covered: list[DataFile] | None = None,
-        remove: list[StoredFile] | None = None,
-        note: Mapping[str, Any],
-    ) -> None:
+    def _commit(self, numbers: Mapping[str, int], **changes: Any) -> None:
+        """`LogStore.commit`, with the Ledger's names of numbers."""
         try:
-            self._known = self._store.commit(
-                add=add or [], covered=covered or [], remove=remove or [], numbers=self._signed(numbers), note=note
-            )
+            self._known = self._store.commit(numbers=self._signed(numbers), **changes)
             self._log_full = False
         except LogFullError:
             self._log_full = True

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger, LogState
-from tc_ray.mistakelog.maintain.maintenance import Limits
 from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.mistakelog.table.data_file import DataFile
 from tc_ray.mistakelog.table.errors import LeaseLostError
@@ -70,7 +70,8 @@ def start_ledger(
     writers: int,
     run: str,
     lease: int | None = None,
-    limits: Limits | None = None,
+    settings: LogSection | None = None,
+    buffer_rounds: int = 1,
 ) -> Any:
     """Start the Ledger of an existing table as a Ray actor that restarts by itself.
 
@@ -93,7 +94,7 @@ def start_ledger(
     # made here too, so that a bad location is reported to the caller at once and the restarted actor only opens
     LogStore.create(place, metadata)
     actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0, concurrency_groups={"state": 1})(RayLedger)
-    handle = actor.remote(place, writers=writers, run=run, lease=lease, limits=limits)
+    handle = actor.remote(place, writers=writers, run=run, lease=lease, settings=settings, buffer_rounds=buffer_rounds)
     ray.get(handle.state.remote())
     return handle
 

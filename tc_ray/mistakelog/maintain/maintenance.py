@@ -29,7 +29,7 @@ from tc_ray.mistakelog.maintain.compaction import merge, merge_plan
 from tc_ray.mistakelog.maintain.quarantine import set_aside
 from tc_ray.mistakelog.maintain.retention import Standing, retire
 from tc_ray.mistakelog.maintain.vacuum import Vacuum, look, remove
-from tc_ray.mistakelog.table.data_file import BadFileError, Compression, DataFile
+from tc_ray.mistakelog.table.data_file import BadFileError, DataFile
 from tc_ray.mistakelog.table.errors import CommitConflictError
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
 
@@ -38,38 +38,6 @@ log = logging.getLogger(__name__)
 _VACUUM_SECONDS = (0.2, 60.0)
 _SAY_AGAIN_SECONDS = 600.0
 _LEAST_PARTS = 8
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a growing log is kept to."""
-
-    compact: bool
-    """Merge small files."""
-    file_bytes: int
-    """Length that small files are merged up to."""
-    keep_rounds: int | None
-    max_bytes: int | None
-    buffer_rounds: int
-    """Rounds behind the Copilot's position that it reads again after a restart."""
-    grace_seconds: float
-    orphan_seconds: float
-    compression: Compression = "none"
-    """Of merged files."""
-
-    @classmethod
-    def from_config(cls, log: LogSection, buffer_rounds: int) -> Limits:
-        """Of a run; buffer_rounds: see the field."""
-        return cls(
-            log.compact,
-            log.file_bytes,
-            log.keep_rounds,
-            log.max_bytes,
-            buffer_rounds,
-            log.vacuum_grace_seconds,
-            log.orphan_seconds,
-            log.compression,
-        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +72,8 @@ class Maintenance:
 
     Args:
         store: the committer's own.
-        limits: what the log is kept to.
+        settings: what the log is kept to.
+        buffer_rounds: rounds behind the Copilot's position that it reads again after a restart.
         turn: a context in which nobody else uses `store`, which is then at the newest version.
         clock: seconds, monotonic.
     """
@@ -112,11 +81,13 @@ class Maintenance:
     def __init__(
         self,
         store: LogStore,
-        limits: Limits,
+        settings: LogSection,
+        buffer_rounds: int,
         turn: Callable[[], AbstractContextManager[Position]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._limits, self._turn, self._clock = store, limits, turn, clock
+        self._store, self._settings, self._buffer_rounds = store, settings, buffer_rounds
+        self._turn, self._clock = turn, clock
         self._vacuum_due = self._staged_due = self._clock()
         self._disk: Vacuum | None = None
         self._said: dict[str, float] = {}
@@ -135,7 +106,7 @@ class Maintenance:
             self._vacuum(done)  # first: it makes space, and retention needs to know what is on the disk
             with self._turn() as position:
                 self._retire(done, position)
-                group = self._next_merge(position) if merge and self._limits.compact else []
+                group = self._next_merge(position) if merge and self._settings.compact else []
             if group:
                 self._merge(done, group)
         except CommitConflictError as error:
@@ -147,13 +118,13 @@ class Maintenance:
     def _vacuum(self, done: Maintained) -> None:
         if self._clock() < self._vacuum_due:
             return
-        limits = self._limits
+        settings = self._settings
         staged = self._clock() >= self._staged_due
         with self._turn() as position:
             done.vacuum = self._disk = look(
                 self._store,
-                orphan_seconds=limits.orphan_seconds,
-                grace_seconds=limits.grace_seconds,
+                orphan_seconds=settings.orphan_seconds,
+                grace_seconds=settings.vacuum_grace_seconds,
                 live_attempt=position.attempt,
                 staged=staged,
             )
@@ -161,9 +132,9 @@ class Maintenance:
         if done.vacuum.removed:
             log.info("%s", done.vacuum.lines()[0])
         if staged:  # none is old enough sooner, and the list of commits grows as long as the run
-            self._staged_due = self._clock() + limits.orphan_seconds
+            self._staged_due = self._clock() + settings.orphan_seconds
         shortest, longest = _VACUUM_SECONDS
-        self._vacuum_due = self._clock() + min(max(limits.grace_seconds / 4, shortest), longest)
+        self._vacuum_due = self._clock() + min(max(settings.vacuum_grace_seconds / 4, shortest), longest)
 
     def _disk_bytes(self, files: list[StoredFile]) -> int:
         """On the disk now: what the last vacuum left, and what was committed since."""
@@ -171,19 +142,19 @@ class Maintenance:
         return self._disk.disk_bytes + sum(file.bytes for file in files if file.name not in self._disk.seen)
 
     def _retire(self, done: Maintained, position: Position) -> None:
-        limits = self._limits
-        if self._disk is None or (limits.keep_rounds is None and limits.max_bytes is None):
+        settings = self._settings
+        if self._disk is None or (settings.keep_rounds is None and settings.max_bytes is None):
             return
         files = self._store.files()
         standing = Standing(
             safe_round=position.safe_round,
             copilot_round=position.copilot_round,
-            buffer_rounds=limits.buffer_rounds,
+            buffer_rounds=self._buffer_rounds,
             recent_bytes=self._disk.recent_bytes,
-            headroom_bytes=limits.file_bytes,
+            headroom_bytes=settings.file_bytes,
             disk_bytes=self._disk_bytes(files),
         )
-        answer = retire(files, standing, keep_rounds=limits.keep_rounds, max_bytes=limits.max_bytes)
+        answer = retire(files, standing, keep_rounds=settings.keep_rounds, max_bytes=settings.max_bytes)
         if answer.files:
             note = {"kind": "retire", "up_to_round": max(file.round_max for file in answer.files)}
             self._store.commit(remove=answer.files, numbers=position.numbers, note=note)
@@ -193,19 +164,19 @@ class Maintenance:
 
     def _next_merge(self, position: Position) -> list[StoredFile]:
         """The oldest group of files that is worth merging; empty: none."""
-        limits = self._limits
+        settings = self._settings
         files = self._store.files()
         # files are retired whole: with a limit on the log, one of them may only be a small part of it
-        target, most_rounds = limits.file_bytes, None
-        if limits.max_bytes is not None:
-            target = min(target, max(limits.max_bytes // _LEAST_PARTS, 1))
-        if limits.keep_rounds is not None:
-            most_rounds = max(limits.keep_rounds // _LEAST_PARTS, 1)
+        target, most_rounds = settings.file_bytes, None
+        if settings.max_bytes is not None:
+            target = min(target, max(settings.max_bytes // _LEAST_PARTS, 1))
+        if settings.keep_rounds is not None:
+            most_rounds = max(settings.keep_rounds // _LEAST_PARTS, 1)
         plan = merge_plan(files, target, position.safe_round, most_rounds=most_rounds)
-        if plan and limits.max_bytes is not None and self._disk is not None:
+        if plan and settings.max_bytes is not None and self._disk is not None:
             # the copy needs space beside what is written until the next vacuum makes some
-            written = limits.file_bytes + self._disk.recent_bytes // 4
-            if self._disk_bytes(files) + sum(file.bytes for file in plan[0]) + written > limits.max_bytes:
+            written = settings.file_bytes + self._disk.recent_bytes // 4
+            if self._disk_bytes(files) + sum(file.bytes for file in plan[0]) + written > settings.max_bytes:
                 return []
         return plan[0] if plan else []
 
@@ -216,7 +187,7 @@ class Maintenance:
                 yield position.numbers
 
         try:
-            done.merge = merge(self._store, group, turn, compression=self._limits.compression)
+            done.merge = merge(self._store, group, turn, compression=self._settings.compression)
             done.merged = group
         except BadFileError as error:
             done.bad.append(error)

@@ -13,7 +13,6 @@ import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.maintenance import Limits
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.schema import LogSchemaError
 from tc_ray.mistakelog.table import repair as repair_module
@@ -118,13 +117,11 @@ def test_a_commit_that_waits_for_space_does_not_keep_vacuum_from_making_it(
 ) -> None:
     """Fault 4, kind: bytes that are written anew need space. What left with that commit stays, for a power cut may take it back."""
     place = LogStore.create(tmp_path / "log", metadata()).location
-    limits = Limits(
+    limits = LogSection(
         compact=False,
         file_bytes=1 << 20,
         keep_rounds=1,
-        max_bytes=None,
-        buffer_rounds=1,
-        grace_seconds=1e-6,
+        vacuum_grace_seconds=1e-6,
         orphan_seconds=3600,
     )
     ledger = Ledger(place, writers=1, run="test")
@@ -134,7 +131,7 @@ def test_a_commit_that_waits_for_space_does_not_keep_vacuum_from_making_it(
     old, left, last = sorted((tmp_path / "log").glob("*.parquet"))
     store = LogStore(place)
     store.commit(remove=[file for file in store.files() if file.name == old.name], numbers={})
-    ledger = Ledger(place, writers=1, run="test", limits=limits)
+    ledger = Ledger(place, writers=1, run="test", settings=limits)
     ledger.report_checkpoint(3)
     ledger.report_copilot(3, 3)
     full = OSError(errno.ENOSPC, "No space left on device")

@@ -17,7 +17,7 @@ from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.maintain.compaction import compact_log, merge
-from tc_ray.mistakelog.maintain.maintenance import Limits, Maintenance, Position
+from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.maintain.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.maintain.vacuum import look, vacuum_log
 from tc_ray.mistakelog.maintain.verify import verify_log
@@ -34,13 +34,10 @@ from tests.support.mistakelog_samples import metadata, random_records
 from tests.unit.mistakelog.test_ledger import rounds_in, written
 
 HOUR = 3600.0
-LIMITS = Limits(
-    compact=True,
+SETTINGS = LogSection(
     file_bytes=1 << 20,
     keep_rounds=1,
-    max_bytes=None,
-    buffer_rounds=1,
-    grace_seconds=1e-6,
+    vacuum_grace_seconds=1e-6,
     orphan_seconds=HOUR,
 )
 
@@ -203,7 +200,7 @@ def test_maintenance_and_merging_stop(fenced: Fenced) -> None:
         with pytest.raises(LeaseLostError):
             merge(fenced.store, files, lambda: nullcontext({}))
         with pytest.raises(LeaseLostError):
-            Maintenance(fenced.store, LIMITS, lambda: nullcontext(Position({}, 3, 3, 1))).maintain()
+            Maintenance(fenced.store, SETTINGS, 1, lambda: nullcontext(Position({}, 3, 3, 1))).maintain()
     assert {path.name for path in Path(fenced.place.uri).iterdir()} == before
     fenced.check_untouched()
 

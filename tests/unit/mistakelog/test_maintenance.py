@@ -19,7 +19,6 @@ import pytest
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
-from tc_ray.mistakelog.maintain.maintenance import Limits
 from tc_ray.mistakelog.maintain.quarantine import quarantined
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import MistakeLog
@@ -35,13 +34,9 @@ from tests.unit.mistakelog.test_fenced import taken_for_dead
 from tests.unit.mistakelog.test_ledger import rounds_in, written
 
 ROUNDS = 12
-LIMITS = Limits(
-    compact=True,
+SETTINGS = LogSection(
     file_bytes=1 << 20,
-    keep_rounds=None,
-    max_bytes=None,
-    buffer_rounds=1,
-    grace_seconds=600,
+    vacuum_grace_seconds=600,
     orphan_seconds=3600,
 )
 
@@ -81,7 +76,7 @@ def until(happened: Callable[[], bool], seconds: float = 20) -> None:
 def merging(folder: Path, gate: Gate, lease: int | None = None) -> LedgerActor:
     """A Ledger with rounds 1 to `ROUNDS` in a file each, whose thread stands in the middle of merging them."""
     LogStore.create(folder, metadata())
-    ledger = LedgerActor(folder, writers=1, run="test", lease=lease, limits=LIMITS)
+    ledger = LedgerActor(folder, writers=1, run="test", lease=lease, settings=SETTINGS)
     ledger.begin_attempt(0, 1)
     for sequence in range(ROUNDS):
         ledger.commit(written(folder, sequence + 1, sequence + 1, sequence=sequence))
@@ -181,8 +176,8 @@ def test_a_merge_of_128_mb_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.
     """`state` answers within 50 ms, and a commit takes at most twice its usual time (medians)."""
     monkeypatch.setattr(data_file, "_ROW_GROUP_BYTES", 16 << 20)
     LogStore.create(tmp_path, metadata())
-    limits = Limits(**{**LIMITS.__dict__, "file_bytes": 160 << 20})
-    ledger = LedgerActor(tmp_path, writers=1, run="test", limits=limits)
+    limits = SETTINGS.model_copy(update={"file_bytes": 160 << 20})
+    ledger = LedgerActor(tmp_path, writers=1, run="test", settings=limits)
     writer = RecordWriter(
         tmp_path,
         ledger.commit,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.compaction import compact_log
-from tc_ray.mistakelog.maintain.maintenance import Limits, Maintenance, Position
+from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.maintain.vacuum import Vacuum, look, vacuum_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.read.reader_lease import ReaderLease
@@ -153,7 +154,7 @@ def test_a_full_disk_is_vacuumed_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_ledger_frees_space_without_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path)
     compact_log(tmp_path, 1 << 20)
-    ledger = Ledger(tmp_path, writers=1, run="test", limits=limits())
+    ledger = Ledger(tmp_path, writers=1, run="test", settings=limits())
     version = ledger.state().version
     ledger.maintain()
     assert data_files(tmp_path) == {file.name for file in LogStore(tmp_path).files()}
@@ -212,24 +213,16 @@ def test_no_vacuum_beside_a_run(tmp_path: Path) -> None:
 
 
 def keeper_of(
-    store: LogStore, limits: Limits, safe_round: int, copilot_round: int, now: list[float] | None = None
+    store: LogStore, limits: LogSection, safe_round: int, copilot_round: int, now: list[float] | None = None
 ) -> Maintenance:
     """Maintenance of a log that nobody else commits to."""
     position = Position({LEASE_NUMBER: 1}, safe_round, copilot_round, 1)
-    return Maintenance(store, limits, lambda: nullcontext(position), lambda: now[0] if now else time.monotonic())
+    return Maintenance(store, limits, 1, lambda: nullcontext(position), lambda: now[0] if now else time.monotonic())
 
 
-def limits(**changes: object) -> Limits:
-    base = {
-        "compact": True,
-        "file_bytes": 1 << 20,
-        "keep_rounds": None,
-        "max_bytes": None,
-        "buffer_rounds": 1,
-        "grace_seconds": 1e-6,
-        "orphan_seconds": HOUR,
-    }
-    return Limits(**{**base, **changes})
+def limits(**changes: object) -> LogSection:
+    base = {"file_bytes": 1 << 20, "vacuum_grace_seconds": 1e-6, "orphan_seconds": HOUR}
+    return LogSection(**{**base, **changes})
 
 
 def test_maintenance_merges_retires_and_removes(tmp_path: Path) -> None:
@@ -316,7 +309,7 @@ def test_maintenance_that_fails_costs_the_run_nothing(
 def test_maintenance_in_the_ledger(tmp_path: Path) -> None:
     """Its counts follow, and only rounds before the checkpoint are merged."""
     written(tmp_path, rounds=20)
-    ledger = Ledger(tmp_path, writers=1, run="test", limits=limits(keep_rounds=16))
+    ledger = Ledger(tmp_path, writers=1, run="test", settings=limits(keep_rounds=16))
     ledger.begin_attempt(20, 1)
     ledger.report_copilot(20, 20)
     ledger.commit(DataFile(None, 0, 0, 21, 21, 0, 2, 0))

@@ -18,7 +18,7 @@ import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.maintenance import Limits, Maintenance, Position
+from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.commits import dropped_records
@@ -308,8 +308,8 @@ def test_a_merge_that_finds_the_disk_full_is_put_off(
     assert pilot.writer.flush(12)
     pilot.writer.close()
     store = LogStore(tmp_path)
-    limits = Limits(True, 1 << 20, None, None, 1, 600, 3600)
-    keeper = Maintenance(store, limits, lambda: nullcontext(Position({"x": 1}, 12, 12, 1)))
+    limits = LogSection(file_bytes=1 << 20, vacuum_grace_seconds=600, orphan_seconds=3600)
+    keeper = Maintenance(store, limits, 1, lambda: nullcontext(Position({"x": 1}, 12, 12, 1)))
     disk.full = True
     done = keeper.maintain()
     assert done.merge is None and not list(tmp_path.glob("*.tmp"))
