@@ -27,7 +27,7 @@ from tc_ray.copilot.learner import Learner, StepResult
 from tc_ray.data.prepared.train_table import TrainTable
 from tc_ray.mistakelog.read.reader import LogTail
 from tc_ray.mistakelog.table.data_file import BadFileError
-from tc_ray.mistakelog.table.retry import patiently
+from tc_ray.mistakelog.table.retry import retry
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.pilot.taps import tapped_layers
@@ -95,7 +95,7 @@ class CopilotWorker:
         if at.step and not self.rank:
             self.job.tracker.event.remote("resume", f"Copilot goes on after step {at.step}")
         place, who = self.config.log_location, f"Copilot {self.rank}"
-        tail = patiently(lambda: LogTail(place, storage_options=self.config.log.storage_options), who)
+        tail = retry(lambda: LogTail(place, storage_options=self.config.log.storage_options), who)
         buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
         seen_version = -1
         if self.rank == 0:
@@ -104,7 +104,7 @@ class CopilotWorker:
             version, committed, _ = self._log_position()
             if version > seen_version:
                 poll = partial(tail.poll, version, min_round=self._first_round(committed))
-                update = patiently(poll, who)
+                update = retry(poll, who)
                 for name in update.removed:
                     buffer.remove(name)
                 for name, records in update.new:

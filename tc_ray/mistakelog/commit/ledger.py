@@ -33,7 +33,7 @@ from tc_ray.mistakelog.table.data_file import BadFileError, DataFile
 from tc_ray.mistakelog.table.errors import CommitConflictError, FencedError, LogFullError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.repair import repair
-from tc_ray.mistakelog.table.store import LogStore, StoredFile
+from tc_ray.mistakelog.table.store import LogStore
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.mistakelog.table.data_file import DataFile
 from tc_ray.mistakelog.table.errors import LeaseLostError
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import patiently
+from tc_ray.mistakelog.table.retry import retry
 from tc_ray.mistakelog.table.store import LogStore
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class LedgerActor(Ledger):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._due = threading.Event()
         try:
-            patiently(lambda: Ledger.__init__(self, *args, **options), "Ledger")
+            retry(lambda: Ledger.__init__(self, *args, **options), "Ledger")
         except LeaseLostError as error:
             log.warning("%s", error)
             return

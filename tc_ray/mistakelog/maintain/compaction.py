@@ -43,11 +43,11 @@ def merge_plan(
 
     Args:
         files: of the table, in any order.
-        target_bytes: length that files are merged up to; those of half of it are large enough already.
+        target_bytes: length that files are merged up to; files of half of it are large enough already.
         safe_round: last round that no restart of the Pilot takes back.
-        most_rounds: that a merged file may span: it leaves the log as a whole, with its newest round.
-        eager: merge whatever can be merged; otherwise only where it pays: half of the target comes together, or all that
-            `most_rounds` allows, or `_FEWEST_FILES` files of which none makes up more than half.
+        most_rounds: most rounds that a merged file may span: it leaves the log as a whole, with its newest round.
+        eager: merge whatever can be merged. Otherwise only what pays: half of the target together, or all that `most_rounds`
+            allows, or `_FEWEST_FILES` files of which none is more than half.
 
     Returns:
         Groups of at least two neighbours in the order of rounds, each of at most `target_bytes` together.
@@ -178,24 +178,22 @@ class Compaction:
     files_after: int
     bytes_merged: int
     bad: list[BadFileError] = field(default_factory=list)
-    """Damaged files, left as they are."""
+    """Damaged files, left in the table."""
 
     @property
     def good(self) -> bool:
-        """No damage was met."""
+        """No damage was found."""
         return not self.bad
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        told = [f"BAD {error.name}: {error.reason}" for error in self.bad]
+        lines = [f"BAD {error.name}: {error.reason}" for error in self.bad]
         if self.bad:
-            told.append(
-                "damaged files were left as they are: `tc-ray log verify --quarantine` takes them out of the log"
-            )
+            lines.append("damaged files stay in the table: `tc-ray log verify --quarantine` takes them out of the log")
         if self.files_before == self.files_after:
-            return [*told, f"{self.location}: {self.files_before} files, none to merge"]
+            return [*lines, f"{self.location}: {self.files_before} files, none to merge"]
         return [
-            *told,
+            *lines,
             f"{self.location}: {self.files_before} files became {self.files_after} ({self.bytes_merged:,} bytes merged)",
             "the old ones are removed by `tc-ray log vacuum` when no reader needs them",
         ]
@@ -217,7 +215,7 @@ def compact_log(
     *,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Compaction:
-    """Merge all small files of a log that no run is writing. Damaged ones are passed over, pages stay compressed as they were.
+    """Merge all small files of a log that no run is writing. Damaged files are skipped; pages stay compressed as they were.
 
     Raises:
         LeaseHeldError: a run, or another command, is at work on the log.

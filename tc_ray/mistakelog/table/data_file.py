@@ -24,7 +24,7 @@ from tc_ray.mistakelog.table.location import Location
 
 TEMPORARY_SUFFIX = ".tmp"
 """Added to a local file's name while it is written."""
-# rows wait in memory until a row group of this size: small ones read slowly
+# rows wait in memory until a row group has this size: small ones read slowly
 _ROW_GROUP_BYTES = 16 << 20
 _PIECE_BYTES = 6 << 20
 
@@ -33,24 +33,24 @@ Compression = Literal["none", "zstd"]
 
 @dataclass(frozen=True)
 class DataFile:
-    """A finished file, or the bare statement that a rank had no rows in some rounds, as handed to the Ledger."""
+    """A finished file, or coverage alone (a rank had no rows in some rounds), as handed to the Ledger."""
 
     name: str | None
     """File name inside the table's folder; None: no rows, only coverage."""
     rows: int
     bytes: int
     round_min: int
-    """First round covered: the one after the last covered by this rank."""
+    """First round covered: the one after the last that this rank has covered."""
     round_max: int
-    """Last round covered; every record of this rank up to it is in this or an earlier file."""
+    """Last round covered: every record of this rank up to it is in this or an earlier file."""
     rank: int
     attempt: int
     sequence: int
-    """Counts the commits of this rank in this attempt from 0."""
+    """Number of this commit of the rank in the attempt, from 0; -1: a copy that replaces other files."""
     crc32: int = 0
     """Of the file's bytes; readers check it each time. 0 without a file."""
     dropped: dict[int, int] = field(default_factory=dict)
-    """Records of the covered rounds that are not in the log because it could not be written: count by round."""
+    """Records of the covered rounds that are not in the log: round -> count."""
 
     @property
     def key(self) -> str:
@@ -206,7 +206,7 @@ class ParquetPart:
 
 
 class BadFileError(ValueError):
-    """A data file is not what was committed: missing, cut short, altered, foreign, or not readable."""
+    """A data file is not what was committed: missing, cut short, altered, foreign or not readable."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -218,7 +218,7 @@ class BadFileError(ValueError):
 
 @dataclass(frozen=True)
 class Committed:
-    """What a file's commit says about it; None is not checked."""
+    """What a file's commit says about it; None: not checked."""
 
     size: int | None = None
     crc32: int | None = None
@@ -228,14 +228,14 @@ class Committed:
 def read_file(
     location: Location, name: str, columns: list[str] | None = None, committed: Committed = Committed()
 ) -> pa.Table:
-    """Rows of one data file with the types of `ROW_SCHEMA`, checked against what its commit says before they are parsed.
+    """Rows of one data file with the types of `ROW_SCHEMA`. The file is checked against its commit before it is parsed.
 
     Args:
         columns: default: all.
 
     Raises:
-        BadFileError: names the file and what is wrong with it.
-        OSError: the location cannot be read at all just now.
+        BadFileError: the file is damaged; says how.
+        OSError: the location cannot be read just now.
     """
     content = _checked(location, name, committed)
     schema = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(column) for column in columns])
@@ -245,13 +245,13 @@ def read_file(
 
 
 def read_pieces(location: Location, name: str, committed: Committed = Committed(), *, rows: int) -> Iterator[pa.Table]:
-    """As `read_file`, all columns, but some rows at a time: nothing is parsed before the whole file was checked.
+    """As `read_file` with all columns, but some rows at a time. Nothing is parsed before the whole file was checked.
 
-    A piece is some `_PIECE_BYTES`, which the processor's cache holds and the memory pool hands out again: parsing to pieces
-    takes a half to two thirds of the time of parsing to one table, which is grown and copied on the way.
+    A piece is about `_PIECE_BYTES`, which stay in the processor's cache: parsing to pieces takes a half to two thirds of the time
+    of parsing to one table, which is grown and copied on the way.
 
     Args:
-        rows: a piece has a multiple of this many, but for the file's last.
+        rows: a piece has a multiple of this many, except for the file's last.
     """
     content = _checked(location, name, committed)
     with _parsing(name):
@@ -272,7 +272,7 @@ def read_pieces(location: Location, name: str, committed: Committed = Committed(
 
 
 def compression_of(location: Location, name: str) -> Compression:
-    """How a whole file's pages are compressed, for a file that stands in for it."""
+    """How a file's pages are compressed, for a copy that replaces it."""
     metadata = pq.ParquetFile(pa.BufferReader(location.buffer(name))).metadata
     codecs = (
         {metadata.row_group(0).column(i).compression for i in range(metadata.num_columns)} if metadata.num_rows else ()
@@ -281,7 +281,7 @@ def compression_of(location: Location, name: str) -> Compression:
 
 
 def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
-    """Content of a file that is what was committed."""
+    """Content of a file, checked against its commit."""
     try:
         found = location.size(name)
         if found is None:
@@ -310,7 +310,7 @@ def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None)
         raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
     absent = [column for column in schema.names if column not in file.schema_arrow.names]
     if absent:
-        raise BadFileError(name, f"columns {', '.join(absent)} are missing: no file of this log")
+        raise BadFileError(name, f"columns {', '.join(absent)} are missing: not a file of this log")
     return file
 
 
@@ -320,6 +320,6 @@ def _parsing(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, (BadFileError, MemoryError)):  # that memory is short says nothing of the file
+        if isinstance(error, (BadFileError, MemoryError)):  # short memory says nothing about the file
             raise
         raise BadFileError(name, f"no readable Parquet of this log: {str(error).splitlines()[0][:200]}") from error

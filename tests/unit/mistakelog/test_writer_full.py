@@ -163,7 +163,7 @@ def test_drop_drops_what_finds_the_queue_full(tmp_path: Path, disk: Disk) -> Non
     disk.full = True
     started = time.monotonic()
     pilot.train()  # the thread takes it and fails
-    until(lambda: pilot.writer._outage.open)  # a moment after the disk has refused
+    until(lambda: pilot.writer._retries.open)  # a moment after the disk has refused
     taken = [pilot.train(2) for _ in range(200)]
     assert not pilot.writer.flush(200, timeout=30)
     assert not pilot.writer.flush(201)
@@ -229,7 +229,7 @@ def test_drops_are_counted_where_a_commit_has_no_rows(tmp_path: Path, disk: Disk
     pilot = Pilot(tmp_path, full_policy="drop", queue_rounds=1)
     disk.full = True
     pilot.train()  # the thread takes it and fails
-    until(lambda: pilot.writer._outage.open)
+    until(lambda: pilot.writer._retries.open)
     assert pilot.train() == [True]  # waits in the queue
     assert [pilot.train() for _ in range(3)] == [[False]] * 3
     disk.full = False
