@@ -97,7 +97,6 @@ class Ledger:
         if run != self._store.metadata.run:
             raise LedgerError(f"{self._store.location} is the log of run {self._store.metadata.run!r}, not {run!r}")
         self._lock = threading.RLock()
-        self._known = -1
         self._log_full = False
         self._maintaining = threading.Lock()
         self._maintenance: Maintenance | None = None
@@ -108,7 +107,6 @@ class Ledger:
         self._copilot_round = self._copilot_steps = self._checkpoint_round = 0
         self._store.adopt()
         self._load()
-        self._state = self._new_state()
 
     def _number(self, name: str, default: int) -> int:
         value = self._store.number(self._prefix + name)
@@ -118,42 +116,49 @@ class Ledger:
         """Read everything that this object knows from the table."""
         self._store.refresh()
         self._store.settle()  # commits of another Ledger, or one of our own that seemed to fail
-        self._attempt = self._number("attempt", 0)
-        self._watermark = self._number("watermark", 0)
+        attempt, watermark = self._number("attempt", 0), self._number("watermark", 0)
+        finished = self._number("pilot_done", _NOT_FINISHED)
         self._writers = self._number("writers", self._default_writers)
-        self._finished = self._number("pilot_done", _NOT_FINISHED)
         ranks = range(self._writers)
-        self._covered = [self._number(f"covered/{rank}/{self._attempt}", self._watermark) for rank in ranks]
-        self._sequence = [self._number(f"sequence/{rank}/{self._attempt}", -1) for rank in ranks]
+        self._covered = [self._number(f"covered/{rank}/{attempt}", watermark) for rank in ranks]
+        self._sequence = [self._number(f"sequence/{rank}/{attempt}", -1) for rank in ranks]
         # reads every commit: only if one of them has drop counts
-        self._drops = dropped_records(self._store.commits()) if self._number("drops", 0) else {}
-        self._checkpoint_round = max(self._checkpoint_round, self._watermark)
-        self._count()
+        drops = dropped_records(self._store.commits()) if self._number("drops", 0) else {}
+        self._checkpoint_round = max(self._checkpoint_round, watermark)
+        self._state = LogState(
+            attempt=attempt,
+            round=min(self._covered),
+            pilot_done=finished != _NOT_FINISHED,
+            last_round=max(finished, 0),
+            copilot_round=0,
+            copilot_steps=0,
+            dropped=sum(sum(rounds.values()) for rounds in drops.values()),
+            **self._counts(),
+        )
+
+    def _counts(self) -> dict[str, Any]:
+        """What the table and the quarantine show of `LogState`."""
+        files = self._store.files()
+        return {
+            "version": self._store.version,
+            "rows": sum(file.rows for file in files),
+            "bytes": sum(file.bytes for file in files),
+            "files": len(files),
+            "quarantined": len(quarantined(self._store.location)),
+        }
 
     def _catch_up(self) -> None:
         """Know the newest version, and that the lease is still held there."""
         # a version of our own that is not known seemed to fail: it may be there all the same
-        if self._known != self._store.version or not self._store.is_newest():
+        if self._state.version != self._store.version or not self._store.is_newest():
             self._load()
-
-    def _count(self) -> None:
-        """What the files of the version show."""
-        files = self._store.files()
-        self._rows = sum(file.rows for file in files)
-        self._bytes = sum(file.bytes for file in files)
-        self._files = len(files)
-        self._quarantined = len(quarantined(self._store.location))
-        self._known = self._store.version
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """Nobody else changes the log or what is known of it; afterwards `state` shows what was changed."""
+        """Nobody else changes the log or what is known of it."""
         with self._lock:
             self._store.check_lease()
-            try:
-                yield
-            finally:
-                self._state = self._new_state()
+            yield
 
     @contextlib.contextmanager
     def _maintenance_turn(self) -> Iterator[Position]:
@@ -164,24 +169,25 @@ class Ledger:
                 numbers=self._signed({}),
                 safe_round=min(self._checkpoint_round, *self._covered),
                 copilot_round=self._copilot_round,
-                attempt=self._attempt,
+                attempt=self._state.attempt,
             )
-            if self._known != self._store.version:
-                self._count()
+            if self._state.version != self._store.version:
+                self._state = replace(self._state, **self._counts())
 
-    def _commit(self, numbers: Mapping[str, int], **changes: Any) -> None:
-        """`LogStore.commit`, with the Ledger's names of numbers."""
+    def _commit(self, numbers: Mapping[str, int], state: Mapping[str, Any], **changes: Any) -> None:
+        """`LogStore.commit`, with the Ledger's names of numbers. state: what changes in `LogState` besides the version."""
         try:
-            self._known = self._store.commit(numbers=self._signed(numbers), **changes)
-            self._log_full = False
+            version = self._store.commit(numbers=self._signed(numbers), **changes)
         except LogFullError:
             self._log_full = True
             self._load()  # it may have reached the table
             raise
+        self._log_full = False
+        self._state = replace(self._state, version=version, **state)
 
     def _signed(self, numbers: Mapping[str, int]) -> dict[str, int]:
         """Numbers of a commit by their names in the table, with the attempt's."""
-        return {self._prefix + name: value for name, value in {"attempt": self._attempt, **numbers}.items()}
+        return {self._prefix + name: value for name, value in {"attempt": self._state.attempt, **numbers}.items()}
 
     def _retrying(self, act: Callable[[], None]) -> None:
         """Run `act`, which checks and commits; run it again on fresh knowledge if another Ledger came between."""
@@ -227,7 +233,7 @@ class Ledger:
                     f"{self._store.location}: the checkpoint is at round {watermark}, but the log is complete only up to "
                     f"round {min(self._covered)}; start from an older checkpoint or a new run folder"
                 )
-            new = self._attempt + 1
+            new = self._state.attempt + 1
             remove = fenced_files(self._store.files(), watermark)
             add = []
             for file in [file for file in remove if file.round_min <= watermark]:
@@ -238,12 +244,13 @@ class Ledger:
                     remove.remove(file)
             numbers = {"attempt": new, "watermark": watermark, "writers": writers, "pilot_done": _NOT_FINISHED}
             note = {"kind": "attempt", "watermark": watermark}
-            self._commit(numbers, add=add, remove=remove, note=note)
+            state = {"attempt": new, "round": watermark, "pilot_done": False, "last_round": 0}
+            self._commit(numbers, state, add=add, remove=remove, note=note)
             self._checkpoint_round = watermark
             self._load()
 
         self._retrying(act)
-        return self._attempt
+        return self._state.attempt
 
     def commit(self, file: DataFile) -> int:
         """Make a finished file, or the coverage of rounds without rows, part of the log.
@@ -278,11 +285,12 @@ class Ledger:
                 pass
 
     def _commit_file(self, file: DataFile) -> None:
-        if file.attempt < self._attempt:
-            raise FencedError(f"attempt {file.attempt} was replaced by attempt {self._attempt} ({file.key})")
-        if file.attempt > self._attempt or not 0 <= file.rank < self._writers:
+        known = self._state
+        if file.attempt < known.attempt:
+            raise FencedError(f"attempt {file.attempt} was replaced by attempt {known.attempt} ({file.key})")
+        if file.attempt > known.attempt or not 0 <= file.rank < self._writers:
             raise LedgerError(
-                f"{file.key}: the current attempt is {self._attempt} with ranks 0..{self._writers - 1}; "
+                f"{file.key}: the current attempt is {known.attempt} with ranks 0..{self._writers - 1}; "
                 "call begin_attempt first"
             )
         last = self._sequence[file.rank]
@@ -298,14 +306,18 @@ class Ledger:
         numbers = {f"sequence/{suffix}": file.sequence, f"covered/{suffix}": file.round_max}
         if file.dropped:
             numbers["drops"] = 1
-        # a bare statement matters for its drop counts only
+        # coverage alone matters only for its drop counts
         add, covered = ([file], []) if file.name is not None else ([], [file] if file.dropped else [])
-        self._commit(numbers, add=add, covered=covered, note={"kind": "append"})
-        if file.dropped:
-            self._drops.setdefault(file.rank, {}).update(file.dropped)
-        self._sequence[file.rank], self._covered[file.rank] = file.sequence, file.round_max
-        if file.name is not None:
-            self._rows, self._bytes, self._files = self._rows + file.rows, self._bytes + file.bytes, self._files + 1
+        rounds = [*self._covered[: file.rank], file.round_max, *self._covered[file.rank + 1 :]]
+        state = {
+            "round": min(rounds),
+            "rows": known.rows + file.rows,
+            "bytes": known.bytes + file.bytes,
+            "files": known.files + len(add),
+            "dropped": known.dropped + sum(file.dropped.values()),
+        }
+        self._commit(numbers, state, add=add, covered=covered, note={"kind": "append"})
+        self._sequence[file.rank], self._covered = file.sequence, rounds
 
     def quarantine(self, name: str, reason: str) -> bool:
         """Take a file that a reader found damaged out of the log, if it is found so here too.
@@ -328,7 +340,7 @@ class Ledger:
 
     def _set_aside(self, error: BadFileError) -> None:
         set_aside(self._store, [error], numbers=self._signed({}))
-        self._count()
+        self._state = replace(self._state, **self._counts())
 
     def finish_pilot(self, last_round: int) -> None:
         """Note that the Pilot has ended with `last_round`, and finish maintenance; `begin_attempt` takes it back.
@@ -340,8 +352,8 @@ class Ledger:
         def act() -> None:
             if last_round < max(self._covered):
                 raise LedgerError(f"last_round {last_round}, but round {max(self._covered)} is in the log")
-            self._commit({"pilot_done": last_round}, note={"kind": "end"})
-            self._finished = last_round
+            state = {"pilot_done": True, "last_round": last_round}
+            self._commit({"pilot_done": last_round}, state, note={"kind": "end"})
 
         self._retrying(act)
         self.maintain()
@@ -375,19 +387,3 @@ class Ledger:
         """
         self._store.check_lease()
         return replace(self._state, copilot_round=self._copilot_round, copilot_steps=self._copilot_steps)
-
-    def _new_state(self) -> LogState:
-        return LogState(
-            version=self._store.version,
-            attempt=self._attempt,
-            round=min(self._covered),
-            rows=self._rows,
-            bytes=self._bytes,
-            files=self._files,
-            pilot_done=self._finished != _NOT_FINISHED,
-            last_round=max(self._finished, 0),
-            copilot_round=self._copilot_round,
-            copilot_steps=self._copilot_steps,
-            dropped=sum(sum(rounds.values()) for rounds in self._drops.values()),
-            quarantined=self._quarantined,
-        )
