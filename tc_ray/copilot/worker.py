@@ -93,7 +93,7 @@ class CopilotWorker:
         at = checkpoint.restore(learner, self.folder / "checkpoints", self._passed_over) or Position(0, 0, -1)
         self._report(at, None)
         if at.step and not self.rank:
-            self.job.tracker.event.remote("resume", f"Copilot goes on after step {at.step}")
+            self.job.tracker.event.remote("resume", f"Copilot resumes after step {at.step}")
         place, who = self.config.log_location, f"Copilot {self.rank}"
         tail = patiently(lambda: LogTail(place, storage_options=self.config.log.storage_options), who)
         buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
