@@ -22,14 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tc_ray.config.schema import CopilotSection
+from tc_ray.config.schema import CopilotSection, RunConfig
 from tc_ray.files import publish_folder
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.copilot.model import NEW_MODULES
+from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import LeftOut, check_finite
 from tc_ray.models.losses import TokenLoss, make_loss
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.models.pilot.taps import tapped_layers
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,21 @@ class BatchSums(nn.Module):
         return torch.stack([total, size, size.new_tensor(len(ids))])
 
 
+def make_learner(
+    config: RunConfig,
+    pilot_path: Path | str,
+    base_path: Path | str,
+    output_ids: torch.Tensor | None,
+    *,
+    total_steps: int,
+    world_size: int = 1,
+) -> Learner:
+    """The learner of a run, on its device. output_ids: see `build_copilot`."""
+    copilot = build_copilot(config, pilot_path, base_path, output_ids)
+    device = "cuda" if config.resources.gpus else "cpu"
+    return Learner(copilot, config.copilot, total_steps=total_steps, device=device, world_size=world_size)
+
+
 def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
     """The Copilot with LoRA in its decoder layers when configured; what no pretrained decoder brings stays trainable."""
     copilot.freeze_embeddings()
@@ -224,3 +241,29 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
         if module is not None:
             module.requires_grad_(True)
     return model
+
+
+def build_copilot(
+    config: RunConfig, pilot_path: Path | str, base_path: Path | str, output_ids: torch.Tensor | None
+) -> Copilot:
+    """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from tc_ray.models.hub import vocabulary_hash
+
+    torch.manual_seed(config.run.seed)
+    pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
+    base_config = AutoConfig.from_pretrained(base_path, trust_remote_code=False)
+    return Copilot.from_decoder(
+        base_path,
+        choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
+        pilot=pilot,
+        output_ids=output_ids,
+        pattern=config.copilot.pattern,
+        producing_state=config.copilot.producing_state,
+        pooling=config.log.pooling,
+        tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
+        positions=config.log.positions,
+        tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
+        random_weights=config.model.random_weights,
+    )
