@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.checkpoint import latest_inputs
+from tc_ray.copilot.checkpoint import latest
 from tc_ray.data.prepared.prepare import PreparedData, prepare, prepared_before
 from tc_ray.data.prepared.rows_hash import rows_hashes
 from tc_ray.files import sync
@@ -56,10 +56,9 @@ def recorded_inputs(config: RunConfig, folder: Path, log: Location) -> list[Reco
     pilot = latest_checkpoint(folder / "pilot" / "checkpoints")
     if pilot is not None:
         found.append(Recorded(str(pilot.folder), pilot.round, pilot.inputs))
-    copilot = latest_inputs(folder / "copilot" / "checkpoints")
+    copilot = latest(folder / "copilot" / "checkpoints")
     if copilot is not None:
-        position, inputs = copilot
-        found.append(Recorded(str(folder / "copilot" / "checkpoints"), position.round, inputs))
+        found.append(Recorded(str(folder / "copilot" / "checkpoints"), copilot.round, copilot.inputs))
     return found
 
 
