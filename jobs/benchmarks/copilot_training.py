@@ -113,7 +113,7 @@ class Steps:
     def copilot_step(self, output: str, form: str, batch: CopilotBatch) -> None:
         """`Learner.step` with the loss in the given form."""
         learner = self.learners[output]
-        learner.loss = make_loss(form)
+        learner.loss = learner.batch_sums.loss = make_loss(form)
         learner.step(batch)
 
     def clear(self) -> None:

@@ -33,8 +33,7 @@ from workload import machine, print_table, write_json
 
 from tc_ray.config.log import LogSection
 from tc_ray.copilot.buffer import RoundBuffer
-from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.read.reader import LogTail
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
@@ -70,16 +69,13 @@ def write(folder: Path, minutes: float, per_second: float) -> None:
     """The writer's process."""
     samples, metadata = Samples(), metadata_of(make_records(1, **SIZES))
     store = LogStore.create(folder, metadata)
-    upkeep = Upkeep(
-        compact=True,
+    limits = LogSection(
         file_bytes=32 << 20,
         keep_rounds=300,
-        max_bytes=None,
-        buffer_rounds=BUFFER_ROUNDS,
-        grace_seconds=30,
+        vacuum_grace_seconds=30,
         orphan_seconds=60,
     )
-    ledger = Ledger(store.location, writers=1, run="benchmark", upkeep=upkeep)
+    ledger = LedgerActor(store.location, writers=1, run="benchmark", settings=limits, buffer_rounds=BUFFER_ROUNDS)
     writer = RecordWriter(
         store.location,
         ledger.commit,

@@ -39,7 +39,7 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 from workload import machine, print_table, spread, write_json
 
 from tc_ray.config.log import LogSection
-from tc_ray.copilot.batching import batch_from_records
+from tc_ray.copilot.batch import batch_from_records
 from tc_ray.files import sync
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.read.reader import MistakeLog

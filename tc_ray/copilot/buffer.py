@@ -1,7 +1,8 @@
 """The Copilot's training buffer: records of the most recent rounds (paper A.3: 128), drawn uniformly.
 
-Invariant: every number of a record held is finite. A draw depends only on the rows held and the step's seed, so every learner worker makes the same draw and
-takes its own part of it, and a restarted learner draws what the killed one would have.
+Invariant: every number of a record held is finite, and it has one state per position. A draw depends only on the rows held and the
+step's seed, so every learner worker makes the same draw and takes its own part of it, and a restarted learner draws what the killed
+one would have. Filled by `worker` from the growing log, by `stored.Replay` from a stored one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.copilot.batch import pooled_records
 from tc_ray.mistakelog.rows.finite import only_finite
 from tc_ray.mistakelog.rows.records import Records
 
@@ -21,19 +23,25 @@ class RoundBuffer:
     Args:
         rounds: how many of the most recent rounds to draw from.
         max_seen: leave out records whose sample had been trained on more often than this; None keeps all.
+        pooling: `log.pooling`, for a log that keeps layers.
     """
 
-    def __init__(self, rounds: int, max_seen: int | None = None) -> None:
-        self._rounds, self._max_seen = rounds, max_seen
+    def __init__(self, rounds: int, max_seen: int | None = None, pooling: str = "mean") -> None:
+        self._rounds, self._max_seen, self._pooling = rounds, max_seen, pooling
         self._files: dict[str, Records] = {}
         self._index: np.ndarray | None = None
         self._names: list[str] = []
         self.left_out = 0
         """Records that held a NaN or an infinity: one would spoil every weight of the Copilot."""
 
+    @classmethod
+    def of(cls, config: RunConfig) -> RoundBuffer:
+        """An empty buffer as a run of this config has it."""
+        return cls(config.copilot.buffer_rounds, config.copilot.max_seen, config.log.pooling)
+
     def add(self, name: str, records: Records) -> None:
         """Take the records of a data file whose numbers are all finite."""
-        records, left_out = only_finite(records)
+        records, left_out = only_finite(pooled_records(records, self._pooling))
         self.left_out += left_out
         if self._max_seen is not None:
             records = records.select(np.flatnonzero(records.seen <= self._max_seen))
@@ -71,7 +79,7 @@ class RoundBuffer:
             self._names = sorted(self._files)
             keys = [
                 np.stack([r.round, r.rank, r.sample_id, np.full(len(r), file), np.arange(len(r))], axis=1)
-                for file, r in ((i, self._files[name]) for i, name in enumerate(self._names))
+                for file, r in enumerate(self._files[name] for name in self._names)
             ]
             table = np.concatenate(keys) if keys else np.zeros((0, 5), np.int64)
             newest = np.unique(table[:, 0])[-self._rounds :]

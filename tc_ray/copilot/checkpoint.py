@@ -1,11 +1,15 @@
-"""Copilot checkpoints: weights, optimizer and the consumed position of the log, together in one atomic folder."""
+"""Copilot checkpoints: weights, optimizer and the consumed position of the log, together in one atomic folder.
+
+Invariant: a folder under its final name is whole, or damaged and then passed over for the one before. Called by `worker` and
+`from_log`; the driver reads `latest` to compare inputs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,15 +27,12 @@ class Position:
     step: int
     round: int
     version: int
+    inputs: dict[str, str] = field(default_factory=dict, compare=False)
+    """Hashes of the rows and base weights that the run started from."""
 
 
-def save(
-    learner: Learner, root: Path, position: Position, *, keep: int = 2, inputs: Mapping[str, str] | None = None
-) -> Path:
+def save(learner: Learner, root: Path, position: Position, *, keep: int = 2) -> Path:
     """Publish `root/step-NNNNNN` whole, then remove all but the newest `keep`.
-
-    Args:
-        inputs: hashes of what the run started from, see `latest_inputs`.
 
     Raises:
         NotFiniteError: a weight is not finite; the checkpoints before stand.
@@ -41,10 +42,10 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     learner.save(temporary)
-    write_json(temporary / _POSITION, asdict(position) | {"inputs": dict(inputs or {})})
+    write_json(temporary / _POSITION, asdict(position))
     publish_folder(temporary, folder)
     kept = _whole(root)[-keep:]
-    for old in [other for other in _all(root) if kept and _number(other) < _number(kept[0])]:
+    for old in [other for other in _all(root) if kept and _number(other) < _number(kept[0][0])]:
         shutil.rmtree(old)
     return folder
 
@@ -53,60 +54,39 @@ def restore(learner: Learner, root: Path, report: Callable[[str], None] = log.wa
     """Load the newest whole checkpoint into the learner; None when there is none.
 
     Args:
-        report: called with one line for each newer one that is damaged and passed over.
+        report: called with one line for each newer one that is damaged.
 
     Raises:
         ValueError, NotFiniteError: see `Learner.load`.
     """
     whole = _whole(root)
     for folder in _all(root):
-        if not whole or _number(folder) > _number(whole[-1]):
-            report(f"{folder} is damaged and passed over: the checkpoint before it, if any, is taken")
+        if not whole or _number(folder) > _number(whole[-1][0]):
+            report(f"{folder} is damaged: the checkpoint before it is used, if there is one")
     if not whole:
         return None
-    learner.load(whole[-1])
-    return _read(whole[-1]).position
+    folder, position = whole[-1]
+    learner.load(folder)
+    return position
 
 
-def latest_inputs(root: Path) -> tuple[Position, dict[str, str]] | None:
-    """Position and inputs of the newest checkpoint, or None."""
+def latest(root: Path) -> Position | None:
+    """The position of the newest whole checkpoint, or None."""
     whole = _whole(root)
-    if not whole:
-        return None
-    newest = _read(whole[-1])
-    return newest.position, newest.inputs
+    return whole[-1][1] if whole else None
 
 
-@dataclass(frozen=True)
-class _Content:
-    """Content of position.json."""
-
-    step: int
-    round: int
-    version: int
-    inputs: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def position(self) -> Position:
-        return Position(self.step, self.round, self.version)
-
-
-def _read(folder: Path) -> _Content:
-    return read_json_as(folder / _POSITION, _Content)
-
-
-def _whole(root: Path) -> list[Path]:
-    """Folders that can be restored, oldest first; a damaged one counts as none, so that the one before it is taken."""
+def _whole(root: Path) -> list[tuple[Path, Position]]:
+    """Folders that can be restored, oldest first, and their positions."""
     found = []
     for folder in filter(is_whole, _all(root)):
         with contextlib.suppress(DamagedFileError, OSError):
-            _read(folder)
-            found.append(folder)
+            found.append((folder, read_json_as(folder / _POSITION, Position)))
     return found
 
 
 def _all(root: Path) -> list[Path]:
-    """Folders under their final names, oldest first: by number, a seventh digit sorts before six."""
+    """Folders under their final names, oldest first: by number, because a seventh digit sorts before six."""
     return sorted((folder for folder in root.glob("step-*") if folder.name[5:].isdecimal()), key=_number)
 
 

@@ -1,7 +1,7 @@
 """A Copilot trained from a stored log alone: the learner of the live run, no Pilot running, no Ray.
 
 Invariant: folder, checkpoints and exported model have the forms of a run's `copilot/`, so `tc-ray fuse` takes the result; the
-same command on the same folder goes on from the last checkpoint. Given the same draws the result is the live one's.
+same command on the same folder resumes from the last checkpoint. Given the same draws the result is the live one's, bit for bit.
 Called by `tc-ray train-copilot`.
 """
 
@@ -20,11 +20,10 @@ import torch
 from tc_ray.config.load import load_saved_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import checkpoint
-from tc_ray.copilot.batching import batch_from_records
+from tc_ray.copilot.batch import batch_from_records
 from tc_ray.copilot.checkpoint import Position
-from tc_ray.copilot.learner import Learner, StepResult
-from tc_ray.copilot.stored import BatchSource, Epochs, Replay
-from tc_ray.copilot.worker import build_copilot
+from tc_ray.copilot.learner import Learner, StepResult, make_learner
+from tc_ray.copilot.stored import Epochs, Replay
 from tc_ray.files import DamagedFileError, read_json_as, write_file, write_json
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.schema import LogMetadata
@@ -40,7 +39,7 @@ class StoredLogError(ValueError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after every step."""
+    """Shown after every step."""
 
     step: int
     total_steps: int
@@ -64,17 +63,16 @@ class TrainedCopilot:
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        told = [f"copilot   {self.folder} ({self.steps} steps)"]
+        lines = [f"copilot   {self.folder} ({self.steps} steps)"]
         if self.loss is not None:
-            beside = "" if self.uncorrected is None else f"; that of no correction would be {self.uncorrected:.4f}"
-            told.append(f"loss      {self.loss:.4f} over the last tenth{beside}")
+            beside = "" if self.uncorrected is None else f"; {self.uncorrected:.4f} without a correction"
+            lines.append(f"loss      {self.loss:.4f} over the last tenth{beside}")
         if self.bad_files:
-            told.append(f"damaged   {self.bad_files} file(s) of the log were passed over: tc-ray log verify names them")
+            lines.append(f"damaged   {self.bad_files} file(s) of the log were not read: tc-ray log verify names them")
         if self.left_out_steps or self.left_out_records:
-            told.append(
-                f"left out  {self.left_out_records} records and {self.left_out_steps} steps: they held numbers that are not finite"
-            )
-        return [*told, f"fuse      tc-ray fuse --pilot PILOT --copilot {self.folder} --out FOLDER"]
+            counts = f"{self.left_out_records} records and {self.left_out_steps} steps"
+            lines.append(f"left out  {counts}: they held numbers that are not finite")
+        return [*lines, f"fuse      tc-ray fuse --pilot PILOT --copilot {self.folder} --out FOLDER"]
 
 
 def train_from_log(
@@ -88,9 +86,9 @@ def train_from_log(
     """Train a Copilot on one version of a log.
 
     Args:
-        mistakes: the log; rows of damaged files are passed over.
+        mistakes: the log; rows of damaged files are left out.
         config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
-        out: folder of checkpoints, metrics.jsonl and `final`; one of the same training is gone on with.
+        out: folder of checkpoints, metrics.jsonl and `final`; an existing one of the same training is resumed.
         epochs: None replays the run: `steps_per_round` steps a round, drawn from the newest `buffer_rounds` rounds, as the
             live Copilot of a lock-step run; N passes N times over all records in shuffled order.
         show: called after every step.
@@ -107,14 +105,9 @@ def train_from_log(
     _check_tokenizer(pilot, mistakes)
     weights = _check_weights(config, pilot, base, mistakes)
     _open_folder(out, config, mistakes, epochs, weights)
-    source: BatchSource = Replay(mistakes, config) if epochs is None else Epochs(mistakes, config, epochs)
+    source = Replay(mistakes, config) if epochs is None else Epochs(mistakes, config, epochs)
     torch.set_num_threads(config.resources.copilot_threads)
-    learner = Learner(
-        build_copilot(config, pilot, base, _output_ids(config, mistakes)),
-        config.copilot,
-        total_steps=source.total_steps,
-        device="cuda" if config.resources.gpus else "cpu",
-    )
+    learner = make_learner(config, pilot, base, _output_ids(config, mistakes), total_steps=source.total_steps)
     at = checkpoint.restore(learner, out / "checkpoints") or Position(0, 0, mistakes.version)
     taken = _train(learner, source, config, out, at, mistakes.version, show)
     learner.export(out / "final")
@@ -133,7 +126,7 @@ def train_from_log(
 
 def _train(
     learner: Learner,
-    source: BatchSource,
+    source: Replay | Epochs,
     config: RunConfig,
     out: Path,
     at: Position,
@@ -202,10 +195,8 @@ def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
 def _check_tokenizer(pilot: Path | str, mistakes: MistakeLog) -> None:
     from transformers import AutoTokenizer
 
-    if (
-        tokenizer_hash(AutoTokenizer.from_pretrained(pilot, trust_remote_code=False))
-        != mistakes.metadata.tokenizer_hash
-    ):
+    tokenizer = AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)
+    if tokenizer_hash(tokenizer) != mistakes.metadata.tokenizer_hash:
         raise StoredLogError(
             f"{mistakes.location} was written with another tokenizer than that of model.pilot {pilot}: token ids would mean "
             "other tokens"
@@ -243,10 +234,11 @@ def _open_folder(
     out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None, weights: dict[str, str]
 ) -> None:
     source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
-    told, saved = out / SOURCE_FILE, out / "config.yaml"
-    if told.exists():
+    """Make the folder, or compare one that exists with this training."""
+    source_file, saved = out / SOURCE_FILE, out / "config.yaml"
+    if source_file.exists():
         try:
-            earlier = read_json_as(told, _Source)
+            earlier = read_json_as(source_file, _Source)
         except DamagedFileError as error:
             raise StoredLogError(f"{error}: what {out} was trained from is not known; name another --out") from None
         now = asdict(source)
@@ -259,15 +251,15 @@ def _open_folder(
         if changed:
             raise StoredLogError(
                 f"{out} holds another training ({'; '.join(changed)}). Use another --out, or the same log, version and "
-                "settings to go on with it."
+                "settings to resume it."
             )
         return
-    # the config is written first: alone, it is what a start that ended at once has left
+    # the config is written first: alone, it is what a start that ended between the two has left
     if out.exists() and any(file.name != saved.name and not file.name.startswith(".") for file in out.iterdir()):
         raise StoredLogError(f"--out {out} is not empty and holds no training from a log; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
-    write_json(told, asdict(source))
+    write_json(source_file, asdict(source))
 
 
 def _output_ids(config: RunConfig, mistakes: MistakeLog) -> torch.Tensor | None:

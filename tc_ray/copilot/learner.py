@@ -1,7 +1,8 @@
 """The Copilot's learner: steps on its loss (equation 7) with AdamW and a cosine schedule. Plain torch, no Ray.
 
-Invariant: with W workers each rank sees its slice of the same draw; the loss's sums, token counts and gradients are added
-over ranks before the loss makes its value of them, so W workers do exactly what one does on the whole batch.
+Invariant: with W workers each rank sees its slice of the same draw. DistributedDataParallel adds gradients over ranks while the
+backward pass runs; the loss's sums and token counts are added before the loss makes its value of them. So W workers do what one
+does on the whole batch. Called by `worker` (a run) and `from_log` (a stored log).
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import CopilotSection
 from tc_ray.files import publish_folder
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.copilot.model import NEW_MODULES
+from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import LeftOut, check_finite
-from tc_ray.models.losses import make_loss
+from tc_ray.models.losses import TokenLoss, make_loss
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.models.pilot.taps import tapped_layers
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,13 @@ class Learner:
         self.copilot = copilot
         self.model: Any = with_adapters(copilot, config).to(self.device).train()
         self.loss = make_loss(config.loss, config.loss_form, copilot.config.vocab_size)
+        self.batch_sums = BatchSums(copilot, self.loss, bf16=config.dtype == "bf16")
+        self.forward: Any = self.batch_sums
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if world_size > 1:
+            self.forward = DistributedDataParallel(
+                self.batch_sums, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -85,28 +97,16 @@ class Learner:
         Raises:
             NotFiniteError: too many in a row were left out.
         """
-        batch = batch.to(self.device)
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.zero_grad()
-        rows = batch.row_mask
-        ids, values = batch.error_ids[rows], batch.error_values[rows]
-        bf16 = self.config.dtype == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            total = self.loss.total(
-                self.copilot.states(batch), self.copilot.output.weight, self.copilot.output_places(ids), values
-            )
-        total.backward()
-        sums = torch.stack(
-            [
-                total.detach(),
-                values.double().square().sum(),
-                torch.tensor(float(len(ids)), device=self.device).double(),
-            ]
-        )
-        self._add_over_ranks(sums)
-        added, size, tokens = (float(x) for x in sums)
-        # of the sums over all ranks; clipping joins the same pass over the gradients
-        factor = self.loss.gradient_factor(added, tokens) if math.isfinite(added) else math.nan
+        sums = self.forward(batch.to(self.device))
+        sums[0].backward()
+        sums = sums.detach()
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        added, size, tokens = sums.tolist()
+        # DistributedDataParallel leaves the ranks' mean, the loss needs the sum; clipping joins the same pass over the gradients
+        factor = self.world_size * self.loss.gradient_factor(added, tokens) if math.isfinite(added) else math.nan
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = factor * float(torch.nn.utils.get_total_norm(gradients))
         loss = self.loss.value(added, tokens) if math.isfinite(added) else math.nan
@@ -122,18 +122,6 @@ class Learner:
             self.scheduler.step()
         self.step_count += 1
         return StepResult(loss, math.sqrt(size / tokens), int(tokens), rate, taken)
-
-    def _add_over_ranks(self, sums: torch.Tensor) -> None:
-        if self.world_size == 1:
-            return
-        dist.all_reduce(sums)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        at = 0
-        for gradient in gradients:
-            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-            at += gradient.numel()
 
     def save(self, folder: Path) -> None:
         """Write trainable weights (safetensors), optimizer and schedule; the caller makes it atomic.
@@ -196,6 +184,39 @@ class Learner:
         publish_folder(temporary, folder)
 
 
+class BatchSums(nn.Module):
+    """What a step adds over ranks, in one forward pass, as DistributedDataParallel wants it."""
+
+    def __init__(self, copilot: Copilot, loss: TokenLoss, *, bf16: bool) -> None:
+        super().__init__()
+        self.copilot, self.loss, self._bf16 = copilot, loss, bf16
+
+    def forward(self, batch: CopilotBatch) -> torch.Tensor:
+        """float64 [3]: loss summed over target tokens (with gradient), sum of squared logged errors, target tokens."""
+        rows = batch.row_mask
+        ids, values = batch.error_ids[rows], batch.error_values[rows]
+        with torch.autocast(ids.device.type, torch.bfloat16) if self._bf16 else nullcontext():
+            states, places = self.copilot.states(batch), self.copilot.output_places(ids)
+            total = self.loss.total(states, self.copilot.output.weight, places, values)
+        size = values.double().square().sum()
+        return torch.stack([total, size, size.new_tensor(len(ids))])
+
+
+def make_learner(
+    config: RunConfig,
+    pilot_path: Path | str,
+    base_path: Path | str,
+    output_ids: torch.Tensor | None,
+    *,
+    total_steps: int,
+    world_size: int = 1,
+) -> Learner:
+    """The learner of a run, on its device. output_ids: see `build_copilot`."""
+    copilot = build_copilot(config, pilot_path, base_path, output_ids)
+    device = "cuda" if config.resources.gpus else "cpu"
+    return Learner(copilot, config.copilot, total_steps=total_steps, device=device, world_size=world_size)
+
+
 def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
     """The Copilot with LoRA in its decoder layers when configured; what no pretrained decoder brings stays trainable."""
     copilot.freeze_embeddings()
@@ -221,3 +242,29 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
         if module is not None:
             module.requires_grad_(True)
     return model
+
+
+def build_copilot(
+    config: RunConfig, pilot_path: Path | str, base_path: Path | str, output_ids: torch.Tensor | None
+) -> Copilot:
+    """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from tc_ray.models.hub import vocabulary_hash
+
+    torch.manual_seed(config.run.seed)
+    pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
+    base_config = AutoConfig.from_pretrained(base_path, trust_remote_code=False)
+    return Copilot.from_decoder(
+        base_path,
+        choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
+        pilot=pilot,
+        output_ids=output_ids,
+        pattern=config.copilot.pattern,
+        producing_state=config.copilot.producing_state,
+        pooling=config.log.pooling,
+        tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
+        positions=config.log.positions,
+        tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
+        random_weights=config.model.random_weights,
+    )

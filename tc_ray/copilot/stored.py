@@ -1,20 +1,24 @@
 """Batches from a stored log: the trajectory replayed round by round, or epochs over all of it.
 
 Invariant: the batch of a step follows from the log's version, the settings and the step's number, so a training that was
-cut goes on exactly where it stopped. `Replay` draws what the live Copilot of a lock-step run draws. Memory: the rounds of the
-buffer, or a shuffle block, and one data file.
+cut resumes exactly where it stopped. `Replay` draws what the live Copilot of a lock-step run draws. Memory: the rounds of the
+buffer, or a shuffle block, and one data file. Used by `from_log`. Both sources have:
+
+total_steps     steps of the training
+left_out        records passed over so far because they hold a NaN or an infinity
+batch(step)     records of a step, from 0; None: there is nothing to learn from. Steps are asked for in order
+round(step)     round of the log that a step answers
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.batching import pooled_records
+from tc_ray.copilot.batch import pooled_records
 from tc_ray.copilot.buffer import RoundBuffer, draw
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.finite import all_finite
@@ -26,35 +30,20 @@ SHUFFLE_BYTES = 512 * 2**20
 _EPOCH = 0xE0  # keeps the orders' seeds apart from other uses of run.seed
 
 
-class BatchSource(Protocol):
-    """Where the batches of a training come from."""
-
-    total_steps: int
-
-    @property
-    def left_out(self) -> int:
-        """Records passed over so far because they hold a NaN or an infinity."""
-
-    def batch(self, step: int) -> Records | None:
-        """Records of a step, from 0; None: there is nothing to learn from at it. Steps are asked for in order."""
-
-    def round(self, step: int) -> int:
-        """Round of the log that a step answers."""
-
-
 class Replay:
     """`copilot.steps_per_round` steps for each round, drawn from the newest `buffer_rounds` rounds up to it."""
 
     def __init__(self, mistakes: MistakeLog, config: RunConfig) -> None:
-        self._config = config
-        self._rounds = _Rounds(mistakes, config.log.pooling)
-        self._buffer = RoundBuffer(config.copilot.buffer_rounds, config.copilot.max_seen)
+        self._config, self._per_round = config, config.copilot.steps_per_round
+        self._rounds = _Rounds(mistakes)
+        self._buffer = RoundBuffer.of(config)
         self._at: int | None = None
-        self.total_steps = max(file.round_max for file in mistakes.files) * config.copilot.steps_per_round
+        """Last round in the buffer."""
+        self.total_steps = max(file.round_max for file in mistakes.files) * self._per_round
 
     def batch(self, step: int) -> Records | None:
-        """See `BatchSource`."""
-        wanted = step // self._config.copilot.steps_per_round + 1
+        """See the module."""
+        wanted = self.round(step)
         if self._at is None:
             # with max_seen the window has no fixed start
             window = self._config.copilot.buffer_rounds if self._config.copilot.max_seen is None else wanted
@@ -68,16 +57,16 @@ class Replay:
 
     @property
     def left_out(self) -> int:
-        """See `BatchSource`."""
+        """See the module."""
         return self._buffer.left_out
 
     def round(self, step: int) -> int:
-        """See `BatchSource`."""
-        return step // self._config.copilot.steps_per_round + 1
+        """See the module."""
+        return step // self._per_round + 1
 
 
 class Epochs:
-    """Every record of the log once an epoch, in an order drawn for it; the last batch of an epoch may be smaller."""
+    """Every record of the log once per epoch, in an order drawn for it; the last batch of an epoch may be smaller."""
 
     def __init__(self, mistakes: MistakeLog, config: RunConfig, epochs: int) -> None:
         self._mistakes, self._config = mistakes, config
@@ -87,22 +76,23 @@ class Epochs:
         self.total_steps = epochs * self._epoch_steps
         self._order: np.ndarray = np.zeros((0, 3), np.int64)
         self._epoch = -1
-        self._held: dict[int, Records | None] = {}
+        self._open: dict[int, Records | None] = {}
+        """Records of the block's files that were read, by file."""
         self.left_out = 0
 
     def batch(self, step: int) -> Records | None:
-        """See `BatchSource`."""
+        """See the module."""
         epoch, at = divmod(step, self._epoch_steps)
         if epoch != self._epoch:
             self._order, self._epoch = self._draw_order(epoch), epoch
         rows = self._order[at * self._size : (at + 1) * self._size]
-        for file in [f for f in self._held if f not in self._block_files(rows)]:
-            del self._held[file]
-        parts = [part for file, row in rows[:, 1:] if (part := self._row(int(file), int(row))) is not None]
+        of_block = self._order[np.isin(self._order[:, 0], rows[:, 0]), 1]
+        self._open = {file: records for file, records in self._open.items() if file in of_block}
+        parts = [part for file, row in rows[:, 1:].tolist() if (part := self._row(file, row)) is not None]
         return Records.concat(parts) if parts else None
 
     def round(self, step: int) -> int:
-        """See `BatchSource`: the newest of the step's batch is not known before it is read; the last of the log."""
+        """See the module: the last round of the log, because the newest of a batch is not known before it is read."""
         return max(file.round_max for file in self._files)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -120,14 +110,10 @@ class Epochs:
             filled += self._files[file].bytes
         return np.concatenate([*order, dice.permutation(np.concatenate(parts))])
 
-    def _block_files(self, rows: np.ndarray) -> set[int]:
-        blocks = np.unique(rows[:, 0])
-        return {int(file) for file in np.unique(self._order[np.isin(self._order[:, 0], blocks), 1])}
-
     def _row(self, file: int, row: int) -> Records | None:
-        if file not in self._held:
-            self._held[file] = self._mistakes.file_records(self._files[file])
-        records, most = self._held[file], self._config.copilot.max_seen
+        if file not in self._open:
+            self._open[file] = self._mistakes.file_records(self._files[file])
+        records, most = self._open[file], self._config.copilot.max_seen
         if records is None or (most is not None and records.seen[row] > most):
             return None
         record = pooled_records(records.select([row]), self._config.log.pooling)
@@ -138,27 +124,25 @@ class Epochs:
 
 
 class _Rounds:
-    """Records by round, each data file read once, ahead of what is asked for."""
+    """Records by round; each data file is read once, ahead of the rounds that are asked for."""
 
-    def __init__(self, mistakes: MistakeLog, pooling: str) -> None:
-        self._mistakes, self._pooling = mistakes, pooling
+    def __init__(self, mistakes: MistakeLog) -> None:
+        self._mistakes = mistakes
         self._last = max(file.round_max for file in mistakes.files)
         self._pieces: Iterator[tuple[StoredFile, Records]] | None = None
         self._next: tuple[StoredFile, Records] | None = None
-        self._held: dict[int, list[Records]] = {}
+        self._ahead: dict[int, list[Records]] = {}
 
     def take(self, number: int) -> Records | None:
-        """Records of a round, once; those of earlier rounds are let go. Rounds are asked for in order."""
+        """Records of a round, once. Rounds are asked for in order; those of earlier ones are dropped."""
         if self._pieces is None:
             self._pieces = self._mistakes.pieces((number, self._last))
             self._next = next(self._pieces, None)
         while self._next is not None and self._next[0].round_min <= number:
             records = self._next[1]
-            for found in np.unique(records.round[records.round >= number]):
-                part = pooled_records(records.select(np.flatnonzero(records.round == found)), self._pooling)
-                self._held.setdefault(int(found), []).append(part)
+            for found in np.unique(records.round[records.round >= number]).tolist():
+                self._ahead.setdefault(found, []).append(records.select(np.flatnonzero(records.round == found)))
             self._next = next(self._pieces, None)
-        for earlier in [found for found in self._held if found < number]:
-            del self._held[earlier]
-        parts = self._held.pop(number, [])
+        self._ahead = {found: parts for found, parts in self._ahead.items() if found >= number}
+        parts = self._ahead.pop(number, [])
         return Records.concat(parts) if parts else None

@@ -1,7 +1,7 @@
-"""A Copilot learner worker: a Ray actor that tails the log and steps in time with its peers.
+"""A Copilot learner worker: a Ray actor that follows the log and steps together with its peers.
 
 Invariant: rank 0 alone asks the Ledger how far the log is and broadcasts the answer, so every rank reads the same
-table version and takes the same steps. The actor asks, never tells: nothing here can make the Pilot wait.
+table version and takes the same steps. Nothing here can make the Pilot wait. Started by `group`; read `CopilotWorker.run` first.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import checkpoint
-from tc_ray.copilot.batching import batch_from_records, pooled_records
+from tc_ray.copilot.batch import batch_from_records
 from tc_ray.copilot.buffer import RoundBuffer, draw
 from tc_ray.copilot.checkpoint import Position
-from tc_ray.copilot.learner import Learner, StepResult
+from tc_ray.copilot.learner import Learner, StepResult, make_learner
 from tc_ray.data.prepared.train_table import TrainTable
 from tc_ray.mistakelog.read.reader import LogTail
 from tc_ray.mistakelog.table.data_file import BadFileError
-from tc_ray.mistakelog.table.retry import patiently
-from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.copilot.model import choose_layers
-from tc_ray.models.pilot.taps import tapped_layers
+from tc_ray.mistakelog.table.retry import retry
+from tc_ray.models.copilot import CopilotBatch
 
 IDLE_SECONDS = 0.1
 
@@ -61,6 +59,9 @@ class CopilotWorker:
         torch.set_num_threads(job.config.resources.copilot_threads)
         self.job, self.config, self.rank, self.world_size = job, job.config, rank, world_size
         self.folder = job.config.run.path / "copilot"
+        self.buffer = RoundBuffer.of(job.config)
+        self.version = -1
+        """Of the table, as the buffer holds it."""
         self.left_out = {"left_out_steps": 0.0, "left_out_records": 0.0}
 
     def address(self) -> str:
@@ -81,47 +82,33 @@ class CopilotWorker:
     def run(self) -> Position:
         """Train until every step of the run is done, then export to `copilot/final` (rank 0)."""
         self.job.tracker.process.remote(f"copilot-{self.rank}", os.getpid())
-        if self.rank == 0:
-            self.job.tracker.waiting.remote("copilot", "loading weights")
-        learner = Learner(
-            build_copilot(self.config, self.job.pilot_path, self.job.base_path, output_ids_of(self.config)),
-            self.config.copilot,
+        self._wait_for("loading weights")
+        learner = make_learner(
+            self.config,
+            self.job.pilot_path,
+            self.job.base_path,
+            output_ids_of(self.config),
             total_steps=self.job.total_steps,
-            device="cuda" if self.config.resources.gpus else "cpu",
             world_size=self.world_size,
         )
-        at = checkpoint.restore(learner, self.folder / "checkpoints", self._passed_over) or Position(0, 0, -1)
-        self._report(at, None)
-        if at.step and not self.rank:
-            self.job.tracker.event.remote("resume", f"Copilot goes on after step {at.step}")
-        place, who = self.config.log_location, f"Copilot {self.rank}"
-        tail = patiently(lambda: LogTail(place, storage_options=self.config.log.storage_options), who)
-        buffer = RoundBuffer(self.config.copilot.buffer_rounds, self.config.copilot.max_seen)
-        seen_version = -1
-        if self.rank == 0:
-            self.job.tracker.waiting.remote("copilot", "")
+        at = self._restore(learner)
+        location, options = self.config.log_location, self.config.log.storage_options
+        tail = retry(lambda: LogTail(location, storage_options=options), f"Copilot {self.rank}")
+        self._wait_for("")
+        per_round = self.config.copilot.steps_per_round
         while at.step < self.job.total_steps:
-            version, committed, _ = self._log_position()
-            if version > seen_version:
-                poll = partial(tail.poll, version, min_round=self._first_round(committed))
-                update = patiently(poll, who)
-                for name in update.removed:
-                    buffer.remove(name)
-                for name, records in update.new:
-                    buffer.add(name, pooled_records(records, self.config.log.pooling))
-                self._report_bad(update.bad)
-                seen_version = version
-            due = min(committed * self.config.copilot.steps_per_round, self.job.total_steps)
-            if at.step < due and not len(buffer):
+            committed = self._follow(tail)
+            due = min(committed * per_round, self.job.total_steps)
+            if at.step < due and not len(self.buffer):
                 # every record so far was left out by log.sampling or copilot.max_seen: nothing to learn from
-                at = Position(due, due // self.config.copilot.steps_per_round, version)
+                at = self._position(due)
             if at.step >= due:
                 self._report(at, None)  # again and again: a restarted Ledger has forgotten it
                 time.sleep(IDLE_SECONDS)
                 continue
-            result = learner.step(self._batch(buffer, at.step))
-            at = Position(at.step + 1, (at.step + 1) // self.config.copilot.steps_per_round, version)
-            self._report_left_out(at, learner.left_out.count, buffer.left_out)
+            result = learner.step(self._batch(at.step))
+            at = self._position(at.step + 1)
+            self._report_left_out(at, learner.left_out.count)
             self._report(at, result)
             if at.step % self.config.copilot.checkpoint_every_steps == 0 or at.step == self.job.total_steps:
                 self._save(learner, at)
@@ -129,19 +116,46 @@ class CopilotWorker:
             learner.export(self.folder / "final")
         return at
 
-    def _log_position(self) -> tuple[int, int, int]:
-        """(table version, round committed, rows), the same on every rank."""
+    def _position(self, step: int) -> Position:
+        round = step // self.config.copilot.steps_per_round
+        return Position(step, round, self.version, dict(self.job.inputs))
+
+    def _restore(self, learner: Learner) -> Position:
+        """Load the newest whole checkpoint, if there is one."""
+        found = checkpoint.restore(learner, self.folder / "checkpoints", lambda text: self._event("checkpoint", text))
+        at = found or Position(0, 0, -1)
+        self._report(at, None)
+        if at.step:
+            self._event("resume", f"Copilot resumes after step {at.step}")
+        return at
+
+    def _follow(self, tail: LogTail) -> int:
+        """Bring the buffer to the newest table version, the same on every rank; returns the round committed in it."""
+        version, committed = self._log_position()
+        if version > self.version:
+            poll = partial(tail.poll, version, min_round=self._first_round(committed))
+            update = retry(poll, f"Copilot {self.rank}")
+            for name in update.removed:
+                self.buffer.remove(name)
+            for name, records in update.new:
+                self.buffer.add(name, records)
+            self._report_bad(update.bad)
+            self.version = version
+        return committed
+
+    def _log_position(self) -> tuple[int, int]:
+        """(table version, round committed), the same on every rank."""
         import ray
 
-        position = torch.zeros(3, dtype=torch.int64)
+        position = torch.zeros(2, dtype=torch.int64)
         if self.rank == 0:
             state = ray.get(self.job.ledger.state.remote())
-            position = torch.tensor([state.version, state.round, state.rows], dtype=torch.int64)
+            position = torch.tensor([state.version, state.round], dtype=torch.int64)
         if self.world_size > 1:
             position = position.cuda() if self.config.resources.gpus else position
             dist.broadcast(position, 0)
-        version, committed, rows = position.tolist()
-        return version, committed, rows
+        version, committed = position.tolist()
+        return version, committed
 
     def _first_round(self, committed: int) -> int:
         """Files that end before this round are not read: however far the Copilot is behind, the buffer takes the newest.
@@ -156,28 +170,24 @@ class CopilotWorker:
         """Rank 0 names damaged files to the Ledger, which takes them out of the log, and to the user."""
         for error in bad if not self.rank else []:
             self.job.ledger.quarantine.remote(error.name, error.reason)
-            self.job.tracker.event.remote("damaged", f"log file {error}; training goes on without its rows")
+            self._event("damaged", f"log file {error}; training continues without its rows")
 
-    def _report_left_out(self, at: Position, steps: int, records: int) -> None:
+    def _report_left_out(self, at: Position, steps: int) -> None:
         """Counts of what was not finite in this start; an event for the first of each."""
+        records = self.buffer.left_out
         now = {"left_out_steps": float(steps), "left_out_records": float(records)}
         for name, what in (
             ("left_out_steps", "its loss or gradient is not finite, the update is left out"),
             ("left_out_records", f"{records} records of the log hold numbers that are not finite, they are left out"),
         ):
-            if now[name] and not self.left_out[name] and not self.rank:
-                self.job.tracker.event.remote("not finite", f"Copilot step {at.step}: {what}; further ones are counted")
+            if now[name] and not self.left_out[name]:
+                self._event("not finite", f"Copilot step {at.step}: {what}; further ones are counted")
         self.left_out = now
 
-    def _batch(self, buffer: RoundBuffer, step: int) -> CopilotBatch:
-        size = self.config.copilot.batch_size
-        drawn = draw(buffer, self.config, step)
-        part = size // self.world_size
-        return batch_from_records(drawn, range(self.rank * part, (self.rank + 1) * part))
-
-    def _passed_over(self, text: str) -> None:
-        if not self.rank:
-            self.job.tracker.event.remote("checkpoint", text)
+    def _batch(self, step: int) -> CopilotBatch:
+        """This rank's slice of the step's draw."""
+        part = self.config.copilot.batch_size // self.world_size
+        return batch_from_records(draw(self.buffer, self.config, step), range(self.rank * part, (self.rank + 1) * part))
 
     def _report(self, at: Position, result: StepResult | None) -> None:
         if self.rank:
@@ -195,40 +205,22 @@ class CopilotWorker:
 
     def _save(self, learner: Learner, at: Position) -> None:
         if self.rank == 0:
-            checkpoint.save(learner, self.folder / "checkpoints", at, inputs=self.job.inputs)
+            checkpoint.save(learner, self.folder / "checkpoints", at)
         if self.world_size > 1:
             dist.barrier()
 
+    def _event(self, kind: str, text: str) -> None:
+        if self.rank == 0:
+            self.job.tracker.event.remote(kind, text)
 
-def build_copilot(
-    config: RunConfig, pilot_path: Path | str, base_path: Path | str, output_ids: torch.Tensor | None
-) -> Copilot:
-    """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from tc_ray.models.families import family_of
-    from tc_ray.models.hub import vocabulary_hash
-    from tc_ray.models.pilot.load import load_pilot
-
-    torch.manual_seed(config.run.seed)
-    pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
-    base_config = AutoConfig.from_pretrained(base_path, trust_remote_code=False)
-    return Copilot.from_decoder(
-        base_path,
-        choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
-        pilot=pilot,
-        output_ids=output_ids,
-        pattern=config.copilot.pattern,
-        producing_state=config.copilot.producing_state,
-        pooling=config.log.pooling,
-        tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
-        positions=config.log.positions,
-        tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
-        random_weights=config.model.random_weights,
-    )
+    def _wait_for(self, text: str) -> None:
+        """What the status shows before the first step; an empty text: nothing is waited for."""
+        if self.rank == 0:
+            self.job.tracker.waiting.remote("copilot", text)
 
 
 def output_ids_of(config: RunConfig) -> torch.Tensor | None:
+    """int64 ids that a run's Copilot can correct: those that occur in its completions; None: all."""
     if config.copilot.output_tokens == "all":
         return None
     return torch.from_numpy(TrainTable(config.run.path / "data" / "train.parquet").target_ids())

@@ -3,8 +3,8 @@
 Invariant: a round is a pure function of (weights, seed, round number): data order, dropout and learning rate follow
 from the number alone, so an attempt that starts at the watermark repeats exactly what a lost attempt did. The step
 never waits for disk or for the Copilot: records go to a bounded queue, metrics to an actor without an answer. Only a
-checkpoint waits, for the log to be committed up to its round; while the log cannot be written and must not be waited for
-(`log.full_policy`), the checkpoint is put off.
+checkpoint waits, for the log to be committed up to its round; with `log.full_policy: drop` it is postponed while the log cannot be
+written. Called by `pilot.trainer`; read `Worker.run` first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder
@@ -51,6 +52,22 @@ class PilotJob:
     """Hashes of the rows and base weights, which stand in each checkpoint."""
 
 
+@dataclass(frozen=True)
+class Round:
+    """What a round gave, over all ranks."""
+
+    number: int
+    loss: float
+    """Mean cross-entropy of its target tokens, nats."""
+    tokens: int
+    """Of prompts and completions."""
+    learning_rate: float
+    taken: bool
+    """False: loss or gradient was not finite, and no optimizer step was taken."""
+    skipped: int
+    """Records that `log.sampling` has left out in this attempt."""
+
+
 def train_worker(settings: dict[str, Any]) -> None:
     """Entry of a Ray Train worker; `settings["job"]` is a PilotJob."""
     import ray.train
@@ -65,25 +82,17 @@ class Worker:
     def __init__(self, job: PilotJob, rank: int, world_size: int) -> None:
         self.job, self.config, self.rank, self.world_size = job, job.config, rank, world_size
         torch.set_num_threads(self.config.resources.pilot_threads)
-        self.folder = self.config.run.path
-        self.checkpoints = self.folder / "pilot" / "checkpoints"
+        self.checkpoints = self.config.run.path / "pilot" / "checkpoints"
         self.table = TrainTable(job.train_file)
-        self.order = RoundOrder(
-            len(self.table), self.config.pilot.batch_size, self.config.pilot.epochs, self.config.run.seed
-        )
+        pilot = self.config.pilot
+        self.order = RoundOrder(len(self.table), pilot.batch_size, pilot.epochs, self.config.run.seed)
         if rank == 0:
             self._wait_for("loading weights")
         # any rank may be the one that compiles: each node has operators of its own
-        self.engine = build_engine(
-            self.config,
-            job.model_path,
-            job.rounds,
-            lambda: self._wait_for("compiling DeepSpeed's operator (first use, minutes)"),
-        )
+        compiling = "compiling DeepSpeed's operator (first use, minutes)"
+        self.engine = build_engine(self.config, job.model_path, job.rounds, lambda: self._wait_for(compiling))
         self.device = self.engine.device
-        self.attempt = 0
         self.recorder: Recorder | None = None
-        self.skipped_records = 0
         self.postponed = False
         self.left_out = LeftOut(
             "the Pilot",
@@ -94,73 +103,57 @@ class Worker:
     def run(self) -> None:
         """Train from the last checkpoint to the last round, then export the merged Pilot."""
         start = self._restore()
-        self._begin_attempt(start)
+        self.job.tracker.process.remote(f"pilot-{self.rank}", os.getpid())
+        if self.config.log.enabled:
+            self.recorder = self._begin_attempt(start)
         self._wait_for("")
-        started, tokens, due = time.monotonic(), 0, False
+        started, tokens, checkpoint_due = time.monotonic(), 0, False
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
-            rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
-            loss, round_tokens, taken = self._round(number)
-            tokens += round_tokens
+            done = self._round(number)
             if self.recorder is not None:
-                self.recorder.end_round(number, left_out=not taken)
-            last = number == self.job.rounds
-            seconds, mean = time.monotonic() - began, tokens / (time.monotonic() - started)
-            self._report(number, loss, rate, round_tokens, seconds, mean)
+                self.recorder.end_round(number, left_out=not done.taken)
+            tokens += done.tokens
+            self._report(done, time.monotonic() - began, tokens / (time.monotonic() - started))
             if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
                 self._wait_for_copilot(number)
-            due = due or last or number % self.config.pilot.checkpoint_every_rounds == 0
-            if due:
-                due = not self._checkpoint(number, wait=last)
-        final = self.folder / "pilot" / "final"
-        probe = probe_rows(self.table)
+            last = number == self.job.rounds
+            checkpoint_due |= last or number % self.config.pilot.checkpoint_every_rounds == 0
+            if checkpoint_due:
+                checkpoint_due = not self._checkpoint(number, wait=last)
+        final, probe = self.checkpoints.with_name("final"), probe_rows(self.table)
         save_merged(self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank)
         if self.recorder is not None:
             self.recorder.close()
             if self.rank == 0:
                 self._committed("finish_pilot", self.job.rounds)
 
-    def _wait_for(self, text: str) -> None:
-        """What the status shows until the first round; an empty text: nothing is waited for."""
-        self.job.tracker.waiting.remote("pilot", text)
+    # -- start ----------------------------------------------------------------------------------------------------
 
     def _restore(self) -> int:
+        """Load the newest whole checkpoint; returns its round, 0 without one."""
         found, damaged = find_checkpoints(self.checkpoints)
         checkpoint = found[-1] if found else None
-        if damaged and self.rank == 0:
-            goes_on = f"goes on after round {checkpoint.round}" if checkpoint else "starts anew: no checkpoint is whole"
-            self.job.tracker.event.remote("checkpoint", f"{'; '.join(damaged)}. The Pilot {goes_on}")
+        if damaged:
+            resumes = f"resumes after round {checkpoint.round}" if checkpoint else "starts anew: no checkpoint is whole"
+            self._event("checkpoint", f"{'; '.join(damaged)}. The Pilot {resumes}")
         if checkpoint is None:
             return 0
         load_checkpoint(self.engine, checkpoint, world_size=self.world_size, zero_stage=self.config.pilot.zero_stage)
-        self._check_weights(f"{checkpoint.folder}: the checkpoint", "remove the folder to go on from the one before")
+        self._check_weights(f"{checkpoint.folder}: the checkpoint", "remove the folder to resume from the one before")
         return checkpoint.round
 
-    def _check_weights(self, what: str, advice: str) -> None:
-        """Raise NotFiniteError on every rank where a trained weight of one is not finite (collective)."""
-        trained = ((n, _own_part(p)) for n, p in self.engine.module.named_parameters() if p.requires_grad)
-        name = first_not_finite(trained)
-        bad = torch.tensor(float(name is not None), device=self.device)
-        if self.world_size > 1:
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        if bad:
-            raise NotFiniteError(f"{what} holds weights that are not finite ({name or 'on another rank'}); {advice}")
-
-    def _begin_attempt(self, watermark: int) -> None:
+    def _begin_attempt(self, watermark: int) -> Recorder:
         """Rank 0 fences the log past the watermark and shares the attempt's number; then every rank writes."""
-        self.job.tracker.process.remote(f"pilot-{self.rank}", os.getpid())
-        if not self.config.log.enabled:
-            return
         shared = torch.zeros(1, dtype=torch.int64, device=self.device)
         if self.rank == 0:
             shared[0] = self._committed("begin_attempt", watermark, self.world_size)
         if self.world_size > 1:
-            torch.distributed.broadcast(shared, 0)
-        self.attempt = int(shared)
-        if self.rank == 0 and self.attempt > 1:
-            self.job.tracker.event.remote("resume", f"Pilot attempt {self.attempt} goes on after round {watermark}")
-        log = self.config.log
-        if self.config.copilot.schedule == "lockstep":  # the Copilot waits for every round
+            dist.broadcast(shared, 0)
+        attempt, log = int(shared), self.config.log
+        if attempt > 1:
+            self._event("resume", f"Pilot attempt {attempt} resumes after round {watermark}")
+        if self.config.copilot.schedule == "lockstep":  # the Copilot waits for the file of every round
             log = log.model_copy(update={"flush_rounds": 1})
         writer = RecordWriter(
             Location(self.config.log_location, log.storage_options),
@@ -168,97 +161,88 @@ class Worker:
             log,
             run=self.config.run.name,
             rank=self.rank,
-            attempt=self.attempt,
+            attempt=attempt,
             start_round=watermark,
         )
-        self.recorder = Recorder(writer, log, seed=self.config.run.seed, device=self.device)
+        return Recorder(writer, log, seed=self.config.run.seed, device=self.device)
 
-    def _committed(self, method: str, *arguments: int) -> Any:
-        """Answer of a Ledger call that writes to the log; without it the run cannot go on, so it waits for a full disk."""
-        import ray
+    # -- a round --------------------------------------------------------------------------------------------------
 
-        while True:
-            try:
-                answer = _get(getattr(self.job.ledger, method).remote(*arguments))
-            except ray.exceptions.RayTaskError as error:
-                if not may_pass(error.cause):
-                    raise error.cause from error
-                self._tell_postponed(f"the Pilot waits with {method}")
-                time.sleep(SPACE_POLL_SECONDS)
-            else:
-                self.postponed = False
-                return answer
-
-    def _tell_postponed(self, what: str) -> None:
-        """Once an outage, on rank 0."""
-        if not self.postponed and self.rank == 0:
-            text = f"{what}: the log at {self.config.log_location} cannot be written now"
-            self.job.tracker.event.remote("postponed", text)
-        self.postponed = True
-
-    def _round(self, number: int) -> tuple[float, int, bool]:
-        """One optimizer step, left out where loss or gradient is not finite; returns the round's mean cross-entropy over all
-        ranks, its tokens, all ranks, and whether the step was taken.
+    def _round(self, number: int) -> Round:
+        """One optimizer step, left out on every rank where the loss or gradient of one is not finite.
 
         Raises:
             NotFiniteError: too many in a row were left out.
         """
-        rows, seen = self.order.sample_rows(number), self.order.seen(number)
-        target_tokens = self.table.target_tokens(rows)
+        rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
+        rows = self.order.sample_rows(number)
+        torch.manual_seed(_round_seed(self.config.run.seed, number, self.rank))
+        loss_sum = self._forward_backward(number, rows)
+        skipped = 0 if self.recorder is None else self.recorder.skipped
+        totals = torch.stack([loss_sum.double(), torch.tensor(float(skipped), device=self.device).double()])
+        if self.world_size > 1:
+            dist.all_reduce(totals)
+        loss, all_skipped = totals.tolist()
+        loss /= self.config.accumulation_steps * self.world_size
+        taken = take_step(self.engine, math.isfinite(loss))
+        if self.left_out.add(taken, loss):
+            text = f"round {number}: loss or gradient is not finite (loss {loss}); its update is left out"
+            self._event("not finite", text)
+        return Round(number, loss, self.table.tokens(rows), rate, taken, int(all_skipped))
+
+    def _forward_backward(self, number: int, rows: np.ndarray) -> torch.Tensor:
+        """Gradients and records of this rank's micro-batches; returns the sum of their losses, each scaled for DeepSpeed."""
         accumulation, micro = self.config.accumulation_steps, self.config.pilot.micro_batch_size
         # DeepSpeed divides by accumulation steps and by ranks; a token of the round must count once in the mean
-        scale = self.world_size * accumulation / target_tokens
-        torch.manual_seed(_round_seed(self.config.run.seed, number, self.rank))
+        scale = self.world_size * accumulation / self.table.target_tokens(rows)
+        seen = self.order.seen(number)
         first = self.rank * micro * accumulation
-        loss_sum = torch.zeros((), device=self.device)
         last = first + micro * (accumulation - 1)
+        loss_sum = torch.zeros((), device=self.device)
         for at in range(first, last + 1, micro):
             part = slice(at, at + micro)
             batch = self.table.batch(rows[part])
-            ids = torch.from_numpy(batch["input_ids"]).to(self.device, torch.int64)
-            lengths = torch.from_numpy(batch["lengths"]).to(self.device, torch.int64)
-            starts = torch.from_numpy(batch["target_start"]).to(self.device, torch.int64)
-            loss, record = self.engine(ids, lengths, starts, scale)
+            given = [
+                torch.from_numpy(batch[name]).to(self.device, torch.int64)
+                for name in ("input_ids", "lengths", "target_start")
+            ]
+            loss, record = self.engine(*given, scale)
             if self.recorder is not None and record is not None:
-                # before the backward pass, which a copy from a device then runs beside
+                # before the backward pass, so that a copy from a device runs beside it
                 self.recorder.record(record, batch, seen[part], number)
             del record
             self.engine.backward(loss)
-            if at != last:
+            if at != last:  # the last one takes the optimizer step, see `_round`
                 self.engine.step()
             loss_sum += loss.detach()
-        skipped = 0 if self.recorder is None else self.recorder.skipped
-        totals = torch.stack([loss_sum.double() / accumulation, torch.tensor(float(skipped)).to(loss_sum).double()])
-        if self.world_size > 1:
-            torch.distributed.all_reduce(totals)
-        summed_loss, all_skipped = totals.tolist()
-        self.skipped_records = int(all_skipped)
-        loss_mean = summed_loss / self.world_size
-        taken = take_step(self.engine, math.isfinite(loss_mean))
-        if self.left_out.add(taken, loss_mean) and self.rank == 0:
-            text = f"round {number}: loss or gradient is not finite (loss {loss_mean}); its update is left out"
-            self.job.tracker.event.remote("not finite", text)
-        return loss_mean, self.table.tokens(rows), taken
+        return loss_sum
 
-    def _report(
-        self, number: int, loss: float, rate: float, tokens: int, seconds: float, mean_tokens_per_second: float
-    ) -> None:
+    def _report(self, done: Round, seconds: float, mean_tokens_per_second: float) -> None:
         if self.rank:
             return
         metrics = {
-            "loss": loss,
-            "tokens": float(tokens),
-            "learning_rate": rate,
+            "loss": done.loss,
+            "tokens": float(done.tokens),
+            "learning_rate": done.learning_rate,
             "round_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": done.tokens / seconds,
             "mean_tokens_per_second": mean_tokens_per_second,
             "left_out_rounds": float(self.left_out.count),
         }
         if self.recorder is not None:
             # counts of this rank, but for the records that log.sampling left out on all of them
             metrics |= {f"log_{name}": value for name, value in self.recorder.metrics().items()}
-            metrics["log_skipped_records"] = float(self.skipped_records)
-        self.job.tracker.pilot.remote(number, metrics)
+            metrics["log_skipped_records"] = float(done.skipped)
+        self.job.tracker.pilot.remote(done.number, metrics)
+
+    def _wait_for_copilot(self, number: int) -> None:
+        while not self._log_is_complete(number):
+            time.sleep(SPACE_POLL_SECONDS)
+        self._barrier()
+        while _get(self.job.ledger.copilot_round.remote()) < number:
+            time.sleep(LOCKSTEP_POLL_SECONDS)
+
+    # -- a checkpoint ---------------------------------------------------------------------------------------------
 
     def _checkpoint(self, number: int, *, wait: bool) -> bool:
         """Log first, then weights, then the marker: a marker promises both.
@@ -270,7 +254,7 @@ class Worker:
             False on every rank: the log cannot be written on one of them, nothing was done.
         """
         while not self._log_is_complete(number):
-            self._tell_postponed(f"the checkpoint of round {number} is put off")
+            self._report_postponed(f"the checkpoint of round {number} is postponed")
             if not wait:
                 return False
             time.sleep(SPACE_POLL_SECONDS)
@@ -279,7 +263,7 @@ class Worker:
             f"the Pilot after round {number}", "no checkpoint was made of it; set a lower pilot.learning_rate"
         )
         folder = save_files(self.engine, self.checkpoints, number)
-        _barrier(self.world_size)
+        self._barrier()
         if self.rank == 0:
             mark_complete(
                 folder,
@@ -291,7 +275,7 @@ class Worker:
             )
             if self.recorder is not None:
                 self.job.ledger.report_checkpoint.remote(number)
-        _barrier(self.world_size)
+        self._barrier()
         return True
 
     def _log_is_complete(self, number: int) -> bool:
@@ -300,15 +284,54 @@ class Worker:
             return True
         complete = torch.tensor(float(self.recorder.writer.flush(number)), device=self.device)
         if self.world_size > 1:
-            torch.distributed.all_reduce(complete, torch.distributed.ReduceOp.MIN)
+            dist.all_reduce(complete, dist.ReduceOp.MIN)
         return bool(complete)
 
-    def _wait_for_copilot(self, number: int) -> None:
-        while not self._log_is_complete(number):
-            time.sleep(SPACE_POLL_SECONDS)
-        _barrier(self.world_size)
-        while _get(self.job.ledger.copilot_round.remote()) < number:
-            time.sleep(LOCKSTEP_POLL_SECONDS)
+    def _check_weights(self, what: str, advice: str) -> None:
+        """Raise NotFiniteError on every rank where a trained weight of one is not finite (collective)."""
+        trained = ((n, _own_part(p)) for n, p in self.engine.module.named_parameters() if p.requires_grad)
+        name = first_not_finite(trained)
+        bad = torch.tensor(float(name is not None), device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if bad:
+            raise NotFiniteError(f"{what} holds weights that are not finite ({name or 'on another rank'}); {advice}")
+
+    # -- the others -----------------------------------------------------------------------------------------------
+
+    def _committed(self, method: str, *arguments: int) -> Any:
+        """Answer of a Ledger call that writes to the log: without it the run cannot go on, so it waits for a full disk."""
+        import ray
+
+        while True:
+            try:
+                answer = _get(getattr(self.job.ledger, method).remote(*arguments))
+            except ray.exceptions.RayTaskError as error:
+                if not may_pass(error.cause):
+                    raise error.cause from error
+                self._report_postponed(f"the Pilot waits with {method}")
+                time.sleep(SPACE_POLL_SECONDS)
+            else:
+                self.postponed = False
+                return answer
+
+    def _report_postponed(self, what: str) -> None:
+        """Once per outage."""
+        if not self.postponed:
+            self._event("postponed", f"{what}: the log at {self.config.log_location} cannot be written now")
+        self.postponed = True
+
+    def _event(self, kind: str, text: str) -> None:
+        if self.rank == 0:
+            self.job.tracker.event.remote(kind, text)
+
+    def _wait_for(self, text: str) -> None:
+        """What the status shows until the first round; an empty text: nothing is waited for."""
+        self.job.tracker.waiting.remote("pilot", text)
+
+    def _barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
 
 
 def _round_seed(seed: int, number: int, rank: int) -> int:
@@ -316,19 +339,16 @@ def _round_seed(seed: int, number: int, rank: int) -> int:
 
 
 def _own_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a parameter: all, or under ZeRO-3 its part, without the padding that makes parts equally long:
-    DeepSpeed never writes that, so it holds whatever was in memory before, NaN too."""
+    """What this rank holds of a parameter: all, or under ZeRO-3 its part without the padding that makes parts equally long.
+
+    DeepSpeed never writes the padding, so it holds whatever was in memory before, NaN too.
+    """
     part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter
     zero: Any = parameter
     left = zero.ds_numel - zero.ds_zero_partition_rank * part.numel()
     return part[: max(0, left)]
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        torch.distributed.barrier()
 
 
 def _get(reference: Any) -> Any:

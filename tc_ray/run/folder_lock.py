@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 from tc_ray.mistakelog.table.lease import WAIT_FOR_IT, Holder, LeaseHeldError
-from tc_ray.mistakelog.table.process import is_running
 
 NAME = "run.lock"
 _WRITTEN_SECONDS = 1.0
@@ -65,7 +64,7 @@ def _holder(path: Path) -> str:
     while time.monotonic() < until:
         try:
             holder = Holder.from_json(path.read_bytes())
-            if is_running(holder.process) is not False:
+            if holder.process.is_running() is not False:
                 return str(holder)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass

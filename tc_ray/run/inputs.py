@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.checkpoint import latest_inputs
 from tc_ray.data.prepared.folder import PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepared_before
 from tc_ray.data.prepared.rows_hash import rows_hashes
 from tc_ray.files import sync
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.opening import is_table
+from tc_ray.mistakelog.table.repair import is_table
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.weights_hash import weights_hash
 from tc_ray.pilot.checkpoint import latest_checkpoint
@@ -57,10 +56,9 @@ def recorded_inputs(config: RunConfig, folder: Path, log: Location) -> list[Reco
     pilot = latest_checkpoint(folder / "pilot" / "checkpoints")
     if pilot is not None:
         found.append(Recorded(str(pilot.folder), pilot.round, pilot.inputs))
-    copilot = latest_inputs(folder / "copilot" / "checkpoints")
+    copilot = latest(folder / "copilot" / "checkpoints")
     if copilot is not None:
-        position, inputs = copilot
-        found.append(Recorded(str(folder / "copilot" / "checkpoints"), position.round, inputs))
+        found.append(Recorded(str(folder / "copilot" / "checkpoints"), copilot.round, copilot.inputs))
     return found
 
 

@@ -18,8 +18,7 @@ from tc_ray.config.load import require_secrets
 from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.opening import is_table
-from tc_ray.mistakelog.table.repair import repair
+from tc_ray.mistakelog.table.repair import is_table, repair
 from tc_ray.run.finish import evaluate, export
 from tc_ray.run.folder_lock import FolderLock
 from tc_ray.run.folder_owner import check_owner

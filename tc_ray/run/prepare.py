@@ -90,7 +90,6 @@ def _check_models(run: Run, model_config: Any, pilot_path: Any, base_path: Any) 
 def _open_log(run: Run) -> None:
     """Make or open the table, take its lease if it is new, and start its Ledger."""
     from tc_ray.mistakelog.commit.ledger_actor import start_ledger
-    from tc_ray.mistakelog.maintain.limits import Upkeep
     from tc_ray.mistakelog.table.store import LogStore
     from tc_ray.pilot.log_metadata import log_metadata
 
@@ -107,7 +106,8 @@ def _open_log(run: Run) -> None:
         writers=config.resources.pilot_workers,
         run=config.run.name,
         lease=run.lease.number,
-        upkeep=Upkeep.from_config(config.log, read_again),
+        settings=config.log,
+        buffer_rounds=read_again,
     )
 
 

@@ -51,7 +51,7 @@ class Watchers:
             if run.ledger is None or run.tracker is None:
                 continue
             if time.monotonic() > maintained + MAINTENANCE_SECONDS or (run.lease is not None and run.lease.lost):
-                run.ledger.tend.remote()
+                run.ledger.maintain_soon.remote()
                 maintained = time.monotonic()
             try:
                 state = ray.get(run.ledger.state.remote())

@@ -44,7 +44,7 @@ def test_pilot_goes_on_and_copilot_resumes(tmp_path: Path) -> None:
     events = [p for p in points if p["kind"] == "event"]
     assert [e["text"][:16] for e in events if e["event"] == "restart"] == ["Copilot learners"]
     (resumed,) = [e for e in events if e["event"] == "resume"]
-    match = re.fullmatch(r"Copilot goes on after step (\d+)", resumed["text"])
+    match = re.fullmatch(r"Copilot resumes after step (\d+)", resumed["text"])
     assert match, resumed["text"]
     # the last checkpoint before the kill (status.json may be a second old), not step 0
     assert int(match[1]) >= 10 and int(match[1]) % config.copilot.checkpoint_every_steps == 0

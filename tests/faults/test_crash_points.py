@@ -24,8 +24,7 @@ from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.opening import is_table
-from tc_ray.mistakelog.table.repair import repair
+from tc_ray.mistakelog.table.repair import is_table, repair
 from tc_ray.mistakelog.table.store import LogStore
 from tests.support.crash_session import (
     COUNT,

@@ -22,8 +22,8 @@ import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.maintain.compaction import compact_log
-from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
@@ -106,7 +106,12 @@ def tended(root: Path) -> None:
     """As `pilot`: the disk is full of files that have left the log, and no commit comes that would have them removed."""
     folder, grace_seconds = root / "log", 2.0
     LogStore.create(folder, metadata())
-    ledger = Ledger(folder, writers=1, run="test", upkeep=Upkeep(True, 1 << 20, None, None, 1, grace_seconds, 3600))
+    ledger = LedgerActor(
+        folder,
+        writers=1,
+        run="test",
+        settings=LogSection(file_bytes=1 << 20, vacuum_grace_seconds=grace_seconds, orphan_seconds=3600),
+    )
     attempt = ledger.begin_attempt(0, 1)
     writer = RecordWriter(
         folder,
@@ -129,7 +134,7 @@ def tended(root: Path) -> None:
     fill(root / "ballast")
     train(FILLED + 1)
     waited = not writer.flush(FILLED + 1, timeout=2 * grace_seconds)
-    ledger.tend()
+    ledger.maintain()
     went_on = writer.flush(FILLED + 1, timeout=30)
     writer.close()
     # and once more, with nobody at work but the command

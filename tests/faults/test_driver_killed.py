@@ -88,8 +88,8 @@ def test_same_command_finishes_the_run(tmp_path: Path) -> None:
     status = read_status(run)
     assert status["state"] == "done"
     texts = [event["text"] for event in status["events"]]
-    assert f"Pilot attempt 2 goes on after round {checkpoint.round}" in texts
-    assert any(text.startswith("Copilot goes on after step") for text in texts)
+    assert f"Pilot attempt 2 resumes after round {checkpoint.round}" in texts
+    assert any(text.startswith("Copilot resumes after step") for text in texts)
     train = json.loads((run / "data" / "data.json").read_text())["rows"]["train"]
     assert_log_is_exact(config, ROUNDS, train)
     table = MistakeLog(run / "log").arrow(columns=["round", "attempt"])

@@ -17,7 +17,6 @@ import ray
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger_actor import start_ledger, submit_to
-from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.rows.records import Records
@@ -26,13 +25,9 @@ from tests.support.mistakelog_samples import assert_same, metadata, random_recor
 
 ROWS = 3
 RANKS = 2
-UPKEEP = Upkeep(
-    compact=True,
+SETTINGS = LogSection(
     file_bytes=1 << 18,
-    keep_rounds=None,
-    max_bytes=None,
-    buffer_rounds=1,
-    grace_seconds=0.5,
+    vacuum_grace_seconds=0.5,
     orphan_seconds=3600,
 )
 
@@ -56,7 +51,7 @@ def pid_of(ledger: Any) -> int:
     "kills", [4, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id="50-slow")]
 )
 def test_the_ledger_killed_at_random(tmp_path: Path, kills: int) -> None:
-    ledger = start_ledger(tmp_path, metadata(), writers=RANKS, run="test", upkeep=UPKEEP)
+    ledger = start_ledger(tmp_path, metadata(), writers=RANKS, run="test", settings=SETTINGS)
     attempt = ray.get(ledger.begin_attempt.remote(0, RANKS))
     last = [0]  # the round to end with: given when all kills are done
 

@@ -16,7 +16,7 @@ import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
@@ -32,13 +32,9 @@ CHECKPOINT_EVERY = 5
 ENDLESS = 1_000_000
 RESTART_SECONDS = 2.0
 REPOSITORY = Path(__file__).parents[2]
-UPKEEP = Upkeep(
-    compact=True,
+SETTINGS = LogSection(
     file_bytes=1 << 20,
-    keep_rounds=None,
-    max_bytes=None,
-    buffer_rounds=1,
-    grace_seconds=1.0,
+    vacuum_grace_seconds=1.0,
     orphan_seconds=3600,
 )
 
@@ -54,7 +50,7 @@ def pilot(folder: Path, rounds: int) -> None:
     checkpoint = folder.parent / "checkpoint"
     watermark = int(checkpoint.read_text()) if checkpoint.exists() else 0
     lease = RunLease.take(Location(folder), "pilot")
-    ledger = Ledger(folder, writers=1, run="test", lease=lease.number, upkeep=UPKEEP)
+    ledger = LedgerActor(folder, writers=1, run="test", lease=lease.number, settings=SETTINGS)
     attempt = ledger.begin_attempt(watermark, 1)
     print(f"attempt {attempt} from {watermark} in {time.monotonic() - started:.3f}", flush=True)
     writer = RecordWriter(

@@ -39,7 +39,7 @@ def test_killed_worker_is_replaced_and_the_log_stays_exact(tmp_path: Path) -> No
     status = read_status(run)
     assert status["state"] == "done"
     assert status["restarts"] >= 1
-    assert any("Pilot attempt 2 goes on after round" in event["text"] for event in status["events"])
+    assert any("Pilot attempt 2 resumes after round" in event["text"] for event in status["events"])
     assert (status["pilot"]["round"], status["copilot"]["step"]) == (ROUNDS, 2 * ROUNDS)
     train = json.loads((run / "data" / "data.json").read_text())["rows"]["train"]
     assert_log_is_exact(config, ROUNDS, train)

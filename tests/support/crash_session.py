@@ -20,7 +20,6 @@ from pathlib import Path
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain import maintenance
-from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table import store
 from tc_ray.mistakelog.table.data_file import DataFile
@@ -34,13 +33,9 @@ COUNT, KILL, TORN, POWER, DATA = range(5)
 ROUNDS = 8
 ROWS = 4
 REPOSITORY = Path(__file__).parents[2]
-UPKEEP = Upkeep(
-    compact=True,
+SETTINGS = LogSection(
     file_bytes=24_000,
-    keep_rounds=None,
-    max_bytes=None,
-    buffer_rounds=1,
-    grace_seconds=1e-6,
+    vacuum_grace_seconds=1e-6,
     orphan_seconds=3600,
 )
 
@@ -73,7 +68,7 @@ def session(folder: Path, say: Callable[[list[object]], None]) -> None:
     store._CHECKPOINT_COMMITS = 6
     LogStore.create(place, metadata())
     with RunLease.take(place, "session") as lease:
-        ledger = Ledger(place, writers=1, run="test", lease=lease.number, upkeep=UPKEEP)
+        ledger = Ledger(place, writers=1, run="test", lease=lease.number, settings=SETTINGS)
         if Checkpoint.read(folder).phase == 1:
             train(folder, ledger, say, last=4, checkpoints={3})
             Checkpoint(2, 2).write(folder)
@@ -92,6 +87,7 @@ def train(
     def submit(file: DataFile) -> int:
         version = ledger.commit(file)
         say(["acknowledged", file.round_max])
+        ledger.maintain()  # here and not in a thread, so that each session makes the same calls
         return version
 
     writer = RecordWriter(

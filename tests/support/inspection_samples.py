@@ -151,8 +151,6 @@ def make_log(
         part.write(dataclasses.replace(rows, error=metadata.error).to_arrow("trial"))
         done = part.finish()
         dropped_now = {last: dropped} if dropped and last == last_round else {}
-        file = DataFile(
-            part.name, part.rows, done.size, first, last, 0, 1, sequence, done.sha256, done.crc32, dropped_now
-        )
+        file = DataFile(part.name, part.rows, done.size, first, last, 0, 1, sequence, done.crc32, dropped_now)
         ledger.commit(file)
     return folder

@@ -68,7 +68,7 @@ def test_the_columns_of_the_log_are_those_of_its_page() -> None:
         (cells[0].strip("`"), TYPES[cells[1].split(",")[0]]) for cells in rows_of("docs/mistake-log.md", "| column |")
     ]
     assert told == [(field.name, field.type) for field in ROW_SCHEMA]
-    assert f"Schema version {SCHEMA_VERSION} (1 is read too)" in text_of("docs/mistake-log.md")
+    assert f"Schema version {SCHEMA_VERSION}. " in text_of("docs/mistake-log.md")
 
 
 def test_what_holds_for_all_rows_is_in_the_table_under_the_names_of_the_page(tmp_path: Path) -> None:
@@ -80,14 +80,6 @@ def test_what_holds_for_all_rows_is_in_the_table_under_the_names_of_the_page(tmp
     told = {PREFIX + name for name in names}
     assert told == configuration.keys() == {PREFIX + field.name for field in fields(LogMetadata)}
     assert configuration.items() <= DeltaTable(str(tmp_path)).metadata().configuration.items()
-
-
-def test_a_log_of_schema_version_1_is_read() -> None:
-    """It knew neither layers nor dense errors, so those keys are not there."""
-    new = metadata().to_configuration()
-    old = {key: value for key, value in new.items() if key not in (f"{PREFIX}layers", f"{PREFIX}error")}
-    read = LogMetadata.from_configuration(old | {f"{PREFIX}schema_version": "1"}, "here")
-    assert (read.schema_version, read.layers, read.error, read.top_k) == (1, "all", "top-k", metadata().top_k)
 
 
 def test_commits_are_kept_for_good(tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
 """The Ledger: the one committer of the Mistake Log, and the one place that knows how far Pilot and Copilot are.
 
-Invariant: everything it has acknowledged stands in the Delta table (data files as table files, positions as application
-transactions), so a Ledger that died is rebuilt from the table alone, and a call repeated after its death changes nothing
-twice. What it knows is of one table version, and it commits the next version or none, so a second Ledger on the same table is
-noticed, not mixed in. A lost lease is final: every call looks whether the table has moved on, and from the first that finds
-another's lease on all of them raise LeaseLostError, `state` and reports too.
+Invariants:
+
+- Everything that it has acknowledged is in the Delta table (data files as table files, positions as application transactions).
+  So a Ledger that died is rebuilt from the table alone, and a call repeated after its death changes nothing twice.
+- What it knows belongs to one table version, and it commits the next version or none. So a second Ledger on the same table is
+  noticed and not mixed in.
+- A lost lease is final: every call checks whether the table has moved on. After the first call that finds another lease, all
+  calls raise LeaseLostError, `state` and reports too.
+- Calls of several threads take turns (`_turn`). `state` waits for nobody; `maintain` gives the turn away while it writes.
+
 `Ledger` is a plain object; `ledger_actor.py` puts it into a Ray actor. Called by the Pilot (attempts, files, end), the
 Copilot (position) and the job (state).
 """
@@ -13,21 +18,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.fencing import fenced_files, trimmed
-from tc_ray.mistakelog.maintain.limits import Upkeep
-from tc_ray.mistakelog.maintain.maintenance import Maintenance
+from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.maintain.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.table.commits import dropped_records
 from tc_ray.mistakelog.table.data_file import BadFileError, DataFile
 from tc_ray.mistakelog.table.errors import CommitConflictError, FencedError, LogFullError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.repair import repair
-from tc_ray.mistakelog.table.store import LogStore, StoredFile
+from tc_ray.mistakelog.table.store import LogStore
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +76,10 @@ class Ledger:
     Args:
         location: of the table, which exists (`LogStore.create`).
         writers: Pilot workers, until `begin_attempt` says otherwise.
-        run: must be the run the table belongs to.
-        lease: number of the run's lease; None: nobody else is at work on the log, the caller sees to that.
-        upkeep: limits and file sizes that the log is kept to after each commit; None: nothing is done.
+        run: must be the run that the table belongs to.
+        lease: number of the run's lease; None: the caller ensures that nobody else is at work on the log.
+        settings: what `maintain` keeps the log to; None: there is no maintenance.
+        buffer_rounds: rounds behind the Copilot's position that it reads again after a restart.
     """
 
     def __init__(
@@ -82,15 +89,19 @@ class Ledger:
         writers: int,
         run: str,
         lease: int | None = None,
-        upkeep: Upkeep | None = None,
+        settings: LogSection | None = None,
+        buffer_rounds: int = 1,
     ) -> None:
         repair(Location(location))
         self._store = LogStore(location, lease=lease)
         if run != self._store.metadata.run:
             raise LedgerError(f"{self._store.location} is the log of run {self._store.metadata.run!r}, not {run!r}")
-        self._known = -1
-        self._maintenance = Maintenance(self._store, upkeep) if upkeep is not None else None
-        self._quarantined = len(quarantined(self._store.location))
+        self._lock = threading.RLock()
+        self._log_full = False
+        self._maintaining = threading.Lock()
+        self._maintenance: Maintenance | None = None
+        if settings is not None:
+            self._maintenance = Maintenance(self._store, settings, buffer_rounds, self._maintenance_turn)
         self._prefix = f"tc_ray/{run}/"
         self._default_writers = writers
         self._copilot_round = self._copilot_steps = self._checkpoint_round = 0
@@ -102,72 +113,99 @@ class Ledger:
         return default if value is None else value
 
     def _load(self) -> None:
-        """Read everything this object knows from the table."""
+        """Read everything that this object knows from the table."""
         self._store.refresh()
-        self._store.settle()  # what another Ledger, or a commit that seemed to fail, has left
-        self._attempt = self._number("attempt", 0)
-        self._watermark = self._number("watermark", 0)
+        self._store.settle()  # commits of another Ledger, or one of our own that seemed to fail
+        attempt, watermark = self._number("attempt", 0), self._number("watermark", 0)
+        finished = self._number("pilot_done", _NOT_FINISHED)
         self._writers = self._number("writers", self._default_writers)
-        self._finished = self._number("pilot_done", _NOT_FINISHED)
         ranks = range(self._writers)
-        self._covered = [self._number(f"covered/{rank}/{self._attempt}", self._watermark) for rank in ranks]
-        self._sequence = [self._number(f"sequence/{rank}/{self._attempt}", -1) for rank in ranks]
-        # reading every commit is dear: only where one says so
-        self._drops = dropped_records(self._store.commits()) if self._number("drops", 0) else {}
-        self._checkpoint_round = max(self._checkpoint_round, self._watermark)
-        self._count_files()
-        self._known = self._store.version
+        self._covered = [self._number(f"covered/{rank}/{attempt}", watermark) for rank in ranks]
+        self._sequence = [self._number(f"sequence/{rank}/{attempt}", -1) for rank in ranks]
+        # reads every commit: only if one of them has drop counts
+        drops = dropped_records(self._store.commits()) if self._number("drops", 0) else {}
+        self._checkpoint_round = max(self._checkpoint_round, watermark)
+        self._state = LogState(
+            attempt=attempt,
+            round=min(self._covered),
+            pilot_done=finished != _NOT_FINISHED,
+            last_round=max(finished, 0),
+            copilot_round=0,
+            copilot_steps=0,
+            dropped=sum(sum(rounds.values()) for rounds in drops.values()),
+            **self._counts(),
+        )
+
+    def _counts(self) -> dict[str, Any]:
+        """What the table and the quarantine show of `LogState`."""
+        files = self._store.files()
+        return {
+            "version": self._store.version,
+            "rows": sum(file.rows for file in files),
+            "bytes": sum(file.bytes for file in files),
+            "files": len(files),
+            "quarantined": len(quarantined(self._store.location)),
+        }
 
     def _catch_up(self) -> None:
-        """Before every call that acts: know the newest version, and that the lease is still held there."""
-        self._store.check_lease()
-        # a version of our own that is not known failed on the way back: it may be there all the same
-        if self._known != self._store.version or not self._store.is_newest():
+        """Know the newest version, and that the lease is still held there."""
+        # a version of our own that is not known seemed to fail: it may be there all the same
+        if self._state.version != self._store.version or not self._store.is_newest():
             self._load()
 
-    def _count_files(self) -> None:
-        files = self._store.files()
-        self._rows = sum(file.rows for file in files)
-        self._bytes = sum(file.bytes for file in files)
-        self._files = len(files)
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Nobody else changes the log or what is known of it."""
+        with self._lock:
+            self._store.check_lease()
+            yield
 
-    def _commit(
-        self,
-        numbers: dict[str, int],
-        *,
-        add: list[DataFile] | None = None,
-        covered: list[DataFile] | None = None,
-        remove: list[StoredFile] | None = None,
-        note: Mapping[str, Any],
-    ) -> None:
-        try:
-            self._known = self._store.commit(
-                add=add or [], covered=covered or [], remove=remove or [], numbers=self._signed(numbers), note=note
+    @contextlib.contextmanager
+    def _maintenance_turn(self) -> Iterator[Position]:
+        with self._turn():
+            with contextlib.suppress(LogFullError):  # of a version that waits for space: nothing is built upon it
+                self._catch_up()
+            yield Position(
+                numbers=self._signed({}),
+                safe_round=min(self._checkpoint_round, *self._covered),
+                copilot_round=self._copilot_round,
+                attempt=self._state.attempt,
             )
+            if self._state.version != self._store.version:
+                self._state = replace(self._state, **self._counts())
+
+    def _commit(self, numbers: Mapping[str, int], state: Mapping[str, Any], **changes: Any) -> None:
+        """`LogStore.commit`, with the Ledger's names of numbers. state: what changes in `LogState` besides the version."""
+        try:
+            version = self._store.commit(numbers=self._signed(numbers), **changes)
         except LogFullError:
-            self._load()  # it may have been brought as far as the table
+            self._log_full = True
+            self._load()  # it may have reached the table
             raise
+        self._log_full = False
+        self._state = replace(self._state, version=version, **state)
 
     def _signed(self, numbers: Mapping[str, int]) -> dict[str, int]:
         """Numbers of a commit by their names in the table, with the attempt's."""
-        return {self._prefix + name: value for name, value in {"attempt": self._attempt, **numbers}.items()}
+        return {self._prefix + name: value for name, value in {"attempt": self._state.attempt, **numbers}.items()}
 
     def _retrying(self, act: Callable[[], None]) -> None:
-        """Run `act`, which checks and commits, again on fresh knowledge when another Ledger got in between."""
-        self._catch_up()
-        for left in reversed(range(_CONFLICT_TRIES)):
-            try:
-                return act()
-            except CommitConflictError:
-                if not left:
-                    raise
-                self._load()
-            except LedgerError:
-                # refused on knowledge that another Ledger has made old?
-                known = self._store.version
-                self._load()
-                if not left or self._store.version == known:
-                    raise
+        """Run `act`, which checks and commits; run it again on fresh knowledge if another Ledger came between."""
+        with self._turn():
+            self._catch_up()
+            for left in reversed(range(_CONFLICT_TRIES)):
+                try:
+                    return act()
+                except CommitConflictError:
+                    if not left:
+                        raise
+                    self._load()
+                except LedgerError:
+                    # refused on knowledge that another Ledger has made old?
+                    known = self._store.version
+                    self._load()
+                    if not left or self._store.version == known:
+                        raise
 
     def begin_attempt(self, watermark: int, writers: int) -> int:
         """Start a new attempt: drop every round after `watermark` and refuse older attempts from now on.
@@ -176,14 +214,14 @@ class Ledger:
         same effect.
 
         Args:
-            watermark: last round of the checkpoint that the Pilot goes on from; 0: from the start.
+            watermark: last round of the checkpoint that the Pilot resumes from; 0: from the start.
             writers: Pilot workers of this attempt.
 
         Returns:
             The new attempt, from 1.
 
         Raises:
-            LedgerError: the log does not reach the checkpoint, so going on would leave a gap.
+            LedgerError: the log does not reach the checkpoint, so there would be a gap.
             LeaseLostError: another process has taken the log over.
         """
         if watermark < 0 or writers < 1:
@@ -195,7 +233,7 @@ class Ledger:
                     f"{self._store.location}: the checkpoint is at round {watermark}, but the log is complete only up to "
                     f"round {min(self._covered)}; start from an older checkpoint or a new run folder"
                 )
-            new = self._attempt + 1
+            new = self._state.attempt + 1
             remove = fenced_files(self._store.files(), watermark)
             add = []
             for file in [file for file in remove if file.round_min <= watermark]:
@@ -206,12 +244,13 @@ class Ledger:
                     remove.remove(file)
             numbers = {"attempt": new, "watermark": watermark, "writers": writers, "pilot_done": _NOT_FINISHED}
             note = {"kind": "attempt", "watermark": watermark}
-            self._commit(numbers, add=add, remove=remove, note=note)
+            state = {"attempt": new, "round": watermark, "pilot_done": False, "last_round": 0}
+            self._commit(numbers, state, add=add, remove=remove, note=note)
             self._checkpoint_round = watermark
             self._load()
 
         self._retrying(act)
-        return self._attempt
+        return self._state.attempt
 
     def commit(self, file: DataFile) -> int:
         """Make a finished file, or the coverage of rounds without rows, part of the log.
@@ -226,26 +265,32 @@ class Ledger:
             LogFullError: no space for the commit; call again when there is.
             ValueError: the file is not in the table's folder with the stated size.
         """
-        try:
-            self._retrying(lambda: self._commit_file(file))
-        except LogFullError:
-            self.tend()
-            raise
-        self._maintain()
-        return self._store.version
+        self._retrying(lambda: self._commit_file(file))
+        return self._state.version
 
-    def tend(self) -> None:
-        """Let go of what may go: for times without a commit, when the next file waits for the space that this frees."""
-        with contextlib.suppress(LogFullError):  # of a version that waits for space itself: nothing is built upon it
-            self._catch_up()
-        self._maintain(merge=False)
+    def maintain(self) -> None:
+        """Do the maintenance that is due: vacuum, retention, merges. After a commit that found the disk full, no merges.
+
+        Other calls go on meanwhile; a second call of this one waits.
+
+        Raises:
+            LeaseLostError: another process has taken the log over.
+        """
+        if self._maintenance is None:
+            with self._turn():
+                self._catch_up()
+            return
+        with self._maintaining:
+            while self._maintenance.maintain(merge=not self._log_full).merged:
+                pass
 
     def _commit_file(self, file: DataFile) -> None:
-        if file.attempt < self._attempt:
-            raise FencedError(f"attempt {file.attempt} was replaced by attempt {self._attempt} ({file.key})")
-        if file.attempt > self._attempt or not 0 <= file.rank < self._writers:
+        known = self._state
+        if file.attempt < known.attempt:
+            raise FencedError(f"attempt {file.attempt} was replaced by attempt {known.attempt} ({file.key})")
+        if file.attempt > known.attempt or not 0 <= file.rank < self._writers:
             raise LedgerError(
-                f"{file.key}: the current attempt is {self._attempt} with ranks 0..{self._writers - 1}; "
+                f"{file.key}: the current attempt is {known.attempt} with ranks 0..{self._writers - 1}; "
                 "call begin_attempt first"
             )
         last = self._sequence[file.rank]
@@ -261,34 +306,18 @@ class Ledger:
         numbers = {f"sequence/{suffix}": file.sequence, f"covered/{suffix}": file.round_max}
         if file.dropped:
             numbers["drops"] = 1
-        # a bare statement matters for its drop counts only
+        # coverage alone matters only for its drop counts
         add, covered = ([file], []) if file.name is not None else ([], [file] if file.dropped else [])
-        self._commit(numbers, add=add, covered=covered, note={"kind": "append"})
-        if file.dropped:
-            self._drops.setdefault(file.rank, {}).update(file.dropped)
-        self._sequence[file.rank], self._covered[file.rank] = file.sequence, file.round_max
-        if file.name is not None:
-            self._rows, self._bytes, self._files = self._rows + file.rows, self._bytes + file.bytes, self._files + 1
-
-    def _maintain(self, merge: bool = True) -> None:
-        if self._maintenance is None:
-            return
-        try:
-            done = self._maintenance.maintain(
-                numbers=self._signed({}),
-                safe_round=min(self._checkpoint_round, *self._covered),
-                copilot_round=self._copilot_round,
-                attempt=self._attempt,
-                merge=merge,
-            )
-        except CommitConflictError:
-            self._load()  # is the lease lost? if not, upkeep has time until the next commit
-            return
-        if done.changed:
-            self._count_files()
-            self._known = self._store.version
-        for error in done.bad:
-            self._set_aside(error)
+        rounds = [*self._covered[: file.rank], file.round_max, *self._covered[file.rank + 1 :]]
+        state = {
+            "round": min(rounds),
+            "rows": known.rows + file.rows,
+            "bytes": known.bytes + file.bytes,
+            "files": known.files + len(add),
+            "dropped": known.dropped + sum(file.dropped.values()),
+        }
+        self._commit(numbers, state, add=add, covered=covered, note={"kind": "append"})
+        self._sequence[file.rank], self._covered = file.sequence, rounds
 
     def quarantine(self, name: str, reason: str) -> bool:
         """Take a file that a reader found damaged out of the log, if it is found so here too.
@@ -296,25 +325,25 @@ class Ledger:
         Returns:
             It was taken out. A file that is whole, or no longer in the log, is left as it is.
         """
-        self._catch_up()
-        file = next((file for file in self._store.files() if file.name == name), None)
-        if file is None:
-            return False
-        try:
-            self._store.read(file)
-        except BadFileError as error:
-            self._set_aside(error)
-            return True
+        with self._turn():
+            self._catch_up()
+            file = next((file for file in self._store.files() if file.name == name), None)
+            if file is None:
+                return False
+            try:
+                self._store.read(file)
+            except BadFileError as error:
+                self._set_aside(error)
+                return True
         log.warning("%s: a reader found %s damaged (%s); here it is whole", self._store.location, name, reason)
         return False
 
     def _set_aside(self, error: BadFileError) -> None:
-        self._quarantined += len(set_aside(self._store, [error], numbers=self._signed({})))
-        self._count_files()
-        self._known = self._store.version
+        set_aside(self._store, [error], numbers=self._signed({}))
+        self._state = replace(self._state, **self._counts())
 
     def finish_pilot(self, last_round: int) -> None:
-        """Note that the Pilot has ended with `last_round`; `begin_attempt` takes it back.
+        """Note that the Pilot has ended with `last_round`, and finish maintenance; `begin_attempt` takes it back.
 
         Raises:
             LedgerError: the log already holds a later round.
@@ -323,23 +352,24 @@ class Ledger:
         def act() -> None:
             if last_round < max(self._covered):
                 raise LedgerError(f"last_round {last_round}, but round {max(self._covered)} is in the log")
-            self._commit({"pilot_done": last_round}, note={"kind": "end"})
-            self._finished = last_round
+            state = {"pilot_done": True, "last_round": last_round}
+            self._commit({"pilot_done": last_round}, state, note={"kind": "end"})
 
         self._retrying(act)
+        self.maintain()
 
     def report_copilot(self, round: int, steps: int) -> None:
-        """Note the last round the Copilot has consumed and its optimizer steps so far (both may fall: a restart).
+        """Note the last round that the Copilot has consumed and its optimizer steps so far (a restart may lower both).
 
-        Held in memory only: the truth stands in the Copilot's checkpoint, and the Copilot repeats itself while it runs.
+        Held in memory only: the Copilot's checkpoint holds the truth, and the Copilot repeats its report while it runs.
         """
         self._store.check_lease()
         self._copilot_round, self._copilot_steps = round, steps
 
     def report_checkpoint(self, round: int) -> None:
-        """Note the round of the Pilot's newest complete checkpoint: what came before is never fenced again.
+        """Note the round of the Pilot's newest complete checkpoint: earlier rounds are never fenced again.
 
-        Held in memory only: after a restart the watermark stands in for it until the next checkpoint.
+        Held in memory only: after a restart the watermark takes its place until the next checkpoint.
         """
         self._store.check_lease()
         self._checkpoint_round = round
@@ -350,23 +380,10 @@ class Ledger:
         return self._copilot_round
 
     def state(self) -> LogState:
-        """Where the log stands; touches no disk.
+        """Where the log stands. Answered from memory, also during other calls.
 
         Raises:
-            LeaseLostError: another process has taken the log over, as an earlier call has seen.
+            LeaseLostError: another process has taken the log over, as an earlier call found.
         """
         self._store.check_lease()
-        return LogState(
-            version=self._store.version,
-            attempt=self._attempt,
-            round=min(self._covered),
-            rows=self._rows,
-            bytes=self._bytes,
-            files=self._files,
-            pilot_done=self._finished != _NOT_FINISHED,
-            last_round=max(self._finished, 0),
-            copilot_round=self._copilot_round,
-            copilot_steps=self._copilot_steps,
-            dropped=sum(sum(rounds.values()) for rounds in self._drops.values()),
-            quarantined=self._quarantined,
-        )
+        return replace(self._state, copilot_round=self._copilot_round, copilot_steps=self._copilot_steps)

@@ -1,1 +1,4 @@
-"""maintain."""
+"""What keeps a log small and whole: vacuum, retention, compaction, quarantine, verification.
+
+Imports `mistakelog.rows`, `table` and `read`. Read first: `maintenance.py`, which decides what is due in a run.
+"""

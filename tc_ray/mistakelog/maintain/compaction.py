@@ -1,10 +1,11 @@
-"""Compaction: small files of a log become large ones, the same rows in the same order.
+"""Compaction: small files of a log become large ones with the same rows in the same order.
 
-Invariant: a merge is one commit that removes the parts and adds the whole, marked as no change of data; every part is checked
-against its checksum before its rows are copied, so damage is found and never laundered into a file with a fresh checksum.
+Invariant: a merge is one commit that removes the parts and adds the whole, marked as no change of data. Every part is checked
+against its CRC-32 before its rows are copied, so damage is found and never gets a fresh checksum. A merge is optimistic: the file
+is written without a lock, while other commits go on, and committed only if all its parts are still in the table.
 Only rounds that no restart of the Pilot takes back are merged, so that fencing seldom cuts a merged file. What is merged
-grows at least twofold, so a row is copied at most log2(target / smallest file) times. Called by the Ledger after a commit
-and by `tc-ray log compact`.
+grows at least twofold, so a row is copied at most log2(target / smallest file) times. Called by maintenance and by
+`tc-ray log compact`. Why not `DeltaTable.optimize.compact`: see docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog.table.data_file import BadFileError, Compression, DataFile, ParquetPart, compression_of
@@ -24,7 +27,7 @@ from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
 
 _FEWEST_FILES = 8
-_MERGED = -1
+_COPY = -1
 """Sequence of a file that stands in for others: no commit of a writer."""
 
 
@@ -40,11 +43,11 @@ def merge_plan(
 
     Args:
         files: of the table, in any order.
-        target_bytes: length that files are merged up to; those of half of it are large enough already.
+        target_bytes: length that files are merged up to; files of half of it are large enough already.
         safe_round: last round that no restart of the Pilot takes back.
-        most_rounds: that a merged file may span: it leaves the log as a whole, with its newest round.
-        eager: merge whatever can be merged; otherwise only where it pays: half of the target comes together, or all that
-            `most_rounds` allows, or `_FEWEST_FILES` files of which none makes up more than half.
+        most_rounds: most rounds that a merged file may span: it leaves the log as a whole, with its newest round.
+        eager: merge whatever can be merged. Otherwise only what pays: half of the target together, or all that `most_rounds`
+            allows, or `_FEWEST_FILES` files of which none is more than half.
 
     Returns:
         Groups of at least two neighbours in the order of rounds, each of at most `target_bytes` together.
@@ -73,20 +76,26 @@ def merge_plan(
     return groups
 
 
-def write_merged(store: LogStore, group: Sequence[StoredFile], compression: Compression | None = "none") -> DataFile:
-    """Write the rows of a group, in its order, to one new file; commit it with the group as `remove`.
+def write_copy(
+    store: LogStore,
+    group: Sequence[StoredFile],
+    name: str,
+    *,
+    compression: Compression | None = None,
+    watermark: int | None = None,
+) -> DataFile:
+    """Write the rows of a group, in its order, to one new file, to be committed with the group as `remove`.
 
-    In memory is one file of the group at a time, and a row group.
+    In memory are one file of the group at a time, and a row group.
 
     Args:
         compression: None: as the first file of the group has it.
+        watermark: leave out the rounds after it.
 
     Raises:
         BadFileError: a file of the group is not what was committed; nothing was written.
         OSError: no space; nothing was written.
     """
-    first, last = min(file.round_min for file in group), max(file.round_max for file in group)
-    name = f"rounds-{first:08d}-{last:08d}-merged-{uuid.uuid4().hex[:12]}.parquet"
     part: ParquetPart | None = None
     try:
         for file in group:
@@ -94,51 +103,64 @@ def write_merged(store: LogStore, group: Sequence[StoredFile], compression: Comp
             if part is None:
                 codec = compression or compression_of(store.location, file.name)
                 part = ParquetPart(store.location, name, codec, store.metadata.to_configuration())
-            part.write(rows)
+            part.write(rows if watermark is None else rows.filter(pc.field("round") <= watermark))
         assert part is not None, "a group has files"
         done = part.finish()
     except BaseException:
         if part is not None:
             part.abort()
         raise
-    rank, attempt = min(file.rank for file in group), min(file.attempt for file in group)
+    last = max(file.round_max for file in group)
     return DataFile(
-        name, part.rows, done.size, first, last, rank, attempt, _MERGED, done.sha256, done.crc32, dropped={}
+        name,
+        part.rows,
+        done.size,
+        round_min=min(file.round_min for file in group),
+        round_max=last if watermark is None else watermark,
+        rank=min(file.rank for file in group),
+        attempt=min(file.attempt for file in group),
+        sequence=_COPY,
+        crc32=done.crc32,
     )
 
 
 def merge(
     store: LogStore,
     group: Sequence[StoredFile],
+    turn: Callable[[], AbstractContextManager[Mapping[str, int]]],
     *,
-    numbers: Mapping[str, int],
     compression: Compression | None = "none",
-    note: Mapping[str, object] | None = None,
 ) -> DataFile:
     """Replace a group by one file of the same rows.
 
     Args:
-        numbers: as for `LogStore.commit`.
-        compression: as for `write_merged`.
+        store: of the one committer; while the file is written it may go on to other versions.
+        turn: a context in which nobody else uses `store`, which is then at the newest version; gives the numbers of the commit.
+        compression: as for `write_copy`.
 
     Raises:
-        BadFileError, OSError: see `write_merged`.
-        CommitConflictError, LeaseLostError: another process changed the log; the merged file was taken away if it is in no version.
+        BadFileError, OSError: see `write_copy`.
+        CommitConflictError: a file of the group has left the table, or another process committed; the merged file is removed.
+        LeaseLostError: another process has taken the log over; the merged file is removed.
     """
-    merged = write_merged(store, group, compression)
-    assert merged.name is not None
+    first, last = min(file.round_min for file in group), max(file.round_max for file in group)
+    name = f"rounds-{first:08d}-{last:08d}-merged-{uuid.uuid4().hex[:12]}.parquet"
+    merged = write_copy(store, group, name, compression=compression)
     try:
-        store.commit(
-            add=[merged], remove=group, numbers=numbers, note={"kind": "merge", **(note or {})}, data_change=False
-        )
+        with turn() as numbers:
+            there = {file.name for file in store.files()}
+            left = [file.name for file in group if file.name not in there]
+            if left:
+                raise CommitConflictError(f"{store.location}: {left[0]} left the table while it was merged")
+            store.commit(add=[merged], remove=group, numbers=numbers, note={"kind": "merge"}, data_change=False)
     except BaseException as error:
         with contextlib.suppress(OSError, DeltaError):
-            # an error does not say that the commit was not made: only a file that was in no version may go, and not from an
-            # object store that the commit may still reach (vacuum will see). Looked up beside `store`, which must stay at
-            # the version its owner knows: that is what shows a second committer
+            # An error does not say that the commit was not made: only a file that is in no version is removed, and not from an
+            # object store that the commit may still reach (vacuum removes it later). Looked up beside `store`, which must stay
+            # at the version that its owner knows: that shows a second committer.
             decided = isinstance(error, CommitConflictError) or not _may_arrive_late(store.location)
-            if decided and merged.name not in LogStore(store.location).fates():
-                store.location.delete(merged.name)
+            if decided and name not in LogStore(store.location).fates():
+                store.location.delete(name)
         raise
     return merged
 
@@ -156,24 +178,22 @@ class Compaction:
     files_after: int
     bytes_merged: int
     bad: list[BadFileError] = field(default_factory=list)
-    """Damaged files, left as they are."""
+    """Damaged files, left in the table."""
 
     @property
     def good(self) -> bool:
-        """No damage was met."""
+        """No damage was found."""
         return not self.bad
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        told = [f"BAD {error.name}: {error.reason}" for error in self.bad]
+        lines = [f"BAD {error.name}: {error.reason}" for error in self.bad]
         if self.bad:
-            told.append(
-                "damaged files were left as they are: `tc-ray log verify --quarantine` takes them out of the log"
-            )
+            lines.append("damaged files stay in the table: `tc-ray log verify --quarantine` takes them out of the log")
         if self.files_before == self.files_after:
-            return [*told, f"{self.location}: {self.files_before} files, none to merge"]
+            return [*lines, f"{self.location}: {self.files_before} files, none to merge"]
         return [
-            *told,
+            *lines,
             f"{self.location}: {self.files_before} files became {self.files_after} ({self.bytes_merged:,} bytes merged)",
             "the old ones are removed by `tc-ray log vacuum` when no reader needs them",
         ]
@@ -195,7 +215,7 @@ def compact_log(
     *,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Compaction:
-    """Merge all small files of a log that no run is writing. Damaged ones are passed over, pages stay compressed as they were.
+    """Merge all small files of a log that no run is writing. Damaged files are skipped; pages stay compressed as they were.
 
     Raises:
         LeaseHeldError: a run, or another command, is at work on the log.
@@ -209,7 +229,7 @@ def compact_log(
         for group in merge_plan(before, target_bytes, newest, eager=True):
             while len(group) > 1:
                 try:
-                    merged = merge(store, group, numbers={}, compression=None)
+                    merged = merge(store, group, lambda: nullcontext({}), compression=None)
                 except BadFileError as error:
                     bad.append(error)
                     group = [file for file in group if file.name != error.name]

@@ -1,25 +1,36 @@
-"""Upkeep of a growing log: after a commit the Ledger merges small files, retires old ones and removes what nobody reads.
+"""Maintenance of a growing log: removes what nobody reads, retires old files, merges small ones.
 
-Invariant: the work of one call is bounded (one merge of at most `file_bytes`, one commit that retires, one vacuum no more often than
-the grace time asks for), and it never costs the run anything but time: a full disk, a store that does not answer or a damaged
-file is said in the log and tried again later. Only a second committer is an error of the caller's.
+Invariants:
+
+- The work of one call is bounded: one vacuum no more often than the grace time asks for, one commit that retires, one merge of
+  at most `file_bytes`.
+- Commits do not wait for it. Only decisions and commits are made in the committer's turn (its lock); files are removed, and
+  merged files written, outside of it. A merge whose parts left the table meanwhile is dropped.
+- It costs the run nothing but time: a full disk, a store that does not answer or a second committer is logged, and the work is
+  tried again later. A damaged file is quarantined. Only a lost lease is an error.
+
+Called by the Ledger, which gives the turns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.maintain.compaction import merge, merge_plan
-from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.maintain.quarantine import set_aside
 from tc_ray.mistakelog.maintain.retention import Standing, retire
-from tc_ray.mistakelog.maintain.vacuum import Vacuum, clean
+from tc_ray.mistakelog.maintain.vacuum import Vacuum, look, remove
 from tc_ray.mistakelog.table.data_file import BadFileError, DataFile
+from tc_ray.mistakelog.table.errors import CommitConflictError
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
 
 log = logging.getLogger(__name__)
@@ -27,6 +38,20 @@ log = logging.getLogger(__name__)
 _VACUUM_SECONDS = (0.2, 60.0)
 _SAY_AGAIN_SECONDS = 600.0
 _LEAST_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the run is."""
+
+    numbers: Mapping[str, int]
+    """As for `LogStore.commit`, in each commit made here."""
+    safe_round: int
+    """Last round that no restart of the Pilot takes back: that of its newest checkpoint."""
+    copilot_round: int | None
+    """Last round consumed by the Copilot; None: there is no Copilot."""
+    attempt: int
+    """Of the run at work."""
 
 
 @dataclass
@@ -39,132 +64,135 @@ class Maintained:
     retired: list[StoredFile] = field(default_factory=list)
     vacuum: Vacuum | None = None
     bad: list[BadFileError] = field(default_factory=list)
-    """Damaged files that were met; they stay in the table until somebody quarantines them."""
-
-    @property
-    def changed(self) -> bool:
-        """The table has new versions."""
-        return self.merge is not None or bool(self.retired)
+    """Damaged files that were met and quarantined."""
 
 
 class Maintenance:
-    """Upkeep of one log by its one committer.
+    """Maintenance of one log by its one committer.
 
     Args:
         store: the committer's own.
-        upkeep: what the log is kept to.
+        settings: what the log is kept to.
+        buffer_rounds: rounds behind the Copilot's position that it reads again after a restart.
+        turn: a context in which nobody else uses `store`, which is then at the newest version.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, store: LogStore, upkeep: Upkeep, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store, self._upkeep, self._clock = store, upkeep, clock
+    def __init__(
+        self,
+        store: LogStore,
+        settings: LogSection,
+        buffer_rounds: int,
+        turn: Callable[[], AbstractContextManager[Position]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._settings, self._buffer_rounds = store, settings, buffer_rounds
+        self._turn, self._clock = turn, clock
         self._vacuum_due = self._staged_due = self._clock()
         self._disk: Vacuum | None = None
         self._said: dict[str, float] = {}
-        self._bad: set[str] = set()
 
-    def maintain(
-        self,
-        *,
-        numbers: Mapping[str, int],
-        safe_round: int,
-        copilot_round: int | None,
-        attempt: int,
-        merge: bool = True,
-    ) -> Maintained:
-        """Do what is due.
+    def maintain(self, *, merge: bool = True) -> Maintained:
+        """Do what is due. Not to be called by two threads at once.
 
         Args:
-            numbers: as for `LogStore.commit`, in each commit made here.
-            safe_round: last round that no restart of the Pilot takes back: that of its newest checkpoint.
-            copilot_round: last round consumed by the Copilot; None: there is no Copilot.
-            attempt: of the run at work.
             merge: False: only what frees space, nothing that needs some first.
 
         Raises:
-            CommitConflictError: another process commits to this log.
+            LeaseLostError: another process has taken the log over.
         """
         done = Maintained()
         try:
-            self._vacuum(done, attempt)  # first: what it frees is not missed, and its figures are fresh
-            self._retire(done, numbers, safe_round, copilot_round)
-            if self._upkeep.compact and merge:
-                self._merge(done, numbers, safe_round)
+            self._vacuum(done)  # first: it makes space, and retention needs to know what is on the disk
+            with self._turn() as position:
+                self._retire(done, position)
+                group = self._next_merge(position) if merge and self._settings.compact else []
+            if group:
+                self._merge(done, group)
+        except CommitConflictError as error:
+            log.info("maintenance is put off: %s", error)
         except (OSError, DeltaError, pa.ArrowException) as error:
-            self._say(type(error).__name__, f"upkeep is put off: {error}")
+            self._say(type(error).__name__, f"maintenance is put off: {error}")
         return done
 
-    def _vacuum(self, done: Maintained, attempt: int) -> None:
+    def _vacuum(self, done: Maintained) -> None:
         if self._clock() < self._vacuum_due:
             return
-        limits = self._upkeep
+        settings = self._settings
         staged = self._clock() >= self._staged_due
-        done.vacuum = self._disk = clean(
-            self._store,
-            orphan_seconds=limits.orphan_seconds,
-            grace_seconds=limits.grace_seconds,
-            live_attempt=attempt,
-            staged=staged,
-        )
-        if staged:  # none is old enough sooner, and the list of commits grows as long as the run
-            self._staged_due = self._clock() + limits.orphan_seconds
-        shortest, longest = _VACUUM_SECONDS
-        self._vacuum_due = self._clock() + min(max(limits.grace_seconds / 4, shortest), longest)
+        with self._turn() as position:
+            done.vacuum = self._disk = look(
+                self._store,
+                orphan_seconds=settings.orphan_seconds,
+                grace_seconds=settings.vacuum_grace_seconds,
+                live_attempt=position.attempt,
+                staged=staged,
+            )
+        remove(self._store.location, done.vacuum)
         if done.vacuum.removed:
             log.info("%s", done.vacuum.lines()[0])
+        if staged:  # none is old enough sooner, and the list of commits grows as long as the run
+            self._staged_due = self._clock() + settings.orphan_seconds
+        shortest, longest = _VACUUM_SECONDS
+        self._vacuum_due = self._clock() + min(max(settings.vacuum_grace_seconds / 4, shortest), longest)
 
     def _disk_bytes(self, files: list[StoredFile]) -> int:
-        """On the disk now: as the last vacuum saw it, and what was committed since."""
+        """On the disk now: what the last vacuum left, and what was committed since."""
         assert self._disk is not None
         return self._disk.disk_bytes + sum(file.bytes for file in files if file.name not in self._disk.seen)
 
-    def _retire(self, done: Maintained, numbers: Mapping[str, int], safe_round: int, copilot_round: int | None) -> None:
-        limits = self._upkeep
-        if self._disk is None or (limits.keep_rounds is None and limits.max_bytes is None):
+    def _retire(self, done: Maintained, position: Position) -> None:
+        settings = self._settings
+        if self._disk is None or (settings.keep_rounds is None and settings.max_bytes is None):
             return
         files = self._store.files()
         standing = Standing(
-            safe_round=safe_round,
-            copilot_round=copilot_round,
-            buffer_rounds=limits.buffer_rounds,
+            safe_round=position.safe_round,
+            copilot_round=position.copilot_round,
+            buffer_rounds=self._buffer_rounds,
             recent_bytes=self._disk.recent_bytes,
-            headroom_bytes=limits.file_bytes,
+            headroom_bytes=settings.file_bytes,
             disk_bytes=self._disk_bytes(files),
         )
-        answer = retire(files, standing, keep_rounds=limits.keep_rounds, max_bytes=limits.max_bytes)
+        answer = retire(files, standing, keep_rounds=settings.keep_rounds, max_bytes=settings.max_bytes)
         if answer.files:
-            last = max(file.round_max for file in answer.files)
-            self._store.commit(remove=answer.files, numbers=numbers, note={"kind": "retire", "up_to_round": last})
+            note = {"kind": "retire", "up_to_round": max(file.round_max for file in answer.files)}
+            self._store.commit(remove=answer.files, numbers=position.numbers, note=note)
             done.retired = answer.files
         if answer.unmet is not None:
             self._say(answer.unmet.split(":")[0], answer.unmet)
 
-    def _merge(self, done: Maintained, numbers: Mapping[str, int], safe_round: int) -> None:
-        limits = self._upkeep
+    def _next_merge(self, position: Position) -> list[StoredFile]:
+        """The oldest group of files that is worth merging; empty: none."""
+        settings = self._settings
         files = self._store.files()
         # files are retired whole: with a limit on the log, one of them may only be a small part of it
-        target, most_rounds = limits.file_bytes, None
-        if limits.max_bytes is not None:
-            target = min(target, max(limits.max_bytes // _LEAST_PARTS, 1))
-        if limits.keep_rounds is not None:
-            most_rounds = max(limits.keep_rounds // _LEAST_PARTS, 1)
-        whole = [file for file in files if file.name not in self._bad]
-        plan = merge_plan(whole, target, safe_round, most_rounds=most_rounds)
-        if not plan:
-            return
-        size = sum(file.bytes for file in plan[0])
-        if limits.max_bytes is not None and self._disk is not None:
-            # the copies need room beside what is written until the next vacuum makes some
-            written = limits.file_bytes + self._disk.recent_bytes // 4
-            if self._disk_bytes(files) + size + written > limits.max_bytes:
-                return
+        target, most_rounds = settings.file_bytes, None
+        if settings.max_bytes is not None:
+            target = min(target, max(settings.max_bytes // _LEAST_PARTS, 1))
+        if settings.keep_rounds is not None:
+            most_rounds = max(settings.keep_rounds // _LEAST_PARTS, 1)
+        plan = merge_plan(files, target, position.safe_round, most_rounds=most_rounds)
+        if plan and settings.max_bytes is not None and self._disk is not None:
+            # the copy needs space beside what is written until the next vacuum makes some
+            written = settings.file_bytes + self._disk.recent_bytes // 4
+            if self._disk_bytes(files) + sum(file.bytes for file in plan[0]) + written > settings.max_bytes:
+                return []
+        return plan[0] if plan else []
+
+    def _merge(self, done: Maintained, group: list[StoredFile]) -> None:
+        @contextlib.contextmanager
+        def turn() -> Iterator[Mapping[str, int]]:
+            with self._turn() as position:
+                yield position.numbers
+
         try:
-            done.merge = merge(self._store, plan[0], numbers=numbers, compression=self._upkeep.compression)
-            done.merged = plan[0]
+            done.merge = merge(self._store, group, turn, compression=self._settings.compression)
+            done.merged = group
         except BadFileError as error:
-            self._bad.add(error.name)
             done.bad.append(error)
-            log.warning("%s: %s: it is left out of merging", self._store.location, error)
+            with turn() as numbers:
+                set_aside(self._store, [error], numbers=numbers)
 
     def _say(self, what: str, text: str) -> None:
         if self._clock() >= self._said.get(what, float("-inf")):

@@ -1,8 +1,9 @@
-"""Damaged files leave the log: out of the table, into a folder aside, with a line that says why and what was lost.
+"""Quarantine: damaged files leave the table for a folder aside, with a line that says why and what was lost.
 
-Invariant: at each moment a damaged file is in the table, or in the list `_tc_ray/quarantine/quarantine.jsonl`, or both: the line is
-written first, then one commit removes the file from the table, then the bytes are moved. A crash between leaves a file that
-vacuum removes, or a line that a repetition writes again. Called by the Ledger for what a reader met, and by `tc-ray log verify`.
+Invariant: at each moment a damaged file is in the table, or in the list `_tc_ray/quarantine/quarantine.jsonl`, or both. First the
+line is written, then one commit removes the file from the table, then the file is moved. A crash in between leaves a file that
+vacuum removes, or a line that a repetition does not write again. Called by the Ledger for what a reader found, by maintenance and
+by `tc-ray log verify`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def set_aside(store: LogStore, bad: Sequence[BadFileError], *, numbers: Mapping[
 
     Args:
         store: at the newest version.
-        bad: as found; those that are no longer in the table are passed over.
+        bad: as found; files that are no longer in the table are skipped.
         numbers: as for `LogStore.commit`.
 
     Returns:
@@ -51,7 +52,7 @@ def set_aside(store: LogStore, bad: Sequence[BadFileError], *, numbers: Mapping[
     Raises:
         CommitConflictError, LeaseLostError, LogFullError: see `LogStore.commit`.
     """
-    store.confirm()  # before anything is written: the list of who has taken the log over must not be lost
+    store.confirm()  # before anything is written: the list may belong to a new owner of the log
     files = {file.name: file for file in store.files()}
     found = [(files[error.name], error) for error in bad if error.name in files]
     if not found:

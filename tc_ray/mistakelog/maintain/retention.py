@@ -1,16 +1,15 @@
-"""Which files leave a log that has grown past its limits: a pure policy, the Ledger carries it out.
+"""Retention: which files leave a log that has grown past its limits. A pure policy; maintenance carries it out.
 
-Whole files go, oldest rounds first. A file stays, whatever the limits say, while it holds
+Whole files leave, oldest rounds first. Whatever the limits say, a file stays while it holds
 
 - a round that the Copilot has not consumed, or one of the `buffer_rounds` before its position: a restarted Copilot reads those
-  again to fill its buffer. Its checkpoint may be older than the position it reports, but a buffer is made of the newest rounds
-  of the log, so what it draws from is at most `buffer_rounds` behind the position;
-- a round after `safe_round`, that of the newest checkpoint of the Pilot: it may still be fenced and written again.
+  again to fill its buffer. (Its checkpoint may be older than its position, but the buffer holds the newest rounds of the log.)
+- a round after `safe_round`, that of the Pilot's newest checkpoint: it may still be fenced and written again.
 
-`max_bytes` bounds what the log takes on the disk, and files that left the table stay there for a while (`vacuum_grace_seconds`, then
-as long as a reader holds their version). So bytes are reserved for them: as many as were written in the last two of these
-times, for in a steady state as many leave as are written. (To count the files that wait for removal instead would remove ever
-more: each removal makes more of them wait.) With the headroom for what is written next, at most half of the limit is reserved.
+`max_bytes` bounds the bytes on the disk. Files that left the table stay there for `vacuum_grace_seconds`, then as long as a reader
+holds their version. So bytes are reserved for them: as many as were written in the last two grace times, because in a steady state
+as many leave as are written. (Counting the waiting files themselves would remove more and more: each removal makes more files
+wait.) With the headroom for what is written next, at most half of the limit is reserved.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ class Standing:
     safe_round: int
     """Last round that no restart of the Pilot takes back."""
     copilot_round: int | None
-    """Last round consumed by the Copilot; None: there is none, nobody has still to read."""
+    """Last round consumed by the Copilot; None: there is no Copilot."""
     buffer_rounds: int
     """Rounds that the Copilot draws from."""
     recent_bytes: int = 0
     """Written to the table's folder in the last two `vacuum_grace_seconds`."""
     headroom_bytes: int = 0
-    """That may be written before this is looked at again: a file of each rank, a merge."""
+    """That may be written before the next call: a file of each rank, a merge."""
     disk_bytes: int = 0
     """All data files in the table's folder, also those that wait for removal."""
 
@@ -46,7 +45,7 @@ class Retirement:
     files: list[StoredFile]
     """To be removed from the table, oldest first."""
     unmet: str | None
-    """Why a limit is not kept just now; None: all are."""
+    """Why a limit is not kept now; None: all are."""
 
 
 def retire(
@@ -65,13 +64,13 @@ def retire(
         needed_from = min(needed_from, standing.copilot_round - standing.buffer_rounds + 1)
     unwanted_to = newest - keep_rounds if keep_rounds is not None else 0
     live = sum(file.bytes for file in files)
-    room = live
+    allowed = live
     if max_bytes is not None:
-        room = max(max_bytes - standing.recent_bytes - standing.headroom_bytes, max_bytes // 2)
+        allowed = max(max_bytes - standing.recent_bytes - standing.headroom_bytes, max_bytes // 2)
     chosen: list[StoredFile] = []
     blocked: StoredFile | None = None
     for file in sorted(files, key=lambda file: (file.round_max, file.name)):
-        if file.round_max > unwanted_to and live <= room:
+        if file.round_max > unwanted_to and live <= allowed:
             break
         if file.round_max >= needed_from:
             blocked = file
@@ -89,7 +88,7 @@ def _unmet(
     if max_bytes is not None and standing.disk_bytes > max_bytes:
         return (
             f"log.max_bytes {max_bytes:,}: {standing.disk_bytes:,} bytes are on the disk, of which {live:,} in the log; the "
-            "others left it and wait for log.vacuum_grace_seconds or for readers of older versions"
+            "others have left it and wait for log.vacuum_grace_seconds or for readers of older versions"
         )
     if blocked is not None and blocked.round_max <= unwanted_to:
         return f"log.keep_rounds: rounds up to {unwanted_to} should go, but {_reason(standing, blocked)}"

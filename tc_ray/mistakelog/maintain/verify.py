@@ -1,14 +1,13 @@
 """Verification: is every byte and row of a log what was committed?
 
-For each file of a version: is it there, with the committed size, SHA-256 and CRC-32; is it Parquet with this log's columns and
-the committed number of rows; do its rows keep the invariants of `Records`, belong to this run and lie in the committed
-rounds; are their numbers finite. Over all files: is every (round, sample_id) there once. Beside them: Parquet files that are not in the table. Damage is named
-file by file and never stops the rest. Called by `tc-ray log verify`.
+Checks of each file of a version: it is there with the committed size and CRC-32; it is Parquet with this log's columns and the
+committed number of rows; its rows keep the invariants of `Records`, belong to this run and are in the committed rounds; their
+numbers are finite. Over all files: each (round, sample_id) is there once. Also lists Parquet files that are not in the table.
+A damaged file is reported and the rest still checked. Called by `tc-ray log verify`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,14 +38,14 @@ class Verification:
     bad: list[BadFileError] = field(default_factory=list)
     """Damaged files of the table, each with the first thing that is wrong with it."""
     unchecked: list[str] = field(default_factory=list)
-    """Files committed without a checksum (by another tool): read and found well-formed, but perhaps altered."""
+    """Files committed without a CRC-32 (by another tool): well-formed, but perhaps altered."""
     twice: int = 0
-    """Rows whose (round, sample_id) was there before."""
+    """Rows whose (round, sample_id) another row has."""
     not_finite: int = 0
-    """Rows that hold a NaN or an infinity: they are what was committed, but nothing can be learned from them."""
+    """Rows with a NaN or an infinity: as committed, but nothing can be learned from them."""
     orphans: list[str] = field(default_factory=list)
-    """Parquet files in the folder that are not in this version: left by writers that died, removed ones that wait for
-    vacuum, or foreign ones. No reader sees them."""
+    """Parquet files in the folder that are not in this version: of writers that died, waiting for vacuum, or foreign. No reader
+    sees them."""
     quarantined: list[Quarantined] = field(default_factory=list)
     """Taken out of the table now."""
     quarantined_before: list[Quarantined] = field(default_factory=list)
@@ -54,34 +53,34 @@ class Verification:
 
     @property
     def good(self) -> bool:
-        """Nothing is wrong with what readers see."""
+        """No fault in what readers see."""
         return not self.bad and not self.twice and not self.not_finite
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        told = [
+        lines = [
             f"{self.location}, version {self.version}: {self.files} files, {self.rows:,} rows, {self.bytes:,} bytes checked"
         ]
-        told += [f"BAD {error.name}: {error.reason}" for error in self.bad]
+        lines += [f"BAD {error.name}: {error.reason}" for error in self.bad]
         if self.twice:
-            told.append(f"BAD {self.twice} rows have the round and sample of another row")
+            lines.append(f"BAD {self.twice} rows have the round and sample of another row")
         if self.not_finite:
-            told.append(
+            lines.append(
                 f"BAD {self.not_finite:,} rows hold numbers that are not finite: the Copilot and statistics leave them out"
             )
-        told += [f"no checksum (not committed by tc-ray): {name}" for name in self.unchecked]
-        for when, lines in (("quarantined earlier", self.quarantined_before), ("quarantined", self.quarantined)):
-            for line in lines:
+        lines += [f"no CRC-32 (not committed by tc-ray): {name}" for name in self.unchecked]
+        for when, taken in (("quarantined earlier", self.quarantined_before), ("quarantined", self.quarantined)):
+            for line in taken:
                 lost = f"{line.rows} rows of rounds {line.round_min} to {line.round_max} are lost"
-                told.append(f"{when} {line.name}: {lost} ({line.reason})")
+                lines.append(f"{when} {line.name}: {lost} ({line.reason})")
         if self.orphans:
-            told.append(
+            lines.append(
                 f"{len(self.orphans)} Parquet files beside the table, which no reader sees (`tc-ray log vacuum` removes ours)"
             )
-        told.append(
+        lines.append(
             f"{len(self.bad)} of {self.files} files are bad" if self.bad else "every file is what was committed"
         )
-        return told
+        return lines
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready."""
@@ -103,15 +102,13 @@ class Verification:
 
 
 def check_file(store: LogStore, file: StoredFile) -> tuple[pa.Table, int]:
-    """Rows of one file, everything about it checked, and how many hold a NaN or an infinity.
+    """Rows of one file after all checks, and how many of them hold a NaN or an infinity.
 
     Raises:
         BadFileError: the first thing that is wrong with it.
         OSError: the location cannot be read just now.
     """
     rows = store.read(file)  # size, CRC-32, Parquet, columns, number of rows
-    if file.sha256 and hashlib.sha256(store.location.buffer(file.name)).hexdigest() != file.sha256:
-        raise BadFileError(file.name, "its bytes differ from those committed (SHA-256)")
     if not rows.num_rows:
         return rows, 0
     runs = rows.column("run").unique().to_pylist()
@@ -121,7 +118,7 @@ def check_file(store: LogStore, file: StoredFile) -> tuple[pa.Table, int]:
         records = Records.from_arrow(rows, store.metadata.to_configuration())
         records.validate()
     except (LogSchemaError, ValueError) as error:
-        raise BadFileError(file.name, f"rows that break a rule: {error}") from None
+        raise BadFileError(file.name, f"invalid rows: {error}") from None
     if records.round.min() < file.round_min or records.round.max() > file.round_max:
         raise BadFileError(
             file.name,
@@ -131,10 +128,10 @@ def check_file(store: LogStore, file: StoredFile) -> tuple[pa.Table, int]:
 
 
 def verify(store: LogStore, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
-    """Check the version that `store` stands at; changes nothing.
+    """Check the version that `store` is at; changes nothing.
 
     Args:
-        progress: called with files done and files in all.
+        progress: called with the number of files checked, and of all.
     """
     files = store.files()
     result = Verification(str(store.location), store.version, len(files))
@@ -149,7 +146,7 @@ def verify(store: LogStore, progress: Callable[[int, int], None] = lambda done, 
             result.not_finite += not_finite
             result.bytes += file.bytes
             keys.append(np.stack([rows.column(name).to_numpy() for name in ("round", "sample_id")], axis=1))
-            if file.sha256 is None and file.crc32 is None:
+            if file.crc32 is None:
                 result.unchecked.append(file.name)
         progress(number, len(files))
     if keys:
@@ -176,7 +173,7 @@ def verify_log(
 
     Args:
         version: of the table; default: the newest.
-        quarantine: take damaged files out of the log (only of the newest version, and while no run writes it).
+        quarantine: take damaged files out of the log (newest version only, and only while no run writes it).
 
     Raises:
         LeaseHeldError: `quarantine`, and a run or another command is at work on the log.

@@ -1,8 +1,8 @@
-"""Reads sources ahead of the one who works on them: threads, bounded queues, order kept.
+"""Reads sources ahead of their consumer: a thread and a bounded queue for each, order kept.
 
-Invariant: items come source by source, each source's in order, whatever the threads do; at most `depth` items of a source wait,
-and at most `ahead` sources besides the current one have been begun. When the reader stops early, the threads do too; one that is
-let go unclosed keeps no process from ending. Used by `reader`.
+Invariant: items come source by source, and in order within a source. At most `depth` items of a source wait, and at most `ahead`
+sources besides the current one have been started. If the consumer stops early, so do the threads; an iterator that is not closed
+does not keep the process from ending. Used by `reader`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class _Feed(Generic[T]):
-    """Items of one source on their way from its thread to the reader."""
+    """Items of one source, between its thread and the consumer."""
 
     def __init__(self, source: Callable[[], Iterator[T]], depth: int) -> None:
         self._depth = depth
@@ -24,7 +24,7 @@ class _Feed(Generic[T]):
         self._items: deque[T] = deque()
         self._ended = self._stopped = False
         self._error: BaseException | None = None
-        # a daemon: it may wait for room for ever, if an exception's traceback keeps the reader from being closed
+        # a daemon: it may wait for ever if an exception's traceback keeps the iterator from being closed
         self._thread = threading.Thread(target=self._fill, args=(source,), name="mistake-log-read", daemon=True)
         self._thread.start()
 
@@ -37,7 +37,7 @@ class _Feed(Generic[T]):
                         return
                     self._items.append(item)
                     self._changed.notify_all()
-                del item  # it must not live here while the next one is made
+                del item  # frees its memory while the next one is made
         except BaseException as error:  # noqa: BLE001 - raised again where the items are used
             self._error = error
         finally:
@@ -46,7 +46,7 @@ class _Feed(Generic[T]):
                 self._changed.notify_all()
 
     def stop(self) -> None:
-        """Nobody wants the rest; waits until what is being read is read."""
+        """End the thread; waits for the item that it is reading."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -60,7 +60,7 @@ class _Feed(Generic[T]):
                     break
                 waiting = [self._items.popleft()]
                 self._changed.notify_all()
-            yield waiting.pop()  # no name keeps it alive while the next one is waited for
+            yield waiting.pop()  # no name keeps it alive until the next one comes
         if self._error is not None:
             raise self._error
 
@@ -68,15 +68,15 @@ class _Feed(Generic[T]):
 def read_ahead(
     sources: Iterable[Callable[[], Iterator[T]]], *, ahead: int, depth: int
 ) -> Generator[Iterator[T], None, None]:
-    """The items of each source, in order; to be used up before the next source is asked for.
+    """The items of each source, in order; use them up before the next source.
 
     Args:
         sources: each is called once, in a thread of its own.
-        ahead: sources that are begun besides the current one.
+        ahead: sources that are started besides the current one.
         depth: items of a source that may wait.
 
     Raises (from a source's items):
-        what the source has raised.
+        what the source raised.
     """
     coming: deque[_Feed[T]] = deque()
     waiting = iter(sources)

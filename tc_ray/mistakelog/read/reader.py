@@ -1,9 +1,9 @@
 """Readers of the Mistake Log: `LogTail` follows a growing log, `MistakeLog` reads one version of it.
 
-Invariant: a reader goes by the file list of one table version, so it never sees an unfinished, uncommitted or half-fenced
-file, and what it returns for a version never changes. While it is open, a lease keeps the version's files from being
-removed. A file that is not what was committed delivers no row: it is named, counted and passed over. Called by the
-Copilot (tail) and by users and tools (log).
+Invariant: a reader follows the file list of one table version, so it never sees an unfinished, uncommitted or half-fenced file,
+and what it returns for a version never changes. While it is open, a lease keeps the version's files from being removed. A file
+that is not what was committed delivers no row: it is named, counted and skipped. Called by the Copilot (tail) and by users and
+tools (log).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tc_ray.mistakelog.table.data_file import BadFileError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
 
-# whole tables wait for one whose work is slow; pieces for one who takes them as they come, out of the processor's cache
+# read ahead: whole tables for slow consumers; pieces stay in the cache of the processor
 _TABLES_AHEAD = 2
 _PIECES_AHEAD = 2
 
@@ -43,11 +43,11 @@ class Update:
     new: list[tuple[str, Records]]
     """Added files by round, with their records."""
     removed: list[str]
-    """Files that are no longer part of the log (fenced, or replaced): forget their records. May name files passed over."""
+    """Files that left the log (fenced or replaced): forget their records. May name skipped files."""
     version: int
-    """Table version this update ends at."""
+    """Table version after this update."""
     bad: list[BadFileError] = field(default_factory=list)
-    """Added files that could not be trusted; they are not tried again."""
+    """Added files that are damaged; they are not tried again."""
 
 
 class LogTail:
@@ -59,7 +59,7 @@ class LogTail:
         storage_options: of an object store.
 
     Raises:
-        LogSchemaError: no Mistake Log there, or an unknown schema version.
+        LogSchemaError: no Mistake Log there, or another schema version.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class LogTail:
         """Read what is new.
 
         Args:
-            version: go to this version, also an older one; default: the latest.
-            min_round: new files that end before this round are passed over, now and later, and not read.
+            version: go to this version, also an older one; default: the newest.
+            min_round: new files that end before this round are skipped, now and later.
 
         Raises:
             OSError: the location cannot be read just now; the next poll tries again.
@@ -93,7 +93,7 @@ class LogTail:
         leased = self._lease.version
         self._store.refresh(version)
         if self._store.version != leased:
-            # what was found while nothing held it may be gone by now: look again, holding whatever may be found
+            # files of a version that nothing held may be gone by now: look again, with a lease on whatever may be found
             self._lease.move(self._store.version, onwards=True)
             self._store.refresh(version)
             self._lease.move(self._store.version)
@@ -105,27 +105,27 @@ class LogTail:
             try:
                 new.append((file.name, _records(self._store, file)))
             except BadFileError as error:
-                log.warning("%s: %s: passed over, %d rows", self._store.location, error, file.rows)
+                log.warning("%s: %s: skipped, %d rows", self._store.location, error, file.rows)
                 bad.append(error)
         removed = sorted(self._known - files.keys())
         self._known = set(files)
         return Update(new, removed, self._store.version, bad)
 
     def close(self) -> None:
-        """Give the lease back."""
+        """Release the lease."""
         self._lease.release()
 
 
 class MistakeLog:
-    """One version of a log, held until `close` (or until it is let go).
+    """One version of a log, held until `close` (or as long as the object lives).
 
     Args:
         location: folder or URI of the table.
-        version: default: the latest at this moment.
+        version: default: the newest.
         storage_options: of an object store, as delta-rs names them; the environment serves too.
 
     Raises:
-        LogSchemaError: no Mistake Log there, or an unknown schema version.
+        LogSchemaError: no Mistake Log there, or another schema version.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class MistakeLog:
         self._lease = held(self._store, version)
         self._files = self._store.files()
         self.bad_files: list[BadFileError] = []
-        """Files found damaged so far: their rows are in nothing that this object returned."""
+        """Files found damaged so far: this object returned none of their rows."""
         self.not_finite: dict[str, int] = {}
-        """Rows with a NaN or an infinity that inspection has passed over, by file."""
+        """Rows with a NaN or an infinity that inspection has skipped, by file."""
 
     @property
     def location(self) -> Location:
@@ -154,7 +154,7 @@ class MistakeLog:
 
     @property
     def version(self) -> int:
-        """Table version that everything here is read from."""
+        """Table version of everything read here."""
         return self._store.version
 
     @property
@@ -192,9 +192,9 @@ class MistakeLog:
     def tables(
         self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None
     ) -> Iterator[tuple[StoredFile, pa.Table]]:
-        """Rows file by file, by round; arguments as for `arrow`. Damaged files are passed over; see `bad_files`.
+        """Rows file by file, by round; arguments as for `arrow`. Damaged files are skipped; see `bad_files`.
 
-        The next two files are read, in threads, while the caller works on one: three are in memory.
+        Threads read the next two files while the caller works on one: three are in memory.
         """
         wanted = _in_rounds(self._files, rounds)
         return self._ahead(
@@ -202,15 +202,15 @@ class MistakeLog:
         )
 
     def pieces(self, rounds: tuple[int, int] | None = None, *, batch: int = 1) -> Iterator[tuple[StoredFile, Records]]:
-        """Rows as `Records` of some megabytes, file by file, by round: for going through a log of any size.
+        """Rows as `Records` of some megabytes, file by file, by round: for logs of any size.
 
-        Every file is checked whole before its first rows come; damaged files are passed over; see `bad_files`. (A file that is what was
-        committed, but whose rows contradict themselves, has given those before.) Files are read and parsed in threads while the
-        caller works; some pieces of two files are in memory.
+        Each file is checked whole before its first rows come; damaged files are skipped, see `bad_files`. (A file with the committed
+        bytes but invalid rows delivers the rows before these.) Threads read and parse while the caller works; some pieces of two
+        files are in memory.
 
         Args:
             rounds: as for `arrow`.
-            batch: a piece has a multiple of this many rows, but for a file's last (and those that `rounds` cuts).
+            batch: a piece has a multiple of this many rows, except for a file's last (and those that `rounds` cuts).
         """
         wanted = _in_rounds(self._files, rounds)
         return self._ahead(
@@ -226,12 +226,12 @@ class MistakeLog:
                 try:
                     for item in found:
                         yield file, item
-                        del item  # or it would be one more in memory
+                        del item  # else one more is in memory
                 except BadFileError as error:
                     self._note_bad(error, file)
 
     def file_records(self, file: StoredFile) -> Records | None:
-        """Rows of one of `files`; None: it is damaged and was passed over, see `bad_files`."""
+        """Rows of one of `files`; None: it is damaged, see `bad_files`."""
         try:
             return _records(self._store, file)
         except BadFileError as error:
@@ -240,7 +240,7 @@ class MistakeLog:
 
     def _note_bad(self, error: BadFileError, file: StoredFile) -> None:
         if error.name not in {bad.name for bad in self.bad_files}:
-            log.warning("%s: %s: passed over, %d rows", self.location, error, file.rows)
+            log.warning("%s: %s: skipped, %d rows", self.location, error, file.rows)
             self.bad_files.append(error)
 
     def records(self, rounds: tuple[int, int] | None = None) -> Records:
@@ -248,7 +248,7 @@ class MistakeLog:
         return Records.from_arrow(self.arrow(rounds))
 
     def close(self) -> None:
-        """Give the version free: its files may be removed from now on."""
+        """Release the version: its files may be removed from now on."""
         self._lease.release()
 
     def __enter__(self) -> MistakeLog:  # noqa: PYI034 - Self needs Python 3.11
@@ -259,7 +259,7 @@ class MistakeLog:
 
 
 class _DatasetRead:
-    """Reads one file in a Ray task. On the driver it holds the version, a task gets what it needs to read."""
+    """Reads one file in a Ray task. The object on the driver holds the version; a task gets what it needs to read."""
 
     def __init__(self, log: MistakeLog, rounds: tuple[int, int] | None, columns: list[str] | None) -> None:
         self._rounds, self._columns = rounds, columns
@@ -332,5 +332,5 @@ def _records(store: LogStore, file: StoredFile) -> Records:
 def _as_records(store: LogStore, file: StoredFile, rows: pa.Table) -> Records:
     try:
         return Records.from_arrow(rows, store.metadata.to_configuration())
-    except ValueError as error:  # committed whole, but by something that is no writer of this log
+    except ValueError as error:  # committed, but not by a writer of this log
         raise BadFileError(file.name, str(error)) from error

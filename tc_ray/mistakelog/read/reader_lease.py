@@ -1,11 +1,11 @@
 """Leases of readers: which versions of a log are being read, so that vacuum leaves their files alone.
 
-Invariant: a version held here is in `held_versions` from the moment `hold` or `move` returns until its holder lets it go, or
-is dead and its file has not been touched for `FRESH_SECONDS`. A reader that is about to look for the newest version first holds the
-one it knows "and all later ones": between its look and its lease on what it found, nothing of them is removed, however long it
-takes. A lease is a file `_tc_ray/readers/ID.json`; one thread of a process renews all of its leases. Where a reader may
-not write (a read-only share, a public bucket) there is no lease, and `vacuum_grace_seconds` is all that it has. Taken by readers,
-read by vacuum.
+Invariant: a version held here is in `held_versions` from the return of `hold` or `move` until its holder releases it, or is dead
+and its file was not touched for `FRESH_SECONDS`. A reader that is choosing a version first holds the one that it knows and all
+later ones ("onwards"): until it has a lease on its choice, no file of these versions is removed, however long it takes.
+
+A lease is a file `_tc_ray/readers/ID.json`; one thread of a process renews all of its leases. A reader that may not write there (a
+read-only share, a public bucket) has no lease and relies on `vacuum_grace_seconds`. Taken by readers, read by vacuum.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import threading
 import time
 import uuid
 import weakref
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from tc_ray.mistakelog.table.lease import ProcessId
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.process import ProcessId, is_running, this_process
 from tc_ray.mistakelog.table.store import LogStore
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,12 @@ _FOLDER = "_tc_ray/readers"
 
 
 class ReaderLease:
-    """One reader's hold on one version; given back by `release`, or when it is let go.
+    """One reader's hold on one version, released by `release` or with the object.
 
     Args:
         location: of the table.
         version: of the table.
-        onwards: and all later ones, because the holder is about to choose one.
+        onwards: and all later ones, because the holder is choosing one.
     """
 
     def __init__(self, location: Location, version: int, onwards: bool = False) -> None:
@@ -50,7 +50,7 @@ class ReaderLease:
 
     @property
     def version(self) -> int | None:
-        """The version held, or the first of those held; None: no lease, the location cannot be written."""
+        """The version held, or the first of those held; None: no lease, because the location cannot be written."""
         return None if self._held is None else self._held[0]
 
     def move(self, version: int, onwards: bool = False) -> None:
@@ -62,17 +62,17 @@ class ReaderLease:
 
     def _write(self) -> None:
         version, onwards = self._wanted
-        told = {"version": version, "onwards": onwards, "time": time.time(), **this_process().to_dict()}
+        content = {"version": version, "onwards": onwards, "time": time.time(), **asdict(ProcessId.this())}
         try:
-            self._location.write(self._name, json.dumps(told).encode())
+            self._location.write(self._name, json.dumps(content).encode())
             self._held = self._wanted
         except OSError as error:
-            # a lease on the old version may still stand there, which holds too much at most
+            # a lease on the old version may still be there: it holds too much at most
             log.debug("%s: no reader's lease on version %d: %s", self._location, version, error)
             self._held = None
 
     def renew(self) -> None:
-        """Show that the reader lives; for the renewing thread. What could not be written before is tried again."""
+        """Show that the reader lives; called by the renewing thread. A lease that could not be written is tried again."""
         with self._lock:
             if not self._finish.alive:
                 return
@@ -81,13 +81,13 @@ class ReaderLease:
                 return
             try:
                 self._location.touch(self._name)
-            except FileNotFoundError:  # taken for dead: this process was stopped for long, or the clock jumped
+            except FileNotFoundError:  # taken for dead: this process was stopped for long
                 self._write()
             except OSError as error:
                 log.debug("%s: a reader's lease could not be renewed just now: %s", self._location, error)
 
     def release(self) -> None:
-        """Give the lease back; a second call does nothing."""
+        """Release the lease; a second call does nothing."""
         with self._lock:
             self._finish()
 
@@ -107,15 +107,15 @@ def held(store: LogStore, version: int | None = None) -> ReaderLease:
 
 def _give_back(location: Location, name: str, owner: int) -> None:
     if os.getpid() != owner:
-        return  # a forked process lets go of its copy
+        return  # a forked process drops its copy
     try:
         location.delete(name)
-    except OSError as error:  # it is found stale
-        log.debug("%s: a reader's lease could not be given back: %s", location, error)
+    except OSError as error:  # it goes stale
+        log.debug("%s: a reader's lease could not be released: %s", location, error)
 
 
 class _Renewer:
-    """The one thread of this process that renews its leases."""
+    """The thread of this process that renews its leases."""
 
     def __init__(self) -> None:
         self._leases: weakref.WeakSet[ReaderLease] = weakref.WeakSet()
@@ -148,7 +148,7 @@ class HeldVersion:
 
     version: int
     onwards: bool
-    """And all later ones: the reader is about to choose one."""
+    """And all later ones: the reader is choosing one."""
     process: ProcessId
 
 
@@ -161,20 +161,20 @@ def held_versions(location: Location, now: float, *, forget: bool = True) -> lis
     held = []
     for entry in location.list(_FOLDER, recursive=False):
         try:
-            told = json.loads(location.read(entry.name))
-            lease = HeldVersion(int(told["version"]), bool(told.get("onwards")), ProcessId.from_dict(told))
+            found = json.loads(location.read(entry.name))
+            lease = HeldVersion(int(found["version"]), bool(found.get("onwards")), ProcessId.from_dict(found))
         except FileNotFoundError:
-            continue  # given back meanwhile
+            continue  # released meanwhile
         except (ValueError, KeyError, TypeError):
-            lease = None  # torn by a power cut, or no lease
-        # looked at again, now that it was opened: a share may have shown an old time
+            lease = None  # torn by a power cut, or not a lease
+        # read again, now that the file was opened: a share may have shown an old time
         touched = location.modified(entry.name) if now - entry.modified >= FRESH_SECONDS else entry.modified
         if touched is None:
             continue
         if now - touched < FRESH_SECONDS:
             if lease is not None:
                 held.append(lease)
-        elif lease is not None and is_running(lease.process):
+        elif lease is not None and lease.process.is_running():
             held.append(lease)
         elif forget:
             location.delete(entry.name)

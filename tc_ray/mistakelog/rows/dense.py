@@ -1,7 +1,7 @@
 """Dense errors (`log.error: dense`): all V values of a target token, in vocabulary order in the table.
 
-In memory they look like sparse ones: the true token first, then all others by id, so that nothing downstream knows two
-kinds. Invariant: `listed_errors` gives back bit for bit what `vocabulary_order` was given. Used by `records`.
+In memory they look like sparse errors: the true token first, then all others by id, so that later code knows one kind. Invariant:
+`listed_errors` returns bit for bit what `vocabulary_order` was given. Used by `records`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tc_ray.mistakelog.rows.ragged import Array
 
 
 def vocabulary_order(ids: Array, values: Array) -> Array:
-    """Values [n, V] with ids [n, V], a permutation of the vocabulary in each row -> [n, V] where column v is token v's."""
+    """Values [n, V] with ids [n, V], each row a permutation of the vocabulary -> [n, V], column v for token v."""
     dense = np.empty_like(values)
     np.put_along_axis(dense, ids.astype(np.int64), values, 1)
     return dense

@@ -1,7 +1,7 @@
-"""Rows of the log whose numbers are all finite, and those where one is NaN or infinite.
+"""Which records hold only finite numbers, and which hold a NaN or an infinity.
 
-Invariant: a look at clean records costs two passes over their arrays and no copy. The writer keeps such rows out of the log,
-the Copilot's buffer passes over those that another writer left in one, verification counts them.
+Invariant: checking clean records takes two passes over their arrays and no copy. The writer keeps records with a NaN or an
+infinity out of the log, the Copilot's buffer skips those that another writer left in a log, verification counts them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tc_ray.mistakelog.rows.ragged import Array
 from tc_ray.mistakelog.rows.records import Records
 
 _INFINITY, _MINUS_INFINITY = 0x7F80, 0xFF80
-"""bf16 bits; whatever lies above in absolute value is NaN."""
+"""bf16 bits; larger absolute values are NaN."""
 
 
 def all_finite(records: Records) -> bool:
@@ -40,8 +40,7 @@ def finite_rows(records: Records) -> Array:
 
 
 def only_finite(records: Records) -> tuple[Records, int]:
-    """The records without those that hold a NaN or an infinity (the same object when there are none), and how many were left
-    out."""
+    """The records without a NaN or an infinity (the same object if that is all of them), and how many were left out."""
     if all_finite(records):
         return records, 0
     rows = finite_rows(records)
@@ -49,13 +48,15 @@ def only_finite(records: Records) -> tuple[Records, int]:
 
 
 def _is_finite(values: Array) -> bool:
-    # NaN goes through both
-    return not values.size or bool(np.isfinite(values.min()) and np.isfinite(values.max()))
+    flat = values.reshape(-1)  # numpy reduces one axis three times as fast as three
+    # a NaN is both the minimum and the maximum
+    return not flat.size or bool(np.isfinite(flat.min()) and np.isfinite(flat.max()))
 
 
 def _are_finite_bits(bits: Array) -> bool:
-    # as signed numbers the positive ones that are not finite are the largest, as unsigned ones the negative
-    return not bits.size or bool(bits.view(np.int16).max() < _INFINITY and bits.max() < _MINUS_INFINITY)
+    flat = bits.reshape(-1)
+    # of signed numbers the positive ones that are not finite are the largest, of unsigned numbers the negative ones
+    return not flat.size or bool(flat.view(np.int16).max() < _INFINITY and flat.max() < _MINUS_INFINITY)
 
 
 def _finite_bits(bits: Array) -> Array:

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 def offsets_of(lengths: Array) -> Array:
-    """int64 [N+1] offsets of parts of these lengths."""
+    """int64 [N+1] offsets of parts with these lengths."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
@@ -27,7 +27,7 @@ def lengths_of(offsets: Array) -> Array:
 
 
 def flat_index(starts: Array, lengths: Array) -> Array:
-    """Index of every element of ragged parts: its part's start plus its place in the part."""
+    """Index of every element of ragged parts: the start of its part plus its position in the part."""
     return np.repeat(starts - offsets_of(lengths)[:-1], lengths) + np.arange(lengths.sum())
 
 
@@ -39,14 +39,14 @@ def binary_array(offsets: Array, values: Array) -> pa.Array:
 
 
 def list_arrays(values: Sequence[Array], offsets: Array) -> list[pa.ListArray]:
-    """List cells over the memory of flat `values` (bools are packed), of each the same; offsets [N+1] in values."""
+    """List cells over the memory of several flat `values` (bools are packed) with the same offsets [N+1]."""
     first, last = int(offsets[0]), int(offsets[-1])
     counted = pa.array((offsets - first).astype(np.int32))
     return [pa.ListArray.from_arrays(counted, pa.array(flat[first:last])) for flat in values]
 
 
 def flat_column(column: pa.ChunkedArray) -> tuple[Array, Array]:
-    """Flat values and int64 offsets [N+1] of a list or binary column; of one chunk the values are a view."""
+    """Flat values and int64 offsets [N+1] of a list or binary column; with one chunk the values are a view."""
     if column.null_count:
         raise LogSchemaError(f"{column.null_count} null cells in a list or binary column")
     if not column.num_chunks:
@@ -61,7 +61,7 @@ def flat_column(column: pa.ChunkedArray) -> tuple[Array, Array]:
 
 
 def _flat_chunk(chunk: pa.Array) -> tuple[Array, Array]:
-    """Values of a chunk's cells, and its int32 offsets, which need not begin with 0."""
+    """Values of a chunk's cells, and its int32 offsets, which need not start at 0."""
     if pa.types.is_binary(chunk.type):
         _, offset_buffer, data = chunk.buffers()
         offsets = np.frombuffer(offset_buffer, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]

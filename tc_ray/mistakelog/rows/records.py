@@ -1,9 +1,9 @@
 """Records: the rows of the Mistake Log in memory, as flat ragged arrays.
 
-One record is one training example of one round. Variable lengths are kept as one flat array and offsets, so that a
-micro-batch goes to Arrow and Parquet without a copy and comes back as views. Invariant (`validate`): offsets, lengths and
-widths agree, there is one target token for each of `input_ids[target_start:]`, and the stored hidden states belong to
-consecutive positions that end at position S-2, the one that predicts the last token. Made by the Pilot's step, read by the Copilot.
+One record is one training example of one round. Variable lengths are kept as one flat array and offsets, so that a micro-batch
+goes to Arrow and Parquet without a copy and comes back as views. Invariant (`validate`): offsets, lengths and widths agree, each
+of `input_ids[target_start:]` is a target token, and the stored hidden states belong to consecutive positions that end at S-2, the
+position that predicts the last token. Made by the Pilot's step, read by the Copilot.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _RAGGED = {
     "target_offsets": ("error_ids", "error_values", "error_rest", "token_loss", "token_correct"),
 }
 _RAGGED_COLUMNS = tuple(field.name for field in ROW_SCHEMA if pa.types.is_list(field.type) or field.name == "rationale")
-# Arrow's plain list and binary arrays, the only ones Delta knows, count with 32 bits: longer columns become chunks
+# Arrow's plain list and binary arrays, the only ones that Delta knows, have 32-bit offsets: longer columns become chunks
 _CHUNK_LIMIT = 2**31 - 1
 
 
@@ -69,7 +69,7 @@ class Records:
     sample_id: Array
     """int64 [N]."""
     seen: Array
-    """int16 [N], how often the Pilot had trained on this sample before."""
+    """int16 [N], how often the Pilot trained on this sample before."""
     input_ids: Array
     """int32 [sum S], prompt and completion."""
     seq_offsets: Array
@@ -95,10 +95,10 @@ class Records:
     target_offsets: Array
     """int64 [N+1] into the arrays of target tokens."""
     question: Array | None = None
-    """uint16 [sum of target_start, dim], bf16 bits: one encoder state a source position. None where X~ follows from the
-    ids (decoder-only)."""
+    """uint16 [sum of target_start, dim], bf16 bits: one encoder state per source position. None if X~ follows from the ids
+    (decoder-only)."""
     error: Literal["top-k", "dense"] = "top-k"
-    """dense: k + 1 = V, the others by id, and nothing rests; in the table the V values stand in vocabulary order."""
+    """dense: k + 1 = V, the others by id, error_rest is 0; in the table the V values are in vocabulary order."""
 
     def __post_init__(self) -> None:
         for name, dtype in _DTYPES.items():
@@ -110,7 +110,7 @@ class Records:
         width = self.rationale_layers * self.rationale_dim
         if width <= 0 or self.rationale.size % width:
             raise ValueError(
-                f"records.rationale: {self.rationale.size} values are no whole number of positions of "
+                f"records.rationale: {self.rationale.size} values are not a whole number of positions of "
                 f"{self.rationale_layers} layers x {self.rationale_dim}"
             )
         self.rationale = self.rationale.reshape(-1, self.rationale_layers, self.rationale_dim)
@@ -131,19 +131,19 @@ class Records:
 
     @property
     def question_offsets(self) -> Array:
-        """int64 [N+1] into `question`: a record has one state a source position, and target_start of those."""
+        """int64 [N+1] into `question`: one state per source position, and a record has target_start of these."""
         return offsets_of(self.target_start.astype(np.int64))
 
     @property
     def top_k(self) -> int:
-        """Errors listed a target token besides the true token."""
+        """Errors listed per target token besides that of the true token."""
         return int(self.error_ids.shape[1]) - 1
 
     def validate(self) -> None:
         """Check the invariant of this module.
 
         Raises:
-            ValueError: names the field, and the record where there is one.
+            ValueError: names the field, and the record if one is wrong.
         """
         count = len(self)
         for name in _PER_RECORD:
@@ -207,7 +207,7 @@ class Records:
         """One Records with the records of all parts, in order (a copy, except of a single part).
 
         Raises:
-            ValueError: no part, or parts of different layers, width, k or kind of error, or some with a question and some not.
+            ValueError: no part, or parts that differ in layers, width, k, kind of error, or in having a question.
         """
         if not parts:
             raise ValueError("Records.concat needs at least one part")
@@ -228,9 +228,9 @@ class Records:
         return replace(parts[0], **joined, question=question)  # type: ignore[arg-type]
 
     def to_arrow(self, run: str) -> pa.Table:
-        """Rows of `ROW_SCHEMA`. Large columns are views: leave the arrays unchanged while the table lives.
+        """Rows of `ROW_SCHEMA`. Large columns are views: do not change the arrays while the table lives.
 
-        The table has several chunks where a column would pass 2 GiB. Its schema metadata holds what `from_arrow` needs.
+        The table has several chunks if a column would pass 2 GiB. Its schema metadata holds what `from_arrow` needs.
         """
         self.validate()
         batches = [self._batch(run, first, last) for first, last in self._chunks()]
@@ -257,11 +257,14 @@ class Records:
             first = last
 
     def arrow_metadata(self) -> dict[str, str]:
-        """The widths that rows alone do not tell, keyed as in the table's configuration."""
+        """The widths that rows alone do not show, keyed as in the table's configuration."""
         names = ("rationale_layers", "rationale_dim", "top_k", "error")
         question = "ids" if self.question is None else "states"
-        told = {name: getattr(self, name) for name in names} | {"question": question, "schema_version": SCHEMA_VERSION}
-        return {PREFIX + name: str(value) for name, value in told.items()}
+        stored = {name: getattr(self, name) for name in names} | {
+            "question": question,
+            "schema_version": SCHEMA_VERSION,
+        }
+        return {PREFIX + name: str(value) for name, value in stored.items()}
 
     def _true_ids(self) -> Array:
         """int32 [sum n]: `input_ids[target_start:]` of record after record."""
@@ -301,7 +304,7 @@ class Records:
 
     @classmethod
     def from_arrow(cls, table: pa.Table, metadata: Mapping[str, str] | None = None) -> Records:
-        """Inverse of `to_arrow`; views of the table where it has one chunk.
+        """Inverse of `to_arrow`; views of the table if it has one chunk.
 
         Args:
             table: rows of `ROW_SCHEMA`, in any column order.
@@ -333,7 +336,7 @@ class Records:
             values, offsets = flat_column(table.column("question"))
             starts = np.asarray(table.column("target_start").to_numpy(), np.int64)
             if not np.array_equal(lengths_of(offsets), starts * dim * 2):
-                raise LogSchemaError(f"column question: a cell is not target_start x {dim} bf16 states")
+                raise LogSchemaError(f"column question: a cell is not target_start x {dim} bf16 values")
             question = values.view(np.uint16)
         state_offsets = ragged["rationale"][1]
         # an error list of another length than (k+1) times its targets would shift every later record
@@ -344,7 +347,7 @@ class Records:
             if not np.array_equal(ragged[name][1], ragged["error_rest"][1] * per_target):
                 raise LogSchemaError(f"column {name}: list lengths do not fit error_rest and top_k={top_k}")
         if (state_offsets % (layers * dim * 2)).any():
-            raise LogSchemaError(f"column rationale: a cell is no whole number of {layers} x {dim} bf16 states")
+            raise LogSchemaError(f"column rationale: a cell is not a whole number of {layers} x {dim} bf16 states")
         scalars = {name: _numpy(table.column(name), name) for name in _PER_RECORD}
         made = cls(
             **scalars,

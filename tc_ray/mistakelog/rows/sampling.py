@@ -1,8 +1,8 @@
-"""Which records the log keeps where it does not keep every one (`log.sampling`): a fraction, or those with a mistake.
+"""Which records the log keeps if not all (`log.sampling`): a fraction, or those with a mistake.
 
-Invariant: the choice is a pure function of the record (and, for a fraction, of the run's seed), so it does not depend on
-ranks, attempts, micro-batches or what else is in the log: a replayed round keeps the same records. Called by the Pilot
-before anything is copied to the host.
+Invariant: the choice is a pure function of the record (and, for a fraction, of the run's seed). It does not depend on ranks,
+attempts, micro-batches or other records, so a replayed round keeps the same records. Called by the Pilot before anything is
+copied to the host.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def has_mistake(token_correct: Array, token_loss: Array, target_offsets: Array, 
 
 
 def _mixed(values: Array) -> Array:
-    """SplitMix64 of uint64 values: neighbouring numbers give unrelated ones."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+    """SplitMix64 of uint64 values: close numbers give unrelated ones."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         values = values + _GOLDEN
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

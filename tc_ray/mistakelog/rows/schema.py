@@ -1,21 +1,18 @@
 """Row schema and table metadata of the Mistake Log.
 
-One row is one training example of one round. Invariant: shapes and meanings that a row alone does not tell (widths, k,
-which hidden states) stand in the table's configuration under `tc_ray.`, and a reader that meets another schema version
-stops. Used by every other module of this package.
+One row is one training example of one round. Invariant: what a row alone does not show (widths, k, which hidden states) is in the
+table's configuration under `tc_ray.`; a reader refuses another schema version. Used by every other module of this package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
-"""2: layers of the rationale, dense errors and a top_k that is chosen while the run goes on."""
-READABLE_VERSIONS = ("1", "2")
 PREFIX = "tc_ray."
 
 ROW_SCHEMA = pa.schema(
@@ -25,7 +22,7 @@ ROW_SCHEMA = pa.schema(
         ("round", pa.int64()),
         ("rank", pa.int32()),
         ("sample_id", pa.int64()),
-        # how often the Pilot had trained on this sample before this round
+        # how often the Pilot trained on this sample before this round
         ("seen", pa.int16()),
         ("input_ids", pa.list_(pa.int32())),
         # targets are input_ids[target_start:]
@@ -35,10 +32,10 @@ ROW_SCHEMA = pa.schema(
         # bf16 bits, C order [positions, layers, dim]; the last position is len(input_ids) - 2
         ("rationale", pa.binary()),
         ("rationale_layers", pa.int16()),
-        # top_k + 1 entries a target token, row after row; dense errors: no ids, and V values in vocabulary order
+        # top_k + 1 entries per target token, row after row; dense errors: no ids, and V values in vocabulary order
         ("error_ids", pa.list_(pa.int32())),
         ("error_values", pa.list_(pa.float32())),
-        # one entry a target token
+        # one entry per target token
         ("error_rest", pa.list_(pa.float32())),
         ("token_loss", pa.list_(pa.float32())),
         ("token_correct", pa.list_(pa.bool_())),
@@ -48,7 +45,7 @@ ROW_SCHEMA = pa.schema(
 
 
 class LogSchemaError(ValueError):
-    """The table is no Mistake Log, was made by an incompatible version, or differs from what this run would write."""
+    """The table is not a Mistake Log, has another schema version, or differs from what this run would write."""
 
 
 @dataclass(frozen=True)
@@ -56,37 +53,37 @@ class LogMetadata:
     """What holds for every row of a log."""
 
     run: str
-    """Run that the log belongs to."""
+    """The run that writes the log."""
     pilot: str
     """Model id or folder of the Pilot."""
     tokenizer_hash: str
-    """Identifies the tokenizer that made `input_ids`."""
+    """Of the tokenizer that made `input_ids`."""
     vocab_size: int
     """Width V of the Pilot's logits."""
     rationale_dim: int
     """Width d of one stored hidden state."""
     rationale_layers: int
-    """Hidden states stored a position: 1 when pooled."""
+    """Hidden states stored per position: 1 if pooled."""
     pooling: Literal["mean", "max", "sum", "none"]
-    """mean, max, sum: one state a position, pooled over layers; none: every stored layer by itself."""
+    """mean, max, sum: one state per position, pooled over layers; none: every stored layer by itself."""
     tap: str
     """Which hidden states, before or after the final norm, in words; compared verbatim."""
     positions: Literal["all", "target"]
-    """Positions with stored states: every one before the last, or those that predict a target token."""
+    """Positions with stored states: all before the last, or those that predict a target token."""
     top_k: int
-    """Errors listed a target token besides the true token; V - 1 if dense."""
+    """Errors listed per target token besides that of the true token; V - 1 if dense."""
     question: Literal["ids", "states"] = "ids"
-    """Where X~ is: ids: it follows from input_ids and the Pilot's embedding; states: in the column `question`."""
+    """Where X~ comes from. ids: input_ids and the Pilot's embedding; states: the column `question`."""
     layers: str = "all"
-    """Decoder layers, counted from 0, that the stored states are those of, or are pooled over: all, or numbers with commas."""
+    """Decoder layers, from 0, whose states are stored or pooled: all, or numbers with commas."""
     error: Literal["top-k", "dense"] = "top-k"
     """top-k: the largest errors with their ids; dense: all V, in vocabulary order."""
     train_rows: str = ""
-    """Hash of the prepared rows that `sample_id` counts. This and the hashes below: empty in a log that no run has written."""
+    """Hash of the prepared rows that `sample_id` numbers. This and the hashes below are empty in a log that no run has written."""
     validation_rows: str = ""
-    """Hash of the rows that lambda is chosen on."""
+    """Hash of the rows on which lambda is chosen."""
     test_rows: str = ""
-    """Hash of the rows that the run is measured with."""
+    """Hash of the rows on which the run is evaluated."""
     pilot_weights: str = ""
     """Hash of the weights that the Pilot starts from."""
     copilot_weights: str = ""
@@ -97,7 +94,7 @@ class LogMetadata:
     def __post_init__(self) -> None:
         if self.pooling != "none" and self.rationale_layers != 1:
             raise LogSchemaError(
-                f"pooling {self.pooling!r} stores 1 state a position, not rationale_layers={self.rationale_layers}"
+                f"pooling {self.pooling!r} stores 1 state per position, not rationale_layers={self.rationale_layers}"
             )
 
     def to_configuration(self) -> dict[str, str]:
@@ -118,16 +115,14 @@ class LogMetadata:
         version = configuration.get(PREFIX + "schema_version")
         if version is None:
             raise LogSchemaError(f"{where}: no {PREFIX}schema_version in the table's configuration: not a Mistake Log")
-        if version not in READABLE_VERSIONS:
+        if version != str(SCHEMA_VERSION):
             raise LogSchemaError(
-                f"{where}: Mistake Log schema version {version}, but this tc-ray reads versions "
-                f"{' and '.join(READABLE_VERSIONS)}; read it with the tc-ray that wrote it"
+                f"{where}: Mistake Log schema version {version}, but this tc-ray reads version {SCHEMA_VERSION}; "
+                "read it with the tc-ray that wrote it"
             )
         values: dict[str, str | int] = {}
         for field in fields(cls):
             raw = configuration.get(PREFIX + field.name)
-            if raw is None and field.default is not MISSING:
-                continue  # added after the first logs of this schema version were written
             if raw is None:
                 raise LogSchemaError(f"{where}: {PREFIX}{field.name} is missing in the table's configuration")
             try:

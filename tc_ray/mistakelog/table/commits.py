@@ -1,7 +1,7 @@
-"""What the table's commits say beside Delta's own actions: checksums of files, coverage, dropped records, notes.
+"""What the table's commits hold beside Delta's own actions: CRC-32 of files, coverage, dropped records, notes.
 
-Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once. Used by the store (checksums
-of a snapshot), the Ledger (drop counts), vacuum (with which version a file left the table) and verification.
+Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once. Used by the store (CRC-32 of
+a snapshot's files), the Ledger (drop counts) and vacuum (the version with which a file left the table).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def commit_name(version: int) -> str:
 
 @dataclass(frozen=True)
 class Commit:
-    """One table version as this package reads it."""
+    """One table version, as this package reads it."""
 
     version: int
     files: list[DataFile] = field(default_factory=list)
@@ -39,16 +39,15 @@ class Commit:
 
 
 class Fate(NamedTuple):
-    """What the commits say of one file."""
+    """What the commits say about one file."""
 
-    sha256: str | None
     crc32: int | None
     left: int | None = None
-    """The version that it left the table with: no later one has it, names are not used twice. None: it did not."""
+    """The version with which it left the table: no later version has it, since names are not used twice. None: it did not."""
 
 
 class CommitLog:
-    """Commits of one table, read as far as asked. Only the fates of files are kept, and vacuum lets those go too."""
+    """Commits of one table, read as far as needed. Only the fates of files are kept, until vacuum has removed the files."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
@@ -56,11 +55,11 @@ class CommitLog:
         self._fates: dict[str, Fate] = {}
 
     def commits(self, version: int) -> list[Commit]:
-        """Commits 0..version, oldest first, read anew. Commit files that are gone (another tool's clean-up) are left out."""
+        """Commits 0..version, oldest first, read anew. Commit files that another tool has removed are left out."""
         return [commit for commit in self._load(range(version + 1)) if commit is not None]
 
     def fates(self, version: int) -> dict[str, Fate]:
-        """Of all files of versions up to this one (and perhaps later ones) that were not forgotten."""
+        """Of all files of versions up to this one (and perhaps later ones), without the forgotten ones."""
         if version > self._read:
             for commit in self._load(range(self._read + 1, version + 1)):
                 if commit is not None:
@@ -69,17 +68,16 @@ class CommitLog:
         return self._fates
 
     def forget(self, names: Iterable[str]) -> None:
-        """Let go of files that are no longer there."""
+        """Drop what is known of files that are no longer there."""
         for name in names:
             self._fates.pop(name, None)
 
     def _note(self, commit: Commit) -> None:
         for file in commit.files:
             if file.name is not None:
-                # logs of the first version have no CRC-32
-                self._fates[file.name] = Fate(file.sha256 or None, file.crc32 or None)
+                self._fates[file.name] = Fate(file.crc32)
         for name in commit.removed:
-            self._fates[name] = self._fates.get(name, Fate(None, None))._replace(left=commit.version)
+            self._fates[name] = self._fates.get(name, Fate(None))._replace(left=commit.version)
 
     def _load(self, versions: range) -> Iterator[Commit | None]:
         if self._location.local is not None or len(versions) < 2:
@@ -99,17 +97,17 @@ def parse_commit(version: int, content: bytes) -> Commit:
     """A commit from its file's content.
 
     Raises:
-        ValueError: no whole Delta commit.
+        ValueError: not a whole Delta commit.
     """
     commit = Commit(version)
     for action in _actions(content):
         if (info := action.get("commitInfo")) is not None:
-            told = dict(info.get("tc_ray") or {})
-            for file in told.pop("files", []):
+            ours = dict(info.get("tc_ray") or {})
+            for file in ours.pop("files", []):
                 known = {key: value for key, value in file.items() if key in _FILE_FIELDS}
                 known["dropped"] = {int(key): count for key, count in (known.get("dropped") or {}).items()}
                 commit.files.append(DataFile(**known))
-            commit.note.update(told)
+            commit.note.update(ours)
         elif (gone := action.get("remove")) is not None:
             commit.removed.append(gone["path"])
         elif (number := action.get("txn")) is not None:
@@ -126,7 +124,7 @@ def _actions(content: bytes) -> Iterator[dict[str, Any]]:
 
 
 def dropped_records(commits: list[Commit]) -> dict[int, dict[int, int]]:
-    """Records that could not be written: rank -> round -> count, of the attempts as fenced (notes `watermark`)."""
+    """Records that are not in the log: rank -> round -> count. A fence (note `watermark`) takes back the later rounds' counts."""
     dropped: dict[int, dict[int, int]] = {}
     for commit in commits:
         if (watermark := commit.note.get("watermark")) is not None:

@@ -1,16 +1,17 @@
-"""One Parquet data file: written under a temporary name, made durable, then renamed into the table's folder.
+"""One Parquet data file: written under a temporary name, made durable, renamed into the table's folder, read with a check.
 
-Invariant: a file under its final name is complete and on disk (in an object store: uploaded). It belongs to the table only
-once the Ledger has committed it, so readers, who go by the table's file list, see neither temporary nor uncommitted files.
-Both checksums are of the bytes as they were handed to the disk. Used by the record writer, compaction, and the store when
-it cuts a file at a watermark.
+Invariant: a file under its final name is complete and on the disk (in an object store: uploaded). It belongs to the table
+only once the Ledger has committed it. Readers follow the table's file list, so they see neither temporary nor uncommitted
+files. The CRC-32 is computed from the bytes as they are handed to the disk. Used by the record writer, compaction, fencing
+and the store.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,13 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from zlib_ng.zlib_ng import crc32 as crc32_of
 
-from tc_ray.mistakelog.rows.schema import PREFIX, READABLE_VERSIONS, ROW_SCHEMA
+from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.output import Finished, LocalOutput, ObjectOutput, open_output
 
 TEMPORARY_SUFFIX = ".tmp"
 """Added to a local file's name while it is written."""
-# rows wait in memory until a row group of this size: small ones read slowly
+# rows wait in memory until a row group has this size: small ones read slowly
 _ROW_GROUP_BYTES = 16 << 20
 _PIECE_BYTES = 6 << 20
 
@@ -33,26 +33,24 @@ Compression = Literal["none", "zstd"]
 
 @dataclass(frozen=True)
 class DataFile:
-    """A finished file, or the bare statement that a rank had no rows in some rounds, as handed to the Ledger."""
+    """A finished file, or coverage alone (a rank had no rows in some rounds), as handed to the Ledger."""
 
     name: str | None
     """File name inside the table's folder; None: no rows, only coverage."""
     rows: int
     bytes: int
     round_min: int
-    """First round covered: the one after the last covered by this rank."""
+    """First round covered: the one after the last that this rank has covered."""
     round_max: int
-    """Last round covered; every record of this rank up to it is in this or an earlier file."""
+    """Last round covered: every record of this rank up to it is in this or an earlier file."""
     rank: int
     attempt: int
     sequence: int
-    """Counts the commits of this rank in this attempt from 0."""
-    sha256: str
-    """Of the file's bytes, hexadecimal; empty without a file."""
+    """Number of this commit of the rank in the attempt, from 0; -1: a copy that replaces other files."""
     crc32: int = 0
-    """Of the file's bytes: what readers check each time."""
+    """Of the file's bytes; readers check it each time. 0 without a file."""
     dropped: dict[int, int] = field(default_factory=dict)
-    """Records of the covered rounds that are not in the log because it could not be written: count by round."""
+    """Records of the covered rounds that are not in the log: round -> count."""
 
     @property
     def key(self) -> str:
@@ -65,12 +63,72 @@ def file_name(round_min: int, rank: int, attempt: int, sequence: int) -> str:
     return f"rounds-{round_min:08d}-rank{rank}-a{attempt}-{sequence:06d}.parquet"
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The bytes of a finished file."""
+
+    size: int
+    crc32: int
+
+
+class _Output:
+    """The file or upload that Arrow writes into. Counts the bytes and computes their CRC-32 on the way.
+
+    An object appears in its store when the upload is complete.
+    """
+
+    closed = False  # Arrow asks
+
+    def __init__(self, location: Location, name: str) -> None:
+        self._local = location.local is not None
+        self._file = location.open_output(name)
+        self._size = self._crc32 = 0
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="mistake-log-sync")
+        self._syncs: list[Future[None]] = []
+
+    def write(self, data: bytes) -> int:
+        """Called by Arrow, with a page or a header."""
+        written = self._file.write(data)
+        while written < len(data):  # a file may take a part
+            written += self._file.write(memoryview(data)[written:])
+        self._crc32 = crc32_of(data, self._crc32)
+        self._size += written
+        return written
+
+    def flush(self) -> None:
+        """Called by Arrow: nothing is buffered here."""
+
+    def close(self) -> None:
+        """Called by Arrow; `complete` ends the file."""
+
+    def sync_so_far(self) -> None:
+        """Bring what is written to the disk, in a thread: little is left to wait for at the end of the file."""
+        if self._local:
+            self._syncs.append(self._threads.submit(os.fdatasync, self._file.fileno()))
+
+    def complete(self) -> Finished:
+        """Bring everything to the disk, or end the upload."""
+        self._threads.shutdown()
+        for sync in self._syncs:
+            sync.result()  # the system reports a page that it could not write to one sync only, perhaps to this one
+        if self._local:
+            os.fsync(self._file.fileno())
+        self._file.close()
+        return Finished(self._size, self._crc32)
+
+    def abandon(self) -> None:
+        """Close an unfinished file, which its owner deletes. An upload that is not closed never becomes an object."""
+        self._threads.shutdown()
+        if self._local:
+            self._file.close()
+
+
 class ParquetPart:
     """A data file being written.
 
     Args:
         location: of the table.
-        name: of the finished file. A local one has `TEMPORARY_SUFFIX` added until then; an object appears when it is finished.
+        name: of the finished file. A local file has `TEMPORARY_SUFFIX` added until then.
         compression: of the Parquet pages.
         metadata: key-value metadata of the file, so that it can be read by itself.
     """
@@ -80,7 +138,7 @@ class ParquetPart:
         self._location = location
         self._temporary = name + TEMPORARY_SUFFIX if location.local is not None else name
         self._compression, self._metadata = compression, metadata
-        self._output: LocalOutput | ObjectOutput | None = None
+        self._output: _Output | None = None
         self._writer: Any = None
         self._waiting: list[pa.Table] = []
         self._waiting_bytes = 0
@@ -90,24 +148,22 @@ class ParquetPart:
         """Add rows.
 
         Args:
-            size: bytes in memory, of a caller who knows.
+            size: bytes in memory, if the caller knows them.
 
         Raises:
-            OSError: the disk or store does not take them; `abort` then.
+            OSError: the disk or store does not take them; call `abort` then.
         """
         self._waiting.append(table)
         self._waiting_bytes += table.get_total_buffer_size() if size is None else size
         self.rows += table.num_rows
         if self._waiting_bytes >= _ROW_GROUP_BYTES:
-            self._write_row_group()
-            assert self._output is not None
-            self._output.advance()
+            self._write_row_group().sync_so_far()
 
-    def _open(self) -> Any:
-        if self._writer is None:
-            self._output = open_output(self._location, self._temporary)
+    def _write_row_group(self) -> _Output:
+        if self._output is None:
+            self._output = _Output(self._location, self._temporary)
             self._writer = pq.ParquetWriter(
-                self._output.sink,
+                pa.PythonFile(self._output, "w"),
                 ROW_SCHEMA,
                 compression=self._compression,
                 # hidden states are all different: a dictionary would only cost
@@ -116,26 +172,20 @@ class ParquetPart:
                 store_schema=False,
             )
             self._writer.add_key_value_metadata(self._metadata)
-        return self._writer
-
-    def _write_row_group(self) -> None:
         if self._waiting:
-            writer = self._open()
-            assert self._output is not None
-            self._output.growing()
-            writer.write_table(pa.concat_tables(self._waiting))
+            self._writer.write_table(pa.concat_tables(self._waiting))
         self._waiting, self._waiting_bytes = [], 0
+        return self._output
 
     def finish(self) -> Finished:
         """Complete the file, bring it to the disk and give it its final name.
 
         Raises:
-            OSError: the disk or store does not take it; `abort` then.
+            OSError: the disk or store does not take it; call `abort` then.
         """
-        self._write_row_group()
-        self._open().close()
-        assert self._output is not None
-        finished = self._output.complete()
+        output = self._write_row_group()
+        self._writer.close()
+        finished = output.complete()
         if self._location.local is not None:
             self._location.rename(self._temporary, self.name)
         return finished
@@ -145,10 +195,9 @@ class ParquetPart:
         self._waiting, self._waiting_bytes = [], 0
         if self._output is None:
             return
-        # closing writes the footer: on a full disk it fails, and the file goes anyway
         try:
-            if self._writer is not None:  # else not even the header could be written
-                with contextlib.suppress(OSError):
+            if self._writer is not None:  # None: not even the header could be written
+                with contextlib.suppress(OSError):  # closing writes the footer, which a full disk does not take
                     self._writer.close()
         finally:
             self._output.abandon()
@@ -157,7 +206,7 @@ class ParquetPart:
 
 
 class BadFileError(ValueError):
-    """A data file is not what was committed: missing, cut short, altered, foreign, or not readable."""
+    """A data file is not what was committed: missing, cut short, altered, foreign or not readable."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -169,26 +218,24 @@ class BadFileError(ValueError):
 
 @dataclass(frozen=True)
 class Committed:
-    """What a file's commit says about it; None is not checked."""
+    """What a file's commit says about it; None: not checked."""
 
     size: int | None = None
     crc32: int | None = None
-    sha256: str | None = None
-    """Checked only where there is no crc32 (logs of older versions): it takes twenty times as long."""
     rows: int | None = None
 
 
 def read_file(
     location: Location, name: str, columns: list[str] | None = None, committed: Committed = Committed()
 ) -> pa.Table:
-    """Rows of one data file with the types of `ROW_SCHEMA`, checked against what its commit says before they are parsed.
+    """Rows of one data file with the types of `ROW_SCHEMA`. The file is checked against its commit before it is parsed.
 
     Args:
         columns: default: all.
 
     Raises:
-        BadFileError: names the file and what is wrong with it.
-        OSError: the location cannot be read at all just now.
+        BadFileError: the file is damaged; says how.
+        OSError: the location cannot be read just now.
     """
     content = _checked(location, name, committed)
     schema = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(column) for column in columns])
@@ -198,19 +245,19 @@ def read_file(
 
 
 def read_pieces(location: Location, name: str, committed: Committed = Committed(), *, rows: int) -> Iterator[pa.Table]:
-    """As `read_file`, all columns, but some rows at a time: nothing is parsed before the whole file was checked.
+    """As `read_file` with all columns, but some rows at a time. Nothing is parsed before the whole file was checked.
 
-    A piece is some `_PIECE_BYTES`, which the processor's cache holds and the memory pool hands out again: parsing to pieces
-    takes a half to two thirds of the time of parsing to one table, which is grown and copied on the way.
+    A piece is about `_PIECE_BYTES`, which stay in the processor's cache: parsing to pieces takes a half to two thirds of the time
+    of parsing to one table, which is grown and copied on the way.
 
     Args:
-        rows: a piece has a multiple of this many, but for the file's last.
+        rows: a piece has a multiple of this many, except for the file's last.
     """
     content = _checked(location, name, committed)
     with _parsing(name):
         file = _parquet(name, content, ROW_SCHEMA, committed.rows)
         fitting = file.metadata.num_rows * _PIECE_BYTES // content.size // rows * rows
-        if committed.crc32 is None and not committed.sha256:
+        if committed.crc32 is None:
             fitting = file.metadata.num_rows  # unchecked: no row is delivered unless all of them can be parsed
         pieces = file.iter_batches(max(rows, fitting), columns=ROW_SCHEMA.names, use_threads=False)
     while True:
@@ -225,7 +272,7 @@ def read_pieces(location: Location, name: str, committed: Committed = Committed(
 
 
 def compression_of(location: Location, name: str) -> Compression:
-    """How a whole file's pages are compressed, for a file that stands in for it."""
+    """How a file's pages are compressed, for a copy that replaces it."""
     metadata = pq.ParquetFile(pa.BufferReader(location.buffer(name))).metadata
     codecs = (
         {metadata.row_group(0).column(i).compression for i in range(metadata.num_columns)} if metadata.num_rows else ()
@@ -234,7 +281,7 @@ def compression_of(location: Location, name: str) -> Compression:
 
 
 def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
-    """Content of a file that is what was committed."""
+    """Content of a file, checked against its commit."""
     try:
         found = location.size(name)
         if found is None:
@@ -246,11 +293,8 @@ def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
         content = location.buffer(name)
     except FileNotFoundError:
         raise BadFileError(name, "missing") from None
-    if committed.crc32 is not None:
-        if crc32_of(content) != committed.crc32:
-            raise BadFileError(name, "its bytes differ from those committed (CRC-32)")
-    elif committed.sha256 and hashlib.sha256(content).hexdigest() != committed.sha256:
-        raise BadFileError(name, "its bytes differ from those committed (SHA-256)")
+    if committed.crc32 is not None and crc32_of(content) != committed.crc32:
+        raise BadFileError(name, "its bytes differ from those committed (CRC-32)")
     return content
 
 
@@ -258,16 +302,15 @@ def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None)
     """The opened file, with the columns of `schema` and as many rows as were committed."""
     file = pq.ParquetFile(pa.BufferReader(content))
     version = (file.metadata.metadata or {}).get(f"{PREFIX}schema_version".encode())
-    if version is not None and version.decode() not in READABLE_VERSIONS:
+    if version is not None and version.decode() != str(SCHEMA_VERSION):
         raise BadFileError(
-            name,
-            f"Mistake Log schema version {version.decode()}, but this tc-ray reads {' and '.join(READABLE_VERSIONS)}",
+            name, f"Mistake Log schema version {version.decode()}, but this tc-ray reads version {SCHEMA_VERSION}"
         )
     if rows is not None and file.metadata.num_rows != rows:
         raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
     absent = [column for column in schema.names if column not in file.schema_arrow.names]
     if absent:
-        raise BadFileError(name, f"columns {', '.join(absent)} are missing: no file of this log")
+        raise BadFileError(name, f"columns {', '.join(absent)} are missing: not a file of this log")
     return file
 
 
@@ -277,6 +320,6 @@ def _parsing(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, (BadFileError, MemoryError)):  # that memory is short says nothing of the file
+        if isinstance(error, (BadFileError, MemoryError)):  # short memory says nothing about the file
             raise
         raise BadFileError(name, f"no readable Parquet of this log: {str(error).splitlines()[0][:200]}") from error

@@ -1,28 +1,35 @@
-"""The run's lease: one process at a time may commit to a log.
+"""The run's lease: one process at a time may commit to a log. And which process that is.
 
-Invariant: the lease is a number in the table, set by a Delta commit, so of two that want it one wins, on any storage; the file
-`_tc_ray/lease-NUMBER.json` says who holds it and is touched while the holder lives. No file: the lease is free. A
-holder on this machine is dead when its process is; one elsewhere when its file has not been touched for `STALE_SECONDS`, told by
-the disk's clock alone: no two machines' clocks are compared. Every commit of the holder is made on a version that has its
-number (`LogStore`), so one that was taken for dead and wakes up cannot commit any more; the thread that touches the file looks at the
-table too, and notes that the lease is lost, for good. Held by the driver of a run and by commands that change a log.
+Invariants:
+
+- The lease is a number in the table that a Delta commit sets, so of two processes that want it one wins, on any storage. The
+  file `_tc_ray/lease-NUMBER.json` says who holds it; a thread of the holder touches it. Without the file the lease is free.
+- A holder on this machine is dead when its process is. A holder elsewhere is dead when its file was not touched for
+  `STALE_SECONDS` by the disk's clock: clocks of two machines are never compared.
+- Every commit of the holder is based on a version that has its number (`LogStore`), so a holder that was taken for dead and
+  wakes up cannot commit. The thread that touches the file checks the table too; a lost lease is lost for good.
+
+Taken by the driver of a run and by commands that change a log. `ProcessId` also serves readers' leases and the run folder's lock.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
+import socket
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog.table.errors import CommitConflictError, LeaseLostError, full_disk_named
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.process import ProcessId, is_running, this_process
 from tc_ray.mistakelog.table.repair import repair
 from tc_ray.mistakelog.table.store import LEASE_NUMBER, LogStore
 
@@ -35,6 +42,51 @@ log = logging.getLogger(__name__)
 
 class LeaseHeldError(RuntimeError):
     """Another process is at work on the log."""
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process, distinguished from later processes with the same number."""
+
+    host: str
+    pid: int
+    boot: str
+    """Of the machine since its last start, and its process-number space (a container has its own); empty: not known."""
+    born: str
+    """When the process started, in the machine's clock ticks; empty: not known."""
+
+    @classmethod
+    def this(cls) -> ProcessId:
+        """The running process."""
+        return cls(socket.gethostname(), os.getpid(), _boot(), _born(os.getpid()))
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> ProcessId:
+        """Inverse of `asdict`; other keys are ignored."""
+        return cls(stored["host"], stored["pid"], stored["boot"], stored["born"])
+
+    def is_running(self) -> bool | None:
+        """True or False if this machine can tell; None: the process runs elsewhere."""
+        if not self.boot or self.boot != _boot():
+            return None
+        return bool(self.born) and _born(self.pid) == self.born
+
+
+def _boot() -> str:
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{started}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux: only the time of the last sign of life counts
+        return ""
+
+
+def _born(pid: int) -> str:
+    """Start time of a process; empty if there is none (a zombie counts as none)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
 
 
 @dataclass(frozen=True)
@@ -53,21 +105,21 @@ class Holder:
     @classmethod
     def this(cls, what: str) -> Holder:
         """This process, from now on."""
-        return cls(this_process(), datetime.now(timezone.utc).isoformat(timespec="seconds"), what)
+        return cls(ProcessId.this(), datetime.now(timezone.utc).isoformat(timespec="seconds"), what)
 
     def to_json(self) -> bytes:
         """Content of the lease's file."""
-        return json.dumps({"what": self.what, "started": self.started, **self.process.to_dict()}).encode()
+        return json.dumps({"what": self.what, "started": self.started, **asdict(self.process)}).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Holder:
         """Inverse of `to_json`."""
-        told = json.loads(content)
-        return cls(ProcessId.from_dict(told), told["started"], told["what"])
+        stored = json.loads(content)
+        return cls(ProcessId.from_dict(stored), stored["started"], stored["what"])
 
 
 class RunLease:
-    """A held lease; released at `release`, when it is let go, or by its process's end.
+    """A held lease; released by `release`, with the object, or by the end of its process.
 
     Raises (from `take`):
         LeaseHeldError: names the holder's host, process and start.
@@ -82,11 +134,11 @@ class RunLease:
 
     @property
     def lost(self) -> bool:
-        """Another process has taken the log over, as far as was seen; looks at nothing."""
+        """Another process has taken the log over, as far as is known; reads nothing."""
         return self._keeper.lost.is_set()
 
     def check(self) -> None:
-        """Look at the table whether the lease is still held; where it cannot be read, what was known stands.
+        """Read from the table whether the lease is still held; if it cannot be read, what was known holds.
 
         Raises:
             LeaseLostError: it is not, for good.
@@ -107,7 +159,7 @@ class RunLease:
             store.adopt()
             myself = Holder.this(what)
             mine = secrets.randbits(62)
-            # first the file, so that the number is never there without it
+            # the file first, so that the number is never there without it
             with full_disk_named(location):
                 location.write(_file(mine), myself.to_json())
             try:
@@ -142,11 +194,11 @@ def _holder(location: Location, number: int | None) -> str | None:
     if number is None:
         return None
     try:
-        # read first: a share may show an old time of a file that was not opened lately
+        # read before the time is asked for: a share may show an old time of a file that was not opened lately
         holder = Holder.from_json(location.read(_file(number)))
     except FileNotFoundError:
         return None
-    running, silent = is_running(holder.process), 0.0
+    running, silent = holder.process.is_running(), 0.0
     if running is None:
         with full_disk_named(location):
             now = location.now()
@@ -164,7 +216,7 @@ def _holder(location: Location, number: int | None) -> str | None:
 
 
 class _Keeper:
-    """Keeps the file of a lease fresh, in a thread that does not keep the lease's owner alive, and looks whether it is lost."""
+    """Touches the file of a lease and checks whether it is lost, in a thread that does not keep the lease's owner alive."""
 
     def __init__(self, location: Location, number: int, holder: Holder) -> None:
         self._location, self._number, self._holder = location, number, holder
@@ -172,7 +224,7 @@ class _Keeper:
         self._lock = threading.RLock()  # the garbage collector may call `let_go` in the middle of anything
 
     def work(self) -> None:
-        """Until the lease is given back or lost."""
+        """Runs until the lease is given back or lost."""
         while not self._stop.wait(_TOUCH_SECONDS):
             if self.is_lost():
                 log.error("%s", LeaseLostError.of(self._location))
@@ -183,13 +235,13 @@ class _Keeper:
                 log.warning("%s: the run's lease could not be renewed just now: %s", self._location, error)
 
     def is_lost(self) -> bool:
-        """The table has another lease now, or had one once; where it cannot be read just now, what was known stands."""
+        """The table has another lease, or had one once; if it cannot be read just now, what was known holds."""
         if not self.lost.is_set():
             try:
                 if LogStore(self._location).number(LEASE_NUMBER) != self._number:
                     self.lost.set()
             except (OSError, DeltaError, ValueError) as error:
-                log.debug("%s: the lease cannot be looked at just now: %s", self._location, error)
+                log.debug("%s: the lease cannot be checked just now: %s", self._location, error)
         return self.lost.is_set()
 
     def _touch(self) -> None:
@@ -198,7 +250,7 @@ class _Keeper:
                 return
             try:
                 self._location.touch(_file(self._number))
-            except FileNotFoundError:  # taken away by hand: in the table the lease is held
+            except FileNotFoundError:  # deleted by hand: in the table the lease is held
                 self._location.write(_file(self._number), self._holder.to_json())
             if self._stop.is_set():
                 self._location.delete(_file(self._number))
@@ -209,5 +261,5 @@ class _Keeper:
         try:
             with self._lock:
                 self._location.delete(_file(self._number))
-        except OSError as error:  # it will be found stale
+        except OSError as error:  # it goes stale
             log.warning("%s: the run's lease could not be given back: %s", self._location, error)

@@ -1,10 +1,10 @@
 """Where a log is: a local folder or a prefix of an object store (s3://, gs://, az://), behind one small interface.
 
-Invariant: a name is either absent or complete. Locally `write` renames a synced file into place; an object appears when its
+Invariants: a name is either absent or complete. Locally `write` renames a synced file into place; an object appears when its
 upload ends, so a writer that dies leaves nothing. No name leads out of the location, by itself or over a symbolic link: names
-come from tables that others may have made. Ages are told by one clock, that of the disk or store (`now`, `modified`). Options are
-those of delta-rs, which reads the environment too: table and files go through the same client. Everything in this package
-that touches a file by name does so here.
+come from tables that others may have made. Ages are measured with one clock, that of the disk or store (`now`, `modified`).
+Options are those of delta-rs, which also reads the environment: table and files go through the same client. Everything in this
+package that touches a file by name does so here.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from tc_ray.mistakelog.rows.schema import LogSchemaError
 
 _CLOCK = "_tc_ray/clock"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_FOREIGN = "this is no log of tc-ray, and nothing of it is read or changed"
+_FOREIGN = "this is not a log of tc-ray; nothing of it is read or changed"
 _OWN_FOLDERS = ("_delta_log", "_tc_ray")
 
 
 class OutsideError(LogSchemaError):
-    """A name that leads out of a log's folder: nothing there is read or changed."""
+    """A name that leads out of a log's folder. Nothing there is read or changed."""
 
 
 def check_data_name(table: object, name: str) -> None:
-    """Raises OutsideError unless a table may call a data file so: relative, below its folder, and in none of its own folders."""
+    """Raises OutsideError unless the name of a data file is relative, below the table's folder and in none of its own folders."""
     for text in {name, unquote(name)}:
         parts = text.split("/")
         if not text or "\0" in text or _SCHEME.match(text) or not {"", ".", ".."}.isdisjoint(parts):
-            raise OutsideError(f"{table}: {name!r} names no file below the table's folder: {_FOREIGN}")
+            raise OutsideError(f"{table}: {name!r} is not a file below the table's folder: {_FOREIGN}")
         if parts[0] in _OWN_FOLDERS:
-            raise OutsideError(f"{table}: {name!r} is no data file: {_FOREIGN}")
+            raise OutsideError(f"{table}: {name!r} is not a data file: {_FOREIGN}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Location:
         self._filesystem: pafs.FileSystem | None = None
 
     def __str__(self) -> str:
-        return redact_address(self.uri)  # for messages; it may hold a key
+        return redact_address(self.uri)  # for messages: a URI may hold a key
 
     def __repr__(self) -> str:
         return f"Location({str(self)!r})"  # options may hold a secret
@@ -105,7 +105,7 @@ class Location:
         assert self.local is not None, "objects have no path"
         path, root = self.local / name, os.path.realpath(self.local)
         if os.path.commonpath([root, os.path.realpath(path)]) != root:
-            raise OutsideError(f"{path} leads out of the log's folder: it is neither read nor changed")
+            raise OutsideError(f"{path} leads out of the log's folder; it is neither read nor changed")
         return path
 
     def _handler(self) -> Any:
@@ -136,9 +136,9 @@ class Location:
             return cast(bytes, file.read())
 
     def buffer(self, name: str) -> pa.Buffer:
-        """The whole content without a copy of ours: a memory map locally, one download from an object store."""
+        """The whole content without a copy: a memory map locally, one download from an object store."""
         if self.local is not None:
-            # files of a log never change in place, so no page of the map can vanish under a reader
+            # files of a log never change in place, so no page of the map vanishes under a reader
             with pa.memory_map(str(self.path(name))) as file:
                 return file.read_buffer()
         with self.filesystem.open_input_file(name) as file:
@@ -166,8 +166,8 @@ class Location:
             self.write(name, self.read(name))
 
     def open_output(self, name: str) -> BinaryIO:
-        """A file to write from the start. Locally it is visible at once: use a temporary name and `rename`. In an object
-        store it appears when it is closed; let go without `close`, it never does."""
+        """A file to write from the start. A local file is visible at once: use a temporary name and `rename`. An object appears
+        when it is closed; without `close` it never does."""
         if self.local is not None:
             return open(self.path(name), "wb", buffering=0)
         return cast(BinaryIO, _ObjectOutput(self._handler()._handler.open_output_stream(name, None)))
@@ -193,7 +193,7 @@ class Location:
         return info.size if info.type == pafs.FileType.File else None
 
     def modified(self, name: str) -> float | None:
-        """When a file was last written or touched: unix seconds by the clock of the disk or store; None: it is not there."""
+        """When a file was last written or touched, in unix seconds by the clock of the disk or store; None: it is not there."""
         if self.local is not None:
             with contextlib.suppress(FileNotFoundError):
                 return self.path(name).stat().st_mtime
@@ -202,14 +202,14 @@ class Location:
         return (info.mtime_ns or 0) / 1e9 if info.type == pafs.FileType.File else None
 
     def now(self) -> float:
-        """Now, by the clock that stamps the files, which may differ from this machine's: that of a file server, or of a store.
+        """Now, by the clock that stamps the files (of a file server or a store), which may differ from this machine's.
 
         Raises:
             OSError: nothing may be written there.
         """
         if self.local is not None:
             return disk_time(self.local)
-        self.write(_CLOCK, b"its time is what counts")
+        self.write(_CLOCK, b"only its time counts")
         found = self.modified(_CLOCK)
         assert found is not None
         return found
@@ -225,7 +225,7 @@ class Location:
 
 
 class _ObjectOutput:
-    """Upload of one object; takes any buffer, where the client takes bytes only."""
+    """Upload of one object. Takes any buffer; the client takes only bytes."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

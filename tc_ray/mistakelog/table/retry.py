@@ -1,8 +1,8 @@
-"""Times at which the log cannot be written: which errors pass by themselves, how long it lasted, what it cost.
+"""Retries while the log cannot be read or written: which errors pass by themselves, and how long it took.
 
-Invariant: an error counts as passing only if the same write may succeed later without anybody changing the run: no space, no
-quota, a store that does not answer. All others (no permission, a vanished folder) are failures. Used by the record writer, and by the Ledger and the Copilot at their
-reading.
+Invariant: an error is retried only if the same call may succeed later without a change of the run: no space, no quota, a store
+that does not answer. All others (no permission, a missing folder) are failures. Used by the record writer, by the Ledger's start
+and by the Copilot.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _PASSING_TEXTS = (
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the write that failed with `error` is worth repeating: space may be made, a store may answer again."""
+    """Whether a call that failed with `error` is worth repeating: space may be made, a store may answer again."""
     if not isinstance(error, OSError) or isinstance(error, (FileNotFoundError, PermissionError)):
         return False
     if isinstance(error, (ConnectionError, TimeoutError)) or error.errno in _PASSING_ERRNOS:
@@ -58,8 +58,8 @@ def may_pass(error: BaseException) -> bool:
     return error.errno is None and any(text in str(error).lower() for text in _PASSING_TEXTS)
 
 
-def patiently(act: Callable[[], T], who: str) -> T:
-    """What `act` returns; it is repeated as long as it fails with an error that may pass. who: begins the message, said once."""
+def retry(act: Callable[[], T], who: str) -> T:
+    """The result of `act`, which is repeated while it fails with an error that may pass. who: begins the message, logged once."""
     pause = FIRST_PAUSE_SECONDS
     while True:
         try:
@@ -73,11 +73,11 @@ def patiently(act: Callable[[], T], who: str) -> T:
         pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
 
-class OutageClock:
-    """Whether the log can be written now, and for how many seconds it could not. Not thread-safe: share it under a lock.
+class RetryClock:
+    """Whether the log can be written now, and for how many seconds it could not. Not thread-safe: use it under a lock.
 
     Args:
-        who: begins the messages, which come once at each change.
+        who: begins the messages, which are logged at each change.
     """
 
     def __init__(self, who: str) -> None:
@@ -93,7 +93,7 @@ class OutageClock:
 
     @property
     def seconds(self) -> float:
-        """Of all outages so far, the present one included."""
+        """In all so far."""
         return self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
 
     def begin(self, error: BaseException, consequence: str, dropped: int) -> None:

@@ -1,10 +1,10 @@
 """The Delta table under the Mistake Log: create, open, commit finished files, list them at a version.
 
-Invariant: a commit is one Delta transaction, so its added files, its removed files and its numbers (application
-transactions) become visible together or not at all; when `commit` returns, it is on the disk and not in a cache only. A commit
-is the version right after the one that its maker has read, or it fails: delta-rs, left to itself, moves it behind the commits of
-others. So what was checked at the version read, the lease above all, holds for the commit. Only the holder of the run's lease
-commits; readers only take snapshots.
+Invariants: a commit is one Delta transaction, so its added files, its removed files and its numbers (application transactions)
+become visible together or not at all. When `commit` returns, it is on the disk and not only in a cache. A commit is the version
+right after the one that the committer has read, or it fails; delta-rs by default moves it behind the commits of others. So what
+was checked at the version read, the lease above all, holds for the commit. Only the holder of the run's lease commits; readers
+take snapshots.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ from tc_ray.files import sync
 from tc_ray.mistakelog.rows.schema import ROW_SCHEMA, LogMetadata, LogSchemaError
 from tc_ray.mistakelog.table.commits import Commit, CommitLog, Fate, commit_name
 from tc_ray.mistakelog.table.data_file import Committed, DataFile, read_file, read_pieces
-from tc_ray.mistakelog.table.durability import renew_commits, write_checkpoint
 from tc_ray.mistakelog.table.errors import CommitConflictError, LeaseLostError, full_disk_named
 from tc_ray.mistakelog.table.location import Location, check_data_name
-from tc_ray.mistakelog.table.opening import is_table, open_table
-from tc_ray.mistakelog.table.repair import NEWEST, repair
+from tc_ray.mistakelog.table.repair import NEWEST, is_table, open_table, renew_commits, repair, write_checkpoint
 
 LEASE_NUMBER = "tc_ray/lease"
-"""Name of the number that says who may commit; see `lease.RunLease`."""
+"""Name of the number that identifies the lease; see `lease.RunLease`."""
 _CHECKPOINT_COMMITS = 100
-# the commit files hold the checksums: they stay as long as the table does
+# the commit files hold the CRC-32s: they stay as long as the table does
 _TABLE_SETTINGS = {"delta.logRetentionDuration": "interval 36500 days"}
 
 
@@ -44,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A data file of a snapshot, with the statistics and checksums of its commit."""
+    """A data file of a snapshot, with the statistics and the CRC-32 of its commit."""
 
     name: str
     rows: int
@@ -56,14 +54,13 @@ class StoredFile:
     """Lowest rank in it; files of the record writer hold one."""
     attempt: int
     """Lowest attempt in it; files of the record writer hold one."""
-    sha256: str | None = None
-    """None: not in the commits that are left."""
     crc32: int | None = None
+    """None: not in the commits that are left, or committed by another tool."""
 
     @property
     def committed(self) -> Committed:
-        """What its bytes are checked against."""
-        return Committed(self.bytes, self.crc32, self.sha256, self.rows)
+        """What its content is checked against."""
+        return Committed(self.bytes, self.crc32, self.rows)
 
 
 class LogStore:
@@ -71,13 +68,13 @@ class LogStore:
 
     Args:
         location: of the table.
-        version: pin this version; default: the latest, moved on by `refresh` and `commit`.
+        version: pin this version; default: the newest, moved on by `refresh` and `commit`.
         storage_options: of an object store.
-        lease: number of the run's lease, for one who commits under it: every commit carries it, and none is made where the
-            table has another. None: nobody else is at work on the log, or nothing is committed.
+        lease: number of the run's lease, for its holder: every commit carries it, and none is made if the table has another.
+            None: nobody else is at work on the log, or nothing is committed.
 
     Raises:
-        LogSchemaError: no Delta table there, or not a Mistake Log of a known schema version.
+        LogSchemaError: no Delta table there, or not a Mistake Log of this schema version.
     """
 
     def __init__(
@@ -94,9 +91,10 @@ class LogStore:
         self._table = open_table(self.location, version)
         self._lease, self._lease_lost = lease, False
         self._commits = CommitLog(self.location)
-        self.durable = self._metadata_version = int(self._table.version())
-        """The first: last version that is known to be on the disk; see `settle`."""
-        self._metadata = self._read_metadata()
+        self.durable = int(self._table.version())
+        """Last version that is known to be on the disk; see `settle`."""
+        self.metadata = LogMetadata.from_configuration(self._table.metadata().configuration, str(self.location))
+        """What holds for every row; it never changes."""
 
     @classmethod
     def create(
@@ -105,7 +103,7 @@ class LogStore:
         metadata: LogMetadata,
         storage_options: Mapping[str, str] | None = None,
     ) -> LogStore:
-        """Open the table, made first if it is not there.
+        """Open the table, which is made first if it is not there.
 
         Raises:
             LogSchemaError: the table there was made with other metadata; the message lists the differences.
@@ -130,31 +128,21 @@ class LogStore:
         differences = metadata.differences(store.metadata)
         if differences:
             raise LogSchemaError(
-                f"{place}: this run cannot go on in this log, its metadata differs ({'; '.join(differences)}); "
+                f"{place}: this run cannot continue this log, its metadata differs ({'; '.join(differences)}); "
                 "choose another run folder or restore the old settings"
             )
         return store
 
-    def _read_metadata(self) -> LogMetadata:
-        return LogMetadata.from_configuration(self._table.metadata().configuration, str(self.location))
-
-    @property
-    def metadata(self) -> LogMetadata:
-        """What holds for every row, at this version."""
-        if self._metadata_version != self._table.version():
-            self._metadata, self._metadata_version = self._read_metadata(), self._table.version()
-        return self._metadata
-
     @property
     def version(self) -> int:
-        """Table version this store stands at."""
+        """Table version that this store is at."""
         return int(self._table.version())
 
     def refresh(self, version: int | None = None) -> None:
-        """Move to the latest version, or to `version`.
+        """Move to the newest version, or to `version`.
 
         Raises:
-            LeaseLostError: the lease of this store is another's there.
+            LeaseLostError: that version has another lease than this store.
         """
         if version is None:
             self._table.update_incremental()
@@ -163,16 +151,16 @@ class LogStore:
         self._look_at_lease()
 
     def is_newest(self) -> bool:
-        """Nobody has committed since the version that this store stands at."""
+        """Nobody has committed since the version that this store is at."""
         return self.location.size(commit_name(self.version + 1)) is None
 
     def check_lease(self) -> None:
-        """Raises LeaseLostError once the lease was seen to be another's; looks at nothing."""
+        """Raises LeaseLostError if an earlier call found the lease lost; reads nothing."""
         if self._lease_lost:
             raise LeaseLostError.of(self.location)
 
     def confirm(self) -> None:
-        """Before something beside the table is changed: this store stands at the newest version, and has the lease there.
+        """Check, before something beside the table is changed, that this store is at the newest version and has the lease there.
 
         Raises:
             CommitConflictError: another committer has changed the table since.
@@ -184,23 +172,23 @@ class LogStore:
 
     def _look_at_lease(self) -> None:
         if self._lease is not None and self.number(LEASE_NUMBER) != self._lease:
-            self._lease_lost = True  # for good, whatever the table says later
+            self._lease_lost = True  # for good, whatever a later version says
         self.check_lease()
 
     def _overtaken(self, how: str) -> Exception:
-        """The error of one behind whom another committer has come; this store stays where it is."""
+        """The error after another committer's commit; this store stays at its version."""
         if self._lease is not None and LogStore(self.location).number(LEASE_NUMBER) != self._lease:
             self._lease_lost = True
             return LeaseLostError.of(self.location)
         return CommitConflictError(f"{self.location}: {how}")
 
     def settle(self) -> None:
-        """Bring the commits up to this version to the disk: before anything of what they say is acknowledged, or built upon.
+        """Bring the commits up to this version to the disk, before anything in them is acknowledged or built upon.
 
-        For one who commits, and has called `repair` before this store was opened.
+        For a committer that called `repair` before this store was opened.
 
         Raises:
-            LogFullError: no space (some systems find that out only now).
+            LogFullError: no space (some systems report it only now).
             OSError: the disk does not take them.
         """
         if self.version > self.durable:
@@ -209,7 +197,7 @@ class LogStore:
             self.durable = self.version
 
     def adopt(self) -> None:
-        """`settle` for commits of others too: who made the newest may have died before they were on the disk."""
+        """As `settle`, for commits of others too: the process that made the newest may have died before they were on the disk."""
         self._look_at_lease()
         self.durable = min(self.durable, max(self.version - NEWEST, -1))
         self.settle()
@@ -219,27 +207,27 @@ class LogStore:
         return self._table.transaction_version(name)
 
     def commits(self) -> list[Commit]:
-        """All commits up to this version, oldest first, read anew: for what is asked seldom."""
+        """All commits up to this version, oldest first, read anew."""
         return self._commits.commits(self.version)
 
     def fates(self) -> dict[str, Fate]:
-        """Checksums, and the version of removal, of every file that was ever committed up to this version; see `forget`."""
+        """CRC-32 and version of removal of every file committed up to this version, without those of `forget`."""
         return self._commits.fates(self.version)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Files that are no longer there: nothing need be known of them."""
+        """Drop what is known of files that are no longer there."""
         self._commits.forget(names)
 
     def files(self) -> list[StoredFile]:
         """Data files at this version, by round, then name.
 
         Raises:
-            LogSchemaError: a file was committed without the statistics that the log relies on.
+            LogSchemaError: a file was committed without the statistics that a log needs.
         """
         return self._files_of(self._table)
 
     def files_at(self, version: int) -> list[StoredFile]:
-        """Data files at another version; this store stays where it is."""
+        """Data files at another version; this store stays at its own."""
         if version == self.version:
             return self.files()
         return self._files_of(open_table(self.location, version))
@@ -249,7 +237,7 @@ class LogStore:
         files = []
         for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
             check_data_name(self.location, row["path"])
-            fate = fates.get(row["path"], Fate(None, None))
+            fate = fates.get(row["path"], Fate(None))
             found = StoredFile(
                 name=row["path"],
                 rows=row["num_records"],
@@ -259,10 +247,9 @@ class LogStore:
                 round_max=row.get("max.round"),
                 rank=row.get("min.rank"),
                 attempt=row.get("min.attempt"),
-                sha256=fate.sha256,
                 crc32=fate.crc32,
             )
-            missing = [key for key, value in asdict(found).items() if value is None and key not in ("sha256", "crc32")]
+            missing = [key for key, value in asdict(found).items() if value is None and key != "crc32"]
             if missing:
                 raise LogSchemaError(
                     f"{self.location}/{found.name}: committed without statistics of {', '.join(missing)}: "
@@ -276,7 +263,7 @@ class LogStore:
         return read_file(self.location, file.name, columns, file.committed)
 
     def read_pieces(self, file: StoredFile, rows: int) -> Iterator[pa.Table]:
-        """Rows of a file, some at a time, all checked before the first is parsed; see `datafile.read_pieces`."""
+        """Rows of a file, some at a time, after the whole file was checked; see `data_file.read_pieces`."""
         return read_pieces(self.location, file.name, file.committed, rows=rows)
 
     def commit(
@@ -289,11 +276,11 @@ class LogStore:
         note: Mapping[str, Any] | None = None,
         data_change: bool = True,
     ) -> int:
-        """Add and remove files and set numbers, all in one table version: the next one after `version`.
+        """Add and remove files and set numbers, all in one table version, the one after `version`.
 
         Args:
-            covered: statements without a file (rounds without rows), kept in the commit for their drop counts.
-            note: kept with the commit: JSON values.
+            covered: coverage without a file (rounds without rows), kept in the commit for its drop counts.
+            note: JSON values, kept with the commit.
             data_change: False: the same rows in other files (compaction).
 
         Returns:
@@ -310,15 +297,15 @@ class LogStore:
         actions += [
             RemoveAction(file.name, data_change, now_ms, size=file.bytes, partition_values={}) for file in remove
         ]
-        told = {"files": [asdict(file) for file in (*add, *covered)]}
-        properties = self._properties(numbers, {"tc_ray": told | dict(note or {})})
+        files = [asdict(file) for file in (*add, *covered)]
+        properties = self._properties(numbers, {"tc_ray": {"files": files, **(note or {})}})
         self._change(
             lambda: self._table.create_write_transaction(
                 actions,
                 mode="append",
                 schema=self._table.schema(),
                 commit_properties=properties,
-                # made below, where it is brought to the disk too
+                # the checkpoint is made below, and synced
                 post_commithook_properties=PostCommitHookProperties(
                     create_checkpoint=False, cleanup_expired_logs=False
                 ),
@@ -333,12 +320,12 @@ class LogStore:
         return CommitProperties(
             custom_metadata=metadata,
             app_transactions=[Transaction(name, value) for name, value in signed.items()],
-            max_commit_retries=0,  # a retry would move the commit behind others that nobody here has looked at
+            max_commit_retries=0,  # a retry would move the commit behind others that this store has not read
         )
 
     def _change(self, change: Callable[[], object]) -> None:
         self._look_at_lease()
-        self.settle()  # of those that are not on the disk there is never more than one
+        self.settle()  # never more than one commit is not on the disk
         known = self.version
         try:
             with full_disk_named(self.location):
@@ -352,11 +339,11 @@ class LogStore:
             raise self._overtaken(f"another process has committed version {self.version}")
 
     def _checkpoint(self) -> None:
-        """Sum the commits up in one Parquet file of Delta's own, so that opening the table stays quick."""
+        """See `write_checkpoint`. A failure costs nothing."""
         try:
             write_checkpoint(self.location, self._table)
         except (OSError, DeltaError, ValueError) as error:
-            # the commit itself stands; the next hundred will be summed up with these
+            # the commit itself is made; the next checkpoint summarises these commits too
             log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
 
     def _add_action(self, file: DataFile, now_ms: int, data_change: bool) -> AddAction:
@@ -369,7 +356,7 @@ class LogStore:
                 f"expected {file.bytes} bytes"
             )
         lowest = {"run": self.metadata.run, "attempt": file.attempt, "rank": file.rank}
-        # a file that stands in for others holds several ranks and attempts, of which the lowest are known
+        # a file that replaces others holds several ranks and attempts, of which the lowest are known
         highest = lowest if file.sequence >= 0 else {"run": self.metadata.run}
         stats: dict[str, Any] = {
             "numRecords": file.rows,

@@ -12,9 +12,8 @@ import logging
 
 import pyarrow as pa
 
-from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, Compression, ParquetPart
+from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, Compression, Finished, ParquetPart
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.output import Finished
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class OpenFile:
         """Complete the file.
 
         Returns:
-            Its final name, and its size and checksums.
+            Its final name, and its size and CRC-32.
 
         Raises:
             OSError: as for `write`.

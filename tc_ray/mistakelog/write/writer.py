@@ -20,11 +20,10 @@ from typing import TypeVar
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.rows.finite import only_finite
 from tc_ray.mistakelog.rows.records import Records
-from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, DataFile, file_name
+from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, DataFile, Finished, file_name
 from tc_ray.mistakelog.table.errors import FencedError, WriterError
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.output import Finished
-from tc_ray.mistakelog.table.retry import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, OutageClock, may_pass
+from tc_ray.mistakelog.table.retry import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, RetryClock, may_pass
 from tc_ray.mistakelog.write.open_file import OpenFile
 from tc_ray.mistakelog.write.queue import Batch, Cut, WriteQueue
 
@@ -73,7 +72,7 @@ class RecordWriter:
         self._closing = self._abandoned = False
         self._acknowledged = start_round
         self._file_total_bytes = 0
-        self._outage = OutageClock(f"log writer of rank {rank}")
+        self._retries = RetryClock(f"log writer of rank {rank}")
         # the caller's side
         self._ended = start_round
         self._records = 0
@@ -154,7 +153,7 @@ class RecordWriter:
 
     def _queue_cut(self, cut: Cut) -> None:
         # while the log cannot be written rounds go on ending, and the queue must not grow by that
-        self._queue.end_round(cut, merge=self._outage.open)
+        self._queue.end_round(cut, merge=self._retries.open)
         self._changed.notify_all()
 
     def flush(self, round: int, timeout: float | None = None) -> bool:
@@ -181,7 +180,7 @@ class RecordWriter:
             self._queue_cut(Cut(self._ended, force=True))
             self._changed.wait_for(
                 lambda: (
-                    self._acknowledged >= round or self._error is not None or (not self._blocks and self._outage.open)
+                    self._acknowledged >= round or self._error is not None or (not self._blocks and self._retries.open)
                 ),
                 timeout,
             )
@@ -227,7 +226,7 @@ class RecordWriter:
                 "not_finite_records": self._queue.not_finite,
                 "bytes": self._file_total_bytes,
                 "blocked_seconds": self._blocked_seconds,
-                "full_seconds": self._outage.seconds,
+                "full_seconds": self._retries.seconds,
                 "queue_depth": self._queue.depth,
                 "acknowledged_round": self._acknowledged,
             }
@@ -302,14 +301,14 @@ class RecordWriter:
             self._commit(self._covered + 1, cut.round)
 
     def _commit(self, first: int, last: int) -> None:
-        name, finished, rows = None, Finished(0, "", 0), self._file.rows
+        name, finished, rows = None, Finished(0, 0), self._file.rows
         if rows:
             name, finished = self._until_written(lambda: self._file.finish(self._name()))
             self._file.clear()
         with self._changed:
             dropped = self._queue.take_drops(last)
         origin = (self.rank, self.attempt, self._sequence)
-        file = DataFile(name, rows, finished.size, first, last, *origin, finished.sha256, finished.crc32, dropped)
+        file = DataFile(name, rows, finished.size, first, last, *origin, finished.crc32, dropped)
         # an error does not say that nothing was committed: the same file is submitted again, and the Ledger knows repetitions
         self._until_written(lambda: self._submit(file))
         self._sequence += 1
@@ -333,12 +332,12 @@ class RecordWriter:
                 pause = min(2 * pause, LAST_PAUSE_SECONDS)
             else:
                 with self._changed:
-                    self._outage.end(self._queue.dropped)
+                    self._retries.end(self._queue.dropped)
                 return result
 
     def _wait(self, error: OSError, seconds: float) -> None:
         with self._changed:
-            self._outage.begin(error, _CONSEQUENCE[self._settings.full_policy], self._queue.dropped)
+            self._retries.begin(error, _CONSEQUENCE[self._settings.full_policy], self._queue.dropped)
             self._changed.notify_all()
             if self._changed.wait_for(lambda: self._abandoned, seconds):
                 raise error

@@ -78,6 +78,6 @@ NOTHING = {"bad_files": 0, "left_out_steps": 0, "left_out_records": 0}
 def test_no_rmse_is_set_beside_another_loss() -> None:
     """Fault 14: with `copilot.loss=kl` the RMSE of no correction stood beside a KL value as if they could be compared."""
     rmse = TrainedCopilot(Path("a"), 3, loss=0.25, uncorrected=0.5, **NOTHING).lines()[1]
-    assert rmse == "loss      0.2500 over the last tenth; that of no correction would be 0.5000"
+    assert rmse == "loss      0.2500 over the last tenth; 0.5000 without a correction"
     kl = TrainedCopilot(Path("a"), 3, loss=0.001, uncorrected=None, **NOTHING).lines()[1]
     assert kl == "loss      0.0010 over the last tenth"

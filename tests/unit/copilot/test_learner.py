@@ -77,11 +77,27 @@ def one_of_two(rank: int, folder: Path, meeting: Path, out: Path) -> None:
     half = slice(0, EXAMPLES // 2) if rank == 0 else slice(EXAMPLES // 2, None)
     losses = train(learner, folder, range(STEPS), half)
     torch.save((losses, weights(learner)), out / f"rank{rank}.pt")
+    # a step that one rank spoils is left out on both
+    batch = make_batch(folder, half)
+    before = weights(learner)
+    bad = learner.step(poisoned(batch, "error_values", float("nan")) if rank else batch)
+    assert not bad.taken and all(torch.equal(p, before[name]) for name, p in weights(learner).items())
+    # a group that is restarted from a checkpoint takes the steps of one that is not
+    if rank == 0:
+        checkpoint.save(learner, out, Position(STEPS, 1, 1))
+    dist.barrier()
+    straight = train(learner, folder, range(STEPS + 1, STEPS + 3), half)
+    again = Learner(make_copilot(folder, seed=9), section(), total_steps=10, world_size=2)
+    checkpoint.restore(again, out)
+    assert train(again, folder, range(STEPS + 1, STEPS + 3), half) == straight
+    assert all(torch.equal(p, weights(learner)[name]) for name, p in weights(again).items())
     dist.destroy_process_group()
 
 
 def test_two_ranks_do_what_one_does(model_folder: Path, tmp_path: Path) -> None:
-    """Weights after three steps: the sums run in another order (1e-7), and AdamW's first steps have the size of the
+    """And leave out a step together, and go on from a checkpoint bit for bit.
+
+    Weights after three steps: the sums run in another order (1e-7), and AdamW's first steps have the size of the
     learning rate whatever the gradient, so noise in a tiny gradient shows at up to 1e-4 of a step."""
     spawn = multiprocessing.get_context("spawn")
     ranks = [

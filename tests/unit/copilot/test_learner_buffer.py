@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tc_ray.copilot.batching import batch_from_records
+from tc_ray.copilot.batch import batch_from_records
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.mistakelog.rows.records import Records
 from tests.support.mistakelog_samples import assert_same, random_records

@@ -13,10 +13,10 @@ import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.schema import LogSchemaError
-from tc_ray.mistakelog.table import durability, store
+from tc_ray.mistakelog.table import repair as repair_module
+from tc_ray.mistakelog.table import store
 from tc_ray.mistakelog.table.commits import commit_name
 from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX
 from tc_ray.mistakelog.table.errors import LogFullError
@@ -117,13 +117,11 @@ def test_a_commit_that_waits_for_space_does_not_keep_vacuum_from_making_it(
 ) -> None:
     """Fault 4, kind: bytes that are written anew need space. What left with that commit stays, for a power cut may take it back."""
     place = LogStore.create(tmp_path / "log", metadata()).location
-    upkeep = Upkeep(
+    limits = LogSection(
         compact=False,
         file_bytes=1 << 20,
         keep_rounds=1,
-        max_bytes=None,
-        buffer_rounds=1,
-        grace_seconds=1e-6,
+        vacuum_grace_seconds=1e-6,
         orphan_seconds=3600,
     )
     ledger = Ledger(place, writers=1, run="test")
@@ -133,7 +131,7 @@ def test_a_commit_that_waits_for_space_does_not_keep_vacuum_from_making_it(
     old, left, last = sorted((tmp_path / "log").glob("*.parquet"))
     store = LogStore(place)
     store.commit(remove=[file for file in store.files() if file.name == old.name], numbers={})
-    ledger = Ledger(place, writers=1, run="test", upkeep=upkeep)
+    ledger = Ledger(place, writers=1, run="test", settings=limits)
     ledger.report_checkpoint(3)
     ledger.report_copilot(3, 3)
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -142,13 +140,13 @@ def test_a_commit_that_waits_for_space_does_not_keep_vacuum_from_making_it(
         def no_space(path: Path, content: bytes) -> None:
             raise full
 
-        patch.setattr(durability, "write_file", no_space)
+        patch.setattr(repair_module, "write_file", no_space)
         files = [file for file in ledger._store.files() if file.name == left.name]
         with pytest.raises(LogFullError):
             ledger._store.commit(remove=files, numbers={})
-        ledger.tend()
+        ledger.maintain()
         assert not old.exists() and left.exists() and last.exists()
-    ledger.tend()
+    ledger.maintain()
     assert ledger.state().round == 3 and rounds_in(tmp_path / "log") == [3, 3]
 
 
@@ -183,7 +181,7 @@ def test_what_a_ledger_left_in_the_cache_is_on_the_disk_before_it_is_acknowledge
 def test_a_commit_that_cannot_be_read_back_is_not_acknowledged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 4: the cache has let the pages go, and the disk has zeros."""
     ledger = Ledger(folder, writers=1, run="test")
-    third, real = written(folder, 3, 3, sequence=2), durability.renew_commits
+    third, real = written(folder, 3, 3, sequence=2), repair_module.renew_commits
 
     def lost(location: Location, versions: range) -> None:
         if 4 in versions:

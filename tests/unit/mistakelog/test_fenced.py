@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,9 @@ from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.maintain.compaction import compact_log, merge
-from tc_ray.mistakelog.maintain.limits import Upkeep
-from tc_ray.mistakelog.maintain.maintenance import Maintenance
+from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.maintain.quarantine import quarantined, set_aside
-from tc_ray.mistakelog.maintain.vacuum import clean, vacuum_log
+from tc_ray.mistakelog.maintain.vacuum import look, vacuum_log
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table import lease as lease_module
@@ -34,13 +34,10 @@ from tests.support.mistakelog_samples import metadata, random_records
 from tests.unit.mistakelog.test_ledger import rounds_in, written
 
 HOUR = 3600.0
-UPKEEP = Upkeep(
-    compact=True,
+SETTINGS = LogSection(
     file_bytes=1 << 20,
     keep_rounds=1,
-    max_bytes=None,
-    buffer_rounds=1,
-    grace_seconds=1e-6,
+    vacuum_grace_seconds=1e-6,
     orphan_seconds=HOUR,
 )
 
@@ -94,7 +91,7 @@ CALLS: dict[str, Callable[[Fenced], object]] = {
     "begin_attempt": lambda a: a.ledger.begin_attempt(3, 1),
     "begin_attempt ahead": lambda a: a.ledger.begin_attempt(9, 1),
     "finish_pilot": lambda a: a.ledger.finish_pilot(3),
-    "tend": lambda a: a.ledger.tend(),
+    "maintain": lambda a: a.ledger.maintain(),
     "quarantine": lambda a: a.ledger.quarantine("rounds-00000001-rank0-a1-000000.parquet", "damaged"),
     "quarantine unknown": lambda a: a.ledger.quarantine("x.parquet", "damaged"),
 }
@@ -187,7 +184,7 @@ def test_what_the_holder_knows_when_it_was_stopped_removes_no_file(fenced: Fence
     for path in folder.glob("*.parquet"):
         os.utime(path, (time.time() - 2 * HOUR,) * 2)
     with pytest.raises(LeaseLostError):
-        clean(fenced.store, orphan_seconds=HOUR, grace_seconds=1, live_attempt=fenced.attempt)
+        look(fenced.store, orphan_seconds=HOUR, grace_seconds=1, live_attempt=fenced.attempt)
     bad = [BadFileError(file.name, "test") for file in fenced.store.files()]
     with pytest.raises(LeaseLostError):
         set_aside(fenced.store, bad, numbers={})
@@ -201,9 +198,9 @@ def test_maintenance_and_merging_stop(fenced: Fenced) -> None:
     before = {path.name for path in Path(fenced.place.uri).iterdir()}
     for _ in range(2):
         with pytest.raises(LeaseLostError):
-            merge(fenced.store, files, numbers={})
+            merge(fenced.store, files, lambda: nullcontext({}))
         with pytest.raises(LeaseLostError):
-            Maintenance(fenced.store, UPKEEP).maintain(numbers={}, safe_round=3, copilot_round=3, attempt=1)
+            Maintenance(fenced.store, SETTINGS, 1, lambda: nullcontext(Position({}, 3, 3, 1))).maintain()
     assert {path.name for path in Path(fenced.place.uri).iterdir()} == before
     fenced.check_untouched()
 

@@ -91,7 +91,7 @@ def test_names_that_lead_out_of_the_table_are_refused(
     commit.write_text(commit.read_text().replace(json.dumps(second), json.dumps(path)))
     before = content(tmp_path)
     with pytest.raises(
-        LogSchemaError, match=r"this is no log of tc-ray, and nothing of it is read or changed"
+        LogSchemaError, match=r"this is not a log of tc-ray; nothing of it is read or changed"
     ) as refused:
         USES[use](log)
     assert repr(path) in str(refused.value)

@@ -43,7 +43,7 @@ def write_file(folder: Path, rounds: range, rank: int = 0) -> DataFile:
         part.write(batch(round, rank).to_arrow("test"))
     rows, done = part.rows, part.finish()
     first, last = rounds[0], rounds[-1]
-    return DataFile(part.name, rows, done.size, first, last, rank, 1, first, done.sha256, done.crc32)
+    return DataFile(part.name, rows, done.size, first, last, rank, 1, first, done.crc32)
 
 
 @pytest.fixture
@@ -132,7 +132,6 @@ def test_an_unchecked_file_comes_whole_or_not_at_all(folder: Path) -> None:
         (Committed(size=3), "committed with 3"),
         (Committed(rows=3), "rows, committed with 3"),
         (Committed(crc32=3), "CRC-32"),
-        (Committed(sha256="3"), "SHA-256"),
     ],
 )
 def test_each_statement_of_the_commit_is_checked(folder: Path, committed: Committed, reason: str) -> None:

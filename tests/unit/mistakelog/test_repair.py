@@ -70,8 +70,8 @@ def test_drop_counts_survive_restarts_and_follow_the_watermark(tmp_path: Path) -
     LogStore.create(tmp_path, metadata())
     ledger = Ledger(tmp_path, writers=1, run="test")
     ledger.begin_attempt(0, 1)
-    ledger.commit(DataFile(None, 0, 0, 1, 3, 0, 1, 0, "", dropped={1: 4, 3: 2}))
-    ledger.commit(DataFile(None, 0, 0, 4, 5, 0, 1, 1, "", dropped={5: 8}))
+    ledger.commit(DataFile(None, 0, 0, 1, 3, 0, 1, 0, dropped={1: 4, 3: 2}))
+    ledger.commit(DataFile(None, 0, 0, 4, 5, 0, 1, 1, dropped={5: 8}))
     assert ledger.state().dropped == 14
     assert Ledger(tmp_path, writers=1, run="test").state().dropped == 14
     ledger.begin_attempt(3, 1)  # round 5 is trained again

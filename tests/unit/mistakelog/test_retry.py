@@ -10,10 +10,10 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
-from tc_ray.mistakelog.table import retry as outage
+from tc_ray.mistakelog.table import retry as retry_module
 from tc_ray.mistakelog.table.errors import LogFullError
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import may_pass, patiently
+from tc_ray.mistakelog.table.retry import may_pass, retry
 from tc_ray.mistakelog.table.store import LogStore
 from tests.unit.mistakelog.test_compaction import ROWS, written
 
@@ -34,7 +34,7 @@ def test_what_passes_is_waited_for_and_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(outage.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry_module.time, "sleep", pauses.append)
     errors: list[OSError] = [TimeoutError("no answer") for _ in range(7)]
 
     def act() -> str:
@@ -42,12 +42,12 @@ def test_what_passes_is_waited_for_and_said_once(
             raise errors.pop()
         return "there"
 
-    assert patiently(act, "Copilot 0") == "there"
+    assert retry(act, "Copilot 0") == "there"
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
     assert caplog.text.count("Copilot 0: the log cannot be read (no answer)") == 1
     errors.append(PermissionError(errno.EACCES, "x"))
     with pytest.raises(PermissionError):
-        patiently(act, "Copilot 0")
+        retry(act, "Copilot 0")
 
 
 def test_a_ledger_that_is_restarted_in_an_outage_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

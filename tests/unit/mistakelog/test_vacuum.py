@@ -1,19 +1,20 @@
-"""What vacuum removes and what it leaves: removed files, orphans, held versions, foreign files; and the Ledger's upkeep."""
+"""What vacuum removes and what it leaves: removed files, orphans, held versions, foreign files; and maintenance."""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.maintain.compaction import compact_log
-from tc_ray.mistakelog.maintain.limits import Upkeep
-from tc_ray.mistakelog.maintain.maintenance import Maintenance
-from tc_ray.mistakelog.maintain.vacuum import Vacuum, clean, vacuum_log
+from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
+from tc_ray.mistakelog.maintain.vacuum import Vacuum, look, vacuum_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.read.reader_lease import ReaderLease
 from tc_ray.mistakelog.table.data_file import DataFile
@@ -127,7 +128,7 @@ def test_a_version_that_cannot_be_read_keeps_everything(tmp_path: Path, caplog: 
         store = LogStore(tmp_path)
         store.commits()
         (tmp_path / "_delta_log" / f"{reader.version:020d}.json").unlink()
-        done = clean(store, orphan_seconds=0, grace_seconds=0, live_attempt=None)
+        done = look(store, orphan_seconds=0, grace_seconds=0, live_attempt=None)
     assert done.removed == []
     assert f"version {reader.version} is held by a reader but cannot be read" in caplog.text
 
@@ -153,9 +154,9 @@ def test_a_full_disk_is_vacuumed_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_ledger_frees_space_without_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path)
     compact_log(tmp_path, 1 << 20)
-    ledger = Ledger(tmp_path, writers=1, run="test", upkeep=upkeep())
+    ledger = Ledger(tmp_path, writers=1, run="test", settings=limits())
     version = ledger.state().version
-    ledger.tend()
+    ledger.maintain()
     assert data_files(tmp_path) == {file.name for file in LogStore(tmp_path).files()}
     assert ledger.state().version == version, "nothing is merged: that needs space first"
 
@@ -199,7 +200,7 @@ def test_what_the_running_attempt_has_not_committed_yet_stays(tmp_path: Path) ->
     for name in names.values():
         (tmp_path / name).write_bytes(b"x")
         age(tmp_path / name, 10 * HOUR)
-    done = clean(LogStore(tmp_path), orphan_seconds=HOUR, grace_seconds=0, live_attempt=2)
+    done = look(LogStore(tmp_path), orphan_seconds=HOUR, grace_seconds=0, live_attempt=2)
     assert removed(done) == {names[1]}
 
 
@@ -211,108 +212,108 @@ def test_no_vacuum_beside_a_run(tmp_path: Path) -> None:
         assert vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0, dry_run=True).removed == []
 
 
-def upkeep(**changes: object) -> Upkeep:
-    base = {
-        "compact": True,
-        "file_bytes": 1 << 20,
-        "keep_rounds": None,
-        "max_bytes": None,
-        "buffer_rounds": 1,
-        "grace_seconds": 1e-6,
-        "orphan_seconds": HOUR,
-    }
-    return Upkeep(**{**base, **changes})
+def keeper_of(
+    store: LogStore, limits: LogSection, safe_round: int, copilot_round: int, now: list[float] | None = None
+) -> Maintenance:
+    """Maintenance of a log that nobody else commits to."""
+    position = Position({LEASE_NUMBER: 1}, safe_round, copilot_round, 1)
+    return Maintenance(store, limits, 1, lambda: nullcontext(position), lambda: now[0] if now else time.monotonic())
 
 
-def test_upkeep_merges_retires_and_removes(tmp_path: Path) -> None:
+def limits(**changes: object) -> LogSection:
+    base = {"file_bytes": 1 << 20, "vacuum_grace_seconds": 1e-6, "orphan_seconds": HOUR}
+    return LogSection(**{**base, **changes})
+
+
+def test_maintenance_merges_retires_and_removes(tmp_path: Path) -> None:
     written(tmp_path, rounds=20)
     store = LogStore(tmp_path)
     now = [0.0]
-    keeper = Maintenance(store, upkeep(keep_rounds=16), clock=lambda: now[0])
-    numbers = {LEASE_NUMBER: 1}
-    done = keeper.maintain(numbers=numbers, safe_round=18, copilot_round=20, attempt=1)
+    keeper = keeper_of(store, limits(keep_rounds=16), 18, 20, now)
+    done = keeper.maintain()
     assert [file.round_max for file in done.retired] == [1, 2, 3, 4]
     assert [file.round_max for file in done.merged] == [5, 6], "an eighth of what is kept"
-    assert done.changed and done.vacuum is not None and not done.vacuum.removed
+    assert done.vacuum is not None and not done.vacuum.removed
     assert [(file.round_min, file.round_max) for file in store.files()][:3] == [(5, 6), (7, 7), (8, 8)]
-    again = keeper.maintain(numbers=numbers, safe_round=18, copilot_round=20, attempt=1)
+    again = keeper.maintain()
     assert again.vacuum is None, "vacuum runs no more often than needed"
     now[0] += 61
-    later = keeper.maintain(numbers=numbers, safe_round=18, copilot_round=20, attempt=1)
+    later = keeper.maintain()
     assert later.vacuum is not None and len(later.vacuum.removed) == 8
     assert data_files(tmp_path) == {file.name for file in store.files()} | {file.name for file in later.merged}
     assert len(MistakeLog(tmp_path).records()) == 16 * ROWS
 
 
-def test_upkeep_lists_the_commits_now_and_then_only(tmp_path: Path) -> None:
+def test_maintenance_lists_the_commits_now_and_then_only(tmp_path: Path) -> None:
     """They stay as long as the table does, so that the list grows without end."""
     written(tmp_path)
     now = [0.0]
-    keeper = Maintenance(LogStore(tmp_path), upkeep(compact=False), clock=lambda: now[0])
+    keeper = keeper_of(LogStore(tmp_path), limits(compact=False), 8, 8, now)
     staged = tmp_path / "_delta_log/00000000000000000099.json#1"
     seen = []
     for seconds in (0, 61, HOUR + 1, 61):
         staged.write_bytes(b"")
         age(staged, 2 * HOUR)
         now[0] += seconds
-        done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=8, copilot_round=8, attempt=1)
+        done = keeper.maintain()
         assert done.vacuum is not None
         seen.append(not staged.exists())
     assert seen == [True, False, True, False]
 
 
-def test_upkeep_says_once_why_a_limit_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_maintenance_says_once_why_a_limit_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     written(tmp_path)
     now = [0.0]
-    keeper = Maintenance(LogStore(tmp_path), upkeep(max_bytes=1, compact=False), clock=lambda: now[0])
+    keeper = keeper_of(LogStore(tmp_path), limits(max_bytes=1, compact=False), 8, 0, now)
     for _ in range(3):
-        keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=8, copilot_round=0, attempt=1)
+        keeper.maintain()
     assert caplog.text.count("the Copilot, at round 0, has still to read rounds 1 to 1") == 1
     now[0] += 601
-    keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=8, copilot_round=0, attempt=1)
+    keeper.maintain()
     assert caplog.text.count("has still to read") == 2
     assert len(MistakeLog(tmp_path).records()) == 8 * ROWS
 
 
-def test_upkeep_passes_over_a_damaged_file(tmp_path: Path) -> None:
+def test_maintenance_passes_over_a_damaged_file(tmp_path: Path) -> None:
     written(tmp_path, rounds=20)
     store = LogStore(tmp_path)
     victim = store.files()[0]
     (tmp_path / victim.name).write_bytes(b"PAR1")
-    keeper = Maintenance(store, upkeep())
-    done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=20, copilot_round=20, attempt=1)
+    keeper = keeper_of(store, limits(), 20, 20)
+    done = keeper.maintain()
     assert [error.name for error in done.bad] == [victim.name] and done.merge is None
-    done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=20, copilot_round=20, attempt=1)
+    done = keeper.maintain()
     assert done.merge is not None and len(done.merged) == 19
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_upkeep_that_fails_costs_the_run_nothing(
+def test_maintenance_that_fails_costs_the_run_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     written(tmp_path, rounds=20)
     store = LogStore(tmp_path)
-    keeper = Maintenance(store, upkeep())
+    keeper = keeper_of(store, limits(), 20, 20)
 
     def refuse(location: Location, name: str, new: str) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("tc_ray.mistakelog.table.location.Location.rename", refuse)
     before = store.version
-    done = keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=20, copilot_round=20, attempt=1)
+    done = keeper.maintain()
     assert (done.merge, store.version, not list(tmp_path.glob("*.tmp"))) == (None, before, True)
-    assert f"upkeep is put off: [Errno {number}]" in caplog.text
+    assert f"maintenance is put off: [Errno {number}]" in caplog.text
     monkeypatch.undo()
-    assert keeper.maintain(numbers={LEASE_NUMBER: 1}, safe_round=20, copilot_round=20, attempt=1).merge is not None
+    assert keeper.maintain().merge is not None
 
 
-def test_upkeep_in_the_ledger(tmp_path: Path) -> None:
-    """Its counts go with it, and only rounds before the checkpoint are merged."""
+def test_maintenance_in_the_ledger(tmp_path: Path) -> None:
+    """Its counts follow, and only rounds before the checkpoint are merged."""
     written(tmp_path, rounds=20)
-    ledger = Ledger(tmp_path, writers=1, run="test", upkeep=upkeep(keep_rounds=16))
+    ledger = Ledger(tmp_path, writers=1, run="test", settings=limits(keep_rounds=16))
     ledger.begin_attempt(20, 1)
     ledger.report_copilot(20, 20)
-    ledger.commit(DataFile(None, 0, 0, 21, 21, 0, 2, 0, ""))
+    ledger.commit(DataFile(None, 0, 0, 21, 21, 0, 2, 0))
+    ledger.maintain()
     state = ledger.state()
-    assert (state.files, state.rows, state.round) == (15, 16 * ROWS, 21)
-    assert [(f.round_min, f.round_max) for f in LogStore(tmp_path).files()][:3] == [(5, 6), (7, 7), (8, 8)]
+    assert (state.files, state.rows, state.round) == (9, 16 * ROWS, 21)
+    assert [(f.round_min, f.round_max) for f in LogStore(tmp_path).files()][:3] == [(5, 6), (7, 8), (9, 10)]

@@ -10,23 +10,21 @@ import errno
 import logging
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.limits import Upkeep
-from tc_ray.mistakelog.maintain.maintenance import Maintenance
+from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.commits import dropped_records
-from tc_ray.mistakelog.table.data_file import DataFile
+from tc_ray.mistakelog.table.data_file import DataFile, _Output
 from tc_ray.mistakelog.table.errors import LogFullError, WriterError
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.output import LocalOutput
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.queue import Batch, Cut, WriteQueue
 from tc_ray.mistakelog.write.writer import RecordWriter
@@ -43,25 +41,11 @@ class Disk:
         self.refused = 0
         disk = self
 
-        class Output(LocalOutput):
-            """Arrow writes through here."""
+        arrow_write = _Output.write
 
-            def __init__(self, path: Path) -> None:
-                super().__init__(path)
-                self.file, self.closed = self.sink, False
-                self.tell = self.file.tell
-                self.sink = pa.PythonFile(self, "w")
-
-            def write(self, data: Any) -> int:
-                disk.check()
-                return int(self.file.write(data))
-
-            def flush(self) -> None:
-                self.file.flush()
-
-            def close(self) -> None:
-                self.file.close()
-                self.closed = True
+        def output_write(output: _Output, data: bytes) -> int:
+            disk.check()
+            return arrow_write(output, data)
 
         def write(location: Location, name: str, data: bytes) -> None:
             disk.check()
@@ -69,7 +53,7 @@ class Disk:
             (location.local / name).parent.mkdir(parents=True, exist_ok=True)
             (location.local / name).write_bytes(data)
 
-        monkeypatch.setattr("tc_ray.mistakelog.table.output.LocalOutput", Output)
+        monkeypatch.setattr(_Output, "write", output_write)
         monkeypatch.setattr(Location, "write", write)
 
     def check(self) -> None:
@@ -179,7 +163,7 @@ def test_drop_drops_what_finds_the_queue_full(tmp_path: Path, disk: Disk) -> Non
     disk.full = True
     started = time.monotonic()
     pilot.train()  # the thread takes it and fails
-    until(lambda: pilot.writer._outage.open)  # a moment after the disk has refused
+    until(lambda: pilot.writer._retries.open)  # a moment after the disk has refused
     taken = [pilot.train(2) for _ in range(200)]
     assert not pilot.writer.flush(200, timeout=30)
     assert not pilot.writer.flush(201)
@@ -245,7 +229,7 @@ def test_drops_are_counted_where_a_commit_has_no_rows(tmp_path: Path, disk: Disk
     pilot = Pilot(tmp_path, full_policy="drop", queue_rounds=1)
     disk.full = True
     pilot.train()  # the thread takes it and fails
-    until(lambda: pilot.writer._outage.open)
+    until(lambda: pilot.writer._retries.open)
     assert pilot.train() == [True]  # waits in the queue
     assert [pilot.train() for _ in range(3)] == [[False]] * 3
     disk.full = False
@@ -324,12 +308,12 @@ def test_a_merge_that_finds_the_disk_full_is_put_off(
     assert pilot.writer.flush(12)
     pilot.writer.close()
     store = LogStore(tmp_path)
-    limits = Upkeep(True, 1 << 20, None, None, 1, 600, 3600)
-    keeper = Maintenance(store, limits)
+    limits = LogSection(file_bytes=1 << 20, vacuum_grace_seconds=600, orphan_seconds=3600)
+    keeper = Maintenance(store, limits, 1, lambda: nullcontext(Position({"x": 1}, 12, 12, 1)))
     disk.full = True
-    done = keeper.maintain(numbers={"x": 1}, safe_round=12, copilot_round=12, attempt=1)
+    done = keeper.maintain()
     assert done.merge is None and not list(tmp_path.glob("*.tmp"))
-    assert "upkeep is put off: [Errno 28]" in caplog.text
+    assert "maintenance is put off: [Errno 28]" in caplog.text
     disk.full = False
-    assert keeper.maintain(numbers={"x": 1}, safe_round=12, copilot_round=12, attempt=1).merge is not None
+    assert keeper.maintain().merge is not None
     assert_same(MistakeLog(tmp_path).records(), Records.concat(pilot.put))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.batching import batch_from_records, pooled_records
+from tc_ray.copilot.batch import batch_from_records, pooled_records
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.models.copilot import CopilotConfig

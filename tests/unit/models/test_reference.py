@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tc_ray.copilot.batching import batch_from_records
+from tc_ray.copilot.batch import batch_from_records
 from tc_ray.data.prepared.batches import collate
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.models.copilot import Copilot, CopilotBatch

@@ -199,7 +199,7 @@ def test_a_run_that_meets_them(tmp_path: Path) -> None:
     assert found["whole"]
     assert "the Pilot after round 4 holds weights that are not finite (model." in found["checkpoint"]
     assert "round-000006: the checkpoint holds weights that are not finite" in found["restore"]
-    assert "remove the folder to go on from the one before" in found["restore"]
+    assert "remove the folder to resume from the one before" in found["restore"]
     assert f"not finite {MOST_IN_A_ROW} times in a row" in found["lost"] and "pilot.learning_rate" in found["lost"]
     events = [said for said in found["said"] if said[0] == "event"]
     assert len(events) == 1 and events[0][1] == "not finite" and events[0][2].startswith("round 2: ")

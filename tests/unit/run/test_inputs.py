@@ -113,7 +113,7 @@ def test_inputs_are_kept_in_log_and_checkpoints(tmp_path: Path) -> None:
         def save(self, folder: Path) -> None:
             (folder / "x").touch()
 
-    checkpoint.save(Stub(), run / "copilot" / "checkpoints", Position(10, 4, 3), inputs=INPUTS)  # type: ignore[arg-type]
+    checkpoint.save(Stub(), run / "copilot" / "checkpoints", Position(10, 4, 3, INPUTS))  # type: ignore[arg-type]
     LogStore.create(log, metadata(**INPUTS))
     found = recorded_inputs(config, run, log)
     assert [(dict(one.inputs), one.round) for one in found] == [(INPUTS, 0), (INPUTS, 5), (INPUTS, 4)]

@@ -132,8 +132,8 @@ def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
 def test_sizes_are_those_of_the_models_that_are_trained(
     data: Path, tmp_path: Path, family: str, base: str, copilot: dict[str, Any], method: str
 ) -> None:
-    from tc_ray.copilot.learner import Learner
-    from tc_ray.copilot.worker import build_copilot, output_ids_of
+    from tc_ray.copilot.learner import Learner, build_copilot
+    from tc_ray.copilot.worker import output_ids_of
     from tc_ray.models.pilot.load import add_adapters
 
     decoder_only = family not in ENCODER_DECODER

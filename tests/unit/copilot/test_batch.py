@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tc_ray.copilot.batching import batch_from_records
+from tc_ray.copilot.batch import batch_from_records
 from tests.support.mistakelog_samples import DIM, TOP_K, random_records
 
 

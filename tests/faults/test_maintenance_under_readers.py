@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from tc_ray.config.log import LogSection
-from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.limits import Upkeep
+from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.rows.records import Records
@@ -30,13 +29,10 @@ ROWS = 400
 CAP = 12 << 20
 GRACE = 1.0
 BUFFER = 10
-UPKEEP = Upkeep(
-    compact=True,
+SETTINGS = LogSection(
     file_bytes=1 << 19,
-    keep_rounds=None,
     max_bytes=CAP,
-    buffer_rounds=BUFFER,
-    grace_seconds=GRACE,
+    vacuum_grace_seconds=GRACE,
     orphan_seconds=3600,
 )
 
@@ -104,7 +100,7 @@ def test_four_readers_and_a_cap(tmp_path: Path, seconds: float) -> None:
     folder = tmp_path / "log"
     LogStore.create(folder, metadata())
     lease = RunLease.take(Location(folder), "test")
-    ledger = Ledger(folder, writers=1, run="test", lease=lease.number, upkeep=UPKEEP)
+    ledger = LedgerActor(folder, writers=1, run="test", lease=lease.number, settings=SETTINGS, buffer_rounds=BUFFER)
     attempt = ledger.begin_attempt(0, 1)
     writer = RecordWriter(
         folder,
@@ -116,7 +112,7 @@ def test_four_readers_and_a_cap(tmp_path: Path, seconds: float) -> None:
     )
     readers = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.test_upkeep_under_readers", str(folder), str(number)],
+            [sys.executable, "-m", "tests.faults.test_maintenance_under_readers", str(folder), str(number)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -9,8 +9,8 @@ import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
 from tc_ray.mistakelog.maintain.compaction import compact_log
-from tc_ray.mistakelog.maintain.limits import Upkeep
 from tc_ray.mistakelog.maintain.quarantine import quarantined
 from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 from tc_ray.mistakelog.maintain.verify import verify_log
@@ -35,9 +35,9 @@ def batch(round: int) -> Records:
     return random_records(ROWS, round=round, first_sample=100 * round)
 
 
-def written(place: Location, upkeep: Upkeep | None = None) -> Ledger:
+def written(place: Location, limits: LogSection | None = None) -> Ledger:
     LogStore.create(place, metadata())
-    ledger = Ledger(place, writers=1, run="test", upkeep=upkeep)
+    ledger = LedgerActor(place, writers=1, run="test", settings=limits)
     writer = RecordWriter(
         place,
         ledger.commit,
@@ -84,15 +84,12 @@ def test_merge_hold_and_vacuum(options: dict[str, str]) -> None:
     assert verify_log(place).good
 
 
-def test_upkeep_of_a_run(options: dict[str, str]) -> None:
+def test_maintenance_of_a_run(options: dict[str, str]) -> None:
     place = Location(new_log_uri(options), options)
-    limits = Upkeep(
-        compact=True,
+    limits = LogSection(
         file_bytes=1 << 20,
         keep_rounds=16,
-        max_bytes=None,
-        buffer_rounds=1,
-        grace_seconds=1e-6,
+        vacuum_grace_seconds=1e-6,
         orphan_seconds=3600,
     )
     ledger = written(place, limits)
