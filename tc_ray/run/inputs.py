@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.copilot.checkpoint import latest
 from tc_ray.data.prepared.folder import PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepared_before
 from tc_ray.data.prepared.rows_hash import rows_hashes
