@@ -47,7 +47,8 @@ from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.losses import RootMeanSquare
 from tc_ray.models.losses.rmse import gram_is_cheaper
-from tc_ray.models.pilot.load import DTYPES, PilotStep, add_adapters, load_pilot
+from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
+from tc_ray.models.pilot.step import PilotStep
 
 FORMS = ("autograd", "dense", "gram")
 WARM_UP_ROUNDS = 1

@@ -16,7 +16,8 @@ from tc_ray.evaluation.metric import Metric, Outcome
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.selection import Choice, Comparison, choose
 from tc_ray.evaluation.teacher_forced import teacher_forced
-from tc_ray.models.fusion import SPACES, FusedModel
+from tc_ray.models.folder import SPACES
+from tc_ray.models.fusion import FusedModel
 
 MAX_EXAMPLES_SHOWN = 12
 

@@ -15,7 +15,7 @@ import torch
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.models.copilot import CopilotBatch
 from tc_ray.models.fusion import FusedModel, fuse
-from tc_ray.models.pilot.load import PilotStep
+from tc_ray.models.pilot.step import PilotStep
 
 CHUNK_ELEMENTS = 2**20
 NLL_FLOOR = 1e-8

@@ -25,9 +25,8 @@ from tc_ray.config.section import check_lam
 from tc_ray.files import FOLDER_MARKER, mark_whole, read_json, sync, write_json
 from tc_ray.models.copilot import Copilot, CopilotConfig
 from tc_ray.models.finite import NotFiniteError
-from tc_ray.models.fusion import FEEDBACKS, SPACES, write_settings
-from tc_ray.models.fusion.folder import FUSION_FILE, FusionSettings, read_settings
-from tc_ray.models.fusion.model import check_fit
+from tc_ray.models.folder import FEEDBACKS, FUSION_FILE, SPACES, FusionSettings
+from tc_ray.models.fusion.core import check_fit
 from tc_ray.models.hub import model_identity, resolve_model, vocabulary_hash
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.models.weights import WeightsError, check_files
@@ -160,7 +159,7 @@ def _find_copilot(given: Path) -> _Copilot:
     given = given.expanduser().absolute()
     export = _export_in(given) or (_export_in(given.parent) if given.name == "copilot" else None)
     if export is not None:
-        settings = _read(read_settings, export, "cannot be read as an exported run")
+        settings = _read(FusionSettings.read, export, "cannot be read as an exported run")
         own = export / "pilot"
         fused = _provenance(export).get("copilot")  # of a folder made here: its Pilot is not the one of the training
         beside = {"identity": model_identity(own), **_run_of(own)} if fused is None else fused["trained_beside"]
@@ -310,7 +309,7 @@ def _write(out: Path, files: dict[str, list[Path]], settings: FusionSettings, pr
             (temporary / part).mkdir(parents=True)
             for path in paths:
                 shutil.copyfile(path, temporary / part / path.name)
-        write_settings(temporary, **asdict(settings))
+        settings.write(temporary)
         write_json(temporary / "provenance.json", provenance)
         mark_whole(temporary)
         os.rename(temporary, out)  # never in place of another: unlike `publish_folder`

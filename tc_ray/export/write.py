@@ -15,7 +15,7 @@ from tc_ray.config.redact import redact_command
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
 from tc_ray.files import FOLDER_MARKER, publish_folder, write_json
-from tc_ray.models.fusion import write_settings
+from tc_ray.models.folder import FusionSettings
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
 
@@ -31,7 +31,7 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
     temporary.mkdir()
     for part in ("pilot", "copilot") if report.no_copilot is None else ("pilot",):
         _copy(run / part / "final", temporary / part)
-    write_settings(temporary, lam=report.exported_lam, space=report.space, feedback=report.feedback)
+    FusionSettings(report.exported_lam, report.space, report.feedback).write(temporary)
     save_config(config, temporary / "config.yaml")
     provenance = {
         "tc_ray": tc_ray.__version__,

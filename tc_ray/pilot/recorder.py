@@ -17,7 +17,7 @@ import torch
 from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tc_ray.models.pilot.load import PilotStep, StepRecord
+from tc_ray.models.pilot.step import PilotStep, StepRecord
 from tc_ray.pilot.error_width import ErrorCurve, measured_rounds, told
 from tc_ray.pilot.host_copy import HostCopy, PendingRecords
 from tc_ray.pilot.recording import chosen_rows, to_records

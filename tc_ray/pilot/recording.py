@@ -14,7 +14,7 @@ import torch
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
-from tc_ray.models.pilot.load import StepRecord
+from tc_ray.models.pilot.step import StepRecord
 from tc_ray.pilot.host_copy import HostCopy, PendingRecords
 
 
@@ -61,7 +61,7 @@ def to_records(
         dense: the step's errors are those of all V tokens.
         copy: of the step's device; None: one for this call.
     """
-    copy = copy or HostCopy(step.states.device)
+    copy = copy or HostCopy(step.rationale.device)
     lengths, target_start = lengths.astype(np.int64), target_start.astype(np.int64)
     owner = np.repeat(np.arange(len(lengths)), lengths - target_start)
     taken = np.ones(len(lengths), bool)
@@ -76,7 +76,7 @@ def to_records(
         return values if tokens is None else values.index_select(0, tokens)
 
     tensors = {
-        "rationale": _at(step.states, kept, copy),
+        "rationale": _at(step.rationale, kept, copy),
         "error_ids": of_tokens(step.errors.ids).to(torch.int32),
         "error_values": of_tokens(step.errors.values),
         "error_rest": of_tokens(step.errors.rest),
@@ -98,8 +98,8 @@ def to_records(
         seq_offsets=_offsets(lengths[taken]),
         target_start=target_start[taken].astype(np.int32),
         rationale_offsets=_offsets(kept.sum(1)[taken]),
-        rationale_layers=step.states.shape[2] if step.states.ndim == 4 else 1,
-        rationale_dim=step.states.shape[-1],
+        rationale_layers=step.rationale.shape[2] if step.rationale.ndim == 4 else 1,
+        rationale_dim=step.rationale.shape[-1],
         target_offsets=_offsets((lengths - target_start)[taken]),
         error="dense" if dense else "top-k",
         **arrays,

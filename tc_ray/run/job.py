@@ -156,7 +156,7 @@ class _Job:
         from tc_ray.data.prepared.batches import RoundOrder
         from tc_ray.models.families import family_of
         from tc_ray.models.hub import embedding_rows, resolve_model
-        from tc_ray.models.weights import check_folders
+        from tc_ray.models.pilot.load import check_folders
         from tc_ray.pilot.log_metadata import check_log
         from tc_ray.run.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
 

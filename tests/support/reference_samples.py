@@ -16,7 +16,7 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.copilot import Copilot
-from tc_ray.models.pilot.load import PilotStep
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.pilot.recording import to_records
 from tests.support.mistakelog_samples import metadata
 from tests.support.reference import DenseRecord, dense_record
@@ -44,7 +44,7 @@ def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
         for module in (copilot.error_projection, copilot.start, copilot.state_projection, copilot.memory_projection):
             if module is not None and hasattr(module, "weight"):
                 module.weight.add_(0.3 * torch.randn_like(module.weight))
-        for norm in (copilot.question_norm, copilot.state_norm, copilot.stack.norm):
+        for norm in (copilot.question_norm, copilot.rationale_norm, copilot.stack.norm):
             norm.weight.mul_(1 + 0.3 * torch.randn_like(norm.weight))
         copilot.output.weight.normal_(std=0.3)
     return copilot.eval()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from tc_ray.models.pilot.load import StepRecord
+from tc_ray.models.pilot.step import StepRecord
 
 
 @dataclass(frozen=True)
@@ -16,20 +14,21 @@ class CopilotBatch:
     """B records padded to n target rows, Q prompt tokens and P state positions.
 
     question_ids: int64 [B, Q], prompt tokens. question_mask: bool [B, Q].
-    states: bf16 [B, P, d_P], pooled hidden states as the log holds them. state_position: int64 [B, P], absolute, -1 is padding.
+    rationale: bf16 [B, P, d_P], pooled hidden states as the log holds them. rationale_position: int64 [B, P], absolute, -1 is
+    padding.
     row_position: int64 [B, n], position of the state that predicts row i's token, -1 is padding.
     error_ids: int64 [B, n, k+1]. error_values: fp32 [B, n, k+1], zero in padding.
-    question_states: bf16 [B, Q, d_P], the encoder's output; None where X~ follows from question_ids (decoder-only).
+    question: bf16 [B, Q, d_P], the encoder's output; None if X~ follows from question_ids (decoder-only).
     """
 
     question_ids: torch.Tensor
     question_mask: torch.Tensor
-    states: torch.Tensor
-    state_position: torch.Tensor
+    rationale: torch.Tensor
+    rationale_position: torch.Tensor
     row_position: torch.Tensor
     error_ids: torch.Tensor
     error_values: torch.Tensor
-    question_states: torch.Tensor | None = None
+    question: torch.Tensor | None = None
 
     @property
     def row_mask(self) -> torch.Tensor:
@@ -51,7 +50,7 @@ class CopilotBatch:
         *,
         positions: str,
     ) -> CopilotBatch:
-        """The batch that the log would give back for a Pilot forward, on the host, without the log (held-out measures, tests).
+        """The batch that the log would return for a Pilot forward, on the host, without a log (held-out measures, tests).
 
         Args:
             step: record of the forward. input_ids: int64 [B, S] right padded. lengths, target_start: int64 [B].
@@ -73,7 +72,7 @@ class CopilotBatch:
         return cls(
             input_ids[:, :question],
             position[:, :question] < target_start[:, None],
-            step.states.cpu().to(torch.bfloat16),
+            step.rationale.cpu().to(torch.bfloat16),
             torch.where(kept, position, -1),
             torch.where(row_mask, (target_start - 1)[:, None] + torch.arange(row_mask.shape[1]), -1),
             error_ids,

@@ -1,7 +1,7 @@
 """The logit lens as a picture (figure 4): a heat map of layers over generated tokens.
 
-Columns are the generated tokens, rows the Pilot's layers from the lowest up; above them the output of the Pilot and of the fused
-model. Needs only an explanation and the tokenizer, no model.
+Columns are the generated tokens, rows the Pilot's layers from the lowest up; above them the outputs of Pilot and fused model.
+Needs an explanation and the tokenizer, no model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def draw_logit_lens(
     Args:
         explanation: made with `Explain(logit_lens=True)`.
         sequence: which of its sequences. first, count: which of its tokens, from 0.
-        max_layers: of a deeper model every second, third, ... layer is drawn, the last one always.
+        max_layers: a deeper model is drawn with every second, third, ... layer, always with the last.
 
     Raises:
         ValueError: an explanation without logit lens, or no tokens to draw.
@@ -93,7 +93,7 @@ def logit_lens_figure(
     for panel, places_in in zip(axes, panels, strict=True):
         _draw_panel(panel, layers, outputs, said, places_in, first, across, words, colours)
     figure.suptitle(
-        "Logit lens: what each layer of the Pilot would say next", fontsize=12, x=0.01, ha="left", fontweight="bold"
+        "Logit lens: what each layer of the Pilot would predict next", fontsize=12, x=0.01, ha="left", fontweight="bold"
     )
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=axes, fraction=0.03, pad=0.01, aspect=30)
     bar.set_label("probability of the token shown", fontsize=8)
@@ -192,7 +192,7 @@ def _draw_panel(
 
 
 class _Words(dict[int, str]):
-    """What stands in a cell for each token: its text, short, with everything unprintable made visible."""
+    """The text of a cell for each token: short, with everything unprintable made visible."""
 
     LEGEND = "\u2423 blank   \u21b5 new line   \u21e5 tab   \u2026 cut   #n: token n, no whole character"
     _VISIBLE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
@@ -216,7 +216,7 @@ class _Words(dict[int, str]):
 
 
 def _fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
-    """Installed fonts that draw these characters, the usual one first, and the characters that they have."""
+    """Installed fonts that draw these characters, DejaVu Sans first, and the characters that they have."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
     fonts, known = [FONT], set[str]()

@@ -224,7 +224,7 @@ def _refusals(config: RunConfig) -> list[str]:
 
 def _check_weights(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, refusals: list[str]) -> None:
     """As the job does, of folders that are on this machine; one with a config alone can be planned with."""
-    from tc_ray.models.weights import check_folders
+    from tc_ray.models.pilot.load import check_folders
 
     try:
         check_folders(config, pilot.place, pilot.place if base is None else base.place)

@@ -128,8 +128,8 @@ class LoadedRun:
 
         from tc_ray.models.copilot import Copilot
         from tc_ray.models.copilot.probe import check_answers
+        from tc_ray.models.folder import FusionSettings
         from tc_ray.models.fusion import FusedModel
-        from tc_ray.models.fusion.folder import read_settings
 
         try:
             signature, version = copilot_signature(source), copilot_version(source)
@@ -140,7 +140,7 @@ class LoadedRun:
                     "server: start it anew, or deploy it again"
                 )
             self._check_tokenizer(source)
-            fusion = read_settings(source)
+            fusion = FusionSettings.read(source)
             copilot = _in_memory(
                 Copilot.from_pretrained(source / "copilot", dtype=torch.float32, use_safetensors=True)
             ).to(self._device)

@@ -23,10 +23,10 @@ def test_every_cell(rows: list[int] | None, question: bool) -> None:
         "targets": max(len(one.error_rest) for one in singles),
     }
     assert batch.question_ids.shape == batch.question_mask.shape == (len(chosen), longest["question"])
-    assert batch.states.shape == (len(chosen), longest["states"], DIM) and batch.states.dtype == torch.bfloat16
+    assert batch.rationale.shape == (len(chosen), longest["states"], DIM) and batch.rationale.dtype == torch.bfloat16
     assert batch.error_ids.shape == batch.error_values.shape == (len(chosen), longest["targets"], TOP_K + 1)
     assert (batch.error_ids.dtype, batch.error_values.dtype) == (torch.int64, torch.float32)
-    assert (batch.question_states is not None) == question
+    assert (batch.question is not None) == question
     for b, one in enumerate(singles):
         start, length = int(one.target_start[0]), len(one.input_ids)
         states = len(one.rationale)
@@ -41,15 +41,15 @@ def test_every_cell(rows: list[int] | None, question: bool) -> None:
 
         assert batch.question_ids[b].tolist() == padded(one.input_ids[:start], longest["question"])
         assert batch.question_mask[b].tolist() == [place < start for place in range(longest["question"])]
-        assert bits(batch.states[b]) == padded(one.rationale[:, 0], longest["states"])
+        assert bits(batch.rationale[b]) == padded(one.rationale[:, 0], longest["states"])
         position = np.arange(length - 1 - states, length - 1)
-        assert batch.state_position[b].tolist() == padded(position, longest["states"], -1)
+        assert batch.rationale_position[b].tolist() == padded(position, longest["states"], -1)
         assert batch.row_position[b].tolist() == padded(np.arange(start - 1, length - 1), longest["targets"], -1)
         assert batch.error_ids[b].tolist() == padded(one.error_ids, longest["targets"])
         assert batch.error_values[b].tolist() == padded(one.error_values, longest["targets"])
         if question:
-            assert batch.question_states is not None and one.question is not None
-            assert bits(batch.question_states[b]) == padded(one.question, longest["question"])
+            assert batch.question is not None and one.question is not None
+            assert bits(batch.question[b]) == padded(one.question, longest["question"])
 
 
 def test_padding_is_zero_in_memory_used_before() -> None:
@@ -61,5 +61,5 @@ def test_padding_is_zero_in_memory_used_before() -> None:
         batch = batch_from_records(records)
         padding = ~batch.row_mask
         assert padding.any() and not batch.error_ids[padding].any() and not batch.error_values[padding].any()
-        assert not batch.states.view(torch.int16)[batch.state_position < 0].any()
+        assert not batch.rationale.view(torch.int16)[batch.rationale_position < 0].any()
         assert not batch.question_ids[~batch.question_mask].any()

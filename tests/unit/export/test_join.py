@@ -20,7 +20,7 @@ from tc_ray.export.join import FuseError, Fusion, fuse_models
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.families import UnknownFamilyError
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.fusion.model import FusionError
+from tc_ray.models.fusion.core import FusionError
 from tc_ray.models.hub import ModelSourceError, vocabulary_hash
 from tc_ray.models.pilot.load import load_pilot
 from tests.support.family_samples import PADDED, folder_of, left_padded, make_copilot, new_pilot, prompts

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.pilot.load import PilotStep
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.token_errors import dense_errors
 from tests.support import family_reference
 from tests.support.family_reference import Made, copilot_f, embedding_table, pilot_pass
@@ -56,7 +56,7 @@ def test_records(family: str, pooling: str) -> None:
     ids, lengths, starts = examples()
     measured = PilotStep(new_pilot(family), top_k=10 * VOCAB, pooling=pooling).measure(ids, lengths, starts)
     record, first = measured.record, 0
-    assert record is not None and record.states.dtype == torch.float32
+    assert record is not None and record.rationale.dtype == torch.float32
     errors = dense_errors(record.errors.ids, record.errors.values, VOCAB)
     for row, (length, start) in enumerate(SHAPES):
         prompt, target = ids[row, :start].tolist(), ids[row, start:length].tolist()
@@ -67,12 +67,12 @@ def test_records(family: str, pooling: str) -> None:
         losses = [-float(r.log_softmax(-1)[t]) for r, t in zip(seen.logits, target, strict=True)]
         torch.testing.assert_close(record.token_loss[rows], torch.tensor(losses), rtol=1e-4, atol=1e-5)
         assert record.token_correct[rows].tolist() == (seen.logits.argmax(-1) == torch.tensor(target)).tolist()
-        close(record.states[row, seen.positions], seen.states)
+        close(record.rationale[row, seen.positions], seen.states)
         if family in ENCODER_DECODER:
             assert record.question is not None
             close(record.question[row, :start], seen.question)
             others = [i for i in range(ids.shape[1]) if i not in seen.positions]
-            assert float(record.states[row, others].abs().max()) == 0.0
+            assert float(record.rationale[row, others].abs().max()) == 0.0
         else:
             assert record.question is None
         first += len(target)
@@ -85,19 +85,19 @@ def test_records(family: str, pooling: str) -> None:
 def reference_f(copilot: Copilot, made: Made, batch: CopilotBatch) -> torch.Tensor:
     """f [N, V] of a batch, one sequence after the other; states and questions as the batch has them (bfloat16)."""
     found = []
-    for row in range(len(batch.states)):
-        real = batch.state_position[row] >= 0
+    for row in range(len(batch.rationale)):
+        real = batch.rationale_position[row] >= 0
         count = int(batch.row_mask[row].sum())
         question = embedding_table(made.pilot)[batch.question_ids[row]]
-        if batch.question_states is not None:
-            question = batch.question_states[row].float()
+        if batch.question is not None:
+            question = batch.question[row].float()
         found.append(
             copilot_f(
                 copilot,
                 made,
                 question[batch.question_mask[row]],
-                batch.states[row][real].float(),
-                batch.state_position[row][real].tolist(),
+                batch.rationale[row][real].float(),
+                batch.rationale_position[row][real].tolist(),
                 batch.row_position[row, :count].tolist(),
                 dense_errors(batch.error_ids[row, :count], batch.error_values[row, :count], copilot.config.vocab_size),
             )

@@ -15,7 +15,8 @@ from tc_ray.config.schema import CopilotSection, LoraSection, PilotSection
 from tc_ray.copilot.learner import with_adapters
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.families import family_of
-from tc_ray.models.pilot.load import PilotStep, add_adapters
+from tc_ray.models.pilot.load import add_adapters
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.token_errors import dense_errors
 from tests.support.family_samples import make_copilot, new_pilot, quiet
 from tests.support.reference_samples import close
@@ -88,7 +89,7 @@ def test_records_through_adapters_are_the_pilot_s(family: str) -> None:
     model = add_adapters(new_pilot(family), PilotSection(method="lora"))
     wrapped = PilotStep(model, top_k=5).eval().measure(*inputs()).record
     assert plain is not None and wrapped is not None
-    close(wrapped.states, plain.states)
+    close(wrapped.rationale, plain.rationale)
     close(wrapped.errors.values, plain.errors.values)
     if plain.question is not None:
         close(wrapped.question, plain.question)
@@ -122,10 +123,10 @@ def test_gradient_checkpointing_changes_no_record(family: str) -> None:
         loss, record = step(*inputs(), 1.0)
         loss.backward()
         _, again = step(*inputs(), 1.0)
-        assert record is not None and again is not None and torch.equal(record.states, again.states)
+        assert record is not None and again is not None and torch.equal(record.rationale, again.rationale)
         made.append((record, {name: p.grad for name, p in model.named_parameters()}))
     (plain, gradients), (again, others) = made
-    assert torch.equal(plain.states, again.states)
+    assert torch.equal(plain.rationale, again.rationale)
     assert torch.equal(plain.errors.values, again.errors.values)
     for name, gradient in gradients.items():
         close(others[name], gradient)
@@ -153,7 +154,7 @@ def test_gradients_reach_every_weight_of_the_copilot(family: str, base: str, met
     trainable = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if not p.requires_grad}
     assert not any("embedding" in name for name in trainable)
-    assert {"output.weight", "start.weight", "error_projection.weight", "state_norm.weight"} <= trainable
+    assert {"output.weight", "start.weight", "error_projection.weight", "rationale_norm.weight"} <= trainable
     if method == "full":
         assert all("embedding" in name for name in frozen)
         return

@@ -73,7 +73,7 @@ def test_logit_lens_is_the_reference_s(family: str) -> None:
 
 def test_no_hook_stays() -> None:
     fused, _ = generated("llama")
-    heard = [len(layer._forward_hooks) for layer in fused._family.layers(fused.pilot)]
+    heard = [len(layer._forward_hooks) for layer in fused.family.layers(fused.pilot)]
     assert heard == [1] * 4, "the tap's, and no other"
     assert not fused._forward_pre_hooks
 

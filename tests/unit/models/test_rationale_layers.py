@@ -18,8 +18,8 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.models.copilot import CopilotConfig
 from tc_ray.models.families import family_of
-from tc_ray.models.fusion.model import FusionError, check_fit
-from tc_ray.models.pilot.load import PilotStep
+from tc_ray.models.fusion.core import FusionError, check_fit
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import LayerTap, pooled, tap_definition, tapped_layers
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import check_log, log_metadata
@@ -114,9 +114,9 @@ def test_pooled_later_is_pooled_at_once(family: str, pooling: str) -> None:
     from_log = batch_from_records(few)
     assert record is not None
     for row in range(len(SHAPES)):
-        at = from_log.state_position[row]
+        at = from_log.rationale_position[row]
         real = at >= 0
-        assert torch.equal(from_log.states[row, real], record.states[row, at[real]].bfloat16())
+        assert torch.equal(from_log.rationale[row, real], record.rationale[row, at[real]].bfloat16())
 
 
 def test_pooling_of_one_layer_is_that_layer() -> None:

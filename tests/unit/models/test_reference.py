@@ -20,9 +20,10 @@ from tc_ray.data.prepared.batches import collate
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.fusion.model import FusionError
+from tc_ray.models.fusion.core import FusionError
 from tc_ray.models.losses import RootMeanSquare
-from tc_ray.models.pilot.load import PilotStep, load_pilot
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.token_errors import dense_errors, sparse_errors
 from tests.support.reference import copilot_f, fused_decoding, rmse
 from tests.support.tiny_model import make_tiny_llama
@@ -126,7 +127,7 @@ def test_gradient_checkpointing_changes_no_record(model_folder: Path, tmp_path: 
     for one, other in zip(made[0][0], made[1][0], strict=True):
         for a, b in zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]:
             assert a is b is None or torch.equal(a, b)
-    assert torch.equal(made[1][0].states, made[1][1].states)
+    assert torch.equal(made[1][0].rationale, made[1][1].rationale)
     close(made[1][2], made[0][2], 1e-5)
 
 

@@ -14,7 +14,7 @@ from tc_ray.mistakelog.rows.dense import listed_errors, vocabulary_order
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
 from tc_ray.mistakelog.rows.schema import LogSchemaError
-from tc_ray.models.pilot.load import PilotStep, StepRecord
+from tc_ray.models.pilot.step import PilotStep, StepRecord
 from tc_ray.models.pilot.token_errors import dense_errors, full_errors, sparse_errors
 from tc_ray.pilot.host_copy import HostCopy, PendingRecords
 from tc_ray.pilot.recording import chosen_rows, to_records
