@@ -207,7 +207,7 @@ def build_copilot(
     from transformers import AutoConfig, AutoTokenizer
 
     from tc_ray.models.families import family_of
-    from tc_ray.models.hub import vocabulary_hash
+    from tc_ray.models.identity import vocabulary_hash
     from tc_ray.models.pilot.load import load_pilot
 
     torch.manual_seed(config.run.seed)

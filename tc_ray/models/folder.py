@@ -46,21 +46,26 @@ class FusionSettings:
 
 
 def check_parts(folder: Path) -> None:
-    """Raise NoFusedModelError that names the first missing part of a fused model's folder."""
-    if holds_pilot_alone(folder):
+    """Raise NoFusedModelError that names the missing parts of a fused model's folder."""
+    check_alone(folder)
+    missing = missing_parts(folder)
+    if missing:
+        raise NoFusedModelError(f"{folder} is not an exported fused model: {', '.join(missing)} missing")
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """Names of the files of a fused model, weights apart, that are missing or empty."""
+    parts = (FUSION_FILE, f"{PILOT}/config.json", f"{COPILOT}/config.json")
+    return [part for part in parts if not (folder / part).is_file() or not (folder / part).stat().st_size]
+
+
+def check_alone(folder: Path) -> None:
+    """Raise NoFusedModelError for the export of a run whose Copilot failed: a Pilot and fusion.json without a Copilot."""
+    if missing_parts(folder) == [f"{COPILOT}/config.json"] and not (folder / COPILOT).exists():
         raise NoFusedModelError(
             f"{folder} holds a Pilot alone, copilot/config.json is missing: there is nothing to fuse. If the Copilot of a run "
             "failed, the run's command (`tc-ray train`) trains it again; pilot/ is an ordinary model folder"
         )
-    for part in (f"{PILOT}/config.json", f"{COPILOT}/config.json", FUSION_FILE):
-        if not (folder / part).is_file():
-            raise NoFusedModelError(f"{folder} is not an exported fused model: {part} is missing")
-
-
-def holds_pilot_alone(folder: Path) -> bool:
-    """An export of a run whose Copilot failed: a Pilot and fusion.json without a Copilot."""
-    pilot = all((folder / part).is_file() for part in (f"{PILOT}/config.json", FUSION_FILE))
-    return pilot and not (folder / COPILOT).exists()
 
 
 def _checked(settings: dict[str, Any], file: Path) -> FusionSettings:

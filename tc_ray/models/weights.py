@@ -37,7 +37,7 @@ def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), 
     """
     # other shapes are also refused here, by name, not by the library
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    with _library_quiet(no_bar=options.get("device_map") == "meta"):  # nothing is read, so there is no progress to show
+    with library_quiet(no_bar=options.get("device_map") == "meta"):  # nothing is read, so there is no progress to show
         model, found = kind.from_pretrained(path, **known, **options)
     _check_names(found, path, leave_out)
     check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), str(path))
@@ -55,7 +55,7 @@ def check_files(files: Iterable[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _library_quiet(*, no_bar: bool) -> Iterator[None]:
+def library_quiet(*, no_bar: bool) -> Iterator[None]:
     """Silence the library's table of missing and unused tensors: our error names them in one line."""
     from transformers.utils import logging
 

@@ -340,7 +340,7 @@ def _fingerprint(
     seed: int,
     encoder_decoder: bool,
 ) -> str:
-    from tc_ray.models.hub import tokenizer_hash
+    from tc_ray.models.identity import tokenizer_hash
 
     files = [
         [part, str(path), path.stat().st_size, path.stat().st_mtime_ns]

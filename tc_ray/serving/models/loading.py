@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tc_ray.export.check import copilot_version, pilot_version
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models.exports import (
     Signature,
     check_config,
+    check_tokenizer,
     copilot_signature,
-    copilot_version,
-    pilot_version,
 )
 from tc_ray.serving.settings import ModelSettings, ReplicaSettings
 from tc_ray.text import first_line
@@ -66,7 +65,7 @@ class LoadedRun:
         import torch
         from transformers import AutoTokenizer
 
-        from tc_ray.models.hub import vocabulary_hash
+        from tc_ray.models.identity import vocabulary_hash
         from tc_ray.models.pilot.load import load_pilot
         from tc_ray.serving.text.prompt import PromptEncoder
 
@@ -139,7 +138,7 @@ class LoadedRun:
                     f"{source} has another Pilot than the one that is loaded; only Copilots are replaced in a running "
                     "server: start it anew, or deploy it again"
                 )
-            self._check_tokenizer(source)
+            check_tokenizer(source, self._vocabulary)
             fusion = FusionSettings.read(source)
             copilot = _in_memory(
                 Copilot.from_pretrained(source / "copilot", dtype=torch.float32, use_safetensors=True)
@@ -156,13 +155,6 @@ class LoadedRun:
         except Exception as error:
             raise ServingError(f"{source} cannot be loaded: {first_line(error)}") from error
         return model, version, signature
-
-    def _check_tokenizer(self, source: Path) -> None:
-        trained = json.loads((source / "copilot/config.json").read_text(encoding="utf-8")).get("tokenizer")
-        if trained and trained != self._vocabulary:
-            raise ServingError(
-                f"{source}: the Copilot was trained with another tokenizer ({trained}) than the Pilot's ({self._vocabulary})"
-            )
 
     def release(self, model: FusedModel) -> None:
         """Take a fused model off the Pilot, when its engine has been closed."""

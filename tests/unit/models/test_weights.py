@@ -194,7 +194,7 @@ def test_a_copilot_that_makes_no_sense_is_refused(whole: Path) -> None:
     check_answers(copilot, "here")
     with torch.no_grad():
         copilot.output.weight.view(-1)[0] = 1e30
-    with pytest.raises(NotFiniteError, match="here: the Copilot predicts errors of the size"):
+    with pytest.raises(NotFiniteError, match="here: the Copilot predicts errors of size"):
         check_answers(copilot, "here")
 
 

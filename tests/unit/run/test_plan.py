@@ -20,7 +20,7 @@ from tc_ray.config.load import load_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.errors import DataError
 from tc_ray.models.families import UnknownFamilyError
-from tc_ray.models.hub import ModelSourceError
+from tc_ray.models.identity import ModelSourceError
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.run.plan.data_estimate import estimate
 from tc_ray.run.plan.plan import make_plan
