@@ -1,9 +1,10 @@
-"""Evaluate a finished run again, on its own test rows or on other data; the work behind `tc-ray eval`."""
+"""Evaluate a trained run in a Ray task of its own: the job's phase, and `tc-ray eval` on the run's test rows or on other data."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from tc_ray.cluster.capacity import check_capacity
 from tc_ray.cluster.session import evaluation_need, ray_session
@@ -17,6 +18,27 @@ NEEDED = ("config.yaml", "pilot/final/config.json", "copilot/final/config.json",
 
 class NotFinishedError(RuntimeError):
     """The folder is no run that can be evaluated; the message says what is missing."""
+
+
+def launch_evaluation(config: RunConfig, source: str, tracker: Any = None, **options: Any) -> Report:
+    """Run `evaluate_finished` as a Ray task with the CPUs (and the GPU) of `evaluation_need`; blocks until it is done.
+
+    Args:
+        source: what the test rows are, for the report. tracker: Tracker actor that is given progress; None: it is printed.
+        options: further arguments of `evaluate_finished`.
+    """
+    import ray
+
+    from tc_ray.evaluation.task import evaluate_finished
+
+    need = evaluation_need(config)
+    if tracker is None:
+        print(visible(f"evaluation: {need.starting()}"), flush=True)
+    else:
+        tracker.waiting.remote("evaluation", need.starting())
+    task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
+    report: Report = ray.get(task.remote(config, source, tracker, **options))
+    return report
 
 
 def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
@@ -42,17 +64,15 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
 
 
 def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
-    import ray
     from transformers import AutoConfig, AutoTokenizer
 
     from tc_ray.data.prepared.prepare import prepare_test_file
     from tc_ray.data.source.sequences import ITEMS_FILE
-    from tc_ray.evaluation.task import evaluate_finished
     from tc_ray.models.hub import embedding_rows
 
-    folder, need = config.run.path, evaluation_need(config)
+    folder = config.run.path
     with ray_session(config):
-        check_capacity([], [need])
+        check_capacity([], [evaluation_need(config)])
         test_file, source, stem = None, "the run's own test split", "evaluation"
         if data is not None:
             stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
@@ -71,6 +91,4 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
             for line in prepared.notes:
                 print(visible(line), flush=True)
             test_file, source = prepared.test, str(data)
-        task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
-        print(visible(f"evaluation: {need.starting()}"), flush=True)
-        return ray.get(task.remote(config, source, None, test_file=test_file)), stem
+        return launch_evaluation(config, source, test_file=test_file), stem

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.cluster.session import check_room, copilot_need, evaluation_need, pilot_need, ray_session
+from tc_ray.cluster.session import check_room, copilot_need, pilot_need, ray_session
 from tc_ray.cluster.signals import end_within, resumable
 from tc_ray.config.load import require_secrets, save_config
 from tc_ray.config.schema import RunConfig
@@ -304,16 +304,11 @@ class _Job:
 
     def _evaluate(self) -> Any:
         """In a task of its own, with the CPUs (and GPU) that training has given back."""
-        import ray
+        from tc_ray.run.evaluate import launch_evaluation
 
-        from tc_ray.evaluation.task import evaluate_finished
-
-        need = evaluation_need(self.config)
-        task = ray.remote(evaluate_finished).options(num_cpus=need.bundle["CPU"], num_gpus=need.bundle.get("GPU", 0))
         size = logged_error_size(self.log)
-        self.tracker.waiting.remote("evaluation", need.starting())
-        report = ray.get(
-            task.remote(self.config, self.data.source, self.tracker, seen_error_size=size, no_copilot=self.no_copilot)
+        report = launch_evaluation(
+            self.config, self.data.source, self.tracker, seen_error_size=size, no_copilot=self.no_copilot
         )
         report.save(self.folder)
         self.tracker.evaluation.remote(report.to_dict(), report.markdown())
