@@ -56,7 +56,7 @@ class Learner:
         self.config, self.world_size, self.device = config, world_size, torch.device(device)
         self.copilot = copilot
         self.model: Any = with_adapters(copilot, config).to(self.device).train()
-        self.loss = make_loss(config.loss, config.loss_form, copilot.config.vocab_size)
+        self.loss = make_loss(config.loss, copilot.config.vocab_size)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True

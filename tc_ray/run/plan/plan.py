@@ -95,11 +95,10 @@ class Plan:
         method = f"LoRA rank {copilot.lora.rank}" if copilot.method == "lora" else "full training"
         base, sizes = config.model.copilot or config.model.pilot, self.sizes
         trained = _count(sizes.copilot_trainable if sizes else None)
-        form = f" ({copilot.loss_form} form)" if copilot.loss == "rmse" else ""
         return [
             ("copilot", f"{layers} of {base}: {_count(sizes.copilot if sizes else None)} parameters"),
             ("", self._copilot_shape()),
-            ("", f"{method}, {trained} trained; loss {copilot.loss}{form}; {copilot.schedule}, {copilot.dtype}"),
+            ("", f"{method}, {trained} trained; loss {copilot.loss}; {copilot.schedule}, {copilot.dtype}"),
             (
                 "",
                 _workers(resources.copilot_workers, resources.copilot_cpus, resources.copilot_threads, resources.gpus),

@@ -313,9 +313,9 @@ def test_what_the_plan_tells_of_the_copilot(data: Path, tmp_path: Path) -> None:
         "states: max over",
     ):
         assert words in told
-    log = {"log": {"positions": "target"}, "copilot": {"layers": None, "loss_form": "gram"}}
+    log = {"log": {"positions": "target"}, "copilot": {"layers": None}}
     told = str(make_plan(config_of(folder_of("t5"), str(data), tmp_path / "run", **log)))
-    for words in ("3 layers, width 32", "to earlier rows and to the Pilot", "rmse (gram form)", "the encoder's output"):
+    for words in ("3 layers, width 32", "to earlier rows and to the Pilot", "loss rmse;", "the encoder's output"):
         assert words in told
 
 
