@@ -7,22 +7,19 @@ transformers. Used by serving (before Ray starts, and for each newer Copilot) an
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 from tc_ray.config.section import check_lam
 from tc_ray.files import DamagedFileError, read_json
 from tc_ray.models.folder import COPILOT, FUSION_FILE, PILOT, NoFusedModelError, check_alone, missing_parts
-from tc_ray.models.identity import model_identity, vocabulary_hash
+from tc_ray.models.identity import ModelSourceError, model_identity, tensors_in, vocabulary_hash
 from tc_ray.text import first_line
 
 PROVENANCE_FILE = "provenance.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 _FP32_BYTES = 4
-_HEADER_LIMIT_BYTES = 2**27
 
 
 class ExportError(ValueError):
@@ -104,28 +101,11 @@ def tokenizer_of(model: Path) -> str:
 
 def weight_bytes(export: Path) -> int:
     """Bytes that the weights of Pilot and Copilot take in memory, in fp32. Raises ExportError for a damaged file."""
-    count = 0
-    for path in [*(export / PILOT).glob("*.safetensors"), *(export / COPILOT).glob("*.safetensors")]:
-        count += sum(math.prod(shape) for shape in tensor_shapes(path))
-    return count * _FP32_BYTES
-
-
-def tensor_shapes(path: Path) -> list[list[int]]:
-    """Shapes of the tensors in a safetensors file. Raises ExportError unless its length is the one its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        header = file.read(length) if 0 < length <= min(size, _HEADER_LIMIT_BYTES) else b""
     try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        shapes = [list(entry["shape"]) for entry in tensors.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ExportError(f"{path} is no safetensors file, or a damaged one") from error
-    if size != 8 + length + end:
-        raise ExportError(f"{path} is cut off or damaged: {size} bytes, {8 + length + end} expected")
-    return shapes
+        files = [file for part in (PILOT, COPILOT) for file in (export / part).glob("*.safetensors")]
+        return _FP32_BYTES * sum(math.prod(tensor.shape) for file in files for tensor in tensors_in(file))
+    except ModelSourceError as error:
+        raise ExportError(str(error)) from None
 
 
 def copilot_version(export: Path) -> str:

@@ -13,7 +13,7 @@ import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ _NO_CONTENT = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and by which version it was written."""
 _BLOCKS = 64
 _BLOCK_BYTES = 65536
+_HEADER_LIMIT_BYTES = 2**27
 
 
 class ModelSourceError(RuntimeError):
@@ -105,29 +106,50 @@ def _hub_commit(name: str) -> str | None:
 
 def _tensors(file: Path) -> list[tuple[str, str, str, str]]:
     """(name, type, shape, SHA-256) of the tensors of a safetensors file."""
-    if file.stat().st_size < 8:
-        raise ModelSourceError(f"{file} is damaged: it is too short to hold tensors; fetch the model again")
+    tensors = tensors_in(file)
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start = 8 + int.from_bytes(content[:8], "little")
-        try:
-            header = json.loads(content[8:start])
-            tensors = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-            spans = [(start + entry["data_offsets"][0], start + entry["data_offsets"][1]) for _, entry in tensors]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ModelSourceError(f"{file} is damaged: its header cannot be read; fetch the model again") from error
-        if any(not start <= first <= last <= len(content) for first, last in spans):
-            raise ModelSourceError(f"{file} is damaged: it is shorter than its header says; fetch the model again")
 
-        def hashed(span: tuple[int, int]) -> str:
-            with memoryview(content) as whole, whole[span[0] : span[1]] as part:
+        def hashed(tensor: StoredTensor) -> str:
+            with memoryview(content) as whole, whole[tensor.first : tensor.last] as part:
                 return hashlib.sha256(part).hexdigest()
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter's lock
-            digests = list(threads.map(hashed, spans))
-    return [
-        (name, str(entry["dtype"]), str(entry["shape"]), digest)
-        for (name, entry), digest in zip(tensors, digests, strict=True)
-    ]
+            digests = list(threads.map(hashed, tensors))
+    return [(t.name, t.dtype, str(t.shape), digest) for t, digest in zip(tensors, digests, strict=True)]
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a safetensors file; its bytes are [first, last) of the file."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    first: int
+    last: int
+
+
+def tensors_in(file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file, from its header alone.
+
+    Raises:
+        ModelSourceError: the header cannot be read, or the file has another length than it says.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            start = 8 + int.from_bytes(opened.read(8), "little")
+            header: Any = json.loads(opened.read(start - 8) if start <= min(size, _HEADER_LIMIT_BYTES) else "")
+        tensors = [
+            StoredTensor(name, str(entry["dtype"]), list(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelSourceError(f"{file} is damaged: its header cannot be read; fetch the model again") from error
+    end = max((tensor.last for tensor in tensors), default=start)
+    if size != end or any(not start <= tensor.first <= tensor.last for tensor in tensors):
+        raise ModelSourceError(f"{file} is damaged: {size} bytes, {end} expected; fetch the model again")
+    return tensors
 
 
 def _file_digest(file: Path) -> str:

@@ -62,7 +62,7 @@ class DecoderOnlyStack(nn.Module):
         rotations = {
             kind: self._family.rotation(self.rotary_emb, rows, positions, kind) for kind in dict.fromkeys(self._types)
         }
-        memory_mask = self._mask(visible[:, None], rows.dtype)
+        memory_mask = attention_mask(visible[:, None], rows.dtype, added=self._eager)
         for index, layer in enumerate(self.layers):
             rotation = rotations[self._types[index]]
             if self.attends_memory[index]:
@@ -92,12 +92,15 @@ class DecoderOnlyStack(nn.Module):
         seen = key <= query
         if window is not None:
             seen &= key > query - window
-        return self._mask(seen[None, None] if real is None else seen & real[:, None, None], rows.dtype)
+        seen = seen[None, None] if real is None else seen & real[:, None, None]
+        return attention_mask(seen, rows.dtype, added=self._eager)
 
-    def _mask(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if not self._eager:
-            return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+def attention_mask(seen: torch.Tensor, dtype: torch.dtype, *, added: bool) -> torch.Tensor:
+    """The bool mask itself, or 0 and the least number of `dtype` for attention that adds its mask."""
+    if not added:
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 class _Given:

@@ -55,7 +55,7 @@ def answers(copilot: Copilot) -> torch.Tensor:
 
 
 def check_export(trained: torch.Tensor, folder: Path) -> None:
-    """Compare a folder, loaded anew, with the trained Copilot.
+    """Load a folder again and compare it with the trained Copilot.
 
     Args:
         trained: `answers` of it.

@@ -305,7 +305,7 @@ def change(folder: Path, file: str = "config.json", **fields: Any) -> None:
         (unknown_family, UnknownFamilyError, "'opt' has no adapter"),
         (no_config, ModelSourceError, "has no config.json"),
         (no_weights, FuseError, "model.safetensors is missing"),
-        (cut_weights, ExportError, "is cut off or damaged"),
+        (cut_weights, ModelSourceError, "model.safetensors is damaged"),
         (no_tokenizer, ExportError, "has no tokenizer"),
         (no_copilot, FuseError, "copilot/config.json is missing"),
         (no_copilot_weights, FuseError, "copilot is not whole: model.safetensors is missing"),
