@@ -37,6 +37,12 @@ def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) 
     assert worst <= relative * scale, f"off by {worst:.3g} at scale {scale:.3g}"
 
 
+def dense_errors(ids: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Dense fp32 [N, V] from sparse [N, k+1]; unlisted tokens are zero (`rest` is not spread over them)."""
+    dense = torch.zeros(ids.shape[0], vocab_size, device=ids.device)
+    return dense.scatter_add_(1, ids, values.float())
+
+
 def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
     """Weights like those of a trained one: no identity, zero or tiny matrix that would hide a wrong order or shift."""
     torch.manual_seed(seed)

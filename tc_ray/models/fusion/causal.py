@@ -8,6 +8,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tc_ray.models.fusion.cache import FusedCache
 from tc_ray.models.fusion.core import FusedCore
+from tc_ray.models.fusion.distribution import fuse
 
 
 class CausalForward(FusedCore):
@@ -65,5 +66,6 @@ class CausalForward(FusedCore):
                 prompt = input_ids.shape[1] - rows + 1
                 question = self.copilot.embed_question(input_ids[:, :prompt])
                 state.ask(self.copilot.question_memory(question), attended[:, :prompt])
-            logits = self.corrected(logits, weights, state, input_ids, rationale, attended)
+            f = self.corrections(logits, state, input_ids, rationale, attended)
+            logits = fuse(logits, f, weights, self.space)
         return CausalLMOutputWithPast(logits=logits[:, -count:], past_key_values=cache)

@@ -8,7 +8,6 @@ Invariant: lam = 0 returns the Pilot's logits unchanged, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +18,6 @@ from tc_ray.models.copilot import Copilot, CopilotConfig
 from tc_ray.models.families import family_of
 from tc_ray.models.folder import FEEDBACKS, SPACES
 from tc_ray.models.fusion.cache import CopilotCache, FusedCache, FusedEncoderDecoderCache
-from tc_ray.models.fusion.distribution import fuse
 from tc_ray.models.fusion.feedback import STRATEGIES, Feedback
 from tc_ray.models.pilot.taps import POOLINGS, LayerTap, tap_definition
 
@@ -127,19 +125,6 @@ class FusedCore(PreTrainedModel):
             raise RuntimeError("the Copilot joins at the prompt: lam cannot turn from 0 in mid-sequence")
         return cache, runs
 
-    def corrected(
-        self,
-        logits: torch.Tensor,
-        weights: torch.Tensor,
-        cache: CopilotCache,
-        tokens: torch.Tensor,
-        rationale: torch.Tensor,
-        attended: torch.Tensor,
-    ) -> torch.Tensor:
-        """Logits of p~ [B, n, V]. Arguments: those of `corrections`, and lam fp32 [B]."""
-        rows = self.corrections(logits, cache, tokens, rationale, attended)
-        return torch.stack([fuse(logits[:, i], f, weights, self.space) for i, f in enumerate(rows)], 1)
-
     def corrections(
         self,
         logits: torch.Tensor,
@@ -147,8 +132,8 @@ class FusedCore(PreTrainedModel):
         tokens: torch.Tensor,
         rationale: torch.Tensor,
         attended: torch.Tensor,
-    ) -> Iterator[torch.Tensor]:
-        """f [B, V] of n positions, one Copilot row after the other: each reads what the row before it left.
+    ) -> torch.Tensor:
+        """f [B, n, V] of n positions, one Copilot row after the other: each reads what the row before it left.
 
         Args:
             logits: [B, n, V] of the Pilot for the last n positions of this call.
@@ -164,6 +149,7 @@ class FusedCore(PreTrainedModel):
         begun = cache.rows > 0
         # the memory is what training saw: every position's state, or from the one that predicts row 0 on
         taken = 0 if begun or copilot.config.positions == "all" else shift
+        rows = []
         for number in range(count):
             at = shift + number
             if cache.rows == 0:
@@ -182,7 +168,8 @@ class FusedCore(PreTrainedModel):
             )[:, 0]
             taken = at + 1
             cache.feed(strategy.keep(state, logits[:, number]))
-            yield copilot.expand(copilot.predict(state), logits.shape[-1])
+            rows.append(copilot.expand(copilot.predict(state), logits.shape[-1]))
+        return torch.stack(rows, 1)
 
 
 def check_fit(pilot_config: Any, copilot_config: CopilotConfig) -> None:

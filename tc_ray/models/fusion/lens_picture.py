@@ -36,14 +36,14 @@ class _Row:
 def draw_logit_lens(
     explanation: Explanation,
     tokenizer: Any,
-    path: Path | str,
+    path: Path | str | None = None,
     *,
     sequence: int = 0,
     first: int = 0,
     count: int = 2 * COLUMNS,
     max_layers: int = 32,
-) -> None:
-    """Write the logit lens of one sequence as PNG.
+) -> Any:
+    """The logit lens of one sequence as a matplotlib figure, also written to `path` as PNG.
 
     Args:
         explanation: made with `Explain(logit_lens=True)`.
@@ -53,16 +53,6 @@ def draw_logit_lens(
     Raises:
         ValueError: an explanation without logit lens, or no tokens to draw.
     """
-    figure = logit_lens_figure(
-        explanation, tokenizer, sequence=sequence, first=first, count=count, max_layers=max_layers
-    )
-    figure.savefig(path, format="png")
-
-
-def logit_lens_figure(
-    explanation: Explanation, tokenizer: Any, *, sequence: int, first: int, count: int, max_layers: int
-) -> Any:
-    """The matplotlib figure that `draw_logit_lens` writes."""
     if explanation.logit_lens is None:
         raise ValueError("the explanation has no logit lens: generate with explain=Explain(logit_lens=True)")
     total = int(explanation.mask[sequence].sum())
@@ -70,7 +60,7 @@ def logit_lens_figure(
     if places.start >= places.stop:
         raise ValueError(f"no tokens to draw: sequence {sequence} has {total}, asked for those from {first} on")
 
-    # Objects instead of pyplot: no global state, no display needed.
+    # without pyplot: no global state, no display needed
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -106,6 +96,8 @@ def logit_lens_figure(
         x=0.01,
         ha="left",
     )
+    if path is not None:
+        figure.savefig(path, format="png")
     return figure
 
 

@@ -149,9 +149,7 @@ def teacher_forced_rows(
         if runs:
             since = at if cache.rows else 0  # positions before the first row are part of its memory
             new = slice(since, end)
-            f = torch.stack(
-                list(model.corrections(pilot, cache, given.ids[:, new], rationale[:, new], given.attended[:, new])), 1
-            ).float()
+            f = model.corrections(pilot, cache, given.ids[:, new], rationale[:, new], given.attended[:, new]).float()
             fused = fuse(pilot, f, given.lam, model.space)
         skipped = max(0, given.start - 1 - at)
         if skipped < end - at:

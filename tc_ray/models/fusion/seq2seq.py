@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from tc_ray.models.fusion.cache import FusedEncoderDecoderCache
 from tc_ray.models.fusion.core import FusedCore
+from tc_ray.models.fusion.distribution import fuse
 
 
 class Seq2SeqForward(FusedCore):
@@ -77,7 +78,8 @@ class Seq2SeqForward(FusedCore):
                 real = torch.ones(question.shape[:2], dtype=torch.bool, device=question.device)
                 visible = real if attention_mask is None else attention_mask.bool()
                 state.ask(self.copilot.question_memory(question), visible)
-            logits = self.corrected(logits, weights, state, decoder_input_ids, rationale, attended)
+            f = self.corrections(logits, state, decoder_input_ids, rationale, attended)
+            logits = fuse(logits, f, weights, self.space)
         return Seq2SeqLMOutput(
             logits=logits[:, -logits_to_keep:] if logits_to_keep else logits,
             past_key_values=cache,

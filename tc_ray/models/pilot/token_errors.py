@@ -74,9 +74,3 @@ def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.cat([ids, tail], 1)
     found, at = torch.topk(values.gather(1, ids), k)
     return found, ids.gather(1, at)
-
-
-def dense_errors(ids: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Dense fp32 [N, V] from sparse [N, k+1]; unlisted tokens are zero (`rest` is not spread over them)."""
-    dense = torch.zeros(ids.shape[0], vocab_size, device=ids.device)
-    return dense.scatter_add_(1, ids, values.float())

@@ -106,7 +106,7 @@ class Prefill:
         states = torch.cat(self._states, 1)
         question = model.copilot.embed_question(ids)
         self.cache.copilot.ask(model.copilot.question_memory(question), attended)
-        [f] = model.corrections(logits, self.cache.copilot, ids, states, attended)
+        f = model.corrections(logits, self.cache.copilot, ids, states, attended)[:, 0]
         weight = torch.full((1,), self.lam, device=logits.device)
         self.fused = fuse(self.pilot, f, weight, model.space)
 

@@ -17,9 +17,8 @@ from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.load import add_adapters
 from tc_ray.models.pilot.step import PilotStep
-from tc_ray.models.pilot.token_errors import dense_errors
 from tests.support.family_samples import make_copilot, new_pilot, quiet
-from tests.support.reference_samples import close
+from tests.support.reference_samples import close, dense_errors
 from tests.support.tiny_families import DECODER_ONLY, ENCODER_DECODER, FAMILIES, VOCAB
 
 quiet()

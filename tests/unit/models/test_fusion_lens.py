@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tc_ray.models.fusion import Explain, Explanation, FusedModel, draw_logit_lens
 from tc_ray.models.fusion.explain import token_text
-from tc_ray.models.fusion.lens_picture import MARK, _Words, logit_lens_figure
+from tc_ray.models.fusion.lens_picture import MARK, _Words
 from tests.support.family_layers import final_norm
 from tests.support.family_reference import pilot_pass
 from tests.support.family_samples import left_padded, make_copilot, new_pilot, prompts, quiet, reference_model
@@ -89,8 +89,7 @@ def explained() -> Explanation:
 
 
 def figure(**given: Any) -> Any:
-    given = {"sequence": 0, "first": 0, "count": 32, "max_layers": 32} | given
-    return logit_lens_figure(explained(), make_tokenizer(), **given)
+    return draw_logit_lens(explained(), make_tokenizer(), **given)
 
 
 def cells(panel: Any) -> dict[tuple[int, float], Any]:

@@ -15,11 +15,12 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
 from tc_ray.mistakelog.rows.schema import LogSchemaError
 from tc_ray.models.pilot.step import PilotStep, StepRecord
-from tc_ray.models.pilot.token_errors import dense_errors, full_errors, sparse_errors
+from tc_ray.models.pilot.token_errors import full_errors, sparse_errors
 from tc_ray.pilot.host_copy import HostCopy, PendingRecords
 from tc_ray.pilot.recording import chosen_rows, to_records
 from tests.support.family_samples import new_pilot, quiet
 from tests.support.mistakelog_samples import assert_same, random_records
+from tests.support.reference_samples import dense_errors
 from tests.support.tiny_families import VOCAB
 
 quiet()
