@@ -47,14 +47,24 @@ def _batches(model: Any, pad: int, examples: Sequence[HeldOut], batch_size: int)
         yield _Batch(rows, ids.to(model.device), mask.to(model.device), width if left else 1)
 
 
-def pad_token(tokenizer: Any) -> int:
-    """Id that pads batches: nothing attends to it."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-
-
-def _weight(lam: float | None) -> dict[str, float]:
-    """The argument of `generate` that only a fused model takes."""
-    return {} if lam is None else {"lam": lam}
+def _generated(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[HeldOut],
+    batch_size: int,
+    lam: float | None,
+    trie: ItemTrie | None,
+    options: dict[str, Any],
+) -> Iterator[tuple[_Batch, Any]]:
+    """Each batch with the output of `generate`, without sampling. lam, trie: None for a Pilot, for free text."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options |= {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id}
+    if lam is not None:
+        options["lam"] = lam
+    for batch in _batches(model, pad, examples, batch_size):
+        if trie is not None:
+            options["logits_processor"] = LogitsProcessorList([ItemTrieProcessor(trie, batch.begin)])
+        yield batch, model.generate(batch.ids, attention_mask=batch.mask, **options)
 
 
 def complete(
@@ -72,19 +82,9 @@ def complete(
     Args:
         lam: of a fused model; None for a Pilot.
     """
-    pad = pad_token(tokenizer)
     texts = [""] * len(examples)
-    for batch in _batches(model, pad, examples, batch_size):
-        out = model.generate(
-            batch.ids,
-            attention_mask=batch.mask,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            **_weight(lam),
-        )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    for batch, out in _generated(model, tokenizer, examples, batch_size, lam, None, options):
         for row, i in enumerate(batch.rows):
             texts[i] = tokenizer.decode(out[row, batch.begin :], skip_special_tokens=True)
     return texts
@@ -110,26 +110,18 @@ def rank(
         lam: of a fused model; None for a Pilot.
     """
     width = max(2, min(beams, len(trie)))  # with one beam the library does not search
-    pad = pad_token(tokenizer)
     ranked: list[list[int]] = [[] for _ in examples]
-    for batch in _batches(model, pad, examples, batch_size):
-        out = model.generate(
-            batch.ids,
-            attention_mask=batch.mask,
-            max_new_tokens=trie.longest,
-            num_beams=width,
-            num_return_sequences=width,
-            do_sample=False,
-            # plain sums of log-probabilities, searched to the end
-            length_penalty=0.0,
-            early_stopping="never",
-            logits_processor=LogitsProcessorList([ItemTrieProcessor(trie, batch.begin)]),
-            return_dict_in_generate=True,
-            output_scores=True,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            **_weight(lam),
-        )
+    options: dict[str, Any] = {
+        "max_new_tokens": trie.longest,
+        "num_beams": width,
+        "num_return_sequences": width,
+        # plain sums of log-probabilities, searched to the end
+        "length_penalty": 0.0,
+        "early_stopping": "never",
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    for batch, out in _generated(model, tokenizer, examples, batch_size, lam, trie, options):
         items = trie.items(out.sequences[:, batch.begin :]).view(-1, width)
         real = (items >= 0) & (out.sequences_scores.view(-1, width) > _NO_ITEM)
         for i, found, is_real in zip(batch.rows, items.tolist(), real.tolist(), strict=True):

@@ -23,7 +23,7 @@ _DECIMAL = re.compile(r"[-+]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][-+
 _MIXED = re.compile(r"(-?)(\d{1,400})\s+(\d{1,400})/(\d{1,400})", re.ASCII)
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)", re.ASCII)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+"
-# A sign counts where no number or closing bracket stands before it: in "48-2" the last number is 2.
+# A sign counts only if no number or closing bracket precedes it: in "48-2" the last number is 2.
 _NUMBER = re.compile(
     rf"(?<![\w.])(?:(?<![\w)])-\s?)?\$?\s?(?:\d+\s+\d+/\d+|(?:{_DIGITS})(?:\s?/\s?\d+(?!\.?\d))?)", re.ASCII
 )

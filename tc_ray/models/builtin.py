@@ -28,7 +28,7 @@ from tc_ray.text import visible
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A model that stands as a GGUF file in a wheel of the package registry."""
+    """A model stored as a GGUF file in a wheel of the package registry."""
 
     requirement: str
     member: str

@@ -76,7 +76,7 @@ class DecoderOnlyStack(nn.Module):
     def _row_mask(
         self, rows: torch.Tensor, first_row: int, window: int | None, real: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Causal mask over all rows up to these, or None where the attention function needs none.
+        """Causal mask over all rows up to these, or None if the attention function needs none.
 
         Args:
             real: bool [B, first_row + n], rows that are no padding; None: all.

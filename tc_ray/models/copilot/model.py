@@ -297,7 +297,7 @@ class Copilot(PreTrainedModel):
         return full if common == width == self.config.vocab_size else F.pad(full[..., :common], (0, width - common))
 
     def output_places(self, ids: torch.Tensor) -> torch.Tensor:
-        """Where token ids, int64 [..], stand among the output tokens: int64 [..], -1 for those that f cannot reach."""
+        """Places of token ids, int64 [..], among the output tokens: int64 [..], -1 for tokens that f cannot reach."""
         if self.is_full:
             return ids
         places = torch.full((self.config.vocab_size,), -1, dtype=torch.int64, device=ids.device)

@@ -92,7 +92,7 @@ class FusedGeneration(FusedCore, GenerationMixin):
             sequences: int64 [B, S], prompt and completion; for an encoder-decoder the start token and the target, as
                 `generate` returns them.
             prompt_length: columns before the completions, prompts padded on the left. 1 for an encoder-decoder.
-            target_start: int64 [B] instead, where sequences are padded on the right: first token of each completion.
+            target_start: int64 [B] instead, if sequences are padded on the right: first token of each completion.
             source: int64 [B, Q], what an encoder-decoder's encoder reads, and source_mask [B, Q].
             attention_mask: [B, S] of `sequences`, which then also marks where completions end, or [B, prompt_length]; then a
                 completion ends after its first end token (`generation_config.eos_token_id`).

@@ -10,7 +10,8 @@ outside the output counts: it is an error that f cannot reduce (rmse), or a logi
 | kl | KL(softmax(l) || softmax(f)) | S / N |
 | cross_entropy | -log softmax(f)[true token] | S / N |
 
-The paper names the losses of table 20 without their form; kl and cross_entropy are our reading of it.
+The paper names the losses of table 20 without their form; kl and cross_entropy are our reading of it. May import nothing of the
+package outside this folder. Read `base` first (f in blocks, both gradients), then `rmse`, the default.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def add_listed(block: torch.Tensor, first: int, places: torch.Tensor, values: to
 
 
 def listed_outputs(block: torch.Tensor, first: int, places: torch.Tensor) -> torch.Tensor:
-    """f at the listed places [N, j] that stand within the block, 0 at the others."""
+    """f at the listed places [N, j] within the block, 0 at the others."""
     at, inside = _within(block, first, places)
     return torch.where(inside, block.gather(1, at), 0.0)
 
@@ -182,7 +182,7 @@ def _within(block: torch.Tensor, first: int, places: torch.Tensor) -> tuple[torc
 
 
 def merged(places: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same l with each output token listed once a row: places and values [N, k+1], filled up with (-1, 0).
+    """The same l with each output token listed once per row: places and values [N, k+1], filled up with (-1, 0).
 
     Entries at -1 stay apart, since nothing says whether two of them are the same token.
     """

@@ -33,7 +33,7 @@ def load_pilot(
 
     Args:
         random_weights: read only its config.
-        safetensors: True: weights in no other format; None: other formats where there is no such file.
+        safetensors: True: weights in no other format; None: other formats if there is no such file.
         names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
 
     Raises:
