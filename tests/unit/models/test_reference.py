@@ -151,9 +151,7 @@ def test_copilot_f_loss_and_gradients(copilot: Copilot, pilot: Any, tmp_path: Pa
     copilot.zero_grad()
     f = copilot.compact(batch)
     ids, values = batch.error_ids[batch.row_mask], batch.error_values[batch.row_mask]
-    total = RootMeanSquare("dense").total(
-        copilot.states(batch), copilot.output.weight, copilot.output_places(ids), values
-    )
+    total = RootMeanSquare().total(copilot.states(batch), copilot.output.weight, copilot.output_places(ids), values)
     loss = (total / len(f)).sqrt().float()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in copilot.named_parameters() if p.requires_grad}
