@@ -5,9 +5,9 @@ python jobs/benchmarks/copilot_training.py --hidden 256 --layers 6 --vocab 32000
 
 Steps: in each round the Pilot takes one step that leaves a record, and on that record Copilots take theirs: output on the
 first `--target-ids` tokens or on the whole vocabulary, the loss by autograd over a dense [N, A] (what torch users would
-write), in blocks (`copilot.loss_form: dense`) and by the Gram matrix. Which comes first goes round; ratios are medians over
-the rounds of (this / Pilot) within a round.
-Loss alone: the same three over a range of token counts N, whole vocabulary: where gram begins to pay, and what `auto` picks.
+write) and in blocks of columns (what the Copilot uses). Which comes first goes round; ratios are medians over the rounds of
+(this / Pilot) within a round.
+Loss alone: both over a range of token counts N, whole vocabulary.
 
 Peak memory is what the allocator held at most during one more step beyond what it held before it (weights, optimizer), the
 gradients counted: on a GPU torch.cuda.max_memory_allocated, on a CPU the allocations that torch's profiler records. Scratch
@@ -46,10 +46,10 @@ from tc_ray.copilot.learner import Learner
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.losses import RootMeanSquare
-from tc_ray.models.losses.rmse import gram_is_cheaper
-from tc_ray.models.pilot.load import DTYPES, PilotStep, add_adapters, load_pilot
+from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
+from tc_ray.models.pilot.step import PilotStep
 
-FORMS = ("autograd", "dense", "gram")
+FORMS = ("autograd", "blocks")
 WARM_UP_ROUNDS = 1
 SWEEP_ROUNDS = 3
 SWEEP_WIDTHS = (0.25, 0.5, 1.0, 2.0)
@@ -57,7 +57,7 @@ SWEEP_WIDTHS = (0.25, 0.5, 1.0, 2.0)
 
 
 class Autograd(RootMeanSquare):
-    """The dense form as torch users would write it: f [N, A], its residual and both their derivatives are held."""
+    """The loss as torch users would write it: f [N, A], its residual and both their derivatives are held."""
 
     def total(
         self, states: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, values: torch.Tensor
@@ -70,7 +70,7 @@ class Autograd(RootMeanSquare):
 
 def make_loss(form: str) -> RootMeanSquare:
     """The rmse by one of FORMS."""
-    return Autograd() if form == "autograd" else RootMeanSquare(form)
+    return Autograd() if form == "autograd" else RootMeanSquare()
 
 
 class Steps:
@@ -205,24 +205,7 @@ def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         "width": width,
         "vocab_size": made.shape.vocab_size,
         "outputs": {name: learner.copilot.output.out_features for name, learner in made.learners.items()},
-        "auto": {
-            name: auto_form(arguments, tokens, width, learner.copilot.output.out_features)
-            for name, learner in made.learners.items()
-        },
     }
-
-
-def auto_form(arguments: argparse.Namespace, tokens: int, width: int, outputs: int) -> str:
-    """The form that `copilot.loss_form: auto` takes for a batch."""
-    cheaper = gram_is_cheaper(
-        tokens,
-        width,
-        outputs=outputs,
-        listed=TOP_K + 1,
-        product=DTYPES[arguments.dtype],
-        device=arguments.device,
-    )
-    return "gram" if cheaper else "dense"
 
 
 class LossAlone:
@@ -270,10 +253,9 @@ def loss_alone(arguments: argparse.Namespace, width: int, outputs: int) -> list[
                 "tokens": tokens,
                 "seconds": {form: spread(taken) for form, taken in seconds.items()},
                 "peak_bytes": memory,
-                "gram_to_dense": statistics.median(
-                    g / d for g, d in zip(seconds["gram"], seconds["dense"], strict=True)
+                "blocks_to_autograd": statistics.median(
+                    b / a for b, a in zip(seconds["blocks"], seconds["autograd"], strict=True)
                 ),
-                "auto": auto_form(arguments, tokens, width, outputs),
             }
         )
     return rows
@@ -287,7 +269,6 @@ def print_steps(result: dict[str, Any], arguments: argparse.Namespace) -> None:
         label = name
         if form:
             label = f"Copilot, A = {result['outputs'][output]}, {form}"
-            label += " (auto)" if form == result["auto"][output] else ""
         rows.append(
             [
                 label,
@@ -312,13 +293,12 @@ def print_alone(rows: list[dict[str, Any]], width: int, outputs: int, dtype: str
     """The table of the loss alone."""
     print_table(
         f"loss and gradients alone in {dtype}, A = {outputs}, d = {width}: ms and peak MB",
-        ["tokens", *(f"{form} ms" for form in FORMS), "gram / dense", "auto", *(f"{form} MB" for form in FORMS)],
+        ["tokens", *(f"{form} ms" for form in FORMS), "blocks / autograd", *(f"{form} MB" for form in FORMS)],
         [
             [
                 str(row["tokens"]),
                 *(f"{1000 * row['seconds'][form]['median']:.1f}" for form in FORMS),
-                f"{row['gram_to_dense']:.2f}",
-                row["auto"],
+                f"{row['blocks_to_autograd']:.2f}",
                 *(f"{row['peak_bytes'][form] / 1e6:.0f}" for form in FORMS),
             ]
             for row in rows

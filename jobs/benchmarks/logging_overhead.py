@@ -43,7 +43,8 @@ from workload import (
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tc_ray.models.pilot.load import DTYPES, PilotStep, add_adapters, load_pilot
+from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import log_metadata
 from tc_ray.pilot.record import Recorder

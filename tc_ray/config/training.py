@@ -78,11 +78,6 @@ class CopilotSection(Section):
     loss: Literal["rmse", "kl", "cross_entropy"] = Field(
         "rmse", description="between f and the logged error (equation 7; table 20 compares the three)"
     )
-    loss_form: Literal["auto", "dense", "gram"] = Field(
-        "auto",
-        description="how the rmse is computed: dense: from the residual f - l, in blocks of columns; gram: from the Gram "
-        "matrix of W_out; auto: the cheaper one by size. None holds a tensor of size tokens x V",
-    )
     output_tokens: Literal["targets", "all"] = Field(
         "targets", description="tokens the Copilot can correct: those that occur in training completions, or all of V"
     )

@@ -27,8 +27,8 @@ from tc_ray.copilot.stored import Epochs, Replay
 from tc_ray.files import DamagedFileError, read_json_as, write_file, write_json
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.schema import LogMetadata
-from tc_ray.models.hub import resolve_model, tokenizer_hash
-from tc_ray.models.weights_hash import weights_hash
+from tc_ray.models.hub import resolve_model
+from tc_ray.models.identity import tokenizer_hash, weights_hash
 
 SOURCE_FILE = "source.json"
 

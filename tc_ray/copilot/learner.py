@@ -62,7 +62,7 @@ class Learner:
         self.config, self.world_size, self.device = config, world_size, torch.device(device)
         self.copilot = copilot
         self.model: Any = with_adapters(copilot, config).to(self.device).train()
-        self.loss = make_loss(config.loss, config.loss_form, copilot.config.vocab_size)
+        self.loss = make_loss(config.loss, copilot.config.vocab_size)
         self.batch_sums = BatchSums(copilot, self.loss, bf16=config.dtype == "bf16")
         self.forward: Any = self.batch_sums
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -250,7 +250,7 @@ def build_copilot(
     """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from tc_ray.models.hub import vocabulary_hash
+    from tc_ray.models.identity import vocabulary_hash
 
     torch.manual_seed(config.run.seed)
     pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)

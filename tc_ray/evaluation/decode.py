@@ -1,12 +1,12 @@
 """Held-out prompts through `generate`, in batches of similar length: completions, or items ranked by beam search.
 
-Models of both architectures are asked alike: a causal one gets prompts padded on the left, an encoder-decoder gets sources
-padded on the right and answers after its start token.
+A causal model gets prompts padded on the left, an encoder-decoder gets sources padded on the right and answers after its
+start token. Used by the two metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,15 @@ import torch
 from transformers import LogitsProcessorList
 
 from tc_ray.evaluation.heldout import HeldOut
-from tc_ray.evaluation.item_trie import Catalogue, CatalogueProcessor
+from tc_ray.evaluation.item_trie import ItemTrie, ItemTrieProcessor
 
 _NO_ITEM = -1.0e8
-"""Scores below stand for beams that are none: the library starts unused beams at -1e9, and a clamped p~ gives -inf."""
+"""A score below marks an unused beam: the library starts those at -1e9, and a clamped p~ gives -inf."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Examples `rows` (indices) as int64 ids and mask [B, S]; what `generate` answers stands from column `begin` on."""
+    """Examples `rows` (indices) as int64 ids and mask [B, S]; the answer of `generate` begins at column `begin`."""
 
     rows: list[int]
     ids: torch.Tensor
@@ -47,9 +47,24 @@ def _batches(model: Any, pad: int, examples: Sequence[HeldOut], batch_size: int)
         yield _Batch(rows, ids.to(model.device), mask.to(model.device), width if left else 1)
 
 
-def pad_token(tokenizer: Any) -> int:
-    """Id that fills up batches: nothing attends to it."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+def _generated(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[HeldOut],
+    batch_size: int,
+    lam: float | None,
+    trie: ItemTrie | None,
+    options: dict[str, Any],
+) -> Iterator[tuple[_Batch, Any]]:
+    """Each batch with the output of `generate`, without sampling. lam, trie: None for a Pilot, for free text."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options |= {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id}
+    if lam is not None:
+        options["lam"] = lam
+    for batch in _batches(model, pad, examples, batch_size):
+        if trie is not None:
+            options["logits_processor"] = LogitsProcessorList([ItemTrieProcessor(trie, batch.begin)])
+        yield batch, model.generate(batch.ids, attention_mask=batch.mask, **options)
 
 
 def complete(
@@ -60,32 +75,18 @@ def complete(
     max_new_tokens: int,
     batch_size: int,
     num_beams: int = 1,
-    on_batch: Callable[[int], None] = lambda done: None,
-    **options: Any,
+    lam: float | None = None,
 ) -> list[str]:
     """Completion texts in the order of `examples`, greedy or by beam search.
 
     Args:
-        on_batch: hears how many are done. options: further arguments of `generate`, such as a fused model's `lam`.
+        lam: of a fused model; None for a Pilot.
     """
-    pad = pad_token(tokenizer)
     texts = [""] * len(examples)
-    done = 0
-    for batch in _batches(model, pad, examples, batch_size):
-        out = model.generate(
-            batch.ids,
-            attention_mask=batch.mask,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            **options,
-        )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    for batch, out in _generated(model, tokenizer, examples, batch_size, lam, None, options):
         for row, i in enumerate(batch.rows):
             texts[i] = tokenizer.decode(out[row, batch.begin :], skip_special_tokens=True)
-        done += len(batch.rows)
-        on_batch(done)
     return texts
 
 
@@ -93,45 +94,37 @@ def rank(
     model: Any,
     tokenizer: Any,
     examples: Sequence[HeldOut],
-    catalogue: Catalogue,
+    trie: ItemTrie,
     *,
     beams: int,
     batch_size: int,
-    **options: Any,
+    lam: float | None = None,
 ) -> list[list[int]]:
-    """Items of `catalogue` for each example, best first, each at most once, at most `beams` of them.
+    """Items of `trie` for each example, best first, each at most once, at most `beams` of them.
 
-    The score of an item is the sum of its tokens' log-probabilities, end token included, as the model gives them: not
-    renormalised over the items. An item that the model gives probability 0 (a clamped p~) is not ranked.
+    An item's score is the sum of its tokens' log-probabilities, end token included, not renormalised over the items. An item
+    with probability 0 (a clamped p~) is not ranked.
 
     Args:
         batch_size: examples at a time; the model runs on `beams` times as many sequences.
-        options: further arguments of `generate`, such as a fused model's `lam`.
+        lam: of a fused model; None for a Pilot.
     """
-    width = max(2, min(beams, len(catalogue)))  # with one beam the library would not search
-    pad = pad_token(tokenizer)
+    width = max(2, min(beams, len(trie)))  # with one beam the library does not search
     ranked: list[list[int]] = [[] for _ in examples]
-    for batch in _batches(model, pad, examples, batch_size):
-        out = model.generate(
-            batch.ids,
-            attention_mask=batch.mask,
-            max_new_tokens=catalogue.longest,
-            num_beams=width,
-            num_return_sequences=width,
-            do_sample=False,
-            # plain sums of log-probabilities, searched to the end
-            length_penalty=0.0,
-            early_stopping="never",
-            logits_processor=LogitsProcessorList([CatalogueProcessor(catalogue, batch.begin)]),
-            return_dict_in_generate=True,
-            output_scores=True,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            **options,
-        )
-        items = catalogue.items(out.sequences[:, batch.begin :]).view(-1, width)
+    options: dict[str, Any] = {
+        "max_new_tokens": trie.longest,
+        "num_beams": width,
+        "num_return_sequences": width,
+        # plain sums of log-probabilities, searched to the end
+        "length_penalty": 0.0,
+        "early_stopping": "never",
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    for batch, out in _generated(model, tokenizer, examples, batch_size, lam, trie, options):
+        items = trie.items(out.sequences[:, batch.begin :]).view(-1, width)
         real = (items >= 0) & (out.sequences_scores.view(-1, width) > _NO_ITEM)
         for i, found, is_real in zip(batch.rows, items.tolist(), real.tolist(), strict=True):
             kept = (item for item, counts in zip(found, is_real, strict=True) if counts)
-            ranked[i] = list(dict.fromkeys(kept))[:beams]  # a beam can come twice, the first is the better one
+            ranked[i] = list(dict.fromkeys(kept))[:beams]  # a beam can appear twice, the first is the better one
     return ranked

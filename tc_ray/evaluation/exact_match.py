@@ -20,10 +20,10 @@ class ExactMatch:
     def __init__(self, tokenizer: Any, config: FusionSection) -> None:
         self._tokenizer, self._config = tokenizer, config
 
-    def outcome(self, fused: Any, examples: Sequence[HeldOut], lam: float) -> Outcome:
+    def outcome(self, model: Any, examples: Sequence[HeldOut], lam: float | None) -> Outcome:
         """Completions; a right one scores 1."""
         texts = complete(
-            fused,
+            model,
             self._tokenizer,
             examples,
             max_new_tokens=self._config.max_new_tokens,
@@ -35,5 +35,5 @@ class ExactMatch:
         return Outcome(right, [float(is_right) for is_right in right], texts, {})
 
     def measures(self, pilot: Outcome, fused: Outcome) -> list[Measure]:
-        """None: wins, losses and accuracies say it all."""
+        """None: wins, losses and accuracies are all there is."""
         return []

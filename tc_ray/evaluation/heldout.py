@@ -15,8 +15,8 @@ _COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "p
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out example. `answer` is what a completion is scored against; `input_ids[target_start:]` the gold tokens;
-    `prompt` the text that was asked, without the template."""
+    """One held-out example. answer: a completion is compared with it. input_ids[target_start:]: the gold tokens. prompt: the
+    prompt's text, without the template."""
 
     sample_id: int
     input_ids: list[int]
@@ -26,12 +26,12 @@ class HeldOut:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The prompt as the model is asked at inference."""
+        """The prompt as the model gets it at inference."""
         return self.input_ids[: self.target_start]
 
 
 def read_counted(file: Path, limit: int | None = None) -> tuple[list[HeldOut], LeftOut]:
-    """`read_held_out`, and how many rows of what was given are missing from it."""
+    """`read_held_out`, and how many of the given rows are missing from it."""
     return read_held_out(file, limit), read_left_out(file).measured(pq.read_metadata(file).num_rows, limit)
 
 

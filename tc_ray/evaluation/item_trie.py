@@ -1,7 +1,7 @@
-"""The items that can be answered, as a trie over their tokens; beam search is held to it by a LogitsProcessor.
+"""The items that can be answered, as a trie over their tokens; a LogitsProcessor restricts beam search to it.
 
-Invariant: a beam that leaves the trie is dead: nothing follows it but -inf, so it cannot end as an item. All beams of a
-step are looked up at once (sorted edges, binary search), whatever the number of items.
+Invariant: a beam that leaves the trie is dead: only -inf follows, so it cannot end as an item. All beams of a step are looked
+up at once (sorted edges, binary search), whatever the number of items. Used by `decode.rank`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from transformers import LogitsProcessor
 _DEAD = -1
 
 
-class Catalogue:
+class ItemTrie:
     """Items by number, 0 .. len - 1, each a sequence of token ids that ends with the end token.
 
-    Nodes are numbered level by level from the root, 0. edges: one a node but the root, sorted by `key` = parent * V +
-    token, with the child it leads to; the edges of a node stand together, from first_edge[node] to first_edge[node + 1].
+    Nodes are numbered level by level from the root, 0. Edges: one per node except the root, sorted by `key` = parent * V +
+    token; the edges of a node are neighbours, from first_edge[node] to first_edge[node + 1].
 
     Args:
         sequences: token ids of each item. vocab_size: V of the model.
 
     Raises:
-        ValueError: no item, an empty one, two with the same ids, one that begins another, or an id outside V.
+        ValueError: no item, an empty one, two with the same ids, one that is a prefix of another, or an id outside V.
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
         if not sequences:
-            raise ValueError("a catalogue needs at least one item")
+            raise ValueError("an item trie needs at least one item")
         if not all(sequences):
-            raise ValueError("an item without tokens stands for nothing")
+            raise ValueError("an item has no tokens")
         if not all(0 <= token < vocab_size for ids in sequences for token in ids):
             raise ValueError(f"an item has a token outside the model's vocabulary of {vocab_size}")
         lengths = np.array([len(ids) for ids in sequences])
@@ -41,7 +41,7 @@ class Catalogue:
         padded = np.full((len(sequences), self.longest), -1, dtype=np.int64)
         for number, ids in enumerate(sequences):
             padded[number, : len(ids)] = ids
-        at = np.zeros(len(sequences), dtype=np.int64)  # the node each item has come to
+        at = np.zeros(len(sequences), dtype=np.int64)  # the node that each item has reached
         keys, count = [np.empty(0, dtype=np.int64)], 1
         for level in range(self.longest):
             going = lengths > level
@@ -55,28 +55,28 @@ class Catalogue:
         self._item[torch.from_numpy(at)] = torch.arange(len(sequences))
         ends = self._first_edge[1:] == self._first_edge[:-1]
         if len(np.unique(at)) < len(sequences) or not bool(ends[torch.from_numpy(at)].all()):
-            raise ValueError("two items of the catalogue have the same tokens, or one begins another")
+            raise ValueError("two items have the same tokens, or one begins another")
         self._size = len(sequences)
 
     def __len__(self) -> int:
         return self._size
 
-    def to(self, device: torch.device | str) -> Catalogue:
+    def to(self, device: torch.device | str) -> ItemTrie:
         """Move its tensors."""
         self._key, self._first_edge, self._item = (t.to(device) for t in (self._key, self._first_edge, self._item))
         return self
 
     def walk(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Node int64 [R] that token ids [R, n] lead to from the root; -1 where they leave the trie.
+        """Node int64 [R] that token ids [R, n] lead to from the root; -1 if they leave the trie.
 
-        What follows a finished item is padding and ignored.
+        Tokens after a finished item are padding and ignored.
         """
         node = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         for step in range(tokens.shape[1]):
             key = node * self.vocab_size + tokens[:, step]
             edge = torch.searchsorted(self._key, key).clamp_max(len(self._key) - 1)
             alive = (node != _DEAD) & (self._key[edge] == key)
-            following = torch.where(alive, edge + 1, _DEAD)  # edges and nodes are in one order; the root has no edge
+            following = torch.where(alive, edge + 1, _DEAD)  # edges and nodes have one order; the root has no edge
             node = torch.where(self._finished(node), node, following)
         return node
 
@@ -86,7 +86,7 @@ class Catalogue:
         return torch.where(node == _DEAD, -1, self._item[node.clamp_min(0)])
 
     def allowed(self, node: torch.Tensor) -> torch.Tensor:
-        """Bool [R, V]: tokens that lead on from nodes [R]."""
+        """Bool [R, V]: tokens that continue an item from nodes [R]."""
         first = self._first_edge[node.clamp_min(0)]
         count = torch.where(node == _DEAD, 0, self._first_edge[node.clamp_min(0) + 1] - first)
         row = torch.arange(len(node), device=node.device).repeat_interleave(count)
@@ -99,18 +99,18 @@ class Catalogue:
         return (node != _DEAD) & (self._item[node.clamp_min(0)] >= 0)
 
 
-class CatalogueProcessor(LogitsProcessor):
-    """Sets the scores of all tokens that no item goes on with to -inf.
+class ItemTrieProcessor(LogitsProcessor):
+    """Sets the scores of all tokens that continue no item to -inf.
 
     Args:
-        begin: length of what stands before the first generated token (prompt, or the decoder's start token).
+        begin: columns before the first generated token (prompt, or the decoder's start token).
     """
 
-    def __init__(self, catalogue: Catalogue, begin: int) -> None:
-        self._catalogue, self._begin = catalogue, begin
+    def __init__(self, trie: ItemTrie, begin: int) -> None:
+        self._trie, self._begin = trie, begin
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores [R, V] after the sequences [R, begin + n]."""
-        allowed = self._catalogue.allowed(self._catalogue.walk(input_ids[:, self._begin :]))
+        allowed = self._trie.allowed(self._trie.walk(input_ids[:, self._begin :]))
         kept: torch.FloatTensor = scores.masked_fill(~allowed, -torch.inf)
         return kept

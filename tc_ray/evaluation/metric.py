@@ -1,6 +1,6 @@
-"""What an evaluation measures: the interface of a metric, and what it tells about one model on held-out rows.
+"""The interface of a metric: what it measures of one model on held-out rows.
 
-`exact_match` and `ranking` are the two metrics; `run.evaluate` knows only this interface.
+`exact_match` and `ranking` are the two metrics; `procedure` knows only this interface.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tc_ray.evaluation.statistics import Interval
 class Outcome:
     """One model on held-out rows, row by row.
 
-    right: what wins and losses are counted by. score: what lambda is chosen by, higher is better. said: for people.
-    columns: further measures by name.
+    right: decides wins and losses. score: decides lambda, higher is better. said: the answer as text. columns: further
+    measures by name.
     """
 
     right: list[bool]
@@ -41,13 +41,13 @@ class Measure:
 
 
 class Metric(Protocol):
-    """How answers are asked for and scored. right_name, score_name: what `right` and `score` of an Outcome are called."""
+    """How answers are generated and scored. right_name, score_name: names of `right` and `score` of an Outcome."""
 
     right_name: str
     score_name: str
 
-    def outcome(self, fused: Any, examples: Sequence[HeldOut], lam: float) -> Outcome:
-        """Ask `fused` with this lambda and score its answers."""
+    def outcome(self, model: Any, examples: Sequence[HeldOut], lam: float | None) -> Outcome:
+        """Generate answers and score them. model: a fused model with this lambda, or a Pilot and None."""
 
     def measures(self, pilot: Outcome, fused: Outcome) -> list[Measure]:
-        """Table beside the paired comparison of `right`; the row named `score_name`, if any, decides the verdict."""
+        """Table beside the paired comparison of `right`; a row named `score_name` decides the verdict."""

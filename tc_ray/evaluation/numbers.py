@@ -1,4 +1,4 @@
-"""Numbers in text, exactly: what a text is as a number, what its arithmetic comes to, and when two numbers are the same.
+"""Numbers in text, exactly: the number that a text is, the value of its arithmetic, and when two numbers are the same.
 
 Invariant: values are fractions, so that 0.3 - 0.1 is 0.2 and 10000.5 is not 10001. Work is bounded: no text of a model makes a
 number of millions of digits. Called by `evaluation.scoring`.
@@ -23,7 +23,7 @@ _DECIMAL = re.compile(r"[-+]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][-+
 _MIXED = re.compile(r"(-?)(\d{1,400})\s+(\d{1,400})/(\d{1,400})", re.ASCII)
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)", re.ASCII)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+"
-# A sign counts where no number or closing bracket stands before it: in "48-2" the last number is 2.
+# A sign counts only if no number or closing bracket precedes it: in "48-2" the last number is 2.
 _NUMBER = re.compile(
     rf"(?<![\w.])(?:(?<![\w)])-\s?)?\$?\s?(?:\d+\s+\d+/\d+|(?:{_DIGITS})(?:\s?/\s?\d+(?!\.?\d))?)", re.ASCII
 )
@@ -41,7 +41,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Fraction]] = {
 
 
 def number_of(text: str) -> Fraction | None:
-    """Number that `text` is as a whole: 1,234 or $5.00 or 3/4 or 1 1/2 or 50% (which is 50); else None."""
+    """The number that the whole of `text` is: 1,234 or $5.00 or 3/4 or 1 1/2 or 50% (which is 50); else None."""
     plain = re.sub(r"[$%]", "", _without_commas(text.translate(_SIGNS)).strip().rstrip(".")).replace("- ", "-").strip()
     mixed = _MIXED.fullmatch(plain)
     if mixed:
@@ -53,7 +53,7 @@ def number_of(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """Value of the last equation line `x = 3*6`; without one the last number in the text."""
+    """Value of the last equation line `x = 3*6`; without one, the last number in the text."""
     text = _without_commas(text.translate(_SIGNS))
     equations = _EQUATION.findall(text)
     if equations and (value := evaluate_expression(equations[-1])) is not None:
@@ -62,7 +62,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def first_number(text: str) -> Fraction | None:
-    """Number that a statement begins with or comes to: 18 in "3*6 = 18", in "3*6" and in "18, because 3*6 = 18"."""
+    """The number that a statement begins with or results in: 18 in "3*6 = 18", in "3*6" and in "18, because 3*6 = 18"."""
     text = _WORKING.sub("", _without_commas(text.translate(_SIGNS)))
     expression = text.strip().rstrip(".")
     if _EXPRESSION.fullmatch(expression) and (value := evaluate_expression(expression)) is not None:
@@ -71,7 +71,7 @@ def first_number(text: str) -> Fraction | None:
 
 
 def same_number(given: Fraction, gold: Fraction, gold_text: str) -> bool:
-    """Equal within TOLERANCE; where the gold answer is written with more than six decimals, within its last one."""
+    """Equal within TOLERANCE, or within the last decimal of a gold answer with more than six."""
     decimals = re.search(r"\.(\d+)(?:[eE]([-+]?\d{1,3}))?|\d[eE]([-+]?\d{1,3})", gold_text)
     places = 0
     if decimals:
@@ -92,7 +92,7 @@ def evaluate_expression(text: str) -> Fraction | None:
 
 def _evaluate(node: ast.expr) -> Fraction:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-        return Fraction(repr(node.value))  # the decimal that was written, not the binary number beside it
+        return Fraction(repr(node.value))  # the decimal as written, not the nearest binary number
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         return _OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:

@@ -1,11 +1,12 @@
 """Evaluate a fused model: choose lambda on validation data, apply it once to the test data, report.
 
-`evaluate` is the whole procedure on loaded models, whatever the metric; the job runs it as a Ray task after training,
-`tc-ray eval` calls it for any exported run.
+`evaluate` is the whole procedure on loaded models, for any metric; `evaluate_pilot` is that of a run without a Copilot. Both
+are called by `task`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.evaluation.metric import Metric, Outcome
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.selection import Choice, Comparison, choose
-from tc_ray.evaluation.teacher_forced import teacher_forced
-from tc_ray.models.fusion import SPACES, FusedModel
+from tc_ray.evaluation.teacher_forced import TeacherForced, teacher_forced
+from tc_ray.models.folder import SPACES
+from tc_ray.models.fusion import FusedModel
 
 MAX_EXAMPLES_SHOWN = 12
 
@@ -38,7 +40,7 @@ def evaluate(
     Args:
         data: what the test rows are, for the report.
         seen_error_size: mean squared logged error of the last rounds, for the report.
-        left_out: rows that are missing from "validation" and "test", for the report.
+        left_out: rows missing from "validation" and "test", for the report.
     """
     if not validation:
         raise ValueError("no validation rows: lambda cannot be chosen (data.validation or data.validation_size)")
@@ -57,24 +59,9 @@ def evaluate(
         {choice: outcome.score for choice, outcome in tried.items()},
         {choice: measured.nll for choice, measured in forced.items()},
     )
-    sweep = []
-    for choice, outcome in tried.items():
-        compared = Comparison.of(tried[pilot_choice].right, outcome.right)
-        sweep.append(
-            {
-                "space": choice[0],
-                "lam": choice[1],
-                "score": sum(outcome.score) / len(validation),
-                "right": compared.fused_correct / compared.rows,
-                "wins": compared.wins,
-                "losses": compared.losses,
-                "nll": forced[choice].nll if choice in forced else float("nan"),
-                "error_ratio": forced[choice].error_ratio if choice in forced else float("nan"),
-            }
-        )
     of_pilot = ask(test, pilot_choice, "test")
     of_fused = ask(test, chosen, "test") if chosen != pilot_choice else of_pilot
-    # test files often hold answers only; then the gold tokens of the validation rows are measured
+    # test files often hold answers only; then the gold tokens of the validation rows are measured instead
     both = list(dict.fromkeys([pilot_choice, chosen]))
     measured = teacher_forced(fused, test, both, batch_size=config.eval_batch_size)
     measured = measured or {choice: forced[choice] for choice in both if choice in forced}
@@ -91,21 +78,33 @@ def evaluate(
         right_name=metric.right_name,
         score_name=metric.score_name,
         measures=metric.measures(of_pilot, of_fused),
-        validation=sweep,
+        validation=[
+            _tried(choice, outcome, tried[pilot_choice], forced.get(choice)) for choice, outcome in tried.items()
+        ],
         seen_error_size=seen_error_size,
         heldout_error_size=forced[pilot_choice].squared_error if forced else None,
         left_out=dict(left_out or {}),
         validation_rows=len(validation),
         examples=[
-            {
-                "prompt": test[i].prompt,
-                "answer": test[i].answer,
-                "pilot": of_pilot.said[i],
-                "fused": of_fused.said[i],
-            }
+            {"prompt": test[i].prompt, "answer": test[i].answer, "pilot": of_pilot.said[i], "fused": of_fused.said[i]}
             for i in changed
         ],
     )
+
+
+def _tried(choice: Choice, outcome: Outcome, pilot: Outcome, forced: TeacherForced | None) -> dict[str, Any]:
+    """One row of the report's validation sweep."""
+    compared = Comparison.of(pilot.right, outcome.right)
+    return {
+        "space": choice[0],
+        "lam": choice[1],
+        "score": sum(outcome.score) / compared.rows,
+        "right": compared.fused_correct / compared.rows,
+        "wins": compared.wins,
+        "losses": compared.losses,
+        "nll": forced.nll if forced else math.nan,
+        "error_ratio": forced.error_ratio if forced else math.nan,
+    }
 
 
 def evaluate_pilot(
@@ -122,11 +121,10 @@ def evaluate_pilot(
     """Measure the Pilot alone on `test`, as lambda 0 would be.
 
     Args:
-        pilot: language model. data: what the test rows are. no_copilot: why there is no Copilot. left_out: rows missing from
-            the test part. All three for the report.
+        pilot: language model. no_copilot: why there is no Copilot, for the report. The others as for `evaluate`.
     """
     on_progress(f"evaluate: test, the Pilot alone, {len(test)} rows")
-    outcome = metric.outcome(_PilotAlone(pilot), test, 0.0)
+    outcome = metric.outcome(pilot, test, None)
     return Report(
         data=data,
         space=SPACES[0] if config.space == "choose" else config.space,
@@ -141,19 +139,3 @@ def evaluate_pilot(
         left_out=dict(left_out or {}),
         no_copilot=no_copilot,
     )
-
-
-class _PilotAlone:
-    """A Pilot in the place of a fused model, for lambda 0 only."""
-
-    def __init__(self, pilot: Any) -> None:
-        self._pilot = pilot
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pilot, name)
-
-    def generate(self, *arguments: Any, lam: float, **options: Any) -> Any:
-        """As the Pilot generates."""
-        if lam:
-            raise ValueError("a Pilot alone has no lambda")
-        return self._pilot.generate(*arguments, **options)

@@ -1,6 +1,6 @@
-"""The metric of recommendation: where in the ranking of all items stands the one that came next?
+"""The metric of recommendation: the rank of the next item among all items.
 
-Hit@K = 1 if it is among the first K, NDCG@K = 1 / log2(rank + 1) if it is, else 0 (one relevant item a row, so the ideal
+Hit@K = 1 if it is among the first K, NDCG@K = 1 / log2(rank + 1) if it is, else 0 (one relevant item per row, so the ideal
 DCG is 1); both are means over rows. All items of the run compete, none are sampled as negatives.
 """
 
@@ -16,7 +16,7 @@ from tc_ray.config.fusion import FusionSection
 from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.decode import rank
 from tc_ray.evaluation.heldout import HeldOut
-from tc_ray.evaluation.item_trie import Catalogue
+from tc_ray.evaluation.item_trie import ItemTrie
 from tc_ray.evaluation.metric import Measure, Outcome
 from tc_ray.evaluation.statistics import bootstrap_intervals, wilson_interval
 
@@ -39,7 +39,7 @@ class Ranking:
     """Ranks the items of a run by beam search.
 
     Args:
-        labels: item id -> label, the completion that stands for the item. vocab_size: V of the model.
+        labels: item id -> label, the completion that names the item. vocab_size: V of the model.
 
     Raises:
         ValueError: two items with the same tokens.
@@ -52,21 +52,21 @@ class Ranking:
         self._tokenizer, self._config = tokenizer, config
         self._labels = sorted(labels.values())
         self._number = {label: number for number, label in enumerate(self._labels)}
-        self._catalogue = Catalogue([completion_ids(label, tokenizer) for label in self._labels], vocab_size)
+        self._trie = ItemTrie([completion_ids(label, tokenizer) for label in self._labels], vocab_size)
 
-    def outcome(self, fused: Any, examples: Sequence[HeldOut], lam: float) -> Outcome:
+    def outcome(self, model: Any, examples: Sequence[HeldOut], lam: float | None) -> Outcome:
         """Rankings and all measures of the configured cutoffs.
 
-        With `history: excluded`, items of a row's own prompt leave the ranking and the others move up; the search is wider
-        by the longest history, so that as many are left.
+        With `history: excluded`, items of a row's own prompt leave the ranking and the others move up; the search is widened
+        by the longest history, so that enough remain.
         """
         histories = [self._history(e) for e in examples]
         cutoffs = self._config.ranking.cutoffs
         ranked = rank(
-            fused,
+            model,
             self._tokenizer,
             examples,
-            self._catalogue.to(fused.device),
+            self._trie.to(model.device),
             beams=max(cutoffs) + max(map(len, histories), default=0),
             batch_size=self._config.eval_batch_size,
             lam=lam,
@@ -83,7 +83,7 @@ class Ranking:
         )
 
     def measures(self, pilot: Outcome, fused: Outcome) -> list[Measure]:
-        """Every measure: Wilson intervals for hits, else and for all differences the paired bootstrap."""
+        """Every measure: Wilson intervals for hits; the paired bootstrap for NDCG and for all differences."""
         names = list(pilot.columns)
         one, other = (np.array([outcome.columns[name] for name in names]).T for outcome in (pilot, fused))
         intervals = bootstrap_intervals(np.concatenate([one, other, other - one], 1))

@@ -13,12 +13,12 @@ from tc_ray.evaluation.teacher_forced import TeacherForced
 from tc_ray.files import finite, write_file, write_json
 
 SIGNIFICANT_P = 0.05
-"""McNemar p below which a difference is called a gain."""
+"""McNemar p below which a difference counts as a gain."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Difference fused - Pilot that the verdict is about, with its 95% interval. shown: it cannot well be chance."""
+    """Difference fused - Pilot that decides the verdict, with its 95% interval. shown: it is unlikely to be chance."""
 
     text: str
     size: float
@@ -29,10 +29,10 @@ class Gain:
 class Report:
     """Pilot against fused on one test set, and how lambda was chosen.
 
-    right_name, score_name: names of what is counted right and of what lambda is chosen by. measures: further measures;
-    where one has the name of the score, it decides the verdict, else wins and losses do.
-    validation: rows of (space, lam, score, right, wins, losses, ...) on validation data. left_out: rows missing from
-    "validation" and "test"; validation_rows: those that lambda was chosen on.
+    right_name, score_name: names of what counts as right and of what lambda is chosen by. measures: further measures; the
+    one named as the score, if any, decides the verdict, else wins and losses do. validation: rows of (space, lam, score,
+    right, wins, losses, ...) on validation data. left_out: rows missing from "validation" and "test". validation_rows: rows
+    that lambda was chosen on. no_copilot: why there is no Copilot; both sides of the comparison are then the Pilot.
     """
 
     data: str
@@ -52,11 +52,10 @@ class Report:
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     validation_rows: int = 0
     no_copilot: str | None = None
-    """Why there is no Copilot: then both sides of the comparison are the Pilot."""
 
     @property
     def gain(self) -> Gain:
-        """What the test rows say about the Copilot."""
+        """What the test rows show about the Copilot."""
         deciding = next((measure for measure in self.measures if measure.name == self.score_name), None)
         if deciding is not None:
             low, high = deciding.difference_interval
@@ -75,7 +74,7 @@ class Report:
 
     @property
     def exported_lam(self) -> float:
-        """What the exported model uses: the chosen lambda, or 0 when the Copilot does not help."""
+        """Lambda of the exported model: the chosen one, or 0 if the Copilot does not help."""
         return self.lam if self.helps else 0.0
 
     @property
@@ -110,32 +109,17 @@ class Report:
             (fused_name, c.fused_correct, c.fused_interval, self.fused_forced),
         ]
         for name, correct, interval, forced in sides[:1] if self.no_copilot else sides:
-            measured = (
-                [f"{forced.error_ratio:.3f}", f"{forced.nll:.4f}", f"{100 * forced.token_accuracy:.1f}%"]
-                if forced
-                else ["-"] * 3
-            )
-            rows.append(
-                [
-                    name,
-                    f"{c.rows} of {given}" if given > c.rows else str(c.rows),
-                    f"{100 * correct / c.rows:.1f}%",
-                    f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
-                    *measured,
-                ]
-            )
+            measured = ["-"] * 3
+            if forced:
+                measured = [f"{forced.error_ratio:.3f}", f"{forced.nll:.4f}", f"{100 * forced.token_accuracy:.1f}%"]
+            count = f"{c.rows} of {given}" if given > c.rows else str(c.rows)
+            ends = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+            rows.append([name, count, f"{100 * correct / c.rows:.1f}%", ends, *measured])
         against = "" if self.no_copilot else f": {c.wins} wins, {c.losses} losses, McNemar p = {c.p_value:.2g}"
-        return [
-            *_aligned(rows),
-            *self._measure_lines(),
-            f"{self._counted('test', c.rows)} of {self.data}{against}",
-            *(
-                [f"lambda was chosen on {self._counted('validation', self.validation_rows)}"]
-                if self.validation_rows
-                else []
-            ),
-            self.verdict,
-        ]
+        lines = [*_aligned(rows), *self._measure_lines(), f"{self._counted('test', c.rows)} of {self.data}{against}"]
+        if self.validation_rows:
+            lines.append(f"lambda was chosen on {self._counted('validation', self.validation_rows)}")
+        return [*lines, self.verdict]
 
     def _counted(self, part: str, rows: int) -> str:
         return self.left_out.get(part, LeftOut()).counted(rows, part)
@@ -145,17 +129,12 @@ class Report:
             return []
         rows = [["%", "Pilot", "95% interval", "fused", "95% interval", "difference", "95% interval, paired"]]
         for m in self.measures:
-            rows.append(
-                [
-                    m.name,
-                    f"{100 * m.pilot:.2f}",
-                    " to ".join(f"{100 * end:.2f}" for end in m.pilot_interval),
-                    f"{100 * m.fused:.2f}",
-                    " to ".join(f"{100 * end:.2f}" for end in m.fused_interval),
-                    _points(m.difference),
-                    " to ".join(_points(end) for end in m.difference_interval),
-                ]
-            )
+            sides = [
+                cell
+                for mean, interval in ((m.pilot, m.pilot_interval), (m.fused, m.fused_interval))
+                for cell in (f"{100 * mean:.2f}", " to ".join(f"{100 * end:.2f}" for end in interval))
+            ]
+            rows.append([m.name, *sides, _points(m.difference), " to ".join(map(_points, m.difference_interval))])
         return ["", *_aligned(rows), ""]
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,7 +146,7 @@ class Report:
             "fused_interval": self.comparison.fused_interval,
             "difference_interval": self.comparison.difference_interval,
         }
-        # by name, so that the tracker makes a metric of each number; MLflow refuses names with an @
+        # by name, so that the tracker logs each number as a metric; MLflow refuses names with an @
         fields["measures"] = {m.pop("name").lower().replace("@", "_at_"): m for m in fields["measures"]}
         return fields | {"helps": self.helps, "exported_lam": self.exported_lam, "verdict": self.verdict}
 
@@ -179,20 +158,14 @@ class Report:
         if self.seen_error_size is not None and self.heldout_error_size is not None:
             sizes = (
                 f"Mean squared error of the Pilot: {self.seen_error_size:.4f} in the last rounds of the log, "
-                f"{self.heldout_error_size:.4f} on validation data. If the log's is far smaller, expect no gain."
+                f"{self.heldout_error_size:.4f} on validation data. If that of the log is far smaller, expect no gain."
             )
             parts += [sizes, ""]
         if self.examples:
             parts += ["## Changed answers", ""]
             for example in self.examples:
-                parts += [
-                    f"**{example['prompt'].strip()[-300:]}**",
-                    "",
-                    f"- answer: {example['answer']}",
-                    f"- Pilot: `{example['pilot']}`",
-                    f"- fused: `{example['fused']}`",
-                    "",
-                ]
+                parts += [f"**{example['prompt'].strip()[-300:]}**", "", f"- answer: {example['answer']}"]
+                parts += [f"- Pilot: `{example['pilot']}`", f"- fused: `{example['fused']}`", ""]
         return "\n".join(parts)
 
     def _sweep_lines(self) -> list[str]:
@@ -201,14 +174,8 @@ class Report:
         lines = [f"| space | lambda | {' | '.join(names)} | wins | losses | NLL |", "|---" * (5 + len(names)) + "|"]
         for row in self.validation:
             values = [f"{100 * row['right']:.1f}%"] if one_name else [_percent(row[key]) for key in ("score", "right")]
-            cells = [
-                row["space"],
-                f"{row['lam']:g}",
-                *values,
-                str(row["wins"]),
-                str(row["losses"]),
-                f"{row['nll']:.4f}",
-            ]
+            cells = [row["space"], f"{row['lam']:g}", *values]
+            cells += [str(row["wins"]), str(row["losses"]), f"{row['nll']:.4f}"]
             lines.append(f"| {' | '.join(cells)} |")
         return lines
 

@@ -1,8 +1,8 @@
-"""Is a completion right? Take its final answer out and compare it with the gold answer.
+"""Is a completion right? Extract its final answer and compare it with the gold answer.
 
-Invariant: the kind of the gold answer (number, choice, letter, truth value, text) decides what is looked for, so that a
-stray "no" or number elsewhere in a completion is not taken for the answer. What the completion states as its answer ("the
-answer is X", "X is correct") goes before what it only mentions. Pure; called by the evaluation.
+Invariant: the kind of the gold answer (number, choice, letter, truth value, text) decides what is searched for, so a stray
+"no" or number elsewhere in a completion is not taken for the answer. A stated answer ("the answer is X", "X is correct") has
+priority over a mentioned one. Pure; called by `exact_match`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DENIED = re.compile(r"\b(?:not|neither|nor|n't)\s+(?:the\s+)?[\"'*(\[]*$", re.I
 _LEADING = re.compile(r"\s*(?:[.):,;!*]|$|(?:because|since|as|for)\b)", re.IGNORECASE)
 _BARE_CHOICE = re.compile(r"\W*([1-5])\W*(?:$|[.):,;]|\s)")
 _DENIAL = 20
-"""Characters before an answer that are looked through for a denial."""
+"""Characters before an answer that are searched for a denial."""
 _SAME_TRUTH = {"yes": "true", "no": "false"}
 _OTHER_TRUTH = {"true": "false", "false": "true"}
 
@@ -47,9 +47,9 @@ _OTHER_TRUTH = {"true": "false", "false": "true"}
 def matches(completion: str, answer: str) -> bool:
     """Whether the completion's final answer equals `answer`, or the answer that `answer` states.
 
-    Numbers are equal within 1e-6 (`numbers.same_number`). Choices, letters and truth values compare without case; yes is
-    true and no is false; a gold choice such as `answer3` is also met by the number alone, and a gold `3` by "answer3". Any
-    other answer must equal what follows "answer is", or the whole completion, up to case and spacing.
+    Numbers are equal within 1e-6 (`numbers.same_number`). Choices, letters and truth values compare without case; yes is true
+    and no is false; the number alone matches a gold choice such as `answer3`, and "answer3" matches a gold `3`. Any other
+    answer must equal the text after "answer is", or the whole completion, up to case and spacing.
     """
     stated_gold = _stated(answer)
     gold = (answer if stated_gold is None else stated_gold).strip().rstrip(".")
@@ -68,14 +68,14 @@ def matches(completion: str, answer: str) -> bool:
 def _is_number(completion: str, tail: str | None, gold: str) -> bool:
     value = number_of(gold)
     given = last_number(completion) if tail is None else first_number(tail)
-    if given is None:  # of several choices by number
+    if given is None:  # one of several numbered choices
         choice = _find(completion, "choice", tail)
         given = None if choice is None else Fraction(choice[-1])
     return given is not None and value is not None and same_number(given, value, gold)
 
 
 def _stated(text: str) -> str | None:
-    """What stands after the last "answer is", up to the end of the line (of the next line if nothing follows)."""
+    """The text after the last "answer is", up to the end of the line (of the next line if nothing follows)."""
     ends = [match.end() for match in _ANSWER_IS.finditer(text)]
     return text[ends[-1] :].strip().partition("\n")[0].strip() if ends else None
 
@@ -92,8 +92,8 @@ def _kind(gold: str) -> Kind:
 def _find(text: str, kind: Kind, tail: str | None) -> str | None:
     """The answer of this kind that a completion gives, in its plain form.
 
-    The first in what is stated; else the first that is called correct; else the one that the text begins with; else the
-    last. Those that are called wrong do not count; a truth value that is denied is the other one.
+    The first in the stated answer; else the first that is called correct; else the one that the text begins with; else the
+    last. Answers called wrong do not count; a denied truth value is the opposite one.
     """
     place = text if tail is None else tail
     if kind == "letter" and len(place.strip(" .()*")) == 1:  # a lone "b"; in a sentence only capitals count

@@ -24,7 +24,7 @@ class Comparison:
 
     @classmethod
     def of(cls, pilot: Sequence[bool], fused: Sequence[bool]) -> Comparison:
-        """From correctness row by row."""
+        """From correctness, row by row."""
         pairs = list(zip(pilot, fused, strict=True))
         return cls(
             rows=len(pairs),
@@ -58,7 +58,7 @@ class Comparison:
 def choose(scores: Mapping[Choice, Sequence[float]], nll: Mapping[Choice, float]) -> Choice:
     """The choice with the highest mean score on validation rows; a tie goes to the lower teacher-forced NLL.
 
-    lam 0 is among the choices and wins every tie: a correction has to earn its place.
+    lam 0 is among the choices and wins every tie, because a correction must prove itself.
     """
     total = {choice: math.fsum(row_scores) for choice, row_scores in scores.items()}  # exact: ties are ties
     pilot = next(choice for choice in scores if choice[1] == 0)

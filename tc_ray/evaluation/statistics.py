@@ -1,8 +1,7 @@
 """Uncertainty of accuracies and other means, and of the difference between two models on the same rows.
 
-For counts: exact or score methods, which hold for small ones. For any other measure: the bootstrap over rows. Called by
-the evaluation's metrics and report. `wins` are rows that only the second model has right, `losses` rows that only the
-first has right.
+Counts: exact or score methods, which also hold for small counts. Other measures: the bootstrap over rows. Called by metrics
+and report. `wins` are rows that only the second model has right, `losses` rows that only the first has right.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def wilson_interval(successes: int, rows: int, z: float = Z_95) -> Interval:
     middle = share + z * z / (2 * rows)
     reach = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
     scale = 1 + z * z / rows
-    # At the ends the formula gives 0 and 1 up to rounding; say so exactly.
+    # at the ends the formula gives 0 and 1 only up to rounding
     low = 0.0 if successes == 0 else (middle - reach) / scale
     high = 1.0 if successes == rows else (middle + reach) / scale
     return low, high
@@ -48,8 +47,8 @@ def mcnemar_p(wins: int, losses: int) -> float:
 def paired_difference_interval(wins: int, losses: int, rows: int, z: float = Z_95) -> Interval:
     """Tango's score interval (low, high) of the accuracy difference (wins - losses) / rows of paired answers.
 
-    Tango 1998, Statistics in Medicine 17: the differences that a score test would not refuse. It agrees with
-    McNemar's test without continuity correction at difference 0 and holds where wins + losses is small.
+    Tango 1998, Statistics in Medicine 17: the differences that a score test would not reject. At difference 0 it agrees with
+    McNemar's test without continuity correction, and it holds for small wins + losses.
     """
     if wins < 0 or losses < 0 or rows < 1 or wins + losses > rows:
         raise ValueError(f"wins {wins} and losses {losses} must not exceed rows {rows}, and rows must be positive")
@@ -71,7 +70,7 @@ def paired_difference_interval(wins: int, losses: int, rows: int, z: float = Z_9
 def bootstrap_intervals(values: NDArray[np.float64], *, resamples: int = 2000, seed: int = 0) -> list[Interval]:
     """95% percentile intervals of the column means of `values` [rows, columns], by resampling rows.
 
-    All columns see the same resamples, so a column of differences gets its paired interval. No rows: (nan, nan).
+    All columns use the same resamples, so a column of differences gets its paired interval. No rows: (nan, nan).
     """
     rows = len(values)
     if not rows:
@@ -83,7 +82,7 @@ def bootstrap_intervals(values: NDArray[np.float64], *, resamples: int = 2000, s
 
 
 def _root(falling: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function crosses 0 between `low` and `high`, by bisection."""
+    """The root of a falling function between `low` and `high`, by bisection."""
     for _ in range(80):
         middle = (low + high) / 2
         if falling(middle) > 0:

@@ -1,6 +1,6 @@
-"""Evaluate a run whose Pilot and Copilot are trained: the job's task, and `tc-ray eval` on other data.
+"""Evaluate a run whose Pilot and Copilot are trained, from its folder: the body of the Ray task of `run.evaluate`.
 
-A run whose Copilot failed for good has a Pilot all the same: it is measured alone.
+If the run's Copilot failed for good, the Pilot is measured alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def evaluate_finished(
 
     Args:
         source: what the test rows are, for the report.
-        tracker: Tracker actor that hears of progress, or None.
-        test_file: prepared test.parquet; default the run's own.
+        tracker: Tracker actor that is given progress, or None.
+        test_file: prepared test.parquet, measured whole; default the run's own, up to `fusion.max_test_rows`.
         seen_error_size: mean squared logged error of the log's last rounds, for the report.
         no_copilot: why there is no Copilot; the Pilot is then measured alone.
     """
@@ -43,54 +43,38 @@ def evaluate_finished(
     from tc_ray.models.fusion import FusedModel
     from tc_ray.models.pilot.load import DTYPES, load_pilot
 
-    folder, resources = config.run.path, config.resources
-    torch.set_num_threads(
-        max(
-            1, resources.pilot_threads * resources.pilot_workers + resources.copilot_threads * resources.copilot_workers
-        )
-    )
+    folder, resources, fusion = config.run.path, config.resources, config.fusion
+    threads = resources.pilot_threads * resources.pilot_workers + resources.copilot_threads * resources.copilot_workers
+    torch.set_num_threads(max(1, threads))
     device = "cuda" if resources.gpus else "cpu"
     dtype = DTYPES[config.pilot.dtype]  # the Copilot learned from states of this precision
     if tracker is not None:
         tracker.waiting.remote("evaluation", "loading weights")
     pilot = load_pilot(folder / "pilot" / "final", dtype=dtype)
-    # a file that the user names is measured whole
-    test, without_test = read_counted(
-        test_file or folder / "data" / "test.parquet", None if test_file else config.fusion.max_test_rows
-    )
+    rows = None if test_file else fusion.max_test_rows
+    test, without_test = read_counted(test_file or folder / "data" / "test.parquet", rows)
     tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
+    metric = _metric(config, tokenizer, pilot.config.vocab_size)
 
-    def heard(line: str) -> None:
+    def report_progress(line: str) -> None:
         if tracker is not None:
             tracker.waiting.remote("evaluation", "")
             tracker.event.remote("evaluate", line)
 
-    fusion = config.fusion
+    common: dict[str, Any] = {"test": test, "data": source, "on_progress": report_progress}
     if no_copilot is not None:
-        metric = _metric(config, tokenizer, pilot.config.vocab_size)
-        return evaluate_pilot(
-            pilot.to(device),
-            metric,
-            fusion,
-            test=test,
-            data=source,
-            no_copilot=no_copilot,
-            left_out={"test": without_test},
-            on_progress=heard,
-        )
+        left_out = {"test": without_test}
+        return evaluate_pilot(pilot.to(device), metric, fusion, no_copilot=no_copilot, left_out=left_out, **common)
     validation, without_validation = read_counted(folder / "data" / "validation.parquet", fusion.max_validation_rows)
     copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
-    fused = FusedModel.join(pilot, copilot, feedback=config.fusion.feedback).to(device)
     return evaluate(
-        fused,
-        _metric(config, tokenizer, fused.vocab_size),
+        FusedModel.join(pilot, copilot, feedback=fusion.feedback).to(device),
+        metric,
         fusion,
         validation=validation,
-        test=test,
-        data=source,
         seen_error_size=seen_error_size,
         left_out={"validation": without_validation, "test": without_test},
-        on_progress=heard,
+        **common,
     )
 
 

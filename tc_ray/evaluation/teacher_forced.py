@@ -1,7 +1,7 @@
 """Teacher-forced measures of Pilot and fused model: squared error, NLL and token accuracy on the gold tokens.
 
-The Copilot reads the Pilot's true errors on the gold prefix, as in training, so one pass gives every lambda. The ratio
-E||p - p~||^2 / E||p - p^||^2 (theorem 4.1) below 1 says that the Copilot works; it is no proxy for accuracy.
+The Copilot reads the Pilot's true errors on the gold prefix, as in training, so one pass gives every lambda. A ratio
+E||p - p~||^2 / E||p - p^||^2 (theorem 4.1) below 1 means that the Copilot works; it is no proxy for accuracy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.models.copilot import CopilotBatch
 from tc_ray.models.fusion import FusedModel, fuse
-from tc_ray.models.pilot.load import PilotStep
+from tc_ray.models.pilot.step import PilotStep
 
 CHUNK_ELEMENTS = 2**20
 NLL_FLOOR = 1e-8
-"""Probability below which a token's NLL stops growing: a clamped p~ can be exactly 0, and says so here."""
+"""Probability below which a token's NLL stops growing: a clamped p~ can be exactly 0."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def teacher_forced(
         batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=tap.positions).to(device)
         f = fused.copilot.compact(batch).float()
         tokens += len(f)
-        # a few rows at a time: [rows, V] then stays in the processor's cache over all choices
+        # a few rows at a time, so that [rows, V] stays in the processor's cache over all choices
         for rows in torch.arange(len(f)).split(max(1, CHUNK_ELEMENTS // fused.vocab_size)):
             log_probs, targets = out.log_probs[rows], out.targets[rows]
             dense = fused.copilot.expand(f[rows], log_probs.shape[1])

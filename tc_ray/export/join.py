@@ -1,51 +1,55 @@
 """Join a Copilot with a Pilot it was not trained beside (table 3): the work behind `tc-ray fuse`.
 
-Invariant: whatever can be known from configs, tokenizers and the weight files is checked before a weight is copied; no model is
-loaded. The fused folder appears whole, by a rename, and never in place of another.
+Invariant: configs, tokenizers and weight files are checked before a weight is copied; no model is loaded. The fused folder
+appears whole, by a rename, and never replaces another.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-import tc_ray
-from tc_ray.config.redact import redact_command
 from tc_ray.config.section import check_lam
-from tc_ray.files import FOLDER_MARKER, mark_whole, read_json, sync, write_json
+from tc_ray.export.check import (
+    PROVENANCE_FILE,
+    TOKENIZER_FILE,
+    ExportError,
+    export_in,
+    read_part,
+    tokenizer_of,
+)
+from tc_ray.export.write import write_provenance
+from tc_ray.files import FOLDER_MARKER, mark_whole, sync
 from tc_ray.models.copilot import Copilot, CopilotConfig
 from tc_ray.models.finite import NotFiniteError
-from tc_ray.models.fusion import FEEDBACKS, SPACES, write_settings
-from tc_ray.models.fusion.folder import FUSION_FILE, FusionSettings, read_settings
-from tc_ray.models.fusion.model import check_fit
-from tc_ray.models.hub import model_identity, resolve_model, vocabulary_hash
+from tc_ray.models.folder import FEEDBACKS, FUSION_FILE, SPACES, FusionSettings, check_parts
+from tc_ray.models.fusion.core import check_fit
+from tc_ray.models.hub import resolve_model
+from tc_ray.models.identity import model_identity, tensors_in
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.models.weights import WeightsError, check_files
 from tc_ray.text import first_line
 
 DEFAULT = FusionSettings(lam=0.5, space="probability", feedback="own")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")
-"""What a model folder may hold besides the safetensors that are read; left behind when it is copied."""
+"""Weights that a model folder may hold besides the safetensors that are read; they are not copied."""
 _Read = TypeVar("_Read")
 
 
-class FuseError(ValueError):
+class FuseError(ExportError):
     """These two cannot be fused as asked; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A fused folder. `lam_from`: where its lambda comes from, None when it was given."""
+    """A fused folder. `lam_from`: where its lambda comes from, None if it was given."""
 
     folder: Path
     pilot: Path
@@ -55,31 +59,31 @@ class Fusion:
     lam_from: str | None
 
     def lines(self) -> list[str]:
-        """What was made of what, and what is left to do, for a terminal."""
+        """What was made of what, and what to do next, for a terminal."""
         known = {"run": "run {}", "pilot": "of {}"}
         trained = " ".join(text.format(self.beside[key]) for key, text in known.items() if key in self.beside)
-        told = [
+        lines = [
             f"pilot     {self.pilot}",
-            f"copilot   {self.copilot}, trained beside {trained or 'a Pilot that is not told'}",
+            f"copilot   {self.copilot}, trained beside {trained or 'an unknown Pilot'}",
             f"lambda    {self.settings.lam:g} in {self.settings.space} space, {self.settings.feedback} feedback",
         ]
         if self.settings.lam == 0:
-            told.append(
+            lines.append(
                 "          0 is the Pilot alone: the Copilot does nothing until a request or the file says otherwise."
             )
         if self.lam_from is not None:
-            told += [
+            lines += [
                 f"          {self.lam_from}: not chosen on validation data of this Pilot, and `tc-ray eval` is for runs only.",
                 '          Compare a few values on rows of your own ("lambda" in a request to the server, lam= of generate) and',
                 f"          write the best into {self.folder / FUSION_FILE}.",
             ]
-        return [*told, f"fused     {self.folder}", f"serve     tc-ray serve {self.folder}"]
+        return [*lines, f"fused     {self.folder}", f"serve     tc-ray serve {self.folder}"]
 
 
 @dataclass(frozen=True)
 class _Copilot:
-    """folder: config and weights. settings: of its export, if it is part of one. own_pilot: the Pilot it was trained
-    beside, if that is at hand. beside: what is known of that Pilot's run."""
+    """folder: config and weights. settings: of its export, if it is part of one. own_pilot: folder of the Pilot it was
+    trained beside, if there is one. beside: what is known of that Pilot's run."""
 
     folder: Path
     settings: FusionSettings | None
@@ -98,8 +102,8 @@ def fuse_models(
         lam, space, feedback: of equation 8; None takes the exported run's, else 0.5, probability, own.
 
     Raises:
-        FuseError: a part is missing, the tokenizers differ, or `out` exists. FusionError: other hidden states, another
-        architecture or width. UnknownFamilyError, ModelSourceError: the Pilot is no model that can be used.
+        ExportError: a part is missing or damaged. FuseError: the tokenizers differ, or `out` exists. FusionError: other hidden
+        states, another architecture or width. UnknownFamilyError, ModelSourceError: the Pilot is no usable model.
     """
     _check_choices(lam, space, feedback)
     out = out.expanduser().absolute()
@@ -114,8 +118,7 @@ def fuse_models(
         base.lam if lam is None else lam, base.space if space is None else space, feedback or base.feedback
     )
     lam_from = None if lam is not None else "the default" if source.settings is None else f"the {FUSION_FILE} it had"
-    provenance = {
-        "tc_ray": tc_ray.__version__,
+    made_of = {
         "pilot": {"from": str(pilot_folder), "identity": model_identity(pilot_folder), **_run_of(pilot_folder)},
         "copilot": {
             "from": str(source.folder),
@@ -124,11 +127,8 @@ def fuse_models(
             "trained_beside": source.beside,
         },
         "fusion": asdict(settings) | {"lam_from": lam_from or "--lam"},
-        "python": platform.python_version(),
-        "packages": {"transformers": version("transformers")},
-        "command": redact_command(sys.argv),
     }
-    _write(out, files, settings, provenance)
+    _write(out, files, settings, made_of)
     return Fusion(out, pilot_folder, source.folder, source.beside, settings, lam_from)
 
 
@@ -143,11 +143,11 @@ def _check_choices(lam: float | None, space: str | None, feedback: str | None) -
             raise FuseError(f"--{option} {value!r} is not one of {', '.join(choices)}")
 
 
-# -- what was named ---------------------------------------------------------------------------------------------------
+# -- the two models ---------------------------------------------------------------------------------------------------
 
 
 def _find_pilot(name: str) -> Path:
-    export = _export_in(Path(name).expanduser().absolute())
+    export = export_in(Path(name).expanduser().absolute())
     if export is not None:
         return export / "pilot"
     folder = resolve_model(name)
@@ -158,16 +158,16 @@ def _find_pilot(name: str) -> Path:
 
 def _find_copilot(given: Path) -> _Copilot:
     given = given.expanduser().absolute()
-    export = _export_in(given) or (_export_in(given.parent) if given.name == "copilot" else None)
+    export = export_in(given) or (export_in(given.parent) if given.name == "copilot" else None)
     if export is not None:
-        settings = _read(read_settings, export, "cannot be read as an exported run")
+        settings = _read(_settings, export, "cannot be read as an exported run")
         own = export / "pilot"
         fused = _provenance(export).get("copilot")  # of a folder made here: its Pilot is not the one of the training
         beside = {"identity": model_identity(own), **_run_of(own)} if fused is None else fused["trained_beside"]
         return _Copilot(export / "copilot", settings, own, beside)
     if not given.is_dir():
         raise FuseError(f"--copilot {given} is no folder; give an exported run, or copilot/final of a run")
-    if not (given / "config.json").is_file() or _json(given / "config.json").get("model_type") != (
+    if not (given / "config.json").is_file() or read_part(given / "config.json").get("model_type") != (
         CopilotConfig.model_type
     ):
         raise FuseError(f"--copilot {given} holds no Copilot; give an exported run, or copilot/final of a run")
@@ -177,17 +177,17 @@ def _find_copilot(given: Path) -> _Copilot:
     return _Copilot(given, None, None, {})
 
 
-def _export_in(folder: Path) -> Path | None:
-    """The export of a run folder, or `folder` itself when it is one."""
-    return next((place for place in (folder / "export", folder) if (place / FUSION_FILE).is_file()), None)
+def _settings(export: Path) -> FusionSettings:
+    check_parts(export)
+    return FusionSettings.read(export)
 
 
 def _run_of(pilot: Path) -> dict[str, Any]:
     """What is known of the run that made a Pilot: from its export, else from the run folder around `pilot/final`."""
-    told = _provenance(pilot.parent)
-    told = told["pilot"] if isinstance(told.get("pilot"), dict) else told  # of a folder made here
-    if told:
-        return {key: told[key] for key in ("run", "pilot", "rounds", "verdict") if key in told}
+    known = _provenance(pilot.parent)
+    known = known["pilot"] if isinstance(known.get("pilot"), dict) else known  # of a folder made here
+    if known:
+        return {key: known[key] for key in ("run", "pilot", "rounds", "verdict") if key in known}
     run_config = pilot.parents[1] / "config.yaml"
     if pilot.parts[-2:] == ("pilot", "final") and run_config.is_file():
         from tc_ray.config.load import load_saved_config
@@ -198,8 +198,8 @@ def _run_of(pilot: Path) -> dict[str, Any]:
 
 
 def _provenance(export: Path) -> dict[str, Any]:
-    file = export / "provenance.json"
-    return _json(file) if file.is_file() else {}
+    file = export / PROVENANCE_FILE
+    return read_part(file) if file.is_file() else {}
 
 
 # -- whether it fits --------------------------------------------------------------------------------------------------
@@ -213,10 +213,10 @@ def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
     check_fit(
         _read(partial(AutoConfig.from_pretrained, trust_remote_code=False), pilot, "has no readable config"), config
     )
-    own, trained, beside = _tokenizer_hash(pilot), config.tokenizer, copilot.own_pilot
-    if own != trained and beside is not None and _has_tokenizer(beside):
-        # not told, or told by a version of transformers that read the same files otherwise
-        trained = _tokenizer_hash(beside)
+    own, trained, beside = tokenizer_of(pilot), config.tokenizer, copilot.own_pilot
+    if own != trained and beside is not None and (beside / TOKENIZER_FILE).is_file():
+        # unknown, or recorded by a version of transformers that read the same files differently
+        trained = tokenizer_of(beside)
     if not trained:
         raise FuseError(
             f"the Copilot in {copilot.folder} does not say which tokenizer it was trained with (config.json: tokenizer "
@@ -231,7 +231,7 @@ def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
 
 
 def _check_weights(pilot: Path, copilot: Path, files: dict[str, list[Path]]) -> None:
-    """Every tensor of both models is there, and every number is finite."""
+    """Refuse a model that lacks a tensor, or that has a number that is not finite."""
     try:
         load_pilot(pilot, dtype=torch.float32, safetensors=True, names_only=True)
         Copilot.from_pretrained(copilot, use_safetensors=True, device_map="meta")
@@ -241,31 +241,17 @@ def _check_weights(pilot: Path, copilot: Path, files: dict[str, list[Path]]) -> 
         raise FuseError(str(error)) from None
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()
-
-
-def _tokenizer_hash(folder: Path) -> str:
-    from transformers import AutoTokenizer
-
-    if not _has_tokenizer(folder):
-        raise FuseError(f"{folder} has no tokenizer (tokenizer_config.json is missing)")
-    return vocabulary_hash(
-        _read(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), folder, "has no readable tokenizer")
-    )
-
-
 def _model_files(folder: Path) -> list[Path]:
-    """The files of a model folder that make it up, its weights complete: config, tokenizer, licence, safetensors."""
+    """The files that make up a model folder, weights complete: config, tokenizer, licence, safetensors."""
     if not (folder / "config.json").is_file():
         raise FuseError(f"{folder} holds no model: config.json is missing")
     index = folder / "model.safetensors.index.json"
-    shards = set(_json(index).get("weight_map", {}).values()) if index.is_file() else ()
+    shards = set(read_part(index).get("weight_map", {}).values()) if index.is_file() else ()
     names = sorted(shards) or ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
             raise FuseError(f"{folder} is not whole: {name} is missing")
-        _read(_open_weights, folder / name, "is damaged or not whole")
+        tensors_in(folder / name)
     others = (
         path
         for path in sorted(folder.iterdir())
@@ -276,23 +262,8 @@ def _model_files(folder: Path) -> list[Path]:
     return [*(folder / name for name in names), *others]
 
 
-def _open_weights(path: Path) -> None:
-    """Reads the header, which tells how long the file must be."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return _read(read_json, path, "cannot be read")
-
-
 def _read(reader: Callable[[Path], _Read], path: Path, problem: str) -> _Read:
-    """`reader(path)`; what it cannot read is one line."""
+    """`reader(path)`; its error becomes one line."""
     try:
         return reader(path)
     except Exception as error:
@@ -302,7 +273,7 @@ def _read(reader: Callable[[Path], _Read], path: Path, problem: str) -> _Read:
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _write(out: Path, files: dict[str, list[Path]], settings: FusionSettings, provenance: dict[str, Any]) -> None:
+def _write(out: Path, files: dict[str, list[Path]], settings: FusionSettings, made_of: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -310,10 +281,10 @@ def _write(out: Path, files: dict[str, list[Path]], settings: FusionSettings, pr
             (temporary / part).mkdir(parents=True)
             for path in paths:
                 shutil.copyfile(path, temporary / part / path.name)
-        write_settings(temporary, **asdict(settings))
-        write_json(temporary / "provenance.json", provenance)
+        settings.write(temporary)
+        write_provenance(temporary, made_of, ("transformers",))
         mark_whole(temporary)
-        os.rename(temporary, out)  # never in place of another: unlike `publish_folder`
+        os.rename(temporary, out)  # never replaces a folder, unlike `publish_folder`
         sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

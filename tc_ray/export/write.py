@@ -1,4 +1,4 @@
-"""Write the fused model: one folder with both models, the tokenizer, the fusion settings and where it all came from."""
+"""Write the export of a run: both models, the tokenizer, the fusion settings and where all of it came from."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import filecmp
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tc_ray
 from tc_ray.config.load import save_config
 from tc_ray.config.redact import redact_command
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
+from tc_ray.export.check import PROVENANCE_FILE
 from tc_ray.files import FOLDER_MARKER, publish_folder, write_json
-from tc_ray.models.fusion import write_settings
+from tc_ray.models.folder import COPILOT, PILOT, FusionSettings
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
 
@@ -23,33 +26,35 @@ PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
 def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
     """Assemble `export/` from `pilot/final` and `copilot/final`; it appears whole, by a rename. Returns the folder.
 
-    Where the report knows of no Copilot the export has none either: `pilot/` alone, and lambda 0.
+    If the report has no Copilot the export has none either: `pilot/` alone, and lambda 0.
     """
     run = config.run.path
     temporary, target = run / "export.tmp", run / "export"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    for part in ("pilot", "copilot") if report.no_copilot is None else ("pilot",):
+    for part in (PILOT, COPILOT) if report.no_copilot is None else (PILOT,):
         _copy(run / part / "final", temporary / part)
-    write_settings(temporary, lam=report.exported_lam, space=report.space, feedback=report.feedback)
+    FusionSettings(report.exported_lam, report.space, report.feedback).write(temporary)
     save_config(config, temporary / "config.yaml")
-    provenance = {
-        "tc_ray": tc_ray.__version__,
-        "run": config.run.name,
-        "pilot": config.model.pilot,
-        "rounds": rounds,
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "command": redact_command(sys.argv),
-        "verdict": report.verdict,
-    }
-    write_json(temporary / "provenance.json", provenance)
+    of_run = {"run": config.run.name, "pilot": config.model.pilot, "rounds": rounds, "verdict": report.verdict}
+    write_provenance(temporary, of_run, PACKAGES)
     publish_folder(temporary, target)
     return target
 
 
+def write_provenance(folder: Path, made_of: dict[str, Any], packages: Sequence[str]) -> None:
+    """Write provenance.json: what the export was made of, with which versions of `packages`, by which command."""
+    made_by = {
+        "tc_ray": tc_ray.__version__,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "command": redact_command(sys.argv),
+    }
+    write_json(folder / PROVENANCE_FILE, made_of | made_by)
+
+
 def _copy(final: Path, copy: Path) -> None:
-    """The files of a trained model, byte for byte: what was compared with the trained one when it was written."""
+    """The files of a trained model, byte for byte: they were compared with the trained model when they were written."""
     # its marker stays behind: that of the export names all files
     shutil.copytree(final, copy, ignore=shutil.ignore_patterns(FOLDER_MARKER))
     for file in copy.iterdir():

@@ -1,8 +1,8 @@
 """Families: where each model family keeps the parts that tc-ray reads.
 
-A `Family` is a small adapter: it names the layers, the head, the embedding and the projections of a family and holds no
-model code. Everything else goes through it, so that adding a family is adding an entry here (docs/families.md).
-Invariant: a model of a family that is not listed is refused by name, never handled as if it were another one.
+A `Family` is a small adapter: it names the layers, head, embedding and projections of a family and holds no model code. All
+other code goes through it, so adding a family is adding an entry here (docs/families.md).
+Invariant: a model of an unlisted family is refused by name, never handled as another family.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Family(ABC):
         return unwrapped(model).get_decoder()
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The decoder layers, in order: what the taps listen to."""
+        """The decoder layers, in order; taps hook them."""
         layers: Sequence[nn.Module] = getattr(self.decoder(model), self.layers_pattern)
         return layers
 
@@ -76,26 +76,22 @@ class DecoderOnly(Family):
     layers_pattern = "layers"
 
     def layer_count(self, config: Any) -> int:
-        """Decoder layers of a model with this config."""
         return int(config.num_hidden_layers)
 
     def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
-        """`config.to_dict()` of a decoder that has only these layers."""
         fields = _fields(config) | {"num_hidden_layers": len(layers)}
         if fields.get("layer_types"):
             fields["layer_types"] = [fields["layer_types"][index] for index in layers]
         return fields
 
     def final_norm(self, decoder: Any) -> nn.Module:
-        """The norm between the last layer and the head."""
         norm: nn.Module = decoder.norm
         return norm
 
     def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        """Logits [.., V]; Gemma 2 caps them."""
         base = unwrapped(model)
         logits: torch.Tensor = base.lm_head(states)
-        cap = getattr(base.config, "final_logit_softcapping", None)
+        cap = getattr(base.config, "final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def rotation(
@@ -114,7 +110,6 @@ class Mistral(DecoderOnly):
     """Mistral has one window for every layer, or none."""
 
     def window(self, config: Any, layer_type: str | None) -> int | None:
-        """The window of every layer."""
         window: int | None = config.sliding_window
         return window
 
@@ -125,7 +120,6 @@ class Gemma3(DecoderOnly):
     def rotation(
         self, rotary: Any, rows: torch.Tensor, positions: torch.Tensor, layer_type: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) of the RoPE of `layer_type`."""
         cos, sin = rotary(rows, positions, layer_type)
         return cos, sin
 
@@ -138,22 +132,20 @@ class T5(Family):
     layers_pattern = "block"
 
     def layer_count(self, config: Any) -> int:
-        """Decoder layers of a model with this config."""
         return int(config.num_decoder_layers)
 
     def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
-        """`config.to_dict()` of a model with these decoder layers and the smallest encoder: only the decoder is used."""
+        # with the smallest encoder: only the decoder is used
         return _fields(config) | {"num_layers": 1, "num_decoder_layers": len(layers)}
 
     def final_norm(self, decoder: Any) -> nn.Module:
-        """The norm between the last layer and the head."""
         norm: nn.Module = decoder.final_layer_norm
         return norm
 
     def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        """Logits [.., V]; T5 1.0, whose head is its embedding, scales the states by 1/sqrt(d)."""
         base = unwrapped(model)
-        if getattr(base.config, "scale_decoder_outputs", False):  # mT5 has no such setting
+        # T5 1.0, whose head is its embedding; mT5 has no such setting
+        if getattr(base.config, "scale_decoder_outputs", False):
             states = states * base.model_dim**-0.5
         logits: torch.Tensor = base.lm_head(states)
         return logits
@@ -181,7 +173,7 @@ def family_of(model_or_config: Any) -> Family:
     if family is None:
         raise UnknownFamilyError(
             f"model type {config.model_type!r} has no adapter in tc_ray.models.families; those that have one: "
-            f"{', '.join(FAMILIES)}. docs/families.md tells how to add one."
+            f"{', '.join(FAMILIES)}. docs/families.md shows how to add one."
         )
     return family
 

@@ -1,8 +1,8 @@
-"""Numbers that are not finite (NaN, infinity): found in weights, and counted where a training meets them.
+"""Numbers that are not finite (NaN, infinity): found in weights, and steps with them counted in training.
 
 Invariant: weights with such a number are neither stored as complete nor loaded; a step that would make them is left out, and
-a training that meets nothing else ends. Used by the Pilot's and the Copilot's training, their checkpoints and exports, and
-every loader.
+ten such steps in a row end the training. Used by the training of Pilot and Copilot, their checkpoints and exports, and every
+loader.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 MOST_IN_A_ROW = 10
-"""Steps that may be left out one after the other: more, and the weights themselves are beyond repair."""
+"""Steps left out in a row that end a training: the weights themselves must be spoilt."""
 
 
 class NotFiniteError(ValueError):
@@ -20,12 +20,11 @@ class NotFiniteError(ValueError):
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor with a NaN or an infinity. One pass over each, without a copy; those on the meta device have
-    no numbers."""
+    """Name of the first tensor with a NaN or an infinity. One pass over each, without a copy; meta tensors are skipped."""
     for name, tensor in tensors:
         if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
             continue
-        # both are NaN where one number is
+        # both are NaN if one number is
         low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
         if not (torch.isfinite(low) and torch.isfinite(high)):
             return name
@@ -43,7 +42,7 @@ class LeftOut:
     """Counts steps that were left out because their loss or gradient was not finite.
 
     Args:
-        what: of which these are steps, for the error. advice: what to do about it.
+        what: the training, for the error. advice: what to do about it.
     """
 
     def __init__(self, what: str, advice: str) -> None:
@@ -53,10 +52,10 @@ class LeftOut:
         self._in_a_row = 0
 
     def add(self, finite: bool, loss: float) -> bool:
-        """Take the next step; whether it is the first of those that are left out one after the other.
+        """Count the next step; returns whether it is the first in a row that is left out.
 
         Raises:
-            NotFiniteError: MOST_IN_A_ROW were left out.
+            NotFiniteError: MOST_IN_A_ROW steps were left out in a row.
         """
         if finite:
             self._in_a_row = 0

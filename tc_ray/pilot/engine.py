@@ -15,7 +15,8 @@ import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.models.families import family_of
-from tc_ray.models.pilot.load import DTYPES, PilotStep, add_adapters, load_pilot
+from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import log_pooling, tapped_layers
 from tc_ray.pilot.build_lock import stale_build_locks_removed
 

@@ -8,7 +8,7 @@ from typing import Any
 from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.models.families import family_of
-from tc_ray.models.hub import tokenizer_hash
+from tc_ray.models.identity import tokenizer_hash
 from tc_ray.models.pilot.taps import UNPOOLED, log_pooling, tap_definition, tapped_layers
 
 

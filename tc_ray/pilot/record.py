@@ -19,7 +19,7 @@ from tc_ray.mistakelog.rows.ragged import offsets_of
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tc_ray.models.pilot.load import StepRecord
+from tc_ray.models.pilot.step import StepRecord
 
 
 class Recorder:

@@ -23,7 +23,7 @@ from tc_ray.files import sync
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.repair import is_table
 from tc_ray.mistakelog.table.store import LogStore
-from tc_ray.models.weights_hash import weights_hash
+from tc_ray.models.identity import weights_hash
 from tc_ray.pilot.checkpoint import latest_checkpoint
 
 if TYPE_CHECKING:

@@ -76,7 +76,7 @@ def _read_model(name: str, path: Any) -> tuple[Any, Any]:
 
 
 def _check_models(run: Run, model_config: Any, pilot_path: Any, base_path: Any) -> None:
-    from tc_ray.models.weights import check_folders
+    from tc_ray.models.pilot.load import check_folders
     from tc_ray.pilot.log_metadata import check_log
 
     try:

@@ -21,8 +21,8 @@ from tc_ray.inspection.source import find_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.table.location import Location
+from tc_ray.models.folder import FusionSettings
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.fusion.folder import read_settings
 from tc_ray.pilot.checkpoint import find_checkpoints
 from tc_ray.run.evaluate import NotFinishedError, evaluate_run
 from tc_ray.run.job import JobError, JobResult, run_job
@@ -187,7 +187,7 @@ def test_torn_files_of_a_finished_run(config: RunConfig, result: JobResult) -> N
 
     def serve() -> None:
         export = find_export(run)
-        read_settings(export)
+        FusionSettings.read(export)
         check_tokenizer(export)
         weight_bytes(export)
 

@@ -14,7 +14,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from safetensors.torch import load_file, save_file
 
-from tc_ray.serving.models.exports import copilot_version
+from tc_ray.export.check import copilot_version
 from tests.support.serving_cluster import free_port, local_ray, replica_pids, soon
 from tests.support.serving_samples import make_export
 

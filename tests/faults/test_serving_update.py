@@ -17,9 +17,9 @@ import pytest
 from ray import serve
 from safetensors.torch import load_file, save_file
 
+from tc_ray.export.check import copilot_version
 from tc_ray.serving.deploy.deployment import build_application
 from tc_ray.serving.deploy.launch import APPLICATION, Server
-from tc_ray.serving.models.exports import copilot_version
 from tests.support.serving_cluster import PROMPT, Stream, replica_pids, server_of, soon
 from tests.support.serving_samples import make_export
 

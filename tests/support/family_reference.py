@@ -147,7 +147,7 @@ def copilot_f(
         errors: [at least n - 1, V]; row i reads errors[i - 1].
     """
     config, table = made.base.config, made.error_table()
-    normed_states = rms(states, copilot.state_norm.weight, MEMORY_EPS)
+    normed_states = rms(states, copilot.rationale_norm.weight, MEMORY_EPS)
 
     rows = []
     for i, position in enumerate(row_positions):

@@ -101,7 +101,7 @@ def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
         if isinstance(module, nn.Linear):
             module.weight.add_(0.3 * torch.randn_like(module.weight))
     copilot.start.weight.add_(0.5 * torch.randn_like(copilot.start.weight))
-    for norm in (copilot.question_norm, copilot.state_norm):
+    for norm in (copilot.question_norm, copilot.rationale_norm):
         norm.weight.mul_(1 + 0.3 * torch.randn_like(norm.weight))
     last = copilot.stack.final_layer_norm if copilot.encoder_decoder else copilot.stack.norm
     gain = last.weight + 1 if copilot.config.decoder["model_type"].startswith("gemma") else last.weight

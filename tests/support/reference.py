@@ -121,7 +121,7 @@ def copilot_f(
     theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
     same = copilot.error_embedding is None
     embedding = (copilot.question_embedding if same else copilot.error_embedding).weight
-    normed_states = rms_normalised(states, copilot.state_norm.weight, NORM_EPS)
+    normed_states = rms_normalised(states, copilot.rationale_norm.weight, NORM_EPS)
 
     rows = []
     for i, position in enumerate(row_positions):

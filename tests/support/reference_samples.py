@@ -17,7 +17,7 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.copilot import Copilot
-from tc_ray.models.pilot.load import PilotStep
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.pilot.record import to_records
 from tests.support.mistakelog_samples import metadata
 from tests.support.reference import DenseRecord, dense_record
@@ -38,6 +38,12 @@ def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) 
     assert worst <= relative * scale, f"off by {worst:.3g} at scale {scale:.3g}"
 
 
+def dense_errors(ids: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Dense fp32 [N, V] from sparse [N, k+1]; unlisted tokens are zero (`rest` is not spread over them)."""
+    dense = torch.zeros(ids.shape[0], vocab_size, device=ids.device)
+    return dense.scatter_add_(1, ids, values.float())
+
+
 def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
     """Weights like those of a trained one: no identity, zero or tiny matrix that would hide a wrong order or shift."""
     torch.manual_seed(seed)
@@ -45,7 +51,7 @@ def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
         for module in (copilot.error_projection, copilot.start, copilot.state_projection, copilot.memory_projection):
             if module is not None and hasattr(module, "weight"):
                 module.weight.add_(0.3 * torch.randn_like(module.weight))
-        for norm in (copilot.question_norm, copilot.state_norm, copilot.stack.norm):
+        for norm in (copilot.question_norm, copilot.rationale_norm, copilot.stack.norm):
             norm.weight.mul_(1 + 0.3 * torch.randn_like(norm.weight))
         copilot.output.weight.normal_(std=0.3)
     return copilot.eval()

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "pilot": {"config", "data", "models", "mistakelog"},
     "copilot": {"config", "data", "models", "mistakelog"},
     "evaluation": {"config", "data", "models"},
-    "serving": {"config", "data", "models"},
+    "export": {"config", "models", "evaluation"},
+    "serving": {"config", "data", "models", "export"},
 }
 """Layers and what each may import besides itself. Modules not named (job, plan, cli, ...) are the composition root and may
 import everything but `cli`, which only `cli` imports."""

@@ -107,7 +107,7 @@ class PreparedData:
 
 def fingerprint(encoder: Encoder, sources: Mapping[str, Sequence[Path]]) -> str:
     """A hash of everything that the rows follow from."""
-    from tc_ray.models.hub import tokenizer_hash
+    from tc_ray.models.identity import tokenizer_hash
 
     files = [
         [part, str(path), path.stat().st_size, path.stat().st_mtime_ns]

@@ -1,4 +1,8 @@
-"""The Copilot: a decoder that reads errors instead of tokens (paper section 3.1, appendix E.2)."""
+"""The Copilot: a decoder that reads errors instead of tokens (paper section 3.1, appendix E.2).
+
+May import `models.pilot` and the modules beside it in `models`. Read `model` first, then one of the two stacks
+(`decoder_only`, `encoder_decoder`).
+"""
 
 from tc_ray.models.copilot.batch import CopilotBatch
 from tc_ray.models.copilot.config import CopilotConfig

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from tc_ray.models.pilot.load import StepRecord
+from tc_ray.models.pilot.step import StepRecord
 
 
 @dataclass(frozen=True)
@@ -16,10 +14,11 @@ class CopilotBatch:
     """B records padded to n target rows, Q prompt tokens and P state positions.
 
     question_ids: int64 [B, Q], prompt tokens. question_mask: bool [B, Q].
-    rationale: bf16 [B, P, d_P], pooled hidden states as the log holds them. rationale_position: int64 [B, P], absolute, -1 is padding.
+    rationale: bf16 [B, P, d_P], pooled hidden states as the log holds them. rationale_position: int64 [B, P], absolute, -1 is
+    padding.
     row_position: int64 [B, n], position of the state that predicts row i's token, -1 is padding.
     error_ids: int64 [B, n, k+1]. error_values: fp32 [B, n, k+1], zero in padding.
-    question: bf16 [B, Q, d_P], the encoder's output; None where X~ follows from question_ids (decoder-only).
+    question: bf16 [B, Q, d_P], the encoder's output; None if X~ follows from question_ids (decoder-only).
     """
 
     question_ids: torch.Tensor
@@ -51,7 +50,7 @@ class CopilotBatch:
         *,
         positions: str,
     ) -> CopilotBatch:
-        """The batch that the log would give back for a Pilot forward, on the host, without the log (held-out measures, tests).
+        """The batch that the log would return for a Pilot forward, on the host, without a log (held-out measures, tests).
 
         Args:
             step: record of the forward. input_ids: int64 [B, S] right padded. lengths, target_start: int64 [B].

@@ -16,10 +16,10 @@ class CopilotConfig(PreTrainedConfig):
         vocab_size: V, width of the Pilot's logits at training; another Pilot's is aligned by token id.
         pattern: which layers of a decoder-only Copilot attend to the Pilot (table 18).
         producing_state: add the state that produced p^_i to input row i.
-        pooling: how the Pilot's states are pooled over its layers (table 19).
-        tap_layers: the Pilot's decoder layers, from 0, that those states are pooled over; None: all.
+        pooling: how the rationale is pooled over the Pilot's layers (table 19).
+        tap_layers: the Pilot's decoder layers, from 0, that the rationale is pooled over; None: all.
         tap: definition in words of the hidden states the Copilot was trained on.
-        positions: states it was trained on, `log.positions`: all, or target (those that predict a target token).
+        positions: of the rationale it was trained on, `log.positions`: all, or target (those that predict a target token).
         output_size: A, tokens that f can be non-zero for; 0 is all of V.
         tokenizer: `vocabulary_hash` of the tokenizer that its token ids come from; empty: unknown.
         source: where the weights were initialised from (provenance).

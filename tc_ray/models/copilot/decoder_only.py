@@ -1,8 +1,8 @@
 """Layers of a decoder-only Copilot (appendix E.2), taken from a pretrained decoder and run as they are.
 
-Self-attention layers see the error rows. The others (`patterns`) attend to the memory with the same projections: the
-layer's own forward runs, but the keys and values it attends to are those of the memory, and its rotation is switched
-off. So norms, softcaps, grouped heads and residuals are the library's code for every family.
+Self-attention layers see the error rows. The others (`patterns`) attend to the memory with the same projections: the layer's
+own forward runs with the memory's keys and values and without rotation. So norms, softcaps, grouped heads and residuals are
+the library's code for every family.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DecoderOnlyStack(nn.Module):
         types = getattr(decoder_config, "layer_types", None) or [None] * len(self.layers)
         self._types, self._family = types, family
         self._windows = [family.window(decoder_config, kind) for kind in types]
-        # eager attention (Gemma 2's softcap has no other) wants masks that are added, and is causal only by its mask
+        # eager attention (the only one with Gemma 2's softcap) adds its mask, and is causal only by the mask
         self._eager = decoder.config._attn_implementation == "eager"
 
     def load_layers(self, base: nn.Module, layers: Sequence[int]) -> None:
@@ -56,13 +56,13 @@ class DecoderOnlyStack(nn.Module):
         positions: torch.Tensor | None = None,
         seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Final states; see `Copilot.decode` and `decode_aligned`."""
+        """Final states; see `Copilot.decode`."""
         if positions is None:
             positions = torch.arange(first_row, first_row + rows.shape[1], device=rows.device)[None]
         rotations = {
             kind: self._family.rotation(self.rotary_emb, rows, positions, kind) for kind in dict.fromkeys(self._types)
         }
-        memory_mask = self._mask(visible[:, None], rows.dtype)
+        memory_mask = attention_mask(visible[:, None], rows.dtype, added=self._eager)
         for index, layer in enumerate(self.layers):
             rotation = rotations[self._types[index]]
             if self.attends_memory[index]:
@@ -76,7 +76,7 @@ class DecoderOnlyStack(nn.Module):
     def _row_mask(
         self, rows: torch.Tensor, first_row: int, window: int | None, real: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Causal mask over all rows up to these, or None where the attention function needs none.
+        """Causal mask over all rows up to these, or None if the attention function needs none.
 
         Args:
             real: bool [B, first_row + n], rows that are no padding; None: all.
@@ -92,16 +92,19 @@ class DecoderOnlyStack(nn.Module):
         seen = key <= query
         if window is not None:
             seen &= key > query - window
-        return self._mask(seen[None, None] if real is None else seen & real[:, None, None], rows.dtype)
+        seen = seen[None, None] if real is None else seen & real[:, None, None]
+        return attention_mask(seen, rows.dtype, added=self._eager)
 
-    def _mask(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if not self._eager:
-            return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+def attention_mask(seen: torch.Tensor, dtype: torch.dtype, *, added: bool) -> torch.Tensor:
+    """The bool mask itself, or 0 and the least number of `dtype` for attention that adds its mask."""
+    if not added:
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 class _Given:
-    """Stands where a layer's attention expects its cache and hands it the keys and values to attend to."""
+    """A cache for one attention call: it returns the keys and values to attend to."""
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self._given = key, value
@@ -118,7 +121,7 @@ def _attend_to_memory(
     rotation: tuple[torch.Tensor, torch.Tensor],
     cache: DynamicCache | None,
 ) -> torch.Tensor:
-    """The layer with queries from `rows` and keys and values from `memory` (equation 6), without RoPE."""
+    """The layer with queries from `rows`, keys and values from `memory` (equation 6), without RoPE."""
     attention = layer.self_attn
     source = layer.input_layernorm(memory)  # what the pretrained keys and values were made from
     shape = (*memory.shape[:2], -1, attention.head_dim)

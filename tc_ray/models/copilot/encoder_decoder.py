@@ -1,7 +1,7 @@
-"""Layers of an encoder-decoder Copilot (section 3.1): the decoder blocks of T5 as they are, reading other things.
+"""Layers of an encoder-decoder Copilot (section 3.1): the decoder blocks of T5, unchanged, over error rows and memory.
 
-Every block keeps its self-attention over the error rows, with the family's relative position bias over row numbers. Its
-cross-attention reads the memory where the base's reads the encoder's output.
+Every block keeps its self-attention, here over the error rows, with the family's relative position bias over row numbers. Its
+cross-attention reads the memory instead of the encoder's output.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModel, DynamicCache
 
 from tc_ray.models.copilot.config import CopilotConfig
+from tc_ray.models.copilot.decoder_only import attention_mask
 
 
 class EncoderDecoderStack(nn.Module):
@@ -52,8 +53,9 @@ class EncoderDecoderStack(nn.Module):
         row_mask = None
         if count > 1:
             query = torch.arange(first_row, first_row + count, device=rows.device)[:, None]
-            row_mask = self._mask((torch.arange(first_row + count, device=rows.device) <= query)[None, None], rows)
-        memory_mask = self._mask(visible[:, None], rows)
+            seen = torch.arange(first_row + count, device=rows.device) <= query
+            row_mask = attention_mask(seen[None, None], rows.dtype, added=self._eager)
+        memory_mask = attention_mask(visible[:, None], rows.dtype, added=self._eager)
         row_bias = memory_bias = None
         rows = self.dropout(rows)
         for block in self.block:
@@ -70,10 +72,3 @@ class EncoderDecoderStack(nn.Module):
             rows = block.layer[-1](rows)
         final: torch.Tensor = self.dropout(self.final_layer_norm(rows))
         return final
-
-    def _mask(self, seen: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        if not self._eager:
-            return seen
-        return torch.zeros(seen.shape, dtype=rows.dtype, device=rows.device).masked_fill_(
-            ~seen, torch.finfo(rows.dtype).min
-        )

@@ -1,8 +1,8 @@
 """The Copilot: rows of errors in, predicted errors f out, for both architectures (sections 3.1 and E.2).
 
-What is the same for both stands here: error rows, memory, output. The layers between are a stack of the base's own
-(`decoder_only`, `encoder_decoder`). The memory is X~ and the Pilot's pooled states h, concatenated over positions; row i
-sees all of X~ and the states up to the one that predicts token i.
+This module has what both share: error rows, memory, output. The layers between are a stack of the base's own
+(`decoder_only`, `encoder_decoder`). The memory is the question X~ and the rationale (the Pilot's pooled states h),
+concatenated over positions; row i sees all of X~ and the rationale up to the state that predicts token i.
 
 Invariant: training (`forward`, all rows at once) and decoding (`decode` with caches, one row at a time) run the same
 code, so they agree to rounding.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tc_ray.models.copilot.batch import CopilotBatch
 from tc_ray.models.copilot.config import CopilotConfig
@@ -35,14 +35,14 @@ NEW_MODULES = (
     "state_projection",
     "output",
     "question_norm",
-    "state_norm",
+    "rationale_norm",
     "memory_projection",
 )
-"""What no pretrained decoder brings: trained in full also where the layers get adapters."""
+"""Modules that no pretrained decoder has: trained in full even if the layers get adapters."""
 
 
 class Copilot(PreTrainedModel):
-    """Predicts the Pilot's errors f [.., V] from earlier errors and from what the Pilot saw and thought."""
+    """Predicts the Pilot's errors f [.., V] from earlier errors, the question and the rationale."""
 
     config_class = CopilotConfig
     base_model_prefix = "copilot"
@@ -65,7 +65,7 @@ class Copilot(PreTrainedModel):
         self.start = nn.Embedding(1, width)
         # first-token states are 100 times larger than the others: normalise what is attended to
         self.question_norm = nn.RMSNorm(pilot_width, eps=1e-6)
-        self.state_norm = nn.RMSNorm(pilot_width, eps=1e-6)
+        self.rationale_norm = nn.RMSNorm(pilot_width, eps=1e-6)
         self.memory_projection = nn.Identity() if same else nn.Linear(pilot_width, width, bias=False)
         self.state_projection = nn.Linear(pilot_width, width, bias=False) if config.producing_state else None
         # f lives on these tokens and is 0 elsewhere: Adam moves the rows of tokens that never occur as far as any other,
@@ -80,7 +80,7 @@ class Copilot(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """What no file holds, when weights are loaded: the frequencies of RoPE follow from the family's config."""
+        """Initialise what no file holds when weights are loaded: RoPE frequencies follow from the family's config."""
         if "RotaryEmbedding" not in type(module).__name__:
             super()._init_weights(module)
             return
@@ -96,7 +96,7 @@ class Copilot(PreTrainedModel):
 
     @torch.no_grad()
     def reset_new_weights(self) -> None:
-        """Initialise what no pretrained decoder has: A at identity, W_out small, start vector and projections."""
+        """Initialise the new modules: A at identity, W_out small, start vector and projections."""
         nn.init.eye_(self.error_projection.weight)
         nn.init.normal_(self.start.weight, std=0.02)
         nn.init.normal_(self.output.weight, std=OUTPUT_STD)
@@ -111,8 +111,8 @@ class Copilot(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, **given: Any) -> Copilot:
-        """transformers' own, refused unless the folder is whole and finite, with E frozen again: the loader puts new
-        parameters in the place of those made here.
+        """transformers' own, refused unless the folder is whole and finite. E is frozen again, because the loader replaces
+        parameters.
 
         Raises:
             WeightsError, NotFiniteError: see `models.weights.load_whole`.
@@ -219,27 +219,29 @@ class Copilot(PreTrainedModel):
         rows: torch.Tensor = self.error_projection(summed)
         return rows
 
-    def question_memory(self, ids: torch.Tensor) -> torch.Tensor:
-        """X~ of prompt tokens, int64 [B, Q] -> [B, Q, d_C], as attended to (decoder-only)."""
+    def embed_question(self, ids: torch.Tensor) -> torch.Tensor:
+        """X~ [B, Q, d_P] of prompt tokens, int64 [B, Q] (decoder-only; an encoder-decoder's X~ is its encoder's output)."""
         assert self.question_embedding is not None
-        return self.question_state_memory(self.question_embedding(ids))
+        question: torch.Tensor = self.question_embedding(ids)
+        return question
 
-    def question_state_memory(self, states: torch.Tensor) -> torch.Tensor:
-        """X~ [B, Q, d_P], the encoder's output, -> [B, Q, d_C], as attended to."""
-        memory: torch.Tensor = self.memory_projection(self.question_norm(states.to(self.question_norm.weight.dtype)))
+    def question_memory(self, question: torch.Tensor) -> torch.Tensor:
+        """X~ [B, Q, d_P] -> [B, Q, d_C], as attended to."""
+        memory: torch.Tensor = self.memory_projection(self.question_norm(question.to(self.question_norm.weight.dtype)))
         return memory
 
-    def state_memory(self, states: torch.Tensor) -> torch.Tensor:
+    def rationale_memory(self, rationale: torch.Tensor) -> torch.Tensor:
         """Pooled states [B, P, d_P] -> [B, P, d_C], as attended to."""
-        memory: torch.Tensor = self.memory_projection(self.state_norm(states.to(self.state_norm.weight.dtype)))
+        memory: torch.Tensor = self.memory_projection(self._normed(rationale))
         return memory
 
-    def with_producing_state(self, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def with_producing_state(self, rows: torch.Tensor, rationale: torch.Tensor) -> torch.Tensor:
         """Add the projected state [B, n, d_P] that predicts each row's token to rows [B, n, d_C], if configured."""
-        if self.state_projection is None:
-            return rows
-        projected: torch.Tensor = self.state_projection(self.state_norm(states.to(self.state_norm.weight.dtype)))
-        return rows + projected
+        return rows if self.state_projection is None else rows + self.state_projection(self._normed(rationale))
+
+    def _normed(self, rationale: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.rationale_norm(rationale.to(self.rationale_norm.weight.dtype))
+        return normed
 
     # -- the layers -----------------------------------------------------------------------------------------------
 
@@ -250,51 +252,24 @@ class Copilot(PreTrainedModel):
         visible: torch.Tensor,
         *,
         first_row: int = 0,
-        self_cache: DynamicCache | None = None,
-        memory_cache: DynamicCache | None = None,
+        self_cache: Any = None,
+        memory_cache: Any = None,
+        **aligned: torch.Tensor | None,
     ) -> torch.Tensor:
         """Final states [B, n, d_C] of input rows; `predict` maps them to f.
 
         Args:
             rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
-            memory: [B, M_new, d_C] memory not yet in the cache (all of it when there is no cache).
+            memory: [B, M_new, d_C] memory not yet in the cache (all of it without a cache).
             visible: bool [B, n, M], which memory positions (cached and new) each row sees.
-            self_cache, memory_cache: keys and values of the layers over rows and over the memory; both grow in place.
+            self_cache, memory_cache: keys and values of the layers over rows and over the memory; both grow in place. They
+                have transformers' `update(key, value, layer_idx)`.
+            aligned: for one row each of sequences of different lengths, whose `first_row` cached rows are aligned to the
+                right (decoder-only). positions: int64 [B, 1], number of each row in its sequence. seen: bool
+                [B, first_row + 1], which cached rows, and this one, are real; None: all.
         """
         states: torch.Tensor = self.stack(
-            rows, memory, visible, first_row=first_row, self_cache=self_cache, memory_cache=memory_cache
-        )
-        return states * self.output_scale
-
-    def decode_aligned(
-        self,
-        rows: torch.Tensor,
-        memory: torch.Tensor,
-        visible: torch.Tensor,
-        *,
-        positions: torch.Tensor,
-        seen: torch.Tensor | None,
-        columns: int,
-        self_cache: Any,
-        memory_cache: Any,
-    ) -> torch.Tensor:
-        """`decode` of one row each of sequences that are not equally far: earlier rows are aligned to the right (decoder-only).
-
-        Args:
-            rows: [B, 1, d_C]. memory: [B, 1, d_C]. visible: bool [B, 1, M].
-            positions: int64 [B, 1], number of each row in its sequence.
-            seen: bool [B, columns + 1], which columns of earlier rows, and this one, are real; None: all.
-            columns: of earlier rows in the cache. self_cache, memory_cache: take `update(key, value, layer_idx)`.
-        """
-        states: torch.Tensor = self.stack(
-            rows,
-            memory,
-            visible,
-            first_row=columns,
-            self_cache=self_cache,
-            memory_cache=memory_cache,
-            positions=positions,
-            seen=seen,
+            rows, memory, visible, first_row=first_row, self_cache=self_cache, memory_cache=memory_cache, **aligned
         )
         return states * self.output_scale
 
@@ -322,7 +297,7 @@ class Copilot(PreTrainedModel):
         return full if common == width == self.config.vocab_size else F.pad(full[..., :common], (0, width - common))
 
     def output_places(self, ids: torch.Tensor) -> torch.Tensor:
-        """Where token ids, int64 [..], stand among the output tokens: int64 [..], -1 for those that f cannot reach."""
+        """Places of token ids, int64 [..], among the output tokens: int64 [..], -1 for tokens that f cannot reach."""
         if self.is_full:
             return ids
         places = torch.full((self.config.vocab_size,), -1, dtype=torch.int64, device=ids.device)
@@ -350,21 +325,16 @@ class Copilot(PreTrainedModel):
         start = self.start.weight.expand(count, 1, -1)
         inputs = torch.cat([start.to(errors.dtype), errors.view(count, rows, -1)[:, :-1]], 1)
         at = (batch.rationale_position[:, None] == batch.row_position[:, :, None]).to(torch.uint8).argmax(-1)
-        # bf16 on the way here, which loses nothing; what follows is as precise as the model
-        states = batch.rationale.float()
-        producing = states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))
+        # the log's bf16 until here loses nothing; from here on in the model's precision
+        rationale = batch.rationale.float()
+        producing = rationale.gather(1, at[:, :, None].expand(-1, -1, rationale.shape[2]))
         inputs = self.with_producing_state(inputs, producing)
-        asked = (
-            self.question_memory(batch.question_ids)
-            if batch.question is None
-            else self.question_state_memory(batch.question.float())
-        )
-        memory = torch.cat([asked, self.state_memory(states)], 1)
-        causal = (batch.rationale_position[:, None] <= batch.row_position[:, :, None]) & (
-            batch.rationale_position >= 0
-        )[:, None]
-        question = batch.question_mask[:, None].expand(-1, rows, -1)
-        return self.decode(inputs, memory, torch.cat([question, causal], 2))[batch.row_mask]
+        question = self.embed_question(batch.question_ids) if batch.question is None else batch.question.float()
+        memory = torch.cat([self.question_memory(question), self.rationale_memory(rationale)], 1)
+        position = batch.rationale_position[:, None]
+        causal = (position <= batch.row_position[:, :, None]) & (position >= 0)
+        visible = batch.question_mask[:, None].expand(-1, rows, -1)
+        return self.decode(inputs, memory, torch.cat([visible, causal], 2))[batch.row_mask]
 
 
 def choose_layers(layers: Sequence[int] | None, every: int, available: int) -> list[int]:

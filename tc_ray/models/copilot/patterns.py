@@ -1,7 +1,7 @@
 """Insertion patterns: which layers of a decoder-only Copilot attend to the Pilot instead of to earlier rows (table 18).
 
-The paper's best, and the default, is `alternate`: layers 1, 3, 5, ... keep causal self-attention, layers 2, 4, 6, ... attend to
-the memory. The three others are this project's reading of the table's alternatives.
+The default is the paper's best, `alternate`: layers 1, 3, 5, ... keep causal self-attention, layers 2, 4, 6, ... attend to the
+memory. The other three are this project's reading of the table's alternatives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A Copilot tried on a made-up batch: whether an exported one is the trained one, and whether a loaded one makes sense.
+"""Try a Copilot on a synthetic batch: an exported one must be the trained one, a loaded one must predict sane errors.
 
-Invariant: the batch follows from the Copilot's config alone, so it needs no log and is the same wherever it is tried. Called by
-the learner before it publishes a folder, and by serving before it puts a Copilot in place.
+Invariant: the batch follows from the Copilot's config alone, so it needs no log and is the same on every machine. Called by
+the learner before it publishes a folder, and by serving before it uses a Copilot.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tc_ray.models.finite import NotFiniteError
 TOLERANCE = 1e-3
 """Largest difference of a predicted error, as a share of the largest one: fp32, products added in another order."""
 MAX_PREDICTION = 1e3
-"""An error lies between -1 and 1; what predicts one of this size is no trained Copilot."""
+"""An error lies between -1 and 1; a Copilot that predicts one of this size is not a trained one."""
 _RECORDS, _PROMPT, _ROWS, _ENTRIES = 2, 4, 5, 3
 
 
 class ExportMismatchError(RuntimeError):
-    """The folder does not answer as the trained Copilot; nothing was published."""
+    """The folder does not predict as the trained Copilot; nothing was published."""
 
 
 def probe_batch(config: CopilotConfig) -> CopilotBatch:
@@ -55,7 +55,7 @@ def answers(copilot: Copilot) -> torch.Tensor:
 
 
 def check_export(trained: torch.Tensor, folder: Path) -> None:
-    """Compare a folder, loaded anew, with the trained Copilot.
+    """Load a folder again and compare it with the trained Copilot.
 
     Args:
         trained: `answers` of it.
@@ -68,8 +68,8 @@ def check_export(trained: torch.Tensor, folder: Path) -> None:
     # not "greater than": NaN is never close
     if not apart <= TOLERANCE * max(size, 1e-3):
         raise ExportMismatchError(
-            f"the exported Copilot is not the trained one, and was not published: a prediction of {folder} differs by {apart:.2g}, "
-            f"and the largest is {size:.2g}. It cannot be exported with these settings of copilot.method and copilot.lora"
+            f"the exported Copilot is not the trained one and was not published: a prediction of {folder} differs by {apart:.2g}, "
+            f"the largest is {size:.2g}. It cannot be exported with these settings of copilot.method and copilot.lora"
         )
 
 
@@ -78,6 +78,6 @@ def check_answers(copilot: Copilot, where: str) -> None:
     largest = float(answers(copilot).abs().max())
     if not largest <= MAX_PREDICTION:
         raise NotFiniteError(
-            f"{where}: the Copilot predicts errors of the size {largest:g} on a trial, where an error lies between -1 and 1: its "
+            f"{where}: the Copilot predicts errors of size {largest:g} in a trial, but an error lies between -1 and 1: its "
             "weights are spoilt"
         )

@@ -15,8 +15,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 class CopilotCache:
     """What the Copilot keeps of a batch of sequences.
 
-    rows: error rows decoded so far. question: [B, Q, d_C], memory of the question until the first row takes it in. self_attention, memory: keys and values of its layers, growing.
-    visible: bool [B, M], real (not padded) memory positions. feedback: [B, rows, d_C]; entry i makes input row i + 1.
+    rows: error rows decoded so far. question: [B, Q, d_C], memory of the question until the first row takes it in.
+    self_attention, memory: keys and values of its layers, growing. visible: bool [B, M], real (not padded) memory positions.
+    feedback: [B, rows, d_C]; entry i makes input row i + 1.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,13 @@ class CopilotCache:
         self.feedback = row if self.feedback is None else torch.cat([self.feedback, row], 1)
         self.rows += 1
 
+    def with_question(self, memory: torch.Tensor) -> torch.Tensor:
+        """Memory [B, M, d_C] of the next row; before the first row the question's memory stands in front of it."""
+        if self.question is None:
+            return memory
+        question, self.question = self.question, None
+        return torch.cat([question, memory], 1)
+
     def select(self, indices: torch.Tensor) -> None:
         """Keep these sequences, in this order, repeats allowed."""
         for cache in (self.self_attention, self.memory):
@@ -64,9 +72,7 @@ class CopilotCache:
             ValueError: more tokens than rows: the prompt itself cannot be cropped.
         """
         if tokens > max(self.rows - 1, 0) and self.rows:
-            raise ValueError(
-                f"cannot take back {tokens} tokens: the Copilot has {self.rows} rows, the first of them the prompt's"
-            )
+            raise ValueError(f"cannot take back {tokens} tokens: the Copilot has {self.rows} rows, one for the prompt")
         if not tokens or not self.rows:
             return
         self.self_attention.crop(-tokens)

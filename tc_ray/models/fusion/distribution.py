@@ -1,4 +1,4 @@
-"""Fusion of the Pilot's distribution with the Copilot's correction (equation 8), one function a space."""
+"""Fusion of the Pilot's distribution with the Copilot's correction (equation 8), one function per space."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def _in_probability_space(logits: torch.Tensor, f: torch.Tensor, weight: torch.T
     """log of clamp(p + lam f, 0) renormalised. p~ can leave [0, 1]; a token whose p~ is clamped gets -inf."""
     mass = (logits.softmax(-1) + weight * f).clamp_min(0.0)
     total = mass.sum(-1, keepdim=True)
-    # nothing above 0 is left only where the correction takes away every token: then there is no p~ to speak of
-    # (and NaN stays NaN: a spoilt correction must not look like the Pilot)
+    # if the correction takes away every token there is no p~: the row keeps p^. NaN stays NaN, because a correction that is
+    # not finite must not look like the Pilot
     return torch.where(total == 0, logits, (mass / total).log())
 
 
@@ -25,7 +25,6 @@ FUSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Te
     "probability": _in_probability_space,
     "logits": _in_logit_space,
 }
-SPACES = tuple(FUSIONS)
 _SAFE_TOTAL = 1e-3
 """fp32 sums of probabilities are good to about 1e-7: a total above this is good to 1e-4 of itself."""
 
@@ -45,7 +44,7 @@ def fuse(logits: torch.Tensor, f: torch.Tensor, lam: torch.Tensor, space: str) -
 
 
 def fuse_at(logits: torch.Tensor, f: torch.Tensor, places: torch.Tensor, lam: torch.Tensor, space: str) -> torch.Tensor:
-    """`fuse` of a correction that is 0 but for a few tokens: the others only shift, so V is gone over twice, not six times.
+    """`fuse` of a correction that is 0 except on a few tokens: the others only shift, so V is read twice, not six times.
 
     Args:
         logits: fp32 [B, V]. f: [B, A] at tokens `places`, int64 [A], each once. lam: fp32 [B]. space: as for `fuse`.
@@ -59,7 +58,7 @@ def fuse_at(logits: torch.Tensor, f: torch.Tensor, places: torch.Tensor, lam: to
     total = 1 - before.sum(1, keepdim=True) + after.sum(1, keepdim=True)
     shifted = logits - (log_total + total.clamp_min(_SAFE_TOTAL).log())
     fused = shifted.index_copy(1, places, (after / total.clamp_min(_SAFE_TOTAL)).log())
-    # where nearly all mass is taken away the difference above is noise: by the long way
+    # if nearly all mass is taken away the difference above is noise: such rows take the dense form
     lost = (total < _SAFE_TOTAL)[:, 0].nonzero()[:, 0]
     if len(lost):
         dense = torch.zeros_like(logits[lost]).index_copy(1, places, f[lost].float())

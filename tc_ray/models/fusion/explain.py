@@ -1,23 +1,21 @@
-"""Explanations of decoded tokens: what the Pilot wanted to say, what the Copilot corrected, what was said (equation 8).
+"""Explanations of decoded tokens: the Pilot's candidates, the Copilot's correction, the result (equation 8).
 
-Of each generated token the likeliest tokens of Pilot and fused model, with p^, p~, the correction f and p~ - p^ of each. They
-are of the distributions themselves, before temperature, top-p or a penalty of the sampling. Made by
-`FusedModel.generate(explain=...)`; `to_dict` is what the server hands out.
+For each generated token: the likeliest tokens of Pilot and fused model, each with p^, p~, the correction f and p~ - p^. They
+describe the distributions themselves, before temperature, top-p or a penalty of the sampling. Made by
+`FusedModel.generate(explain=...)`; the server returns `to_dict`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from tc_ray.models.fusion.core import FusedCore
 from tc_ray.models.fusion.lens import LogitLens
 from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
-
-if TYPE_CHECKING:
-    from tc_ray.models.fusion.model import FusedModel
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Explain:
     """What an explanation holds.
 
     Args:
-        top_k: likeliest tokens of Pilot and fused model each. logit_lens: what every layer of the Pilot would say.
+        top_k: likeliest tokens of Pilot and of fused model. logit_lens: what every layer of the Pilot would predict.
     """
 
     top_k: int = 5
@@ -54,7 +52,7 @@ class Candidates:
 
     @property
     def shift(self) -> torch.Tensor:
-        """p~ - p^ [B, n, k]: what the correction came to after weighting, clamping and renormalising."""
+        """p~ - p^ [B, n, k]: the correction after weighting, clamping and renormalising."""
         return self.fused - self.pilot
 
     @staticmethod
@@ -65,7 +63,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Explanation of B completions padded to n tokens; entries where `mask` is False mean nothing.
+    """Explanation of B completions padded to n tokens; entries with `mask` False mean nothing.
 
     tokens: int64 [B, n]. mask: bool [B, n]. pilot_logprobs, fused_logprobs: fp32 [B, n], 0 beyond the end.
     chosen: the generated token (k = 1). pilot_top, fused_top: likeliest tokens, best first.
@@ -121,7 +119,7 @@ class Explanation:
 
 
 class _Texts(dict[int, str]):
-    """Text of token ids, made once each."""
+    """Text of token ids, each decoded once."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -138,7 +136,7 @@ def token_text(tokenizer: Any, token: int) -> str:
     if piece is None:  # the model's vocabulary is padded beyond the tokenizer's
         return ""
     text: str = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    # SentencePiece drops the blank of what it takes for the first word
+    # SentencePiece drops the blank of a first word
     return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
 
 
@@ -154,8 +152,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def explain_completions(model: FusedModel, given: Completions, asked: Explain) -> Explanation:
-    """Explanation of given completions; the Copilot runs also where lam is 0, so that f is told there too.
+def explain_completions(model: FusedCore, given: Completions, asked: Explain) -> Explanation:
+    """Explanation of given completions; the Copilot also runs at lam 0, so that f is known there too.
 
     Raises:
         ValueError: no token was generated.

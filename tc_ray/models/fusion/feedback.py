@@ -1,4 +1,4 @@
-"""What the Copilot reads at inference in place of the true errors: its own f, or the realised error of the chosen token.
+"""What the Copilot reads at inference instead of the true errors: its own f, or the realised error of the chosen token.
 
 A strategy keeps, for each row decoded, a vector [B, 1, d_C] (`keep`) from which, once the row's token is chosen, the next
 input row is made (`row`). Neither keeps anything of size V between rows.
@@ -36,19 +36,19 @@ class OwnFeedback:
     def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """W_in f [B, 1, d_C]."""
         weights = (self._copilot.output.weight, self._copilot.error_projection.weight)
-        # first use, or weights changed, swapped or moved since; what is written through `.data` leaves no trace
+        # made again when weights were changed, swapped or moved; writes through `.data` are not noticed
         now = (*((weight._version, weight.data_ptr()) for weight in weights), state.device, state.dtype)
         if now != self._made_of:
             self._matrix, self._made_of = self._copilot.feedback_matrix().to(state), now
         return (state @ self._matrix.T)[:, None]
 
     def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """As kept: f does not depend on which token was chosen."""
+        """As kept: f does not depend on the chosen token."""
         return kept
 
 
 class RealisedFeedback:
-    """l_i = onehot(chosen token) - p^_i: safer where the Copilot lags, at the cost of reading E."""
+    """l_i = onehot(chosen token) - p^_i: safer if the Copilot lags, at the cost of reading E."""
 
     def __init__(self, copilot: Copilot) -> None:
         self._copilot = copilot
@@ -63,11 +63,11 @@ class RealisedFeedback:
     def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """A (E[token] - E^T p^)."""
         table = self._copilot.error_table
-        # an id past the Copilot's vocabulary is padding of the Pilot's: never chosen, and worth nothing here
+        # an id past the Copilot's vocabulary is padding of the Pilot's: never chosen, and without a row in E
         known = (token < len(table))[:, None, None]
         chosen = table[token.clamp_max(len(table) - 1)][:, None] * known
         row: torch.Tensor = self._copilot.error_projection(chosen - kept)
         return row
 
 
-FEEDBACKS: dict[str, type[Feedback]] = {"own": OwnFeedback, "realised": RealisedFeedback}
+STRATEGIES: dict[str, type[Feedback]] = {"own": OwnFeedback, "realised": RealisedFeedback}

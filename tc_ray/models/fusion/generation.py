@@ -1,28 +1,31 @@
 """`generate` with explanations and log-probabilities, and `score`: what the fused model adds to GenerationMixin.
 
-The library's decoding runs unchanged; the finished sequences are then recomputed in one teacher-forced pass, which sees
-what decoding saw (to rounding). So beams, several return sequences and all samplers are explained alike.
+The library's decoding runs unchanged. The finished sequences are then recomputed in one teacher-forced pass, which sees what
+decoding saw (to rounding), so one path explains beams, several return sequences and all samplers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, StoppingCriteriaList
 
+from tc_ray.models.fusion.core import FusedCore
 from tc_ray.models.fusion.explain import Explain, explain_completions
 from tc_ray.models.fusion.scoring import Completions, Scores, completions_of, score_completions
 
-if TYPE_CHECKING:
-    from tc_ray.models.fusion.model import FusedModel
 
+class FusedGeneration(FusedCore, GenerationMixin):
+    """Decoding and scoring of the fused model, for both architectures."""
 
-class ExplainedGeneration(GenerationMixin):
-    """GenerationMixin of the fused model."""
+    @classmethod
+    def can_generate(cls) -> bool:
+        """GenerationMixin asks; the fused model always can."""
+        return True
 
     def generate(
         self,
@@ -38,13 +41,13 @@ class ExplainedGeneration(GenerationMixin):
         """transformers' `generate`, with `lam` (one number or [B]) and two more arguments.
 
         Args:
-            explain: True or `Explain(top_k=, logit_lens=)`: the output is transformers' own generate output, as with
-                `return_dict_in_generate`, and holds an `Explanation` of all returned sequences as `.explanation`.
-            logprobs: that output holds `.pilot_logprobs` and `.fused_logprobs`, fp32 [R, n] of R returned sequences (0
+            explain: True or `Explain(top_k=, logit_lens=)`: returns transformers' own generate output, as with
+                `return_dict_in_generate`, with an `Explanation` of all returned sequences as `.explanation`.
+            logprobs: that output also has `.pilot_logprobs` and `.fused_logprobs`, fp32 [R, n] of R returned sequences (0
                 beyond a sequence's end), and `.completion_mask`, bool [R, n], the tokens up to the end.
 
-        Both are of the distributions p^ and p~ themselves, before temperature, top-k, penalties and the like, and are
-        recomputed over the finished sequences in one pass of the Pilot (`score`): equal to what decoding saw, to rounding.
+        Both describe the distributions p^ and p~ themselves, before temperature, top-k and penalties, and are recomputed over
+        the finished sequences in one pass of the Pilot (`score`): equal to what decoding saw, to rounding.
 
         Raises:
             ValueError: what fused decoding cannot do (use_cache=False, prefill_chunk_size, output_hidden_states,
@@ -55,14 +58,13 @@ class ExplainedGeneration(GenerationMixin):
         front = inputs, generation_config, logits_processor
         if asked is None and not logprobs:
             return super().generate(*front, stopping_criteria, *arguments, **given)
-        model = cast("FusedModel", self)
-        with first_call(model) as call:
+        with first_call(self) as call:
             out = super().generate(*front, ends, *arguments, **given | {"return_dict_in_generate": True})
-        completions = _generated(model, out, call, ends)
+        completions = _generated(self, out, call, ends)
         if asked is not None:
-            out["explanation"] = explanation = explain_completions(model, completions, asked)
+            out["explanation"] = explanation = explain_completions(self, completions, asked)
         if logprobs:
-            scores = explanation if asked is not None else score_completions(model, completions)
+            scores = explanation if asked is not None else score_completions(self, completions)
             device = out.sequences.device
             out["pilot_logprobs"], out["fused_logprobs"] = (
                 found.to(device) for found in (scores.pilot_logprobs, scores.fused_logprobs)
@@ -84,26 +86,25 @@ class ExplainedGeneration(GenerationMixin):
     ) -> Scores:
         """log p^ and log p~ (equation 8) of given tokens, as decoding would have seen them: fp32 [B, n].
 
-        The Copilot reads its own (or realised) errors, not the true ones. A few positions' logits stand in memory at a time.
+        The Copilot reads its own (or realised) errors, not the true ones. Only a few positions' logits are in memory at once.
 
         Args:
             sequences: int64 [B, S], prompt and completion; for an encoder-decoder the start token and the target, as
                 `generate` returns them.
             prompt_length: columns before the completions, prompts padded on the left. 1 for an encoder-decoder.
-            target_start: int64 [B] instead, where sequences are padded on the right: first token of each completion.
+            target_start: int64 [B] instead, if sequences are padded on the right: first token of each completion.
             source: int64 [B, Q], what an encoder-decoder's encoder reads, and source_mask [B, Q].
-            attention_mask: [B, S] of `sequences`, which then says where completions end, or [B, prompt_length]. Without the
-                former a completion ends after its first end token (`generation_config.eos_token_id`).
+            attention_mask: [B, S] of `sequences`, which then also marks where completions end, or [B, prompt_length]; then a
+                completion ends after its first end token (`generation_config.eos_token_id`).
             lam: one number or [B]; None takes `default_lam`.
 
         Raises:
             ValueError: arguments that contradict each other or the architecture.
         """
-        model = cast("FusedModel", self)
         return score_completions(
-            model,
+            self,
             completions_of(
-                model,
+                self,
                 sequences,
                 prompt_length=prompt_length,
                 target_start=target_start,
@@ -115,30 +116,42 @@ class ExplainedGeneration(GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
-        """The library hands the tokenizer of `stop_strings` on to the model, which has no use for it."""
+        """The library passes the tokenizer of `stop_strings` on to the model, which does not use it."""
         kwargs.pop("tokenizer", None)
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(*arguments, **kwargs)
         return prepared
 
     def _get_candidate_generator(self, *arguments: Any, **given: Any) -> Any:
         """A drafting model takes no lambda, unless it is a fused model too."""
-        if not isinstance(given.get("assistant_model"), ExplainedGeneration):
+        if not isinstance(given.get("assistant_model"), FusedGeneration):
             given["model_kwargs"] = {name: value for name, value in given["model_kwargs"].items() if name != "lam"}
         return super()._get_candidate_generator(*arguments, **given)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+        """A new fused cache, after refusing what fused decoding cannot do."""
+        if generation_config.use_cache is False:
+            raise ValueError("the fused model decodes with its cache: use_cache must stay true")
+        for asked in ("output_hidden_states", "output_attentions"):
+            if getattr(generation_config, asked):
+                raise ValueError(f"the fused model has no {asked}: those are the Pilot's and the Copilot's own")
+        if generation_config.prefill_chunk_size:
+            raise ValueError("the Copilot begins at the end of the whole prompt: prefill_chunk_size must stay unset")
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()
 
     def _get_stopping_criteria(
         self, generation_config: Any, stopping_criteria: Any, *arguments: Any, **given: Any
     ) -> StoppingCriteriaList:
-        """All criteria of a generation, seen by `Ends` where one was given."""
+        """All criteria of a generation, inside an `Ends` if one was given."""
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, *arguments, **given)
         return stopping_criteria.watching(criteria) if isinstance(stopping_criteria, Ends) else criteria
 
 
 class Ends(StoppingCriteriaList):
-    """Criteria that note where each sequence ends: tokens cannot tell where the padding token is one that can be said."""
+    """Criteria that record where each sequence ends: ids do not show it if the padding token can also be generated."""
 
     lengths: torch.Tensor | None = None
-    """int64 [R], prompt included, of the sequences ended so far, 0 for the others."""
+    """int64 [R], prompt included, of the sequences that have ended, 0 for the others."""
 
     def watching(self, criteria: StoppingCriteriaList) -> Ends:
         """Itself, with these criteria in place of its own."""
@@ -156,7 +169,7 @@ class Ends(StoppingCriteriaList):
 
 @contextmanager
 def first_call(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Filled with the arguments of the first forward call: what the library made of prompts, masks and lam."""
+    """Yields a dict that receives the arguments of the first forward call: the library's prompts, masks and lam."""
     call: dict[str, Any] = {}
 
     def note(_module: nn.Module, _arguments: Any, given: dict[str, Any]) -> None:
@@ -170,9 +183,9 @@ def first_call(model: nn.Module) -> Iterator[dict[str, Any]]:
         handle.remove()
 
 
-def _generated(model: FusedModel, out: Any, call: dict[str, Any], ends: Ends) -> Completions:
-    """The completions of R returned sequences, of a decoding that ran R' at a time."""
-    seq2seq = model._family.encoder_decoder
+def _generated(model: FusedCore, out: Any, call: dict[str, Any], ends: Ends) -> Completions:
+    """The completions of R returned sequences of a decoding that ran R' sequences at a time."""
+    seq2seq = model.family.encoder_decoder
     first = call["decoder_input_ids" if seq2seq else "input_ids"]
     # the first call's kept logits predict the first tokens of the completions (more than one in assisted decoding)
     start = first.shape[1] - (call.get("logits_to_keep") or 1) + 1
@@ -182,9 +195,9 @@ def _generated(model: FusedModel, out: Any, call: dict[str, Any], ends: Ends) ->
         ended = torch.zeros_like(of) if ends.lengths is None else ends.lengths.to(first.device)
         lengths = torch.where(ended > 0, ended, sequences.shape[1]) - start
     else:
-        of = beams[:, 0].clamp_min(0).to(first.device)  # the beam where a sequence began has its prompt
+        of = beams[:, 0].clamp_min(0).to(first.device)  # the beam that a sequence began in has its prompt
         lengths = (beams >= 0).sum(1).to(first.device)
-    lam = model._weights(call.get("lam"), len(first), first.device)[of]
+    lam = model.lambdas(call.get("lam"), len(first), first.device)[of]
     mask = call.get("decoder_attention_mask" if seq2seq else "attention_mask")
     attended = torch.ones_like(sequences, dtype=torch.bool)
     if mask is not None:
@@ -192,9 +205,7 @@ def _generated(model: FusedModel, out: Any, call: dict[str, Any], ends: Ends) ->
     if not seq2seq:
         return Completions(sequences, attended, start, lengths, lam)
     question = call["encoder_outputs"][0][of]
-    real, source_mask = (
-        torch.ones(question.shape[:2], dtype=torch.bool, device=first.device),
-        call.get("attention_mask"),
-    )
-    real = real if source_mask is None else source_mask[of].bool()
+    real = torch.ones(question.shape[:2], dtype=torch.bool, device=first.device)
+    if call.get("attention_mask") is not None:
+        real = call["attention_mask"][of].bool()
     return Completions(sequences, attended, start, lengths, lam, question, real)

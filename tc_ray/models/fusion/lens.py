@@ -1,7 +1,7 @@
-"""The logit lens: what the Pilot would say after each of its layers (figure 4).
+"""The logit lens: what the Pilot would predict after each of its layers (figure 4).
 
 The output of every decoder layer goes through the model's own final norm and head, as if it were the last. Hooks keep the
-layers' outputs of the completion's positions only, during the pass that runs anyway. Used by explanations.
+layers' outputs at the completion's positions only, during the pass that runs anyway. Used by `scoring` and `explain`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from tc_ray.models.fusion.model import FusedModel
+from tc_ray.models.fusion.core import FusedCore
 
 
 @contextmanager
 def layer_states(layers: Sequence[nn.Module], first: int) -> Iterator[list[torch.Tensor]]:
-    """Filled by the enclosed forward pass: each layer's output [B, S - first, d] from position `first` on, detached."""
+    """Yields a list that the enclosed forward pass fills: each layer's output [B, S - first, d] from `first` on, detached."""
     kept: list[torch.Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -37,10 +36,10 @@ def layer_states(layers: Sequence[nn.Module], first: int) -> Iterator[list[torch
 
 @dataclass(frozen=True)
 class LogitLens:
-    """Of n tokens of B sequences and each of L layers, lowest first.
+    """For n tokens of B sequences and each of L layers, lowest first.
 
     ids: int64 [B, n, L], likeliest token; probabilities: fp32 [B, n, L], its probability. chosen_probability: fp32 [B, n, L]
-    and chosen_rank: int64 [B, n, L], probability and rank (1 is the likeliest) of the token that was generated.
+    and chosen_rank: int64 [B, n, L], probability and rank (1 is the likeliest) of the generated token.
     """
 
     ids: torch.Tensor
@@ -50,13 +49,13 @@ class LogitLens:
 
     @staticmethod
     @torch.no_grad()
-    def of(model: FusedModel, layers: Sequence[torch.Tensor], chosen: torch.Tensor) -> LogitLens:
+    def of(model: FusedCore, layers: Sequence[torch.Tensor], chosen: torch.Tensor) -> LogitLens:
         """softmax(head(norm(h_l))) of each layer l, one layer at a time.
 
         Args:
             layers: [B, c, d] after each layer. chosen: int64 [B, c].
         """
-        family = model._family
+        family = model.family
         norm = family.final_norm(family.decoder(model.pilot))
         parts = []
         for states in layers:

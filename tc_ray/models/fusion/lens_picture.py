@@ -1,7 +1,7 @@
 """The logit lens as a picture (figure 4): a heat map of layers over generated tokens.
 
-Columns are the generated tokens, rows the Pilot's layers from the lowest up; above them the output of the Pilot and of the fused
-model. Needs only an explanation and the tokenizer, no model.
+Columns are the generated tokens, rows the Pilot's layers from the lowest up; above them the outputs of Pilot and fused model.
+Needs an explanation and the tokenizer, no model.
 """
 
 from __future__ import annotations
@@ -36,33 +36,23 @@ class _Row:
 def draw_logit_lens(
     explanation: Explanation,
     tokenizer: Any,
-    path: Path | str,
+    path: Path | str | None = None,
     *,
     sequence: int = 0,
     first: int = 0,
     count: int = 2 * COLUMNS,
     max_layers: int = 32,
-) -> None:
-    """Write the logit lens of one sequence as PNG.
+) -> Any:
+    """The logit lens of one sequence as a matplotlib figure, also written to `path` as PNG.
 
     Args:
         explanation: made with `Explain(logit_lens=True)`.
         sequence: which of its sequences. first, count: which of its tokens, from 0.
-        max_layers: of a deeper model every second, third, ... layer is drawn, the last one always.
+        max_layers: a deeper model is drawn with every second, third, ... layer, always with the last.
 
     Raises:
         ValueError: an explanation without logit lens, or no tokens to draw.
     """
-    figure = logit_lens_figure(
-        explanation, tokenizer, sequence=sequence, first=first, count=count, max_layers=max_layers
-    )
-    figure.savefig(path, format="png")
-
-
-def logit_lens_figure(
-    explanation: Explanation, tokenizer: Any, *, sequence: int, first: int, count: int, max_layers: int
-) -> Any:
-    """The matplotlib figure that `draw_logit_lens` writes."""
     if explanation.logit_lens is None:
         raise ValueError("the explanation has no logit lens: generate with explain=Explain(logit_lens=True)")
     total = int(explanation.mask[sequence].sum())
@@ -70,7 +60,7 @@ def logit_lens_figure(
     if places.start >= places.stop:
         raise ValueError(f"no tokens to draw: sequence {sequence} has {total}, asked for those from {first} on")
 
-    # Objects instead of pyplot: no global state, no display needed.
+    # without pyplot: no global state, no display needed
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -93,7 +83,7 @@ def logit_lens_figure(
     for panel, places_in in zip(axes, panels, strict=True):
         _draw_panel(panel, layers, outputs, said, places_in, first, across, words, colours)
     figure.suptitle(
-        "Logit lens: what each layer of the Pilot would say next", fontsize=12, x=0.01, ha="left", fontweight="bold"
+        "Logit lens: what each layer of the Pilot would predict next", fontsize=12, x=0.01, ha="left", fontweight="bold"
     )
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=axes, fraction=0.03, pad=0.01, aspect=30)
     bar.set_label("probability of the token shown", fontsize=8)
@@ -106,6 +96,8 @@ def logit_lens_figure(
         x=0.01,
         ha="left",
     )
+    if path is not None:
+        figure.savefig(path, format="png")
     return figure
 
 
@@ -192,7 +184,7 @@ def _draw_panel(
 
 
 class _Words(dict[int, str]):
-    """What stands in a cell for each token: its text, short, with everything unprintable made visible."""
+    """The text of a cell for each token: short, with everything unprintable made visible."""
 
     LEGEND = "\u2423 blank   \u21b5 new line   \u21e5 tab   \u2026 cut   #n: token n, no whole character"
     _VISIBLE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
@@ -216,7 +208,7 @@ class _Words(dict[int, str]):
 
 
 def _fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
-    """Installed fonts that draw these characters, the usual one first, and the characters that they have."""
+    """Installed fonts that draw these characters, DejaVu Sans first, and the characters that they have."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
     fonts, known = [FONT], set[str]()

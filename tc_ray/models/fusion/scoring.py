@@ -1,24 +1,22 @@
 """Given completions scored by Pilot and fused model, row by row as decoding would have seen them (equation 8).
 
-The Pilot makes one pass over the whole sequences; its head, the Copilot's rows and the fusion run on a few positions at
-a time, so that nothing of size completion x V stands in memory. The Copilot reads its own (or realised) errors, never the
-true ones. Used by `FusedModel.score` and, for its explanations, by `FusedModel.generate`.
+The Pilot makes one pass over the whole sequences. Its head, the Copilot's rows and the fusion run on a few positions at a
+time, so no tensor of size completion x V is made. The Copilot reads its own (or realised) errors, never the true ones. Used
+by `FusedModel.score`, for explanations by `FusedModel.generate`, and by the serving engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tc_ray.models.fusion.cache import CopilotCache
+from tc_ray.models.fusion.core import FusedCore
 from tc_ray.models.fusion.distribution import fuse
 from tc_ray.models.fusion.lens import layer_states
-
-if TYPE_CHECKING:
-    from tc_ray.models.fusion.model import FusedModel
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time, over the whole batch (16 MiB in fp32, a few tensors of that size)."""
@@ -29,7 +27,7 @@ class Scores:
     """Log-probabilities of B completions padded to n tokens.
 
     tokens: int64 [B, n]. mask: bool [B, n], False beyond a completion's end. pilot_logprobs, fused_logprobs: fp32 [B, n]:
-    log p^ and log p~ of each token, -inf where the correction took away all of p~, and 0 beyond the end.
+    log p^ and log p~ of each token, -inf if the correction took away all of p~, and 0 beyond the end.
     """
 
     tokens: torch.Tensor
@@ -40,12 +38,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Completions:
-    """Prompts and completions, all completions beginning at one column.
+    """Prompts and completions; all completions begin at one column.
 
-    ids: int64 [B, S], what the decoder reads and, last, what it is not given any more. attended: bool [B, S], False in the
-    padding on the left of a prompt. start: first column of the completions. lengths: int64 [B], tokens of each completion.
-    lam: fp32 [B]. question: fp32 [B, Q, d_P], the encoder's output, and question_mask: bool [B, Q], its real positions
-    (None: decoder-only).
+    ids: int64 [B, S]; the decoder reads all but the last column. attended: bool [B, S], False in the padding on the left of
+    a prompt. start: first column of the completions. lengths: int64 [B], tokens of each completion. lam: fp32 [B].
+    question: fp32 [B, Q, d_P], the encoder's output, and question_mask: bool [B, Q], its real positions (None: decoder-only).
     """
 
     ids: torch.Tensor
@@ -70,7 +67,7 @@ class Completions:
     def aligned(
         ids: torch.Tensor, attended: torch.Tensor, target_start: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Sequences padded on the right, with prompts of unlike lengths, moved so that all completions begin together.
+        """Sequences padded on the right, with prompts of different lengths, shifted so that all completions begin together.
 
         Args:
             ids: int64 [B, S]. attended: bool [B, S]. target_start: int64 [B], first token of each completion.
@@ -86,9 +83,9 @@ class Completions:
 
 
 class Rows(NamedTuple):
-    """Some neighbouring tokens of completions.
+    """c neighbouring tokens of completions.
 
-    span: their places in the completions. pilot, fused: fp32 [B, c, V] logits. f: fp32 [B, c, V], None where the Copilot did
+    span: their places in the completions. pilot, fused: fp32 [B, c, V] logits. f: fp32 [B, c, V], None if the Copilot did
     not run. layers: [B, c, d] after each decoder layer of the Pilot, before the final norm; empty if not asked for.
     """
 
@@ -101,7 +98,7 @@ class Rows(NamedTuple):
 
 @torch.no_grad()
 def teacher_forced_rows(
-    model: FusedModel,
+    model: FusedCore,
     given: Completions,
     *,
     corrections: bool = False,
@@ -112,48 +109,47 @@ def teacher_forced_rows(
     """What decoding saw at each token of the completions, in order.
 
     Args:
-        corrections: run the Copilot also where every lam is 0. layers: give the Pilot's layers too.
-        rows_at_a_time: tokens given together at most; default: as many as memory is meant for.
-        positions_at_a_time: compute the Pilot's pass in parts of so many, with its cache (decoder-only, no padding, no
-            `layers`), and give rows of no token after each, so that the caller can do something else; default: in one pass.
+        corrections: run the Copilot even if every lam is 0. layers: give the Pilot's layers too.
+        rows_at_a_time: most tokens given together; default: CHUNK_ELEMENTS of logits.
+        positions_at_a_time: split the Pilot's pass into parts of this many positions, with its cache (decoder-only, no
+            padding, no `layers`), and give empty rows after each part, so that the caller can do other work; default: one pass.
     """
     if given.ids.shape[1] <= given.start:
         return
-    family, copilot = model._family, model.copilot
+    family, copilot = model.family, model.copilot
     # every position of an encoder-decoder's decoder makes a row, those of a forced prefix too
     first = given.start - 1 if given.question is None else 0
-    listened = family.layers(model.pilot) if layers else []
+    hooked = family.layers(model.pilot) if layers else []
     by_layer: Sequence[torch.Tensor] = ()
     if positions_at_a_time is None:
-        with model._tap.recording(), layer_states(listened, first) as by_layer:
+        with model.tap.recording(), layer_states(hooked, first) as by_layer:
             final = _final_states(model, given)
-        states = model._tap.take()
+        rationale = model.tap.take()
     else:
         parts = []
         for part in _pilot_parts(model, given, positions_at_a_time):
             parts.append(part)
             none = torch.zeros(len(given.ids), 0, model.vocab_size, device=given.ids.device)
             yield Rows(slice(0, 0), none, none, None, ())
-        final, states = (torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
+        final, rationale = (torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
         del parts
     runs = corrections or bool((given.lam != 0).any())
     cache = CopilotCache()
     if runs and given.question is None:
-        cache.ask(copilot.question_memory(given.ids[:, : given.start]), given.attended[:, : given.start])
+        question = copilot.embed_question(given.ids[:, : given.start])
+        cache.ask(copilot.question_memory(question), given.attended[:, : given.start])
     elif runs:
         assert given.question is not None and given.question_mask is not None
-        cache.ask(copilot.question_state_memory(given.question), given.question_mask)
+        cache.ask(copilot.question_memory(given.question), given.question_mask)
     size = rows_at_a_time or max(1, CHUNK_ELEMENTS // (len(given.ids) * model.vocab_size))
     for at in range(first, final.shape[1], size):
         end = min(at + size, final.shape[1])
         pilot = family.logits(model.pilot, final[:, at:end]).float()
         f, fused = None, pilot
         if runs:
-            since = at if cache.rows else 0  # positions before the first row belong to its memory
+            since = at if cache.rows else 0  # positions before the first row are part of its memory
             new = slice(since, end)
-            f = torch.stack(
-                list(model.corrections(pilot, cache, given.ids[:, new], states[:, new], given.attended[:, new])), 1
-            ).float()
+            f = model.corrections(pilot, cache, given.ids[:, new], rationale[:, new], given.attended[:, new]).float()
             fused = fuse(pilot, f, given.lam, model.space)
         skipped = max(0, given.start - 1 - at)
         if skipped < end - at:
@@ -167,7 +163,7 @@ def teacher_forced_rows(
             )
 
 
-def _final_states(model: FusedModel, given: Completions) -> torch.Tensor:
+def _final_states(model: FusedCore, given: Completions) -> torch.Tensor:
     """States [B, S - 1, d] of every position but the last, after the final norm."""
     inputs = given.ids[:, :-1]
     attended = given.attended[:, :-1]
@@ -178,18 +174,18 @@ def _final_states(model: FusedModel, given: Completions) -> torch.Tensor:
         arguments["position_ids"] = (attended.long().cumsum(1) - 1).clamp_min(0)
     else:
         arguments |= {"encoder_hidden_states": given.question, "encoder_attention_mask": given.question_mask}
-    final: torch.Tensor = model._family.decoder(model.pilot)(**arguments).last_hidden_state
+    final: torch.Tensor = model.family.decoder(model.pilot)(**arguments).last_hidden_state
     return final
 
 
-def _pilot_parts(model: FusedModel, given: Completions, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Final states and tapped states, some positions at a time, of sequences without padding."""
+def _pilot_parts(model: FusedCore, given: Completions, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Final states and rationale of sequences without padding, `size` positions at a time."""
     inputs, cache = given.ids[:, :-1], model.new_cache()
     for first in range(0, inputs.shape[1], size):
         part = inputs[:, first : first + size]
-        with model._tap.recording():
-            out = model._family.decoder(model.pilot)(input_ids=part, past_key_values=cache, use_cache=True)
-        yield out.last_hidden_state, model._tap.take()
+        with model.tap.recording():
+            out = model.family.decoder(model.pilot)(input_ids=part, past_key_values=cache, use_cache=True)
+        yield out.last_hidden_state, model.tap.take()
 
 
 def log_probs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -197,7 +193,7 @@ def log_probs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.gather(2, tokens[:, :, None])[:, :, 0] - logits.logsumexp(2)
 
 
-def score_completions(model: FusedModel, given: Completions) -> Scores:
+def score_completions(model: FusedCore, given: Completions) -> Scores:
     """log p^ and log p~ of the completions' tokens."""
     pilot = torch.zeros(given.tokens.shape, device=given.ids.device)
     fused = torch.zeros_like(pilot)
@@ -210,7 +206,7 @@ def score_completions(model: FusedModel, given: Completions) -> Scores:
 
 
 def completions_of(
-    model: FusedModel,
+    model: FusedCore,
     sequences: torch.Tensor,
     *,
     prompt_length: int | None,
@@ -220,7 +216,7 @@ def completions_of(
     source_mask: torch.Tensor | None,
     lam: float | torch.Tensor | None,
 ) -> Completions:
-    """The arguments of `FusedModel.score`, checked and brought into one form.
+    """The arguments of `FusedModel.score`, checked, in one form.
 
     Raises:
         ValueError: arguments that contradict each other or the architecture.
@@ -229,11 +225,11 @@ def completions_of(
     sequences = sequences.to(device)
     if prompt_length is not None and target_start is not None:
         raise ValueError("give prompt_length (prompts padded on the left) or target_start (on the right), not both")
-    if (source is not None) != model._family.encoder_decoder:
+    if (source is not None) != model.family.encoder_decoder:
         raise ValueError(
             "an encoder-decoder needs `source`, the ids its encoder reads"
             if source is None
-            else "a decoder-only model has no source: the prompt stands in `sequences`"
+            else "a decoder-only model has no source: the prompt is part of `sequences`"
         )
     question = None
     if source is not None:
@@ -247,7 +243,7 @@ def completions_of(
         question = model.pilot.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
         source_mask = source_mask.bool()
     if prompt_length is None and target_start is None:
-        raise ValueError("where do the completions begin? give prompt_length or target_start")
+        raise ValueError("give prompt_length or target_start: where the completions begin")
     attended = torch.ones_like(sequences, dtype=torch.bool)
     if attention_mask is not None:
         attended[:, : attention_mask.shape[1]] = attention_mask.to(device).bool()
@@ -264,14 +260,14 @@ def completions_of(
         lengths = attended[:, start:].sum(1)
     else:
         lengths = _up_to_the_end(sequences[:, start:], model.generation_config.eos_token_id)
-    # what stands after an end is read by no token before it: no need to mask it
+    # no token reads what stands after it, so what follows an end needs no mask
     attended[:, start:] = True
-    weights = model._weights(lam, len(sequences), device)
+    weights = model.lambdas(lam, len(sequences), device)
     return Completions(sequences, attended, start, lengths, weights, question, source_mask)
 
 
 def _up_to_the_end(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> torch.Tensor:
-    """Tokens [B] of each completion up to and with its first end token."""
+    """Tokens [B] of each completion, up to and including its first end token."""
     if ends is None:
         return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
     is_end = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device))

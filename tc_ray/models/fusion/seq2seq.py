@@ -1,4 +1,4 @@
-"""The fused model of an encoder-decoder Pilot."""
+"""One call of an encoder-decoder Pilot with its Copilot, as a sequence-to-sequence model's forward."""
 
 from __future__ import annotations
 
@@ -10,28 +10,19 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from tc_ray.models.fusion.cache import FusedEncoderDecoderCache
-from tc_ray.models.fusion.model import FusedModel
+from tc_ray.models.fusion.core import FusedCore
+from tc_ray.models.fusion.distribution import fuse
 
-_DECODER_ONLY_ARGUMENTS = ("lam", "logits_to_keep")
 
+class Seq2SeqForward(FusedCore):
+    """Forward of encoder-decoders."""
 
-class FusedSeq2SeqLM(FusedModel):
-    """Encoder-decoder Pilot + Copilot as one sequence-to-sequence model."""
+    cache_kind = FusedEncoderDecoderCache
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
         """The Pilot's encoder."""
         encoder: nn.Module = self.pilot.get_encoder()
         return encoder
-
-    def _prepare_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Any, model_kwargs: dict[str, Any], *arguments: Any
-    ) -> dict[str, Any]:
-        """What concerns the decoder only is kept from the encoder."""
-        kept = {name: model_kwargs.pop(name) for name in _DECODER_ONLY_ARGUMENTS if name in model_kwargs}
-        prepared: dict[str, Any] = super()._prepare_encoder_decoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, *arguments
-        )
-        return prepared | kept
 
     @torch.no_grad()
     def forward(
@@ -57,24 +48,17 @@ class FusedSeq2SeqLM(FusedModel):
             lam: weight of the correction, one number or [B]; None takes `default_lam`; 0 is the Pilot itself.
 
         Raises:
-            TypeError: another kind of cache. RuntimeError: the Copilot was not there from the start on.
+            TypeError: another kind of cache. RuntimeError: the Copilot did not run from the start token on.
         """
-        cache = past_key_values if past_key_values is not None else self.new_cache()
-        if not isinstance(cache, FusedEncoderDecoderCache):
-            raise TypeError(f"past_key_values must be a FusedEncoderDecoderCache, not {type(cache).__name__}")
         if encoder_outputs is None:
             encoder_outputs = self.pilot.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         question = encoder_outputs[0]
         if decoder_input_ids is None:
             start = self.pilot.config.decoder_start_token_id
             decoder_input_ids = torch.full((len(question), 1), start, device=question.device)
-        weights = self._weights(lam, len(decoder_input_ids), decoder_input_ids.device)
-        state, before = cache.copilot, cache.get_seq_length()
-        # once begun the Copilot hears every token, at lam 0 too: it could not go on otherwise
-        corrected = state.rows > 0 or bool((weights != 0).any())
-        if corrected and before and not state.rows:
-            raise RuntimeError("the Copilot joins at the start: lam cannot turn from 0 in mid-sequence")
-        with self._tap.recording():
+        weights = self.lambdas(lam, len(decoder_input_ids), decoder_input_ids.device)
+        cache, runs = self.opened(past_key_values, weights)
+        with self.tap.recording():
             out = self.pilot(
                 attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids,
@@ -83,19 +67,19 @@ class FusedSeq2SeqLM(FusedModel):
                 past_key_values=cache,
                 use_cache=True,
             )
-        states = self._tap.take()
+        rationale = self.tap.take()
         logits = out.logits
-        if corrected:
+        if runs:
+            state = cache.copilot
             attended = torch.ones_like(decoder_input_ids, dtype=torch.bool)
             if decoder_attention_mask is not None:
                 attended = decoder_attention_mask[:, -decoder_input_ids.shape[1] :].bool()
             if not state.rows:
                 real = torch.ones(question.shape[:2], dtype=torch.bool, device=question.device)
-                state.ask(
-                    self.copilot.question_state_memory(question),
-                    real if attention_mask is None else attention_mask.bool(),
-                )
-            logits = self._fused_logits(logits, weights, state, decoder_input_ids, states, attended)
+                visible = real if attention_mask is None else attention_mask.bool()
+                state.ask(self.copilot.question_memory(question), visible)
+            f = self.corrections(logits, state, decoder_input_ids, rationale, attended)
+            logits = fuse(logits, f, weights, self.space)
         return Seq2SeqLMOutput(
             logits=logits[:, -logits_to_keep:] if logits_to_keep else logits,
             past_key_values=cache,

@@ -1,8 +1,8 @@
 """What the losses share: their interface, f in blocks of columns, and gradients made together with the sum.
 
-f = H W^T is never held as one [N, A] tensor. A block of W's rows gives a block of f's columns, the loss turns it into its own
-derivative in place, and both gradients take their share before the next block. The gradient of W, which must be held anyway,
-is written once, block by block.
+f = H W^T is never held as one [N, A] tensor. A block of W's rows gives a block of f's columns, the loss turns it into its
+derivative in place, and both gradients take their share before the next block. The gradient of W, which is needed anyway, is
+written once, block by block.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-"""Numbers in a block of f and the rows of W it comes from: what stays near a CPU's caches; on a GPU, products long enough
-to hide their start."""
+"""Numbers in a block of f and the rows of W it comes from: few enough for a CPU's caches; on a GPU, enough to hide the start
+of a product."""
 LEAST_COLUMNS = 256
 
 
@@ -28,7 +28,7 @@ class Measured(NamedTuple):
 
 
 class TokenLoss(ABC):
-    """A loss between f and l, summed over target tokens; how sums over micro-batches and ranks make one loss.
+    """A loss between f and l, summed over target tokens, and how sums over micro-batches and ranks make one loss.
 
     With S and N summed over all ranks, `value(S, N)` is the step's loss and `gradient_factor(S, N)` its derivative by S:
     gradients of S, added over ranks and multiplied by it, are the gradient of the loss of the undivided batch.
@@ -87,7 +87,7 @@ class MeanLoss(TokenLoss):
 
 
 class _Sum(torch.autograd.Function):
-    """`TokenLoss.measure` for autograd: forward has the gradients already, backward multiplies and hands them out."""
+    """`TokenLoss.measure` for autograd: forward computes the gradients, backward multiplies them and gives them out."""
 
     @staticmethod
     def forward(
@@ -147,7 +147,7 @@ class Outputs:
         self.columns = max(LEAST_COLUMNS, room // sum(states.shape))
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first column, f [N, columns] of type `wide`), the caller's to change."""
+        """(first column, f [N, columns] of type `wide`); the caller may change f in place."""
         for first in range(0, len(self.weight), self.columns):
             self._rows = self.weight[first : first + self.columns].to(self.states.dtype)
             yield first, (self.states @ self._rows.T).to(self.wide)
@@ -170,7 +170,7 @@ def add_listed(block: torch.Tensor, first: int, places: torch.Tensor, values: to
 
 
 def listed_outputs(block: torch.Tensor, first: int, places: torch.Tensor) -> torch.Tensor:
-    """f at the listed places [N, j] that stand within the block, 0 at the others."""
+    """f at the listed places [N, j] within the block, 0 at the others."""
     at, inside = _within(block, first, places)
     return torch.where(inside, block.gather(1, at), 0.0)
 
@@ -182,7 +182,7 @@ def _within(block: torch.Tensor, first: int, places: torch.Tensor) -> tuple[torc
 
 
 def merged(places: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same l with each output token listed once a row: places and values [N, k+1], filled up with (-1, 0).
+    """The same l with each output token listed once per row: places and values [N, k+1], filled up with (-1, 0).
 
     Entries at -1 stay apart, since nothing says whether two of them are the same token.
     """

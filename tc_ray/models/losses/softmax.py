@@ -1,7 +1,7 @@
 """KL and cross-entropy with f as logits over the whole vocabulary (our reading of table 20).
 
-f is 0 outside the A output tokens, so softmax(f) has Z_f = sum_A exp(f) + (V - A). Both losses go twice over the blocks of f:
-once for Z_f, once for the derivative, with f made anew (8 N A d operations instead of 6) rather than held.
+f is 0 outside the A output tokens, so softmax(f) has Z_f = sum_A exp(f) + (V - A). Both losses go twice over the blocks of f,
+once for Z_f and once for the derivative: f is computed twice (8 N A d operations instead of 6) and not held.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _SoftmaxLoss(MeanLoss):
 class CrossEntropy(_SoftmaxLoss):
     """Mean over tokens of -log softmax(f)[true token], the true token being the first listed; l is not used otherwise.
 
-    A true token outside the output has the logit 0: the loss is log Z_f, which f can still lower by lowering its outputs.
+    A true token outside the output has logit 0: the loss is log Z_f, which f can still lower by lowering its outputs.
     """
 
     def measure(

@@ -1,24 +1,23 @@
-"""The Pilot: a pretrained language model, its adapters, and the training forward that leaves a record.
+"""The Pilot: a pretrained language model, loaded and given its adapters.
 
-Invariant: one forward pass gives the loss, the logits of the target tokens only, and the tapped hidden states. The
-vocabulary projection runs on the rows that predict a target token, never on the prompt. Called by the Pilot's engine
-and by the tests' single-process reference.
+Invariant: what a worker would refuse when it loads the run's models, the driver and the plan can refuse before, without
+reading a weight (`check_folders`). Called by the driver, the workers, export and serving.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import PilotSection
 from tc_ray.models.families import family_of
-from tc_ray.models.pilot.taps import LayerTap
-from tc_ray.models.pilot.token_errors import SparseErrors, full_errors, sparse_errors
-from tc_ray.models.weights import check_adapters, load_whole
+from tc_ray.models.weights import HEADS, load_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -35,11 +34,11 @@ def load_pilot(
 
     Args:
         random_weights: read only its config.
-        safetensors: True: weights in no other format; None: other formats where there is no such file.
-        names_only: on the meta device, without reading a weight: to check the folder, or to look at the model's shape.
+        safetensors: True: weights in no other format; None: other formats if there is no such file.
+        names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
 
     Raises:
-        UnknownFamilyError: a family without an adapter, found out before any weight is read.
+        UnknownFamilyError: a family without an adapter, refused before any weight is read.
         OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -53,7 +52,7 @@ def load_pilot(
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
-    """Wrap with LoRA when `config.method` says so; every weight stays trainable for full fine-tuning.
+    """Wrap with LoRA if `config.method` is lora; for full fine-tuning every weight stays trainable.
 
     Raises:
         ValueError: `lora.first_layer` leaves no layer, or is set for an encoder-decoder; or see `check_adapters`.
@@ -83,163 +82,45 @@ def add_adapters(model: Any, config: PilotSection) -> Any:
     )
 
 
-class StepRecord(NamedTuple):
-    """What one micro-batch leaves for the Mistake Log; N target tokens in batch order.
-
-    errors: sparse l. token_loss: fp32 [N]. token_correct: bool [N].
-    rationale: fp32 [B, S, d] pooled hidden states of the layers, or [B, S, layers, d] unpooled in the model's dtype; those that predict token
-    j + 1 of the sequence stand at position j.
-    question: fp32 [B, Q, d] encoder output; None where X~ follows from the token ids (decoder-only).
-    """
-
-    errors: SparseErrors
-    rationale: torch.Tensor
-    token_loss: torch.Tensor
-    token_correct: torch.Tensor
-    question: torch.Tensor | None = None
-
-
-class Measured(NamedTuple):
-    """One forward pass: log_probs fp32 [N, V] and targets int64 [N] of the target rows, token_loss fp32 [N] with
-    gradient, and the record (None when not recording)."""
-
-    log_probs: torch.Tensor
-    targets: torch.Tensor
-    token_loss: torch.Tensor
-    record: StepRecord | None
-
-
-class PilotStep(nn.Module):
-    """The Pilot's training forward.
+def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:
+    """Refuse, before a worker starts, what the workers would refuse when they load the run's models. Reads no weight.
 
     Args:
-        model: language model or its peft wrapper.
-        top_k: probabilities kept per token in the record.
-        record: False skips taps and errors (plain fine-tuning).
-        pooling: how states are pooled over layers, or `taps.UNPOOLED`.
-        layers: decoder layers tapped, ascending from 0; None: all.
-        dense: the record has the errors of all V tokens; top_k does not matter then.
+        pilot, base: as `resolve_model` gives them; a hub id is left to the workers, which download it.
+
+    Raises:
+        WeightsError: missing or unexpected tensors, or of another shape. ValueError: see `check_adapters`.
+        OSError: a folder has no weights at all.
     """
+    from transformers import AutoModel
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        top_k: int,
-        record: bool = True,
-        pooling: str = "mean",
-        layers: Sequence[int] | None = None,
-        dense: bool = False,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.top_k, self.dense = top_k, dense
-        self._family = family_of(model)
-        self._read = _encoder_decoder_states if self._family.encoder_decoder else _decoder_only_states
-        self._tap = LayerTap(self._family.layers(model), pooling, layers) if record else None
-
-    def forward(
-        self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor, loss_scale: float
-    ) -> tuple[torch.Tensor, StepRecord | None]:
-        """Summed cross-entropy of the completion tokens times `loss_scale`, and the record.
-
-        Args:
-            input_ids: int64 [B, S], right padded: prompt and completion (encoder-decoder: source and target).
-            lengths: int64 [B]. target_start: int64 [B]; targets are input_ids[b, target_start[b]:lengths[b]].
-            loss_scale: 1 / target tokens of the whole round, so that any split of a round gives the same gradient.
-        """
-        measured = self.measure(input_ids, lengths, target_start)
-        return measured.token_loss.sum() * loss_scale, measured.record
-
-    def close(self) -> None:
-        """Take the taps off the model again."""
-        if self._tap is not None:
-            self._tap.close()
-
-    def measure(self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor) -> Measured:
-        """The forward pass itself: log-probabilities and targets of the N target rows, and the record."""
-        passed = self._read(self.model, self._family.decoder(self.model), self._tap, input_ids, lengths, target_start)
-        rows = target_rows(input_ids.shape[1], lengths, target_start)
-        targets = input_ids[:, 1:][rows]
-        log_probs = self._family.logits(self.model, passed.final).float().log_softmax(-1)
-        token_loss = -log_probs.gather(1, targets[:, None])[:, 0]
-        if passed.rationale is None:
-            return Measured(log_probs, targets, token_loss, None)
-        with torch.no_grad():
-            errors = full_errors(log_probs, targets) if self.dense else sparse_errors(log_probs, targets, self.top_k)
-            # the true token is ranked first when it beats the best other token: the first of the sparse ones
-            best = -errors.values[:, 1:].amin(1) if self.dense else -errors.values[:, 1]
-            correct = 1.0 - errors.values[:, 0] >= best
-        record = StepRecord(errors, passed.rationale, token_loss.detach(), correct, passed.question)
-        return Measured(log_probs, targets, token_loss, record)
+    if not isinstance(pilot, Path):
+        return
+    random_weights = config.model.random_weights
+    with torch.device("meta") if random_weights else nullcontext():
+        model = load_pilot(pilot, dtype=torch.float32, random_weights=random_weights, names_only=True)
+    check_adapters(model, config.pilot)
+    if config.log.enabled and isinstance(base, Path) and base != pilot and not random_weights:
+        load_whole(AutoModel, base, leave_out=HEADS, device_map="meta")
 
 
-class _Pass(NamedTuple):
-    """final: [N, d] states of the target rows, after the final norm. rationale and question as in StepRecord."""
+def check_adapters(model: nn.Module, pilot: PilotSection) -> None:
+    """Refuse adapters on a matrix that two modules of the model share (tied embedding and head).
 
-    final: torch.Tensor
-    rationale: torch.Tensor | None
-    question: torch.Tensor | None
+    Merging an adapter of one would change the other too, so the exported model would not be the trained one.
 
-
-def _decoder_only_states(
-    _model: Any,
-    decoder: Any,
-    tap: LayerTap | None,
-    input_ids: torch.Tensor,
-    lengths: torch.Tensor,
-    target_start: torch.Tensor,
-) -> _Pass:
-    rows = target_rows(input_ids.shape[1], lengths, target_start)
-    # a causal model needs no mask for padding on the right
-    if tap is None:
-        final = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        return _Pass(final[:, :-1][rows], None, None)
-    with tap.recording():
-        final = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-    return _Pass(final[:, :-1][rows], tap.take(), None)
-
-
-def _encoder_decoder_states(
-    model: Any,
-    decoder: Any,
-    tap: LayerTap | None,
-    input_ids: torch.Tensor,
-    lengths: torch.Tensor,
-    target_start: torch.Tensor,
-) -> _Pass:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    source_mask = position[: int(target_start.max())] < target_start[:, None]
-    source = input_ids[:, : source_mask.shape[1]].masked_fill(~source_mask, 0)
-    question = base.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
-    # decoder input: the start token, then all targets but the last; row i stands at position target_start - 1 + i
-    counts = lengths - target_start
-    index = torch.arange(int(counts.max()), device=input_ids.device)
-    at = (target_start - 1)[:, None] + index
-    fed = input_ids.gather(1, at.clamp_max(input_ids.shape[1] - 1))
-    fed[:, 0] = base.config.decoder_start_token_id
-    row_mask = index < counts[:, None]
-
-    def decode() -> torch.Tensor:
-        # rows past a sequence's end are padding on the right: a causal decoder needs no mask for them
-        out = decoder(
-            input_ids=fed, encoder_hidden_states=question, encoder_attention_mask=source_mask, use_cache=False
-        )
-        final: torch.Tensor = out.last_hidden_state
-        return final[row_mask]
-
-    if tap is None:
-        return _Pass(decode(), None, None)
-    with tap.recording():
-        final = decode()
-    taken = tap.take()
-    states = taken.new_zeros(*input_ids.shape, *taken.shape[2:])
-    states[:, :-1][target_rows(input_ids.shape[1], lengths, target_start)] = taken[row_mask]
-    return _Pass(final, states, question.detach().float())
-
-
-def target_rows(width: int, lengths: torch.Tensor, target_start: torch.Tensor) -> torch.Tensor:
-    """Bool [B, width - 1]: position j predicts a target token, that is target_start - 1 <= j < length - 1."""
-    position = torch.arange(width - 1, device=lengths.device)
-    return (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
+    Raises:
+        ValueError: `pilot.lora.target_modules` names such a module.
+    """
+    asked = (pilot.lora.target_modules or []) if pilot.method == "lora" else []
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users[id(parameter)].append(name.rpartition(".")[0])
+    for modules in users.values():
+        hit = [target for target in asked if any(f".{module}".endswith(f".{target}") for module in modules)]
+        if len(modules) > 1 and hit:
+            raise ValueError(
+                f"pilot.lora.target_modules names {', '.join(hit)}, but {' and '.join(modules)} are one and the same matrix in "
+                "this model: an adapter of one would change the other when it is merged for the export. Leave "
+                f"{' and '.join(hit)} out"
+            )

@@ -1,9 +1,9 @@
 """Taps: hidden states of the Pilot's decoder layers, taken in the forward pass that runs anyway.
 
-Invariant: no second forward. A forward hook on each tapped layer takes the layer's detached output: added to one fp32
-accumulator, so that a pooled state a position is all that is kept, or kept as it is where the log wants every layer. Gradient
-checkpointing (whose recomputation happens outside `recording`) and ZeRO-3 (which gathers parameters, not activations) do
-not matter to it. Used by the Pilot's training step and, at inference, by the fused model: both see the same definition.
+Invariant: no second forward. A forward hook on each tapped layer takes the layer's detached output. It is added to one fp32
+accumulator, so that one pooled state per position is kept, or it is kept as it is if the log stores layers. It works with
+gradient checkpointing (whose recomputation happens outside `recording`) and with ZeRO-3 (which gathers parameters, not
+activations). Used by the Pilot's training step and, at inference, by the fused model, with the same definition.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ POOLINGS = {
 
 
 UNPOOLED: Literal["none"] = "none"
-"""In place of a pooling: the states of the tapped layers, each by itself."""
+"""Instead of a pooling: the states of the tapped layers, each by itself."""
 Rationale = Literal["pooled", "all"] | list[int]
-"""`log.rationale`: what the log keeps of a position's states."""
+"""`log.rationale`: which states of a position the log keeps."""
 
 
 def tap_definition(pooling: str = "mean", layers: Sequence[int] | None = None) -> str:
@@ -71,7 +71,7 @@ def tapped_layers(rationale: Rationale, count: int) -> list[int] | None:
 
 
 def log_pooling(rationale: Rationale, pooling: Literal["mean", "max", "sum"]) -> Literal["mean", "max", "sum", "none"]:
-    """What the log's states are pooled by: `log.pooling`, or UNPOOLED."""
+    """How the log's states are pooled: `log.pooling`, or UNPOOLED."""
     return pooling if rationale == "pooled" else UNPOOLED
 
 
@@ -114,7 +114,7 @@ class LayerTap:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Take states during the enclosed forward pass; call `take` after it."""
+        """Record states during the enclosed forward pass; call `take` after it."""
         self._pooled, self._each, self._recording = None, [], True
         try:
             yield
@@ -122,7 +122,7 @@ class LayerTap:
             self._recording = False
 
     def take(self) -> torch.Tensor:
-        """The states of the pass recorded last, handed over once.
+        """The states of the last recorded pass; each pass can be taken once.
 
         Returns:
             Pooled: fp32 [batch, positions, width]; else [batch, positions, layers, width] in the model's dtype.

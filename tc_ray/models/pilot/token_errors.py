@@ -1,8 +1,8 @@
 """Token-level errors of the Pilot: `l = onehot(truth) - softmax(logits)` (paper section 2.2), kept sparse.
 
-A sparse error of one target token has k + 1 entries: the true token first, then the k largest predicted probabilities
-among the other tokens, each with its exact value; `rest` is the probability mass not listed. A full one has all V in the
-same form, the others by id. Made by the Pilot step, read by the Copilot.
+A sparse error of one target token has k + 1 entries: the true token, then the other tokens with the k largest predicted
+probabilities, each with its exact value; `rest` is the probability mass not listed. A full error lists all V tokens, the
+others by id. Made by the Pilot's step, read by the Copilot.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def sparse_errors(log_probs: torch.Tensor, targets: torch.Tensor, top_k: int) ->
 
 
 def full_errors(log_probs: torch.Tensor, targets: torch.Tensor) -> SparseErrors:
-    """Errors of all V tokens: the true one, then the others by id; nothing is sorted and nothing rests. Arguments as above."""
+    """Errors of all V tokens: the true one, then the others by id; `rest` is 0. Arguments as above."""
     others, mass = _others(log_probs, targets)
     index = torch.arange(others.shape[1] - 1, device=others.device)
     ids = index + (index >= targets[:, None])
@@ -54,14 +54,14 @@ def _others(log_probs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tenso
     """Probabilities [N, V] with 0 for the true token, and their sum [N]."""
     others = log_probs.detach().exp()
     others.scatter_(1, targets[:, None], 0.0)
-    # 1 - p(true) summed from the others: the difference would lose every digit as p(true) approaches 1
+    # 1 - p(true) as the sum of the others: the difference loses every digit as p(true) approaches 1
     return others, others.sum(-1)
 
 
 def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Exactly `torch.topk(values, k)` of non-negative rows [N, V], in one cheap pass over V.
 
-    The k largest entries stand in the k blocks with the largest maxima, so only those blocks are searched.
+    The k largest entries are in the k blocks with the largest maxima, so only those blocks are searched.
     """
     rows, vocab = values.shape
     if vocab < 4 * k * _BLOCK:
@@ -74,9 +74,3 @@ def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.cat([ids, tail], 1)
     found, at = torch.topk(values.gather(1, ids), k)
     return found, ids.gather(1, at)
-
-
-def dense_errors(ids: torch.Tensor, values: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Dense fp32 [N, V] from sparse [N, k+1]; unlisted tokens are zero (`rest` is not spread over them)."""
-    dense = torch.zeros(ids.shape[0], vocab_size, device=ids.device)
-    return dense.scatter_add_(1, ids, values.float())

@@ -67,12 +67,11 @@ def _copilot(plan: Plan) -> Lines:
     every = "every layer" if copilot.every == 1 else f"one layer in {copilot.every}"
     layers = f"layers {', '.join(map(str, copilot.layers))}" if copilot.layers else every
     base = config.model.copilot or config.model.pilot
-    form = f" ({copilot.loss_form} form)" if copilot.loss == "rmse" else ""
     trained = f"{_method(copilot, 'full training')}, {_known(plan.sizes, 'copilot_trainable')} trained"
     return [
         ("copilot", f"{layers} of {base}: {_known(plan.sizes, 'copilot')} parameters"),
         ("", _copilot_shape(plan)),
-        ("", f"{trained}; loss {copilot.loss}{form}; {copilot.schedule}, {copilot.dtype}"),
+        ("", f"{trained}; loss {copilot.loss}; {copilot.schedule}, {copilot.dtype}"),
         ("", _workers(plan, "copilot")),
     ]
 

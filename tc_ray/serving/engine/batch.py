@@ -88,9 +88,9 @@ class Prefill:
         count = min(tokens, len(self.ids) - first)
         device = model.get_input_embeddings().weight.device
         ids = torch.tensor([self.ids[first : first + count]], device=device)
-        with model._tap.recording():
+        with model.tap.recording():
             out = model.pilot(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self._states.append(model._tap.take())
+        self._states.append(model.tap.take())
         self._computed += count
         if self.done:
             self._finish(out.logits)
@@ -104,8 +104,9 @@ class Prefill:
         ids = torch.tensor([self.ids], device=logits.device)
         attended = torch.ones_like(ids, dtype=torch.bool)
         states = torch.cat(self._states, 1)
-        self.cache.copilot.ask(model.copilot.question_memory(ids), attended)
-        [f] = model.corrections(logits, self.cache.copilot, ids, states, attended)
+        question = model.copilot.embed_question(ids)
+        self.cache.copilot.ask(model.copilot.question_memory(question), attended)
+        f = model.corrections(logits, self.cache.copilot, ids, states, attended)[:, 0]
         weight = torch.full((1,), self.lam, device=logits.device)
         self.fused = fuse(self.pilot, f, weight, model.space)
 
@@ -133,12 +134,12 @@ class FusedBatch:
     """
 
     def __init__(self, model: FusedModel) -> None:
-        if model._family.encoder_decoder:
+        if model.family.encoder_decoder:
             raise ValueError("a running batch needs a decoder-only model")
         self.model = model
         weight = model.get_input_embeddings().weight
         self._device = weight.device
-        config, own = model._family.decoder(model.pilot).config, model.copilot.config.decoder_config()
+        config, own = model.family.decoder(model.pilot).config, model.copilot.config.decoder_config()
         attends = model.copilot.stack.attends_memory
         memory_layers = [layer for layer, memory in enumerate(attends) if memory]
         self_layers = [layer for layer, memory in enumerate(attends) if not memory]
@@ -266,7 +267,7 @@ class FusedBatch:
         last = torch.tensor(tokens, device=self._device)
         self._pilot.ensure_columns(1)
         visible = self._pilot.visible(1)
-        with model._tap.recording():
+        with model.tap.recording():
             out = model.pilot(
                 input_ids=last[:, None],
                 attention_mask=None if visible is None else visible.long(),
@@ -275,7 +276,7 @@ class FusedBatch:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        states = model._tap.take()
+        states = model.tap.take()
         self._pilot.advance(1)
         self._lengths = [length + 1 for length in self._lengths]
         pilot = out.logits[:, -1].float()
@@ -292,22 +293,22 @@ class FusedBatch:
         return Step(pilot, pilot.index_copy(0, chosen, corrected))
 
     def _corrected(self, pilot: torch.Tensor, last: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Fused logits [C, V] of the corrected rows, whose Copilot rows are decoded: see `FusedModel.corrections`."""
+        """Fused logits [C, V] of the corrected rows, whose Copilot rows are decoded: see `FusedCore.corrections`."""
         model, copilot = self.model, self.model.copilot
-        feedback = model._feedbacks[model.feedback]
+        feedback = model.strategy
         for store in (self._rows, self._memory):
             store.ensure_columns(1)
         seen, visible = self._rows.visible(1), self._memory.visible(1)
         if visible is None:
             visible = torch.ones(len(self._lam), self._memory.width + 1, dtype=torch.bool, device=self._device)
         row = feedback.row(self._kept, last)
-        state = copilot.decode_aligned(
+        state = copilot.decode(
             copilot.with_producing_state(row, states),
-            copilot.state_memory(states),
+            copilot.rationale_memory(states),
             visible[:, None],
             positions=torch.tensor(self._decoded, device=self._device)[:, None],
             seen=seen,
-            columns=self._rows.width,
+            first_row=self._rows.width,
             self_cache=self._row_cache,
             memory_cache=self._memory_cache,
         )[:, 0]

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tc_ray.config.serving import ServingSection
+from tc_ray.export.check import copilot_version, pilot_version
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import check_config, copilot_version, pilot_version
+from tc_ray.serving.models.exports import check_config, check_tokenizer
 from tc_ray.text import first_line
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class LoadedRun:
         import torch
         from transformers import AutoTokenizer
 
-        from tc_ray.models.hub import vocabulary_hash
+        from tc_ray.models.identity import vocabulary_hash
         from tc_ray.models.pilot.load import load_pilot
         from tc_ray.serving.text.prompt import PromptEncoder
 
@@ -100,8 +100,8 @@ class LoadedRun:
 
         from tc_ray.models.copilot import Copilot
         from tc_ray.models.copilot.probe import check_answers
+        from tc_ray.models.folder import FusionSettings
         from tc_ray.models.fusion import FusedModel
-        from tc_ray.models.fusion.folder import read_settings
 
         try:
             check_config(source)
@@ -110,8 +110,8 @@ class LoadedRun:
                     f"{source} has another Pilot than the one that is loaded; a running server replaces Copilots only: "
                     "start the server again"
                 )
-            self._check_tokenizer(source)
-            fusion = read_settings(source)
+            check_tokenizer(source, self._vocabulary)
+            fusion = FusionSettings.read(source)
             copilot = _in_memory(
                 Copilot.from_pretrained(source / "copilot", dtype=torch.float32, use_safetensors=True)
             ).to(self._device)
@@ -124,13 +124,6 @@ class LoadedRun:
             raise
         except Exception as error:
             raise ServingError(f"{source} cannot be loaded: {first_line(error)}") from error
-
-    def _check_tokenizer(self, source: Path) -> None:
-        trained = json.loads((source / "copilot/config.json").read_text(encoding="utf-8")).get("tokenizer")
-        if trained and trained != self._vocabulary:
-            raise ServingError(
-                f"{source}: the Copilot was trained with another tokenizer ({trained}) than the Pilot's ({self._vocabulary})"
-            )
 
     def release(self, model: FusedModel) -> None:
         """Take a fused model off the Pilot, when its engine has been closed."""

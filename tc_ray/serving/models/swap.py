@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tc_ray.export.check import copilot_version
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import copilot_version, find_export
+from tc_ray.serving.models.exports import find_export
 from tc_ray.serving.models.loading import LoadedCopilot, LoadedRun
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.models.hub import tokenizer_hash
+from tc_ray.models.identity import tokenizer_hash
 from tc_ray.tracking.tracker import Tracker
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.tiny_model import make_tokenizer

@@ -23,7 +23,8 @@ from tc_ray.copilot.learner import Learner
 from tc_ray.files import mark_whole
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.finite import MOST_IN_A_ROW, NotFiniteError
-from tc_ray.models.pilot.load import PilotStep, load_pilot
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.models.pilot.step import PilotStep
 from tests.support.tiny_model import make_tiny_llama
 from tests.support.torn_files import torn, torn_forms
 

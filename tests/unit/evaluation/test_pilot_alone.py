@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -51,11 +50,3 @@ def test_the_pilot_alone_is_measured_and_the_report_says_why(tmp_path: Path) -> 
     report.save(tmp_path)
     assert report.verdict in (tmp_path / "evaluation.md").read_text()
     assert lines == ["evaluate: test, the Pilot alone, 3 rows"]
-
-
-def test_a_pilot_alone_has_no_lambda(tmp_path: Path) -> None:
-    from tc_ray.evaluation.procedure import _PilotAlone
-
-    pilot = AutoModelForCausalLM.from_pretrained(make_tiny_llama(tmp_path / "model"), dtype=torch.float32)
-    with pytest.raises(ValueError, match="no lambda"):
-        _PilotAlone(pilot).generate(torch.tensor([[2, 3]]), lam=0.5)

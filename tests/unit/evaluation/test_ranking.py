@@ -18,7 +18,7 @@ from tc_ray.config.fusion import FusionSection, RankingSection
 from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.decode import rank
 from tc_ray.evaluation.heldout import HeldOut
-from tc_ray.evaluation.item_trie import Catalogue, CatalogueProcessor
+from tc_ray.evaluation.item_trie import ItemTrie, ItemTrieProcessor
 from tc_ray.evaluation.metric import Outcome
 from tc_ray.evaluation.procedure import evaluate
 from tc_ray.evaluation.ranking import Ranking, hit_at, ndcg_at
@@ -75,27 +75,27 @@ def test_trie_against_a_dictionary_of_prefixes() -> None:
     draw = np.random.default_rng(0)
     items = sorted({tuple(draw.integers(2, 6, draw.integers(1, 5)).tolist()) for _ in range(40)})
     sequences = [[*item, 1] for item in items]
-    catalogue = Catalogue(sequences, vocab_size=7)
-    assert (len(catalogue), catalogue.longest) == (len(items), max(map(len, sequences)))
+    trie = ItemTrie(sequences, vocab_size=7)
+    assert (len(trie), trie.longest) == (len(items), max(map(len, sequences)))
     following: dict[tuple[int, ...], set[int]] = {}
     for ids in sequences:
         for at in range(len(ids)):
             following.setdefault(tuple(ids[:at]), set()).add(ids[at])
     for length in range(4):
         tokens = torch.from_numpy(draw.integers(0, 7, (300, length)))
-        allowed = catalogue.allowed(catalogue.walk(tokens))
+        allowed = trie.allowed(trie.walk(tokens))
         assert allowed.shape == (300, 7)
         for row, mask in zip(tokens.tolist(), allowed, strict=True):
             wanted = following.get(tuple(row), set())
             assert set(mask.nonzero()[:, 0].tolist()) == wanted
     padded = torch.tensor([ids + [0] * (6 - len(ids)) for ids in sequences])
-    assert catalogue.items(padded).tolist() == list(range(len(items))), "padding after the end is ignored"
-    assert catalogue.items(padded[:, :1]).tolist() == [-1] * len(items), "part of an item is none"
-    assert catalogue.items(torch.tensor([[0, 1], [1, 1]])).tolist() == [-1, -1]
+    assert trie.items(padded).tolist() == list(range(len(items))), "padding after the end is ignored"
+    assert trie.items(padded[:, :1]).tolist() == [-1] * len(items), "part of an item is none"
+    assert trie.items(torch.tensor([[0, 1], [1, 1]])).tolist() == [-1, -1]
 
 
 def test_processor_looks_at_what_was_generated_only() -> None:
-    processor = CatalogueProcessor(Catalogue([[2, 3, 1], [2, 4, 1]], vocab_size=5), begin=2)
+    processor = ItemTrieProcessor(ItemTrie([[2, 3, 1], [2, 4, 1]], vocab_size=5), begin=2)
     scores = torch.zeros(2, 5)
     out = processor(torch.tensor([[4, 4, 2], [4, 4, 3]]), scores)
     assert out.tolist() == [[-math.inf] * 3 + [0, 0], [-math.inf] * 5], "a beam outside the trie is dead"
@@ -109,12 +109,12 @@ def test_processor_looks_at_what_was_generated_only() -> None:
         ([[2, 1], [2, 1]], "same tokens"),
         ([[2], [2, 3]], "begins another"),
         ([[9, 1]], "outside"),
-        ([[2, 1], []], "without tokens"),
+        ([[2, 1], []], "has no tokens"),
     ],
 )
-def test_catalogues_that_cannot_be_are_refused(sequences: list[list[int]], message: str) -> None:
+def test_tries_that_cannot_be_are_refused(sequences: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Catalogue(sequences, 5)
+        ItemTrie(sequences, 5)
 
 
 # -- beam search against scoring every item -----------------------------------------------------------------------
@@ -157,8 +157,8 @@ def ranked_by(family: str, examples: list[HeldOut], lam: float, space: str, beam
     fused, _ = joined(family)
     fused.space = space
     tokenizer = make_tokenizer()
-    catalogue = Catalogue(spelled(LABELS, tokenizer), fused.vocab_size)
-    return rank(fused, tokenizer, examples, catalogue, beams=beams, batch_size=3, lam=lam)
+    trie = ItemTrie(spelled(LABELS, tokenizer), fused.vocab_size)
+    return rank(fused, tokenizer, examples, trie, beams=beams, batch_size=3, lam=lam)
 
 
 @pytest.mark.parametrize(("lam", "space"), [(0.0, "probability"), (0.7, "probability"), (1.5, "logits")])
@@ -201,12 +201,12 @@ def test_few_beams_are_the_reference_s_beam_search(family: str) -> None:
     assert pruned, "three beams never lost an item: the comparison proves little"
 
 
-def test_a_catalogue_smaller_than_the_beams_gives_each_item_once() -> None:
+def test_a_trie_smaller_than_the_beams_gives_each_item_once() -> None:
     fused, _ = joined("t5")
     tokenizer, examples = make_tokenizer(), held_out("t5")
     for labels in (["7"], ["7", "88", "891"]):
-        catalogue = Catalogue(spelled(labels, tokenizer), fused.vocab_size)
-        found = rank(fused, tokenizer, examples, catalogue, beams=100, batch_size=8, lam=0.0)
+        trie = ItemTrie(spelled(labels, tokenizer), fused.vocab_size)
+        found = rank(fused, tokenizer, examples, trie, beams=100, batch_size=8, lam=0.0)
         assert all(sorted(items) == list(range(len(labels))) for items in found)
 
 
@@ -215,9 +215,9 @@ def test_a_plain_model_is_ranked_too() -> None:
     torch.manual_seed(1)
     model = load_pilot(ITEMS_MODEL, dtype=torch.float32, random_weights=True).eval()
     labels = [f"{n:04d}" for n in np.random.default_rng(2).permutation(10_000)[:300]]
-    catalogue = Catalogue(spelled(labels, tokenizer), model.config.vocab_size)
+    trie = ItemTrie(spelled(labels, tokenizer), model.config.vocab_size)
     source = [15, 37, 59, 81, 1]
-    (items,) = rank(model, tokenizer, [HeldOut(0, source, 5, labels[0], "")], catalogue, beams=300, batch_size=1)
+    (items,) = rank(model, tokenizer, [HeldOut(0, source, 5, labels[0], "")], trie, beams=300, batch_size=1)
     ids = torch.tensor(spelled(labels, tokenizer))
     start = torch.zeros(len(labels), 1, dtype=torch.long)
     with torch.no_grad():

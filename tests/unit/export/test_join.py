@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.export.check import ExportError
 from tc_ray.export.join import FuseError, Fusion, fuse_models
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.families import UnknownFamilyError
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.fusion.model import FusionError
-from tc_ray.models.hub import ModelSourceError, vocabulary_hash
+from tc_ray.models.fusion.core import FusionError
+from tc_ray.models.identity import ModelSourceError, vocabulary_hash
 from tc_ray.models.pilot.load import load_pilot
 from tests.support.family_samples import PADDED, folder_of, left_padded, make_copilot, new_pilot, prompts
 from tests.support.tiny_families import VOCAB, make_narrow, make_pilot
@@ -304,8 +305,8 @@ def change(folder: Path, file: str = "config.json", **fields: Any) -> None:
         (unknown_family, UnknownFamilyError, "'opt' has no adapter"),
         (no_config, ModelSourceError, "has no config.json"),
         (no_weights, FuseError, "model.safetensors is missing"),
-        (cut_weights, FuseError, "is damaged or not whole"),
-        (no_tokenizer, FuseError, "has no tokenizer"),
+        (cut_weights, ModelSourceError, "model.safetensors is damaged"),
+        (no_tokenizer, ExportError, "has no tokenizer"),
         (no_copilot, FuseError, "copilot/config.json is missing"),
         (no_copilot_weights, FuseError, "copilot is not whole: model.safetensors is missing"),
         (later_format, FuseError, "format 2 is not known"),

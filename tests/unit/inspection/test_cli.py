@@ -10,7 +10,7 @@ import pytest
 
 from tc_ray.cli.log import parse_rounds
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.models.hub import tokenizer_hash
+from tc_ray.models.identity import tokenizer_hash
 from tests.support.command_line import tc_ray, tc_ray_process
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.object_store import new_log_uri, object_store

@@ -21,7 +21,7 @@ from tc_ray.inspection.stats import collect
 from tc_ray.inspection.terminal import legend, sample_view, stats_view
 from tc_ray.inspection.tokens import TokenizerError, TokenTexts, find_tokenizer
 from tc_ray.mistakelog.read.reader import MistakeLog
-from tc_ray.models.hub import tokenizer_hash
+from tc_ray.models.identity import tokenizer_hash
 from tc_ray.text import visible
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.mistakelog_samples import metadata

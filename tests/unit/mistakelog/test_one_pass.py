@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tc_ray.models.families import family_of
-from tc_ray.models.pilot.load import PilotStep
+from tc_ray.models.pilot.step import PilotStep
 from tests.support.family_samples import new_pilot, quiet
 from tests.support.tiny_families import FAMILIES
 from tests.unit.models.test_families_copilot import SHAPES, examples

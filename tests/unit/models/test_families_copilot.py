@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.pilot.load import PilotStep
-from tc_ray.models.pilot.token_errors import dense_errors
+from tc_ray.models.pilot.step import PilotStep
 from tests.support import family_reference
 from tests.support.family_reference import Made, copilot_f, embedding_table, pilot_pass
 from tests.support.family_samples import LAYERS, folder_of, make_copilot, new_pilot, output_ids, quiet, reference_model
-from tests.support.reference_samples import close
+from tests.support.reference_samples import close, dense_errors
 from tests.support.tiny_families import DECODER_ONLY, ENCODER_DECODER, FAMILIES, VOCAB
 
 quiet()

@@ -15,10 +15,10 @@ from tc_ray.config.training import CopilotSection, LoraSection, PilotSection
 from tc_ray.copilot.learner import with_adapters
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.families import family_of
-from tc_ray.models.pilot.load import PilotStep, add_adapters
-from tc_ray.models.pilot.token_errors import dense_errors
+from tc_ray.models.pilot.load import add_adapters
+from tc_ray.models.pilot.step import PilotStep
 from tests.support.family_samples import make_copilot, new_pilot, quiet
-from tests.support.reference_samples import close
+from tests.support.reference_samples import close, dense_errors
 from tests.support.tiny_families import DECODER_ONLY, ENCODER_DECODER, FAMILIES, VOCAB
 
 quiet()
@@ -153,7 +153,7 @@ def test_gradients_reach_every_weight_of_the_copilot(family: str, base: str, met
     trainable = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if not p.requires_grad}
     assert not any("embedding" in name for name in trainable)
-    assert {"output.weight", "start.weight", "error_projection.weight", "state_norm.weight"} <= trainable
+    assert {"output.weight", "start.weight", "error_projection.weight", "rationale_norm.weight"} <= trainable
     if method == "full":
         assert all("embedding" in name for name in frozen)
         return

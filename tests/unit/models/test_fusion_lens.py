@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tc_ray.models.fusion import Explain, Explanation, FusedModel, draw_logit_lens
 from tc_ray.models.fusion.explain import token_text
-from tc_ray.models.fusion.lens_picture import MARK, _Words, logit_lens_figure
+from tc_ray.models.fusion.lens_picture import MARK, _Words
 from tests.support.family_layers import final_norm
 from tests.support.family_reference import pilot_pass
 from tests.support.family_samples import left_padded, make_copilot, new_pilot, prompts, quiet, reference_model
@@ -73,7 +73,7 @@ def test_logit_lens_is_the_reference_s(family: str) -> None:
 
 def test_no_hook_stays() -> None:
     fused, _ = generated("llama")
-    heard = [len(layer._forward_hooks) for layer in fused._family.layers(fused.pilot)]
+    heard = [len(layer._forward_hooks) for layer in fused.family.layers(fused.pilot)]
     assert heard == [1] * 4, "the tap's, and no other"
     assert not fused._forward_pre_hooks
 
@@ -89,8 +89,7 @@ def explained() -> Explanation:
 
 
 def figure(**given: Any) -> Any:
-    given = {"sequence": 0, "first": 0, "count": 32, "max_layers": 32} | given
-    return logit_lens_figure(explained(), make_tokenizer(), **given)
+    return draw_logit_lens(explained(), make_tokenizer(), **given)
 
 
 def cells(panel: Any) -> dict[tuple[int, float], Any]:

@@ -244,7 +244,7 @@ def test_bf16_is_near_fp32() -> None:
 def test_arguments_that_do_not_fit() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     llama, t5 = fused_model("llama"), fused_model("t5")
-    with pytest.raises(ValueError, match="where do the completions begin"):
+    with pytest.raises(ValueError, match="give prompt_length or target_start"):
         llama.score(ids)
     with pytest.raises(ValueError, match="not both"):
         llama.score(ids, prompt_length=2, target_start=torch.tensor([2]))

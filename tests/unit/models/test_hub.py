@@ -12,8 +12,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tc_ray.models import hub as source
-from tc_ray.models.hub import ModelSourceError, default_cache, model_identity, resolve_model, tokenizer_hash
+from tc_ray.models import builtin
+from tc_ray.models.builtin import default_cache
+from tc_ray.models.hub import resolve_model
+from tc_ray.models.identity import ModelSourceError, model_identity, tokenizer_hash
 
 
 def save_model(folder: Path, seed: int) -> Path:
@@ -111,8 +113,8 @@ def test_two_processes_make_the_builtin_model_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "smollm2-135m-instruct"
-    known = source.BUILTIN_MODELS[name]
-    monkeypatch.setitem(source.BUILTIN_MODELS, name, source.BuiltinModel(**{**vars(known), "sha256": "0" * 64}))
+    known = builtin.BUILTIN_MODELS[name]
+    monkeypatch.setitem(builtin.BUILTIN_MODELS, name, builtin.BuiltinModel(**{**vars(known), "sha256": "0" * 64}))
     with pytest.raises(ModelSourceError, match=f"SHA-256 {known.sha256}, expected 0000"):
         resolve_model(name, tmp_path)
     assert not (tmp_path / name).exists()

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from tc_ray.copilot.learner import Learner
 from tc_ray.models.losses import CrossEntropy, Divergence, RootMeanSquare, TokenLoss, make_loss
 from tc_ray.models.losses.base import BLOCK_ELEMENTS, Outputs
-from tc_ray.models.losses.rmse import GUARD, by_blocks, by_gram, gram_is_cheaper
 from tests.support.tiny_model import make_tiny_llama
 from tests.unit.copilot.test_learner import make_batch, make_copilot, section
 
@@ -68,8 +67,7 @@ SHAPES = {
 }
 VOCAB = 45_100
 LOSSES: dict[str, TokenLoss] = {
-    "dense": RootMeanSquare("dense"),
-    "gram": RootMeanSquare("gram"),
+    "rmse": RootMeanSquare(),
     "kl": Divergence(VOCAB),
     "cross_entropy": CrossEntropy(VOCAB),
 }
@@ -122,10 +120,8 @@ def test_loss_and_gradients_are_the_dense_ones(kind: str, shape: str) -> None:
     blocks = math.ceil(outputs / Outputs(*given[:2], product=torch.float32, wide=torch.float32).columns)
     assert (blocks > 1) == shape.startswith("several")
     vocab_size = VOCAB if outputs > 1000 else outputs + 40
-    loss = LOSSES[kind] if kind in ("dense", "gram") else make_loss(kind, "auto", vocab_size)
+    loss = make_loss(kind, vocab_size)
     total, d_states, d_weight = reference(kind, given, vocab_size)
-    if kind == "gram":
-        assert by_gram(*given, torch.float32) is not None, "the guard was hit: the identity is not what is compared"
     got = measured(loss, given)
     assert float(total) > 0
     assert float(got[0]) == pytest.approx(float(total), rel=1e-5)
@@ -137,18 +133,18 @@ def test_loss_and_gradients_are_the_dense_ones(kind: str, shape: str) -> None:
 def test_output_of_the_whole_vocabulary(kind: str) -> None:
     """No token is outside: nothing is added to Z_f, and log 0 makes no NaN."""
     given = sample(20, 8, 60, 6, irregular=False)
-    loss = make_loss("rmse" if kind in ("dense", "gram") else kind, kind if kind == "gram" else "dense", 60)
+    loss = make_loss(kind, 60)
     for got, wanted in zip(measured(loss, given), reference(kind, given, 60), strict=True):
         assert off(got, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["rmse", "kl", "cross_entropy"])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_same_loss_with_fewer_outputs(kind: str) -> None:
     """f on 30 tokens is f on all 80 with zero rows for the rest."""
     given = sample(20, 8, 30, 6)
     places = torch.where(given.places < 0, 30 + torch.arange(6), given.places)
     whole = Sample(given.states, torch.cat([given.weight, torch.zeros(50, 8)]), places, given.values)
-    loss = make_loss(kind, "dense", 80)
+    loss = make_loss(kind, 80)
     few, all_ = measured(loss, given), measured(loss, whole)
     assert float(few[0]) == pytest.approx(float(all_[0]), rel=1e-6)
     assert off(few[2], all_[2][:30].double()) < 1e-5
@@ -158,9 +154,7 @@ def test_same_loss_with_fewer_outputs(kind: str) -> None:
 def test_gradients_in_double_precision(kind: str) -> None:
     given = sample(7, 5, 20, 6).to(torch.float64)
     vocab_size = 60
-    loss = make_loss("rmse", kind, vocab_size) if kind in ("dense", "gram") else make_loss(kind, "auto", vocab_size)
-    if kind == "gram":
-        assert by_gram(*given, torch.float64) is not None
+    loss = make_loss(kind, vocab_size)
     for got, wanted in zip(measured(loss, given), reference(kind, given, vocab_size), strict=True):
         assert off(got, wanted) < 1e-12
 
@@ -187,62 +181,29 @@ def fitted(share: float) -> Sample:
 
 
 @pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
-def test_small_residual_is_not_left_to_the_identity(share: float) -> None:
+def test_a_small_residual_keeps_its_digits(share: float) -> None:
     given = fitted(share)
     total, d_states, d_weight = reference("rmse", given, 150)
     assert float(total / given.values.double().square().sum()) == pytest.approx(share, rel=0.1)
-    assert by_gram(*given, torch.float32) is None, "the guard was not hit"
-    got = measured(RootMeanSquare("gram"), given)
+    got = measured(RootMeanSquare(), given)
     assert float(got[0]) == pytest.approx(float(total), rel=1e-5)
     # l itself is float32: a relative 1e-7 of l is 1e-7 / sqrt(share) of the residual that gradients are made of
     tolerance = 1e-6 / math.sqrt(share)
     assert off(got[1], d_states) < tolerance and off(got[2], d_weight) < tolerance
 
 
-def test_without_the_guard_a_small_residual_is_wrong() -> None:
-    given = fitted(1e-7)
-    total, d_states, _ = reference("rmse", given, 150)
-    unguarded = by_gram(*given, torch.float32, guard=-math.inf)
-    assert unguarded is not None
-    assert abs(float(unguarded.total / total) - 1) > 1e-2
-    exact = by_blocks(*given, torch.float32)
-    assert off(unguarded.d_states, d_states) > 2 * off(exact.d_states, d_states)
-
-
-def test_the_guard_lets_the_identity_work_where_it_is_good() -> None:
-    given = fitted(1.2 * GUARD)
-    wanted = reference("rmse", given, 150)
-    got = by_gram(*given, torch.float32)
-    assert got is not None
-    assert float(got.total) == pytest.approx(float(wanted[0]), rel=2e-6)
-    assert off(got.d_states, wanted[1]) < 2e-5 and off(got.d_weight, wanted[2]) < 2e-5
-
-
-def test_unreachable_errors_do_not_hide_the_cancellation() -> None:
-    """Their squares are exact and large; what f reaches is tiny."""
-    given = fitted(1e-6)
-    places = torch.cat([given.places, torch.full((200, 1), -1)], 1)
-    values = torch.cat([given.values, torch.ones(200, 1)], 1)
-    assert by_gram(given.states, given.weight, places, values, torch.float32) is None
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16(autocast: bool) -> None:
-    """bf16 states (no autocast) or float32 states under autocast: products have 8 bits, sums do not.
-
-    gram keeps G and C in float32, so its loss is that of the given states to 1e-5; blocks round W and f: 1e-3. Gradients of
-    both pass through bf16 products: 1%.
-    """
+    """bf16 states (no autocast) or float32 states under autocast: products have 8 bits, sums do not."""
     given = sample(300, 128, 2000, 17)
     if not autocast:
         given = given._replace(states=given.states.bfloat16())
     total, d_states, d_weight = reference("rmse", given, 2100)
-    for form, tolerance in (("dense", 1e-3), ("gram", 1e-5)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got = measured(RootMeanSquare(form), given)
-        assert float(got[0]) == pytest.approx(float(total), rel=tolerance)
-        assert off(got[1], d_states) < 1e-2
-        assert 1e-4 < off(got[2], d_weight) < 1e-2, "the products were not bf16"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = measured(RootMeanSquare(), given)
+    assert float(got[0]) == pytest.approx(float(total), rel=1e-3)
+    assert off(got[1], d_states) < 1e-2
+    assert 1e-4 < off(got[2], d_weight) < 1e-2, "the products were not bf16"
 
 
 @pytest.mark.parametrize("kind", ["kl", "cross_entropy"])
@@ -250,16 +211,16 @@ def test_bf16_of_the_softmax_losses(kind: str) -> None:
     given = sample(300, 128, 2000, 17)
     total, d_states, d_weight = reference(kind, given, 2100)
     with torch.autocast("cpu", torch.bfloat16):
-        got = measured(make_loss(kind, "auto", 2100), given)
+        got = measured(make_loss(kind, 2100), given)
     assert float(got[0]) == pytest.approx(float(total), rel=5e-3)
     assert off(got[1], d_states) < 2e-2 and off(got[2], d_weight) < 2e-2
 
 
-@pytest.mark.parametrize("kind", ["rmse", "kl", "cross_entropy"])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_parts_add_up_to_the_undivided_batch(kind: str) -> None:
     """Unequal parts, one of them empty: value and gradient are those of one loss over all tokens."""
     given = sample(30, 8, 40, 6)
-    loss = make_loss(kind, "auto", 80)
+    loss = make_loss(kind, 80)
     parts = [Sample(given.states[a:b], given.weight, given.places[a:b], given.values[a:b]) for a, b in PARTS]
     made = [measured(loss, part) for part in parts]
     total, d_weight = sum(float(m[0]) for m in made), torch.stack([m[2] for m in made]).sum(0)
@@ -277,26 +238,6 @@ def test_a_perfect_fit_has_a_finite_gradient() -> None:
     loss = RootMeanSquare()
     assert loss.value(0.0, 3.0) == 0.0
     assert math.isfinite(loss.gradient_factor(0.0, 3.0))
-
-
-def test_auto_counts_operations() -> None:
-    """The thresholds of the docstring, and that `auto` does what they say."""
-    for product, device, ratio in (
-        (torch.float32, "cpu", 5 / 9),
-        (torch.bfloat16, "cpu", 11 / 9),
-        (torch.bfloat16, "cuda", 3),
-    ):
-        for factor, wanted in ((0.9, False), (1.2, True)):
-            tokens = round(factor * ratio * 1024)
-            got = gram_is_cheaper(tokens, 1024, outputs=150_000, listed=65, product=product, device=device)
-            assert got == wanted, (product, device, factor)
-    few = {"outputs": 200, "listed": 65, "product": torch.float32, "device": "cpu"}
-    assert not gram_is_cheaper(5000, 576, **few)
-    for shape, form in (((300, 4, 3000, 6), "gram"), ((8, 64, 3000, 6), "dense")):
-        given = sample(*shape)
-        made = {f: measured(RootMeanSquare(f), given) for f in ("auto", "dense", "gram")}
-        assert not torch.equal(made["dense"][2], made["gram"][2])
-        assert torch.equal(made["auto"][2], made[form][2])
 
 
 class Largest(TorchDispatchMode):
@@ -321,7 +262,7 @@ def test_no_tensor_of_tokens_by_outputs(kind: str) -> None:
     assert seen.numbers <= BLOCK_ELEMENTS["cpu"] < tokens * outputs / 2
     with Largest() as seen:
         torch.nn.functional.linear(given.states, given.weight)
-    assert seen.numbers == tokens * outputs, "the dense form is not seen: nothing was checked"
+    assert seen.numbers == tokens * outputs, "a tensor of that size is not seen: nothing was checked"
 
 
 @pytest.fixture(scope="module")
@@ -330,15 +271,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("few_tokens", [False, True])
-@pytest.mark.parametrize(("kind", "form"), [("rmse", "gram"), ("kl", "auto"), ("cross_entropy", "auto")])
-def test_learner_steps_on_the_configured_loss(model_folder: Path, kind: str, form: str, few_tokens: bool) -> None:
+@pytest.mark.parametrize("kind", LOSSES)
+def test_learner_steps_on_the_configured_loss(model_folder: Path, kind: str, few_tokens: bool) -> None:
     """Its loss and gradient are those of the dense loss on f [N, V] of `Copilot.forward`."""
     batch = make_batch(model_folder)
     rows = batch.row_mask
     ids, values = batch.error_ids[rows], batch.error_values[rows]
     # half of the true tokens can be corrected
     output_ids = ids[::2, 0].unique() if few_tokens else None
-    config = section(loss=kind, loss_form=form, max_grad_norm=1e9)
+    config = section(loss=kind, max_grad_norm=1e9)
     learner = Learner(make_copilot(model_folder, output_ids=output_ids), config, total_steps=10)
     result = learner.step(batch)
     got = {name: p.grad for name, p in learner.parameters.items()}

@@ -18,8 +18,8 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.models.copilot import CopilotConfig
 from tc_ray.models.families import family_of
-from tc_ray.models.fusion.model import FusionError, check_fit
-from tc_ray.models.pilot.load import PilotStep
+from tc_ray.models.fusion.core import FusionError, check_fit
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import LayerTap, pooled, tap_definition, tapped_layers
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import check_log, log_metadata

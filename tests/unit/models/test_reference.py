@@ -20,11 +20,13 @@ from tc_ray.data.prepared.batches import collate
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.fusion.model import FusionError
+from tc_ray.models.fusion.core import FusionError
 from tc_ray.models.losses import RootMeanSquare
-from tc_ray.models.pilot.load import PilotStep, load_pilot
-from tc_ray.models.pilot.token_errors import dense_errors, sparse_errors
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.models.pilot.step import PilotStep
+from tc_ray.models.pilot.token_errors import sparse_errors
 from tests.support.reference import copilot_f, fused_decoding, rmse
+from tests.support.reference_samples import dense_errors
 from tests.support.tiny_model import make_tiny_llama
 
 VOCAB = 258
@@ -149,9 +151,7 @@ def test_copilot_f_loss_and_gradients(copilot: Copilot, pilot: Any, tmp_path: Pa
     copilot.zero_grad()
     f = copilot.compact(batch)
     ids, values = batch.error_ids[batch.row_mask], batch.error_values[batch.row_mask]
-    total = RootMeanSquare("dense").total(
-        copilot.states(batch), copilot.output.weight, copilot.output_places(ids), values
-    )
+    total = RootMeanSquare().total(copilot.states(batch), copilot.output.weight, copilot.output_places(ids), values)
     loss = (total / len(f)).sqrt().float()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in copilot.named_parameters() if p.requires_grad}

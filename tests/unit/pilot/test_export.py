@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.models.pilot import load as pilot_module
-from tc_ray.models.pilot.load import DTYPES, PilotStep, load_pilot
+from tc_ray.models.pilot.load import DTYPES, load_pilot
+from tc_ray.models.pilot.step import PilotStep
 from tc_ray.pilot.engine import build_engine
 from tc_ray.pilot.export import ExportMismatchError, check_export, save_merged
 from tests.support.tiny_families import ENCODER_DECODER, make_pilot

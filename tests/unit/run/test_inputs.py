@@ -18,8 +18,7 @@ from tc_ray.data.prepared.folder import SCHEMA
 from tc_ray.data.prepared.rows_hash import rows_hashes
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
-from tc_ray.models.hub import ModelSourceError
-from tc_ray.models.weights_hash import weights_hash
+from tc_ray.models.identity import ModelSourceError, weights_hash
 from tc_ray.pilot.checkpoint import mark_complete
 from tc_ray.run.inputs import OtherInputsError, base_weights, check_inputs, recorded_inputs
 from tests.support.mistakelog_samples import metadata

@@ -20,7 +20,7 @@ from tc_ray.config.load import load_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.errors import DataError
 from tc_ray.models.families import UnknownFamilyError
-from tc_ray.models.hub import ModelSourceError
+from tc_ray.models.identity import ModelSourceError
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.run.plan.data_estimate import estimate
 from tc_ray.run.plan.plan import make_plan
@@ -312,9 +312,9 @@ def test_what_the_plan_tells_of_the_copilot(data: Path, tmp_path: Path) -> None:
         "states: max over",
     ):
         assert words in told
-    log = {"log": {"positions": "target"}, "copilot": {"layers": None, "loss_form": "gram"}}
+    log = {"log": {"positions": "target"}, "copilot": {"layers": None}}
     told = str(make_plan(config_of(folder_of("t5"), str(data), tmp_path / "run", **log)))
-    for words in ("3 layers, width 32", "to earlier rows and to the Pilot", "rmse (gram form)", "the encoder's output"):
+    for words in ("3 layers, width 32", "to earlier rows and to the Pilot", "loss rmse;", "the encoder's output"):
         assert words in told
 
 

@@ -11,18 +11,13 @@ from pathlib import Path
 import pytest
 
 from tc_ray.config.serving import ServingSection
+from tc_ray.export.check import copilot_version
 from tc_ray.serving.deploy import launch
 from tc_ray.serving.deploy.launch import start_server
 from tc_ray.serving.deploy.memory import available_memory_bytes, check_memory
 from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import (
-    copilot_version,
-    find_export,
-    model_name,
-    named_models,
-    weight_bytes,
-)
+from tc_ray.serving.models.exports import find_export, model_name, named_models, weight_bytes
 from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tc_ray.config.serving import ServingSection
+from tc_ray.export.check import copilot_version
 from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.engine import Finished, GenerationRequest
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models import swap
-from tc_ray.serving.models.exports import copilot_version
 from tc_ray.serving.settings import ReplicaSettings
 from tests.support.serving_samples import Collector, make_export
 

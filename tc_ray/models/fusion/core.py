@@ -1,0 +1,200 @@
+"""The core of the fused model: Pilot, Copilot and what one call of both does (equation 8, algorithm 2).
+
+`causal` and `seq2seq` make a language model's forward of it, `scoring` goes over given tokens with it. The Copilot's cache
+travels inside the Pilot's, so whatever generation does to one happens to the other.
+Invariant: lam = 0 returns the Pilot's logits unchanged, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from tc_ray.models.copilot import Copilot, CopilotConfig
+from tc_ray.models.families import family_of
+from tc_ray.models.folder import FEEDBACKS, SPACES
+from tc_ray.models.fusion.cache import CopilotCache, FusedCache, FusedEncoderDecoderCache
+from tc_ray.models.fusion.feedback import STRATEGIES, Feedback
+from tc_ray.models.pilot.taps import POOLINGS, LayerTap, tap_definition
+
+
+class FusionError(ValueError):
+    """Pilot and Copilot do not fit each other; the message says in what."""
+
+
+class FusedCore(PreTrainedModel):
+    """Pilot and Copilot, and one call of both.
+
+    Args:
+        pilot: language model. copilot: trained beside it or beside another model of its family.
+        lam: default lambda. space: `probability` or `logits`. feedback: `own` f or `realised` error as Copilot input.
+
+    Raises:
+        FusionError: architecture, hidden states or width are not what the Copilot was trained on.
+        ValueError: an unknown space or feedback, or a lam that is not finite.
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    cache_kind: ClassVar[type[FusedCache | FusedEncoderDecoderCache]]
+
+    def __init__(
+        self, pilot: Any, copilot: Copilot, *, lam: float = 1.0, space: str = "probability", feedback: str = "own"
+    ) -> None:
+        if space not in SPACES:
+            raise ValueError(f"fusion space {space!r} is not one of {SPACES}")
+        if feedback not in FEEDBACKS:
+            raise ValueError(f"feedback {feedback!r} is not one of {FEEDBACKS}")
+        if not math.isfinite(lam):
+            raise ValueError(f"lam is {lam}: give a number")
+        check_fit(pilot.config, copilot.config)
+        super().__init__(pilot.config)
+        self.pilot = pilot
+        self.copilot = copilot
+        self.default_lam, self.space, self.feedback = float(lam), space, feedback
+        self.generation_config = pilot.generation_config or GenerationConfig.from_model_config(pilot.config)
+        self.vocab_size = pilot.config.vocab_size
+        self.family = family_of(pilot)
+        self.tap = LayerTap(self.family.layers(pilot), copilot.config.pooling, copilot.config.tap_layers)
+        self._strategies = {name: kind(copilot) for name, kind in STRATEGIES.items()}
+        self._share_embedding()
+        self.eval()
+
+    @property
+    def strategy(self) -> Feedback:
+        """The strategy of `feedback`."""
+        return self._strategies[self.feedback]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The Pilot's token embedding."""
+        embedding: nn.Module = self.pilot.get_input_embeddings()
+        return embedding
+
+    def new_cache(self) -> FusedCache | FusedEncoderDecoderCache:
+        """An empty cache for one batch of sequences."""
+        return self.cache_kind(self.family.decoder(self.pilot).config)  # an encoder-decoder's stacks differ in depth
+
+    def release(self) -> None:
+        """Remove the tap from the Pilot, which others may still use. Do not call this model afterwards."""
+        self.tap.close()
+
+    @torch.no_grad()
+    def _share_embedding(self) -> None:
+        """Keep one copy in memory of the embedding that both models hold, if the numbers are equal."""
+        own, table = self.copilot.question_embedding, self.family.embedding_table(self.pilot)
+        embedding = self.pilot.get_input_embeddings().weight
+        if own is None or table.data_ptr() != embedding.data_ptr() or own.weight.shape != embedding.shape:
+            return
+        alike = (own.weight.dtype, own.weight.device) == (embedding.dtype, embedding.device)
+        if alike and torch.equal(own.weight, embedding):
+            own.weight = embedding
+
+    # -- one call -------------------------------------------------------------------------------------------------
+
+    def lambdas(self, lam: float | torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
+        """lam as fp32 [batch]. Raises ValueError for a number that is not finite, or a tensor of another shape."""
+        if isinstance(lam, float) and not math.isfinite(lam):  # a tensor is not read: that would wait for the device
+            raise ValueError(f"lam is {lam}: give a number")
+        weights = torch.as_tensor(self.default_lam if lam is None else lam, dtype=torch.float32, device=device)
+        if weights.ndim == 0:
+            return weights.expand(batch)
+        if weights.shape != (batch,):
+            raise ValueError(
+                f"lam has shape {tuple(weights.shape)} for {batch} sequences: give one number, or one per sequence"
+            )
+        return weights
+
+    def opened(self, cache: Any, weights: torch.Tensor) -> tuple[Any, bool]:
+        """The cache of a call, a new one for None, and whether the Copilot runs in this call.
+
+        Once begun the Copilot reads every token, at lam 0 too: it could not continue otherwise.
+
+        Raises:
+            TypeError: another kind of cache. RuntimeError: the Copilot did not run from the first call on.
+        """
+        cache = self.new_cache() if cache is None else cache
+        if not isinstance(cache, self.cache_kind):
+            raise TypeError(f"past_key_values must be a {self.cache_kind.__name__}, not {type(cache).__name__}")
+        begun = cache.copilot.rows > 0
+        runs = begun or bool((weights != 0).any())
+        if runs and not begun and cache.get_seq_length():
+            raise RuntimeError("the Copilot joins at the prompt: lam cannot turn from 0 in mid-sequence")
+        return cache, runs
+
+    def corrections(
+        self,
+        logits: torch.Tensor,
+        cache: CopilotCache,
+        tokens: torch.Tensor,
+        rationale: torch.Tensor,
+        attended: torch.Tensor,
+    ) -> torch.Tensor:
+        """f [B, n, V] of n positions, one Copilot row after the other: each reads what the row before it left.
+
+        Args:
+            logits: [B, n, V] of the Pilot for the last n positions of this call.
+            tokens: int64 [B, S] and rationale: fp32 [B, S, d_P] of this call's positions.
+            attended: bool [B, S], real (not padded) positions.
+
+        The memory grows with the rows; positions before the first row enter it at once.
+        """
+        copilot, strategy = self.copilot, self.strategy
+        memory = copilot.rationale_memory(rationale)
+        count = logits.shape[1]
+        shift = rationale.shape[1] - count
+        begun = cache.rows > 0
+        # the memory is what training saw: every position's state, or from the one that predicts row 0 on
+        taken = 0 if begun or copilot.config.positions == "all" else shift
+        rows = []
+        for number in range(count):
+            at = shift + number
+            if cache.rows == 0:
+                row = copilot.start.weight.expand(len(tokens), -1)[:, None]
+            else:
+                assert cache.feedback is not None
+                row = strategy.row(cache.feedback[:, -1:], tokens[:, at])
+            visible = cache.see(attended[:, taken : at + 1])
+            state = copilot.decode(
+                copilot.with_producing_state(row, rationale[:, at : at + 1]),
+                cache.with_question(memory[:, taken : at + 1]),
+                visible[:, None],
+                first_row=cache.rows,
+                self_cache=cache.self_attention,
+                memory_cache=cache.memory,
+            )[:, 0]
+            taken = at + 1
+            cache.feed(strategy.keep(state, logits[:, number]))
+            rows.append(copilot.expand(copilot.predict(state), logits.shape[-1]))
+        return torch.stack(rows, 1)
+
+
+def check_fit(pilot_config: Any, copilot_config: CopilotConfig) -> None:
+    """Raise FusionError if a Pilot of this config does not give what the Copilot was trained on.
+
+    Vocabularies may differ in their padding: token ids are aligned. Callers that have the tokenizers (`tc-ray fuse`,
+    serving) also check that both models use the same one.
+    """
+    tap, pooling, layers = copilot_config.tap, copilot_config.pooling, copilot_config.tap_layers
+    if pooling not in POOLINGS:
+        raise FusionError(f"the Copilot was trained on states pooled by {pooling!r}: not one of {', '.join(POOLINGS)}")
+    expected = tap_definition(pooling, layers)
+    if tap != expected:
+        raise FusionError(f"the Copilot was trained on other hidden states: {tap!r}, not {expected!r}")
+    kinds = ("decoder-only", "encoder-decoder")
+    own, pilot = (family_of(config).encoder_decoder for config in (copilot_config.decoder_config(), pilot_config))
+    if own != pilot:
+        raise FusionError(f"the Copilot is {kinds[own]}, the Pilot {kinds[pilot]}")
+    count = family_of(pilot_config).layer_count(pilot_config)
+    if layers and layers[-1] >= count:
+        raise FusionError(
+            f"the Copilot was trained on states of the Pilot's layers {layers}, from 0; this Pilot has {count} layers"
+        )
+    if pilot_config.hidden_size != copilot_config.pilot_hidden_size:
+        raise FusionError(
+            f"the Copilot was made for a Pilot of width {copilot_config.pilot_hidden_size}; "
+            f"this Pilot has {pilot_config.hidden_size}"
+        )

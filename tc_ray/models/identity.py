@@ -1,0 +1,164 @@
+"""What identifies a model or a tokenizer: hashes for logs, checkpoints and provenance.
+
+Invariant: a hash follows from content. That of weights follows from config.json and from the names, types, shapes and bytes of
+the tensors, not from how they are divided over files, nor from where or when these were written. Called by the driver before
+any worker starts, by the log's metadata, by exports and by serving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NO_CONTENT = ("_name_or_path", "transformers_version")
+"""Keys of config.json that say where and by which version it was written."""
+_BLOCKS = 64
+_BLOCK_BYTES = 65536
+_HEADER_LIMIT_BYTES = 2**27
+
+
+class ModelSourceError(RuntimeError):
+    """A model is not available or damaged; the message names it and says what to do."""
+
+
+def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
+    """16 hex digits over config and weights of a model; every byte is read, at the speed of the disk.
+
+    Args:
+        path: model folder; or a hub id, which is identified by its commit.
+        random_weights: the weights are made from the config and not read.
+
+    Raises:
+        ModelSourceError: a weight file is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return _digest(["hub", str(path), _hub_commit(str(path))])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content: list[Any] = [{key: value for key, value in config.items() if key not in _NO_CONTENT}]
+    if random_weights:
+        return _digest([*content, "random"])
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return _digest([*content, sorted(tensor for file in files for tensor in _tensors(file))])
+    return _digest([*content, [_file_digest(file) for file in sorted(folder.glob("*.bin"))]])
+
+
+def model_identity(path: Path | str) -> str:
+    """Name of a model's content, for logs and provenance: `hub:<id>`, or `<folder name>@<16 hex digits>`.
+
+    The digits hash config.json and, of every weight file, its length, its first block and 64 blocks of 64 KiB spread evenly
+    over it: a fingerprint that takes milliseconds at any size, not a proof against a forged file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"hub:{path}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for weights in sorted(folder.glob("*.safetensors")):
+        size = weights.stat().st_size
+        digest.update(f"{weights.name}:{size}".encode())
+        with weights.open("rb") as file:
+            for block in range(_BLOCKS):
+                file.seek(block * max(size - _BLOCK_BYTES, 0) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return f"{folder.name}@{digest.hexdigest()[:16]}"
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits over all that decides how text becomes ids: tokenizer model, special tokens, chat template.
+
+    Padding and truncation settings are left out: they change with use, and tc-ray pads and cuts itself.
+    """
+    return _digest([_rules(tokenizer), tokenizer.special_tokens_map, tokenizer.chat_template])
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits over what gives token ids their meaning: `tokenizer_hash` without templates and special-token roles.
+
+    Two models with the same hash can share a Copilot, whatever each is padded to or prompted with.
+    """
+    return _digest([_rules(tokenizer)])
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    rules: dict[str, Any] = json.loads(backend.to_str())
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
+    return rules
+
+
+def _hub_commit(name: str) -> str | None:
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "_commit_hash", None)
+
+
+def _tensors(file: Path) -> list[tuple[str, str, str, str]]:
+    """(name, type, shape, SHA-256) of the tensors of a safetensors file."""
+    tensors = tensors_in(file)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+
+        def hashed(tensor: StoredTensor) -> str:
+            with memoryview(content) as whole, whole[tensor.first : tensor.last] as part:
+                return hashlib.sha256(part).hexdigest()
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter's lock
+            digests = list(threads.map(hashed, tensors))
+    return [(t.name, t.dtype, str(t.shape), digest) for t, digest in zip(tensors, digests, strict=True)]
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a safetensors file; its bytes are [first, last) of the file."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    first: int
+    last: int
+
+
+def tensors_in(file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file, from its header alone.
+
+    Raises:
+        ModelSourceError: the header cannot be read, or the file has another length than it says.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            start = 8 + int.from_bytes(opened.read(8), "little")
+            header: Any = json.loads(opened.read(start - 8) if start <= min(size, _HEADER_LIMIT_BYTES) else "")
+        tensors = [
+            StoredTensor(name, str(entry["dtype"]), list(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelSourceError(f"{file} is damaged: its header cannot be read; fetch the model again") from error
+    end = max((tensor.last for tensor in tensors), default=start)
+    if size != end or any(not start <= tensor.first <= tensor.last for tensor in tensors):
+        raise ModelSourceError(f"{file} is damaged: {size} bytes, {end} expected; fetch the model again")
+    return tensors
+
+
+def _file_digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

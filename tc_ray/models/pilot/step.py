@@ -1,0 +1,172 @@
+"""The Pilot's training forward: one pass gives the loss, the record and the logits of the target tokens only.
+
+Invariant: no second forward. The vocabulary projection runs on the rows that predict a target token, never on the prompt.
+Called by the Pilot's engine, its export, the evaluation and the tests' single-process reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tc_ray.models.families import family_of, unwrapped
+from tc_ray.models.pilot.taps import LayerTap
+from tc_ray.models.pilot.token_errors import SparseErrors, full_errors, sparse_errors
+
+
+class StepRecord(NamedTuple):
+    """What one micro-batch leaves for the Mistake Log; N target tokens in batch order.
+
+    errors: sparse l. token_loss: fp32 [N]. token_correct: bool [N].
+    rationale: fp32 [B, S, d] pooled hidden states, or [B, S, layers, d] unpooled in the model's dtype; the state that predicts
+    token j + 1 of the sequence is at position j.
+    question: fp32 [B, Q, d] encoder output; None if X~ follows from the token ids (decoder-only).
+    """
+
+    errors: SparseErrors
+    rationale: torch.Tensor
+    token_loss: torch.Tensor
+    token_correct: torch.Tensor
+    question: torch.Tensor | None = None
+
+
+class Measured(NamedTuple):
+    """One forward pass: log_probs fp32 [N, V] and targets int64 [N] of the target rows, token_loss fp32 [N] with
+    gradient, and the record (None when not recording)."""
+
+    log_probs: torch.Tensor
+    targets: torch.Tensor
+    token_loss: torch.Tensor
+    record: StepRecord | None
+
+
+class PilotStep(nn.Module):
+    """The Pilot's training forward.
+
+    Args:
+        model: language model or its peft wrapper.
+        top_k: probabilities kept per token in the record.
+        record: False skips taps and errors (plain fine-tuning).
+        pooling: how states are pooled over layers, or `taps.UNPOOLED`.
+        layers: decoder layers tapped, ascending from 0; None: all.
+        dense: the record has the errors of all V tokens; top_k is ignored.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        top_k: int,
+        record: bool = True,
+        pooling: str = "mean",
+        layers: Sequence[int] | None = None,
+        dense: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.top_k, self.dense = top_k, dense
+        self._family = family_of(model)
+        self._run = _run_encoder_decoder if self._family.encoder_decoder else _run_decoder_only
+        self._tap = LayerTap(self._family.layers(model), pooling, layers) if record else None
+
+    def forward(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor, loss_scale: float
+    ) -> tuple[torch.Tensor, StepRecord | None]:
+        """Summed cross-entropy of the completion tokens times `loss_scale`, and the record.
+
+        Args:
+            input_ids: int64 [B, S], right padded: prompt and completion (encoder-decoder: source and target).
+            lengths: int64 [B]. target_start: int64 [B]; targets are input_ids[b, target_start[b]:lengths[b]].
+            loss_scale: 1 / target tokens of the whole round, so that any split of a round gives the same gradient.
+        """
+        measured = self.measure(input_ids, lengths, target_start)
+        return measured.token_loss.sum() * loss_scale, measured.record
+
+    def close(self) -> None:
+        """Remove the taps from the model."""
+        if self._tap is not None:
+            self._tap.close()
+
+    def measure(self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor) -> Measured:
+        """The forward pass itself: log-probabilities and targets of the N target rows, and the record."""
+        passed = self._run(self.model, self._family.decoder(self.model), self._tap, input_ids, lengths, target_start)
+        rows = target_rows(input_ids.shape[1], lengths, target_start)
+        targets = input_ids[:, 1:][rows]
+        log_probs = self._family.logits(self.model, passed.final).float().log_softmax(-1)
+        token_loss = -log_probs.gather(1, targets[:, None])[:, 0]
+        if passed.rationale is None:
+            return Measured(log_probs, targets, token_loss, None)
+        with torch.no_grad():
+            errors = full_errors(log_probs, targets) if self.dense else sparse_errors(log_probs, targets, self.top_k)
+            # correct: the true token beats the best other token, which is the first of the sparse ones
+            best = -errors.values[:, 1:].amin(1) if self.dense else -errors.values[:, 1]
+            correct = 1.0 - errors.values[:, 0] >= best
+        record = StepRecord(errors, passed.rationale, token_loss.detach(), correct, passed.question)
+        return Measured(log_probs, targets, token_loss, record)
+
+
+class _Pass(NamedTuple):
+    """final: [N, d] states of the target rows, after the final norm. rationale and question as in StepRecord."""
+
+    final: torch.Tensor
+    rationale: torch.Tensor | None
+    question: torch.Tensor | None
+
+
+def _run_decoder_only(
+    _model: Any,
+    decoder: Any,
+    tap: LayerTap | None,
+    input_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    target_start: torch.Tensor,
+) -> _Pass:
+    rows = target_rows(input_ids.shape[1], lengths, target_start)
+    with nullcontext() if tap is None else tap.recording():
+        # a causal model needs no mask for padding on the right
+        final = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    return _Pass(final[:, :-1][rows], None if tap is None else tap.take(), None)
+
+
+def _run_encoder_decoder(
+    model: Any,
+    decoder: Any,
+    tap: LayerTap | None,
+    input_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    target_start: torch.Tensor,
+) -> _Pass:
+    base = unwrapped(model)
+    position = torch.arange(input_ids.shape[1], device=input_ids.device)
+    source_mask = position[: int(target_start.max())] < target_start[:, None]
+    source = input_ids[:, : source_mask.shape[1]].masked_fill(~source_mask, 0)
+    question = base.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
+    # decoder input: the start token, then all targets but the last; row i has position target_start - 1 + i
+    counts = lengths - target_start
+    index = torch.arange(int(counts.max()), device=input_ids.device)
+    at = (target_start - 1)[:, None] + index
+    fed = input_ids.gather(1, at.clamp_max(input_ids.shape[1] - 1))
+    fed[:, 0] = base.config.decoder_start_token_id
+    row_mask = index < counts[:, None]
+    with nullcontext() if tap is None else tap.recording():
+        # rows past a sequence's end are padding on the right: a causal decoder needs no mask for them
+        out = decoder(
+            input_ids=fed, encoder_hidden_states=question, encoder_attention_mask=source_mask, use_cache=False
+        )
+    final = out.last_hidden_state[row_mask]
+    if tap is None:
+        return _Pass(final, None, None)
+    taken = tap.take()
+    rationale = taken.new_zeros(*input_ids.shape, *taken.shape[2:])
+    rationale[:, :-1][target_rows(input_ids.shape[1], lengths, target_start)] = taken[row_mask]
+    return _Pass(final, rationale, question.detach().float())
+
+
+def target_rows(width: int, lengths: torch.Tensor, target_start: torch.Tensor) -> torch.Tensor:
+    """Bool [B, width - 1]: position j predicts a target token, that is target_start - 1 <= j < length - 1."""
+    position = torch.arange(width - 1, device=lengths.device)
+    return (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
