@@ -22,7 +22,7 @@ The value of a text or path field is taken as it is typed, quotes and `#` includ
 an error that names the nearest valid one, with the file and line. The resolved configuration stands in the run folder
 as `config.yaml`, secrets struck out.
 
-Relative paths of data and model folders start at the current folder, else at the root of the repository that holds the recipe.
+Relative paths of data and model folders start at the current folder, else at the folder of the recipe.
 
 Rules over several fields: `pilot.batch_size` must be a multiple of `resources.pilot_workers` times `pilot.micro_batch_size`;
 `copilot.batch_size` a multiple of `resources.copilot_workers`; `copilot.schedule: lockstep` needs `log.enabled`;
