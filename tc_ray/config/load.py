@@ -356,7 +356,7 @@ def _bounds(item: Any) -> str:
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
     told = [f" {word} {getattr(item, name):g}" for name, word in words.items() if getattr(item, name, None) is not None]
     pattern = getattr(item, "pattern", None)
-    return " and".join(told) + (f" matching {pattern}" if pattern else "")
+    return " and".join(told) + (f" matching `{pattern}`" if pattern else "")
 
 
 def _default(info: Any) -> str:
