@@ -133,7 +133,7 @@ def commands() -> list[tuple[str, list[str]]]:
         ]
         for line in lines:
             for part in re.split(r",\s+(?=tc-ray )", line.split("  #")[0].split("    ")[0]):
-                if match := re.match(r"(?:[A-Z_]+=\S+ )*tc-ray (.*)", part.strip()):
+                if match := re.match(r"(?:\$ )?(?:[A-Z_]+=\S+ )*tc-ray (.*)", part.strip()):
                     found.append((name, match[1].split()))
     return found
 
