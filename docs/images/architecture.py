@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from html import escape
 
-WIDTH, HEIGHT = 1000, 440
+WIDTH, HEIGHT = 1000, 385
 LINE, NOTE = "#7b8694", "#7b8694"
 BLUE, AMBER, GREEN, GREY = (
     ("#dbe9ff", "#2f6fd0"),
@@ -75,7 +75,7 @@ def picture() -> str:
     """The whole file."""
     parts = [
         HEAD,
-        text(70, 32, "TRAINING", 13, 'font-weight="700" letter-spacing="2"', NOTE),
+        text(70, 28, "TRAINING", 13, 'font-weight="700" letter-spacing="2"', NOTE),
         box(10, 75, 120, 80, GREY, "Examples", ["your data"]),
         arrow(130, 115, 183, 115),
         box(185, 50, 190, 130, BLUE, "Pilot", ["the model that is", "fine-tuned", "(Ray Train, DeepSpeed)"]),
@@ -90,19 +90,19 @@ def picture() -> str:
         ),
         arrow(705, 115, 798, 115, "batches", "follows"),
         box(800, 50, 190, 130, GREEN, "Copilot", ["learns to predict", "the Pilot's errors", "(Ray actors)"]),
-        arrow(280, 180, 280, 288, dashed=True),
-        aside(292, 240, "export"),
-        arrow(895, 180, 895, 288, dashed=True),
-        aside(907, 240, "export"),
-        text(70, 272, "INFERENCE", 13, 'font-weight="700" letter-spacing="2"', NOTE),
-        box(10, 315, 120, 80, GREY, "Prompt", ["and the answer", "so far"]),
-        arrow(130, 355, 183, 355),
-        box(185, 290, 190, 130, BLUE, "Pilot", ["probabilities p", "of the next token"]),
-        arrow(375, 325, 473, 325, "p"),
-        box(475, 276, 230, 98, GREY, "p + λ f", ["the next token; λ is chosen", "on validation data, 0 = Pilot"]),
-        arrow(800, 325, 707, 325, "f"),
-        box(800, 290, 190, 130, GREEN, "Copilot", ["correction f", "of the next token"]),
-        arrow(375, 402, 798, 402, below="hidden states of every layer, pooled"),
+        arrow(280, 180, 280, 243, dashed=True),
+        aside(292, 217, "export"),
+        arrow(895, 180, 895, 243, dashed=True),
+        aside(907, 217, "export"),
+        text(70, 238, "INFERENCE", 13, 'font-weight="700" letter-spacing="2"', NOTE),
+        box(10, 270, 120, 80, GREY, "Prompt", ["and the answer", "so far"]),
+        arrow(130, 310, 183, 310),
+        box(185, 245, 190, 130, BLUE, "Pilot", ["probabilities p", "of the next token"]),
+        arrow(375, 280, 473, 280, "p"),
+        box(475, 231, 230, 98, GREY, "p + λ f", ["the next token; λ is chosen", "on validation data, 0 = Pilot"]),
+        arrow(800, 280, 707, 280, "f"),
+        box(800, 245, 190, 130, GREEN, "Copilot", ["correction f", "of the next token"]),
+        arrow(375, 357, 798, 357, below="hidden states of every layer, pooled"),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"

@@ -31,7 +31,7 @@ quiet()
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "cluster/README.md",
     ROOT / "jobs/lm_eval/README.md",
 ]
