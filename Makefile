@@ -10,25 +10,21 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo "$$p" && break; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check $(TC_RAY_PIP_FLAGS)
-RECIPE ?= jobs/recipes/demo.yaml
+RECIPE ?= demo
 RUN ?= outputs/demo
 
-.PHONY: help install demo test test-slow test-gpu lint format serve-demo clean
+.PHONY: help install demo test test-slow test-gpu lint docs format serve-demo clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 install: $(VENV)/.installed  ## venv and all packages (again only when pyproject.toml or constraints.txt changed)
 
-# DeepSpeed comes as source only and imports torch in its setup: so torch first, then DeepSpeed without build
-# isolation, then the rest.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10, 3.11 or 3.12 with venv found; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@command -v g++ >/dev/null || { echo "make: no g++ found; DeepSpeed compiles an operator with it (apt install g++)" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	@echo "installing PyTorch, then DeepSpeed (built from source), then the rest: 2 to 5 minutes"
-	$(PIP) install -qq -c constraints.txt torch numpy 'setuptools>=77' wheel ninja py-cpuinfo psutil packaging pydantic tqdm hjson einops msgpack
-	$(PIP) install -qq -c constraints.txt --no-build-isolation deepspeed
+	@echo "installing (DeepSpeed is built from source): 2 to 5 minutes"
 	$(PIP) install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -44,10 +40,13 @@ test-slow: install  ## everything that needs no GPU
 test-gpu: install  ## what needs a CUDA device (copies of records, the recorder, losses, the serving engine)
 	$(BIN)/python -m pytest -m gpu
 
-lint: install  ## ruff and mypy
+lint: install docs  ## ruff, mypy and the docs site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install  ## the docs as a site in site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
@@ -57,5 +56,5 @@ serve-demo: install  ## answer over HTTP with the model that `make demo` made
 	$(BIN)/tc-ray serve $(RUN)
 
 clean:  ## remove the venv and caches; outputs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Entry script of `ray job submit`: the same as `tc-ray train`, from an unpacked working directory without installation.
 
-ray job submit --working-dir . -- python jobs/train.py --config jobs/recipes/demo.yaml [key=value ...]
+ray job submit --working-dir . -- python jobs/train.py --config demo [key=value ...]
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def main() -> None:
     """Parse the arguments and run the job; errors become one message and exit code 2."""
     parser = _Parser(description="Train Pilot and Copilot, evaluate, export.")
     parser.add_argument(
-        "--config", type=Path, action=Once, required=True, help="recipe (YAML); relative to the working directory"
+        "--config",
+        type=Path,
+        action=Once,
+        required=True,
+        help="recipe: a YAML file, or the name of one of tc-ray, such as demo",
     )
     parser.add_argument("--plan", action="store_true", help="print the resolved plan and start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change fields, e.g. pilot.epochs=2")

@@ -80,7 +80,7 @@ def model_folder(name: str) -> Path:
 
 
 def recipe_config(layers: int, **sections: dict[str, Any]) -> RunConfig:
-    """The settings of jobs/recipes/smollm2-svamp.yaml that cost time, for a model of `layers` layers.
+    """The settings of tc_ray/recipes/smollm2-svamp.yaml that cost time, for a model of `layers` layers.
 
     LoRA r16 from a third of the depth on; a Copilot of every fifth layer, trained in full.
     """

@@ -12,6 +12,7 @@ from tc_ray import __version__
 from tc_ray.cli.errors import end_stopped, run_command
 from tc_ray.cli.eval import evaluate
 from tc_ray.cli.fuse import fuse
+from tc_ray.cli.init import init
 from tc_ray.cli.log import log
 from tc_ray.cli.once import OnceCommand
 from tc_ray.cli.output import say
@@ -40,6 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("init", cls=OnceCommand)(init)
 app.command("train", cls=OnceCommand)(train)
 app.command("train-copilot", cls=OnceCommand)(train_copilot)
 app.command("eval", cls=OnceCommand)(evaluate)

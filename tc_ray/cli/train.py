@@ -20,7 +20,9 @@ UPLOADED = "working_dir_files"
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML file of the run, or the name of a recipe of tc-ray, such as demo.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change fields, e.g. pilot.epochs=2.")
     ] = None,

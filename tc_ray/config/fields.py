@@ -121,4 +121,4 @@ def _bounds(item: Any) -> str:
         f" {word} {getattr(item, name):.12g}" for name, word in _BOUNDS.items() if getattr(item, name, None) is not None
     ]
     pattern = getattr(item, "pattern", None)
-    return " and".join(found) + (f" matching {pattern}" if pattern else "")
+    return " and".join(found) + (f" matching `{pattern}`" if pattern else "")

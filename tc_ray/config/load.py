@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from tc_ray.config.data import EMBEDDED
 from tc_ray.config.fields import config_fields, names_in, types_at
+from tc_ray.config.recipes import find_recipe
 from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact_override, remember
 from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
 from tc_ray.config.serving import ServingSection
@@ -29,14 +30,22 @@ SERVING = "serving"
 _END = "# end of the saved configuration"
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path` (None: defaults), apply overrides such as `pilot.learning_rate=1e-4`, each given once, and check it all.
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file, apply overrides such as `pilot.learning_rate=1e-4`, each given once, and check it all.
 
-    An override of a text or path field is taken as typed (`null` is none where the field may be null); other values are
-    YAML: numbers, true/false, null, lists. Relative paths of data and model folders are looked up from the current folder,
-    then from the root of the repository that holds the recipe. A secret that is struck out in a saved config is left to the
-    environment if it has it. Raises ConfigError.
+    The value of an override of a text or path field is taken as typed (`null` is none where the field may be null); other
+    values are YAML: numbers, true/false, null, lists. Relative paths of data and model folders start at the current
+    folder, else at the folder of the recipe. Secrets that are struck out in a saved config are left to the environment
+    where it has them.
+
+    Args:
+        path: file, name of a recipe that comes with tc-ray, or None for the defaults.
+        overrides: `section.field=value`, applied in order.
+
+    Raises:
+        ConfigError: the file or an override cannot be used; the message names file, line and field.
     """
+    path = None if path is None else find_recipe(Path(path))
     origins: dict[KeyPath, str] = {}
     values = read_sections(path, origins) if path else {}
     _apply_all(overrides, values, origins)
@@ -276,14 +285,11 @@ def _origin(key: KeyPath, origins: dict[KeyPath, str]) -> str:
 
 
 def _place_paths(config: RunConfig, recipe: Path | None) -> None:
-    """Make paths of data and model folders absolute, looking from the current folder and then from the recipe's repository.
+    """Make paths of data and model folders absolute, looking from the current folder and then from the recipe's folder.
 
     A path that is not found stays as it is written: it is a hub id, or an error message will name it.
     """
-    roots = [Path.cwd()]
-    if recipe:
-        folders = recipe.absolute().parents
-        roots += [top for top in folders if (top / "pyproject.toml").is_file() or (top / ".git").exists()][:1]
+    roots = [Path.cwd(), *([recipe.absolute().parent] if recipe else [])]
     for section, name in _PATHS:
         source = getattr(getattr(config, section), name)
         if source is None or source == EMBEDDED or (section == "model" and "/" not in source):  # a builtin name

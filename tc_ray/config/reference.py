@@ -13,20 +13,23 @@ from tc_ray.config.schema import RunConfig
 
 _INTRODUCTION = """# Configuration
 
-Made from `tc_ray/config/` by `python -m tc_ray.config.reference > docs/config.md`; do not edit by hand.
+For those who write a recipe or change one: every setting, its default, what it may be, and what it means. The page is
+made from `tc_ray/config/` by `python -m tc_ray.config.reference > docs/config.md`; do not edit it by hand.
 
-A recipe is a YAML file of sections, each with some of the fields below; what it leaves out has the default. Any field
-can be set on the command line after the recipe, once each:
-`tc-ray train RECIPE pilot.learning_rate=1e-4 copilot.layers=[1,3]`. The value of a text or path field is taken as it is
-typed, quotes and `#` included; where such a field may be null, `null` means none. Every other value is YAML (`null`,
-`true`, `[1, 2]`, `1e-4`). Numbers are finite. An unknown key is an error that names the nearest valid one, with the file
-and line. The resolved configuration is saved in the run folder as `config.yaml`, secrets struck out.
+A recipe is a YAML file of sections, each with some of the fields below. A field that it leaves out has the default. Any
+field can be set on the command line after the recipe, once each:
+
+    tc-ray train RECIPE pilot.learning_rate=1e-4 copilot.layers=[1,3]
+
+The value of a text or path field is taken as it is typed, quotes and `#` included; where such a field may be null,
+`null` means none. Every other value is YAML (`null`, `true`, `[1, 2]`, `1e-4`). Numbers are finite. An unknown key is
+an error that names the nearest valid one, with the file and line. The run folder keeps the resolved configuration as
+`config.yaml`, without secrets.
 
 A run that is resumed must have the settings of its first start, except for the fields whose column "on resume" says
 "may change": they change nothing that was already written.
 
-Relative paths of data and model folders start at the current folder, else at the root of the repository that holds the
-recipe.
+Relative paths of data and model folders start at the current folder, else at the folder of the recipe.
 
 Rules over several fields:
 

@@ -183,7 +183,7 @@ def test_a_submitted_job_trains_and_exports(cluster: Cluster, tmp_path: Path) ->
 @pytest.mark.timeout(1800)
 def test_the_demo_recipe_as_a_job(cluster: Cluster) -> None:
     """The README's command, unchanged: the run folder is kept outside the upload, which Ray deletes."""
-    entry = ["--", "python", "jobs/train.py", "--config", "jobs/recipes/demo.yaml"]
+    entry = ["--", "python", "jobs/train.py", "--config", "demo"]
     done = ray_job("submit", cluster.address, cluster.environment, "--working-dir", ".", *entry, seconds=DEMO_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "McNemar p = " in done.stdout

@@ -16,7 +16,7 @@ from tc_ray.run.evaluate import evaluate_run
 from tc_ray.run.job import JobResult, run_job
 from tests.support.tiny_run import tiny_config
 
-ITEMS_MODEL = Path(__file__).resolve().parents[2] / "jobs" / "recipes" / "models" / "t5-items"
+ITEMS_MODEL = Path(__file__).resolve().parents[2] / "tc_ray" / "recipes" / "models" / "t5-items"
 
 
 @pytest.fixture(scope="module", autouse=True)

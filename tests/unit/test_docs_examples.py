@@ -32,7 +32,7 @@ quiet()
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "cluster/README.md",
     ROOT / "jobs/lm_eval/README.md",
 ]
@@ -136,7 +136,7 @@ def commands() -> list[tuple[str, list[str]]]:
         ]
         for line in lines:
             for part in re.split(r",\s+(?=tc-ray )", line.split("  #")[0].split("    ")[0]):
-                if match := re.match(r"(?:[A-Z_]+=\S+ )*tc-ray (.*)", part.strip()):
+                if match := re.match(r"(?:\$ )?(?:[A-Z_]+=\S+ )*tc-ray (.*)", part.strip()):
                     found.append((name, match[1].split()))
     return found
 

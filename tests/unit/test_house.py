@@ -158,7 +158,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def yaml_files() -> list[Path]:
-    return sorted(p for folder in ("jobs", "cluster") for p in (ROOT / folder).rglob("*.y*ml"))
+    return sorted(p for folder in ("tc_ray", "jobs", "cluster") for p in (ROOT / folder).rglob("*.y*ml"))
 
 
 @pytest.mark.parametrize("path", yaml_files(), ids=lambda p: p.name)
@@ -169,4 +169,4 @@ def test_yaml_parses(path: Path) -> None:
 
 def test_there_are_recipes_and_manifests() -> None:
     folders = {p.parent.relative_to(ROOT).as_posix() for p in yaml_files()}
-    assert {"jobs/recipes", "cluster"} <= folders
+    assert {"tc_ray/recipes", "cluster"} <= folders

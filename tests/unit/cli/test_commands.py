@@ -93,8 +93,8 @@ def test_status_of_a_killed_run_says_so(run_folder: Path) -> None:
     [
         (("status", "nowhere"), "nowhere: there is no such folder"),
         (("train", "nowhere.yaml"), "nowhere.yaml"),
-        (("train", "jobs/recipes/demo.yaml", "pilot.epoch=2"), "pilot.epochs"),
-        (("train", "jobs/recipes/demo.yaml", "pilot.epochs=none", "--plan"), "pilot.epochs"),
+        (("train", "demo", "pilot.epoch=2"), "pilot.epochs"),
+        (("train", "demo", "pilot.epochs=none", "--plan"), "pilot.epochs"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_2(arguments: tuple[str, ...], words: str) -> None:
@@ -117,7 +117,7 @@ def test_unknown_command_and_help() -> None:
 
 
 def test_job_script_works_without_installation_and_says_what_is_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", str(ROOT / "jobs/recipes/demo.yaml")]
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", "demo"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run(
         [*command, "pilot.zero_stage=7"],

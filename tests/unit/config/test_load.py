@@ -14,7 +14,7 @@ from tc_ray.config.load import dump_config, load_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.yaml_file import ConfigError
 
-RECIPES = sorted((Path(__file__).parents[3] / "jobs" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "tc_ray" / "recipes").glob("*.yaml"))
 
 
 def write(folder: Path, text: str) -> Path:
@@ -98,10 +98,9 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
     assert "description" not in dump_config(config)
 
 
-def test_data_path_from_current_folder_then_from_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipes = tmp_path / "repo" / "jobs"
-    recipes.mkdir(parents=True)
-    (tmp_path / "repo" / "pyproject.toml").touch()
+def test_data_path_from_current_folder_then_from_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     path = write(recipes, "data:\n  train: ../given/train.jsonl\n")
@@ -110,10 +109,22 @@ def test_data_path_from_current_folder_then_from_repository(tmp_path: Path, monk
     (tmp_path / "given" / "train.jsonl").touch()
     assert load_config(path).data.train == str(tmp_path / "given" / "train.jsonl")
     path = write(recipes, "data:\n  train: mine.jsonl\n")
-    (tmp_path / "repo" / "mine.jsonl").touch()
-    assert load_config(path).data.train == str(tmp_path / "repo" / "mine.jsonl")
+    (recipes / "mine.jsonl").touch()
+    assert load_config(path).data.train == str(recipes / "mine.jsonl")
     (tmp_path / "elsewhere" / "mine.jsonl").touch()
     assert load_config(path).data.train == str(tmp_path / "elsewhere" / "mine.jsonl")
+
+
+def test_a_recipe_of_the_package_is_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo").run.name == "demo"
+    assert Path(load_config("t5-lastfm").model.pilot).is_dir(), (
+        "a model folder beside the recipes is found from anywhere"
+    )
+    with pytest.raises(ConfigError, match=r"neither a file here nor a recipe of tc-ray; the recipes are demo, "):
+        load_config("dmo")
+    (tmp_path / "demo").write_text("run:\n  name: mine\n")
+    assert load_config("demo").run.name == "mine", "a file goes before a recipe of that name"
 
 
 @pytest.mark.parametrize(
@@ -142,15 +153,14 @@ def test_a_recipes_fallback_does_not_stand_in_for_files_of_the_command_line(
 def test_model_folder_beside_the_recipes_is_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repository = tmp_path / "repo"
-    (repository / "models" / "tiny").mkdir(parents=True)
-    (repository / "smollm2-135m-instruct").mkdir()
-    (repository / "pyproject.toml").touch()
+    recipes = tmp_path / "recipes"
+    (recipes / "models" / "tiny").mkdir(parents=True)
+    (recipes / "smollm2-135m-instruct").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    path = write(repository, "model:\n  pilot: models/tiny\n  copilot: owner/model\n")
+    path = write(recipes, "model:\n  pilot: models/tiny\n  copilot: owner/model\n")
     model = load_config(path).model
-    assert (model.pilot, model.copilot) == (str(repository / "models" / "tiny"), "owner/model")
+    assert (model.pilot, model.copilot) == (str(recipes / "models" / "tiny"), "owner/model")
     builtin = load_config(path, ["model.pilot=smollm2-135m-instruct"]).model.pilot
     assert builtin == "smollm2-135m-instruct", "a builtin name is no path"
 

@@ -23,7 +23,7 @@ from tc_ray.data.source.shapes import Example, Turn
 from tc_ray.run.plan.data_estimate import estimate
 from tests.support.tiny_model import make_tokenizer
 
-ITEMS_MODEL = Path(__file__).resolve().parents[3] / "jobs" / "recipes" / "models" / "t5-items"
+ITEMS_MODEL = Path(__file__).resolve().parents[3] / "tc_ray" / "recipes" / "models" / "t5-items"
 
 
 def write(folder: Path, text: str | bytes, name: str = "s.txt") -> Path:

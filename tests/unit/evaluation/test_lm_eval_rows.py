@@ -24,7 +24,7 @@ def test_the_rows_are_those_of_the_seed_and_none_of_the_demo_s(tmp_path: Path) -
     }
     for row in rows:
         assert row["choices"][row["answer"]] == made[row["question"]] and len(set(row["choices"])) == 12
-    demo = load_config(ROOT / "jobs/recipes/demo.yaml")
+    demo = load_config("demo")
     write_embedded(demo.data, tmp_path / "demo.jsonl", demo.run.seed)
     asked = {json.loads(line)["prompt"] for line in (tmp_path / "demo.jsonl").read_text().splitlines()}
     assert len(asked) > 1000 and not asked & {row["question"] for row in rows}

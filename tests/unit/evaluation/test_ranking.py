@@ -32,7 +32,7 @@ from tests.support.family_samples import make_copilot, new_pilot, reference_mode
 from tests.support.tiny_families import END, VOCAB
 from tests.support.tiny_model import make_tokenizer
 
-ITEMS_MODEL = Path(__file__).resolve().parents[3] / "jobs" / "recipes" / "models" / "t5-items"
+ITEMS_MODEL = Path(__file__).resolve().parents[3] / "tc_ray" / "recipes" / "models" / "t5-items"
 # one to three tokens, some beginning others
 LABELS = ["1", "12", "123", "13", "2", "21", "22", "220", "3", "30", "305", "4", "45", "46", "470", "8"]
 

@@ -18,7 +18,7 @@ from tc_ray.run.plan.plan import make_plan
 from tests.support.tiny_model import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
-RECIPES = sorted((ROOT / "jobs" / "recipes").glob("paper-*.yaml"))
+RECIPES = sorted((ROOT / "tc_ray" / "recipes").glob("paper-*.yaml"))
 
 # The published shapes of the models, as their config.json gives them, and their published numbers of parameters.
 _LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "num_attention_heads": 32}

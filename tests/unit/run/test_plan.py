@@ -268,7 +268,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_command_prints_the_plan_and_starts_nothing(tiny: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = command(
-        "train", "jobs/recipes/smollm2-svamp.yaml", f"model.pilot={tiny}", f"data.train={data}", "copilot.layers=[1, 3]",
+        "train", "smollm2-svamp", f"model.pilot={tiny}", f"data.train={data}", "copilot.layers=[1, 3]",
         f"run.folder={folder}", "pilot.lora.first_layer=0", "data.completion_pattern=null", "pilot.learning_rate=1e-4", "--plan",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -281,7 +281,7 @@ def test_unknown_hub_id_gives_a_plan_with_unknowns_and_is_refused(tmp_path: Path
     """Fault 22: the plan of a run that would refuse ends with exit code 2 and the reason."""
     done = command(
         "train",
-        "jobs/recipes/demo.yaml",
+        "demo",
         "model.pilot=nobody/no-such-model",
         f"run.folder={tmp_path}",
         "--plan",
@@ -319,7 +319,7 @@ def test_what_the_plan_tells_of_the_copilot(data: Path, tmp_path: Path) -> None:
 
 
 def test_every_recipe_has_a_plan(tiny: Path) -> None:
-    for recipe in sorted((ROOT / "jobs" / "recipes").glob("*.yaml")):
+    for recipe in sorted((ROOT / "tc_ray" / "recipes").glob("*.yaml")):
         named = load_config(recipe).model.pilot
         overrides = ["model.copilot=null", "copilot.layers=null", "pilot.lora.first_layer=0", "data.cutoff_tokens=900"]
         if not Path(named).is_dir():

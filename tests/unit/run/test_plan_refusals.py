@@ -76,7 +76,7 @@ def test_the_command_ends_with_2_and_prints_the_plan_all_the_same(
     arguments = [f"model.pilot={tiny}", f"data.train={data}", f"run.folder={tmp_path / 'run'}", "data.test_size=0"]
     settings = ["pilot.lora.first_layer=0", "copilot.layers=[1, 3]", "data.validation_size=8"]
     done = subprocess.run(
-        [sys.executable, "jobs/train.py", "--config", "jobs/recipes/demo.yaml", *arguments, *settings, "--plan"],
+        [sys.executable, "jobs/train.py", "--config", "demo", *arguments, *settings, "--plan"],
         check=False,
         cwd=ROOT,
         capture_output=True,
