@@ -190,7 +190,7 @@ def fusion_lam(value: Any) -> Callable[[Path], None]:
         # faults 5, 6 and 15: these were swapped in and served as healthy
         (weight_of(float("nan")), "output.weight holds numbers that are not finite"),
         (weight_of(float("-inf")), "output.weight holds numbers that are not finite"),
-        (weight_of(1e30), "predicts errors of the size"),
+        (weight_of(1e30), "predicts errors of size"),
         (weight_of(None), "lacks weights of its model: output.weight"),
         (fusion_lam(float("nan")), "lambda must be a number from 0 to 10"),
         (fusion_lam(11), "lambda must be a number from 0 to 10"),
