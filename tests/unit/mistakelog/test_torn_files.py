@@ -24,7 +24,7 @@ from tc_ray.data.prepared.folder import SCHEMA, PreparedData, load, save
 from tc_ray.data.prepared.train_table import TrainTable
 from tc_ray.evaluation.heldout import read_held_out
 from tc_ray.evaluation.report import Report
-from tc_ray.files import DamagedFileError, finite, write_json
+from tc_ray.files import DamagedFileError, finite
 from tc_ray.mistakelog.table.lease import LeaseHeldError
 from tc_ray.pilot.checkpoint import find_checkpoints, latest_checkpoint, mark_complete
 from tc_ray.run.folder_lock import FolderLock
@@ -191,12 +191,6 @@ def test_torn_checkpoints_do_not_push_whole_ones_out(tmp_path: Path) -> None:
     assert [c.round for c in find_checkpoints(tmp_path)[0]] == [5, 15]
     checkpoint(tmp_path, 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000015", "round-000020"]
-
-
-def test_a_marker_of_an_earlier_version_counts(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, 5)
-    write_json(folder / "complete.json", {"round": 5, "world_size": 1, "zero_stage": 1})
-    assert [c.round for c in find_checkpoints(tmp_path)[0]] == [5]
 
 
 def test_a_config_that_was_cut_is_refused(tmp_path: Path) -> None:
