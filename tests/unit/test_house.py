@@ -14,25 +14,130 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tc_ray"
 MAX_LINES = 400
+MAX_FUNCTION = 80
+MAX_MODULES = 15
+FOUNDATION = {"tc_ray.files", "tc_ray.text"}
+"""Modules that every room may import. They import nothing else of the package."""
 
-FOUNDATION = {"capacity", "failures", "files", "signals", "text"}
-"""Modules at the root that everything may import, and that import nothing of the package."""
-
-MAY_IMPORT = {
+ROOMS = {
+    "cli": {
+        "cluster",
+        "config",
+        "copilot",
+        "export",
+        "inspection",
+        "mistakelog.maintain",
+        "mistakelog.read",
+        "mistakelog.table",
+        "run",
+        "run.plan",
+        "serving.deploy",
+        "tracking",
+    },
+    "cluster": {"config"},
     "config": set(),
-    "data": {"config", "models"},
+    "copilot": {
+        "cluster",
+        "config",
+        "data.prepared",
+        "mistakelog.read",
+        "mistakelog.rows",
+        "mistakelog.table",
+        "models",
+        "models.copilot",
+        "models.losses",
+        "models.pilot",
+    },
+    "data": set(),
+    "data.encode": {"config", "data.source"},
+    "data.prepared": {"config", "data.encode", "data.source", "models"},
+    "data.source": {"config"},
+    "evaluation": {
+        "config",
+        "data.encode",
+        "data.prepared",
+        "data.source",
+        "models",
+        "models.copilot",
+        "models.fusion",
+        "models.pilot",
+    },
+    "export": {"config", "evaluation", "models", "models.copilot", "models.fusion", "models.pilot"},
+    "inspection": {"config", "mistakelog.read", "mistakelog.rows", "mistakelog.table", "models"},
+    "mistakelog": set(),
+    "mistakelog.commit": {"config", "mistakelog.maintain", "mistakelog.rows", "mistakelog.table"},
+    "mistakelog.maintain": {"config", "mistakelog.read", "mistakelog.rows", "mistakelog.table"},
+    "mistakelog.read": {"mistakelog.rows", "mistakelog.table"},
+    "mistakelog.rows": set(),
+    "mistakelog.table": {"config", "mistakelog.rows"},
+    "mistakelog.write": {"config", "mistakelog.rows", "mistakelog.table"},
     "models": {"config"},
+    "models.copilot": {"models", "models.pilot"},
+    "models.fusion": {"models", "models.copilot", "models.pilot"},
+    "models.losses": set(),
+    "models.pilot": {"config", "models"},
+    "pilot": {
+        "cluster",
+        "config",
+        "data.encode",
+        "data.prepared",
+        "mistakelog.commit",
+        "mistakelog.rows",
+        "mistakelog.table",
+        "mistakelog.write",
+        "models",
+        "models.pilot",
+    },
+    "run": {
+        "cluster",
+        "config",
+        "copilot",
+        "data.prepared",
+        "data.source",
+        "evaluation",
+        "export",
+        "mistakelog.commit",
+        "mistakelog.read",
+        "mistakelog.table",
+        "models",
+        "models.pilot",
+        "pilot",
+        "tracking",
+    },
+    "run.plan": {
+        "cluster",
+        "config",
+        "copilot",
+        "data.encode",
+        "data.prepared",
+        "data.source",
+        "models",
+        "models.copilot",
+        "models.pilot",
+        "pilot",
+        "run",
+    },
+    "serving": {"config"},
+    "serving.deploy": {"config", "serving", "serving.engine", "serving.http", "serving.models"},
+    "serving.engine": {"config", "models", "models.fusion", "serving", "serving.text"},
+    "serving.failover": {"config", "serving"},
+    "serving.http": {"config", "serving", "serving.engine", "serving.models", "serving.page", "serving.text"},
+    "serving.models": {
+        "config",
+        "export",
+        "models",
+        "models.copilot",
+        "models.fusion",
+        "models.pilot",
+        "serving",
+        "serving.engine",
+        "serving.text",
+    },
+    "serving.page": set(),
+    "serving.text": {"data.encode", "serving"},
     "tracking": {"config"},
-    "mistakelog": {"config", "data", "models"},
-    "inspection": {"config", "models", "mistakelog"},
-    "pilot": {"config", "data", "models", "mistakelog"},
-    "copilot": {"config", "data", "models", "mistakelog"},
-    "evaluation": {"config", "data", "models"},
-    "export": {"config", "models", "evaluation"},
-    "serving": {"config", "data", "models", "export"},
 }
-"""Layers and what each may import besides itself. Modules not named (job, plan, cli, ...) are the composition root and may
-import everything but `cli`, which only `cli` imports."""
+"""Every room (folder with modules) and the rooms that it imports: no other, and each of them is used."""
 
 
 def modules() -> dict[str, Path]:
@@ -74,9 +179,21 @@ def graph(at_import_time: bool) -> dict[str, set[str]]:
     }
 
 
-def layer(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
+def room(module: str) -> str:
+    """Folder of a module, dotted and without the package's name; "" for the package's own modules."""
+    folder = modules()[module].parent.relative_to(PACKAGE)
+    return "" if folder == Path(".") else ".".join(folder.parts)
+
+
+def arrows() -> dict[str, dict[str, list[str]]]:
+    """Room -> imported room -> imports; all imports count, those in functions and under TYPE_CHECKING too."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for module, targets in graph(at_import_time=False).items():
+        here = found.setdefault(room(module), {})
+        for target in sorted(targets):
+            if target != "tc_ray" and target not in FOUNDATION and room(target) != room(module):
+                here.setdefault(room(target), []).append(f"{module} imports {target}")
+    return found
 
 
 def circle(edges: dict[str, set[str]]) -> list[str] | None:
@@ -98,27 +215,31 @@ def circle(edges: dict[str, set[str]]) -> list[str] | None:
     return next((found for name in sorted(edges) if (found := visit(name, []))), None)
 
 
-def test_imports_run_one_way() -> None:
-    wrong = []
-    for module, targets in graph(at_import_time=False).items():
-        here = layer(module)
-        for target in sorted(targets):
-            there = layer(target)
-            if there in ("", here) or there in FOUNDATION:
-                continue
-            allowed = here not in FOUNDATION and there in MAY_IMPORT[here] if here in MAY_IMPORT else there != "cli"
-            if not allowed:
-                wrong.append(f"{module} imports {target}")
+def test_rooms_import_what_the_table_allows_and_no_more() -> None:
+    found = {name: targets for name, targets in arrows().items() if name}
+    wrong = [
+        line
+        for name, targets in found.items()
+        for target, lines in targets.items()
+        if target not in ROOMS.get(name, set())
+        for line in lines
+    ]
     assert not wrong, "\n".join(wrong)
+    unused = {name: left for name, allowed in ROOMS.items() if (left := allowed - set(found.get(name, ())))}
+    assert not unused, f"allowed but not used: {unused}"
+
+
+def test_the_package_itself_is_a_face_only() -> None:
+    """No loose module besides the foundation."""
+    assert {name for name in modules() if room(name) == ""} == FOUNDATION | {"tc_ray"}
+    assert all(not graph(at_import_time=False)[name] - FOUNDATION for name in FOUNDATION)
 
 
 def test_no_import_circles() -> None:
-    assert circle(graph(at_import_time=True)) is None
-    between_layers: dict[str, set[str]] = {}
-    for module, targets in graph(at_import_time=False).items():
-        between_layers.setdefault(layer(module), set()).update(layer(t) for t in targets)
-    edges = {name: targets - {name, ""} for name, targets in between_layers.items() if name}
-    assert circle(edges) is None
+    """Between modules and between rooms, over all imports: late ones and those under TYPE_CHECKING too."""
+    edges = graph(at_import_time=False)
+    assert circle({name: targets - {"tc_ray"} for name, targets in edges.items()}) is None
+    assert circle({name: set(targets) for name, targets in arrows().items() if name}) is None
 
 
 def test_the_checks_see_what_they_look_for() -> None:
@@ -150,6 +271,28 @@ def test_no_file_is_too_long() -> None:
     files = [p for folder in ("tc_ray", "jobs", "tests") for p in (ROOT / folder).rglob("*.py")]
     long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > MAX_LINES}
     assert not long, f"files of more than {MAX_LINES} lines: {long}"
+
+
+def test_no_function_is_too_long() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}: {lines} lines"
+        for folder in ("tc_ray", "jobs")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION
+    ]
+    assert not long, "\n".join(long)
+
+
+def test_no_folder_is_too_full() -> None:
+    folders = [PACKAGE, *(p for p in PACKAGE.rglob("*") if p.is_dir())]
+    full = {
+        str(folder.relative_to(ROOT)): count
+        for folder in folders
+        if (count := sum(p.name != "__init__.py" for p in folder.glob("*.py"))) > MAX_MODULES
+    }
+    assert not full, f"folders of more than {MAX_MODULES} modules: {full}"
 
 
 def test_every_module_says_what_it_is_for() -> None:
