@@ -1,4 +1,4 @@
-"""From log records to a Copilot training batch. Called by the learner workers for every step."""
+"""From log records to a Copilot training batch. Called for every step, by `worker` and `from_log`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tc_ray.models.pilot.taps import pooled
 
 
 def pooled_records(records: Records, pooling: str) -> Records:
-    """The records with one state a position; those of a log that keeps layers are pooled as a tap would have.
+    """The records with one state per position; those of a log that keeps layers are pooled as `LayerTap` does it.
 
-    Rounded to bfloat16 as a pooled log's are: of a Pilot in bfloat16 the two are the same, bit for bit.
+    They are rounded to bfloat16, as in a pooled log: for a Pilot in bfloat16 the two are the same, bit for bit.
 
     Args:
         pooling: `log.pooling`.
@@ -29,19 +29,19 @@ def pooled_records(records: Records, pooling: str) -> Records:
 
 
 def batch_from_records(records: Records, rows: Sequence[int] | None = None) -> CopilotBatch:
-    """Pad records with one state a position (`pooled_records`) into tensors. States stay bf16, as the log holds them.
+    """Pad records with one state per position (`pooled_records`) into tensors. States stay bf16, as the log holds them.
 
     Args:
         rows: of `records`, in this order; None: all. Cheaper than `records.select(rows)` before: one copy, not two.
     """
     if records.rationale_layers != 1:
         raise ValueError(
-            f"the Copilot reads one state a position, these records hold {records.rationale_layers} layers"
+            f"the Copilot reads one state per position, these records hold {records.rationale_layers} layers"
         )
     chosen = np.arange(len(records)) if rows is None else np.asarray(rows, np.int64)
     lengths = np.diff(records.seq_offsets)[chosen]
     starts = records.target_start.astype(np.int64)[chosen]
-    states = np.diff(records.rationale_offsets)[chosen]
+    counts = np.diff(records.rationale_offsets)[chosen]
     targets = np.diff(records.target_offsets)[chosen]
     first_target = records.target_offsets[chosen]
     question = None
@@ -50,11 +50,9 @@ def batch_from_records(records: Records, rows: Sequence[int] | None = None) -> C
     return CopilotBatch(
         torch.from_numpy(_padded(records.input_ids, records.seq_offsets[chosen], starts, np.int64)),
         torch.from_numpy(np.arange(starts.max()) < starts[:, None]),
-        _bfloat16(
-            _padded(records.rationale.reshape(-1, records.rationale_dim), records.rationale_offsets[chosen], states)
-        ),
-        # the last state stored is the one that predicts the last token: position length - 2
-        torch.from_numpy(_positions(lengths - 1 - states, states)),
+        _bfloat16(_padded(records.rationale[:, 0], records.rationale_offsets[chosen], counts)),
+        # the last state stored predicts the last token: position length - 2
+        torch.from_numpy(_positions(lengths - 1 - counts, counts)),
         torch.from_numpy(_positions(starts - 1, targets)),
         torch.from_numpy(_padded(records.error_ids, first_target, targets, np.int64)),
         torch.from_numpy(_padded(records.error_values, first_target, targets)),
@@ -67,7 +65,7 @@ def _padded(
 ) -> np.ndarray:
     """[B, longest, ...]: `lengths[b]` values of `flat` from `first[b]` on, then zeros.
 
-    Only the padding is zeroed, and plain ints are sliced with: of rows of 100 kB both cost as much as the copy itself.
+    Only the padding is zeroed, and slices have plain ints: for rows of 100 kB either would cost as much as the copy itself.
     """
     longest = int(lengths.max())
     padded = np.empty((len(lengths), longest, *flat.shape[1:]), dtype or flat.dtype)

@@ -1,8 +1,8 @@
 """The group of Copilot learners: a placement group of actors, watched and restarted as one.
 
-Invariant: the group never touches the Pilot, nor does its end: a group that has failed for good says so in an event, and in
-`wait`. When a learner dies, all are replaced and go on from the last Copilot checkpoint; the log keeps what they have not
-yet read. An error that would come again (`failures.is_final`) is not tried again.
+Invariant: the group never touches the Pilot, nor ends it: a group that has failed for good reports an event and raises in
+`wait`. When a learner dies, all are replaced and resume from the last Copilot checkpoint; the log keeps what they have not
+read yet. An error that would come again (`failures.is_final`) is not retried. Called by `tc_ray.run.job`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CopilotGroup:
     """Starts, watches and restarts the learners of one run. `start`, then `wait` (or `stop`).
 
     Args:
-        need: the room that the learners take.
+        need: the resources of the learners.
     """
 
     def __init__(self, job: CopilotJob, need: Need) -> None:
@@ -45,8 +45,8 @@ class CopilotGroup:
     def start(self) -> None:
         """Reserve the bundles (before the Pilot takes the rest) and start the learners.
 
-        Waits without end, and says so, while others use the cluster or it grows: one that can never hold the group was
-        refused before (`session.check_room`).
+        Waits without limit, and reports it, while others use the cluster or it grows: a cluster that can never hold the group
+        was refused before (`cluster.session`).
         """
         self._placement = placement_group([dict(self._need.bundle)] * self._need.count, strategy="PACK")
         pause = 1.0
@@ -57,8 +57,7 @@ class CopilotGroup:
         self._thread.start()
 
     def release_pilot(self) -> None:
-        """A Pilot in lockstep waits for learners: not for those that have failed for good. To be called now and then, since a
-        restarted Ledger forgets it."""
+        """End the wait of a Pilot in lockstep for learners that have failed for good. Repeat it: a restarted Ledger forgets it."""
         job = self._job
         if self._error is not None and job.config.copilot.schedule == "lockstep":
             job.ledger.report_copilot.remote(job.rounds, job.total_steps)
@@ -89,7 +88,7 @@ class CopilotGroup:
                 self._kill()
                 self._error = error
                 return
-            except Exception as error:  # noqa: BLE001 - whatever ended a learner, the answer is the same: restart or give up
+            except Exception as error:  # noqa: BLE001 - whatever ended a learner: restart or give up
                 self._kill()
                 if self._stopping.is_set():
                     return
@@ -106,7 +105,7 @@ class CopilotGroup:
         self._error = failure
         job = self._job
         job.tracker.waiting.remote("copilot", "")
-        job.tracker.event.remote("failed", f"{failure}; the Pilot goes on without it")
+        job.tracker.event.remote("failed", f"{failure}; the Pilot continues without it")
 
     def _attempt(self) -> Position:
         count, bundle = self._need.count, self._need.bundle

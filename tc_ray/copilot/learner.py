@@ -104,7 +104,7 @@ class Learner:
         if self.world_size > 1:
             dist.all_reduce(sums)
         added, size, tokens = sums.tolist()
-        # DistributedDataParallel leaves the ranks' mean, the loss needs the sum; clipping joins the same pass over the gradients
+        # DistributedDataParallel leaves the mean over ranks, the loss needs the sum; clipping shares the pass over the gradients
         factor = self.world_size * self.loss.gradient_factor(added, tokens) if math.isfinite(added) else math.nan
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = factor * float(torch.nn.utils.get_total_norm(gradients))
@@ -166,10 +166,10 @@ class Learner:
         self.step_count = state["step"]
 
     def export(self, folder: Path) -> None:
-        """Publish the trained Copilot, adapters merged, as a plain PreTrainedModel folder. The learner is of no use after.
+        """Publish the trained Copilot, adapters merged, as a plain PreTrainedModel folder. The learner cannot be used afterwards.
 
         Raises:
-            ExportMismatchError: the folder, loaded anew, does not answer as the trained Copilot; nothing was published.
+            ExportMismatchError: the folder, loaded anew, predicts otherwise than the trained Copilot; nothing was published.
             NotFiniteError: a weight is not finite.
         """
         model = self.model.eval()
@@ -217,7 +217,7 @@ def make_learner(
 
 
 def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
-    """The Copilot with LoRA in its decoder layers when configured; what no pretrained decoder brings stays trainable."""
+    """The Copilot, with LoRA in its decoder layers if configured; modules that no pretrained decoder has are trained in full."""
     copilot.freeze_embeddings()
     if config.method == "full":
         return copilot
@@ -235,7 +235,6 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
             layers_pattern=family.layers_pattern,
         ),
     )
-    # what no pretrained decoder brings must be trained in full
     for name in NEW_MODULES:
         module = getattr(copilot, name)
         if module is not None:

@@ -1,8 +1,8 @@
-"""Locks of compiled operators that a killed process left behind: they block every later start for good (pytorch#189245).
+"""Removes locks of compiled operators that a killed process left: they would block every later start for ever (pytorch#189245).
 
-torch takes such a lock each time it loads DeepSpeed's shared-memory operator, for a second, or for the half minute of the first compile; a
-worker killed in that moment leaves the file. Its owner has it open while it lives, so on this machine a lock that no process has open
-is stale. Ages are told by the clock of the folder's disk. Called around DeepSpeed's start.
+torch takes such a lock each time it loads DeepSpeed's shared-memory operator, for a second, or for half a minute at the first compile; a
+worker killed in that time leaves the file. Its owner has it open while it lives, so on this machine a lock that no process has open
+is stale. Ages are measured with the clock of the folder's disk. Called around DeepSpeed's start.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from tc_ray.files import disk_time
 
 STALE_LOCK_SECONDS = 90.0
-"""Age, and quiet of the build folder, at which a lock is stale where the owner cannot be looked for (no /proc)."""
+"""Age of a lock, and of the newest file beside it, at which it is stale if its owner cannot be found out (no /proc)."""
 BUILD_SECONDS, REBUILD_SECONDS = 3.0, 20.0
-"""How long a lock is held before a compiler is taken to be at work: where there is no operator yet, and where there is one,
-which a busy machine loads slowly."""
+"""Seconds that a lock is held before a compiler is assumed: without an operator in the folder, and with one, which a busy machine
+loads slowly."""
 _LOOK_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def stale_build_locks_removed(on_build: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Remove stale locks now, and while the enclosed start runs: a dying worker of the last attempt may hold one still.
+    """Remove stale locks now, and while the enclosed start runs: a dying worker of the last attempt may still hold one.
 
     Args:
         on_build: called once, from another thread, when an operator is being compiled, here or by another process.
@@ -58,7 +58,7 @@ def stale_build_locks_removed(on_build: Callable[[], None] = lambda: None) -> It
 def clear_stale_build_locks() -> list[Path]:
     """Remove locks whose owner is dead.
 
-    Owners in other containers or on other machines that share the folder cannot be seen: where that is so, give each its own
+    Owners in other containers or on other machines cannot be seen. If such share the folder, give each its own
     TORCH_EXTENSIONS_DIR.
 
     Returns:
@@ -72,7 +72,7 @@ def clear_stale_build_locks() -> list[Path]:
                 removed.append(lock)
                 log.warning("%s removed: a killed process left it", lock)
         except (FileNotFoundError, PermissionError):
-            continue  # its owner finished in this moment, or it is another user's
+            continue  # its owner has just finished, or it belongs to another user
     return removed
 
 
@@ -88,21 +88,21 @@ def _builds(lock: Path, held_s: float) -> bool:
 def _is_stale(lock: Path) -> bool:
     owners = _processes_with(lock)
     if owners is not None:
-        # a moment lies between the file's creation and its number in /proc
+        # an owner that has just created the file may not show it in /proc yet
         return not owners and disk_time(lock.parent) - lock.stat().st_mtime > _LOOK_SECONDS
     newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
     return disk_time(lock.parent) - newest > STALE_LOCK_SECONDS
 
 
 def _processes_with(file: Path) -> list[int] | None:
-    """Numbers of the processes that have a file open; None: this system does not tell."""
+    """Numbers of the processes that have a file open; None: this system has no /proc."""
     processes = Path("/proc")
     if not (processes / "self" / "fd").is_dir():
         return None
     wanted, found = str(file.resolve()), []
     for process in processes.iterdir():
         if process.name.isdigit():
-            with contextlib.suppress(OSError):  # gone, or another user's
+            with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                 found += [int(process.name) for entry in (process / "fd").iterdir() if _target(entry) == wanted]
     return found
 

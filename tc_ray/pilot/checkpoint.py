@@ -1,9 +1,9 @@
 """Pilot checkpoints: DeepSpeed's files plus one marker that makes a checkpoint count.
 
 Invariant: `complete.json` is written last, atomically, after every rank's files are on disk and the log is committed
-up to the same round. A folder without it is debris of a crash and is never loaded, nor is one whose marker, or a file that it
-names, is damaged. The marker holds the watermark (the round) from which the run goes on: data position, learning rate and
-random state all follow from it.
+up to the same round. A folder without it, or with a damaged marker or a damaged file that the marker names, is never loaded. The marker
+holds the watermark (the round) from which the run resumes: data position, learning rate and random state follow from it. Called by
+`pilot.loop`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tc_ray.files import FOLDER_MARKER, DamagedFileError, is_whole, mark_whole, read_json_as, sync, sync_tree
+from tc_ray.files import FOLDER_MARKER as MARKER
+from tc_ray.files import DamagedFileError, is_whole, mark_whole, read_json, sync, sync_tree, typed
 
-MARKER = FOLDER_MARKER
 _TAG = "state"
 
 
 @dataclass(frozen=True)
 class PilotCheckpoint:
-    """A complete checkpoint: its folder, the last round it holds, and what it was made with."""
+    """A complete checkpoint: its folder, the last round it holds, and what it was made with. Read from its marker."""
 
     folder: Path
     round: int
@@ -32,18 +32,6 @@ class PilotCheckpoint:
     """Hashes of the rows and base weights that the run started from."""
 
 
-@dataclass(frozen=True)
-class _Marker:
-    """Content of complete.json."""
-
-    round: int
-    world_size: int
-    zero_stage: int
-    inputs: dict[str, str] = field(default_factory=dict)
-    files: dict[str, int] | None = None
-    """Sizes in bytes; earlier versions wrote none."""
-
-
 def latest_checkpoint(root: Path) -> PilotCheckpoint | None:
     """The complete checkpoint of the highest round under `root`, or None."""
     whole, _ = find_checkpoints(root)
@@ -51,18 +39,18 @@ def latest_checkpoint(root: Path) -> PilotCheckpoint | None:
 
 
 def find_checkpoints(root: Path) -> tuple[list[PilotCheckpoint], list[str]]:
-    """The complete checkpoints under `root`, oldest first, and what is wrong with damaged ones that are newer than all of them."""
+    """The complete checkpoints under `root`, oldest first, and the faults of damaged ones that are newer than all of them."""
     whole, damaged = [], []
-    # by number: a seventh digit sorts before six
+    # by number, because a seventh digit sorts before six
     for folder in sorted(_marked(root), key=_number):
         try:
-            marker = read_json_as(folder / MARKER, _Marker)
-            if marker.files is not None and not is_whole(folder):
+            found = typed(read_json(folder / MARKER) | {"folder": str(folder)}, PilotCheckpoint, folder / MARKER)
+            if not is_whole(folder):
                 raise DamagedFileError(f"{folder} is damaged: it lacks files or parts of files that its {MARKER} names")
         except (DamagedFileError, OSError) as error:
             damaged.append(str(error))
         else:
-            whole.append(PilotCheckpoint(folder, marker.round, marker.world_size, marker.zero_stage, marker.inputs))
+            whole.append(found)
             damaged = []
     return whole, damaged
 
@@ -79,7 +67,7 @@ def save_files(engine: Any, root: Path, round_number: int) -> Path:
     """Write this rank's part of a checkpoint (collective: every rank calls it); `mark_complete` makes it count."""
     folder = root / f"round-{round_number:06d}"
     engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
-    sync_tree(folder)  # a marker that survives a power cut must not stand over files that did not
+    sync_tree(folder)  # a marker that survives a power cut must not name files that did not
     return folder
 
 
@@ -92,12 +80,12 @@ def mark_complete(
     keep: int,
     inputs: Mapping[str, str] | None = None,
 ) -> None:
-    """Rank 0, after a barrier: write the marker, then remove all that is older than the newest `keep` checkpoints."""
+    """Rank 0, after a barrier: write the marker, then remove everything older than the newest `keep` checkpoints."""
     mark_whole(folder, round=round_number, world_size=world_size, zero_stage=zero_stage, inputs=dict(inputs or {}))
     sync(folder.parent)
     kept = find_checkpoints(folder.parent)[0][-keep:]
     for old in [other for other in _marked(folder.parent) if kept and _number(other) < _number(kept[0].folder)]:
-        (old / MARKER).unlink()  # first the marker, so that a half-removed checkpoint is not taken for one
+        (old / MARKER).unlink()  # first, so that a half-removed checkpoint does not count
         shutil.rmtree(old)
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed engine of the Pilot: ZeRO stage 0 to 3, precision, clipping, cosine schedule with warm-up.
 
-Called by the loop on every worker, once an attempt. The optimizer is torch's AdamW, which runs on any device, so that
-no DeepSpeed kernel has to be compiled for it.
+Called by the loop on every worker, once per attempt. The optimizer is torch's AdamW, which runs on any device: DeepSpeed's own
+would have to be compiled.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def build_engine(
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, whose steps can be held back under whatever DeepSpeed wraps around it."""
+    """torch's AdamW; `held` makes its steps do nothing, whatever DeepSpeed wraps around it."""
 
     held = False
 
@@ -95,9 +95,9 @@ class AdamW(torch.optim.AdamW):
 
 
 def take_step(engine: Any, finite: bool) -> bool:
-    """The optimizer step of a round (collective), left out where a number is not finite: weights and optimizer stay.
+    """The optimizer step of a round (collective), left out if a number is not finite: weights and optimizer stay.
 
-    The learning rate moves on in any case: it belongs to the round, not to the steps taken.
+    The learning rate changes in any case: it belongs to the round, not to the steps taken.
 
     Args:
         finite: whether the round's loss over all ranks is; the same on every rank.
@@ -106,13 +106,13 @@ def take_step(engine: Any, finite: bool) -> bool:
         Whether the step was taken, the same on every rank.
     """
     if finite and not engine.zero_optimization() and not engine.bfloat16_enabled():
-        # gradients are whole here, and the same on every rank; all other optimizers of DeepSpeed look for themselves
+        # gradients are whole here, and the same on every rank; the other optimizers of DeepSpeed check by themselves
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
     engine.basic_optimizer.held = not finite
     engine.step()
     engine.basic_optimizer.held = False
-    if getattr(engine.optimizer, "overflow", False):  # it has held back the schedule too
+    if getattr(engine.optimizer, "overflow", False):  # then DeepSpeed has not stepped the schedule either
         engine.lr_scheduler.step()
         return False
     return finite

@@ -1,7 +1,7 @@
-"""Write the trained Pilot as a plain language model folder: adapters merged, ZeRO-3 shards gathered, compared with the trained one.
+"""Writes the trained Pilot as a plain language model folder: adapters merged, ZeRO-3 shards gathered, compared with the trained one.
 
 Invariant: a folder is published only after a model loaded from it has given the losses of the model in training, on rows of
-the run: whatever goes wrong between the two is found here. Called by the loop after the last round.
+the run. Called by the loop after the last round.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ PROBE_ROWS = 4
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
 """Difference of a row's mean loss that is allowed, as a share of that loss (of 1, if the loss is less).
 
-fp32: products are added in another order. bf16: a merged weight is rounded once, to 8 bits, where training adds two products, so
-that small changes of large weights are lost: 0.105 was measured (SmolLM2-135M, LoRA of rank 16, in the rounds where the loss
-falls fastest), 0.015 later. What bf16 hides there, the merge is checked for by itself, in fp32."""
+fp32: products are added in another order. bf16: a merged weight is rounded once, to 8 bits, while training adds two products, so
+small changes of large weights are lost: 0.105 was measured (SmolLM2-135M, LoRA of rank 16, in the rounds in which the loss
+falls fastest), 0.015 later. The merge by itself is checked in fp32, because bf16 would hide an error of that size."""
 Row = Mapping[str, np.ndarray]
 """A batch of one row, see `TrainTable.batch`."""
 
 
 class ExportMismatchError(RuntimeError):
-    """The folder does not answer as the trained model; nothing was published."""
+    """The folder has other losses than the trained model; nothing was published."""
 
 
 def probe_rows(table: TrainTable) -> list[Row]:
-    """The rows of a run that its export is checked with: the first ones."""
+    """The first rows of a run, which its export is checked with."""
     return [table.batch(np.array([row])) for row in range(min(PROBE_ROWS, len(table)))]
 
 
@@ -108,7 +108,7 @@ def _merged(
     model: Any, state: dict[str, torch.Tensor], config: RunConfig, model_path: Path | str, probe: Sequence[Row]
 ) -> Any:
     """The plain model of the trained weights, in the training dtype, on the CPU."""
-    # with its weights: only they tell whether a T5 has a head of its own, which one made from its config never has
+    # with its weights: they show whether a T5 has a head of its own, which one made from its config never has
     merged = load_pilot(model_path, dtype=torch.float32, random_weights=config.model.random_weights)
     adapters = getattr(model, "peft_config", None)
     if adapters:
@@ -135,13 +135,13 @@ def _compare(trained: Sequence[float], exported: Sequence[float], tolerance: flo
         if not abs(found - wanted) <= tolerance * max(1.0, abs(wanted)):
             raise ExportMismatchError(
                 f"the exported Pilot is not the trained one, and was not published: row {number} of the training data has a loss "
-                f"of {wanted:.4f} nats a token in training, and {found:.4f} from {what}. This model cannot be exported with "
+                f"of {wanted:.4f} nats per token in training, and {found:.4f} from {what}. This model cannot be exported with "
                 "these settings of pilot.method, pilot.lora and pilot.zero_stage"
             )
 
 
 def _losses_of(model: Any, probe: Sequence[Row], device: torch.device) -> list[float]:
-    """Losses of a model on the CPU, computed where the trained one was if there is room, so that rounding is alike."""
+    """Losses of a model on the CPU, computed on the trained one's device if it has memory, so that rounding is alike."""
     size = sum(p.nbytes for p in model.parameters())
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -153,7 +153,7 @@ def _losses_of(model: Any, probe: Sequence[Row], device: torch.device) -> list[f
 
 @torch.no_grad()
 def _losses(forward: Callable[..., Any], probe: Sequence[Row], device: torch.device) -> list[float]:
-    """Mean loss of each row in nats a token; the forward is that of `PilotStep` (collective for an engine under ZeRO-3)."""
+    """Mean loss of each row in nats per token; the forward is that of `PilotStep` (collective for an engine under ZeRO-3)."""
     losses = []
     for row in probe:
         given = [

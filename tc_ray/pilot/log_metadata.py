@@ -1,4 +1,4 @@
-"""What a run's Mistake Log says of all its rows, from the run's settings and the Pilot's config. Called by the job."""
+"""The metadata of a run's Mistake Log, from the run's settings and the Pilot's config. Called by the job."""
 
 from __future__ import annotations
 

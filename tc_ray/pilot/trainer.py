@@ -1,9 +1,9 @@
 """The Pilot's Ray Train job: a TorchTrainer whose workers run `pilot.loop`, started anew when a worker dies.
 
 Invariant: each start is a Ray Train run of its own that never retries. So restarts are counted here, with and without a log, and
-an error that would come again (`failures.is_final`) ends the Pilot at once. Where to go on from is found by the workers in the
-run folder, whose checkpoints are complete or absent. Ray Train's own checkpoint book-keeping is not used: `report` is a barrier
-of about two seconds, and its snapshot file is written in place (facts measured on ray 2.60). Called by `tc_ray.run.job`.
+an error that would come again (`failures.is_final`) ends the Pilot at once. The workers find out from the run folder, whose checkpoints
+are complete or absent, at which round they resume. Ray Train's own checkpoint book-keeping is not used: `report` is a barrier
+of about two seconds, and its snapshot file is written in place (measured on ray 2.60). Called by `tc_ray.run.job`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tc_ray.cluster.failures import first_final, is_final, short
 from tc_ray.pilot.loop import PilotJob, train_worker
 
 NO_ROOM = "WorkerGroupStartupTimeoutError"
-"""Ray Train's word for workers that found no room within a minute: no failure, the wait goes on."""
+"""Ray Train's error when workers found no free node within a minute: no failure, they keep waiting."""
 
 
 class PilotError(RuntimeError):
@@ -27,7 +27,7 @@ def fit_pilot(job: PilotJob, need: Need) -> None:
     """Run the Pilot to its last round; blocks. The worker group is restarted up to `pilot.max_failures` times.
 
     Args:
-        need: the room that its workers take.
+        need: the resources of its workers.
 
     Raises:
         PilotError: with the error of Ray Train as cause.
@@ -82,7 +82,7 @@ def _fit(job: PilotJob, need: Need) -> None:
         trainer.fit()
     except _ray_train_errors():
         raise
-    except BaseException:  # the driver is told to stop: nobody else ends the workers of a Ray that outlives it
+    except BaseException:  # the driver is stopped, and a Ray that outlives it would keep the workers
         if trainer.controller is not None:
             import ray
 
@@ -97,7 +97,7 @@ def _ray_train_errors() -> type[Exception]:
 
 
 def _preempted(error: Exception) -> bool:
-    """The cluster took a node back: that is nobody's failure."""
+    """The cluster took a node back: that is not a failure."""
     if type(error).__name__ == "PreemptionError":
         return True
     failures = getattr(error, "worker_failures", {}).values()

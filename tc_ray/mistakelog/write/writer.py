@@ -69,7 +69,7 @@ class RecordWriter:
         # shared with the thread, under _changed
         self._queue = WriteQueue()
         self._error: BaseException | None = None
-        self._closing = self._abandoned = False
+        self._closing = False
         self._acknowledged = start_round
         self._file_total_bytes = 0
         self._retries = RetryClock(f"log writer of rank {rank}")
@@ -187,28 +187,20 @@ class RecordWriter:
             self._raise_error()
             return self._acknowledged >= round
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self) -> None:
         """Commit all ended rounds, drop the records of a round that has not ended, stop the thread.
 
-        Waits, under both policies, until the log can be written, or for `timeout` seconds.
+        Waits, under both policies, until the log can be written.
 
         Raises:
-            FencedError, WriterError: the writer thread had stopped with an error, or `timeout` has passed.
+            FencedError, WriterError: the writer thread had stopped with an error.
         """
         with self._changed:
             if self._error is None and not self._closing:
                 self._queue_cut(Cut(self._ended, force=True))
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            with self._changed:
-                self._abandoned = True
-                self._changed.notify_all()
-            raise WriterError(
-                f"the log writer of rank {self.rank}: rounds {self._acknowledged + 1} to {self._ended} could not be "
-                f"written within {timeout} s"
-            )
+        self._thread.join()
         with self._changed:
             self._raise_error()
 
@@ -328,16 +320,12 @@ class RecordWriter:
                 if not may_pass(error):
                     raise
                 self._file.withdraw()
-                self._wait(error, pause)
+                with self._changed:
+                    self._retries.begin(error, _CONSEQUENCE[self._settings.full_policy], self._queue.dropped)
+                    self._changed.notify_all()
+                time.sleep(pause)
                 pause = min(2 * pause, LAST_PAUSE_SECONDS)
             else:
                 with self._changed:
                     self._retries.end(self._queue.dropped)
                 return result
-
-    def _wait(self, error: OSError, seconds: float) -> None:
-        with self._changed:
-            self._retries.begin(error, _CONSEQUENCE[self._settings.full_policy], self._queue.dropped)
-            self._changed.notify_all()
-            if self._changed.wait_for(lambda: self._abandoned, seconds):
-                raise error

@@ -138,11 +138,11 @@ def test_a_copilot_that_fails_for_good_says_so_at_once(monkeypatch: pytest.Monke
     _, tracker, _ = copilot(monkeypatch, task_error(OSError(5, "Input/output error")))
     assert len(tracker.events("restart")) == 2
     (said,) = tracker.events("failed")
-    assert said.startswith("the Copilot failed 3 times, last with OSError: ") and said.endswith("goes on without it")
+    assert said.startswith("the Copilot failed 3 times, last with OSError: ") and said.endswith("continues without it")
     _, tracker, _ = copilot(monkeypatch, task_error(IndexError("out of range")))
     assert tracker.events("restart") == []
     assert tracker.events("failed") == [
-        "the Copilot failed with IndexError: out of range; the Pilot goes on without it"
+        "the Copilot failed with IndexError: out of range; the Pilot continues without it"
     ]
 
 

@@ -48,9 +48,9 @@ def test_logging_overhead(tmp_path: Path) -> None:
     assert result["on_seconds"]["count"] == result["off_seconds"]["count"] == 3
     ratio = result["on_seconds"]["median"] / result["off_seconds"]["median"]
     assert result["ratio_of_medians"] == pytest.approx(ratio)
-    # bf16 states of every position but the last, 65 errors of 8 bytes a target token: the records were really written
+    # bf16 states of every position but the last, 17 errors of 8 bytes per target token: the records were really written
     tokens = result["tokens_per_round"]
-    assert result["log_bytes_per_round"] > (tokens - 4) * 32 * 2 + 4 * 6 * 65 * 8
+    assert result["log_bytes_per_round"] > (tokens - 4) * 32 * 2 + 4 * 6 * 17 * 8
     for words in (result["machine"], "logging on", f"{ratio:.4f}", "median of pair ratios"):
         assert words in printed
 
@@ -67,7 +67,30 @@ def test_logging_overhead_of_other_logs(tmp_path: Path, options: tuple[str, ...]
     printed, result = run("logging_overhead.py", tmp_path, *options)
     assert result["log_bytes_per_round"] > 0.8 * 4 * least_bytes
     assert result["log_bytes_per_token"] == pytest.approx(result["log_bytes_per_round"] / 24 / 4, rel=0.2)
-    assert "B a token" in printed
+    assert "B per token" in printed
+
+
+def test_copilot_workers(tmp_path: Path) -> None:
+    size = (
+        "--hidden",
+        "64",
+        "--layers",
+        "2",
+        "--vocab",
+        "300",
+        "--target-ids",
+        "50",
+        "--rounds",
+        "2",
+        "--batch-size",
+        "4",
+    )
+    printed, result = alone(
+        "copilot_workers.py", tmp_path, *size, "--tokens", "24", "--targets", "6", "--dtype", "fp32"
+    )
+    rows = result["rows"]
+    assert set(rows) == {"alone", "flattened", "overlapped"} and all(row["count"] == 2 for row in rows.values())
+    assert rows["flattened"]["ratio_to_flattened"] == 1.0 and f"{result['parameters']:,} trained numbers" in printed
 
 
 def measure(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:

@@ -193,12 +193,6 @@ def test_torn_checkpoints_do_not_push_whole_ones_out(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000015", "round-000020"]
 
 
-def test_a_marker_of_an_earlier_version_counts(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, 5)
-    write_json(folder / "complete.json", {"round": 5, "world_size": 1, "zero_stage": 1})
-    assert [c.round for c in find_checkpoints(tmp_path)[0]] == [5]
-
-
 def test_a_config_that_was_cut_is_refused(tmp_path: Path) -> None:
     """Fault 7: half of a config.yaml is a config with the defaults of what is gone."""
     path = tmp_path / "config.yaml"
