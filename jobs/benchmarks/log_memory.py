@@ -150,10 +150,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             for role in roles
         ]
-        told = [process.communicate()[0] for process in processes]
+        reports = [process.communicate()[0] for process in processes]
         if any(process.returncode for process in processes):
             raise SystemExit("a process failed; see above")
-    samples = {role: [json.loads(text) for text in lines.splitlines()] for role, lines in zip(roles, told, strict=True)}
+    samples = {
+        role: [json.loads(text) for text in lines.splitlines()] for role, lines in zip(roles, reports, strict=True)
+    }
     return {
         "machine": machine(),
         "settings": {"minutes": arguments.minutes, "rounds_per_second": arguments.rounds_per_second, "slower": SLOWER},

@@ -110,10 +110,10 @@ def check_crashed(folder: Path, outcome: Outcome) -> None:
     state = Ledger(folder / "log", writers=1, run="test").state()
     checkpoint = Checkpoint.read(folder)
     assert state.round >= checkpoint.round, "the checkpoint is ahead of the log"
-    told = [said for said in outcome.said if said[0] in ("attempt", "acknowledged")]
-    if told:
-        promised = told[-1][-1]
-        fenced = state.attempt > max((said[1] for said in told if said[0] == "attempt"), default=0)
+    reports = [said for said in outcome.said if said[0] in ("attempt", "acknowledged")]
+    if reports:
+        promised = reports[-1][-1]
+        fenced = state.attempt > max((said[1] for said in reports if said[0] == "attempt"), default=0)
         assert state.round == checkpoint.round if fenced else state.round >= promised, "acknowledged rounds are lost"
     records = read(folder)
     assert records is not None

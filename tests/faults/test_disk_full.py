@@ -89,7 +89,7 @@ def pilot(root: Path, policy: str) -> None:
     (root / "end").touch()
     watched = watching.communicate(timeout=60)[0]
     assert watching.returncode == 0, "a reader met what was never put; see above"
-    told = {
+    reports = {
         "watched": json.loads(watched),
         "refused": refused,
         "postponed": postponed,
@@ -99,10 +99,10 @@ def pilot(root: Path, policy: str) -> None:
         "drops": dropped_records(LogStore(folder).commits()).get(0, {}),
     }
     shutil.copytree(folder, os.environ["COPY_TO"])
-    print(json.dumps(told), flush=True)
+    print(json.dumps(reports), flush=True)
 
 
-def tended(root: Path) -> None:
+def waiting(root: Path) -> None:
     """As `pilot`: the disk is full of files that have left the log, and no commit comes that would have them removed."""
     folder, grace_seconds = root / "log", 2.0
     LogStore.create(folder, metadata())
@@ -225,7 +225,7 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def told_by(what: str, root: Path, copy: Path) -> dict[str, Any]:
+def report_of(what: str, root: Path, copy: Path) -> dict[str, Any]:
     """What a run on a small disk of its own has printed."""
     run = subprocess.run(
         mounted([sys.executable, "-m", "tests.faults.test_disk_full", str(root), what], root),
@@ -241,32 +241,34 @@ def told_by(what: str, root: Path, copy: Path) -> dict[str, Any]:
 
 
 def test_what_has_left_the_log_makes_room_though_no_commit_comes(tmp_path: Path, root: Path) -> None:
-    told = told_by("tended", root, tmp_path / "copy")
-    assert told["debris"] > 5, "nothing was merged: the test shows nothing"
-    assert told["waited"], "the disk was not full"
-    assert told["went_on"] and told["removed"] > 1
-    assert told["rows"] == (FILLED + 1) * ROWS
+    reports = report_of("waiting", root, tmp_path / "copy")
+    assert reports["debris"] > 5, "nothing was merged: the test shows nothing"
+    assert reports["waited"], "the disk was not full"
+    assert reports["went_on"] and reports["removed"] > 1
+    assert reports["rows"] == (FILLED + 1) * ROWS
 
 
 @pytest.mark.parametrize("policy", ["block", "drop"])
 def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
-    told = told_by(policy, root, tmp_path / "copy")
-    stats, drops = told["stats"], {int(round): count for round, count in told["drops"].items()}
+    reports = report_of(policy, root, tmp_path / "copy")
+    stats, drops = reports["stats"], {int(round): count for round, count in reports["drops"].items()}
     assert stats["full_seconds"] > 0.4, "the disk was never full"
-    assert told["state"]["round"] == END
+    assert reports["state"]["round"] == END
     # the follower, and the one that opens the log anew
-    assert all(looks[0] >= 5 and looks[1] >= 1 for looks in (told["watched"]["full"], told["watched"]["freed"])), told
-    assert told["watched"]["rows"] == told["state"]["rows"]
+    assert all(
+        looks[0] >= 5 and looks[1] >= 1 for looks in (reports["watched"]["full"], reports["watched"]["freed"])
+    ), reports
+    assert reports["watched"]["rows"] == reports["state"]["rows"]
     put = END * 2 * ROWS
-    assert told["state"]["rows"] + sum(drops.values()) == put
-    assert stats["dropped_records"] == told["state"]["dropped"] == sum(drops.values())
+    assert reports["state"]["rows"] + sum(drops.values()) == put
+    assert stats["dropped_records"] == reports["state"]["dropped"] == sum(drops.values())
     if policy == "block":
-        assert drops == {} and told["refused"] == 0 and stats["blocked_seconds"] > 0.3
+        assert drops == {} and reports["refused"] == 0 and stats["blocked_seconds"] > 0.3
     else:
-        assert drops and told["postponed"] > 0 and stats["blocked_seconds"] == 0
-        assert told["seconds"] < 3 * END * ROUND_SECONDS + 5, "the Pilot waited"
+        assert drops and reports["postponed"] > 0 and stats["blocked_seconds"] == 0
+        assert reports["seconds"] < 3 * END * ROUND_SECONDS + 5, "the Pilot waited"
         assert min(drops) >= FILLED - 10
-        assert told["refused"] == sum(drops.values()) // ROWS
+        assert reports["refused"] == sum(drops.values()) // ROWS
 
     records = MistakeLog(tmp_path / "copy").records()
     for number in range(1, END + 1):
@@ -284,8 +286,8 @@ def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "tended":
-        tended(Path(sys.argv[1]))
+    if sys.argv[2] == "waiting":
+        waiting(Path(sys.argv[1]))
     elif sys.argv[2] == "watch":
         watch(Path(sys.argv[1]))
     else:

@@ -93,6 +93,7 @@ def test_maintenance_of_a_run(options: dict[str, str]) -> None:
         orphan_seconds=3600,
     )
     ledger = written(place, limits)
+    ledger.maintain()  # waits for the thread
     state = ledger.state()
     assert state.files < 13 and state.rows == 16 * ROWS
     assert_whole(MistakeLog(place), first=ROUNDS - 15)

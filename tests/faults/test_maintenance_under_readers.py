@@ -49,22 +49,22 @@ def check(records: Records) -> None:
 def follow(folder: Path) -> dict[str, int]:
     """A tail, like the Copilot's."""
     tail = LogTail(folder, "test")
-    told = {"reads": 0, "rows": 0}
+    reports = {"reads": 0, "rows": 0}
     while not (folder.parent / "stop").exists():
         update = tail.poll()
         assert not update.bad, update.bad
         for _, records in update.new:
             check(records)
-            told["rows"] += len(records)
-        told["reads"] += 1
+            reports["rows"] += len(records)
+        reports["reads"] += 1
         time.sleep(0.05)
-    return told
+    return reports
 
 
 def study(folder: Path, seed: int) -> dict[str, int]:
     """Opens the newest version again and again, and reads it slowly, while it is merged and retired underneath."""
     dice = random.Random(seed)
-    told = {"reads": 0, "rows": 0, "gone": 0}
+    reports = {"reads": 0, "rows": 0, "gone": 0}
     while not (folder.parent / "stop").exists():
         log = MistakeLog(folder)
         names = [file.name for file in log.files]
@@ -74,14 +74,14 @@ def study(folder: Path, seed: int) -> dict[str, int]:
             records = log.records((first, first))
             assert len(records) == ROWS
             check(records)
-            told["rows"] += len(records)
+            reports["rows"] += len(records)
             time.sleep(dice.uniform(0, 0.1 * GRACE))
         assert not log.bad_files, log.bad_files
         newest = {file.name for file in LogStore(folder).files()}
-        told["gone"] += len(set(names) - newest)
+        reports["gone"] += len(set(names) - newest)
         log.close()
-        told["reads"] += 1
-    return told
+        reports["reads"] += 1
+    return reports
 
 
 def disk_bytes(folder: Path) -> int:
@@ -139,16 +139,16 @@ def test_four_readers_and_a_cap(tmp_path: Path, seconds: float) -> None:
             assert reader.poll() is None, reader.communicate()[1][-3000:]
         time.sleep(0.06)  # a Pilot that fills the cap in about ten grace times
     (tmp_path / "stop").touch()
-    told = []
+    reports = []
     for reader in readers:
         out, err = reader.communicate(timeout=60)
         assert reader.returncode == 0, err[-3000:]
-        told.append(json.loads(out))
+        reports.append(json.loads(out))
     writer.close()
     lease.release()
-    print(f"{number} rounds, {written:,} bytes written, {highest:,} on the disk at most; readers: {told}")
-    assert all(one["reads"] > 5 and one["rows"] for one in told)
-    assert sum(one.get("gone", 0) for one in told) > 20, "nothing was merged or retired under the readers"
+    print(f"{number} rounds, {written:,} bytes written, {highest:,} on the disk at most; readers: {reports}")
+    assert all(one["reads"] > 5 and one["rows"] for one in reports)
+    assert sum(one.get("gone", 0) for one in reports) > 20, "nothing was merged or retired under the readers"
     assert highest <= CAP
     log = MistakeLog(folder)
     kept = log.records()

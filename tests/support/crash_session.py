@@ -1,8 +1,8 @@
 """A Pilot in miniature that can be killed at any of its system calls; `Crashes` starts it, `python -m` it is the server.
 
 Importing takes a second and a session a tenth of that, so one server process imports everything and forks a child for each
-session. The shim (crash_points.c) is preloaded into the server and armed in the child. What the child was told is
-acknowledged goes through a pipe, which the shim does not look at.
+session. The shim (crash_points.c) is preloaded into the server and armed in the child. What was acknowledged to the child
+goes through a pipe, which the shim does not look at.
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ def _child(order: dict[str, str | int], writing: int) -> None:
         arm = ctypes.CDLL(None).crash_arm
         arm.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
         arm(str(order["folder"]).encode(), str(order["graveyard"]).encode(), order["at"], order["mode"], trace)
-        session(Path(str(order["folder"])), lambda told: os.write(writing, json.dumps(told).encode() + b"\n") and None)
+        session(
+            Path(str(order["folder"])), lambda reports: os.write(writing, json.dumps(reports).encode() + b"\n") and None
+        )
     except BaseException:  # noqa: BLE001 - the child ends here, whatever it is
         traceback.print_exc()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Ages are told by one clock, that of the disk: hosts whose clocks differ by minutes or a day share logs and run folders."""
+"""Ages are measured by one clock, that of the disk: hosts whose clocks differ by minutes or a day share logs and run folders."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def age(path: Path, seconds: float) -> None:
 
 def elsewhere(path: Path) -> None:
     """Make a lease one of a process on another machine."""
-    told = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**told, "host": "other", "boot": "another machine"}))
+    reports = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**reports, "host": "other", "boot": "another machine"}))
 
 
 @pytest.mark.parametrize("seconds", SKEWS)

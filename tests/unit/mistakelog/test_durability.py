@@ -37,7 +37,8 @@ class PageCache:
 
     def __init__(self, below: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._below, self._real = below, os.fsync
-        self._synced: set[tuple[int, int]] = set()
+        # held open, or a new file would get the number of a removed one
+        self._synced: dict[tuple[int, int], int] = {}
         self._lost: dict[tuple[int, int], int] = {}
         self.fail: dict[str, OSError] = {}
         """Ending of a name -> what its next sync fails with, once."""
@@ -48,12 +49,11 @@ class PageCache:
         path = os.readlink(f"/proc/self/fd/{handle}")
         found = os.fstat(handle)
         for ending in [ending for ending in self.fail if path.endswith(ending)]:
-            # held open, or another file would get its number
             self._lost[found.st_dev, found.st_ino] = os.dup(handle)
             raise self.fail.pop(ending)
         self._real(handle)
         if (found.st_dev, found.st_ino) not in self._lost:
-            self._synced.add((found.st_dev, found.st_ino))
+            self._synced[found.st_dev, found.st_ino] = os.dup(handle)
 
     def cut_power(self) -> None:
         """Zeros where nothing was synced."""

@@ -70,8 +70,8 @@ def elsewhere(place: Location, *, silent_seconds: float) -> None:
     """Make the present holder one of another machine, last seen some time ago."""
     assert place.local is not None
     (name,) = lease_files(place)
-    told = json.loads(place.read(name))
-    place.write(name, json.dumps({**told, "host": "other", "boot": "another machine"}).encode())
+    reports = json.loads(place.read(name))
+    place.write(name, json.dumps({**reports, "host": "other", "boot": "another machine"}).encode())
     then = time.time() - silent_seconds
     os.utime(place.local / name, (then, then))
 

@@ -153,7 +153,7 @@ def test_end_of_the_pilot_survives(tmp_path: Path) -> None:
     assert (state.pilot_done, state.last_round) == (False, 0)
 
 
-def test_position_of_the_copilot_is_told_without_a_commit(tmp_path: Path) -> None:
+def test_position_of_the_copilot_is_known_without_a_commit(tmp_path: Path) -> None:
     """It stands in the Copilot's checkpoint; a table version for each step would only grow the log."""
     ledger = open_ledger(tmp_path)
     version = ledger.state().version

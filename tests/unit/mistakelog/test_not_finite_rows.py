@@ -166,8 +166,8 @@ def test_inspection_works_and_counts_them(log: Path, tmp_path: Path) -> None:
     assert any("rows hold numbers that are not finite" in line for line in found.lines())
     lines = export_jsonl(MistakeLog(log), tmp_path / "rows.jsonl", texts, states=True)
     assert (lines.rows, lines.not_finite) == (len(EXAMPLES), spoilt_rows())
-    told = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert sum(line["loss"] is None for line in told) == spoilt_rows()
+    reports = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert sum(line["loss"] is None for line in reports) == spoilt_rows()
     assert export_parquet(MistakeLog(log), tmp_path / "rows.parquet").rows == len(EXAMPLES)
     size = logged_error_size(Location(str(log)))
     assert size is not None and np.isfinite(size)

@@ -69,8 +69,8 @@ def test_a_dead_reader_is_forgotten(tmp_path: Path) -> None:
 def test_a_reader_elsewhere_holds_while_it_renews(tmp_path: Path) -> None:
     lease = hold(Location(tmp_path), 3)
     (path,) = (tmp_path / "_tc_ray/readers").iterdir()
-    told = json.loads(path.read_text()) | {"boot": "another machine"}
-    path.write_text(json.dumps(told))
+    reports = json.loads(path.read_text()) | {"boot": "another machine"}
+    path.write_text(json.dumps(reports))
     now = time.time() + FRESH_SECONDS + 1
     os.utime(path, (now, now))
     assert versions(tmp_path, now + 1) == [3]

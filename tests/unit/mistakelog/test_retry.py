@@ -50,7 +50,9 @@ def test_what_passes_is_waited_for_and_said_once(
         retry(act, "Copilot 0")
 
 
-def test_a_ledger_that_is_restarted_in_an_outage_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_that_is_restarted_while_the_log_cannot_be_read_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray gives an actor up whose start fails."""
     written(tmp_path)
     real, tries = LogStore.__init__, []

@@ -198,12 +198,12 @@ def test_quarantine_takes_damage_out_and_keeps_the_rest(tmp_path: Path) -> None:
     result = verify_log(tmp_path, quarantine=True)
     assert [line.name for line in result.quarantined] == [files[1].name, files[3].name]
     assert {line.rows for line in result.quarantined} == {ROWS}
-    told = f"quarantined {files[1].name}: {ROWS} rows of rounds 2 to 2 are lost ({result.bad[0].reason})"
-    assert told in result.lines()
+    reports = f"quarantined {files[1].name}: {ROWS} rows of rounds 2 to 2 are lost ({result.bad[0].reason})"
+    assert reports in result.lines()
     assert {path.name for path in (tmp_path / "_tc_ray/quarantine").iterdir()} == {"quarantine.jsonl", files[1].name}
     after = verify_log(tmp_path)
     assert after.good and (after.files, after.quarantined_before) == (ROUNDS - 2, result.quarantined)
-    assert told.replace("quarantined", "quarantined earlier") in after.lines()
+    assert reports.replace("quarantined", "quarantined earlier") in after.lines()
     assert sorted(set(MistakeLog(tmp_path).records().round.tolist())) == [1, 3, 5, 6]
     assert [line.reason for line in quarantined(Location(tmp_path))][1] == "missing"
     ledger = Ledger(tmp_path, writers=1, run="test")

@@ -34,7 +34,7 @@ ROWS = 3
 
 
 class Disk:
-    """The disk of a location, full or not as told."""
+    """The disk of a location, full or not."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full = False
@@ -96,7 +96,7 @@ class Pilot:
         return taken
 
     def logged_drops(self) -> dict[int, int]:
-        """By round, as the table's commits tell."""
+        """By round, as the table's commits say."""
         return dropped_records(LogStore(self.folder).commits()).get(0, {})
 
 
@@ -205,7 +205,7 @@ class FullLedger:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("policy", ["block", "drop"])
 def test_a_commit_without_space_is_repeated(tmp_path: Path, disk: Disk, policy: Any, when: str) -> None:
-    """The answer does not tell whether the commit was made: the file must stay, whatever the policy."""
+    """The answer does not say whether the commit was made: the file must stay, whatever the policy."""
     full = FullLedger()
     pilot = Pilot(tmp_path, full.commit, full_policy=policy, queue_rounds=1)
     full.ledger = pilot.ledger
