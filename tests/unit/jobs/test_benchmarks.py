@@ -71,7 +71,7 @@ def test_logging_overhead_of_other_logs(tmp_path: Path, options: tuple[str, ...]
 
 
 def test_copilot_workers(tmp_path: Path) -> None:
-    size = "--hidden 64 --layers 4 --vocab 300 --target-ids 50 --rounds 2 --batch-size 4 --tokens 24 --targets 6 --dtype fp32"
+    size = "--hidden 64 --layers 10 --vocab 300 --target-ids 50 --rounds 2 --batch-size 4 --tokens 24 --targets 6 --dtype fp32"
     printed, result = alone("copilot_workers.py", tmp_path, *size.split())
     rows = result["rows"]
     assert set(rows) == {"alone", "flattened", "overlapped"} and all(row["count"] == 2 for row in rows.values())
