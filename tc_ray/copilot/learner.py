@@ -30,7 +30,7 @@ from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import LeftOut, check_finite
-from tc_ray.models.losses import TokenLoss, make_loss
+from tc_ray.models.losses import LOSSES, TokenLoss
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.models.pilot.taps import tapped_layers
 
@@ -62,7 +62,7 @@ class Learner:
         self.config, self.world_size, self.device = config, world_size, torch.device(device)
         self.copilot = copilot
         self.model: Any = with_adapters(copilot, config).to(self.device).train()
-        self.loss = make_loss(config.loss, copilot.config.vocab_size)
+        self.loss = LOSSES[config.loss](copilot.config.vocab_size)
         self.batch_sums = BatchSums(copilot, self.loss, bf16=config.dtype == "bf16")
         self.forward: Any = self.batch_sums
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

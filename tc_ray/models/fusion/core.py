@@ -1,6 +1,6 @@
 """The core of the fused model: Pilot, Copilot and what one call of both does (equation 8, algorithm 2).
 
-`causal` and `seq2seq` make a language model's forward of it, `scoring` goes over given tokens with it. The Copilot's cache
+`model` makes a language model's forward of it, `scoring` goes over given tokens with it. The Copilot's cache
 travels inside the Pilot's, so whatever generation does to one happens to the other.
 Invariant: lam = 0 returns the Pilot's logits unchanged, bit for bit.
 """
