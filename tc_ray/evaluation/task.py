@@ -10,9 +10,8 @@ from typing import Any
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.sequences import ITEMS_FILE, read_items
-from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import read_counted
-from tc_ray.evaluation.metric import Metric
+from tc_ray.evaluation.metric import ExactMatch, Metric
 from tc_ray.evaluation.procedure import evaluate, evaluate_pilot
 from tc_ray.evaluation.ranking import Ranking
 from tc_ray.evaluation.report import Report

@@ -32,7 +32,7 @@ from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.folder import FEEDBACKS, FUSION_FILE, SPACES, FusionSettings, check_parts
 from tc_ray.models.fusion.core import check_fit
 from tc_ray.models.hub import resolve_model
-from tc_ray.models.identity import model_identity, tensors_in
+from tc_ray.models.identity import model_identity, tensor_shapes
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.models.weights import WeightsError, check_files
 from tc_ray.text import first_line
@@ -251,7 +251,7 @@ def _model_files(folder: Path) -> list[Path]:
     for name in names:
         if not (folder / name).is_file():
             raise FuseError(f"{folder} is not whole: {name} is missing")
-        tensors_in(folder / name)
+        tensor_shapes(folder / name)
     others = (
         path
         for path in sorted(folder.iterdir())

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tc_ray.config.fusion import FusionSection
-from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.metric import ExactMatch
 from tc_ray.evaluation.procedure import evaluate_pilot
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer
 
