@@ -11,9 +11,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tc_ray.config.section import check_lam
 from tc_ray.files import DamagedFileError, read_json
-from tc_ray.models.folder import COPILOT, FUSION_FILE, PILOT, NoFusedModelError, check_alone, missing_parts
+from tc_ray.models.folder import (
+    COPILOT,
+    FUSION_FILE,
+    PILOT,
+    FusionSettings,
+    NoFusedModelError,
+    check_alone,
+    missing_parts,
+)
 from tc_ray.models.identity import ModelSourceError, model_identity, tensor_shapes, vocabulary_hash
 from tc_ray.text import first_line
 
@@ -56,8 +63,8 @@ def find_export(folder: Path | str) -> Path:
 def check_configs(export: Path) -> None:
     """Raise ExportError if fusion.json and the configs of Pilot and Copilot cannot be read or do not fit."""
     try:
-        check_lam(read_part(export / FUSION_FILE).get("lam"), f"{export / FUSION_FILE}: lam")
-    except ValueError as error:
+        FusionSettings.read(export)
+    except (ValueError, OSError) as error:
         raise ExportError(str(error)) from None
     pilot, copilot = read_part(export / PILOT / "config.json"), read_part(export / COPILOT / "config.json")
     # vocabularies may be padded to different sizes, widths must agree

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from tc_ray.config.section import check_lam
 from tc_ray.export.check import (
     PROVENANCE_FILE,
     TOKENIZER_FILE,
@@ -28,13 +27,12 @@ from tc_ray.export.check import (
 from tc_ray.export.write import write_provenance
 from tc_ray.files import FOLDER_MARKER, mark_whole, sync
 from tc_ray.models.copilot import Copilot, CopilotConfig
-from tc_ray.models.finite import NotFiniteError
-from tc_ray.models.folder import FEEDBACKS, FUSION_FILE, SPACES, FusionSettings, check_parts
+from tc_ray.models.folder import FUSION_FILE, FusionSettings, check_parts
 from tc_ray.models.fusion.core import check_fit
 from tc_ray.models.hub import resolve_model
 from tc_ray.models.identity import model_identity, tensor_shapes
 from tc_ray.models.pilot.load import load_pilot
-from tc_ray.models.weights import WeightsError, check_files
+from tc_ray.models.weights import check_files
 from tc_ray.text import first_line
 
 DEFAULT = FusionSettings(lam=0.5, space="probability", feedback="own")
@@ -104,19 +102,22 @@ def fuse_models(
     Raises:
         ExportError: a part is missing or damaged. FuseError: the tokenizers differ, or `out` exists. FusionError: other hidden
         states, another architecture or width. UnknownFamilyError, ModelSourceError: the Pilot is no usable model.
+        WeightsError, NotFiniteError: a tensor is missing or not finite. FusionSettingsError: lam, space or feedback.
     """
-    _check_choices(lam, space, feedback)
+    given = {"lam": lam, "space": space, "feedback": feedback}
+    asked = {name: value for name, value in given.items() if value is not None}
+    settings = replace(DEFAULT, **asked)  # before anything is read: a bad option is refused at once
     out = out.expanduser().absolute()
     if out.exists() or out.is_symlink():
         raise FuseError(f"--out {out} exists; name a folder that does not")
     pilot_folder, source = _find_pilot(pilot), _find_copilot(copilot)
     files = {"pilot": _model_files(pilot_folder), "copilot": _model_files(source.folder)}
     config = _check(pilot_folder, source)
-    _check_weights(pilot_folder, source.folder, files)
-    base = source.settings or DEFAULT
-    settings = FusionSettings(
-        base.lam if lam is None else lam, base.space if space is None else space, feedback or base.feedback
-    )
+    load_pilot(pilot_folder, dtype=torch.float32, safetensors=True, names_only=True)
+    Copilot.from_pretrained(source.folder, use_safetensors=True, device_map="meta")
+    check_files(path for paths in files.values() for path in paths if path.suffix == ".safetensors")
+    if source.settings is not None:
+        settings = replace(source.settings, **asked)
     lam_from = None if lam is not None else "the default" if source.settings is None else f"the {FUSION_FILE} it had"
     made_of = {
         "pilot": {"from": str(pilot_folder), "identity": model_identity(pilot_folder), **_run_of(pilot_folder)},
@@ -130,17 +131,6 @@ def fuse_models(
     }
     _write(out, files, settings, made_of)
     return Fusion(out, pilot_folder, source.folder, source.beside, settings, lam_from)
-
-
-def _check_choices(lam: float | None, space: str | None, feedback: str | None) -> None:
-    if lam is not None:
-        try:
-            check_lam(lam, "--lam")
-        except ValueError as error:
-            raise FuseError(str(error)) from None
-    for option, value, choices in (("space", space, SPACES), ("feedback", feedback, tuple(FEEDBACKS))):
-        if value is not None and value not in choices:
-            raise FuseError(f"--{option} {value!r} is not one of {', '.join(choices)}")
 
 
 # -- the two models ---------------------------------------------------------------------------------------------------
@@ -160,8 +150,8 @@ def _find_copilot(given: Path) -> _Copilot:
     given = given.expanduser().absolute()
     export = export_in(given) or (export_in(given.parent) if given.name == "copilot" else None)
     if export is not None:
-        settings = _read(_settings, export, "cannot be read as an exported run")
-        own = export / "pilot"
+        check_parts(export)
+        settings, own = FusionSettings.read(export), export / "pilot"
         fused = _provenance(export).get("copilot")  # of a folder made here: its Pilot is not the one of the training
         beside = {"identity": model_identity(own), **_run_of(own)} if fused is None else fused["trained_beside"]
         return _Copilot(export / "copilot", settings, own, beside)
@@ -175,11 +165,6 @@ def _find_copilot(given: Path) -> _Copilot:
     if given.parts[-2:] == ("copilot", "final") and (own / "config.json").is_file():
         return _Copilot(given, None, own, {"identity": model_identity(own), **_run_of(own)})
     return _Copilot(given, None, None, {})
-
-
-def _settings(export: Path) -> FusionSettings:
-    check_parts(export)
-    return FusionSettings.read(export)
 
 
 def _run_of(pilot: Path) -> dict[str, Any]:
@@ -228,17 +213,6 @@ def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
             "ids would mean other tokens"
         )
     return config
-
-
-def _check_weights(pilot: Path, copilot: Path, files: dict[str, list[Path]]) -> None:
-    """Refuse a model that lacks a tensor, or that has a number that is not finite."""
-    try:
-        load_pilot(pilot, dtype=torch.float32, safetensors=True, names_only=True)
-        Copilot.from_pretrained(copilot, use_safetensors=True, device_map="meta")
-        for paths in files.values():
-            check_files(path for path in paths if path.suffix == ".safetensors")
-    except (WeightsError, NotFiniteError) as error:
-        raise FuseError(str(error)) from None
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -124,7 +124,7 @@ class Worker:
         final, probe = self.checkpoints.with_name("final"), probe_rows(self.table)
         save_merged(self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank)
         if self.recorder is not None:
-            self.recorder.close()
+            self.recorder.writer.close()
             if self.rank == 0:
                 self._committed("finish_pilot", self.job.rounds)
 

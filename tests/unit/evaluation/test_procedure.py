@@ -191,7 +191,7 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
 ) -> None:
     """Answers that only one lambda gives: it is found on the validation rows, and the test rows are scored with it."""
     # the answers of an untrained model are no answers: whole texts are compared
-    monkeypatch.setattr("tc_ray.evaluation.exact_match.matches", lambda text, answer: text == answer)
+    monkeypatch.setattr("tc_ray.evaluation.metric.matches", lambda text, answer: text == answer)
     rows = answered(fused, right_lam)
     said: list[str] = []
     config = FusionSection(lam_grid=[0.0, 0.3, 0.8], max_new_tokens=6, eval_batch_size=8)

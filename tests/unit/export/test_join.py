@@ -18,8 +18,10 @@ from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.export.check import ExportError
 from tc_ray.export.join import FuseError, Fusion, fuse_models
+from tc_ray.files import DamagedFileError
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.families import UnknownFamilyError
+from tc_ray.models.folder import NoFusedModelError
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.core import FusionError
 from tc_ray.models.identity import ModelSourceError, vocabulary_hash
@@ -307,10 +309,10 @@ def change(folder: Path, file: str = "config.json", **fields: Any) -> None:
         (no_weights, FuseError, "model.safetensors is missing"),
         (cut_weights, ModelSourceError, "model.safetensors is damaged"),
         (no_tokenizer, ExportError, "has no tokenizer"),
-        (no_copilot, FuseError, "copilot/config.json is missing"),
+        (no_copilot, NoFusedModelError, "copilot/config.json is missing"),
         (no_copilot_weights, FuseError, "copilot is not whole: model.safetensors is missing"),
-        (later_format, FuseError, "format 2 is not known"),
-        (broken_settings, FuseError, "cannot be read as an exported run"),
+        (later_format, ValueError, "format 2 is not known"),
+        (broken_settings, DamagedFileError, "fusion.json is damaged"),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(
@@ -328,14 +330,14 @@ def test_refusals_are_one_line_and_leave_nothing(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lam": -0.5}, "--lam is -0.5"),
-        ({"lam": float("nan")}, "--lam is nan"),
-        ({"space": "logit"}, "--space 'logit' is not one of probability, logits"),
-        ({"feedback": "true"}, "--feedback 'true' is not one of own, realised"),
+        ({"lam": -0.5}, "lam is -0.5"),
+        ({"lam": float("nan")}, "lam is nan"),
+        ({"space": "logit"}, "space is 'logit', not one of probability, logits"),
+        ({"feedback": "true"}, "feedback is 'true', not one of own, realised"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(FuseError, match=words):
+    with pytest.raises(ValueError, match=words):
         fuse(tmp_path, tmp_path, tmp_path / "fused", **options)
 
 

@@ -219,7 +219,7 @@ def test_a_lambda_that_is_none_is_refused_at_every_door(lam: Any, whole: Path, t
         with pytest.raises(ValueError, match="lam_grid"):
             RunConfig.model_validate({"fusion": {"lam_grid": [0.0, lam]}})
     if isinstance(lam, (int, float)) and not isinstance(lam, bool):
-        with pytest.raises(FuseError, match="--lam is"):
+        with pytest.raises(ValueError, match="lam is"):
             fuse_models(str(whole), whole, tmp_path / "fused", lam=lam, space=None, feedback=None)
 
 
