@@ -233,8 +233,8 @@ def _check_weights(config: RunConfig, pilot: Path | str, base: Path | str, mista
 def _open_folder(
     out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None, weights: dict[str, str]
 ) -> None:
-    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
     """Make the folder, or compare one that exists with this training."""
+    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
     source_file, saved = out / SOURCE_FILE, out / "config.yaml"
     if source_file.exists():
         try:

@@ -30,8 +30,9 @@ from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import LeftOut, check_finite
+from tc_ray.models.identity import vocabulary_hash
 from tc_ray.models.losses import LOSSES, TokenLoss
-from tc_ray.models.pilot.load import load_pilot
+from tc_ray.models.pilot.load import load_pilot, lora_config
 from tc_ray.models.pilot.taps import tapped_layers
 
 
@@ -222,20 +223,10 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
     copilot.freeze_embeddings()
     if config.method == "full":
         return copilot
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    lora, family = config.lora, family_of(copilot.config.decoder_config())
-    model = get_peft_model(
-        copilot,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules or list(family.lora_targets),
-            layers_to_transform=list(range(lora.first_layer, len(copilot.layers))),
-            layers_pattern=family.layers_pattern,
-        ),
-    )
+    family = family_of(copilot.config.decoder_config())
+    model = get_peft_model(copilot, lora_config(config.lora, family, len(copilot.layers)))
     for name in NEW_MODULES:
         module = getattr(copilot, name)
         if module is not None:
@@ -248,8 +239,6 @@ def build_copilot(
 ) -> Copilot:
     """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
     from transformers import AutoConfig, AutoTokenizer
-
-    from tc_ray.models.identity import vocabulary_hash
 
     torch.manual_seed(config.run.seed)
     pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)

@@ -105,7 +105,7 @@ def fuse_models(
         WeightsError, NotFiniteError: a tensor is missing or not finite. FusionSettingsError: lam, space or feedback.
     """
     given = {"lam": lam, "space": space, "feedback": feedback}
-    asked = {name: value for name, value in given.items() if value is not None}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings = replace(DEFAULT, **asked)  # before anything is read: a bad option is refused at once
     out = out.expanduser().absolute()
     if out.exists() or out.is_symlink():

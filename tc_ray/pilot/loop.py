@@ -145,12 +145,8 @@ class Worker:
 
     def _begin_attempt(self, watermark: int) -> Recorder:
         """Rank 0 fences the log past the watermark and shares the attempt's number; then every rank writes."""
-        shared = torch.zeros(1, dtype=torch.int64, device=self.device)
-        if self.rank == 0:
-            shared[0] = self._committed("begin_attempt", watermark, self.world_size)
-        if self.world_size > 1:
-            dist.broadcast(shared, 0)
-        attempt, log = int(shared), self.config.log
+        begun = self._committed("begin_attempt", watermark, self.world_size) if self.rank == 0 else 0
+        attempt, log = int(self._largest(begun)), self.config.log
         if attempt > 1:
             self._event("resume", f"Pilot attempt {attempt} resumes after round {watermark}")
         if self.config.copilot.schedule == "lockstep":  # the Copilot waits for the file of every round
@@ -282,19 +278,13 @@ class Worker:
         """Up to this round, on all ranks; all get the same answer."""
         if self.recorder is None:
             return True
-        complete = torch.tensor(float(self.recorder.writer.flush(number)), device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(complete, dist.ReduceOp.MIN)
-        return bool(complete)
+        return not self._largest(float(not self.recorder.writer.flush(number)))
 
     def _check_weights(self, what: str, advice: str) -> None:
         """Raise NotFiniteError on every rank where a trained weight of one is not finite (collective)."""
         trained = ((n, _own_part(p)) for n, p in self.engine.module.named_parameters() if p.requires_grad)
         name = first_not_finite(trained)
-        bad = torch.tensor(float(name is not None), device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad:
+        if self._largest(float(name is not None)):
             raise NotFiniteError(f"{what} holds weights that are not finite ({name or 'on another rank'}); {advice}")
 
     # -- the others -----------------------------------------------------------------------------------------------
@@ -328,6 +318,13 @@ class Worker:
     def _wait_for(self, text: str) -> None:
         """What the status shows until the first round; an empty text: nothing is waited for."""
         self.job.tracker.waiting.remote("pilot", text)
+
+    def _largest(self, number: float) -> float:
+        """The largest number of all ranks (collective)."""
+        largest = torch.tensor(float(number), dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
 
     def _barrier(self) -> None:
         if self.world_size > 1:

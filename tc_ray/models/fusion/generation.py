@@ -53,7 +53,7 @@ class FusedGeneration(FusedCore, GenerationMixin):
             ValueError: what fused decoding cannot do (use_cache=False, prefill_chunk_size, output_hidden_states,
                 output_attentions), or lam of another number than sequences.
         """
-        asked = Explain.of(explain)
+        asked = Explain() if explain is True else explain or None
         ends = Ends(stopping_criteria or ())
         front = inputs, generation_config, logits_processor
         if asked is None and not logprobs:

@@ -8,15 +8,16 @@ by `FusedModel.score`, for explanations by `FusedModel.generate`, and by the ser
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from tc_ray.models.fusion.cache import CopilotCache
 from tc_ray.models.fusion.core import FusedCore
 from tc_ray.models.fusion.distribution import fuse
-from tc_ray.models.fusion.lens import layer_states
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time, over the whole batch (16 MiB in fp32, a few tensors of that size)."""
@@ -122,7 +123,7 @@ def teacher_forced_rows(
     hooked = family.layers(model.pilot) if layers else []
     by_layer: Sequence[torch.Tensor] = ()
     if positions_at_a_time is None:
-        with model.tap.recording(), layer_states(hooked, first) as by_layer:
+        with model.tap.recording(), _layer_states(hooked, first) as by_layer:
             final = _final_states(model, given)
         rationale = model.tap.take()
     else:
@@ -161,6 +162,23 @@ def teacher_forced_rows(
                 None if f is None else f[:, skipped:],
                 [layer[:, at - first + skipped : end - first] for layer in by_layer],
             )
+
+
+@contextmanager
+def _layer_states(layers: Sequence[nn.Module], first: int) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that the enclosed forward pass fills: each layer's output [B, S - first, d] from `first` on, detached."""
+    kept: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        kept.append(state.detach()[:, first:].clone())  # a view would hold the prompt's states too
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _final_states(model: FusedCore, given: Completions) -> torch.Tensor:
