@@ -167,11 +167,7 @@ def _step_of(line: bytes) -> int:
 
 
 def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
-    """The config with what the log says about its states.
-
-    Raises:
-        StoredLogError: the config names another Pilot, or a pooling that the log's states do not have.
-    """
+    """The config with what the log says about its states; StoredLogError for another Pilot or pooling than the log's."""
     config = config.model_copy(deep=True)
     if metadata.pooling not in ("none", config.log.pooling):
         raise StoredLogError(

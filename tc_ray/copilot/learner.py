@@ -93,10 +93,7 @@ class Learner:
     def step(self, batch: CopilotBatch) -> StepResult:
         """One optimizer step on this rank's part of the batch (collective over ranks).
 
-        A step whose loss or gradient is not finite is counted and left out, on all ranks: all see the same sums.
-
-        Raises:
-            NotFiniteError: too many in a row were left out.
+        A step whose loss or gradient is not finite is left out, on all ranks: all see the same sums (`LeftOut`).
         """
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.zero_grad()
@@ -127,8 +124,7 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write trainable weights (safetensors), optimizer and schedule; the caller makes it atomic.
 
-        Raises:
-            NotFiniteError: a weight is not finite; nothing was written.
+        Raises NotFiniteError before anything is written.
         """
         check_finite(self.parameters.items(), f"the Copilot after step {self.step_count}")
         save_file({n: p.detach().contiguous() for n, p in self.parameters.items()}, folder / "trainable.safetensors")
@@ -170,9 +166,7 @@ class Learner:
     def export(self, folder: Path) -> None:
         """Publish the trained Copilot, adapters merged, as a plain PreTrainedModel folder. The learner cannot be used afterwards.
 
-        Raises:
-            ExportMismatchError: the folder, loaded anew, predicts otherwise than the trained Copilot; nothing was published.
-            NotFiniteError: a weight is not finite.
+        Raises ExportMismatchError or NotFiniteError, and publishes nothing, if the folder is not the trained Copilot.
         """
         model = self.model.eval()
         trained = answers(self.copilot)

@@ -77,11 +77,7 @@ def complete(
     num_beams: int = 1,
     lam: float | None = None,
 ) -> list[str]:
-    """Completion texts in the order of `examples`, greedy or by beam search.
-
-    Args:
-        lam: of a fused model; None for a Pilot.
-    """
+    """Completion texts in the order of `examples`, greedy or by beam search. lam: of a fused model; None for a Pilot."""
     texts = [""] * len(examples)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     for batch, out in _generated(model, tokenizer, examples, batch_size, lam, None, options):

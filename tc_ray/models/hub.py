@@ -18,9 +18,8 @@ _EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
 def resolve_model(name: str, cache: Path | None = None) -> Path | str:
     """What `from_pretrained` can read for `name`.
 
-    A local model folder gives its absolute path. A builtin name gives its folder in `cache` (default
-    `default_cache()`), which is made on the first call: 93 MB are downloaded and converted to 540 MB of float32.
-    Any other name of the form `model` or `owner/model` is a hub id and returned unchanged.
+    A local model folder gives its absolute path. A builtin name gives its folder in `cache` (default `default_cache()`), made
+    on the first call (93 MB are downloaded, 540 MB written). Any other `model` or `owner/model` is a hub id, returned as it is.
     Raises ModelSourceError for a folder that is absent or holds no config.json, and if a builtin cannot be downloaded.
     """
     folder = Path(name).expanduser()

@@ -32,14 +32,11 @@ class ModelSourceError(RuntimeError):
 
 
 def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
-    """16 hex digits over config and weights of a model; every byte is read, at the speed of the disk.
+    """16 hex digits over config and weights of a model, every byte of them. Raises ModelSourceError for a damaged file.
 
     Args:
         path: model folder; or a hub id, which is identified by its commit.
         random_weights: the weights are made from the config and not read.
-
-    Raises:
-        ModelSourceError: a weight file is damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -107,11 +104,7 @@ def _hub_commit(name: str) -> str | None:
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Name -> shape of the tensors of a safetensors file, from its header alone.
-
-    Raises:
-        ModelSourceError: the header cannot be read, or the file has another length than it says.
-    """
+    """Name -> shape of the tensors of a safetensors file, from its header alone. Raises ModelSourceError if it is damaged."""
     with _opened(file, "numpy") as weights:
         return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - it is no dict
 

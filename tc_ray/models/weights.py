@@ -27,10 +27,9 @@ class WeightsError(ValueError):
 def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), **options: Any) -> Any:
     """`kind.from_pretrained(path, **options)`, refused unless it is whole and finite. Code in a folder is never run.
 
-    With `device_map="meta"` no weight is read: names and shapes are checked alone.
-
     Args:
         leave_out: prefixes of names that the folder may hold beyond the model.
+        options: with `device_map="meta"` no weight is read: names and shapes are checked alone.
 
     Raises:
         WeightsError: missing or unexpected tensors, or of another shape. NotFiniteError: NaN or infinity in a tensor.

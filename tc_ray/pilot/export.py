@@ -87,12 +87,7 @@ def check_export(
 ) -> None:
     """Load a folder anew: it must hold the merged model's weights, bit for bit, and give the losses of the one in training.
 
-    Args:
-        merged: what was written. trained: mean loss of each row of `probe` in nats, of the trained model, on `device`.
-        dtype: `pilot.dtype`.
-
-    Raises:
-        ExportMismatchError: another weight, or another loss of a row.
+    merged: what was written. trained: mean loss of each row of `probe` in nats, on `device`. Raises ExportMismatchError.
     """
     written = load_pilot(folder, dtype=DTYPES[dtype], safetensors=True)
     found = dict(written.named_parameters(remove_duplicate=False))

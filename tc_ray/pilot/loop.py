@@ -165,11 +165,7 @@ class Worker:
     # -- a round --------------------------------------------------------------------------------------------------
 
     def _round(self, number: int) -> Round:
-        """One optimizer step, left out on every rank where the loss or gradient of one is not finite.
-
-        Raises:
-            NotFiniteError: too many in a row were left out.
-        """
+        """One optimizer step, left out on every rank if the loss or gradient of one is not finite (`LeftOut`)."""
         rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
         rows = self.order.sample_rows(number)
         torch.manual_seed(_round_seed(self.config.run.seed, number, self.rank))
@@ -243,11 +239,8 @@ class Worker:
     def _checkpoint(self, number: int, *, wait: bool) -> bool:
         """Log first, then weights, then the marker: a marker promises both.
 
-        Args:
-            wait: until the log can be written, whatever `log.full_policy` says.
-
-        Returns:
-            False on every rank: the log cannot be written on one of them, nothing was done.
+        wait: until the log can be written, whatever `log.full_policy` says. Returns False on every rank if the log cannot be
+        written on one of them; then nothing was done.
         """
         while not self._log_is_complete(number):
             self._report_postponed(f"the checkpoint of round {number} is postponed")

@@ -24,14 +24,7 @@ class PilotError(RuntimeError):
 
 
 def fit_pilot(job: PilotJob, need: Need) -> None:
-    """Run the Pilot to its last round; blocks. The worker group is restarted up to `pilot.max_failures` times.
-
-    Args:
-        need: the resources of its workers.
-
-    Raises:
-        PilotError: with the error of Ray Train as cause.
-    """
+    """Run the Pilot to its last round on workers of `need`; blocks. Raises PilotError, with Ray Train's error as cause."""
     from ray.train import TrainingFailedError
 
     failed = 0

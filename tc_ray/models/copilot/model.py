@@ -111,14 +111,9 @@ class Copilot(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, **given: Any) -> Copilot:
-        """transformers' own, refused unless the folder is whole and finite. E is frozen again, because the loader replaces
-        parameters.
-
-        Raises:
-            WeightsError, NotFiniteError: see `models.weights.load_whole`.
-        """
+        """transformers' own; WeightsError or NotFiniteError unless the folder is whole and finite (`weights.load_whole`)."""
         copilot: Copilot = load_whole(super(), folder, **given)
-        copilot.freeze_embeddings()
+        copilot.freeze_embeddings()  # the loader replaces parameters
         return copilot
 
     def freeze_embeddings(self) -> None:
@@ -273,7 +268,7 @@ class Copilot(PreTrainedModel):
         return self.output.out_features == self.config.vocab_size
 
     def predict(self, states: torch.Tensor) -> torch.Tensor:
-        """f = W_out state on the output tokens: [.., d_C] of `decode` -> [.., A], no softmax."""
+        """f = W_out state, no softmax: [.., d_C] of `decode` -> [.., A]."""
         f: torch.Tensor = self.output(states)
         return f
 

@@ -55,14 +55,7 @@ def answers(copilot: Copilot) -> torch.Tensor:
 
 
 def check_export(trained: torch.Tensor, folder: Path) -> None:
-    """Load a folder again and compare it with the trained Copilot.
-
-    Args:
-        trained: `answers` of it.
-
-    Raises:
-        ExportMismatchError: another prediction. WeightsError, NotFiniteError: the folder is not whole.
-    """
+    """Load a folder again and compare it with `answers` of the trained Copilot. Raises ExportMismatchError if they differ."""
     found = answers(Copilot.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval())
     apart, size = float((found - trained).abs().max()), float(trained.abs().max())
     # not "greater than": NaN is never close

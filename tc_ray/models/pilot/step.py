@@ -58,10 +58,8 @@ class PilotStep(nn.Module):
     Args:
         model: language model or its peft wrapper.
         top_k: probabilities kept per token in the record.
-        record: False skips taps and errors (plain fine-tuning).
-        pooling: how states are pooled over layers, or `taps.UNPOOLED`.
-        layers: decoder layers tapped, ascending from 0; None: all.
-        dense: the record has the errors of all V tokens; top_k is ignored.
+        record: False skips taps and errors (plain fine-tuning). dense: errors of all V tokens; top_k is ignored.
+        pooling: how states are pooled over layers, or `taps.UNPOOLED`. layers: those tapped, ascending from 0; None: all.
     """
 
     def __init__(

@@ -39,10 +39,7 @@ def tap_definition(pooling: str = "mean", layers: Sequence[int] | None = None) -
 
 
 def tapped_layers(rationale: Rationale, count: int) -> list[int] | None:
-    """Layers that `log.rationale` names, from 0; None: all of them.
-
-    Args:
-        count: decoder layers of the Pilot.
+    """Layers that `log.rationale` names of a Pilot of `count`, from 0; None: all of them.
 
     Raises:
         ValueError: an empty list, a layer named twice or out of order, or one that the model does not have.
@@ -74,8 +71,7 @@ class LayerTap:
     """Hidden states of one forward pass, pooled over layers (equation 6: the mean of `h_t,i,l` over `l`) or layer by layer.
 
     Args:
-        layers: all decoder layers, in order; their outputs are [batch, positions, width].
-        pooling: a name in POOLINGS, or UNPOOLED.
+        layers: all decoder layers; their outputs are [batch, positions, width]. pooling: a name in POOLINGS, or UNPOOLED.
         chosen: the layers to tap, ascending from 0; None: all.
     """
 
@@ -109,13 +105,9 @@ class LayerTap:
             self._recording = False
 
     def take(self) -> torch.Tensor:
-        """The states of the last recorded pass; each pass can be taken once.
+        """The states of the last recorded pass, once (else RuntimeError).
 
-        Returns:
-            Pooled: fp32 [batch, positions, width]; else [batch, positions, layers, width] in the model's dtype.
-
-        Raises:
-            RuntimeError: no pass was recorded.
+        Pooled: fp32 [batch, positions, width]; else [batch, positions, layers, width] in the model's dtype.
         """
         if self._pooled is not None:
             states, self._pooled = self._pooled, None
