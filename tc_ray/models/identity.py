@@ -40,7 +40,10 @@ def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     """
     folder = Path(path)
     if not folder.is_dir():
-        return _digest(["hub", str(path), _hub_commit(str(path))])
+        from transformers import AutoConfig
+
+        commit = getattr(AutoConfig.from_pretrained(str(path), trust_remote_code=False), "_commit_hash", None)
+        return _digest(["hub", str(path), commit])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     content: list[Any] = [{key: value for key, value in config.items() if key not in _NO_CONTENT}]
     if random_weights:
@@ -95,12 +98,6 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
     rules.pop("padding", None)
     rules.pop("truncation", None)
     return rules
-
-
-def _hub_commit(name: str) -> str | None:
-    from transformers import AutoConfig
-
-    return getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "_commit_hash", None)
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:

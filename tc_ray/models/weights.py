@@ -24,6 +24,10 @@ class WeightsError(ValueError):
     """The weights of a folder are not those of its model; the message names the tensors in one line."""
 
 
+class ExportMismatchError(RuntimeError):
+    """A written folder is not the trained model; nothing was published."""
+
+
 def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), **options: Any) -> Any:
     """`kind.from_pretrained(path, **options)`, refused unless it is whole and finite. Code in a folder is never run.
 

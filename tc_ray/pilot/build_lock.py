@@ -41,11 +41,12 @@ def stale_build_locks_removed(on_build: Callable[[], None] = lambda: None) -> It
         building = False
         while not done.wait(_LOOK_SECONDS):
             clear_stale_build_locks()
-            held = _locks()
-            since = {lock: since.get(lock, time.monotonic()) for lock in held}
-            if not building and any(_builds(lock, time.monotonic() - began) for lock, began in since.items()):
-                building = True
-                on_build()
+            since = {lock: since.get(lock, time.monotonic()) for lock in _locks()}
+            for lock, began in since.items():
+                limit = REBUILD_SECONDS if any(lock.parent.glob("*.so")) else BUILD_SECONDS
+                if not building and time.monotonic() - began > limit:
+                    building = True
+                    on_build()
 
     clear_stale_build_locks()
     threading.Thread(target=look, name="build-locks", daemon=True).start()
@@ -75,10 +76,6 @@ def clear_stale_build_locks() -> list[Path]:
 def _locks() -> list[Path]:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     return list(root.glob("**/lock")) if root.is_dir() else []
-
-
-def _builds(lock: Path, held_s: float) -> bool:
-    return held_s > (REBUILD_SECONDS if any(lock.parent.glob("*.so")) else BUILD_SECONDS)
 
 
 def _is_stale(lock: Path) -> bool:

@@ -22,6 +22,7 @@ from tc_ray.files import publish_folder
 from tc_ray.models.finite import check_finite
 from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.models.pilot.step import PilotStep
+from tc_ray.models.weights import ExportMismatchError
 
 PROBE_ROWS = 4
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
@@ -32,10 +33,6 @@ small changes of large weights are lost: 0.105 was measured (SmolLM2-135M, LoRA 
 falls fastest), 0.015 later. The merge by itself is checked in fp32, because bf16 would hide an error of that size."""
 Row = Mapping[str, np.ndarray]
 """A batch of one row, see `TrainTable.batch`."""
-
-
-class ExportMismatchError(RuntimeError):
-    """The folder has other losses than the trained model; nothing was published."""
 
 
 def probe_rows(table: TrainTable) -> list[Row]:

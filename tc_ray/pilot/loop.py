@@ -168,7 +168,8 @@ class Worker:
         """One optimizer step, left out on every rank if the loss or gradient of one is not finite (`LeftOut`)."""
         rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
         rows = self.order.sample_rows(number)
-        torch.manual_seed(_round_seed(self.config.run.seed, number, self.rank))
+        seed = np.random.SeedSequence([self.config.run.seed, number, self.rank])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
         loss_sum = self._forward_backward(number, rows)
         skipped = 0 if self.recorder is None else self.recorder.skipped
         totals = torch.stack([loss_sum.double(), torch.tensor(float(skipped), device=self.device).double()])
@@ -322,10 +323,6 @@ class Worker:
     def _barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
-
-
-def _round_seed(seed: int, number: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0])
 
 
 def _own_part(parameter: torch.Tensor) -> torch.Tensor:

@@ -15,16 +15,13 @@ from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.copilot.model import Copilot
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import NotFiniteError
+from tc_ray.models.weights import ExportMismatchError
 
 TOLERANCE = 1e-3
 """Largest difference of a predicted error, as a share of the largest one: fp32, products added in another order."""
 MAX_PREDICTION = 1e3
 """An error lies between -1 and 1; a Copilot that predicts one of this size is not a trained one."""
 _RECORDS, _PROMPT, _ROWS, _ENTRIES = 2, 4, 5, 3
-
-
-class ExportMismatchError(RuntimeError):
-    """The folder does not predict as the trained Copilot; nothing was published."""
 
 
 def probe_batch(config: CopilotConfig) -> CopilotBatch:

@@ -99,7 +99,9 @@ class PilotStep(nn.Module):
     def measure(self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor) -> Measured:
         """The forward pass itself: log-probabilities and targets of the N target rows, and the record."""
         run = self._encoder_decoder if self._family.encoder_decoder else self._decoder_only
-        rows = target_rows(input_ids.shape[1], lengths, target_start)
+        position = torch.arange(input_ids.shape[1] - 1, device=lengths.device)
+        # position j predicts a target token if target_start - 1 <= j < length - 1
+        rows = (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
         passed = run(input_ids, lengths, target_start, rows)
         targets = input_ids[:, 1:][rows]
         log_probs = self._family.logits(self.model, passed.final).float().log_softmax(-1)
@@ -149,9 +151,3 @@ class PilotStep(nn.Module):
         with nullcontext() if self._tap is None else self._tap.recording():
             final: torch.Tensor = self._family.decoder(self.model)(**given, use_cache=False).last_hidden_state
         return final
-
-
-def target_rows(width: int, lengths: torch.Tensor, target_start: torch.Tensor) -> torch.Tensor:
-    """Bool [B, width - 1]: position j predicts a target token, that is target_start - 1 <= j < length - 1."""
-    position = torch.arange(width - 1, device=lengths.device)
-    return (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
