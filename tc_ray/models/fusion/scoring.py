@@ -8,16 +8,16 @@ by `FusedModel.score`, for explanations by `FusedModel.generate`, and by the ser
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from tc_ray.models.fusion.cache import CopilotCache
 from tc_ray.models.fusion.core import FusedCore
 from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.pilot.taps import UNPOOLED, LayerTap
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time, over the whole batch (16 MiB in fp32, a few tensors of that size)."""
@@ -123,9 +123,10 @@ def teacher_forced_rows(
     hooked = family.layers(model.pilot) if layers else []
     by_layer: Sequence[torch.Tensor] = ()
     if positions_at_a_time is None:
-        with model.tap.recording(), _layer_states(hooked, first) as by_layer:
+        with closing(LayerTap(hooked, UNPOOLED)) as lens, model.tap.recording(), lens.recording(first):
             final = _final_states(model, given)
         rationale = model.tap.take()
+        by_layer = lens.take().unbind(2) if layers else ()
     else:
         parts = []
         for part in _pilot_parts(model, given, positions_at_a_time):
@@ -162,23 +163,6 @@ def teacher_forced_rows(
                 None if f is None else f[:, skipped:],
                 [layer[:, at - first + skipped : end - first] for layer in by_layer],
             )
-
-
-@contextmanager
-def _layer_states(layers: Sequence[nn.Module], first: int) -> Iterator[list[torch.Tensor]]:
-    """Yields a list that the enclosed forward pass fills: each layer's output [B, S - first, d] from `first` on, detached."""
-    kept: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
-        kept.append(state.detach()[:, first:].clone())  # a view would hold the prompt's states too
-
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _final_states(model: FusedCore, given: Completions) -> torch.Tensor:

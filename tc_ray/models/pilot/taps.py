@@ -81,7 +81,7 @@ class LayerTap:
         self._add = None if pooling == UNPOOLED else POOLINGS[pooling]
         self._pooled: torch.Tensor | None = None
         self._each: list[torch.Tensor] = []
-        self._recording = False
+        self._recording, self._first = False, 0
         self._handles = [layer.register_forward_hook(self._hook) for layer in tapped]
 
     def _hook(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -89,16 +89,16 @@ class LayerTap:
             return
         state = (output[0] if isinstance(output, tuple) else output).detach()
         if self._add is None:
-            self._each.append(state)
+            self._each.append(state[:, self._first :].clone() if self._first else state)  # a view would hold all of it
         elif self._pooled is None:
             self._pooled = state.to(torch.float32, copy=True)
         else:
             self._add(self._pooled, state)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record states during the enclosed forward pass; call `take` after it."""
-        self._pooled, self._each, self._recording = None, [], True
+    def recording(self, first: int = 0) -> Iterator[None]:
+        """Record states during the enclosed forward pass (unpooled ones from position `first` on); call `take` after it."""
+        self._pooled, self._each, self._recording, self._first = None, [], True, first
         try:
             yield
         finally:
