@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -38,11 +36,6 @@ from tc_ray.text import first_line
 DEFAULT = FusionSettings(lam=0.5, space="probability", feedback="own")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")
 """Weights that a model folder may hold besides the safetensors that are read; they are not copied."""
-_Read = TypeVar("_Read")
-
-
-class FuseError(ExportError):
-    """These two cannot be fused as asked; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ def fuse_models(
         lam, space, feedback: of equation 8; None takes the exported run's, else 0.5, probability, own.
 
     Raises:
-        ExportError: a part is missing or damaged. FuseError: the tokenizers differ, or `out` exists. FusionError: other hidden
+        ExportError: a part is missing or damaged, the tokenizers differ, or `out` exists. FusionError: other hidden
         states, another architecture or width. UnknownFamilyError, ModelSourceError: the Pilot is no usable model.
         WeightsError, NotFiniteError: a tensor is missing or not finite. FusionSettingsError: lam, space or feedback.
     """
@@ -109,7 +102,7 @@ def fuse_models(
     settings = replace(DEFAULT, **asked)  # before anything is read: a bad option is refused at once
     out = out.expanduser().absolute()
     if out.exists() or out.is_symlink():
-        raise FuseError(f"--out {out} exists; name a folder that does not")
+        raise ExportError(f"--out {out} exists; name a folder that does not")
     pilot_folder, source = _find_pilot(pilot), _find_copilot(copilot)
     files = {"pilot": _model_files(pilot_folder), "copilot": _model_files(source.folder)}
     config = _check(pilot_folder, source)
@@ -142,7 +135,7 @@ def _find_pilot(name: str) -> Path:
         return export / "pilot"
     folder = resolve_model(name)
     if not isinstance(folder, Path):
-        raise FuseError(f"--pilot {name} is no folder on this machine; download the model first and name its folder")
+        raise ExportError(f"--pilot {name} is no folder on this machine; download the model first and name its folder")
     return folder
 
 
@@ -156,11 +149,11 @@ def _find_copilot(given: Path) -> _Copilot:
         beside = {"identity": model_identity(own), **_run_of(own)} if fused is None else fused["trained_beside"]
         return _Copilot(export / "copilot", settings, own, beside)
     if not given.is_dir():
-        raise FuseError(f"--copilot {given} is no folder; give an exported run, or copilot/final of a run")
+        raise ExportError(f"--copilot {given} is no folder; give an exported run, or copilot/final of a run")
     if not (given / "config.json").is_file() or read_part(given / "config.json").get("model_type") != (
         CopilotConfig.model_type
     ):
-        raise FuseError(f"--copilot {given} holds no Copilot; give an exported run, or copilot/final of a run")
+        raise ExportError(f"--copilot {given} holds no Copilot; give an exported run, or copilot/final of a run")
     own = given.parents[1] / "pilot" / "final"
     if given.parts[-2:] == ("copilot", "final") and (own / "config.json").is_file():
         return _Copilot(given, None, own, {"identity": model_identity(own), **_run_of(own)})
@@ -194,21 +187,19 @@ def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
     """Architecture, states, width, then tokenizers; returns the Copilot's config."""
     from transformers import AutoConfig
 
-    config: CopilotConfig = _read(CopilotConfig.from_pretrained, copilot.folder, "has no readable config")
-    check_fit(
-        _read(partial(AutoConfig.from_pretrained, trust_remote_code=False), pilot, "has no readable config"), config
-    )
+    config: CopilotConfig = _read_config(CopilotConfig, copilot.folder)
+    check_fit(_read_config(AutoConfig, pilot), config)
     own, trained, beside = tokenizer_of(pilot), config.tokenizer, copilot.own_pilot
     if own != trained and beside is not None and (beside / TOKENIZER_FILE).is_file():
         # unknown, or recorded by a version of transformers that read the same files differently
         trained = tokenizer_of(beside)
     if not trained:
-        raise FuseError(
+        raise ExportError(
             f"the Copilot in {copilot.folder} does not say which tokenizer it was trained with (config.json: tokenizer "
             "is empty), and no Pilot of its own is beside it to compare: name the exported run it belongs to"
         )
     if own != trained:
-        raise FuseError(
+        raise ExportError(
             f"the tokenizer of {pilot} ({own}) is not the one that the Copilot was trained with ({trained}): the same "
             "ids would mean other tokens"
         )
@@ -218,13 +209,13 @@ def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
 def _model_files(folder: Path) -> list[Path]:
     """The files that make up a model folder, weights complete: config, tokenizer, licence, safetensors."""
     if not (folder / "config.json").is_file():
-        raise FuseError(f"{folder} holds no model: config.json is missing")
+        raise ExportError(f"{folder} holds no model: config.json is missing")
     index = folder / "model.safetensors.index.json"
     shards = set(read_part(index).get("weight_map", {}).values()) if index.is_file() else ()
     names = sorted(shards) or ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
-            raise FuseError(f"{folder} is not whole: {name} is missing")
+            raise ExportError(f"{folder} is not whole: {name} is missing")
         tensor_shapes(folder / name)
     others = (
         path
@@ -236,12 +227,12 @@ def _model_files(folder: Path) -> list[Path]:
     return [*(folder / name for name in names), *others]
 
 
-def _read(reader: Callable[[Path], _Read], path: Path, problem: str) -> _Read:
-    """`reader(path)`; its error becomes one line."""
+def _read_config(kind: Any, path: Path) -> Any:
+    """The config in a model folder; an error of the library becomes one line."""
     try:
-        return reader(path)
+        return kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise FuseError(f"{path} {problem}: {first_line(error)}") from error
+        raise ExportError(f"{path} has no readable config: {first_line(error)}") from error
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
