@@ -22,11 +22,6 @@ from tc_ray.models.fusion.scoring import Completions, Scores, score_completions,
 class FusedGeneration(FusedCore, GenerationMixin):
     """Decoding and scoring of the fused model, for both architectures."""
 
-    @classmethod
-    def can_generate(cls) -> bool:
-        """GenerationMixin asks; the fused model always can."""
-        return True
-
     def generate(
         self,
         inputs: torch.Tensor | None = None,
