@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if pair >= WARM_UP_PAIRS:
                     seconds[logging].append(taken)
             tokens += batch.tokens if pair >= WARM_UP_PAIRS else 0
-        rounds.recorder.close()
+        rounds.recorder.writer.close()
         stats, state = rounds.recorder.metrics(), rounds.ledger.state()
     on, off = spread(seconds[True]), spread(seconds[False])
     ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]

@@ -18,9 +18,6 @@ def pooled_records(records: Records, pooling: str) -> Records:
     """The records with one state per position; those of a log that keeps layers are pooled as `LayerTap` does it.
 
     They are rounded to bfloat16, as in a pooled log: for a Pilot in bfloat16 the two are the same, bit for bit.
-
-    Args:
-        pooling: `log.pooling`.
     """
     if records.rationale_layers == 1:
         return records

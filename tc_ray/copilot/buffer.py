@@ -21,9 +21,8 @@ class RoundBuffer:
     """Records by data file, limited to the newest rounds.
 
     Args:
-        rounds: how many of the most recent rounds to draw from.
+        rounds: how many of the most recent rounds to draw from. pooling: `log.pooling`, for a log that keeps layers.
         max_seen: leave out records whose sample had been trained on more often than this; None keeps all.
-        pooling: `log.pooling`, for a log that keeps layers.
     """
 
     def __init__(self, rounds: int, max_seen: int | None = None, pooling: str = "mean") -> None:

@@ -32,11 +32,7 @@ class Position:
 
 
 def save(learner: Learner, root: Path, position: Position, *, keep: int = 2) -> Path:
-    """Publish `root/step-NNNNNN` whole, then remove all but the newest `keep`.
-
-    Raises:
-        NotFiniteError: a weight is not finite; the checkpoints before stand.
-    """
+    """Publish `root/step-NNNNNN` whole, then remove all but the newest `keep`. Raises NotFiniteError; those before stand."""
     folder = root / f"step-{position.step:06d}"
     temporary = root / f"{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -51,13 +47,9 @@ def save(learner: Learner, root: Path, position: Position, *, keep: int = 2) -> 
 
 
 def restore(learner: Learner, root: Path, report: Callable[[str], None] = log.warning) -> Position | None:
-    """Load the newest whole checkpoint into the learner; None when there is none.
+    """Load the newest whole checkpoint into the learner (errors: `Learner.load`); None when there is none.
 
-    Args:
-        report: called with one line for each newer one that is damaged.
-
-    Raises:
-        ValueError, NotFiniteError: see `Learner.load`.
+    report: called with one line for each newer one that is damaged.
     """
     whole = _whole(root)
     for folder in _all(root):

@@ -167,11 +167,7 @@ def _step_of(line: bytes) -> int:
 
 
 def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
-    """The config with what the log says about its states.
-
-    Raises:
-        StoredLogError: the config names another Pilot, or a pooling that the log's states do not have.
-    """
+    """The config with what the log says about its states; StoredLogError for another Pilot or pooling than the log's."""
     config = config.model_copy(deep=True)
     if metadata.pooling not in ("none", config.log.pooling):
         raise StoredLogError(
@@ -233,8 +229,8 @@ def _check_weights(config: RunConfig, pilot: Path | str, base: Path | str, mista
 def _open_folder(
     out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None, weights: dict[str, str]
 ) -> None:
-    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
     """Make the folder, or compare one that exists with this training."""
+    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
     source_file, saved = out / SOURCE_FILE, out / "config.yaml"
     if source_file.exists():
         try:

@@ -26,11 +26,7 @@ class CopilotError(RuntimeError):
 
 
 class CopilotGroup:
-    """Starts, watches and restarts the learners of one run. `start`, then `wait` (or `stop`).
-
-    Args:
-        need: the resources of the learners.
-    """
+    """Starts, watches and restarts the learners of one run, on resources `need`. `start`, then `wait` (or `stop`)."""
 
     def __init__(self, job: CopilotJob, need: Need) -> None:
         self._job, self._need = job, need

@@ -30,8 +30,9 @@ from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import LeftOut, check_finite
-from tc_ray.models.losses import TokenLoss, make_loss
-from tc_ray.models.pilot.load import load_pilot
+from tc_ray.models.identity import vocabulary_hash
+from tc_ray.models.losses import LOSSES, TokenLoss
+from tc_ray.models.pilot.load import load_pilot, lora_config
 from tc_ray.models.pilot.taps import tapped_layers
 
 
@@ -62,7 +63,7 @@ class Learner:
         self.config, self.world_size, self.device = config, world_size, torch.device(device)
         self.copilot = copilot
         self.model: Any = with_adapters(copilot, config).to(self.device).train()
-        self.loss = make_loss(config.loss, copilot.config.vocab_size)
+        self.loss = LOSSES[config.loss](copilot.config.vocab_size)
         self.batch_sums = BatchSums(copilot, self.loss, bf16=config.dtype == "bf16")
         self.forward: Any = self.batch_sums
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -92,10 +93,7 @@ class Learner:
     def step(self, batch: CopilotBatch) -> StepResult:
         """One optimizer step on this rank's part of the batch (collective over ranks).
 
-        A step whose loss or gradient is not finite is counted and left out, on all ranks: all see the same sums.
-
-        Raises:
-            NotFiniteError: too many in a row were left out.
+        A step whose loss or gradient is not finite is left out, on all ranks: all see the same sums (`LeftOut`).
         """
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.zero_grad()
@@ -126,8 +124,7 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write trainable weights (safetensors), optimizer and schedule; the caller makes it atomic.
 
-        Raises:
-            NotFiniteError: a weight is not finite; nothing was written.
+        Raises NotFiniteError before anything is written.
         """
         check_finite(self.parameters.items(), f"the Copilot after step {self.step_count}")
         save_file({n: p.detach().contiguous() for n, p in self.parameters.items()}, folder / "trainable.safetensors")
@@ -169,9 +166,7 @@ class Learner:
     def export(self, folder: Path) -> None:
         """Publish the trained Copilot, adapters merged, as a plain PreTrainedModel folder. The learner cannot be used afterwards.
 
-        Raises:
-            ExportMismatchError: the folder, loaded anew, predicts otherwise than the trained Copilot; nothing was published.
-            NotFiniteError: a weight is not finite.
+        Raises ExportMismatchError or NotFiniteError, and publishes nothing, if the folder is not the trained Copilot.
         """
         model = self.model.eval()
         trained = answers(self.copilot)
@@ -222,20 +217,10 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
     copilot.freeze_embeddings()
     if config.method == "full":
         return copilot
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    lora, family = config.lora, family_of(copilot.config.decoder_config())
-    model = get_peft_model(
-        copilot,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules or list(family.lora_targets),
-            layers_to_transform=list(range(lora.first_layer, len(copilot.layers))),
-            layers_pattern=family.layers_pattern,
-        ),
-    )
+    family = family_of(copilot.config.decoder_config())
+    model = get_peft_model(copilot, lora_config(config.lora, family, len(copilot.layers)))
     for name in NEW_MODULES:
         module = getattr(copilot, name)
         if module is not None:
@@ -248,8 +233,6 @@ def build_copilot(
 ) -> Copilot:
     """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
     from transformers import AutoConfig, AutoTokenizer
-
-    from tc_ray.models.identity import vocabulary_hash
 
     torch.manual_seed(config.run.seed)
     pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)

@@ -42,7 +42,6 @@ class Replay:
         self.total_steps = max(file.round_max for file in mistakes.files) * self._per_round
 
     def batch(self, step: int) -> Records | None:
-        """See the module."""
         wanted = self.round(step)
         if self._at is None:
             # with max_seen the window has no fixed start
@@ -57,11 +56,9 @@ class Replay:
 
     @property
     def left_out(self) -> int:
-        """See the module."""
         return self._buffer.left_out
 
     def round(self, step: int) -> int:
-        """See the module."""
         return step // self._per_round + 1
 
 
@@ -81,7 +78,6 @@ class Epochs:
         self.left_out = 0
 
     def batch(self, step: int) -> Records | None:
-        """See the module."""
         epoch, at = divmod(step, self._epoch_steps)
         if epoch != self._epoch:
             self._order, self._epoch = self._draw_order(epoch), epoch

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList
 
 from tc_ray.evaluation.heldout import HeldOut
@@ -36,15 +37,11 @@ def _batches(model: Any, pad: int, examples: Sequence[HeldOut], batch_size: int)
     order = sorted(range(len(examples)), key=lambda i: examples[i].target_start)
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
-        width = max(examples[i].target_start for i in rows)
-        ids = torch.full((len(rows), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(rows):
-            prompt = examples[i].prompt_ids
-            place = slice(width - len(prompt), width) if left else slice(0, len(prompt))
-            ids[row, place] = torch.tensor(prompt)
-            mask[row, place] = 1
-        yield _Batch(rows, ids.to(model.device), mask.to(model.device), width if left else 1)
+        prompts = [torch.tensor(examples[i].prompt_ids, dtype=torch.long) for i in rows]
+        side = "left" if left else "right"
+        ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side=side)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side=side)
+        yield _Batch(rows, ids.to(model.device), mask.to(model.device), ids.shape[1] if left else 1)
 
 
 def _generated(
@@ -77,11 +74,7 @@ def complete(
     num_beams: int = 1,
     lam: float | None = None,
 ) -> list[str]:
-    """Completion texts in the order of `examples`, greedy or by beam search.
-
-    Args:
-        lam: of a fused model; None for a Pilot.
-    """
+    """Completion texts in the order of `examples`, greedy or by beam search. lam: of a fused model; None for a Pilot."""
     texts = [""] * len(examples)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     for batch, out in _generated(model, tokenizer, examples, batch_size, lam, None, options):

@@ -100,11 +100,7 @@ class ItemTrie:
 
 
 class ItemTrieProcessor(LogitsProcessor):
-    """Sets the scores of all tokens that continue no item to -inf.
-
-    Args:
-        begin: columns before the first generated token (prompt, or the decoder's start token).
-    """
+    """Sets the scores of all tokens that continue no item to -inf. begin: columns before the first generated token."""
 
     def __init__(self, trie: ItemTrie, begin: int) -> None:
         self._trie, self._begin = trie, begin

@@ -1,7 +1,4 @@
-"""The interface of a metric: what it measures of one model on held-out rows.
-
-`exact_match` and `ranking` are the two metrics; `procedure` knows only this interface.
-"""
+"""The interface of a metric, which is all that `procedure` knows, and the metric of completions; `ranking` is the other one."""
 
 from __future__ import annotations
 
@@ -9,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tc_ray.config.fusion import FusionSection
+from tc_ray.evaluation.decode import complete
 from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.scoring import matches
 from tc_ray.evaluation.statistics import Interval
 
 
@@ -51,3 +51,30 @@ class Metric(Protocol):
 
     def measures(self, pilot: Outcome, fused: Outcome) -> list[Measure]:
         """Table beside the paired comparison of `right`; a row named `score_name` decides the verdict."""
+
+
+class ExactMatch:
+    """Is the final answer the gold answer? Decodes with `config.num_beams` beams."""
+
+    right_name = score_name = "accuracy"
+
+    def __init__(self, tokenizer: Any, config: FusionSection) -> None:
+        self._tokenizer, self._config = tokenizer, config
+
+    def outcome(self, model: Any, examples: Sequence[HeldOut], lam: float | None) -> Outcome:
+        """Completions; a right one scores 1."""
+        texts = complete(
+            model,
+            self._tokenizer,
+            examples,
+            max_new_tokens=self._config.max_new_tokens,
+            batch_size=self._config.eval_batch_size,
+            num_beams=self._config.num_beams,
+            lam=lam,
+        )
+        right = [matches(text, e.answer) for text, e in zip(texts, examples, strict=True)]
+        return Outcome(right, [float(is_right) for is_right in right], texts, {})
+
+    def measures(self, pilot: Outcome, fused: Outcome) -> list[Measure]:
+        """None: wins, losses and accuracies are all there is."""
+        return []

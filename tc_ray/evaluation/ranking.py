@@ -36,14 +36,7 @@ def ndcg_at(k: int, place: int | None) -> float:
 
 
 class Ranking:
-    """Ranks the items of a run by beam search.
-
-    Args:
-        labels: item id -> label, the completion that names the item. vocab_size: V of the model.
-
-    Raises:
-        ValueError: two items with the same tokens.
-    """
+    """Ranks the items of a run by beam search. labels: item id -> label, the completion that names it; vocab_size: V."""
 
     right_name = f"Hit@{RIGHT_WITHIN}"
     score_name = f"NDCG@{RIGHT_WITHIN}"

@@ -173,7 +173,9 @@ class Report:
         names = [self.right_name] if one_name else [self.score_name, self.right_name]
         lines = [f"| space | lambda | {' | '.join(names)} | wins | losses | NLL |", "|---" * (5 + len(names)) + "|"]
         for row in self.validation:
-            values = [f"{100 * row['right']:.1f}%"] if one_name else [_percent(row[key]) for key in ("score", "right")]
+            values = (
+                [f"{100 * row['right']:.1f}%"] if one_name else [f"{100 * row[key]:.2f}%" for key in ("score", "right")]
+            )
             cells = [row["space"], f"{row['lam']:g}", *values]
             cells += [str(row["wins"]), str(row["losses"]), f"{row['nll']:.4f}"]
             lines.append(f"| {' | '.join(cells)} |")
@@ -194,7 +196,3 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 
 def _points(share: float) -> str:
     return f"{100 * share:+.2f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}%"

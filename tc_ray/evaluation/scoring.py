@@ -2,7 +2,7 @@
 
 Invariant: the kind of the gold answer (number, choice, letter, truth value, text) decides what is searched for, so a stray
 "no" or number elsewhere in a completion is not taken for the answer. A stated answer ("the answer is X", "X is correct") has
-priority over a mentioned one. Pure; called by `exact_match`.
+priority over a mentioned one. Pure; called by `metric`.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ Z_95 = 1.959963984540054
 """Two-sided 95% point of the normal distribution."""
 
 
-def wilson_interval(successes: int, rows: int, z: float = Z_95) -> Interval:
+def wilson_interval(successes: int, rows: int) -> Interval:
     """Wilson score interval (low, high) of a proportion, as fractions; (0, 1) for no rows."""
     if not 0 <= successes <= rows:
         raise ValueError(f"successes {successes} must lie between 0 and rows {rows}")
     if rows == 0:
         return 0.0, 1.0
-    share = successes / rows
+    share, z = successes / rows, Z_95
     middle = share + z * z / (2 * rows)
     reach = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
     scale = 1 + z * z / rows
@@ -44,7 +44,7 @@ def mcnemar_p(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail / 2**changed)
 
 
-def paired_difference_interval(wins: int, losses: int, rows: int, z: float = Z_95) -> Interval:
+def paired_difference_interval(wins: int, losses: int, rows: int) -> Interval:
     """Tango's score interval (low, high) of the accuracy difference (wins - losses) / rows of paired answers.
 
     Tango 1998, Statistics in Medicine 17: the differences that a score test would not reject. At difference 0 it agrees with
@@ -62,8 +62,8 @@ def paired_difference_interval(wins: int, losses: int, rows: int, z: float = Z_9
         variance = rows * (2 * losing + difference * (1 - difference))
         return (wins - losses - rows * difference) / math.sqrt(variance) if variance > 0 else 0.0
 
-    low = _root(lambda d: statistic(d) - z, -1.0, estimate)
-    high = _root(lambda d: statistic(d) + z, estimate, 1.0)
+    low = _root(lambda d: statistic(d) - Z_95, -1.0, estimate)
+    high = _root(lambda d: statistic(d) + Z_95, estimate, 1.0)
     return low, high
 
 

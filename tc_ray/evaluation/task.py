@@ -10,10 +10,9 @@ from typing import Any
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.sequences import ITEMS_FILE, read_items
-from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import read_counted
-from tc_ray.evaluation.metric import Metric
-from tc_ray.evaluation.procedure import evaluate, evaluate_pilot
+from tc_ray.evaluation.metric import ExactMatch, Metric
+from tc_ray.evaluation.procedure import evaluate
 from tc_ray.evaluation.ranking import Ranking
 from tc_ray.evaluation.report import Report
 
@@ -61,21 +60,20 @@ def evaluate_finished(
             tracker.waiting.remote("evaluation", "")
             tracker.event.remote("evaluate", line)
 
-    common: dict[str, Any] = {"test": test, "data": source, "on_progress": report_progress}
+    common: dict[str, Any] = {
+        "test": test,
+        "data": source,
+        "on_progress": report_progress,
+        "left_out": {"test": without_test},
+    }
     if no_copilot is not None:
-        left_out = {"test": without_test}
-        return evaluate_pilot(pilot.to(device), metric, fusion, no_copilot=no_copilot, left_out=left_out, **common)
-    validation, without_validation = read_counted(folder / "data" / "validation.parquet", fusion.max_validation_rows)
-    copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
-    return evaluate(
-        FusedModel.join(pilot, copilot, feedback=fusion.feedback).to(device),
-        metric,
-        fusion,
-        validation=validation,
-        seen_error_size=seen_error_size,
-        left_out={"validation": without_validation, "test": without_test},
-        **common,
+        return evaluate(pilot.to(device), metric, fusion, no_copilot=no_copilot, **common)
+    validation, common["left_out"]["validation"] = read_counted(
+        folder / "data" / "validation.parquet", fusion.max_validation_rows
     )
+    copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
+    fused = FusedModel.join(pilot, copilot, feedback=fusion.feedback).to(device)
+    return evaluate(fused, metric, fusion, validation=validation, seen_error_size=seen_error_size, **common)
 
 
 def _metric(config: RunConfig, tokenizer: Any, vocab_size: int) -> Metric:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.models.copilot import CopilotBatch
@@ -54,10 +55,7 @@ def teacher_forced(
     base, tokens = 0.0, 0
     for at in range(0, len(examples), batch_size):
         part = examples[at : at + batch_size]
-        width = max(len(e.input_ids) for e in part)
-        ids = torch.zeros(len(part), width, dtype=torch.long)
-        for row, example in enumerate(part):
-            ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+        ids = pad_sequence([torch.tensor(e.input_ids) for e in part], batch_first=True)
         lengths = torch.tensor([len(e.input_ids) for e in part])
         starts = torch.tensor([e.target_start for e in part])
         out = step.measure(ids.to(device), lengths.to(device), starts.to(device))

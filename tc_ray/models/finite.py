@@ -39,11 +39,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> Non
 
 
 class LeftOut:
-    """Counts steps that were left out because their loss or gradient was not finite.
-
-    Args:
-        what: the training, for the error. advice: what to do about it.
-    """
+    """Counts steps left out because their loss or gradient was not finite. what: the training; advice: for the error."""
 
     def __init__(self, what: str, advice: str) -> None:
         self._what, self._advice = what, advice

@@ -6,7 +6,7 @@ Used by `models.fusion.model` and by `export`, which adds what a run's export ho
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,44 @@ class NoFusedModelError(FileNotFoundError):
     """The folder is not an exported fused model, or parts of it are missing."""
 
 
+class FusionSettingsError(ValueError):
+    """A field of the fusion settings has a value that it cannot have; the message names it."""
+
+
 @dataclass(frozen=True)
 class FusionSettings:
-    """Default lambda, fusion space and feedback of an exported model (equation 8)."""
+    """Default lambda, fusion space and feedback of an exported model (equation 8). Raises FusionSettingsError."""
 
     lam: float
     space: str
     feedback: str
 
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "lam", check_lam(self.lam, "lam"))
+        except ValueError as error:
+            raise FusionSettingsError(str(error)) from None
+        for name, choices in (("space", SPACES), ("feedback", FEEDBACKS)):
+            if getattr(self, name) not in choices:
+                raise FusionSettingsError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(choices)}")
+
     @staticmethod
     def read(folder: Path) -> FusionSettings:
-        """Read fusion.json. Raises ValueError that names the file and the field for an unknown format or a bad value."""
-        return _checked(read_json(folder / FUSION_FILE), folder / FUSION_FILE)
+        """Read fusion.json. Raises FusionSettingsError that names the file and the field for an unknown format or a bad value."""
+        file = folder / FUSION_FILE
+        settings: dict[str, Any] = read_json(file)
+        if settings.get("format") != FORMAT:
+            raise FusionSettingsError(
+                f"{file}: format {settings.get('format')} is not known; this version reads {FORMAT}"
+            )
+        try:
+            return FusionSettings(*(settings.get(field.name) for field in fields(FusionSettings)))  # type: ignore[arg-type]
+        except FusionSettingsError as error:
+            raise FusionSettingsError(f"{file}: {error}") from None
 
     def write(self, folder: Path) -> None:
-        """Write fusion.json. Raises ValueError for what `read` would refuse."""
-        settings = {"format": FORMAT, **asdict(self)}
-        _checked(settings, folder / FUSION_FILE)
-        write_json(folder / FUSION_FILE, settings)
+        """Write fusion.json."""
+        write_json(folder / FUSION_FILE, {"format": FORMAT, **asdict(self)})
 
 
 def check_parts(folder: Path) -> None:
@@ -66,12 +86,3 @@ def check_alone(folder: Path) -> None:
             f"{folder} holds a Pilot alone, copilot/config.json is missing: there is nothing to fuse. If the Copilot of a run "
             "failed, the run's command (`tc-ray train`) trains it again; pilot/ is an ordinary model folder"
         )
-
-
-def _checked(settings: dict[str, Any], file: Path) -> FusionSettings:
-    if settings.get("format") != FORMAT:
-        raise ValueError(f"{file}: format {settings.get('format')} is not known; this version reads {FORMAT}")
-    for name, choices in (("space", SPACES), ("feedback", FEEDBACKS)):
-        if settings.get(name) not in choices:
-            raise ValueError(f"{file}: {name} is {settings.get(name)!r}, not one of {', '.join(choices)}")
-    return FusionSettings(check_lam(settings.get("lam"), f"{file}: lam"), settings["space"], settings["feedback"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.models.builtin import BUILTIN_MODELS, builtin_folder
-from tc_ray.models.identity import ModelSourceError
+from tc_ray.models.identity import ModelSourceError, tensor_shapes
 
 _EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
 
@@ -18,9 +18,8 @@ _EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
 def resolve_model(name: str, cache: Path | None = None) -> Path | str:
     """What `from_pretrained` can read for `name`.
 
-    A local model folder gives its absolute path. A builtin name gives its folder in `cache` (default
-    `default_cache()`), which is made on the first call: 93 MB are downloaded and converted to 540 MB of float32.
-    Any other name of the form `model` or `owner/model` is a hub id and returned unchanged.
+    A local model folder gives its absolute path. A builtin name gives its folder in `cache` (default `default_cache()`), made
+    on the first call (93 MB are downloaded, 540 MB written). Any other `model` or `owner/model` is a hub id, returned as it is.
     Raises ModelSourceError for a folder that is absent or holds no config.json, and if a builtin cannot be downloaded.
     """
     folder = Path(name).expanduser()
@@ -43,12 +42,9 @@ def embedding_rows(path: Path | str, config: Any) -> int:
 
     For a hub id only the config is read: its weights may not be downloaded yet.
     """
-    from safetensors import SafetensorError, safe_open
-
     rows = [int(config.vocab_size)]
     for weights in sorted(Path(path).glob("*.safetensors")):
         # a file that cannot be read is refused where it is loaded, with its own message
-        with contextlib.suppress(SafetensorError, OSError), safe_open(weights, "pt") as file:
-            names = [name for name in file.keys() if name.endswith(_EMBEDDINGS)]  # noqa: SIM118 - it is no dict
-            rows += [file.get_slice(name).get_shape()[0] for name in names]
+        with contextlib.suppress(ModelSourceError, OSError):
+            rows += [shape[0] for name, shape in tensor_shapes(weights).items() if name.endswith(_EMBEDDINGS)]
     return min(rows)

@@ -7,13 +7,16 @@ any worker starts, by the log's metadata, by exports and by serving.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from tc_ray.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +25,6 @@ _NO_CONTENT = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and by which version it was written."""
 _BLOCKS = 64
 _BLOCK_BYTES = 65536
-_HEADER_LIMIT_BYTES = 2**27
 
 
 class ModelSourceError(RuntimeError):
@@ -30,18 +32,18 @@ class ModelSourceError(RuntimeError):
 
 
 def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
-    """16 hex digits over config and weights of a model; every byte is read, at the speed of the disk.
+    """16 hex digits over config and weights of a model, every byte of them. Raises ModelSourceError for a damaged file.
 
     Args:
         path: model folder; or a hub id, which is identified by its commit.
         random_weights: the weights are made from the config and not read.
-
-    Raises:
-        ModelSourceError: a weight file is damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
-        return _digest(["hub", str(path), _hub_commit(str(path))])
+        from transformers import AutoConfig
+
+        commit = getattr(AutoConfig.from_pretrained(str(path), trust_remote_code=False), "_commit_hash", None)
+        return _digest(["hub", str(path), commit])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     content: list[Any] = [{key: value for key, value in config.items() if key not in _NO_CONTENT}]
     if random_weights:
@@ -49,7 +51,7 @@ def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return _digest([*content, sorted(tensor for file in files for tensor in _tensors(file))])
-    return _digest([*content, [_file_digest(file) for file in sorted(folder.glob("*.bin"))]])
+    return _digest([*content, [_sha256(file) for file in sorted(folder.glob("*.bin"))]])
 
 
 def model_identity(path: Path | str) -> str:
@@ -98,66 +100,41 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
     return rules
 
 
-def _hub_commit(name: str) -> str | None:
-    from transformers import AutoConfig
-
-    return getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "_commit_hash", None)
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors of a safetensors file, from its header alone. Raises ModelSourceError if it is damaged."""
+    with _opened(file, "numpy") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - it is no dict
 
 
 def _tensors(file: Path) -> list[tuple[str, str, str, str]]:
     """(name, type, shape, SHA-256) of the tensors of a safetensors file."""
-    tensors = tensors_in(file)
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    import torch
 
-        def hashed(tensor: StoredTensor) -> str:
-            with memoryview(content) as whole, whole[tensor.first : tensor.last] as part:
-                return hashlib.sha256(part).hexdigest()
+    with _opened(file, "pt") as weights, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter's lock
-            digests = list(threads.map(hashed, tensors))
-    return [(t.name, t.dtype, str(t.shape), digest) for t, digest in zip(tensors, digests, strict=True)]
+        def described(name: str) -> tuple[str, str, str, str]:
+            content = weights.get_tensor(name).reshape(-1).view(torch.uint8).numpy()  # a map of the file, not a copy
+            part = weights.get_slice(name)
+            return name, part.get_dtype(), str(part.get_shape()), hashlib.sha256(content).hexdigest()
 
-
-class StoredTensor(NamedTuple):
-    """A tensor of a safetensors file; its bytes are [first, last) of the file."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-    first: int
-    last: int
+        return list(threads.map(described, weights.keys()))  # hashing releases the interpreter's lock
 
 
-def tensors_in(file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file, from its header alone.
+@contextlib.contextmanager
+def _opened(file: Path, framework: str) -> Iterator[Any]:
+    """safetensors' own reader, which compares header and length."""
+    from safetensors import SafetensorError, safe_open
 
-    Raises:
-        ModelSourceError: the header cannot be read, or the file has another length than it says.
-    """
-    size = file.stat().st_size
     try:
-        with file.open("rb") as opened:
-            start = 8 + int.from_bytes(opened.read(8), "little")
-            header: Any = json.loads(opened.read(start - 8) if start <= min(size, _HEADER_LIMIT_BYTES) else "")
-        tensors = [
-            StoredTensor(name, str(entry["dtype"]), list(entry["shape"]), *(start + at for at in entry["data_offsets"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelSourceError(f"{file} is damaged: its header cannot be read; fetch the model again") from error
-    end = max((tensor.last for tensor in tensors), default=start)
-    if size != end or any(not start <= tensor.first <= tensor.last for tensor in tensors):
-        raise ModelSourceError(f"{file} is damaged: {size} bytes, {end} expected; fetch the model again")
-    return tensors
+        with safe_open(file, framework) as weights:
+            yield weights
+    except SafetensorError as error:
+        raise ModelSourceError(f"{file} is damaged ({first_line(error)}); fetch the model again") from error
 
 
-def _file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
+def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _digest(parts: list[Any]) -> str:

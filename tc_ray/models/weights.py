@@ -24,13 +24,16 @@ class WeightsError(ValueError):
     """The weights of a folder are not those of its model; the message names the tensors in one line."""
 
 
+class ExportMismatchError(RuntimeError):
+    """A written folder is not the trained model; nothing was published."""
+
+
 def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), **options: Any) -> Any:
     """`kind.from_pretrained(path, **options)`, refused unless it is whole and finite. Code in a folder is never run.
 
-    With `device_map="meta"` no weight is read: names and shapes are checked alone.
-
     Args:
         leave_out: prefixes of names that the folder may hold beyond the model.
+        options: with `device_map="meta"` no weight is read: names and shapes are checked alone.
 
     Raises:
         WeightsError: missing or unexpected tensors, or of another shape. NotFiniteError: NaN or infinity in a tensor.

@@ -41,11 +41,12 @@ def stale_build_locks_removed(on_build: Callable[[], None] = lambda: None) -> It
         building = False
         while not done.wait(_LOOK_SECONDS):
             clear_stale_build_locks()
-            held = _locks()
-            since = {lock: since.get(lock, time.monotonic()) for lock in held}
-            if not building and any(_builds(lock, time.monotonic() - began) for lock, began in since.items()):
-                building = True
-                on_build()
+            since = {lock: since.get(lock, time.monotonic()) for lock in _locks()}
+            for lock, began in since.items():
+                limit = REBUILD_SECONDS if any(lock.parent.glob("*.so")) else BUILD_SECONDS
+                if not building and time.monotonic() - began > limit:
+                    building = True
+                    on_build()
 
     clear_stale_build_locks()
     threading.Thread(target=look, name="build-locks", daemon=True).start()
@@ -56,13 +57,9 @@ def stale_build_locks_removed(on_build: Callable[[], None] = lambda: None) -> It
 
 
 def clear_stale_build_locks() -> list[Path]:
-    """Remove locks whose owner is dead.
+    """Remove locks whose owner is dead, and return them.
 
-    Owners in other containers or on other machines cannot be seen. If such share the folder, give each its own
-    TORCH_EXTENSIONS_DIR.
-
-    Returns:
-        What was removed.
+    Owners in other containers or on other machines cannot be seen: give each that shares the folder an own TORCH_EXTENSIONS_DIR.
     """
     removed = []
     for lock in _locks():
@@ -81,34 +78,22 @@ def _locks() -> list[Path]:
     return list(root.glob("**/lock")) if root.is_dir() else []
 
 
-def _builds(lock: Path, held_s: float) -> bool:
-    return held_s > (REBUILD_SECONDS if any(lock.parent.glob("*.so")) else BUILD_SECONDS)
-
-
 def _is_stale(lock: Path) -> bool:
-    owners = _processes_with(lock)
-    if owners is not None:
-        # an owner that has just created the file may not show it in /proc yet
-        return not owners and disk_time(lock.parent) - lock.stat().st_mtime > _LOOK_SECONDS
-    newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
-    return disk_time(lock.parent) - newest > STALE_LOCK_SECONDS
+    is_open = _is_open(lock)
+    if is_open is None:
+        newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
+        return disk_time(lock.parent) - newest > STALE_LOCK_SECONDS
+    # an owner that has just created the file may not show it in /proc yet
+    return not is_open and disk_time(lock.parent) - lock.stat().st_mtime > _LOOK_SECONDS
 
 
-def _processes_with(file: Path) -> list[int] | None:
-    """Numbers of the processes that have a file open; None: this system has no /proc."""
-    processes = Path("/proc")
-    if not (processes / "self" / "fd").is_dir():
+def _is_open(file: Path) -> bool | None:
+    """Whether a process of this machine has the file open; None: this system has no /proc."""
+    if not Path("/proc/self/fd").is_dir():
         return None
-    wanted, found = str(file.resolve()), []
-    for process in processes.iterdir():
-        if process.name.isdigit():
-            with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-                found += [int(process.name) for entry in (process / "fd").iterdir() if _target(entry) == wanted]
-    return found
-
-
-def _target(entry: Path) -> str:
-    try:
-        return os.readlink(entry)
-    except OSError:
-        return ""
+    wanted = str(file.resolve())
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.readlink(entry) == wanted:
+                return True
+    return False

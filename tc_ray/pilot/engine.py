@@ -48,12 +48,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 def build_engine(
     config: RunConfig, model_path: Path | str, rounds: int, on_build: Callable[[], None] = lambda: None
 ) -> Any:
-    """Load the Pilot and wrap its training forward (`PilotStep`) in a DeepSpeed engine.
+    """Load the Pilot and wrap its training forward (`PilotStep`) in a DeepSpeed engine; the same weights on every rank.
 
-    Every rank builds the same weights: the seed is set before adapters (or random weights) are made.
-
-    Args:
-        on_build: called from another thread when an operator of DeepSpeed is being compiled: that takes minutes.
+    on_build: called from another thread when an operator of DeepSpeed is being compiled, which takes minutes.
     """
     import deepspeed
 
@@ -99,12 +96,7 @@ def take_step(engine: Any, finite: bool) -> bool:
     """The optimizer step of a round (collective), left out if a number is not finite: weights and optimizer stay.
 
     The learning rate changes in any case: it belongs to the round, not to the steps taken.
-
-    Args:
-        finite: whether the round's loss over all ranks is; the same on every rank.
-
-    Returns:
-        Whether the step was taken, the same on every rank.
+    finite: whether the round's loss over all ranks is. Returns whether the step was taken, the same on every rank.
     """
     if finite and not engine.zero_optimization() and not engine.bfloat16_enabled():
         # gradients are whole here, and the same on every rank; the other optimizers of DeepSpeed check by themselves
@@ -120,11 +112,7 @@ def take_step(engine: Any, finite: bool) -> bool:
 
 
 def pilot_step(model: Any, config: RunConfig) -> PilotStep:
-    """The training forward that leaves what `log` asks for.
-
-    Raises:
-        ValueError: `log.rationale` names layers that the model does not have.
-    """
+    """The training forward that leaves what `log` asks for; ValueError for layers that the model does not have."""
     log, family = config.log, family_of(model)
     return PilotStep(
         model,

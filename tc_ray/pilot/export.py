@@ -22,6 +22,7 @@ from tc_ray.files import publish_folder
 from tc_ray.models.finite import check_finite
 from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.models.pilot.step import PilotStep
+from tc_ray.models.weights import ExportMismatchError
 
 PROBE_ROWS = 4
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
@@ -32,10 +33,6 @@ small changes of large weights are lost: 0.105 was measured (SmolLM2-135M, LoRA 
 falls fastest), 0.015 later. The merge by itself is checked in fp32, because bf16 would hide an error of that size."""
 Row = Mapping[str, np.ndarray]
 """A batch of one row, see `TrainTable.batch`."""
-
-
-class ExportMismatchError(RuntimeError):
-    """The folder has other losses than the trained model; nothing was published."""
 
 
 def probe_rows(table: TrainTable) -> list[Row]:
@@ -87,12 +84,7 @@ def check_export(
 ) -> None:
     """Load a folder anew: it must hold the merged model's weights, bit for bit, and give the losses of the one in training.
 
-    Args:
-        merged: what was written. trained: mean loss of each row of `probe` in nats, of the trained model, on `device`.
-        dtype: `pilot.dtype`.
-
-    Raises:
-        ExportMismatchError: another weight, or another loss of a row.
+    merged: what was written. trained: mean loss of each row of `probe` in nats, on `device`. Raises ExportMismatchError.
     """
     written = load_pilot(folder, dtype=DTYPES[dtype], safetensors=True)
     found = dict(written.named_parameters(remove_duplicate=False))

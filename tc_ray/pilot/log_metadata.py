@@ -15,14 +15,9 @@ from tc_ray.models.pilot.taps import UNPOOLED, log_pooling, tap_definition, tapp
 def log_metadata(
     config: RunConfig, pilot_config: Any, tokenizer: Any, inputs: Mapping[str, str] | None = None
 ) -> LogMetadata:
-    """Metadata of the log that a run of `config` writes.
+    """Metadata of the log that a run of `config` writes; ValueError: see `check_log`.
 
-    Args:
-        pilot_config: the Pilot's transformers config. tokenizer: the Pilot's.
-        inputs: hashes of what the run starts from, by the metadata's names (`train_rows`, ...).
-
-    Raises:
-        ValueError: see `check_log`.
+    pilot_config: the Pilot's transformers config. inputs: hashes of what the run starts from, by the metadata's names.
     """
     log, family = config.log, family_of(pilot_config)
     layers, count = check_log(config, pilot_config), family.layer_count(pilot_config)
@@ -49,14 +44,10 @@ def log_metadata(
 
 
 def check_log(config: RunConfig, pilot_config: Any) -> list[int] | None:
-    """Whether the Pilot has the states that `log` asks for.
-
-    Returns:
-        Its decoder layers that are tapped, from 0; None: all.
+    """The Pilot's decoder layers that `log` taps, from 0; None: all.
 
     Raises:
-        ValueError: `log.rationale` names layers that it does not have, or `log.positions` is all and it is an
-            encoder-decoder, whose decoder has states of target positions only.
+        ValueError: it has no such layers, or it is an encoder-decoder (states of target positions only) and `log.positions` is all.
     """
     log, family = config.log, family_of(pilot_config)
     if family.encoder_decoder and log.positions != "target":

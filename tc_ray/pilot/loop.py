@@ -124,7 +124,7 @@ class Worker:
         final, probe = self.checkpoints.with_name("final"), probe_rows(self.table)
         save_merged(self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank)
         if self.recorder is not None:
-            self.recorder.close()
+            self.recorder.writer.close()
             if self.rank == 0:
                 self._committed("finish_pilot", self.job.rounds)
 
@@ -145,12 +145,8 @@ class Worker:
 
     def _begin_attempt(self, watermark: int) -> Recorder:
         """Rank 0 fences the log past the watermark and shares the attempt's number; then every rank writes."""
-        shared = torch.zeros(1, dtype=torch.int64, device=self.device)
-        if self.rank == 0:
-            shared[0] = self._committed("begin_attempt", watermark, self.world_size)
-        if self.world_size > 1:
-            dist.broadcast(shared, 0)
-        attempt, log = int(shared), self.config.log
+        begun = self._committed("begin_attempt", watermark, self.world_size) if self.rank == 0 else 0
+        attempt, log = int(self._largest(begun)), self.config.log
         if attempt > 1:
             self._event("resume", f"Pilot attempt {attempt} resumes after round {watermark}")
         if self.config.copilot.schedule == "lockstep":  # the Copilot waits for the file of every round
@@ -169,14 +165,11 @@ class Worker:
     # -- a round --------------------------------------------------------------------------------------------------
 
     def _round(self, number: int) -> Round:
-        """One optimizer step, left out on every rank where the loss or gradient of one is not finite.
-
-        Raises:
-            NotFiniteError: too many in a row were left out.
-        """
+        """One optimizer step, left out on every rank if the loss or gradient of one is not finite (`LeftOut`)."""
         rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
         rows = self.order.sample_rows(number)
-        torch.manual_seed(_round_seed(self.config.run.seed, number, self.rank))
+        seed = np.random.SeedSequence([self.config.run.seed, number, self.rank])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
         loss_sum = self._forward_backward(number, rows)
         skipped = 0 if self.recorder is None else self.recorder.skipped
         totals = torch.stack([loss_sum.double(), torch.tensor(float(skipped), device=self.device).double()])
@@ -247,11 +240,8 @@ class Worker:
     def _checkpoint(self, number: int, *, wait: bool) -> bool:
         """Log first, then weights, then the marker: a marker promises both.
 
-        Args:
-            wait: until the log can be written, whatever `log.full_policy` says.
-
-        Returns:
-            False on every rank: the log cannot be written on one of them, nothing was done.
+        wait: until the log can be written, whatever `log.full_policy` says. Returns False on every rank if the log cannot be
+        written on one of them; then nothing was done.
         """
         while not self._log_is_complete(number):
             self._report_postponed(f"the checkpoint of round {number} is postponed")
@@ -282,19 +272,13 @@ class Worker:
         """Up to this round, on all ranks; all get the same answer."""
         if self.recorder is None:
             return True
-        complete = torch.tensor(float(self.recorder.writer.flush(number)), device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(complete, dist.ReduceOp.MIN)
-        return bool(complete)
+        return not self._largest(float(not self.recorder.writer.flush(number)))
 
     def _check_weights(self, what: str, advice: str) -> None:
         """Raise NotFiniteError on every rank where a trained weight of one is not finite (collective)."""
         trained = ((n, _own_part(p)) for n, p in self.engine.module.named_parameters() if p.requires_grad)
         name = first_not_finite(trained)
-        bad = torch.tensor(float(name is not None), device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad:
+        if self._largest(float(name is not None)):
             raise NotFiniteError(f"{what} holds weights that are not finite ({name or 'on another rank'}); {advice}")
 
     # -- the others -----------------------------------------------------------------------------------------------
@@ -329,13 +313,16 @@ class Worker:
         """What the status shows until the first round; an empty text: nothing is waited for."""
         self.job.tracker.waiting.remote("pilot", text)
 
+    def _largest(self, number: float) -> float:
+        """The largest number of all ranks (collective)."""
+        largest = torch.tensor(float(number), dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
     def _barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
-
-
-def _round_seed(seed: int, number: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0])
 
 
 def _own_part(parameter: torch.Tensor) -> torch.Tensor:

@@ -23,13 +23,7 @@ from tc_ray.models.pilot.step import StepRecord
 
 
 class Recorder:
-    """Records of one rank in one attempt.
-
-    Args:
-        writer: of this rank and attempt; `close` closes it.
-        log: the run's settings. seed: of the run; `log.sampling: fraction` depends on it.
-        device: of the Pilot.
-    """
+    """Records of one rank in one attempt. writer: of this rank and attempt. seed: of the run. device: of the Pilot."""
 
     def __init__(self, writer: RecordWriter, log: LogSection, *, seed: int, device: torch.device) -> None:
         self.writer, self._log, self._seed = writer, log, seed
@@ -67,10 +61,6 @@ class Recorder:
         self._unacknowledged.append((round, self._round_tokens))
         self._round_tokens = 0
         self.writer.end_round(round, left_out=left_out)
-
-    def close(self) -> None:
-        """Commit all rounds that have ended and stop the writer."""
-        self.writer.close()
 
     def metrics(self) -> dict[str, float]:
         """The writer's counts, and `bytes_per_token`: bytes of this rank's files per token of prompt and completion."""
@@ -114,10 +104,8 @@ def to_records(
     """Records of one micro-batch of B examples.
 
     Args:
-        step: what the Pilot's forward left, on its device.
         batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]. seen: int [B].
-        log: its `positions` and `error` as the step had them.
-        rows: int64, examples to keep, ascending; None: all.
+        log: its `positions` and `error` as the step had them. rows: int64, examples to keep, ascending; None: all.
         copy: of the step's device; None: one for this call.
 
     Returns:
@@ -175,8 +163,7 @@ def _at(states: torch.Tensor, mask: np.ndarray, copy: HostCopy) -> torch.Tensor:
 class HostCopy:
     """Copies tensors of one device to the host without stopping the device.
 
-    On CUDA a side stream copies into pinned memory while the backward pass runs; who needs the numbers (in a run the log's
-    writer thread) waits for the copy. On the CPU the tensors' own memory is used.
+    On CUDA a side stream copies into pinned memory while the backward pass runs. On the CPU the tensors' own memory is used.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -24,20 +24,15 @@ class PilotError(RuntimeError):
 
 
 def fit_pilot(job: PilotJob, need: Need) -> None:
-    """Run the Pilot to its last round; blocks. The worker group is restarted up to `pilot.max_failures` times.
+    """Run the Pilot to its last round on workers of `need`; blocks. Raises PilotError, with Ray Train's error as cause."""
+    from ray.train import TrainingFailedError
 
-    Args:
-        need: the resources of its workers.
-
-    Raises:
-        PilotError: with the error of Ray Train as cause.
-    """
     failed = 0
     while True:
         job.tracker.waiting.remote("pilot", need.starting())
         try:
             _fit(job, need)
-        except _ray_train_errors() as error:
+        except TrainingFailedError as error:
             cause = getattr(error, "controller_failure", error)
             if type(cause).__name__ == NO_ROOM:
                 continue
@@ -52,7 +47,7 @@ def fit_pilot(job: PilotJob, need: Need) -> None:
 
 def _fit(job: PilotJob, need: Need) -> None:
     """One start of the worker group."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):
@@ -80,7 +75,7 @@ def _fit(job: PilotJob, need: Need) -> None:
     )
     try:
         trainer.fit()
-    except _ray_train_errors():
+    except TrainingFailedError:
         raise
     except BaseException:  # the driver is stopped, and a Ray that outlives it would keep the workers
         if trainer.controller is not None:
@@ -88,12 +83,6 @@ def _fit(job: PilotJob, need: Need) -> None:
 
             ray.kill(trainer.controller)
         raise
-
-
-def _ray_train_errors() -> type[Exception]:
-    from ray.train import TrainingFailedError
-
-    return TrainingFailedError
 
 
 def _preempted(error: Exception) -> bool:

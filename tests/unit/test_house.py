@@ -45,7 +45,6 @@ ROOMS = {
         "mistakelog.table",
         "models",
         "models.copilot",
-        "models.losses",
         "models.pilot",
     },
     "data": set(),
@@ -74,7 +73,6 @@ ROOMS = {
     "models": {"config"},
     "models.copilot": {"models", "models.pilot"},
     "models.fusion": {"models", "models.copilot", "models.pilot"},
-    "models.losses": set(),
     "models.pilot": {"config", "models"},
     "pilot": {
         "cluster",

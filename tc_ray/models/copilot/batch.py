@@ -52,9 +52,7 @@ class CopilotBatch:
     ) -> CopilotBatch:
         """The batch that the log would return for a Pilot forward, on the host, without a log (held-out measures, tests).
 
-        Args:
-            step: record of the forward. input_ids: int64 [B, S] right padded. lengths, target_start: int64 [B].
-            positions: `log.positions`, all or target.
+        Arguments: as for `PilotStep.forward`. positions: `log.positions`, all or target.
         """
         input_ids, lengths, target_start = input_ids.cpu(), lengths.cpu(), target_start.cpu()
         count, width = input_ids.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -27,35 +28,18 @@ class CopilotConfig(PreTrainedConfig):
 
     model_type = "tc_ray_copilot"
 
-    def __init__(
-        self,
-        decoder: dict[str, Any] | None = None,
-        pilot_hidden_size: int = 0,
-        vocab_size: int = 0,
-        pattern: str = "alternate",
-        producing_state: bool = True,
-        pooling: str = "mean",
-        tap_layers: list[int] | None = None,
-        tap: str = "",
-        positions: str = "all",
-        output_size: int = 0,
-        tokenizer: str = "",
-        source: str = "",
-        **kwargs: Any,
-    ) -> None:
-        self.decoder = decoder or {}
-        self.pilot_hidden_size = pilot_hidden_size
-        self.vocab_size = vocab_size
-        self.pattern = pattern
-        self.producing_state = producing_state
-        self.pooling = pooling
-        self.tap_layers = tap_layers
-        self.tap = tap
-        self.positions = positions
-        self.output_size = output_size
-        self.tokenizer = tokenizer
-        self.source = source
-        super().__init__(**kwargs)
+    decoder: dict[str, Any] = field(default_factory=dict)
+    pilot_hidden_size: int = 0
+    vocab_size: int = 0
+    pattern: str = "alternate"
+    producing_state: bool = True
+    pooling: str = "mean"
+    tap_layers: list[int] | None = None
+    tap: str = ""
+    positions: str = "all"
+    output_size: int = 0
+    tokenizer: str = ""
+    source: str = ""
 
     def decoder_config(self) -> PreTrainedConfig:
         """The family's own config object."""

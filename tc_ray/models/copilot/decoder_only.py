@@ -1,13 +1,13 @@
 """Layers of a decoder-only Copilot (appendix E.2), taken from a pretrained decoder and run as they are.
 
-Self-attention layers see the error rows. The others (`patterns`) attend to the memory with the same projections: the layer's
+Self-attention layers see the error rows. The others (insertion patterns, table 18) attend to the memory with the same projections: the layer's
 own forward runs with the memory's keys and values and without rotation. So norms, softcaps, grouped heads and residuals are
 the library's code for every family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,33 @@ from torch import nn
 from transformers import AutoModel, DynamicCache
 
 from tc_ray.models.copilot.config import CopilotConfig
-from tc_ray.models.copilot.patterns import memory_layers
 from tc_ray.models.families import DecoderOnly, family_of
+
+PATTERNS: dict[str, Callable[[int, int], bool]] = {
+    "alternate": lambda layer, count: layer % 2 == 1,
+    "early": lambda layer, count: layer < count // 2,
+    "late": lambda layer, count: layer >= count - count // 2,
+    "all": lambda layer, count: True,
+}
+"""(layer counted from 0, number of layers) -> the layer attends to the memory (table 18). `alternate` is the paper's best; the other
+three are this project's reading of the table's alternatives."""
+
+
+def memory_layers(pattern: str, count: int) -> list[bool]:
+    """For each of `count` layers, whether it attends to the memory.
+
+    Raises:
+        ValueError: an unknown pattern, or one that leaves no such layer: f would not depend on the Pilot's states.
+    """
+    if pattern not in PATTERNS:
+        raise ValueError(f"insertion pattern {pattern!r} is not one of {', '.join(PATTERNS)}")
+    chosen = [PATTERNS[pattern](layer, count) for layer in range(count)]
+    if not any(chosen):
+        raise ValueError(
+            f"a Copilot of {count} layer(s) has none that attends to the Pilot under pattern {pattern!r}: "
+            "take more layers (copilot.layers, copilot.every) or pattern 'all'"
+        )
+    return chosen
 
 
 class DecoderOnlyStack(nn.Module):

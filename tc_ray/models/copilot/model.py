@@ -111,14 +111,9 @@ class Copilot(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, **given: Any) -> Copilot:
-        """transformers' own, refused unless the folder is whole and finite. E is frozen again, because the loader replaces
-        parameters.
-
-        Raises:
-            WeightsError, NotFiniteError: see `models.weights.load_whole`.
-        """
+        """transformers' own; WeightsError or NotFiniteError unless the folder is whole and finite (`weights.load_whole`)."""
         copilot: Copilot = load_whole(super(), folder, **given)
-        copilot.freeze_embeddings()
+        copilot.freeze_embeddings()  # the loader replaces parameters
         return copilot
 
     def freeze_embeddings(self) -> None:
@@ -135,13 +130,10 @@ class Copilot(PreTrainedModel):
         *,
         pilot: nn.Module,
         output_ids: torch.Tensor | None = None,
-        pattern: str = "alternate",
-        producing_state: bool = True,
-        pooling: str = "mean",
-        tap_layers: Sequence[int] | None = None,
-        positions: str = "all",
-        tokenizer: str = "",
         random_weights: bool = False,
+        pooling: str = "mean",
+        tap_layers: list[int] | None = None,
+        **config: Any,
     ) -> Copilot:
         """Copilot for `pilot`, initialised from chosen layers of a pretrained decoder, fp32.
 
@@ -150,10 +142,8 @@ class Copilot(PreTrainedModel):
             layers: indices of its decoder layers, in order.
             pilot: the Pilot, for its embedding table, widths and family.
             output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
-            pooling, tap_layers: the Pilot's states it will be trained on; tap_layers None: of all layers.
-            positions: states of the log it will be trained on, all or target.
-            tokenizer: `vocabulary_hash` of the tokenizer, kept for `tc-ray fuse`.
             random_weights: read only the base's config (tests, training from scratch).
+            pooling, tap_layers, config: fields of `CopilotConfig`.
 
         Raises:
             ValueError: layers the base does not have, or a base of the other architecture. WeightsError, NotFiniteError: its
@@ -172,20 +162,19 @@ class Copilot(PreTrainedModel):
         if missing:
             raise ValueError(f"copilot.layers {missing} are not layers of {base}, which has {count}")
         table = pilot_family.embedding_table(pilot).float()
+        if family.encoder_decoder:
+            config["positions"] = "target"
         copilot = cls(
             CopilotConfig(
                 decoder=family.with_layers(base_config, layers),
                 pilot_hidden_size=table.shape[1],
                 vocab_size=table.shape[0],
-                pattern=pattern,
-                producing_state=producing_state,
                 pooling=pooling,
-                tap_layers=None if tap_layers is None else list(tap_layers),
+                tap_layers=tap_layers,
                 tap=tap_definition(pooling, tap_layers),
-                positions="target" if family.encoder_decoder else positions,
                 output_size=0 if output_ids is None else len(output_ids),
-                tokenizer=tokenizer,
                 source=f"{Path(str(base)).name}, layers {list(layers)}",
+                **config,
             )
         )
         if copilot.question_embedding is not None:
@@ -279,7 +268,7 @@ class Copilot(PreTrainedModel):
         return self.output.out_features == self.config.vocab_size
 
     def predict(self, states: torch.Tensor) -> torch.Tensor:
-        """f = W_out state on the output tokens: [.., d_C] of `decode` -> [.., A], no softmax."""
+        """f = W_out state, no softmax: [.., d_C] of `decode` -> [.., A]."""
         f: torch.Tensor = self.output(states)
         return f
 

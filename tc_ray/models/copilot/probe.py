@@ -15,16 +15,13 @@ from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.copilot.model import Copilot
 from tc_ray.models.families import family_of
 from tc_ray.models.finite import NotFiniteError
+from tc_ray.models.weights import ExportMismatchError
 
 TOLERANCE = 1e-3
 """Largest difference of a predicted error, as a share of the largest one: fp32, products added in another order."""
 MAX_PREDICTION = 1e3
 """An error lies between -1 and 1; a Copilot that predicts one of this size is not a trained one."""
 _RECORDS, _PROMPT, _ROWS, _ENTRIES = 2, 4, 5, 3
-
-
-class ExportMismatchError(RuntimeError):
-    """The folder does not predict as the trained Copilot; nothing was published."""
 
 
 def probe_batch(config: CopilotConfig) -> CopilotBatch:
@@ -55,14 +52,7 @@ def answers(copilot: Copilot) -> torch.Tensor:
 
 
 def check_export(trained: torch.Tensor, folder: Path) -> None:
-    """Load a folder again and compare it with the trained Copilot.
-
-    Args:
-        trained: `answers` of it.
-
-    Raises:
-        ExportMismatchError: another prediction. WeightsError, NotFiniteError: the folder is not whole.
-    """
+    """Load a folder again and compare it with `answers` of the trained Copilot. Raises ExportMismatchError if they differ."""
     found = answers(Copilot.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval())
     apart, size = float((found - trained).abs().max()), float(trained.abs().max())
     # not "greater than": NaN is never close

@@ -57,13 +57,14 @@ class CopilotCache:
         """Keep these sequences, in this order, repeats allowed."""
         for cache in (self.self_attention, self.memory):
             cache.batch_select_indices(indices)
-        self._on_batch(lambda tensor: tensor[indices])
+        self.visible = None if self.visible is None else self.visible[indices]
+        self.feedback = None if self.feedback is None else self.feedback[indices]
 
     def repeat(self, repeats: int) -> None:
         """Repeat each sequence."""
-        for cache in (self.self_attention, self.memory):
-            cache.batch_repeat_interleave(repeats)
-        self._on_batch(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        if self.visible is not None:
+            sequences = torch.arange(len(self.visible), device=self.visible.device)
+            self.select(sequences.repeat_interleave(repeats))
 
     def crop(self, tokens: int) -> None:
         """Take back the last `tokens` tokens, each of which made one row.
@@ -81,12 +82,6 @@ class CopilotCache:
         self.visible, self.feedback = self.visible[:, :-tokens], self.feedback[:, :-tokens]
         self.rows -= tokens
 
-    def _on_batch(self, change: Any) -> None:
-        if self.visible is not None:
-            self.visible = change(self.visible)
-        if self.feedback is not None:
-            self.feedback = change(self.feedback)
-
 
 class _Fused:
     """Carries a CopilotCache along with a transformers cache."""
@@ -94,37 +89,28 @@ class _Fused:
     copilot: CopilotCache
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Follow beams."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.copilot.select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these sequences of the batch."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.copilot.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence of the batch."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self.copilot.repeat(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens (a number below 0, as transformers has it)."""
         super().crop(tokens_to_remove)  # type: ignore[misc]
-        self.copilot.crop(-tokens_to_remove)
+        self.copilot.crop(-tokens_to_remove)  # transformers gives a number below 0
 
     def reset(self) -> None:
-        """Forget everything."""
         super().reset()  # type: ignore[misc]
         self.copilot.reset()
 
 
 class FusedCache(_Fused, DynamicCache):
-    """Cache of a decoder-only Pilot with its Copilot's.
-
-    Args:
-        config: of the Pilot's decoder, for its sliding layers.
-    """
+    """Cache of a decoder-only Pilot with its Copilot's. config: of the Pilot's decoder, for its sliding layers."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
@@ -132,11 +118,7 @@ class FusedCache(_Fused, DynamicCache):
 
 
 class FusedEncoderDecoderCache(_Fused, EncoderDecoderCache):
-    """Cache of an encoder-decoder Pilot with its Copilot's.
-
-    Args:
-        config: of the Pilot's decoder.
-    """
+    """Cache of an encoder-decoder Pilot with its Copilot's. config: of the Pilot's decoder."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(DynamicCache(config=config), DynamicCache(config=config))

@@ -1,6 +1,6 @@
 """The core of the fused model: Pilot, Copilot and what one call of both does (equation 8, algorithm 2).
 
-`causal` and `seq2seq` make a language model's forward of it, `scoring` goes over given tokens with it. The Copilot's cache
+`model` makes a language model's forward of it, `scoring` goes over given tokens with it. The Copilot's cache
 travels inside the Pilot's, so whatever generation does to one happens to the other.
 Invariant: lam = 0 returns the Pilot's logits unchanged, bit for bit.
 """
@@ -34,8 +34,7 @@ class FusedCore(PreTrainedModel):
         lam: default lambda. space: `probability` or `logits`. feedback: `own` f or `realised` error as Copilot input.
 
     Raises:
-        FusionError: architecture, hidden states or width are not what the Copilot was trained on.
-        ValueError: an unknown space or feedback, or a lam that is not finite.
+        FusionError: the Pilot is not what the Copilot was trained on. ValueError: an unknown space or feedback, or lam not finite.
     """
 
     main_input_name = "input_ids"
@@ -96,7 +95,7 @@ class FusedCore(PreTrainedModel):
     # -- one call -------------------------------------------------------------------------------------------------
 
     def lambdas(self, lam: float | torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
-        """lam as fp32 [batch]. Raises ValueError for a number that is not finite, or a tensor of another shape."""
+        """lam as fp32 [batch]; ValueError for a number that is not finite, or a tensor of another shape."""
         if isinstance(lam, float) and not math.isfinite(lam):  # a tensor is not read: that would wait for the device
             raise ValueError(f"lam is {lam}: give a number")
         weights = torch.as_tensor(self.default_lam if lam is None else lam, dtype=torch.float32, device=device)

@@ -1,8 +1,6 @@
-"""Fusion of the Pilot's distribution with the Copilot's correction (equation 8), one function per space."""
+"""Fusion of the Pilot's distribution with the Copilot's correction (equation 8)."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -16,15 +14,6 @@ def _in_probability_space(logits: torch.Tensor, f: torch.Tensor, weight: torch.T
     return torch.where(total == 0, logits, (mass / total).log())
 
 
-def _in_logit_space(logits: torch.Tensor, f: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """logits + lam f."""
-    return logits + weight * f
-
-
-FUSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "probability": _in_probability_space,
-    "logits": _in_logit_space,
-}
 _SAFE_TOTAL = 1e-3
 """fp32 sums of probabilities are good to about 1e-7: a total above this is good to 1e-4 of itself."""
 
@@ -40,7 +29,8 @@ def fuse(logits: torch.Tensor, f: torch.Tensor, lam: torch.Tensor, space: str) -
     """
     logits, f = logits.float(), f.float()
     weight = lam.view(-1, *[1] * (logits.ndim - 1))
-    return torch.where(weight == 0, logits, FUSIONS[space](logits, f, weight))
+    fused = logits + weight * f if space == "logits" else _in_probability_space(logits, f, weight)
+    return torch.where(weight == 0, logits, fused)
 
 
 def fuse_at(logits: torch.Tensor, f: torch.Tensor, places: torch.Tensor, lam: torch.Tensor, space: str) -> torch.Tensor:

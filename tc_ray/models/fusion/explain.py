@@ -7,14 +7,15 @@ describe the distributions themselves, before temperature, top-p or a penalty of
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from tc_ray.files import finite
 from tc_ray.models.fusion.core import FusedCore
-from tc_ray.models.fusion.lens import LogitLens
 from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
 
 
@@ -32,13 +33,6 @@ class Explain:
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ValueError(f"top_k of an explanation must be at least 1, not {self.top_k}")
-
-    @staticmethod
-    def of(asked: bool | Explain | None) -> Explain | None:
-        """From the argument `explain` of `generate`."""
-        if isinstance(asked, Explain):
-            return asked
-        return Explain() if asked else None
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,42 @@ class Candidates:
     def of(ids: torch.Tensor, p: torch.Tensor, fused: torch.Tensor, f: torch.Tensor) -> Candidates:
         """Picked from [B, n, V]."""
         return Candidates(ids, *(dense.gather(2, ids) for dense in (p, fused, f)))
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """The logit lens (figure 4): each layer's output through the Pilot's own final norm and head, as if it were the last.
+
+    For n tokens of B sequences and each of L layers, lowest first.
+
+    ids: int64 [B, n, L], likeliest token; probabilities: fp32 [B, n, L], its probability. chosen_probability: fp32 [B, n, L]
+    and chosen_rank: int64 [B, n, L], probability and rank (1 is the likeliest) of the generated token.
+    """
+
+    ids: torch.Tensor
+    probabilities: torch.Tensor
+    chosen_probability: torch.Tensor
+    chosen_rank: torch.Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: FusedCore, layers: Sequence[torch.Tensor], chosen: torch.Tensor) -> LogitLens:
+        """softmax(head(norm(h_l))) of each layer l, one layer at a time.
+
+        Args:
+            layers: [B, c, d] after each layer. chosen: int64 [B, c].
+        """
+        family = model.family
+        norm = family.final_norm(family.decoder(model.pilot))
+        parts = []
+        for states in layers:
+            logits = family.logits(model.pilot, norm(states)).float()
+            of_chosen = logits.gather(2, chosen[:, :, None])
+            best, ids = logits.max(2)
+            total = logits.logsumexp(2)
+            rank = 1 + (logits > of_chosen).sum(2)
+            parts.append((ids, (best - total).exp(), (of_chosen[:, :, 0] - total).exp(), rank))
+        return LogitLens(*(torch.stack(part, 2) for part in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -90,20 +120,21 @@ class Explanation:
         "fused_top": [...], "logit_lens": [{"layer", "id", "text", "probability", "chosen_probability", "chosen_rank"}]}]}]}
         with "logit_lens", lowest layer first, only if asked for.
         """
-        texts = _Texts(tokenizer)
+        text = cache(partial(token_text, tokenizer))
         sequences = []
         for b, lam in enumerate(self.lam.tolist()):
             places = self.mask[b].nonzero()[:, 0].tolist()
-            sequences.append({"lam": lam, "tokens": [self._token(b, i, texts) for i in places]})
-        return {"space": self.space, "feedback": self.feedback, "sequences": sequences}
+            sequences.append({"lam": lam, "tokens": [self._token(b, i, text) for i in places]})
+        document: dict[str, Any] = finite({"space": self.space, "feedback": self.feedback, "sequences": sequences})
+        return document
 
-    def _token(self, b: int, i: int, texts: _Texts) -> dict[str, Any]:
-        [token] = _candidates(self.chosen, b, i, texts)
+    def _token(self, b: int, i: int, text: Callable[[int], str]) -> dict[str, Any]:
+        [token] = _candidates(self.chosen, b, i, text)
         token |= {
-            "pilot_logprob": _finite(float(self.pilot_logprobs[b, i])),
-            "fused_logprob": _finite(float(self.fused_logprobs[b, i])),
-            "pilot_top": _candidates(self.pilot_top, b, i, texts),
-            "fused_top": _candidates(self.fused_top, b, i, texts),
+            "pilot_logprob": float(self.pilot_logprobs[b, i]),
+            "fused_logprob": float(self.fused_logprobs[b, i]),
+            "pilot_top": _candidates(self.pilot_top, b, i, text),
+            "fused_top": _candidates(self.fused_top, b, i, text),
         }
         if self.logit_lens is not None:
             lens = self.logit_lens
@@ -112,22 +143,10 @@ class Explanation:
                 t[b, i].tolist() for t in (lens.ids, lens.probabilities, lens.chosen_probability, lens.chosen_rank)
             ]
             token["logit_lens"] = [
-                {"layer": layer, "text": texts[values[0]], **dict(zip(names, values, strict=True))}
+                {"layer": layer, "text": text(values[0]), **dict(zip(names, values, strict=True))}
                 for layer, values in enumerate(zip(*columns, strict=True), start=1)
             ]
         return token
-
-
-class _Texts(dict[int, str]):
-    """Text of token ids, each decoded once."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> str:
-        self[token] = token_text(self._tokenizer, token)
-        return self[token]
 
 
 def token_text(tokenizer: Any, token: int) -> str:
@@ -140,16 +159,10 @@ def token_text(tokenizer: Any, token: int) -> str:
     return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
 
 
-def _candidates(given: Candidates, b: int, i: int, texts: _Texts) -> list[dict[str, Any]]:
+def _candidates(given: Candidates, b: int, i: int, text: Callable[[int], str]) -> list[dict[str, Any]]:
     columns = [t[b, i].tolist() for t in (given.ids, given.pilot, given.fused, given.correction, given.shift)]
     names = ("id", "pilot", "fused", "correction", "shift")
-    return [
-        {"text": texts[values[0]], **dict(zip(names, values, strict=True))} for values in zip(*columns, strict=True)
-    ]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return [{"text": text(values[0]), **dict(zip(names, values, strict=True))} for values in zip(*columns, strict=True)]
 
 
 def explain_completions(model: FusedCore, given: Completions, asked: Explain) -> Explanation:

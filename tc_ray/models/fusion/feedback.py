@@ -1,28 +1,15 @@
 """What the Copilot reads at inference instead of the true errors: its own f, or the realised error of the chosen token.
 
-A strategy keeps, for each row decoded, a vector [B, 1, d_C] (`keep`) from which, once the row's token is chosen, the next
-input row is made (`row`). Neither keeps anything of size V between rows.
+A strategy keeps a vector of each decoded row (`keep`: final state [B, d_C] of the Copilot, logits [B, V] of the Pilot ->
+[B, 1, d_C]). Once the row's token is chosen, the next input row [B, 1, d_C] is made of it (`row`; token: int64 [B]). Neither
+keeps anything of size V between rows.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from tc_ray.models.copilot import Copilot
-
-
-class Feedback(Protocol):
-    """Strategy of one kind of feedback for one Copilot."""
-
-    def __init__(self, copilot: Copilot) -> None: ...
-
-    def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """What to remember of a row: final state [B, d_C] of the Copilot, logits [B, V] of the Pilot -> [B, 1, d_C]."""
-
-    def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """Input row [B, 1, d_C] after `token` int64 [B] was chosen at the row that left `kept` [B, 1, d_C]."""
 
 
 class OwnFeedback:
@@ -70,4 +57,5 @@ class RealisedFeedback:
         return row
 
 
+Feedback = OwnFeedback | RealisedFeedback
 STRATEGIES: dict[str, type[Feedback]] = {"own": OwnFeedback, "realised": RealisedFeedback}

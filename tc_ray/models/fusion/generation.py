@@ -16,16 +16,11 @@ from transformers import GenerationMixin, StoppingCriteriaList
 
 from tc_ray.models.fusion.core import FusedCore
 from tc_ray.models.fusion.explain import Explain, explain_completions
-from tc_ray.models.fusion.scoring import Completions, Scores, completions_of, score_completions
+from tc_ray.models.fusion.scoring import Completions, Scores, score_completions, up_to_the_end
 
 
 class FusedGeneration(FusedCore, GenerationMixin):
     """Decoding and scoring of the fused model, for both architectures."""
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """GenerationMixin asks; the fused model always can."""
-        return True
 
     def generate(
         self,
@@ -53,7 +48,7 @@ class FusedGeneration(FusedCore, GenerationMixin):
             ValueError: what fused decoding cannot do (use_cache=False, prefill_chunk_size, output_hidden_states,
                 output_attentions), or lam of another number than sequences.
         """
-        asked = Explain.of(explain)
+        asked = Explain() if explain is True else explain or None
         ends = Ends(stopping_criteria or ())
         front = inputs, generation_config, logits_processor
         if asked is None and not logprobs:
@@ -101,19 +96,49 @@ class FusedGeneration(FusedCore, GenerationMixin):
         Raises:
             ValueError: arguments that contradict each other or the architecture.
         """
-        return score_completions(
-            self,
-            completions_of(
-                self,
-                sequences,
-                prompt_length=prompt_length,
-                target_start=target_start,
-                source=source,
-                attention_mask=attention_mask,
-                source_mask=source_mask,
-                lam=lam,
-            ),
-        )
+        device = self.get_input_embeddings().weight.device
+        sequences = sequences.to(device)
+        if prompt_length is not None and target_start is not None:
+            raise ValueError("give prompt_length (prompts padded on the left) or target_start (on the right), not both")
+        if (source is not None) != self.family.encoder_decoder:
+            raise ValueError(
+                "an encoder-decoder needs `source`, the ids its encoder reads"
+                if source is None
+                else "a decoder-only model has no source: the prompt is part of `sequences`"
+            )
+        question = None
+        if source is not None:
+            if target_start is not None:
+                raise ValueError(
+                    "an encoder-decoder's completions begin together: give prompt_length (1: after the start token)"
+                )
+            prompt_length = prompt_length or 1
+            source = source.to(device)
+            source_mask = torch.ones_like(source) if source_mask is None else source_mask.to(device)
+            question = self.pilot.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
+            source_mask = source_mask.bool()
+        if prompt_length is None and target_start is None:
+            raise ValueError("give prompt_length or target_start: where the completions begin")
+        attended = torch.ones_like(sequences, dtype=torch.bool)
+        if attention_mask is not None:
+            attended[:, : attention_mask.shape[1]] = attention_mask.to(device).bool()
+        if target_start is not None:
+            sequences, attended, start = Completions.aligned(sequences, attended, target_start.to(device))
+        else:
+            assert prompt_length is not None
+            start = prompt_length
+        if not 1 <= start <= sequences.shape[1]:
+            raise ValueError(
+                f"completions begin at column {start}: it must be from 1 to {sequences.shape[1]}, the sequences' length"
+            )
+        if attention_mask is not None and (target_start is not None or attention_mask.shape[1] > start):
+            lengths = attended[:, start:].sum(1)
+        else:
+            lengths = up_to_the_end(sequences[:, start:], self.generation_config.eos_token_id)
+        # no token reads what stands after it, so what follows an end needs no mask
+        attended[:, start:] = True
+        weights = self.lambdas(lam, len(sequences), device)
+        return score_completions(self, Completions(sequences, attended, start, lengths, weights, question, source_mask))
 
     def prepare_inputs_for_generation(self, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
         """The library passes the tokenizer of `stop_strings` on to the model, which does not use it."""

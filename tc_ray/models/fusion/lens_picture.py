@@ -7,9 +7,10 @@ Needs an explanation and the tokenizer, no model.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tc_ray.models.fusion.explain import Explanation, token_text
 
@@ -17,20 +18,7 @@ FONT = "DejaVu Sans"  # comes with matplotlib
 LOW, HIGH, MARK = "#ffffff", "#0f4c8a", "#d9480f"
 CELL_WIDTH, CELL_HEIGHT = 0.82, 0.235
 """Inches."""
-GAP = 0.4
-"""Between the layers and the outputs, in cells."""
 LONGEST_TEXT = 10
-COLUMNS = 16
-"""Tokens a panel; more tokens take more panels, one below the other."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of the picture over all tokens shown: token ids and probabilities [n]."""
-
-    label: str
-    ids: list[int]
-    probabilities: list[float]
 
 
 def draw_logit_lens(
@@ -40,7 +28,7 @@ def draw_logit_lens(
     *,
     sequence: int = 0,
     first: int = 0,
-    count: int = 2 * COLUMNS,
+    count: int = 16,
     max_layers: int = 32,
 ) -> Any:
     """The logit lens of one sequence as a matplotlib figure, also written to `path` as PNG.
@@ -53,41 +41,25 @@ def draw_logit_lens(
     Raises:
         ValueError: an explanation without logit lens, or no tokens to draw.
     """
-    if explanation.logit_lens is None:
+    lens = explanation.logit_lens
+    if lens is None:
         raise ValueError("the explanation has no logit lens: generate with explain=Explain(logit_lens=True)")
     total = int(explanation.mask[sequence].sum())
     places = slice(first, min(first + count, total))
     if places.start >= places.stop:
         raise ValueError(f"no tokens to draw: sequence {sequence} has {total}, asked for those from {first} on")
-
-    # without pyplot: no global state, no display needed
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.figure import Figure
-
-    said = explanation.tokens[sequence, places].tolist()
-    layers, outputs = _rows(explanation, sequence, places, max_layers)
-    words = _Words(tokenizer, {*said, *(token for row in layers + outputs for token in row.ids)})
-    panels = [range(at, min(at + COLUMNS, len(said))) for at in range(0, len(said), COLUMNS)]
-    across = max(len(panel) for panel in panels)
-    cells = len(layers) + GAP + len(outputs)
-    colours = LinearSegmentedColormap.from_list("probability", [LOW, HIGH])
-    figure = Figure(
-        figsize=(max(across * CELL_WIDTH + 1.9, 7.5), len(panels) * (cells * CELL_HEIGHT + 0.85) + 1.1),
-        dpi=130,
-        layout="constrained",
+    depth, pilot, fused = lens.ids.shape[2], explanation.pilot_top, explanation.fused_top
+    layers = list(range(depth - 1, -1, -max(1, -(-depth // max_layers))))[::-1]
+    at = sequence, places
+    ids = torch.cat([lens.ids[at][:, layers], pilot.ids[at][:, :1], fused.ids[at][:, :1]], 1)
+    shown = [lens.probabilities[at][:, layers], pilot.pilot[at][:, :1], fused.fused[at][:, :1]]
+    figure = _heat_map(
+        [*(f"layer {layer + 1}" for layer in layers), "Pilot", "fused"],
+        ids.T.tolist(),
+        torch.cat(shown, 1).T.tolist(),
+        explanation.tokens[at].tolist(),
+        tokenizer,
     )
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for panel, places_in in zip(axes, panels, strict=True):
-        _draw_panel(panel, layers, outputs, said, places_in, first, across, words, colours)
-    figure.suptitle(
-        "Logit lens: what each layer of the Pilot would predict next", fontsize=12, x=0.01, ha="left", fontweight="bold"
-    )
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=axes, fraction=0.03, pad=0.01, aspect=30)
-    bar.set_label("probability of the token shown", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
     figure.supxlabel(
         f"Tokens {places.start + 1} to {places.stop} of {total}; lambda {float(explanation.lam[sequence]):g}, "
         f"{explanation.space} space. Bold: the token that was generated.\n"
@@ -101,86 +73,54 @@ def draw_logit_lens(
     return figure
 
 
-def _rows(explanation: Explanation, sequence: int, places: slice, max_layers: int) -> tuple[list[_Row], list[_Row]]:
-    """Rows of the layers, lowest first, and of the outputs."""
-    lens = explanation.logit_lens
-    assert lens is not None
-    depth = lens.ids.shape[2]
-    every = -(-depth // max_layers)
-    layers = [
-        _Row(
-            f"layer {layer + 1}",
-            lens.ids[sequence, places, layer].tolist(),
-            lens.probabilities[sequence, places, layer].tolist(),
-        )
-        for layer in range(depth - 1, -1, -every)[::-1]
-    ]
-    pilot, fused = explanation.pilot_top, explanation.fused_top
-    outputs = [
-        _Row("Pilot", pilot.ids[sequence, places, 0].tolist(), pilot.pilot[sequence, places, 0].tolist()),
-        _Row("fused", fused.ids[sequence, places, 0].tolist(), fused.fused[sequence, places, 0].tolist()),
-    ]
-    return layers, outputs
-
-
-def _draw_panel(
-    axes: Any,
-    layers: list[_Row],
-    outputs: list[_Row],
-    said: list[int],
-    places: range,
-    first: int,
-    across: int,
-    words: _Words,
-    colours: Any,
-) -> None:
+def _heat_map(
+    labels: list[str], ids: list[list[int]], probabilities: list[list[float]], said: list[int], tokenizer: Any
+) -> Any:
+    """Cells row by row, the lowest row first; said: the generated token of each column."""
+    # without pyplot: no global state, no display needed
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    bottoms = [float(y) for y in range(len(layers))] + [len(layers) + GAP + y for y in range(len(outputs))]
-    for row, bottom in zip(layers + outputs, bottoms, strict=True):
-        for x, place in enumerate(places):
-            token, probability = row.ids[place], row.probabilities[place]
-            axes.add_patch(
-                Rectangle((x, bottom), 1, 1, facecolor=colours(probability), edgecolor="#d0d4da", linewidth=0.5)
-            )
+    words = _Words(tokenizer, {*said, *(token for row in ids for token in row)})
+    size = max(len(said) * CELL_WIDTH + 1.9, 7.5), len(labels) * CELL_HEIGHT + 1.95
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = LinearSegmentedColormap.from_list("probability", [LOW, HIGH])
+    image = axes.imshow(probabilities, cmap=colours, vmin=0, vmax=1, origin="lower", aspect="auto")
+    text: dict[str, Any] = {"family": words.fonts, "parse_math": False}
+    for y, row in enumerate(ids):
+        for x, token in enumerate(row):
             axes.text(
-                x + 0.5,
-                bottom + 0.46,
+                x,
+                y,
                 words[token],
                 ha="center",
                 va="center",
                 fontsize=7 if len(words[token]) > 2 else 10,  # a lone comma must be seen
-                color="white" if probability > 0.5 else "#1a1a1a",
-                fontweight="bold" if token == said[place] else "normal",
-                family=words.fonts,
-                parse_math=False,
+                color="white" if probabilities[y][x] > 0.5 else "#1a1a1a",
+                fontweight="bold" if token == said[x] else "normal",
+                **text,
             )
-    for x, place in enumerate(places):
-        if outputs[0].ids[place] != outputs[1].ids[place]:
-            axes.add_patch(
-                Rectangle((x, bottoms[-2]), 1, 2, fill=False, edgecolor=MARK, linewidth=2, zorder=3, joinstyle="miter")
-            )
-    axes.set_xlim(0, across)
-    axes.set_ylim(-0.02, bottoms[-1] + 1.02)
-    axes.set_yticks([bottom + 0.5 for bottom in bottoms], [row.label for row in layers + outputs], fontsize=7)
-    for label in axes.get_yticklabels()[-len(outputs) :]:
-        label.set_fontweight("bold")
-    axes.set_xticks(
-        [x + 0.5 for x in range(len(places))],
-        [words[said[place]] for place in places],
-        fontsize=8,
-        fontweight="bold",
-        family=words.fonts,
-        parse_math=False,
-    )
+    outputs = len(labels) - 2
+    axes.axhline(outputs - 0.5, color="#1a1a1a", linewidth=1)
+    for x in range(len(said)):
+        if ids[outputs][x] != ids[outputs + 1][x]:
+            frame = Rectangle((x - 0.5, outputs - 0.5), 1, 2, fill=False, edgecolor=MARK, linewidth=2, zorder=3)
+            axes.add_patch(frame)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set_xticks(range(len(said)), [words[token] for token in said], fontsize=8, fontweight="bold", **text)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    below = axes.secondary_xaxis("bottom")
-    below.set_xticks([x + 0.5 for x in range(len(places))], [str(first + place + 1) for place in places], fontsize=7)
-    below.tick_params(length=0, colors="#6b7280")
-    for spines in (axes.spines, below.spines):
-        spines[:].set_visible(False)
     axes.set_title("generated:", fontsize=8, loc="left", color="#6b7280")
+    title = "Logit lens: what each layer of the Pilot would predict next"
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=30)
+    bar.set_label("probability of the token shown", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    return figure
 
 
 class _Words(dict[int, str]):

@@ -8,6 +8,7 @@ by `FusedModel.score`, for explanations by `FusedModel.generate`, and by the ser
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from tc_ray.models.fusion.cache import CopilotCache
 from tc_ray.models.fusion.core import FusedCore
 from tc_ray.models.fusion.distribution import fuse
-from tc_ray.models.fusion.lens import layer_states
+from tc_ray.models.pilot.taps import UNPOOLED, LayerTap
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time, over the whole batch (16 MiB in fp32, a few tensors of that size)."""
@@ -122,9 +123,10 @@ def teacher_forced_rows(
     hooked = family.layers(model.pilot) if layers else []
     by_layer: Sequence[torch.Tensor] = ()
     if positions_at_a_time is None:
-        with model.tap.recording(), layer_states(hooked, first) as by_layer:
+        with closing(LayerTap(hooked, UNPOOLED)) as lens, model.tap.recording(), lens.recording(first):
             final = _final_states(model, given)
         rationale = model.tap.take()
+        by_layer = lens.take().unbind(2) if layers else ()
     else:
         parts = []
         for part in _pilot_parts(model, given, positions_at_a_time):
@@ -205,68 +207,7 @@ def score_completions(model: FusedCore, given: Completions) -> Scores:
     return Scores(given.tokens, given.mask, pilot.masked_fill_(beyond, 0), fused.masked_fill_(beyond, 0))
 
 
-def completions_of(
-    model: FusedCore,
-    sequences: torch.Tensor,
-    *,
-    prompt_length: int | None,
-    target_start: torch.Tensor | None,
-    source: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    source_mask: torch.Tensor | None,
-    lam: float | torch.Tensor | None,
-) -> Completions:
-    """The arguments of `FusedModel.score`, checked, in one form.
-
-    Raises:
-        ValueError: arguments that contradict each other or the architecture.
-    """
-    device = model.get_input_embeddings().weight.device
-    sequences = sequences.to(device)
-    if prompt_length is not None and target_start is not None:
-        raise ValueError("give prompt_length (prompts padded on the left) or target_start (on the right), not both")
-    if (source is not None) != model.family.encoder_decoder:
-        raise ValueError(
-            "an encoder-decoder needs `source`, the ids its encoder reads"
-            if source is None
-            else "a decoder-only model has no source: the prompt is part of `sequences`"
-        )
-    question = None
-    if source is not None:
-        if target_start is not None:
-            raise ValueError(
-                "an encoder-decoder's completions begin together: give prompt_length (1: after the start token)"
-            )
-        prompt_length = prompt_length or 1
-        source = source.to(device)
-        source_mask = torch.ones_like(source) if source_mask is None else source_mask.to(device)
-        question = model.pilot.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
-        source_mask = source_mask.bool()
-    if prompt_length is None and target_start is None:
-        raise ValueError("give prompt_length or target_start: where the completions begin")
-    attended = torch.ones_like(sequences, dtype=torch.bool)
-    if attention_mask is not None:
-        attended[:, : attention_mask.shape[1]] = attention_mask.to(device).bool()
-    if target_start is not None:
-        sequences, attended, start = Completions.aligned(sequences, attended, target_start.to(device))
-    else:
-        assert prompt_length is not None
-        start = prompt_length
-    if not 1 <= start <= sequences.shape[1]:
-        raise ValueError(
-            f"completions begin at column {start}: it must be from 1 to {sequences.shape[1]}, the sequences' length"
-        )
-    if attention_mask is not None and (target_start is not None or attention_mask.shape[1] > start):
-        lengths = attended[:, start:].sum(1)
-    else:
-        lengths = _up_to_the_end(sequences[:, start:], model.generation_config.eos_token_id)
-    # no token reads what stands after it, so what follows an end needs no mask
-    attended[:, start:] = True
-    weights = model.lambdas(lam, len(sequences), device)
-    return Completions(sequences, attended, start, lengths, weights, question, source_mask)
-
-
-def _up_to_the_end(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> torch.Tensor:
+def up_to_the_end(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> torch.Tensor:
     """Tokens [B] of each completion, up to and including its first end token."""
     if ends is None:
         return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.config.training import PilotSection
-from tc_ray.models.families import family_of
+from tc_ray.config.training import LoraSection, PilotSection
+from tc_ray.models.families import Family, family_of
 from tc_ray.models.weights import HEADS, load_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,7 +60,7 @@ def add_adapters(model: Any, config: PilotSection) -> Any:
     if config.method == "full":
         return model
     check_adapters(model, config)
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     family, lora = family_of(model), config.lora
     count = len(family.layers(model))
@@ -68,17 +68,23 @@ def add_adapters(model: Any, config: PilotSection) -> Any:
         raise ValueError(f"pilot.lora.first_layer {lora.first_layer} leaves no layer: the model has {count}")
     if lora.first_layer and family.encoder_decoder:
         raise ValueError("pilot.lora.first_layer must be 0 for an encoder-decoder: it would name layers of both stacks")
-    chosen = {"layers_to_transform": list(range(lora.first_layer, count)), "layers_pattern": family.layers_pattern}
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules or list(family.lora_targets),
-            task_type="SEQ_2_SEQ_LM" if family.encoder_decoder else "CAUSAL_LM",
-            **(chosen if lora.first_layer else {}),
-        ),
+    task = "SEQ_2_SEQ_LM" if family.encoder_decoder else "CAUSAL_LM"
+    return get_peft_model(model, lora_config(lora, family, count if lora.first_layer else None, task_type=task))
+
+
+def lora_config(lora: LoraSection, family: Family, layers: int | None, **more: Any) -> Any:
+    """peft's configuration of adapters; layers: adapt those from `lora.first_layer` to this one (None: all that match)."""
+    from peft import LoraConfig
+
+    if layers is not None:
+        chosen = list(range(lora.first_layer, layers))
+        more |= {"layers_to_transform": chosen, "layers_pattern": family.layers_pattern}
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules or list(family.lora_targets),
+        **more,
     )
 
 

@@ -44,16 +44,22 @@ class Measured(NamedTuple):
     record: StepRecord | None
 
 
+class _Pass(NamedTuple):
+    """final: [N, d] states of the target rows, after the final norm. rationale and question as in StepRecord."""
+
+    final: torch.Tensor
+    rationale: torch.Tensor | None
+    question: torch.Tensor | None
+
+
 class PilotStep(nn.Module):
     """The Pilot's training forward.
 
     Args:
         model: language model or its peft wrapper.
         top_k: probabilities kept per token in the record.
-        record: False skips taps and errors (plain fine-tuning).
-        pooling: how states are pooled over layers, or `taps.UNPOOLED`.
-        layers: decoder layers tapped, ascending from 0; None: all.
-        dense: the record has the errors of all V tokens; top_k is ignored.
+        record: False skips taps and errors (plain fine-tuning). dense: errors of all V tokens; top_k is ignored.
+        pooling: how states are pooled over layers, or `taps.UNPOOLED`. layers: those tapped, ascending from 0; None: all.
     """
 
     def __init__(
@@ -70,7 +76,6 @@ class PilotStep(nn.Module):
         self.model = model
         self.top_k, self.dense = top_k, dense
         self._family = family_of(model)
-        self._run = _run_encoder_decoder if self._family.encoder_decoder else _run_decoder_only
         self._tap = LayerTap(self._family.layers(model), pooling, layers) if record else None
 
     def forward(
@@ -93,8 +98,11 @@ class PilotStep(nn.Module):
 
     def measure(self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor) -> Measured:
         """The forward pass itself: log-probabilities and targets of the N target rows, and the record."""
-        passed = self._run(self.model, self._family.decoder(self.model), self._tap, input_ids, lengths, target_start)
-        rows = target_rows(input_ids.shape[1], lengths, target_start)
+        run = self._encoder_decoder if self._family.encoder_decoder else self._decoder_only
+        position = torch.arange(input_ids.shape[1] - 1, device=lengths.device)
+        # position j predicts a target token if target_start - 1 <= j < length - 1
+        rows = (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
+        passed = run(input_ids, lengths, target_start, rows)
         targets = input_ids[:, 1:][rows]
         log_probs = self._family.logits(self.model, passed.final).float().log_softmax(-1)
         token_loss = -log_probs.gather(1, targets[:, None])[:, 0]
@@ -108,65 +116,38 @@ class PilotStep(nn.Module):
         record = StepRecord(errors, passed.rationale, token_loss.detach(), correct, passed.question)
         return Measured(log_probs, targets, token_loss, record)
 
-
-class _Pass(NamedTuple):
-    """final: [N, d] states of the target rows, after the final norm. rationale and question as in StepRecord."""
-
-    final: torch.Tensor
-    rationale: torch.Tensor | None
-    question: torch.Tensor | None
-
-
-def _run_decoder_only(
-    _model: Any,
-    decoder: Any,
-    tap: LayerTap | None,
-    input_ids: torch.Tensor,
-    lengths: torch.Tensor,
-    target_start: torch.Tensor,
-) -> _Pass:
-    rows = target_rows(input_ids.shape[1], lengths, target_start)
-    with nullcontext() if tap is None else tap.recording():
+    def _decoder_only(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
+    ) -> _Pass:
         # a causal model needs no mask for padding on the right
-        final = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-    return _Pass(final[:, :-1][rows], None if tap is None else tap.take(), None)
+        final = self._decode(input_ids=input_ids)
+        return _Pass(final[:, :-1][rows], None if self._tap is None else self._tap.take(), None)
 
-
-def _run_encoder_decoder(
-    model: Any,
-    decoder: Any,
-    tap: LayerTap | None,
-    input_ids: torch.Tensor,
-    lengths: torch.Tensor,
-    target_start: torch.Tensor,
-) -> _Pass:
-    base = unwrapped(model)
-    position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    source_mask = position[: int(target_start.max())] < target_start[:, None]
-    source = input_ids[:, : source_mask.shape[1]].masked_fill(~source_mask, 0)
-    question = base.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
-    # decoder input: the start token, then all targets but the last; row i has position target_start - 1 + i
-    counts = lengths - target_start
-    index = torch.arange(int(counts.max()), device=input_ids.device)
-    at = (target_start - 1)[:, None] + index
-    fed = input_ids.gather(1, at.clamp_max(input_ids.shape[1] - 1))
-    fed[:, 0] = base.config.decoder_start_token_id
-    row_mask = index < counts[:, None]
-    with nullcontext() if tap is None else tap.recording():
+    def _encoder_decoder(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
+    ) -> _Pass:
+        base = unwrapped(self.model)
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        source_mask = position[: int(starts.max())] < starts[:, None]
+        source = input_ids[:, : source_mask.shape[1]].masked_fill(~source_mask, 0)
+        question = base.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
+        # decoder input: the start token, then all targets but the last; row i has position target_start - 1 + i
+        counts = lengths - starts
+        index = torch.arange(int(counts.max()), device=input_ids.device)
+        fed = input_ids.gather(1, ((starts - 1)[:, None] + index).clamp_max(input_ids.shape[1] - 1))
+        fed[:, 0] = base.config.decoder_start_token_id
+        row_mask = index < counts[:, None]
         # rows past a sequence's end are padding on the right: a causal decoder needs no mask for them
-        out = decoder(
-            input_ids=fed, encoder_hidden_states=question, encoder_attention_mask=source_mask, use_cache=False
-        )
-    final = out.last_hidden_state[row_mask]
-    if tap is None:
-        return _Pass(final, None, None)
-    taken = tap.take()
-    rationale = taken.new_zeros(*input_ids.shape, *taken.shape[2:])
-    rationale[:, :-1][target_rows(input_ids.shape[1], lengths, target_start)] = taken[row_mask]
-    return _Pass(final, rationale, question.detach().float())
+        final = self._decode(input_ids=fed, encoder_hidden_states=question, encoder_attention_mask=source_mask)
+        if self._tap is None:
+            return _Pass(final[row_mask], None, None)
+        taken = self._tap.take()
+        rationale = taken.new_zeros(*input_ids.shape, *taken.shape[2:])
+        rationale[:, :-1][rows] = taken[row_mask]
+        return _Pass(final[row_mask], rationale, question.detach().float())
 
-
-def target_rows(width: int, lengths: torch.Tensor, target_start: torch.Tensor) -> torch.Tensor:
-    """Bool [B, width - 1]: position j predicts a target token, that is target_start - 1 <= j < length - 1."""
-    position = torch.arange(width - 1, device=lengths.device)
-    return (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
+    def _decode(self, **given: torch.Tensor) -> torch.Tensor:
+        """States after the final norm of the decoder's one pass, which the tap records."""
+        with nullcontext() if self._tap is None else self._tap.recording():
+            final: torch.Tensor = self._family.decoder(self.model)(**given, use_cache=False).last_hidden_state
+        return final

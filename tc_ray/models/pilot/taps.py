@@ -10,30 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class Pooling:
-    """How states of L layers become one (table 19): `add` takes one in place, `finish` ends after L of them."""
-
-    add: Callable[[torch.Tensor, torch.Tensor], object]
-    finish: Callable[[torch.Tensor, int], torch.Tensor]
-
-
-POOLINGS = {
-    "mean": Pooling(lambda pooled, state: pooled.add_(state), lambda pooled, count: pooled.div_(count)),
-    "max": Pooling(
-        lambda pooled, state: torch.maximum(pooled, state.to(pooled.dtype), out=pooled), lambda pooled, count: pooled
-    ),
-    "sum": Pooling(lambda pooled, state: pooled.add_(state), lambda pooled, count: pooled),
+POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "mean": torch.Tensor.add_,
+    "max": lambda pooled, state: torch.maximum(pooled, state.to(pooled.dtype), out=pooled),
+    "sum": torch.Tensor.add_,
 }
-
-
+"""How one more layer's state is added to the pooled ones, in place (table 19)."""
 UNPOOLED: Literal["none"] = "none"
 """Instead of a pooling: the states of the tapped layers, each by itself."""
 Rationale = Literal["pooled", "all"] | list[int]
@@ -52,10 +39,7 @@ def tap_definition(pooling: str = "mean", layers: Sequence[int] | None = None) -
 
 
 def tapped_layers(rationale: Rationale, count: int) -> list[int] | None:
-    """Layers that `log.rationale` names, from 0; None: all of them.
-
-    Args:
-        count: decoder layers of the Pilot.
+    """Layers that `log.rationale` names of a Pilot of `count`, from 0; None: all of them.
 
     Raises:
         ValueError: an empty list, a layer named twice or out of order, or one that the model does not have.
@@ -77,61 +61,58 @@ def log_pooling(rationale: Rationale, pooling: Literal["mean", "max", "sum"]) ->
 
 def pooled(states: torch.Tensor, pooling: str) -> torch.Tensor:
     """States [.., L, d] of L layers -> fp32 [.., d]: bit for bit what a tap with that pooling gives."""
-    how, count = POOLINGS[pooling], states.shape[-2]
     total = states[..., 0, :].to(torch.float32, copy=True)
-    for layer in range(1, count):
-        how.add(total, states[..., layer, :])
-    return how.finish(total, count)
+    for layer in range(1, states.shape[-2]):
+        POOLINGS[pooling](total, states[..., layer, :])
+    return total.div_(states.shape[-2]) if pooling == "mean" else total
 
 
 class LayerTap:
     """Hidden states of one forward pass, pooled over layers (equation 6: the mean of `h_t,i,l` over `l`) or layer by layer.
 
     Args:
-        layers: all decoder layers, in order; their outputs are [batch, positions, width].
-        pooling: a name in POOLINGS, or UNPOOLED.
+        layers: all decoder layers; their outputs are [batch, positions, width]. pooling: a name in POOLINGS, or UNPOOLED.
         chosen: the layers to tap, ascending from 0; None: all.
     """
 
     def __init__(self, layers: Sequence[nn.Module], pooling: str = "mean", chosen: Sequence[int] | None = None) -> None:
         tapped = list(layers) if chosen is None else [layers[index] for index in chosen]
-        self._count, self._pooling = len(tapped), None if pooling == UNPOOLED else POOLINGS[pooling]
+        self._count, self._pooling = len(tapped), pooling
+        self._add = None if pooling == UNPOOLED else POOLINGS[pooling]
         self._pooled: torch.Tensor | None = None
         self._each: list[torch.Tensor] = []
-        self._recording = False
+        self._recording, self._first = False, 0
         self._handles = [layer.register_forward_hook(self._hook) for layer in tapped]
 
     def _hook(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if not self._recording:
             return
         state = (output[0] if isinstance(output, tuple) else output).detach()
-        if self._pooling is None:
-            self._each.append(state)
+        if self._add is None:
+            self._each.append(state[:, self._first :].clone() if self._first else state)  # a view would hold all of it
         elif self._pooled is None:
             self._pooled = state.to(torch.float32, copy=True)
         else:
-            self._pooling.add(self._pooled, state)
+            self._add(self._pooled, state)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record states during the enclosed forward pass; call `take` after it."""
-        self._pooled, self._each, self._recording = None, [], True
+    def recording(self, first: int = 0) -> Iterator[None]:
+        """Record states during the enclosed forward pass (unpooled ones from position `first` on); call `take` after it."""
+        self._pooled, self._each, self._recording, self._first = None, [], True, first
         try:
             yield
         finally:
             self._recording = False
 
     def take(self) -> torch.Tensor:
-        """The states of the last recorded pass; each pass can be taken once.
+        """The states of the last recorded pass, once (else RuntimeError).
 
-        Returns:
-            Pooled: fp32 [batch, positions, width]; else [batch, positions, layers, width] in the model's dtype.
-
-        Raises:
-            RuntimeError: no pass was recorded.
+        Pooled: fp32 [batch, positions, width]; else [batch, positions, layers, width] in the model's dtype.
         """
-        if self._pooled is not None and self._pooling is not None:
-            states, self._pooled = self._pooling.finish(self._pooled, self._count), None
+        if self._pooled is not None:
+            states, self._pooled = self._pooled, None
+            if self._pooling == "mean":
+                states.div_(self._count)
         elif self._each:
             states, self._each = torch.stack(self._each, 2), []
         else:

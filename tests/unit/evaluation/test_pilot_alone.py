@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tc_ray.config.fusion import FusionSection
-from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import HeldOut
-from tc_ray.evaluation.procedure import evaluate_pilot
+from tc_ray.evaluation.metric import ExactMatch
+from tc_ray.evaluation.procedure import evaluate
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer
 
 
@@ -31,7 +31,7 @@ def test_the_pilot_alone_is_measured_and_the_report_says_why(tmp_path: Path) -> 
         for number, (ids, answer) in enumerate(zip(prompts, [said[0], "no such thing", said[2]], strict=True))
     ]
     lines: list[str] = []
-    report = evaluate_pilot(
+    report = evaluate(
         pilot,
         ExactMatch(tokenizer, config),
         config,

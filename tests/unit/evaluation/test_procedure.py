@@ -16,8 +16,8 @@ import torch
 
 from tc_ray.config.fusion import FusionSection
 from tc_ray.evaluation.decode import complete
-from tc_ray.evaluation.exact_match import ExactMatch
 from tc_ray.evaluation.heldout import HeldOut, read_held_out
+from tc_ray.evaluation.metric import ExactMatch
 from tc_ray.evaluation.procedure import evaluate
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.selection import Choice, Comparison, choose
@@ -191,7 +191,7 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
 ) -> None:
     """Answers that only one lambda gives: it is found on the validation rows, and the test rows are scored with it."""
     # the answers of an untrained model are no answers: whole texts are compared
-    monkeypatch.setattr("tc_ray.evaluation.exact_match.matches", lambda text, answer: text == answer)
+    monkeypatch.setattr("tc_ray.evaluation.metric.matches", lambda text, answer: text == answer)
     rows = answered(fused, right_lam)
     said: list[str] = []
     config = FusionSection(lam_grid=[0.0, 0.3, 0.8], max_new_tokens=6, eval_batch_size=8)

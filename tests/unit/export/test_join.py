@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.export.check import ExportError
-from tc_ray.export.join import FuseError, Fusion, fuse_models
+from tc_ray.export.join import Fusion, fuse_models
+from tc_ray.files import DamagedFileError
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.families import UnknownFamilyError
+from tc_ray.models.folder import NoFusedModelError
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.core import FusionError
 from tc_ray.models.identity import ModelSourceError, vocabulary_hash
@@ -162,7 +164,7 @@ def test_a_sharded_pilot_is_copied_whole(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "fused" / "pilot").glob("*.safetensors")) == shards
     assert generated(FusedModel.from_pretrained(tmp_path / "fused"), 1)
     (tmp_path / "sharded" / shards[0]).unlink()
-    with pytest.raises(FuseError, match=f"is not whole: {shards[0]} is missing"):
+    with pytest.raises(ExportError, match=f"is not whole: {shards[0]} is missing"):
         fuse(tmp_path / "sharded", run, tmp_path / "again")
 
 
@@ -214,10 +216,10 @@ def test_a_copilot_that_does_not_tell_its_tokenizer_needs_its_own_pilot(tmp_path
     other = make_pilot("llama", tmp_path / "other", seed=7)
     fuse(other, run, tmp_path / "fused")
     shutil.copytree(run / "copilot", tmp_path / "alone")
-    with pytest.raises(FuseError, match=r"does not say which tokenizer .* name the exported run"):
+    with pytest.raises(ExportError, match=r"does not say which tokenizer .* name the exported run"):
         fuse(other, tmp_path / "alone", tmp_path / "no")
     strange(other)
-    with pytest.raises(FuseError, match="is not the one that the Copilot was trained with"):
+    with pytest.raises(ExportError, match="is not the one that the Copilot was trained with"):
         fuse(other, run, tmp_path / "no")
 
 
@@ -297,20 +299,20 @@ def change(folder: Path, file: str = "config.json", **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "words"),
     [
-        (other_tokenizer, FuseError, "the tokenizer of .*other.* is not the one that the Copilot was trained with"),
+        (other_tokenizer, ExportError, "the tokenizer of .*other.* is not the one that the Copilot was trained with"),
         (other_tap, FusionError, "trained on other hidden states: 'mean over every layer, after the final norm'"),
         (other_pooling, FusionError, "pooled by 'median': not one of mean, max, sum"),
         (other_architecture, FusionError, "the Copilot is decoder-only, the Pilot encoder-decoder"),
         (other_width, FusionError, "made for a Pilot of width 32; this Pilot has 24"),
         (unknown_family, UnknownFamilyError, "'opt' has no adapter"),
         (no_config, ModelSourceError, "has no config.json"),
-        (no_weights, FuseError, "model.safetensors is missing"),
+        (no_weights, ExportError, "model.safetensors is missing"),
         (cut_weights, ModelSourceError, "model.safetensors is damaged"),
         (no_tokenizer, ExportError, "has no tokenizer"),
-        (no_copilot, FuseError, "copilot/config.json is missing"),
-        (no_copilot_weights, FuseError, "copilot is not whole: model.safetensors is missing"),
-        (later_format, FuseError, "format 2 is not known"),
-        (broken_settings, FuseError, "cannot be read as an exported run"),
+        (no_copilot, NoFusedModelError, "copilot/config.json is missing"),
+        (no_copilot_weights, ExportError, "copilot is not whole: model.safetensors is missing"),
+        (later_format, ValueError, "format 2 is not known"),
+        (broken_settings, DamagedFileError, "fusion.json is damaged"),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(
@@ -328,14 +330,14 @@ def test_refusals_are_one_line_and_leave_nothing(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lam": -0.5}, "--lam is -0.5"),
-        ({"lam": float("nan")}, "--lam is nan"),
-        ({"space": "logit"}, "--space 'logit' is not one of probability, logits"),
-        ({"feedback": "true"}, "--feedback 'true' is not one of own, realised"),
+        ({"lam": -0.5}, "lam is -0.5"),
+        ({"lam": float("nan")}, "lam is nan"),
+        ({"space": "logit"}, "space is 'logit', not one of probability, logits"),
+        ({"feedback": "true"}, "feedback is 'true', not one of own, realised"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(FuseError, match=words):
+    with pytest.raises(ValueError, match=words):
         fuse(tmp_path, tmp_path, tmp_path / "fused", **options)
 
 
@@ -346,13 +348,13 @@ def test_what_is_there_is_not_overwritten_and_a_failed_copy_leaves_nothing(
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("run", "empty", "dangling"):
-        with pytest.raises(FuseError, match=f"{name} exists"):
+        with pytest.raises(ExportError, match=f"{name} exists"):
             fuse(other, run, tmp_path / name)
     before = sorted(tmp_path.iterdir())
     (other / "tokenizer.json").chmod(0)
     if os.access(other / "tokenizer.json", os.R_OK):  # root reads everything
         monkeypatch.setattr(shutil, "copyfile", lambda source, target: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises((OSError, FuseError)):
+    with pytest.raises((OSError, ExportError)):
         fuse(other, run, tmp_path / "fused")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -120,13 +120,13 @@ def test_a_living_run_is_not_called_killed(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("seconds", [90.0, DAY])
-@pytest.mark.parametrize("owners", [[], None], ids=["proc", "no proc"])
+@pytest.mark.parametrize("is_open", [False, None], ids=["proc", "no proc"])
 def test_a_lock_made_just_now_is_not_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, owners: list[int] | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, is_open: bool | None
 ) -> None:
     """Fault 9, kind: build locks in a home folder on a share."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(build_lock, "_processes_with", lambda file: owners)
+    monkeypatch.setattr(build_lock, "_is_open", lambda file: is_open)
     (tmp_path / "operator").mkdir()
     lock = tmp_path / "operator" / "lock"
     lock.write_text("")

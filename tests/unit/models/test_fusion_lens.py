@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tc_ray.models.fusion import Explain, Explanation, FusedModel, draw_logit_lens
 from tc_ray.models.fusion.explain import token_text
-from tc_ray.models.fusion.lens_picture import MARK, _Words
+from tc_ray.models.fusion.lens_picture import _Words
 from tests.support.family_layers import final_norm
 from tests.support.family_reference import pilot_pass
 from tests.support.family_samples import left_padded, make_copilot, new_pilot, prompts, quiet, reference_model
@@ -83,7 +83,7 @@ def test_no_hook_stays() -> None:
 
 @cache
 def explained() -> Explanation:
-    """20 tokens: more than fit into one panel."""
+    """20 tokens: more than a picture shows by default."""
     _, told = generated("llama", steps=20)
     return told
 
@@ -92,46 +92,32 @@ def figure(**given: Any) -> Any:
     return draw_logit_lens(explained(), make_tokenizer(), **given)
 
 
-def cells(panel: Any) -> dict[tuple[int, float], Any]:
-    """Texts by column and lower edge."""
-    return {(int(text.get_position()[0]), round(text.get_position()[1] - 0.46, 3)): text for text in panel.texts}
-
-
 def test_cells_say_what_the_explanation_says() -> None:
     told = explained()
     lens = told.logit_lens
     assert lens is not None
-    n = int(told.mask[0].sum())
-    assert n > 16
-    drawn = figure()
-    panels = [axes for axes in drawn.axes if axes.texts]
-    assert len(panels) == 2
-    rows = [lens.ids[0, :, layer] for layer in range(4)] + [told.pilot_top.ids[0, :, 0], told.fused_top.ids[0, :, 0]]
-    words = _Words(make_tokenizer(), {int(token) for row in rows for token in row[:n]} | set(told.tokens[0].tolist()))
-    bottoms = [0, 1, 2, 3, 4.4, 5.4]
-    bold = frames = 0
-    for number, panel in enumerate(panels):
-        found = cells(panel)
-        columns = range(16 * number, min(16 * (number + 1), n))
-        assert len(found) == 6 * len(columns)
-        for column in columns:
-            said = int(told.tokens[0, column])
-            for row, bottom in zip(rows, bottoms, strict=True):
-                text = found[column - 16 * number, bottom]
-                assert text.get_text() == words[int(row[column])]
-                assert (text.get_fontweight() == "bold") == (int(row[column]) == said)
-                bold += text.get_fontweight() == "bold"
-        assert [label.get_text() for label in panel.get_xticklabels()] == [
-            words[int(told.tokens[0, c])] for c in columns
-        ]
-        assert [label.get_text() for label in panel.get_yticklabels()] == [
-            *(f"layer {layer}" for layer in (1, 2, 3, 4)),
-            "Pilot",
-            "fused",
-        ]
-        frames += sum(not patch.get_fill() for patch in panel.patches)
-    changed = (told.pilot_top.ids[0, :n, 0] != told.fused_top.ids[0, :n, 0]).sum()
-    assert frames == int(changed) > 0
+    n = 16
+    assert int(told.mask[0].sum()) > n
+    panel = figure().axes[0]
+    rows = [lens.ids[0, :n, layer] for layer in range(4)] + [
+        top.ids[0, :n, 0] for top in (told.pilot_top, told.fused_top)
+    ]
+    words = _Words(make_tokenizer(), {int(token) for row in rows for token in row} | set(told.tokens[0].tolist()))
+    cells = {text.get_position(): text for text in panel.texts}
+    assert len(cells) == 6 * n
+    bold = 0
+    for column, said in enumerate(told.tokens[0, :n].tolist()):
+        for number, row in enumerate(rows):
+            text = cells[column, number]
+            assert text.get_text() == words[int(row[column])]
+            assert (text.get_fontweight() == "bold") == (int(row[column]) == said)
+            bold += text.get_fontweight() == "bold"
+    assert [label.get_text() for label in panel.get_xticklabels()] == [words[t] for t in told.tokens[0, :n].tolist()]
+    names = [*(f"layer {layer}" for layer in (1, 2, 3, 4)), "Pilot", "fused"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == names
+    changed = (told.pilot_top.ids[0, :n, 0] != told.fused_top.ids[0, :n, 0]).nonzero()[:, 0].tolist()
+    assert [patch.get_x() for patch in panel.patches] == [column - 0.5 for column in changed]
+    assert changed
     assert 0 < bold < 6 * n
 
 
@@ -142,24 +128,19 @@ def test_colours_are_probabilities() -> None:
     told = explained()
     lens = told.logit_lens
     assert lens is not None
-    [panel] = [axes for axes in figure(count=5).axes if axes.texts]
-    filled = {tuple(patch.get_xy()): patch.get_facecolor()[0] for patch in panel.patches if patch.get_fill()}
+    [image] = figure(count=5).axes[0].images
+    shown = image.get_array()
+    for layer in range(4):
+        assert shown[layer].tolist() == pytest.approx(lens.probabilities[0, :5, layer].tolist())
+    assert shown[5].tolist() == pytest.approx(told.fused_top.fused[0, :5, 0].tolist())
     darkest = to_rgba("#0f4c8a")[0]
-    for column in range(5):
-        for layer in range(4):
-            p = float(lens.probabilities[0, column, layer])
-            assert filled[column, layer] == pytest.approx(1 - p * (1 - darkest), abs=0.01)
-        assert filled[column, 5.4] == pytest.approx(
-            1 - float(told.fused_top.fused[0, column, 0]) * (1 - darkest), abs=0.01
-        )
-    assert [patch.get_edgecolor() for patch in panel.patches if not patch.get_fill()] == [
-        to_rgba(MARK) for column in range(5) if told.pilot_top.ids[0, column, 0] != told.fused_top.ids[0, column, 0]
-    ]
+    for p in (0.0, 0.25, 1.0):
+        assert image.to_rgba(p)[0] == pytest.approx(1 - p * (1 - darkest), abs=0.01)
 
 
 def test_part_of_a_sequence_and_of_a_deep_model() -> None:
     told = explained()
-    [panel] = [axes for axes in figure(sequence=2, first=3, count=4, max_layers=2).axes if axes.texts]
+    panel = figure(sequence=2, first=3, count=4, max_layers=2).axes[0]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["layer 2", "layer 4", "Pilot", "fused"]
     words = _Words(make_tokenizer(), told.tokens[2].tolist())
     assert [label.get_text() for label in panel.get_xticklabels()] == [words[t] for t in told.tokens[2, 3:7].tolist()]

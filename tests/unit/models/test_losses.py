@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tc_ray.copilot.learner import Learner
-from tc_ray.models.losses import CrossEntropy, Divergence, RootMeanSquare, TokenLoss, make_loss
-from tc_ray.models.losses.base import BLOCK_ELEMENTS, Outputs
+from tc_ray.models.losses import BLOCK_ELEMENTS, LOSSES, Outputs, RootMeanSquare, TokenLoss
 from tests.support.tiny_model import make_tiny_llama
 from tests.unit.copilot.test_learner import make_batch, make_copilot, section
 
@@ -66,11 +65,6 @@ SHAPES = {
     "several blocks, N > d": (9000, 4, 600, 6),
 }
 VOCAB = 45_100
-LOSSES: dict[str, TokenLoss] = {
-    "rmse": RootMeanSquare(),
-    "kl": Divergence(VOCAB),
-    "cross_entropy": CrossEntropy(VOCAB),
-}
 
 
 def reference(kind: str, given: Sample, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,7 +114,7 @@ def test_loss_and_gradients_are_the_dense_ones(kind: str, shape: str) -> None:
     blocks = math.ceil(outputs / Outputs(*given[:2], product=torch.float32, wide=torch.float32).columns)
     assert (blocks > 1) == shape.startswith("several")
     vocab_size = VOCAB if outputs > 1000 else outputs + 40
-    loss = make_loss(kind, vocab_size)
+    loss = LOSSES[kind](vocab_size)
     total, d_states, d_weight = reference(kind, given, vocab_size)
     got = measured(loss, given)
     assert float(total) > 0
@@ -133,7 +127,7 @@ def test_loss_and_gradients_are_the_dense_ones(kind: str, shape: str) -> None:
 def test_output_of_the_whole_vocabulary(kind: str) -> None:
     """No token is outside: nothing is added to Z_f, and log 0 makes no NaN."""
     given = sample(20, 8, 60, 6, irregular=False)
-    loss = make_loss(kind, 60)
+    loss = LOSSES[kind](60)
     for got, wanted in zip(measured(loss, given), reference(kind, given, 60), strict=True):
         assert off(got, wanted) < 1e-5
 
@@ -144,7 +138,7 @@ def test_same_loss_with_fewer_outputs(kind: str) -> None:
     given = sample(20, 8, 30, 6)
     places = torch.where(given.places < 0, 30 + torch.arange(6), given.places)
     whole = Sample(given.states, torch.cat([given.weight, torch.zeros(50, 8)]), places, given.values)
-    loss = make_loss(kind, 80)
+    loss = LOSSES[kind](80)
     few, all_ = measured(loss, given), measured(loss, whole)
     assert float(few[0]) == pytest.approx(float(all_[0]), rel=1e-6)
     assert off(few[2], all_[2][:30].double()) < 1e-5
@@ -154,7 +148,7 @@ def test_same_loss_with_fewer_outputs(kind: str) -> None:
 def test_gradients_in_double_precision(kind: str) -> None:
     given = sample(7, 5, 20, 6).to(torch.float64)
     vocab_size = 60
-    loss = make_loss(kind, vocab_size)
+    loss = LOSSES[kind](vocab_size)
     for got, wanted in zip(measured(loss, given), reference(kind, given, vocab_size), strict=True):
         assert off(got, wanted) < 1e-12
 
@@ -162,9 +156,9 @@ def test_gradients_in_double_precision(kind: str) -> None:
 @pytest.mark.parametrize("kind", LOSSES)
 def test_backward_multiplies_and_runs_once(kind: str) -> None:
     given = sample(7, 5, 20, 6)
-    total, plain, _ = measured(LOSSES[kind], given)
+    total, plain, _ = measured(LOSSES[kind](VOCAB), given)
     h = given.states.requires_grad_()
-    again = LOSSES[kind].total(h, given.weight, given.places, given.values)
+    again = LOSSES[kind](VOCAB).total(h, given.weight, given.places, given.values)
     (root,) = torch.autograd.grad(again.sqrt(), h, retain_graph=True)
     assert off(root, plain.double() / (2 * total.sqrt())) < 1e-6
     with pytest.raises(RuntimeError, match="given out once"):
@@ -211,7 +205,7 @@ def test_bf16_of_the_softmax_losses(kind: str) -> None:
     given = sample(300, 128, 2000, 17)
     total, d_states, d_weight = reference(kind, given, 2100)
     with torch.autocast("cpu", torch.bfloat16):
-        got = measured(make_loss(kind, 2100), given)
+        got = measured(LOSSES[kind](2100), given)
     assert float(got[0]) == pytest.approx(float(total), rel=5e-3)
     assert off(got[1], d_states) < 2e-2 and off(got[2], d_weight) < 2e-2
 
@@ -220,7 +214,7 @@ def test_bf16_of_the_softmax_losses(kind: str) -> None:
 def test_parts_add_up_to_the_undivided_batch(kind: str) -> None:
     """Unequal parts, one of them empty: value and gradient are those of one loss over all tokens."""
     given = sample(30, 8, 40, 6)
-    loss = make_loss(kind, 80)
+    loss = LOSSES[kind](80)
     parts = [Sample(given.states[a:b], given.weight, given.places[a:b], given.values[a:b]) for a, b in PARTS]
     made = [measured(loss, part) for part in parts]
     total, d_weight = sum(float(m[0]) for m in made), torch.stack([m[2] for m in made]).sum(0)
@@ -258,7 +252,7 @@ def test_no_tensor_of_tokens_by_outputs(kind: str) -> None:
     tokens, width, outputs, listed = 400, 16, 12_000, 9
     given = sample(tokens, width, outputs, listed)
     with Largest() as seen:
-        measured(LOSSES[kind], given)
+        measured(LOSSES[kind](VOCAB), given)
     assert seen.numbers <= BLOCK_ELEMENTS["cpu"] < tokens * outputs / 2
     with Largest() as seen:
         torch.nn.functional.linear(given.states, given.weight)

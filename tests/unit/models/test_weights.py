@@ -16,7 +16,8 @@ from transformers import AutoModel
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.section import MAX_LAM
 from tc_ray.config.training import PilotSection
-from tc_ray.export.join import FuseError, fuse_models
+from tc_ray.export.check import ExportError
+from tc_ray.export.join import fuse_models
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.copilot.probe import check_answers
 from tc_ray.models.finite import NotFiniteError
@@ -31,7 +32,7 @@ from tests.support.tiny_families import FAMILIES, make_pilot
 from tests.unit.export.test_join import exported
 
 Tensors = dict[str, torch.Tensor]
-REFUSED = (WeightsError, NotFiniteError, FuseError)
+REFUSED = (WeightsError, NotFiniteError, ExportError)
 
 
 def without(weights: Tensors, name: str) -> None:
@@ -219,7 +220,7 @@ def test_a_lambda_that_is_none_is_refused_at_every_door(lam: Any, whole: Path, t
         with pytest.raises(ValueError, match="lam_grid"):
             RunConfig.model_validate({"fusion": {"lam_grid": [0.0, lam]}})
     if isinstance(lam, (int, float)) and not isinstance(lam, bool):
-        with pytest.raises(FuseError, match="--lam is"):
+        with pytest.raises(ValueError, match="lam is"):
             fuse_models(str(whole), whole, tmp_path / "fused", lam=lam, space=None, feedback=None)
 
 

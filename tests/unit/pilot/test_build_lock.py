@@ -49,7 +49,7 @@ def test_a_start_goes_on_when_the_owner_dies(lock: Path) -> None:
 
 
 def test_without_proc_age_and_quiet_tell(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_lock, "_processes_with", lambda file: None)
+    monkeypatch.setattr(build_lock, "_is_open", lambda file: None)
     old = time.time() - 2 * STALE_LOCK_SECONDS
     for source_age, lock_age, stale in ((time.time(), old, False), (old, time.time(), False), (old, old, True)):
         for file, stamp in ((lock.with_name("main.o"), source_age), (lock, lock_age)):

@@ -90,7 +90,7 @@ class Run:
             recorder.end_round(number, left_out=number in self.left_out)
             self.metrics.append(recorder.metrics())
         if close:
-            recorder.close()
+            recorder.writer.close()
         return recorder
 
     def commit(self, file: DataFile) -> int:
