@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from tc_ray.cli.output import say
-from tc_ray.config.recipes import RECIPES
+from tc_ray.cli.command import say
+from tc_ray.config.yaml_file import RECIPES
+from tc_ray.files import write_file
 
 NAME = "NAME"
 """Stands in the files of recipes/start/ for the name of the new folder."""
@@ -30,8 +31,6 @@ def init(
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).lstrip("._-") or "my-run"
     shutil.copy(RECIPES / "start" / "train.jsonl", folder)
     for text in ("recipe.yaml", "README.md"):
-        (folder / text).write_text(
-            (RECIPES / "start" / text).read_text(encoding="utf-8").replace(NAME, name), encoding="utf-8"
-        )
+        write_file(folder / text, (RECIPES / "start" / text).read_text(encoding="utf-8").replace(NAME, name))
     say(f"wrote  {folder}: recipe.yaml, train.jsonl (240 examples), README.md")
     say(f"next   tc-ray train {folder / 'recipe.yaml'} --plan   # what it would do; without --plan it runs")

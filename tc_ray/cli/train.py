@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tc_ray.cli.output import say
+from tc_ray.cli.command import say
 
 if TYPE_CHECKING:
     from tc_ray.config.schema import RunConfig
@@ -44,7 +44,7 @@ def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> No
     keep_outside_upload(config)
     if only_plan:
         from tc_ray.run.plan.plan import make_plan
-        from tc_ray.run.refusals import JobError
+        from tc_ray.run.state import JobError
 
         made = make_plan(config)
         say(str(made))

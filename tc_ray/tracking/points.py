@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
-from tc_ray.tracking.events import RESTART
-
 METRICS_FILE = "metrics.jsonl"
+RESTART = "restart"
+"""Kind of the events that are counted as restarts."""
 log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
@@ -41,13 +41,9 @@ class _Line(BaseModel):
 
 
 def read_points(path: Path) -> Iterator[Point]:
-    """Yield the points of a metrics.jsonl; an absent file yields nothing.
-
-    A last line without a newline was cut off with its process and is left out. Other lines that hold no point are skipped; a
-    warning at the end says how many.
-    """
+    """The points of a metrics.jsonl, none of an absent one. Damaged lines are skipped; a warning at the end counts them."""
     damaged = []
-    for number, point in _lines(path):
+    for number, (_, point) in enumerate(read_lines(path), start=1):
         if point is None:
             damaged.append(number)
         else:
@@ -56,15 +52,20 @@ def read_points(path: Path) -> Iterator[Point]:
         log.warning("%s: %s", path, _skipped(damaged))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Point | None]]:
-    """Number of each complete line, and its point or None."""
+def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, Point | None]]:
+    """Each complete line from byte `start` on: the byte after it, and its point, or None if it holds none.
+
+    A last line without a newline was cut off with its process and is left out.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        file.seek(start)
+        for line in file:
             if not line.endswith(b"\n"):
                 return
-            yield number, _parsed(line)
+            start += len(line)
+            yield start, _parsed(line)
 
 
 def _parsed(line: bytes) -> Point | None:
@@ -97,7 +98,8 @@ class PointFile:
         self.restarts = 0
         self.last: dict[str, Point] = {}
         damaged = []
-        for number, found in _lines(path):
+        end = 0
+        for number, (end, found) in enumerate(read_lines(path), start=1):  # noqa: B007 - `end` is used after the loop
             if found is None:
                 damaged.append(number)
             else:
@@ -105,14 +107,13 @@ class PointFile:
         self.damage = _skipped(damaged) if damaged else ""
         self.is_resumed = bool(self.last)
         self._file = path.open("ab")
-        self._cut_partial_line()
+        self._file.truncate(end)
 
     def append(self, kind: str, point: Point, axis: int | None = None) -> Point | None:
         """Write one point. Returns it as written, or None if nothing in it is new.
 
         Args:
-            kind: see `Point`.
-            point: its other keys; `metrics` values are turned into plain numbers (NaN and infinities into null).
+            point: its keys besides `kind`; `metrics` are made plain numbers.
             axis: position on the axis that the metrics of this kind grow along; None: always written.
         """
         point = {"kind": kind, **point}
@@ -141,22 +142,9 @@ class PointFile:
         self.restarts += kind == "event" and point["event"] == RESTART
         self.last[kind] = point
 
-    def _cut_partial_line(self) -> None:
-        size = self._file.tell()
-        if not size:
-            return
-        with self.path.open("rb+") as file:
-            content = file.read()
-            if not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
-
 
 def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Turn Python, numpy and torch scalars into JSON numbers; NaN and infinities become None, which stays None.
-
-    Raises:
-        TypeError: a value is not a number; names the metric.
-    """
+    """Python, numpy and torch scalars as JSON numbers, None for NaN and infinities. TypeError names what is no number."""
     plain: dict[str, float | None] = {}
     for name, value in metrics.items():
         try:

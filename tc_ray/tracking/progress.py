@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tc_ray.text import byte_size, visible
-from tc_ray.tracking.events import described, newest
+from tc_ray.tracking.points import RESTART
 from tc_ray.tracking.statusfile import HEARTBEAT_SECONDS, Status
 
 LINE_SECONDS = 10.0
@@ -66,14 +66,10 @@ class ProgressView:
         """Leave the last panel on the screen and give the terminal back."""
         if self._live is not None:
             self._live.stop()
-            self._live = None
 
     def follow(self, source: Callable[[], Status | None], stop: threading.Event) -> None:
-        """Show what `source` returns about once a second until `stop` is set or the run has ended.
-
-        Args:
-            source: returns a status, or None when there is none at the moment.
-            stop: ends the view; the status is shown once more.
+        """Show what `source` returns (None: nothing now) about once a second, until the run has ended or `stop` is set, and
+        then once more.
         """
         try:
             while True:
@@ -107,10 +103,9 @@ def waiting_text(waiting: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def silence(status: Status) -> str:
-    """What to say of a run whose status is "running" but has not been written for long; else empty.
+    """What to say of a run that has not written its status for long; else empty.
 
-    `silent_seconds` is added by a reader of the run's folder (`statusfile.silent_seconds`). A status from the Tracker itself
-    has none: it is never old, whatever the clock of its host says.
+    A reader of the folder adds `silent_seconds` (`statusfile.silent_seconds`); a status from the Tracker itself is never old.
     """
     age_s = status.get("silent_seconds", 0.0)
     if status["state"] != "running" or age_s < STALE_SECONDS:
@@ -122,10 +117,6 @@ def facts(status: Status) -> list[tuple[str, str]]:
     """Names and texts of the numbers to show; a text is empty while the run has no such number."""
     plan, pilot, copilot = status["plan"], status["pilot"], status["copilot"]
     log = status["log"].get("metrics", {})
-    backlog = [
-        _number(log.get("backlog_rounds"), "{:.0f} rounds"),
-        byte_size(log["backlog_bytes"]) if log.get("backlog_bytes") is not None else "",
-    ]
     per_token = pilot.get("metrics", {}).get("log_bytes_per_token")
     stored = [
         byte_size(log["bytes"]) if log.get("bytes") is not None else "",
@@ -142,7 +133,6 @@ def facts(status: Status) -> list[tuple[str, str]]:
         ("copilot loss", _number(copilot.get("metrics", {}).get("loss"), "{:.4f}")),
         ("lag", _number(log.get("lag_rounds"), "{:.0f} rounds")),
         ("log", ", ".join(filter(None, stored))),
-        ("backlog", ", ".join(filter(None, backlog))),
         ("speed", ", ".join(filter(None, speed))),
         ("restarts", str(status["restarts"] or "")),
         ("eta", clock(status["eta_seconds"]) if status["eta_seconds"] is not None else ""),
@@ -195,3 +185,15 @@ def _of(now: float | None, total: float | None) -> str:
 
 def _number(value: float | None, pattern: str) -> str:
     return "" if value is None else pattern.format(value)
+
+
+def newest(events: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The last `limit` events, always with the last restart."""
+    chosen = events[-limit:]
+    restart = next((event for event in reversed(events) if event["kind"] == RESTART), None)
+    return chosen if restart is None or restart in chosen else [restart, *chosen[1:]]
+
+
+def described(event: dict[str, Any]) -> str:
+    """Text of an event with its count."""
+    return f"{event['text']} ({event['count']} times)" if event.get("count", 1) > 1 else str(event["text"])

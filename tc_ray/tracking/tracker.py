@@ -1,17 +1,18 @@
-"""The Tracker: the one place where a run's metrics meet, and the one writer of MLflow.
+"""The Tracker: the one place where a run's metrics meet, and the one writer of its metrics, status and MLflow.
 
 Invariant: a (metric, round) or (Copilot metric, step) is written once, over worker crashes and resumed runs. Nothing here
-waits for MLflow before `finish`, and after the start no MLflow error reaches the run: errors are counted and shown as events.
-The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer. Every
-measurement passes through `Tracker._record`.
-Metric names that the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `loss`; log
-`bytes`, `rows`, `backlog_rounds`, `backlog_bytes`, `lag_rounds`. Any other name is written too.
+waits for MLflow before `finish`, and after the start no MLflow error reaches the run. The job starts it as an actor
+(`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer. Every measurement passes through
+`Tracker._record`. The progress view and the plot know pilot `loss`, `tokens` (of the round); copilot `loss`; log `bytes`,
+`lag_rounds`. Any other metric is written too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
+import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +24,6 @@ from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.text import first_line
-from tc_ray.tracking.events import Events
 from tc_ray.tracking.mlflow_writer import (
     RUN_ID_FILE,
     MlflowWriter,
@@ -33,10 +33,9 @@ from tc_ray.tracking.mlflow_writer import (
     resolve_uri,
 )
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
-from tc_ray.tracking.points import METRICS_FILE, PointFile, plain_numbers, read_points
+from tc_ray.tracking.points import METRICS_FILE, PointFile, plain_numbers
 from tc_ray.tracking.progress import waiting_text
-from tc_ray.tracking.ray_metrics import RayMetrics
-from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
+from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, add_event, read_status
 
 PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -70,16 +69,15 @@ class Tracker:
         self._name = config.run.name
         check_places(folder)
         self._points = PointFile(folder / METRICS_FILE)
-        self._ray_metrics = RayMetrics(config.run.name)
+        self._gauges: dict[str, Any] = {}
         self._latest_time = 0.0
-        resumed = self._points.is_resumed
-        before, damage = _status_before(folder) if resumed else ({}, "")
+        before, damage = _status_before(folder) if self._points.is_resumed else ({}, "")
         self._phase = "prepare"
         self._started = before.get("started") or time.time()
         self._state = "running"
         self._plan: dict[str, Any] = before.get("plan", {})
         self._evaluation: dict[str, Any] = before.get("evaluation", {})
-        self._events = Events(before.get("events", []))
+        self._events: list[dict[str, Any]] = before.get("events", [])
         self._latest: dict[str, dict[str, Any]] = {
             kind: {name: point[name] for name in ("round", "step", "metrics") if name in point}
             for kind in ("pilot", "copilot", "log")
@@ -95,7 +93,8 @@ class Tracker:
         if config.tracking.enabled:
             uri = uri or resolve_uri(config)
             try:
-                self._mlflow = MlflowWriter(open_run(config, folder, uri), uri, self._mlflow_failed)
+                run_id = open_run(config, folder, uri)
+                self._mlflow = MlflowWriter(run_id, uri, folder / METRICS_FILE, self._mlflow_failed)
             except TrackingError as error:
                 if not was_opened:
                     raise
@@ -103,8 +102,6 @@ class Tracker:
                     "mlflow",
                     f"{first_line(error)}. The run continues without it; its next start sends the missing points",
                 )
-            if resumed and self._mlflow is not None:
-                self._mlflow.fill_gaps(read_points(folder / METRICS_FILE))
         self._points.append("start", {"time": self._now(), "round": self._round})
         if self._points.damage:
             self.event("tracking", f"{METRICS_FILE}: {self._points.damage}")
@@ -119,28 +116,21 @@ class Tracker:
             self._pilot_rate.add(now, round)
             self._tokens += float(metrics.get("tokens", 0))
             self._token_rate.add(now, self._tokens)
-            rates = {"round": round, "tokens_per_second": self._token_rate.per_second()}
-            self._ray_metrics.set("pilot", {**metrics, **rates})
-        self._status_file.touch()
+            self._set_gauges("pilot", {"tokens_per_second": self._token_rate.per_second()})
 
     def copilot(self, round: int, step: int, metrics: Mapping[str, Any]) -> None:
         """A Copilot step ended (1-based), trained on the log up to Pilot round `round`. A replayed step is not written again."""
         with self._lock:
-            now = self._record("copilot", metrics, axis="step", round=round, step=step)
-            self._copilot_rate.add(now, step)
-            self._ray_metrics.set("copilot", {**metrics, "step": step})
-        self._status_file.touch()
+            self._copilot_rate.add(self._record("copilot", metrics, axis="step", round=round, step=step), step)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """State of the Mistake Log: bytes, rows, backlog, lag in rounds. Written at most once per round or LOG_SECONDS."""
+        """State of the Mistake Log: bytes, rows, lag in rounds. Written at most once per round or LOG_SECONDS."""
         with self._lock:
             written_round, written_at = self._log_written
             due = self._round > written_round or time.time() - written_at >= LOG_SECONDS
             now = self._record("log", metrics, write=due, round=self._round)
             if due:
                 self._log_written = (self._round, now)
-            self._ray_metrics.set("log", metrics)
-        self._status_file.touch()
 
     def event(self, kind: str, text: str) -> None:
         """Something worth reporting happened. Kind "restart" is counted as a restart; others are shown once, with a count."""
@@ -148,7 +138,7 @@ class Tracker:
         with self._lock:
             now = self._now()
             self._points.append("event", {"time": now, "round": self._round, "event": kind, "text": text})
-            self._events.add(now, kind, text)
+            add_event(self._events, now, kind, text)
         self._status_file.touch()
 
     def waiting(self, who: str, text: str) -> None:
@@ -224,8 +214,6 @@ class Tracker:
         if self._mlflow is not None:
             if picture.exists():
                 self._mlflow.log_path(picture, None)
-            if self._mlflow.errors:
-                self._mlflow.fill_gaps(read_points(self._folder / METRICS_FILE))
             if not self._mlflow.finish(ENDS[status], timeout_s):
                 self.event("mlflow", f"not everything reached MLflow; all of it is in {METRICS_FILE}")
         with self._lock:
@@ -240,7 +228,7 @@ class Tracker:
 
         Keys: run, folder, state (running, done, failed, stopped), phase, started, updated (unix seconds), plan,
         waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, log {metrics},
-        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`events.Events`),
+        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`statusfile.add_event`),
         processes (pid by name), evaluation, mlflow (null when off).
         """
         with self._lock:
@@ -258,7 +246,7 @@ class Tracker:
                 "rounds_per_minute": self._pilot_rate.per_second(60.0),
                 "eta_seconds": self._eta_seconds(),
                 "restarts": self._points.restarts,
-                "events": self._events.shown(),
+                "events": [dict(event) for event in self._events],
                 "processes": dict(self._processes),
                 "evaluation": self._evaluation,
                 "mlflow": self._mlflow
@@ -282,7 +270,7 @@ class Tracker:
     def _record(
         self, kind: str, metrics: Mapping[str, Any], *, axis: str | None = None, write: bool = True, **at: int
     ) -> float:
-        """Take in one measurement: for the status and, if `write`, for metrics.jsonl and MLflow. Returns its unix time.
+        """Take in one measurement: for status, Ray's gauges and, if `write`, metrics.jsonl and so MLflow. Returns its time.
 
         Args:
             kind: "pilot", "copilot", "log" or "evaluation".
@@ -292,11 +280,24 @@ class Tracker:
         now, numbers = self._now(), plain_numbers(metrics)
         self._latest[kind] = {**at, "metrics": numbers}
         if write:
-            point = {"time": now, **at, "metrics": numbers}
-            written = self._points.append(kind, point, None if axis is None else at[axis])
-            if written is not None and self._mlflow is not None:
-                self._mlflow.log_point(written)
+            self._points.append(kind, {"time": now, **at, "metrics": numbers}, None if axis is None else at[axis])
+        self._set_gauges(kind, {**at, **numbers})
+        self._status_file.touch()
         return now
+
+    def _set_gauges(self, kind: str, numbers: Mapping[str, float | None]) -> None:
+        """Show numbers at Ray's Prometheus endpoint as `ray_tc_ray_KIND_NAME`, with the run's name as label `run`."""
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return
+        from ray.util.metrics import Gauge
+
+        for name, value in numbers.items():
+            full = re.sub(r"\W", "_", f"tc_ray_{kind}_{name}", flags=re.ASCII)
+            if value is not None:
+                if full not in self._gauges:
+                    self._gauges[full] = Gauge(full, f"{name} of the {kind}", ("run",))
+                self._gauges[full].set(value, {"run": self._name})
 
     def _eta_seconds(self) -> float | None:
         """Time until both models have done their plan; None outside training."""

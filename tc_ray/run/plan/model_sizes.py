@@ -175,21 +175,12 @@ def _copilot_sizes(
 ) -> dict[str, int | None]:
     from tc_ray.copilot.learner import with_adapters
     from tc_ray.models.copilot import Copilot, CopilotConfig
-    from tc_ray.models.copilot.model import choose_layers
+    from tc_ray.models.copilot.model import check_base, choose_layers
     from tc_ray.models.families import family_of
 
-    name, family = config.model.copilot or config.model.pilot, family_of(base_config)
-    kinds = ("decoder-only", "encoder-decoder")
-    if family.encoder_decoder != family_of(pilot_config).encoder_decoder:
-        raise ValueError(
-            f"the Copilot's base {name} is {kinds[family.encoder_decoder]}, the Pilot is "
-            f"{kinds[not family.encoder_decoder]}: take a base of the Pilot's family (model.copilot)"
-        )
-    available = family.layer_count(base_config)
-    layers = choose_layers(config.copilot.layers, config.copilot.every, available)
-    missing = [layer for layer in layers if not 0 <= layer < available]
-    if missing:
-        raise ValueError(f"copilot.layers {missing} are not layers of {name}, which has {available}")
+    family = family_of(base_config)
+    layers = choose_layers(config.copilot.layers, config.copilot.every, family.layer_count(base_config))
+    check_base(config.model.copilot or config.model.pilot, base_config, pilot_config, layers)
     known = config.copilot.output_tokens == "all" or data is not None
     copilot = Copilot(
         CopilotConfig(
