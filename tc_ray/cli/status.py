@@ -37,7 +37,12 @@ def status(
         return
     now = read()
     lines = [(name, now[name]) for name in ("run", "phase", "state")]
-    lines += [("waiting", waiting_text(now.get("waiting", {}))), *facts(now), ("", silence(now)), *trends(run_folder)]
+    lines += [
+        ("waiting", waiting_text(now.get("waiting", {}))),
+        *facts(now).items(),
+        ("", silence(now)),
+        *trends(run_folder),
+    ]
     lines += [("folder", str(run_folder)), ("mlflow", (now["mlflow"] or {}).get("command"))]
     for name, value in lines:
         if value:

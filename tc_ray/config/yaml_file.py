@@ -87,11 +87,7 @@ ConfigLoader.add_implicit_resolver(
 
 
 def find_recipe(path: Path) -> Path:
-    """The file at `path`, or for a bare name such as `demo` the recipe of the package; a file of that name goes first.
-
-    Raises:
-        ConfigError: a bare name that is neither a file nor a recipe; it lists the recipes.
-    """
+    """The file at `path`, or for a bare name such as `demo` the recipe of the package; a file of that name goes first."""
     if path.is_file() or path.name != str(path) or path.suffix in (".yaml", ".yml"):
         return path
     shipped = RECIPES / f"{path.name}.yaml"
@@ -102,13 +98,10 @@ def find_recipe(path: Path) -> Path:
 
 
 def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict[str, Any]:
-    """The sections of a config file, unchecked.
-
-    Args:
-        origins: takes the place (file and line) of each key.
+    """The sections of a config file, unchecked. origins: takes the place (file and line) of each key.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML of sections, or stands for more than a config can hold.
+        ConfigError: it cannot be read, is no YAML of sections, or holds more than a config can.
     """
     text = text_of(path)
     try:

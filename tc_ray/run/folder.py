@@ -34,9 +34,7 @@ class FolderLock:
     """A held lock, a context manager. Its file stays after the process, without meaning.
 
     Args:
-        folder: the run folder, which exists.
-        what: the run, for the error of a second one.
-        name: of the lock's file.
+        what: the run, for the error of a second one. name: of the lock's file.
 
     Raises:
         LeaseHeldError: names the holder's host, process and start.

@@ -24,14 +24,8 @@ SMOOTH_SHARE = 0.04
 def draw_losses(metrics: Path, picture: Path) -> None:
     """Draw pilot `loss` (left), copilot `loss` (right) and log `lag_rounds` (below) over wall minutes.
 
-    The idle time between two starts of a resumed run is left out and marked by a dotted line.
-
-    Args:
-        metrics: a metrics.jsonl.
-        picture: PNG to write.
-
-    Raises:
-        ValueError: there is no loss to draw yet.
+    The idle time between two starts of a resumed run is left out and marked by a dotted line. Raises ValueError if the file
+    `metrics` has no loss yet.
     """
     points, resumes = _active_minutes(list(read_points(metrics)))
     pilot = _series(points, "pilot", "loss")

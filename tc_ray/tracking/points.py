@@ -96,7 +96,7 @@ class PointFile:
         self.path = path
         self._highest: dict[tuple[str, str], int] = {}
         self.restarts = 0
-        self.last: dict[str, Point] = {}
+        self._last: dict[str, Point] = {}
         damaged = []
         end = 0
         for number, (end, found) in enumerate(read_lines(path), start=1):  # noqa: B007 - `end` is used after the loop
@@ -105,7 +105,7 @@ class PointFile:
             else:
                 self._remember(found)
         self.damage = _skipped(damaged) if damaged else ""
-        self.is_resumed = bool(self.last)
+        self.is_resumed = bool(self._last)
         self._file = path.open("ab")
         self._file.truncate(end)
 
@@ -129,6 +129,11 @@ class PointFile:
         self._remember(point)
         return point
 
+    def latest(self, kind: str) -> dict[str, Any]:
+        """`round`, `step` and `metrics` of the newest point of a kind, as far as it has them."""
+        point = self._last.get(kind, {})
+        return {name: point[name] for name in ("round", "step", "metrics") if name in point}
+
     def close(self) -> None:
         """Close the file; `append` fails after it."""
         self._file.close()
@@ -140,7 +145,7 @@ class PointFile:
             key = (kind, name)
             self._highest[key] = max(axis, self._highest.get(key, -1))
         self.restarts += kind == "event" and point["event"] == RESTART
-        self.last[kind] = point
+        self._last[kind] = point
 
 
 def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:

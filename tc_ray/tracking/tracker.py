@@ -10,6 +10,7 @@ waits for MLflow before `finish`, and after the start no MLflow error reaches th
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import sys
@@ -45,6 +46,8 @@ WAITING_TAG = "tc_ray.waiting"
 LOG_SECONDS = 5.0
 """A log point is written when the round has changed, or after this time (in the catch-up the round does not change)."""
 RATE_WINDOW = 64
+MLFLOW_SECONDS = 120.0
+"""Longest wait for MLflow at the end."""
 
 
 class Tracker:
@@ -55,7 +58,7 @@ class Tracker:
         folder: run folder; the files of an earlier start are continued. Damaged ones stop nothing: an event says what is
             missing.
         uri: MLflow tracking URI; default by `resolve_uri` in this process.
-        was_opened: the caller has opened MLflow. If it cannot be opened again (the actor was restarted during an outage),
+        was_opened: the caller has opened MLflow. If it cannot be opened again (the actor was restarted while MLflow was away),
             the run continues without it.
 
     Raises:
@@ -66,28 +69,27 @@ class Tracker:
         self._lock = threading.RLock()
         remember(config.secrets())  # in this process too: an event's text may hold any of them
         self._folder = folder
-        self._name = config.run.name
         check_places(folder)
         self._points = PointFile(folder / METRICS_FILE)
-        self._gauges: dict[str, Any] = {}
-        self._latest_time = 0.0
         before, damage = _status_before(folder) if self._points.is_resumed else ({}, "")
-        self._phase = "prepare"
-        self._started = before.get("started") or time.time()
-        self._state = "running"
-        self._plan: dict[str, Any] = before.get("plan", {})
-        self._evaluation: dict[str, Any] = before.get("evaluation", {})
-        self._events: list[dict[str, Any]] = before.get("events", [])
-        self._latest: dict[str, dict[str, Any]] = {
-            kind: {name: point[name] for name in ("round", "step", "metrics") if name in point}
-            for kind in ("pilot", "copilot", "log")
-            if (point := self._points.last.get(kind)) is not None
+        self._status: Status = {
+            "run": config.run.name,
+            "folder": str(folder),
+            "state": "running",
+            "phase": "prepare",
+            "started": before.get("started") or time.time(),
+            "plan": before.get("plan", {}),
+            "waiting": {},
+            **{kind: self._points.latest(kind) for kind in ("pilot", "copilot", "log")},
+            "events": before.get("events", []),
+            "processes": {},
+            "evaluation": before.get("evaluation", {}),
         }
+        self._latest_time = 0.0
         self._log_written: tuple[int, float] = (-1, float("-inf"))
         self._pilot_rate, self._copilot_rate, self._token_rate = Rate(), Rate(), Rate()
         self._tokens = 0.0
-        self._processes: dict[str, int] = {}
-        self._waiting: dict[str, dict[str, Any]] = {}
+        self._gauges: dict[str, Any] = {}
         self._status_file = StatusFile(folder, self.status)
         self._mlflow: MlflowWriter | None = None
         if config.tracking.enabled:
@@ -98,15 +100,11 @@ class Tracker:
             except TrackingError as error:
                 if not was_opened:
                     raise
-                self.event(
-                    "mlflow",
-                    f"{first_line(error)}. The run continues without it; its next start sends the missing points",
-                )
+                lost = f"{first_line(error)}. The run continues without it; its next start sends the missing points"
+                self.event("mlflow", lost)
         self._points.append("start", {"time": self._now(), "round": self._round})
-        if self._points.damage:
-            self.event("tracking", f"{METRICS_FILE}: {self._points.damage}")
-        if damage:
-            self.event("tracking", damage)
+        for text in filter(None, (self._points.damage and f"{METRICS_FILE}: {self._points.damage}", damage)):
+            self.event("tracking", text)
         self._status_file.write()
 
     def pilot(self, round: int, metrics: Mapping[str, Any]) -> None:
@@ -138,49 +136,45 @@ class Tracker:
         with self._lock:
             now = self._now()
             self._points.append("event", {"time": now, "round": self._round, "event": kind, "text": text})
-            add_event(self._events, now, kind, text)
+            add_event(self._status["events"], now, kind, text)
         self._status_file.touch()
 
     def waiting(self, who: str, text: str) -> None:
         """What `who` (pilot, copilot, evaluation) does or waits for before it makes progress; an empty text ends it."""
         with self._lock:
-            if self._waiting.get(who, {}).get("text", "") == text:
+            waits = self._status["waiting"]
+            if waits.get(who, {}).get("text", "") == text:
                 return
-            self._waiting.pop(who, None)
+            waits.pop(who, None)
             if text:
-                self._waiting[who] = {"text": text, "since": time.time()}
+                waits[who] = {"text": text, "since": time.time()}
             if self._mlflow is not None:
-                self._mlflow.set_tag(WAITING_TAG, waiting_text(self._waiting))
+                self._mlflow.set_tag(WAITING_TAG, waiting_text(waits))
         self._status_file.write()
 
     def process(self, name: str, pid: int) -> None:
         """A worker process (`pilot-0`, `copilot-1`) runs as `pid` on its node; shown in the status."""
         with self._lock:
-            self._processes[name] = pid
+            self._status["processes"][name] = pid
         self._status_file.write()
 
     def plan(self, rounds_total: int, copilot_steps_total: int, **more: Any) -> None:
         """What the run will do: bounds of the progress bars and of the ETA. `more`: JSON values shown in the status."""
-        with self._lock:
-            self._plan = {"rounds_total": rounds_total, "copilot_steps_total": copilot_steps_total, **more}
-        self._status_file.touch()
+        self._set(plan={"rounds_total": rounds_total, "copilot_steps_total": copilot_steps_total, **more})
 
     def phase(self, name: str) -> None:
         """The run enters one of PHASES."""
         if name not in PHASES:
             raise ValueError(f"unknown phase {name!r}; phases are {', '.join(PHASES)}")
-        with self._lock:
-            self._phase = name
-        self._status_file.write()
+        self._set(phase=name)
 
     def evaluation(self, table: Mapping[str, Any], markdown: str) -> None:
         """Results on held-out data: `table` a JSON tree whose numbers become metrics, `markdown` the report."""
         with self._lock:
-            self._evaluation = finite(json.loads(json.dumps(table, default=float)))
             self._record("evaluation", dict(_numbers("", table)), axis="round", round=self._round)
             if self._mlflow is not None:
                 self._mlflow.log_text(markdown, "evaluation.md")
-        self._status_file.write()
+        self._set(evaluation=finite(json.loads(json.dumps(table, default=float))))
 
     def artifact(self, path: Path | str, name: str | None = None) -> None:
         """Keep a file or folder in MLflow, under artifact folder `name`. Returns at once; `finish` waits for the copy."""
@@ -190,22 +184,14 @@ class Tracker:
         elif self._mlflow is not None:
             self._mlflow.log_path(path, name)
 
-    def finish(self, status: str, timeout_s: float = 120.0) -> Status:
-        """End: draw losses.png, send everything to MLflow, write the last status and return it.
-
-        Args:
-            status: "done", "failed" or "stopped".
-            timeout_s: longest wait for MLflow.
-        """
+    def finish(self, status: str) -> Status:
+        """End as `status` (see ENDS): draw losses.png, send everything to MLflow, write the last status and return it."""
         if status not in ENDS:
             raise ValueError(f"unknown end {status!r}; a run ends {', '.join(ENDS)}")
-        for who in list(self._waiting):
+        for who in list(self._status["waiting"]):
             self.waiting(who, "")
         if status != "done":
-            # the process may be killed within seconds, so the status comes first
-            with self._lock:
-                self._state = status
-            self._status_file.write()
+            self._set(state=status)  # first, as the process may be killed within seconds
         picture = self._folder / LOSSES_FILE
         try:
             draw_losses(self._folder / METRICS_FILE, picture)
@@ -214,12 +200,9 @@ class Tracker:
         if self._mlflow is not None:
             if picture.exists():
                 self._mlflow.log_path(picture, None)
-            if not self._mlflow.finish(ENDS[status], timeout_s):
+            if not self._mlflow.finish(ENDS[status], MLFLOW_SECONDS):
                 self.event("mlflow", f"not everything reached MLflow; all of it is in {METRICS_FILE}")
-        with self._lock:
-            self._state = status
-            if status in PHASES:
-                self._phase = status
+        self._set(state=status, phase=status if status in PHASES else self._status["phase"])
         self._status_file.close()
         return self.status()
 
@@ -232,35 +215,30 @@ class Tracker:
         processes (pid by name), evaluation, mlflow (null when off).
         """
         with self._lock:
-            return {
-                "run": self._name,
-                "folder": str(self._folder),
-                "state": self._state,
-                "phase": self._phase,
-                "started": self._started,
+            mlflow = self._mlflow and {
+                "uri": redact_address(self._mlflow.uri),
+                "run_id": self._mlflow.run_id,
+                "command": mlflow_command(self._mlflow.uri),
+                "errors": self._mlflow.errors,
+            }
+            return copy.deepcopy(self._status) | {
                 "updated": time.time(),
-                "plan": self._plan,
-                "waiting": {who: dict(wait) for who, wait in self._waiting.items()},
-                **{kind: self._latest.get(kind, {}) for kind in ("pilot", "copilot", "log")},
                 "tokens_per_second": self._token_rate.per_second(),
                 "rounds_per_minute": self._pilot_rate.per_second(60.0),
                 "eta_seconds": self._eta_seconds(),
                 "restarts": self._points.restarts,
-                "events": [dict(event) for event in self._events],
-                "processes": dict(self._processes),
-                "evaluation": self._evaluation,
-                "mlflow": self._mlflow
-                and {
-                    "uri": redact_address(self._mlflow.uri),
-                    "run_id": self._mlflow.run_id,
-                    "command": mlflow_command(self._mlflow.uri),
-                    "errors": self._mlflow.errors,
-                },
+                "mlflow": mlflow,
             }
+
+    def _set(self, **values: Any) -> None:
+        """Change values of the status, and write it."""
+        with self._lock:
+            self._status |= values
+        self._status_file.write()
 
     @property
     def _round(self) -> int:
-        return int(self._latest.get("pilot", {}).get("round", 0))
+        return int(self._status["pilot"].get("round", 0))
 
     def _now(self) -> float:
         """Unix time, at least a millisecond after the last one: MLflow distinguishes points of one round by it alone."""
@@ -273,12 +251,12 @@ class Tracker:
         """Take in one measurement: for status, Ray's gauges and, if `write`, metrics.jsonl and so MLflow. Returns its time.
 
         Args:
-            kind: "pilot", "copilot", "log" or "evaluation".
             axis: "round" or "step": a metric that was written there before is not written again; None: always written.
             at: `round` and, of the Copilot, `step`.
         """
         now, numbers = self._now(), plain_numbers(metrics)
-        self._latest[kind] = {**at, "metrics": numbers}
+        if kind != "evaluation":
+            self._status[kind] = {**at, "metrics": numbers}
         if write:
             self._points.append(kind, {"time": now, **at, "metrics": numbers}, None if axis is None else at[axis])
         self._set_gauges(kind, {**at, **numbers})
@@ -297,16 +275,16 @@ class Tracker:
             if value is not None:
                 if full not in self._gauges:
                     self._gauges[full] = Gauge(full, f"{name} of the {kind}", ("run",))
-                self._gauges[full].set(value, {"run": self._name})
+                self._gauges[full].set(value, {"run": self._status["run"]})
 
     def _eta_seconds(self) -> float | None:
         """Time until both models have done their plan; None outside training."""
-        if self._state != "running" or self._phase not in ("train", "catch-up"):
+        if self._status["state"] != "running" or self._status["phase"] not in ("train", "catch-up"):
             return None
-        waits = []
+        waits, plan = [], self._status["plan"]
         for rate, now, total in (
-            (self._pilot_rate, self._round, self._plan.get("rounds_total")),
-            (self._copilot_rate, self._latest.get("copilot", {}).get("step", 0), self._plan.get("copilot_steps_total")),
+            (self._pilot_rate, self._round, plan.get("rounds_total")),
+            (self._copilot_rate, self._status["copilot"].get("step", 0), plan.get("copilot_steps_total")),
         ):
             speed = rate.per_second()
             if total and total > now:
@@ -341,12 +319,9 @@ class Rate:
 
 
 def start_tracker(config: RunConfig, folder: Path) -> Any:
-    """Start the Tracker as a Ray actor on the caller's node and wait until it is ready. Returns the actor handle.
+    """Start the Tracker as a Ray actor on the caller's node, wait until it is ready, and return its handle.
 
-    The actor takes no CPU. It is restarted if it dies, as all it knows is in the run folder.
-
-    Raises:
-        TrackingError: MLflow cannot be used, or a folder stands where a file should be.
+    It takes no CPU and is restarted if it dies, as all it knows is in the run folder. Raises TrackingError as `Tracker` does.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

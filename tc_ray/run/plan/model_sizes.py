@@ -6,15 +6,10 @@ read here is no error: its sizes are unknown, and the plan says that the run wou
 
 from __future__ import annotations
 
-import ssl
 import warnings
 from dataclasses import dataclass
-from functools import cache
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.run.plan.data_estimate import DataEstimate
@@ -80,7 +75,7 @@ def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -
         notes.append(f"{name} is not on this machine yet: the first run fetches it, then its sizes are known")
         return None
     place = resolve_model(name, folder)
-    local_only = isinstance(place, str) and not _hub_answers()
+    local_only = isinstance(place, str) and not _hub_answers(name)
     try:
         return ModelConfig(
             name,
@@ -96,23 +91,16 @@ def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -
         return None
 
 
-@cache
-def _hub_answers() -> bool:
-    """Whether the model hub answers at all; if not, its client would retry for each file.
+def _hub_answers(name: str) -> bool:
+    """Whether the model hub answers at all; if not, its client would ask again and again for each file."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    Any answer counts: a refusal too, and a certificate that only the hub's own client may know.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
-    except (HTTPError, HTTPException):
-        return True
-    except URLError as error:
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        return True  # a refusal is an answer
+    except Exception:  # noqa: BLE001 - no connection, no answer in time, offline mode: whatever its client raises
         return False
     return True
 
