@@ -33,11 +33,7 @@ def train(
 
 
 def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> None:
-    """Load the config, then print its plan or run it.
-
-    Raises:
-        ConfigError: recipe or overrides cannot be used. JobError: the run would refuse its plan. And what the job raises.
-    """
+    """Load the config, then print its plan or run it. Raises JobError if the run would refuse its plan, and what the job raises."""
     from tc_ray.config.load import load_config
 
     config = load_config(recipe, overrides)

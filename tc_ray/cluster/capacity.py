@@ -65,8 +65,7 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
     Args:
         together: needs that run at the same time, at most two. alone: needs that run when nothing else does.
 
-    Raises:
-        CapacityError: and the cluster cannot grow.
+    Raises CapacityError if the cluster cannot grow either.
     """
     import ray
 

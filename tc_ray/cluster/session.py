@@ -98,11 +98,7 @@ def _init(**options: Any) -> None:
 
 
 def check_room(config: RunConfig) -> None:
-    """Refuse a cluster that can never hold the run, then wait until it has a CPU to read the data with.
-
-    Raises:
-        CapacityError: no node can be added automatically, and the nodes are too few or too small.
-    """
+    """Refuse a cluster that can never hold the run (CapacityError), then wait until it has a CPU to read the data with."""
     import ray
 
     alone = [Need("task that prepares data", 1, {"CPU": 1.0}, ())]

@@ -88,7 +88,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
     """Choose lambda on the run's validation rows, apply it once to the test rows; returns the report and its file.
 
     Args:
-        folder: run folder. data: JSON, JSONL or Parquet file; None takes the run's own test rows.
+        data: JSON, JSONL or Parquet file; None takes the run's own test rows.
 
     Raises:
         NotFinishedError: parts of the run are missing. DataError: `data` cannot be read.

@@ -82,16 +82,10 @@ class ForeignFolderError(RuntimeError):
 
 
 def check_owner(folder: Path, *, trusted: bool, own: int | None = None) -> None:
-    """Refuse to resume from files that another user owns.
+    """Raise ForeignFolderError if a file among `LOADED` belongs to another user, unless `trusted` (`run.trust_folder`).
 
     The owner of a file made here now counts as this user too: a share that maps users (NFS with root squashed, a mount with
-    one owner) gives it another number than this process has.
-
-    Args:
-        folder: an existing run folder. trusted: `run.trust_folder`. own: number of this user; None: found as above.
-
-    Raises:
-        ForeignFolderError: a file or folder among `LOADED` belongs to another user.
+    one owner) gives it another number than this process has. own: number of this user instead.
     """
     if trusted or not any((folder / name).exists() for name in LOADED):
         return

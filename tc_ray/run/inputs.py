@@ -81,8 +81,7 @@ def prepare_rows(
 ) -> tuple[PreparedData, dict[str, str]]:
     """The run's rows in `data/` and their hashes. New rows are made in `data.new/` and checked before they replace old ones.
 
-    Raises:
-        OtherInputsError: the run was started with other rows; `data/` is unchanged. DataError: see `prepare`.
+    Raises OtherInputsError if the run was started with other rows, and DataError as `prepare` does.
     """
     folder, seed = config.run.path / "data", config.run.seed
     found = prepared_before(

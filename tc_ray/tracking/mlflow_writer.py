@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -65,11 +66,15 @@ def flat_params(config: RunConfig) -> dict[str, str]:
 
 
 def to_mlflow(point: Point) -> list[Metric]:
-    """The MLflow metrics of one point: key `kind/name`, step = round. Events and starts have none."""
+    """The MLflow metrics of one point: key `kind/name`, step = round. Events and starts have none.
+
+    What MLflow allows in no name becomes `_` (Hit@10: Hit_10), since it refuses the whole batch for one name.
+    """
     time_ms = round(point["time"] * 1000)
+    names = {re.sub(r"[^\w.: -]", "_", name): value for name, value in point.get("metrics", {}).items()}
     return [
         Metric(f"{point['kind']}/{name}", float("nan") if value is None else value, time_ms, point.get("round", 0))
-        for name, value in point.get("metrics", {}).items()
+        for name, value in names.items()
     ]
 
 

@@ -33,8 +33,7 @@ class ModelConfig:
 class ModelSizes:
     """Widths, decoder layers of the Pilot, and parameter counts. The Copilot's include the Pilot's frozen embedding.
 
-    The Copilot's are None if its base cannot be read. Its counts are None too if its output covers the tokens of the
-    completions (`copilot.output_tokens: targets`) and these are unknown.
+    None: the Copilot's base cannot be read; of its counts also: the target tokens that its output covers are unknown.
     """
 
     hidden_size: int
@@ -52,11 +51,7 @@ class ModelSizes:
 def find_models(
     config: RunConfig, notes: list[str], refusals: list[str]
 ) -> tuple[ModelConfig | None, ModelConfig | None]:
-    """Pilot and Copilot's base; None for one that must be fetched first (a note) or cannot be read here (a refusal).
-
-    Raises:
-        ModelSourceError: a model folder does not exist.
-    """
+    """Pilot and Copilot's base; None for one that must be fetched first (a note) or cannot be read here (a refusal)."""
     pilot = _find(config.model.pilot, config, notes, refusals)
     if config.model.copilot in (None, config.model.pilot) or not config.log.enabled:
         return pilot, pilot
@@ -108,10 +103,7 @@ def _hub_answers(name: str) -> bool:
 def model_sizes(
     config: RunConfig, found: ModelConfig, base: ModelConfig | None, data: DataEstimate | None
 ) -> ModelSizes:
-    """Sizes from the models' configs alone: modules are built on the meta device, without memory.
-
-    Args:
-        found: the Pilot. base: the Copilot's; None if it is unknown or there is no Copilot.
+    """Sizes of the Pilot `found` and a Copilot from `base` (None: unknown, or there is no Copilot).
 
     Raises:
         UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.

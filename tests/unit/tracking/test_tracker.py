@@ -53,7 +53,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[s
     config = make_config(config.run.path.parent, pilot={"learning_rate": 9e-4})
     tracker = run_part(config, range(3, 7), range(4, 10))
     tracker.event("restart", "the Pilot's workers were restarted from round 2")
-    tracker.evaluation({"pilot": {"accuracy": 0.5}, "fused": {"accuracy": 0.625}, "lam": 0.5}, "| a | b |")
+    tracker.evaluation({"pilot": {"Hit@10": 0.5}, "fused": {"accuracy": 0.625}, "lam": 0.5}, "| a | b |")
     (config.run.path / "export").mkdir()
     (config.run.path / "export" / "fusion.json").write_text("{}")
     tracker.artifact(config.run.path / "export", "export")
@@ -83,6 +83,7 @@ def test_changed_param_does_not_stop_a_resumed_run(resumed: tuple[RunConfig, dic
 def test_evaluation_picture_and_export_are_in_mlflow(resumed: tuple[RunConfig, dict[str, Any]]) -> None:
     config, status = resumed
     assert history(config, "evaluation/fused.accuracy") == [(6, 0.625)]
+    assert history(config, "evaluation/pilot.Hit_10") == [(6, 0.5)], "MLflow allows no @"
     client = MlflowClient(tracking_uri=resolve_uri(config))
     names = {a.path for a in client.list_artifacts(status["mlflow"]["run_id"])}
     assert names == {"evaluation.md", "losses.png", "export"}
