@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import run_command
 from tc_ray.cli.train import start
 from tc_ray.config.redact import redact
 

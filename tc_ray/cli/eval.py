@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tc_ray.cli.output import say
+from tc_ray.cli.command import say
 
 
 def evaluate(

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from tc_ray.cli.output import say
-from tc_ray.config.recipes import RECIPES
+from tc_ray.cli.command import say
+from tc_ray.config.yaml_file import RECIPES
 from tc_ray.files import write_file
 
 NAME = "NAME"

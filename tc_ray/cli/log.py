@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tc_ray.cli.once import OnceCommand
-from tc_ray.cli.output import say
+from tc_ray.cli.command import OnceCommand, say
 from tc_ray.files import write_file
 from tc_ray.text import byte_size
 
 if TYPE_CHECKING:
     from tc_ray.inspection.source import LogPlace
+    from tc_ray.inspection.tokens import TokenTexts
     from tc_ray.mistakelog.read.reader import MistakeLog
+    from tc_ray.mistakelog.table.location import Location
 
 EXIT_FINDINGS = 1
 
@@ -57,17 +60,13 @@ def stats(
     """Mistakes by round and by epoch, calibration, tokens most often missed, hardest samples."""
     from tc_ray.inspection.stats import collect
     from tc_ray.inspection.terminal import print_view, stats_view
-    from tc_ray.inspection.tokens import find_tokenizer
 
-    place = _place(source, storage)
-    opened = place.open()
-    found = collect(opened, parse_rounds(rounds))
-    texts = find_tokenizer(found.metadata, place.run_folder, tokenizer)
-    if as_json:
-        say(json.dumps(found.to_dict(texts, top), indent=1))
-    else:
-        print_view(stats_view(found, texts, top))
-    _refuse_damage(opened)
+    with _opened(source, storage, tokenizer) as (opened, texts):
+        found = collect(opened, parse_rounds(rounds))
+        if as_json:
+            say(json.dumps(found.to_dict(texts, top), indent=1))
+        else:
+            print_view(stats_view(found, texts, top))
 
 
 @log.command("show", cls=OnceCommand)
@@ -86,36 +85,31 @@ def show(
     from tc_ray.inspection.samples import find_visits, visits_of
     from tc_ray.inspection.stats import collect
     from tc_ray.inspection.terminal import legend, print_view, sample_view
-    from tc_ray.inspection.tokens import find_tokenizer
 
     if (sample is None) == (worst is None):
         raise ValueError("name a sample: its id, or --worst N")
-    place = _place(source, storage)
-    opened = place.open()
-    texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
-    if sample is not None:
-        samples = {sample: visits_of(opened, sample, round)}
-    else:
-        span = None if round is None else (round, round)
-        found = collect(opened, span)
-        assert worst is not None
-        samples = find_visits(opened, [int(found.samples.ids[i]) for i in found.hardest(worst)], span)
-        if not samples:
-            raise ValueError(f"{source}: no row with target tokens" + (f" in round {round}" if round else ""))
-    if html is not None:
-        from tc_ray.inspection.page import sample_page
+    with _opened(source, storage, tokenizer) as (opened, texts):
+        if sample is not None:
+            samples = {sample: visits_of(opened, sample, round)}
+        else:
+            assert worst is not None
+            span = None if round is None else (round, round)
+            found = collect(opened, span)
+            samples = find_visits(opened, [int(found.samples.ids[i]) for i in found.hardest(worst)], span)
+            if not samples:
+                raise ValueError(f"{source}: no row with target tokens" + (f" in round {round}" if round else ""))
+        if html is not None:
+            from tc_ray.inspection.page import sample_page
 
-        write_file(html, sample_page(opened.metadata, samples, texts))
-        say(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
-        _refuse_damage(opened)
-        return
-    print_view(legend())
-    for visits in samples.values():
-        say("")
-        print_view(sample_view(visits, texts))
-    if not texts.known:
-        say(f"\n{texts.note}")
-    _refuse_damage(opened)
+            write_file(html, sample_page(opened.metadata, samples, texts))
+            say(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
+            return
+        print_view(legend())
+        for visits in samples.values():
+            say("")
+            print_view(sample_view(visits, texts))
+        if not texts.known:
+            say(f"\n{texts.note}")
 
 
 @log.command("report", cls=OnceCommand)
@@ -128,14 +122,10 @@ def report(
 ) -> None:
     """One self-contained HTML page: error heat map, loss and accuracy, confusions, calibration, samples."""
     from tc_ray.inspection.report import write_report
-    from tc_ray.inspection.tokens import find_tokenizer
 
-    place = _place(source, storage)
-    opened = place.open()
-    texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
-    write_report(opened, texts, out, parse_rounds(rounds))
-    say(f"{out}: {byte_size(out.stat().st_size)}, {texts.note}")
-    _refuse_damage(opened)
+    with _opened(source, storage, tokenizer) as (opened, texts):
+        write_report(opened, texts, out, parse_rounds(rounds))
+        say(f"{out}: {byte_size(out.stat().st_size)}, {texts.note}")
 
 
 @log.command("export", cls=OnceCommand)
@@ -194,10 +184,10 @@ def verify(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Check every file of the log against its commit: size, rows, SHA-256, schema. Exit code 1: something is wrong."""
+    """Check every file of the log against its commit: size, rows, CRC-32, schema. Exit code 1: something is wrong."""
     from tc_ray.mistakelog.maintain.verify import verify_log
 
-    _print(verify_log(_location(_place(source, storage)), quarantine=quarantine), as_json)
+    _print(verify_log(_location(source, storage), quarantine=quarantine), as_json)
 
 
 @log.command("compact", cls=OnceCommand)
@@ -211,7 +201,7 @@ def compact(
     """Merge the small files of a log that no run writes to. Exit code 1: some are damaged and were left as they are."""
     from tc_ray.mistakelog.maintain.compaction import compact_log
 
-    _print(compact_log(_location(_place(source, storage)), target_bytes=target_bytes), as_json)
+    _print(compact_log(_location(source, storage), target_bytes=target_bytes), as_json)
 
 
 @log.command("vacuum", cls=OnceCommand)
@@ -230,7 +220,7 @@ def vacuum(
     """Delete files that no version in use needs."""
     from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 
-    location = _location(_place(source, storage))
+    location = _location(source, storage)
     _print(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds, dry_run=dry_run), as_json)
 
 
@@ -262,14 +252,21 @@ def _place(source: str, storage: list[str] | None) -> LogPlace:
     return place
 
 
-def _location(place: LogPlace) -> Any:
+def _location(source: str, storage: list[str] | None) -> Location:
     from tc_ray.mistakelog.table.location import Location
 
+    place = _place(source, storage)
     return Location(place.uri, place.options or None)
 
 
-def _refuse_damage(opened: MistakeLog) -> None:
-    """Exit with an error code if rows are missing above, so that a script does not take them for the whole log."""
+@contextmanager
+def _opened(source: str, storage: list[str] | None, tokenizer: str | None) -> Iterator[tuple[MistakeLog, TokenTexts]]:
+    """The log and the texts of its tokens. If rows are missing from what was shown, say so, and exit with an error code."""
+    from tc_ray.inspection.tokens import find_tokenizer
+
+    place = _place(source, storage)
+    opened = place.open()
+    yield opened, find_tokenizer(opened.metadata, place.run_folder, tokenizer)
     left_out = sum(opened.not_finite.values())
     if left_out:
         say(f"{left_out:,} rows hold numbers that are not finite and are left out above", error=True)

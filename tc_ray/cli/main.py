@@ -9,13 +9,11 @@ import typer
 from typer.core import TyperGroup
 
 from tc_ray import __version__
-from tc_ray.cli.errors import end_stopped, run_command
+from tc_ray.cli.command import OnceCommand, end_stopped, run_command, say
 from tc_ray.cli.eval import evaluate
 from tc_ray.cli.fuse import fuse
 from tc_ray.cli.init import init
 from tc_ray.cli.log import log
-from tc_ray.cli.once import OnceCommand
-from tc_ray.cli.output import say
 from tc_ray.cli.serve import serve
 from tc_ray.cli.status import status
 from tc_ray.cli.train import train

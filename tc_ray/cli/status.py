@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tc_ray.cli.output import say
+from tc_ray.cli.command import say
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 40
@@ -21,10 +21,8 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep showing it until the run has ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
 ) -> None:
-    """Show both losses, rounds, log backlog and lag, tokens/s, restarts and ETA of a run."""
-    from rich.console import Console
-
-    from tc_ray.tracking.progress import ProgressView, facts, panel, silence, waiting_text
+    """Show both losses, rounds, log size and lag, tokens/s, restarts and ETA of a run."""
+    from tc_ray.tracking.progress import ProgressView, facts, silence, waiting_text
     from tc_ray.tracking.statusfile import Status, read_status, silent_seconds
 
     def read() -> Status:
@@ -38,28 +36,17 @@ def status(
         say(json.dumps(read_status(run_folder), indent=1))
         return
     now = read()
-    console = Console()
-    if console.is_terminal:
-        console.print(panel(now))
-    else:
-        waiting = waiting_text(now.get("waiting", {}))
-        lines = [
-            ("run", now["run"]),
-            ("phase", now["phase"]),
-            ("state", now["state"]),
-            ("waiting", waiting),
-            *facts(now),
-        ]
-        for name, value in lines:
-            if value:
-                say(f"{name:<13} {value}")
-        if silence(now):
-            say(silence(now))
-    for name, text in trends(run_folder):
-        say(f"{name:<13} {text}")
-    for name, value in (("folder", str(run_folder)), ("mlflow", (now["mlflow"] or {}).get("command"))):
+    lines = [(name, now[name]) for name in ("run", "phase", "state")]
+    lines += [
+        ("waiting", waiting_text(now.get("waiting", {}))),
+        *facts(now).items(),
+        ("", silence(now)),
+        *trends(run_folder),
+    ]
+    lines += [("folder", str(run_folder)), ("mlflow", (now["mlflow"] or {}).get("command"))]
+    for name, value in lines:
         if value:
-            say(f"{name:<13} {value}")
+            say(f"{name:<13} {value}" if name else value)
 
 
 def trends(folder: Path) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tc_ray.cli.output import say
+from tc_ray.cli.command import say
 
 if TYPE_CHECKING:
     from tc_ray.config.schema import RunConfig
@@ -33,18 +33,14 @@ def train(
 
 
 def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> None:
-    """Load the config, then print its plan or run it.
-
-    Raises:
-        ConfigError: recipe or overrides cannot be used. JobError: the run would refuse its plan. And what the job raises.
-    """
+    """Load the config, then print its plan or run it. Raises JobError if the run would refuse its plan, and what the job raises."""
     from tc_ray.config.load import load_config
 
     config = load_config(recipe, overrides)
     keep_outside_upload(config)
     if only_plan:
         from tc_ray.run.plan.plan import make_plan
-        from tc_ray.run.refusals import JobError
+        from tc_ray.run.state import JobError
 
         made = make_plan(config)
         say(str(made))

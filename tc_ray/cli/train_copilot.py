@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tc_ray.cli.output import say
+from tc_ray.cli.command import say
 from tc_ray.cluster.signals import resumable
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def train_copilot(
     from tc_ray.copilot.from_log import train_from_log
     from tc_ray.inspection.source import find_log
     from tc_ray.mistakelog.read.reader import MistakeLog
-    from tc_ray.run.folder_lock import FolderLock
+    from tc_ray.run.folder import FolderLock
 
     place = find_log(log, storage_option or [])
     if place.note:
@@ -63,21 +64,21 @@ def train_copilot(
     # beside the folder, so that a folder which is refused is left as it was
     lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
     with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes:
-        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=_Lines())
+        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=_progress_lines())
     say("\n".join(trained.lines()))
 
 
-class _Lines:
-    """Progress as a line on standard error, every LINE_SECONDS and at the end."""
+def _progress_lines() -> Callable[[Progress], None]:
+    """Shows progress as a line on standard error, every LINE_SECONDS and at the end."""
+    due = 0.0
 
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        if time.monotonic() - self._last < LINE_SECONDS and progress.step != progress.total_steps:
+    def show(progress: Progress) -> None:
+        nonlocal due
+        if time.monotonic() < due and progress.step != progress.total_steps:
             return
-        self._last = time.monotonic()
+        due = time.monotonic() + LINE_SECONDS
         result = progress.result
         loss = "nothing to learn from" if result is None else f"loss {result.loss:.4f}" if result.taken else "left out"
-        text = f"copilot step {progress.step}/{progress.total_steps} | round {progress.round} | {loss}"
-        say(text, error=True)
+        say(f"copilot step {progress.step}/{progress.total_steps} | round {progress.round} | {loss}", error=True)
+
+    return show

@@ -65,8 +65,7 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
     Args:
         together: needs that run at the same time, at most two. alone: needs that run when nothing else does.
 
-    Raises:
-        CapacityError: and the cluster cannot grow.
+    Raises CapacityError if the cluster cannot grow either.
     """
     import ray
 
@@ -75,21 +74,13 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
         if fits(nodes, needs) or can_grow():
             continue
         there = ", ".join(amounts(node) for node in nodes)
+        asked = {name: sum(need.count * need.bundle.get(name, 0.0) for need in needs) for name in ("CPU", "GPU")}
         settings = list(dict.fromkeys(setting for need in needs for setting in need.settings))
         raise CapacityError(
-            f"the run asks for {total(needs)} ({'; '.join(map(str, needs))}), and this Ray cannot hold that: "
+            f"the run asks for {amounts(asked)} ({'; '.join(map(str, needs))}), and this Ray cannot hold that: "
             f"{len(nodes)} node{'s' if len(nodes) != 1 else ''} ({there}), no autoscaler. "
             + (f"Lower {', '.join(settings)}, or add nodes." if settings else "Add nodes.")
         )
-
-
-def total(needs: Iterable[Need]) -> str:
-    """All of these needs together, as text."""
-    summed: dict[str, float] = {}
-    for need in needs:
-        for name, amount in need.bundle.items():
-            summed[name] = summed.get(name, 0.0) + need.count * amount
-    return amounts(summed)
 
 
 def fits(nodes: Sequence[Mapping[str, float]], needs: Sequence[Need]) -> bool:
@@ -142,11 +133,7 @@ def can_grow() -> bool:
 
 
 def _first_report(ask: Callable[[], bytes | None]) -> bytes | None:
-    """The report of autoscaler v1. In the first seconds of a Ray it does not name the nodes; None: there is no v1.
-
-    Raises:
-        TimeoutError: it still does not name them.
-    """
+    """The report of autoscaler v1, which does not name the nodes in the first seconds of a Ray; None: there is no v1."""
     end = time.monotonic() + REPORT_SECONDS
     while time.monotonic() < end:
         report = ask()
@@ -157,11 +144,8 @@ def _first_report(ask: Callable[[], bytes | None]) -> bytes | None:
 
 
 def starts_nodes(report: bytes | None, node_types: Iterable[str]) -> bool:
-    """Read the reports of the two autoscalers.
-
-    Args:
-        report: JSON of autoscaler v1. If it only watches, each node's type is "node_" and the node's id.
-        node_types: of autoscaler v2; empty texts if it only watches.
+    """Whether the report of autoscaler v1 (JSON; if it only watches, a node's type is "node_" and its id) or the node types of
+    v2 (empty texts if it only watches) name nodes that it starts.
     """
     active = json.loads(report)["autoscaler_report"]["active_nodes"] if report else {}
     return any(not name.startswith("node_") for name in active) or any(node_types)

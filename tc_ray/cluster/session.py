@@ -20,22 +20,23 @@ from tc_ray.text import visible
 
 def pilot_need(config: RunConfig) -> Need:
     """Resources of the Pilot's workers."""
-    r = config.resources
-    return Need("Pilot worker", r.pilot_workers, _bundle(r.pilot_cpus, r.gpus), _settings("pilot"))
+    return _need(config, "pilot", "Pilot worker")
 
 
 def copilot_need(config: RunConfig) -> Need | None:
     """Resources of the Copilot's learners; None: there are none."""
-    r = config.resources
-    if not config.log.enabled:
-        return None
-    return Need("Copilot learner", r.copilot_workers, _bundle(r.copilot_cpus, r.gpus), _settings("copilot"))
+    return _need(config, "copilot", "Copilot learner") if config.log.enabled else None
+
+
+def _need(config: RunConfig, who: str, process: str) -> Need:
+    count, cpus = (getattr(config.resources, f"{who}_{of}") for of in ("workers", "cpus"))
+    return Need(process, count, _bundle(config, cpus), (f"resources.{who}_workers", f"resources.{who}_cpus"))
 
 
 def evaluation_need(config: RunConfig) -> Need:
     """Resources of the evaluation, which starts when training has released its own."""
     r = config.resources
-    bundle = _bundle(max(r.pilot_cpus, r.copilot_cpus), r.gpus)
+    bundle = _bundle(config, max(r.pilot_cpus, r.copilot_cpus))
     return Need("evaluation task", 1, bundle, ("resources.pilot_cpus", "resources.copilot_cpus", "resources.gpus"))
 
 
@@ -45,12 +46,8 @@ def training_needs(config: RunConfig) -> list[Need]:
     return [pilot_need(config), *([copilot] if copilot is not None else [])]
 
 
-def _bundle(cpus: float, gpus: bool) -> dict[str, float]:
-    return {"CPU": cpus} | ({"GPU": 1.0} if gpus else {})
-
-
-def _settings(who: str) -> tuple[str, ...]:
-    return f"resources.{who}_workers", f"resources.{who}_cpus"
+def _bundle(config: RunConfig, cpus: float) -> dict[str, float]:
+    return {"CPU": cpus} | ({"GPU": 1.0} if config.resources.gpus else {})
 
 
 def cpus_needed(config: RunConfig) -> float:
@@ -101,11 +98,7 @@ def _init(**options: Any) -> None:
 
 
 def check_room(config: RunConfig) -> None:
-    """Refuse a cluster that can never hold the run, then wait until it has a CPU to read the data with.
-
-    Raises:
-        CapacityError: no node can be added automatically, and the nodes are too few or too small.
-    """
+    """Refuse a cluster that can never hold the run (CapacityError), then wait until it has a CPU to read the data with."""
     import ray
 
     alone = [Need("task that prepares data", 1, {"CPU": 1.0}, ())]

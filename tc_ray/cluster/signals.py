@@ -2,7 +2,7 @@
 
 Invariant: the first one raises `Stopped` in the main thread, so that a run can write its status and release its workers. A
 later one ends the process at once. When Ray starts, it replaces these handlers by its own, one of which prints a C++ trace and
-aborts, so `take_signals` is called again then. Called by `cli.errors.run_command`, `cluster.session` and `run.job`.
+aborts, so `take_signals` is called again then. Called by `cli.command.run_command`, `cluster.session` and `run.job`.
 """
 
 from __future__ import annotations

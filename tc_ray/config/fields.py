@@ -1,7 +1,7 @@
 """The fields of the configuration as a table: dotted name, type, allowed values, default, meaning, may it change on resume.
 
 Invariant: all of it is read from the schema, so nothing is listed twice. Called by `config.load` (checks and messages),
-`config.reference` (docs/config.md) and `run.refusals` (what a resume may change).
+`config.reference` (docs/config.md) and `run.state` (what a resume may change), `tracking.mlflow_writer`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -52,6 +53,12 @@ class ConfigField:
 def config_fields() -> dict[KeyPath, ConfigField]:
     """Every field by its path, in the order of the schema."""
     return dict(_walk(RunConfig))
+
+
+def public_values(config: RunConfig) -> dict[str, Any]:
+    """The value of every field by its dotted name, JSON-ready and with secrets struck out."""
+    dump = config.public_dump()
+    return {field.path: reduce(getitem, path, dump) for path, field in config_fields().items()}
 
 
 def names_in(section: KeyPath) -> list[str]:

@@ -18,11 +18,18 @@ from pydantic import ValidationError
 
 from tc_ray.config.data import EMBEDDED
 from tc_ray.config.fields import config_fields, names_in, types_at
-from tc_ray.config.recipes import find_recipe
 from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact_override, remember
 from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
 from tc_ray.config.serving import ServingSection
-from tc_ray.config.yaml_file import BeyondBoundsError, ConfigError, ConfigLoader, KeyPath, read_sections, text_of
+from tc_ray.config.yaml_file import (
+    BeyondBoundsError,
+    ConfigError,
+    ConfigLoader,
+    KeyPath,
+    find_recipe,
+    read_sections,
+    text_of,
+)
 from tc_ray.files import write_file
 
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
@@ -31,16 +38,11 @@ _END = "# end of the saved configuration"
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config file, apply overrides such as `pilot.learning_rate=1e-4`, each given once, and check it all.
-
-    The value of an override of a text or path field is taken as typed (`null` is none where the field may be null); other
-    values are YAML: numbers, true/false, null, lists. Relative paths of data and model folders start at the current
-    folder, else at the folder of the recipe. Secrets that are struck out in a saved config are left to the environment
-    where it has them.
+    """Read a config file, apply overrides and check it all; docs/config.md has the rules.
 
     Args:
         path: file, name of a recipe that comes with tc-ray, or None for the defaults.
-        overrides: `section.field=value`, applied in order.
+        overrides: `section.field=value`, each field once.
 
     Raises:
         ConfigError: the file or an override cannot be used; the message names file, line and field.
@@ -65,9 +67,6 @@ def load_serving(
     Args:
         path: None: defaults. fields: of the section, from a Serve config file; they replace those of `path`, and overrides
             replace both.
-
-    Raises:
-        ConfigError: also for an override of another section.
     """
     origins: dict[KeyPath, str] = {}
     read = read_sections(path, origins) if path else {}
@@ -110,11 +109,7 @@ def _checked(values: dict[str, Any], origins: dict[KeyPath, str], path: Path | N
 
 
 def require_secrets(config: RunConfig) -> None:
-    """Refuse a config that was read from a file in which its secrets are struck out: `***` is never used as a secret.
-
-    Raises:
-        ConfigError: names the fields.
-    """
+    """Raise ConfigError if secrets are struck out in the file that a config was read from: `***` is never used as a secret."""
     missing = config.secrets_to_give()
     if missing:
         raise ConfigError(
@@ -166,9 +161,6 @@ def _drop_fallback_for_given_files(config: RunConfig, origins: Mapping[KeyPath, 
         config.data.fallback = None
 
 
-# Overrides
-
-
 def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
     shown = redact_override(override)
     name, equals, text = override.partition("=")
@@ -201,9 +193,6 @@ def _override_value(text: str, keys: KeyPath, shown: str) -> Any:
         return yaml.load(text, ConfigLoader) if text.strip() else ""
     except (yaml.YAMLError, BeyondBoundsError):
         raise ConfigError(f"override {shown!r}: not a YAML value; quote what is text in it") from None
-
-
-# Checking
 
 
 def _unknown_keys(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[KeyPath]:
@@ -285,10 +274,7 @@ def _origin(key: KeyPath, origins: dict[KeyPath, str]) -> str:
 
 
 def _place_paths(config: RunConfig, recipe: Path | None) -> None:
-    """Make paths of data and model folders absolute, looking from the current folder and then from the recipe's folder.
-
-    A path that is not found stays as it is written: it is a hub id, or an error message will name it.
-    """
+    """Make paths of data and models absolute, from the current or the recipe's folder; one not found may be a hub id."""
     roots = [Path.cwd(), *([recipe.absolute().parent] if recipe else [])]
     for section, name in _PATHS:
         source = getattr(getattr(config, section), name)

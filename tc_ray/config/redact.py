@@ -16,47 +16,14 @@ STRUCK_OUT = "***"
 """In place of a secret, which the environment or the command line has to give again."""
 
 PLAIN_OPTIONS = frozenset(
-    {
-        "account_name",
-        "allow_http",
-        "allow_invalid_certificates",
-        "bucket",
-        "bucket_name",
-        "checksum_algorithm",
-        "conditional_put",
-        "connect_timeout",
-        "container_name",
-        "copy_if_not_exists",
-        "default_region",
-        "disable_tagging",
-        "endpoint",
-        "endpoint_url",
-        "http1_only",
-        "http2_only",
-        "imdsv1_fallback",
-        "locking_provider",
-        "max_retries",
-        "metadata_endpoint",
-        "pool_idle_timeout",
-        "pool_max_idle_per_host",
-        "proxy_excludes",
-        "proxy_url",
-        "region",
-        "request_payer",
-        "retry_timeout",
-        "s3_allow_unsafe_rename",
-        "s3_express",
-        "s3_force_path_style",
-        "s3_locking_provider",
-        "skip_signature",
-        "storage_account_name",
-        "timeout",
-        "unsigned_payload",
-        "use_emulator",
-        "use_fabric_endpoint",
-        "user_agent",
-        "virtual_hosted_style_request",
-    }
+    """
+    account_name allow_http allow_invalid_certificates bucket bucket_name checksum_algorithm conditional_put
+    connect_timeout container_name copy_if_not_exists default_region disable_tagging endpoint endpoint_url
+    http1_only http2_only imdsv1_fallback locking_provider max_retries metadata_endpoint pool_idle_timeout
+    pool_max_idle_per_host proxy_excludes proxy_url region request_payer retry_timeout s3_allow_unsafe_rename
+    s3_express s3_force_path_style s3_locking_provider skip_signature storage_account_name timeout unsigned_payload
+    use_emulator use_fabric_endpoint user_agent virtual_hosted_style_request
+    """.split()  # noqa: SIM905 - a list of one name a line would be four times as long
 )
 """Storage options that are no secret, in lower case and without the store's prefix; every other value is struck out."""
 _STORES = ("aws_", "azure_", "google_", "gcs_")

@@ -36,14 +36,7 @@ class Section(BaseModel):
 
 
 def check_lam(value: Any, where: str) -> float:
-    """A lambda that was read from a file or the command line, as a float.
-
-    Args:
-        where: names the file and field, or the option, for the error.
-
-    Raises:
-        ValueError: it is no number (true and false are none), not finite, or outside 0..MAX_LAM.
-    """
+    """A lambda from a file or the command line as a float. ValueError names `where` if it is no number in 0..MAX_LAM."""
     # NaN is in no range
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_LAM:
         raise ValueError(f"{where} is {str(value)[:80]}: lambda must be a number from 0 to {MAX_LAM:g}")

@@ -1,8 +1,8 @@
-"""Config files as YAML: their sections as they are written, and where each key stands.
+"""Config files: the recipes that come with the package, and a file's sections as they are written, with each key's place.
 
 Invariant: every refusal is a ConfigError that names the file and shows no secret. A file is refused before work on it grows
-beyond its length: ten lines of aliases can stand for 10^9 values. Called by `config.load` and, for a run's log, by
-`inspection.source`.
+beyond its length; so there are no aliases: ten lines of them can stand for 10^9 values. Called by `config.load` and, for a
+run's log, by `inspection.source`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ MAX_VALUES = 10_000
 MAX_DEPTH = 50
 
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+"""One YAML file a recipe; models/ has what they name; start/ is what `tc-ray init` copies."""
+
+
 class ConfigError(ValueError):
     """The configuration cannot be used; the message says where and what to write instead."""
 
@@ -41,7 +45,12 @@ class ConfigLoader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Count values, each alias as one, and depth. Raises BeyondBoundsError."""
+        """Count values and depth; refuse aliases. Raises BeyondBoundsError."""
+        if self.check_event(yaml.AliasEvent):  # not named: the word may be a secret
+            line = self.peek_event().start_mark.line + 1
+            raise BeyondBoundsError(
+                f"line {line} holds an alias (`*name`): write out what it stands for, and quote text that begins with *"
+            )
         self._values += 1
         if self._values > MAX_VALUES:
             raise BeyondBoundsError(f"it holds more than {MAX_VALUES} values, so it is no config of tc-ray")
@@ -77,14 +86,22 @@ ConfigLoader.add_implicit_resolver(
 )
 
 
-def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict[str, Any]:
-    """The sections of a config file, unchecked.
+def find_recipe(path: Path) -> Path:
+    """The file at `path`, or for a bare name such as `demo` the recipe of the package; a file of that name goes first."""
+    if path.is_file() or path.name != str(path) or path.suffix in (".yaml", ".yml"):
+        return path
+    shipped = RECIPES / f"{path.name}.yaml"
+    if not shipped.is_file():
+        names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"{path} is neither a file here nor a recipe of tc-ray; the recipes are {names}")
+    return shipped
 
-    Args:
-        origins: takes the place (file and line) of each key.
+
+def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict[str, Any]:
+    """The sections of a config file, unchecked. origins: takes the place (file and line) of each key.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML of sections, or stands for more than a config can hold.
+        ConfigError: it cannot be read, is no YAML of sections, or holds more than a config can.
     """
     text = text_of(path)
     try:
@@ -95,7 +112,6 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), each with its fields")
-        _check_values(node)
         _note_lines(node, (), path, {} if origins is None else origins)
         values: dict[str, Any] = loader.construct_document(node)
     except ConfigError:
@@ -123,29 +139,6 @@ def text_of(path: Path) -> str:
     return text
 
 
-def _check_values(root: yaml.Node) -> None:
-    """Raise BeyondBoundsError if the document, each alias written out, has more than MAX_VALUES values or no end."""
-    values: dict[int, int] = {}
-    open_nodes: set[int] = set()
-
-    def count(node: yaml.Node) -> int:
-        if id(node) in open_nodes:
-            raise BeyondBoundsError(f"the alias in line {node.start_mark.line + 1} stands for itself")
-        if id(node) not in values:
-            open_nodes.add(id(node))
-            parts: list[yaml.Node] = []
-            if isinstance(node, yaml.SequenceNode):
-                parts = node.value
-            elif isinstance(node, yaml.MappingNode):
-                parts = [part for pair in node.value for part in pair]
-            values[id(node)] = 1 + sum(map(count, parts))
-            open_nodes.remove(id(node))
-        return values[id(node)]
-
-    if count(root) > MAX_VALUES:
-        raise BeyondBoundsError(f"its aliases stand for more than {MAX_VALUES} values; write out what is meant")
-
-
 def _note_lines(node: yaml.MappingNode, above: KeyPath, path: Path, origins: dict[KeyPath, str]) -> None:
     for key, value in node.value:
         here = (*above, str(key.value))
@@ -155,7 +148,7 @@ def _note_lines(node: yaml.MappingNode, above: KeyPath, path: Path, origins: dic
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without PyYAML's quotes of the text: they may hold a secret (`*word` is an alias to it)."""
+    """What is wrong and where, without PyYAML's quotes of the text: they may hold a secret."""
     mark = getattr(error, "problem_mark", None)
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__

@@ -1,4 +1,8 @@
-"""Evaluate a trained run in a Ray task of its own: the job's phase, and `tc-ray eval` on the run's test rows or on other data."""
+"""The last phases of a run, and `tc-ray eval`: measure Pilot and fused model on held-out rows, export what was measured.
+
+Invariant: every start repeats both, since they are made from the two `final` folders alone. Evaluation is a Ray task of its
+own. Called by `run.job` and `tc-ray eval`.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,57 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tc_ray.cluster.capacity import check_capacity
 from tc_ray.cluster.session import evaluation_need, ray_session
 from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.run.state import Run
 from tc_ray.text import visible
 
+ERROR_SIZE_ROUNDS = 16
+"""Rounds at the end of the log whose mean squared error is compared with that of held-out data."""
 NEEDED = ("config.yaml", "pilot/final/config.json", "copilot/final/config.json", "data/validation.parquet")
 
 
 class NotFinishedError(RuntimeError):
     """The folder is no run that can be evaluated; the message says what is missing."""
+
+
+def evaluate(run: Run) -> None:
+    """Leaves `run.report`, evaluation.json and evaluation.md."""
+    size, source = logged_error_size(run.log), run.prepared.data.source
+    report = launch_evaluation(run.config, source, run.tracker, seen_error_size=size, no_copilot=run.no_copilot)
+    report.save(run.folder)
+    run.tracker.evaluation.remote(report.to_dict(), report.markdown())
+    run.report = report
+
+
+def export(run: Run) -> None:
+    """Leaves `export/`: both models (the Pilot alone if the Copilot failed) and how to join them."""
+    from tc_ray.export.write import export_fused
+
+    assert run.report is not None
+    run.export = export_fused(run.config, run.report, rounds=run.prepared.rounds)
+    if run.config.tracking.log_model:
+        run.tracker.artifact.remote(run.export, "export")
+
+
+def logged_error_size(log: Location) -> float | None:
+    """Mean squared error per target token (sum over V of l^2) in the last rounds of the log; None if it has no such token."""
+    from tc_ray.mistakelog.read.reader import MistakeLog
+
+    with MistakeLog(log) as mistakes:
+        last = max((file.round_max for file in mistakes.files), default=1)
+        rounds = (max(1, last - ERROR_SIZE_ROUNDS + 1), last)
+        table = mistakes.arrow(rounds, columns=["error_values", "error_rest"])
+    errors = table["error_values"].combine_chunks().flatten().to_numpy()
+    tokens = len(table["error_rest"].combine_chunks().flatten())
+    errors = errors[np.isfinite(errors)]  # rows of another writer may hold others
+    return float(np.square(errors, dtype=np.float64).sum() / tokens) if tokens else None
 
 
 def launch_evaluation(config: RunConfig, source: str, tracker: Any = None, **options: Any) -> Report:
@@ -45,7 +88,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
     """Choose lambda on the run's validation rows, apply it once to the test rows; returns the report and its file.
 
     Args:
-        folder: run folder. data: JSON, JSONL or Parquet file; None takes the run's own test rows.
+        data: JSON, JSONL or Parquet file; None takes the run's own test rows.
 
     Raises:
         NotFinishedError: parts of the run are missing. DataError: `data` cannot be read.
@@ -58,37 +101,36 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
         )
     config = load_saved_config(folder / "config.yaml")
     config.run.folder = folder
-    report, stem = _evaluate(config, data)
+    stem, test_file, source = "evaluation", None, "the run's own test split"
+    with ray_session(config):
+        check_capacity([], [evaluation_need(config)])
+        if data is not None:
+            stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
+            test_file, source = _prepare(config, data, folder / "data" / stem), str(data)
+        report = launch_evaluation(config, source, test_file=test_file)
     report.save(folder, stem)
     return report, folder / f"{stem}.md"
 
 
-def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
+def _prepare(config: RunConfig, data: Path, folder: Path) -> Path:
     from transformers import AutoConfig, AutoTokenizer
 
     from tc_ray.data.prepared.prepare import prepare_test_file
     from tc_ray.data.source.sequences import ITEMS_FILE
     from tc_ray.models.hub import embedding_rows
 
-    folder = config.run.path
-    with ray_session(config):
-        check_capacity([], [evaluation_need(config)])
-        test_file, source, stem = None, "the run's own test split", "evaluation"
-        if data is not None:
-            stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
-            tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
-            shape = AutoConfig.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
-            prepared = prepare_test_file(
-                str(data),
-                config.data,
-                tokenizer,
-                folder / "data" / stem,
-                seed=config.run.seed,
-                items=folder / "data" / ITEMS_FILE,
-                encoder_decoder=shape.is_encoder_decoder,
-                vocab_size=embedding_rows(folder / "pilot" / "final", shape),
-            )
-            for line in prepared.notes:
-                print(visible(line), flush=True)
-            test_file, source = prepared.test, str(data)
-        return launch_evaluation(config, source, test_file=test_file), stem
+    pilot = config.run.path / "pilot" / "final"
+    shape = AutoConfig.from_pretrained(pilot, trust_remote_code=False)
+    prepared = prepare_test_file(
+        str(data),
+        config.data,
+        AutoTokenizer.from_pretrained(pilot, trust_remote_code=False),
+        folder,
+        seed=config.run.seed,
+        items=config.run.path / "data" / ITEMS_FILE,
+        encoder_decoder=shape.is_encoder_decoder,
+        vocab_size=embedding_rows(pilot, shape),
+    )
+    for line in prepared.notes:
+        print(visible(line), flush=True)
+    return prepared.test

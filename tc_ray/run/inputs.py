@@ -64,11 +64,7 @@ def recorded_inputs(config: RunConfig, folder: Path, log: Location) -> list[Reco
 
 
 def base_weights(config: RunConfig, pilot: Path | str, copilot: Path | str) -> dict[str, str]:
-    """Hashes of the weights that Pilot and Copilot start from.
-
-    Raises:
-        ModelSourceError: a weight file is damaged.
-    """
+    """Hashes of the weights that Pilot and Copilot start from. ModelSourceError: a weight file is damaged."""
     random = config.model.random_weights
     of_pilot = weights_hash(pilot, random_weights=random)
     of_copilot = of_pilot if copilot == pilot else weights_hash(copilot, random_weights=random)
@@ -85,8 +81,7 @@ def prepare_rows(
 ) -> tuple[PreparedData, dict[str, str]]:
     """The run's rows in `data/` and their hashes. New rows are made in `data.new/` and checked before they replace old ones.
 
-    Raises:
-        OtherInputsError: the run was started with other rows; `data/` is unchanged. DataError: see `prepare`.
+    Raises OtherInputsError if the run was started with other rows, and DataError as `prepare` does.
     """
     folder, seed = config.run.path / "data", config.run.seed
     found = prepared_before(
@@ -111,14 +106,7 @@ def prepare_rows(
 
 
 def check_inputs(config: RunConfig, recorded: list[Recorded], inputs: Mapping[str, str], now: str = "") -> None:
-    """Compare inputs with what is recorded.
-
-    Args:
-        now: source of the rows, for the message.
-
-    Raises:
-        OtherInputsError: lists what differs.
-    """
+    """Raise OtherInputsError that lists what differs from what is recorded. now: source of the rows, for the message."""
     for earlier in recorded:
         wrong = [
             f"{_what(name, config, now)} ({earlier.inputs.get(name) or 'unknown'} then, {value} now)"

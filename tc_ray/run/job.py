@@ -6,6 +6,7 @@ the others from their last checkpoints. Called by the command line and by jobs/t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +20,12 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.repair import is_table, repair
-from tc_ray.run.finish import evaluate, export
-from tc_ray.run.folder_lock import FolderLock
-from tc_ray.run.folder_owner import check_owner
+from tc_ray.run.evaluate import evaluate, export
+from tc_ray.run.folder import FolderLock, check_owner
 from tc_ray.run.prepare import open_run, prepare
-from tc_ray.run.refusals import JobError, check_resume
-from tc_ray.run.state import Run
+from tc_ray.run.state import JobError, Run, check_resume
 from tc_ray.run.train import copilot_is_done, finish_copilot, pilot_is_done, start_copilot, train_pilot
-from tc_ray.run.watch import Watchers
+from tc_ray.run.watch import start_watchers
 
 END_SECONDS = 20.0
 """Time for a stopped run to end its workers, after its status is written."""
@@ -119,8 +118,8 @@ def _work(run: Run) -> JobResult:
     """All phases in order. At their end, also by an error or a signal, the status is written and workers and threads end."""
     import ray
 
-    watchers, status, shown = Watchers(run), "failed", PHASES[0].status
-    watchers.start()
+    end, status, shown = threading.Event(), "failed", PHASES[0].status
+    watchers = start_watchers(run, end)
     try:
         with resumable(run.folder):  # prints how to resume first, as the process may be killed within seconds
             for phase in PHASES:
@@ -143,14 +142,15 @@ def _work(run: Run) -> JobResult:
         run.check_lease()  # if another process has taken the log, that is the error to report
         raise
     finally:
-        watchers.stop()
+        end.set()
         if run.tracker is not None:
             ray.get(run.tracker.finish.remote(status))
         if status == "stopped":
             end_within(END_SECONDS)
         if run.copilot is not None:
             run.copilot.stop()
-        watchers.join()
+        for thread in watchers:
+            thread.join(10)
 
 
 def _mlflow_command(config: RunConfig) -> str | None:

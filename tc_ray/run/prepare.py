@@ -11,8 +11,7 @@ from typing import Any
 from tc_ray.config.load import save_config
 from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.run.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
-from tc_ray.run.refusals import JobError
-from tc_ray.run.state import Prepared, Run
+from tc_ray.run.state import JobError, Prepared, Run
 from tc_ray.text import first_line, visible
 
 

@@ -1,4 +1,7 @@
-"""What the phases of one run share. Each phase reads what earlier ones left here and adds its own. Used by `run.job`."""
+"""What the phases of one run share, and when a run may resume a folder.
+
+Each phase reads what earlier ones left in `Run` and adds its own. Used by `run.job`, its phases and `run.plan`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tc_ray.config.fields import config_fields, public_values
+from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.location import Location
@@ -14,6 +19,10 @@ if TYPE_CHECKING:
     from tc_ray.copilot.group import CopilotGroup
     from tc_ray.data.prepared.folder import PreparedData
     from tc_ray.evaluation.report import Report
+
+
+class JobError(RuntimeError):
+    """The run cannot start or resume; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +64,24 @@ class Run:
     def copilot_steps(self) -> int:
         """Steps that the Copilot takes in the whole run."""
         return self.prepared.rounds * self.config.copilot.steps_per_round
+
+
+def check_resume(config: RunConfig, folder: Path) -> None:
+    """Refuse to resume a folder whose run had other settings. Raises JobError that lists the fields.
+
+    Fields that may differ are marked in the schema (`config.section.MayChange`).
+    """
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        return
+    earlier, now = public_values(load_saved_config(saved)), public_values(config)
+    changed = [
+        f"{name}: {earlier[name]!r} -> {now[name]!r}"
+        for name in (known.path for known in config_fields().values() if not known.may_change)
+        if earlier[name] != now[name]
+    ]
+    if changed:
+        raise JobError(
+            f"{folder} holds a run with other settings ({'; '.join(changed[:5])}). "
+            "Use another run.folder, or the same settings to resume it."
+        )

@@ -6,8 +6,9 @@ Called by `tracker.Tracker.finish`. It needs only a metrics.jsonl, so it can dra
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from tc_ray.files import write_file
 from tc_ray.tracking.points import Point, read_points
@@ -23,14 +24,8 @@ SMOOTH_SHARE = 0.04
 def draw_losses(metrics: Path, picture: Path) -> None:
     """Draw pilot `loss` (left), copilot `loss` (right) and log `lag_rounds` (below) over wall minutes.
 
-    The idle time between two starts of a resumed run is left out and marked by a dotted line.
-
-    Args:
-        metrics: a metrics.jsonl.
-        picture: PNG to write.
-
-    Raises:
-        ValueError: there is no loss to draw yet.
+    The idle time between two starts of a resumed run is left out and marked by a dotted line. Raises ValueError if the file
+    `metrics` has no loss yet.
     """
     points, resumes = _active_minutes(list(read_points(metrics)))
     pilot = _series(points, "pilot", "loss")
@@ -40,43 +35,33 @@ def draw_losses(metrics: Path, picture: Path) -> None:
         raise ValueError(f"{metrics}: no loss in it yet")
 
     # Objects instead of pyplot: no global state, no display needed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     upper, below = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
-    right = upper.twinx()
-    handles = []
     for axes, (minutes, values), colour, label in (
         (upper, pilot, PILOT_COLOUR, "Pilot cross-entropy"),
-        (right, copilot, COPILOT_COLOUR, "Copilot loss"),
+        (upper.twinx(), copilot, COPILOT_COLOUR, "Copilot loss"),
     ):
         axes.plot(minutes, values, color=colour, alpha=0.25, linewidth=0.8)
-        handles += axes.plot(minutes, _smooth(values), color=colour, linewidth=1.8, label=label)
+        axes.plot(minutes, _smooth(values), color=colour, linewidth=1.8)
         axes.set_ylabel(label, color=colour)
         axes.tick_params(axis="y", colors=colour)
-        axes.spines[["top"]].set_visible(False)
         if values:
             axes.set_ylim(bottom=0)
     upper.grid(axis="y", alpha=0.2)
-    upper.legend(handles=handles, loc="upper right", frameon=False)
     upper.set_title("Losses of both models", loc="left", fontsize=11)
 
-    below.fill_between(lag[0], lag[1], step="post", color=LAG_COLOUR, alpha=0.45, linewidth=0)
+    below.fill_between(*lag, step="post", color=LAG_COLOUR, alpha=0.45, linewidth=0)
     below.set_ylabel("lag (rounds)", color=LAG_COLOUR)
     below.set_ylim(bottom=0)
     below.yaxis.get_major_locator().set_params(integer=True)
-    below.set_xlabel("minutes of running")
-    below.spines[["top", "right"]].set_visible(False)
+    below.set_xlabel("minutes of running (dotted: resumed)")
     ended = max(minutes[-1] for minutes, _ in (pilot, copilot) if minutes)
     below.set_xlim(0, ended * 1.02 or 1)  # there is no loss after training
-    for minute in (minute for minute in resumes if minute <= ended):
+    for minute in resumes:
         for axes in (upper, below):
             axes.axvline(minute, color="black", linestyle=":", linewidth=1)
-        upper.annotate(
-            "resumed", (minute, 1), xycoords=("data", "axes fraction"), fontsize=8, rotation=90, ha="right", va="top"
-        )
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     write_file(picture, drawn.getvalue())
@@ -106,8 +91,11 @@ def _series(points: list[tuple[float, Point]], kind: str, name: str) -> tuple[li
     return [minute for minute, _ in found], [value for _, value in found]
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def _smooth(values: list[float]) -> np.ndarray:
     """Centred running mean; the window shrinks at both ends."""
-    half = int(len(values) * SMOOTH_SHARE / 2)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    window = np.ones(2 * int(len(values) * SMOOTH_SHARE / 2) + 1)
+    return (
+        np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+        if values
+        else np.zeros(0)
+    )

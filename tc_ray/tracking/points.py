@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
-from tc_ray.tracking.events import RESTART
-
 METRICS_FILE = "metrics.jsonl"
+RESTART = "restart"
+"""Kind of the events that are counted as restarts."""
 log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
@@ -41,13 +41,9 @@ class _Line(BaseModel):
 
 
 def read_points(path: Path) -> Iterator[Point]:
-    """Yield the points of a metrics.jsonl; an absent file yields nothing.
-
-    A last line without a newline was cut off with its process and is left out. Other lines that hold no point are skipped; a
-    warning at the end says how many.
-    """
+    """The points of a metrics.jsonl, none of an absent one. Damaged lines are skipped; a warning at the end counts them."""
     damaged = []
-    for number, point in _lines(path):
+    for number, (_, point) in enumerate(read_lines(path), start=1):
         if point is None:
             damaged.append(number)
         else:
@@ -56,15 +52,20 @@ def read_points(path: Path) -> Iterator[Point]:
         log.warning("%s: %s", path, _skipped(damaged))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Point | None]]:
-    """Number of each complete line, and its point or None."""
+def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, Point | None]]:
+    """Each complete line from byte `start` on: the byte after it, and its point, or None if it holds none.
+
+    A last line without a newline was cut off with its process and is left out.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        file.seek(start)
+        for line in file:
             if not line.endswith(b"\n"):
                 return
-            yield number, _parsed(line)
+            start += len(line)
+            yield start, _parsed(line)
 
 
 def _parsed(line: bytes) -> Point | None:
@@ -95,24 +96,24 @@ class PointFile:
         self.path = path
         self._highest: dict[tuple[str, str], int] = {}
         self.restarts = 0
-        self.last: dict[str, Point] = {}
+        self._last: dict[str, Point] = {}
         damaged = []
-        for number, found in _lines(path):
+        end = 0
+        for number, (end, found) in enumerate(read_lines(path), start=1):  # noqa: B007 - `end` is used after the loop
             if found is None:
                 damaged.append(number)
             else:
                 self._remember(found)
         self.damage = _skipped(damaged) if damaged else ""
-        self.is_resumed = bool(self.last)
+        self.is_resumed = bool(self._last)
         self._file = path.open("ab")
-        self._cut_partial_line()
+        self._file.truncate(end)
 
     def append(self, kind: str, point: Point, axis: int | None = None) -> Point | None:
         """Write one point. Returns it as written, or None if nothing in it is new.
 
         Args:
-            kind: see `Point`.
-            point: its other keys; `metrics` values are turned into plain numbers (NaN and infinities into null).
+            point: its keys besides `kind`; `metrics` are made plain numbers.
             axis: position on the axis that the metrics of this kind grow along; None: always written.
         """
         point = {"kind": kind, **point}
@@ -128,6 +129,11 @@ class PointFile:
         self._remember(point)
         return point
 
+    def latest(self, kind: str) -> dict[str, Any]:
+        """`round`, `step` and `metrics` of the newest point of a kind, as far as it has them."""
+        point = self._last.get(kind, {})
+        return {name: point[name] for name in ("round", "step", "metrics") if name in point}
+
     def close(self) -> None:
         """Close the file; `append` fails after it."""
         self._file.close()
@@ -139,24 +145,11 @@ class PointFile:
             key = (kind, name)
             self._highest[key] = max(axis, self._highest.get(key, -1))
         self.restarts += kind == "event" and point["event"] == RESTART
-        self.last[kind] = point
-
-    def _cut_partial_line(self) -> None:
-        size = self._file.tell()
-        if not size:
-            return
-        with self.path.open("rb+") as file:
-            content = file.read()
-            if not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
+        self._last[kind] = point
 
 
 def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Turn Python, numpy and torch scalars into JSON numbers; NaN and infinities become None, which stays None.
-
-    Raises:
-        TypeError: a value is not a number; names the metric.
-    """
+    """Python, numpy and torch scalars as JSON numbers, None for NaN and infinities. TypeError names what is no number."""
     plain: dict[str, float | None] = {}
     for name, value in metrics.items():
         try:

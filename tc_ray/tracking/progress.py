@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tc_ray.text import byte_size, visible
-from tc_ray.tracking.events import described, newest
+from tc_ray.tracking.points import RESTART
 from tc_ray.tracking.statusfile import HEARTBEAT_SECONDS, Status
 
 LINE_SECONDS = 10.0
@@ -66,14 +66,10 @@ class ProgressView:
         """Leave the last panel on the screen and give the terminal back."""
         if self._live is not None:
             self._live.stop()
-            self._live = None
 
     def follow(self, source: Callable[[], Status | None], stop: threading.Event) -> None:
-        """Show what `source` returns about once a second until `stop` is set or the run has ended.
-
-        Args:
-            source: returns a status, or None when there is none at the moment.
-            stop: ends the view; the status is shown once more.
+        """Show what `source` returns (None: nothing now) about once a second, until the run has ended or `stop` is set, and
+        then once more.
         """
         try:
             while True:
@@ -97,7 +93,7 @@ def line(status: Status) -> str:
     """One plain line: phase, rounds, losses, lag, speed, ETA."""
     waiting = waiting_text(status.get("waiting", {}))
     parts = [f"{clock(status['updated'] - status['started'])} {status['phase']}{': ' if waiting else ''}{waiting}"]
-    parts += [f"{name} {value}" for name, value in facts(status) if value]
+    parts += [f"{name} {value}" for name, value in facts(status).items()]
     return " | ".join(filter(None, [*parts, silence(status)]))
 
 
@@ -107,10 +103,9 @@ def waiting_text(waiting: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def silence(status: Status) -> str:
-    """What to say of a run whose status is "running" but has not been written for long; else empty.
+    """What to say of a run that has not written its status for long; else empty.
 
-    `silent_seconds` is added by a reader of the run's folder (`statusfile.silent_seconds`). A status from the Tracker itself
-    has none: it is never old, whatever the clock of its host says.
+    A reader of the folder adds `silent_seconds` (`statusfile.silent_seconds`); a status from the Tracker itself is never old.
     """
     age_s = status.get("silent_seconds", 0.0)
     if status["state"] != "running" or age_s < STALE_SECONDS:
@@ -118,51 +113,45 @@ def silence(status: Status) -> str:
     return f"no sign of life for {clock(age_s)}: it was killed; `tc-ray train` with the same recipe resumes it"
 
 
-def facts(status: Status) -> list[tuple[str, str]]:
-    """Names and texts of the numbers to show; a text is empty while the run has no such number."""
+def facts(status: Status) -> dict[str, str]:
+    """The numbers to show, as text by name, without those that the run has not got."""
     plan, pilot, copilot = status["plan"], status["pilot"], status["copilot"]
-    log = status["log"].get("metrics", {})
-    backlog = [
-        _number(log.get("backlog_rounds"), "{:.0f} rounds"),
-        byte_size(log["backlog_bytes"]) if log.get("backlog_bytes") is not None else "",
-    ]
-    per_token = pilot.get("metrics", {}).get("log_bytes_per_token")
-    stored = [
-        byte_size(log["bytes"]) if log.get("bytes") is not None else "",
-        f"{byte_size(per_token)} per token" if per_token is not None else "",
-    ]
-    speed = [
-        _number(status["tokens_per_second"], "{:.0f} tokens/s"),
-        _number(status["rounds_per_minute"], "{:.1f} rounds/min"),
-    ]
-    return [
-        ("round", _of(pilot.get("round"), plan.get("rounds_total"))),
-        ("pilot loss", _number(pilot.get("metrics", {}).get("loss"), "{:.4f}")),
-        ("copilot step", _of(copilot.get("step"), plan.get("copilot_steps_total"))),
-        ("copilot loss", _number(copilot.get("metrics", {}).get("loss"), "{:.4f}")),
-        ("lag", _number(log.get("lag_rounds"), "{:.0f} rounds")),
-        ("log", ", ".join(filter(None, stored))),
-        ("backlog", ", ".join(filter(None, backlog))),
-        ("speed", ", ".join(filter(None, speed))),
-        ("restarts", str(status["restarts"] or "")),
-        ("eta", clock(status["eta_seconds"]) if status["eta_seconds"] is not None else ""),
-    ]
+    log, of_pilot = status["log"].get("metrics", {}), pilot.get("metrics", {})
+    stored = (
+        _text(log.get("bytes"), of=byte_size),
+        _text(of_pilot.get("log_bytes_per_token"), "{} per token", byte_size),
+    )
+    speed = (
+        _text(status["tokens_per_second"], "{:.0f} tokens/s"),
+        _text(status["rounds_per_minute"], "{:.1f} rounds/min"),
+    )
+    found = {
+        "round": _of(pilot.get("round"), plan.get("rounds_total")),
+        "pilot loss": _text(of_pilot.get("loss"), "{:.4f}"),
+        "copilot step": _of(copilot.get("step"), plan.get("copilot_steps_total")),
+        "copilot loss": _text(copilot.get("metrics", {}).get("loss"), "{:.4f}"),
+        "lag": _text(log.get("lag_rounds"), "{:.0f} rounds"),
+        "log": ", ".join(filter(None, stored)),
+        "speed": ", ".join(filter(None, speed)),
+        "restarts": str(status["restarts"] or ""),
+        "eta": _text(status["eta_seconds"], of=clock),
+    }
+    return {name: text for name, text in found.items() if text}
 
 
 def panel(status: Status) -> RenderableType:
     """The live panel of a status."""
-    plan, texts = status["plan"], dict(facts(status))
+    plan, texts = status["plan"], facts(status)
     bars = Table.grid(padding=(0, 2))
     for label, now, total, loss in (
-        ("Pilot", status["pilot"].get("round", 0), plan.get("rounds_total"), texts.pop("pilot loss")),
-        ("Copilot", status["copilot"].get("step", 0), plan.get("copilot_steps_total"), texts.pop("copilot loss")),
+        ("Pilot", status["pilot"].get("round", 0), plan.get("rounds_total"), texts.pop("pilot loss", "-")),
+        ("Copilot", status["copilot"].get("step", 0), plan.get("copilot_steps_total"), texts.pop("copilot loss", "-")),
     ):
         unit = "round" if label == "Pilot" else "step"
         bar = ProgressBar(total=max(total or 1, 1), completed=min(now, total or 1), width=32)
-        bars.add_row(Text(label, "bold"), bar, f"{unit} {_of(now, total)}", f"loss {loss or '-'}")
-    texts.pop("round")
-    texts.pop("copilot step")
-    rest = Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in texts.items() if value)
+        bars.add_row(Text(label, "bold"), bar, f"{unit} {_of(now, total)}", f"loss {loss}")
+    shown = ((name, text) for name, text in texts.items() if name not in ("round", "copilot step"))
+    rest = Text("   ").join(Text.assemble((f"{name} ", "dim"), text) for name, text in shown)
     lines: list[RenderableType] = [bars, rest]
     for who, wait in status.get("waiting", {}).items():
         lines.append(Text(visible(f"{who} {wait['text']} ({clock(status['updated'] - wait['since'])})"), "cyan"))
@@ -193,5 +182,17 @@ def _of(now: float | None, total: float | None) -> str:
     return f"{now}/{total}" if total else str(now)
 
 
-def _number(value: float | None, pattern: str) -> str:
-    return "" if value is None else pattern.format(value)
+def _text(value: float | None, pattern: str = "{}", of: Callable[[float], object] = float) -> str:
+    return "" if value is None else pattern.format(of(value))
+
+
+def newest(events: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The last `limit` events, always with the last restart."""
+    chosen = events[-limit:]
+    restart = next((event for event in reversed(events) if event["kind"] == RESTART), None)
+    return chosen if restart is None or restart in chosen else [restart, *chosen[1:]]
+
+
+def described(event: dict[str, Any]) -> str:
+    """Text of an event with its count."""
+    return f"{event['text']} ({event['count']} times)" if event.get("count", 1) > 1 else str(event["text"])

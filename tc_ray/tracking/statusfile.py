@@ -18,9 +18,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, FiniteFloat
 
 from tc_ray.files import DamagedFileError, disk_time, finite, read_json, typed, write_json
+from tc_ray.tracking.points import RESTART
 
 STATUS_FILE = "status.json"
 HEARTBEAT_SECONDS = 15.0
+EVENTS_SHOWN = 20
 Status = dict[str, Any]
 """Keys: see `tracker.Tracker.status`."""
 
@@ -78,6 +80,22 @@ class _Document(BaseModel):
     mlflow: _MLflow | None
 
 
+def add_event(events: list[dict[str, Any]], time: float, kind: str, text: str) -> None:
+    """Add an event to those of a status, or raise the `count` of one with the same kind and text (except restarts).
+
+    The newest EVENTS_SHOWN restarts and as many other events stay, so that others never push out restarts.
+    """
+    alike = [event for event in events if (event["kind"] == RESTART) == (kind == RESTART)]
+    if kind != RESTART:
+        for event in alike:
+            if (event["kind"], event["text"]) == (kind, text):
+                event["count"] = event.get("count", 1) + 1
+                return
+    if len(alike) >= EVENTS_SHOWN:
+        events.remove(alike[0])
+    events.append({"time": time, "kind": kind, "text": text})
+
+
 def read_status(folder: Path) -> Status:
     """Read the status of a run folder.
 
@@ -99,10 +117,7 @@ def read_status(folder: Path) -> Status:
 
 
 def silent_seconds(folder: Path) -> float:
-    """Seconds since status.json was written, by the disk's clock, as the run may be on another host.
-
-    That clock is read by a write; in a folder without write permission this host's clock is used.
-    """
+    """Seconds since status.json was written, by the disk's clock, or this host's in a folder that may not be written."""
     try:
         now = disk_time(folder)
     except OSError:
@@ -125,13 +140,12 @@ class StatusFile:
         self._interval_s = interval_s
         self._lock = threading.Lock()
         self._changed, self._closed = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
         self._failing = False
+        threading.Thread(target=self._work, name="status-file", daemon=True).start()
 
     def touch(self) -> None:
         """Something changed: it is written within the interval."""
         self._changed.set()
-        self._start()
 
     def write(self) -> None:
         """Write now."""
@@ -143,18 +157,12 @@ class StatusFile:
                 if not self._failing:
                     log.warning("%s cannot be written (%s); trying again at each change", self._path, error)
                 self._failing = True
-        self._start()
 
     def close(self) -> None:
         """Write for the last time."""
         self._closed.set()
         self._changed.set()
         self.write()
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="status-file", daemon=True)
-            self._thread.start()
 
     def _work(self) -> None:
         while not self._closed.is_set():

@@ -1,17 +1,19 @@
-"""The Tracker: the one place where a run's metrics meet, and the one writer of MLflow.
+"""The Tracker: the one place where a run's metrics meet, and the one writer of its metrics, status and MLflow.
 
 Invariant: a (metric, round) or (Copilot metric, step) is written once, over worker crashes and resumed runs. Nothing here
-waits for MLflow before `finish`, and after the start no MLflow error reaches the run: errors are counted and shown as events.
-The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer. Every
-measurement passes through `Tracker._record`.
-Metric names that the progress view and the plot know: pilot `loss`, `tokens` (of the round), `seconds`; copilot `loss`; log
-`bytes`, `rows`, `backlog_rounds`, `backlog_bytes`, `lag_rounds`. Any other name is written too.
+waits for MLflow before `finish`, and after the start no MLflow error reaches the run. The job starts it as an actor
+(`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an answer. Every measurement passes through
+`Tracker._record`. The progress view and the plot know pilot `loss`, `tokens` (of the round); copilot `loss`; log `bytes`,
+`lag_rounds`. Any other metric is written too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import re
+import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +25,6 @@ from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.text import first_line
-from tc_ray.tracking.events import Events
 from tc_ray.tracking.mlflow_writer import (
     RUN_ID_FILE,
     MlflowWriter,
@@ -33,10 +34,9 @@ from tc_ray.tracking.mlflow_writer import (
     resolve_uri,
 )
 from tc_ray.tracking.plot import LOSSES_FILE, draw_losses
-from tc_ray.tracking.points import METRICS_FILE, PointFile, plain_numbers, read_points
+from tc_ray.tracking.points import METRICS_FILE, PointFile, plain_numbers
 from tc_ray.tracking.progress import waiting_text
-from tc_ray.tracking.ray_metrics import RayMetrics
-from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, read_status
+from tc_ray.tracking.statusfile import STATUS_FILE, Status, StatusFile, add_event, read_status
 
 PHASES = ("prepare", "train", "catch-up", "evaluate", "export", "done", "failed")
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -46,6 +46,8 @@ WAITING_TAG = "tc_ray.waiting"
 LOG_SECONDS = 5.0
 """A log point is written when the round has changed, or after this time (in the catch-up the round does not change)."""
 RATE_WINDOW = 64
+MLFLOW_SECONDS = 120.0
+"""Longest wait for MLflow at the end."""
 
 
 class Tracker:
@@ -56,7 +58,7 @@ class Tracker:
         folder: run folder; the files of an earlier start are continued. Damaged ones stop nothing: an event says what is
             missing.
         uri: MLflow tracking URI; default by `resolve_uri` in this process.
-        was_opened: the caller has opened MLflow. If it cannot be opened again (the actor was restarted during an outage),
+        was_opened: the caller has opened MLflow. If it cannot be opened again (the actor was restarted while MLflow was away),
             the run continues without it.
 
     Raises:
@@ -67,49 +69,42 @@ class Tracker:
         self._lock = threading.RLock()
         remember(config.secrets())  # in this process too: an event's text may hold any of them
         self._folder = folder
-        self._name = config.run.name
         check_places(folder)
         self._points = PointFile(folder / METRICS_FILE)
-        self._ray_metrics = RayMetrics(config.run.name)
-        self._latest_time = 0.0
-        resumed = self._points.is_resumed
-        before, damage = _status_before(folder) if resumed else ({}, "")
-        self._phase = "prepare"
-        self._started = before.get("started") or time.time()
-        self._state = "running"
-        self._plan: dict[str, Any] = before.get("plan", {})
-        self._evaluation: dict[str, Any] = before.get("evaluation", {})
-        self._events = Events(before.get("events", []))
-        self._latest: dict[str, dict[str, Any]] = {
-            kind: {name: point[name] for name in ("round", "step", "metrics") if name in point}
-            for kind in ("pilot", "copilot", "log")
-            if (point := self._points.last.get(kind)) is not None
+        before, damage = _status_before(folder) if self._points.is_resumed else ({}, "")
+        self._status: Status = {
+            "run": config.run.name,
+            "folder": str(folder),
+            "state": "running",
+            "phase": "prepare",
+            "started": before.get("started") or time.time(),
+            "plan": before.get("plan", {}),
+            "waiting": {},
+            **{kind: self._points.latest(kind) for kind in ("pilot", "copilot", "log")},
+            "events": before.get("events", []),
+            "processes": {},
+            "evaluation": before.get("evaluation", {}),
         }
+        self._latest_time = 0.0
         self._log_written: tuple[int, float] = (-1, float("-inf"))
         self._pilot_rate, self._copilot_rate, self._token_rate = Rate(), Rate(), Rate()
         self._tokens = 0.0
-        self._processes: dict[str, int] = {}
-        self._waiting: dict[str, dict[str, Any]] = {}
+        self._gauges: dict[str, Any] = {}
         self._status_file = StatusFile(folder, self.status)
         self._mlflow: MlflowWriter | None = None
         if config.tracking.enabled:
             uri = uri or resolve_uri(config)
             try:
-                self._mlflow = MlflowWriter(open_run(config, folder, uri), uri, self._mlflow_failed)
+                run_id = open_run(config, folder, uri)
+                self._mlflow = MlflowWriter(run_id, uri, folder / METRICS_FILE, self._mlflow_failed)
             except TrackingError as error:
                 if not was_opened:
                     raise
-                self.event(
-                    "mlflow",
-                    f"{first_line(error)}. The run continues without it; its next start sends the missing points",
-                )
-            if resumed and self._mlflow is not None:
-                self._mlflow.fill_gaps(read_points(folder / METRICS_FILE))
+                lost = f"{first_line(error)}. The run continues without it; its next start sends the missing points"
+                self.event("mlflow", lost)
         self._points.append("start", {"time": self._now(), "round": self._round})
-        if self._points.damage:
-            self.event("tracking", f"{METRICS_FILE}: {self._points.damage}")
-        if damage:
-            self.event("tracking", damage)
+        for text in filter(None, (self._points.damage and f"{METRICS_FILE}: {self._points.damage}", damage)):
+            self.event("tracking", text)
         self._status_file.write()
 
     def pilot(self, round: int, metrics: Mapping[str, Any]) -> None:
@@ -119,28 +114,21 @@ class Tracker:
             self._pilot_rate.add(now, round)
             self._tokens += float(metrics.get("tokens", 0))
             self._token_rate.add(now, self._tokens)
-            rates = {"round": round, "tokens_per_second": self._token_rate.per_second()}
-            self._ray_metrics.set("pilot", {**metrics, **rates})
-        self._status_file.touch()
+            self._set_gauges("pilot", {"tokens_per_second": self._token_rate.per_second()})
 
     def copilot(self, round: int, step: int, metrics: Mapping[str, Any]) -> None:
         """A Copilot step ended (1-based), trained on the log up to Pilot round `round`. A replayed step is not written again."""
         with self._lock:
-            now = self._record("copilot", metrics, axis="step", round=round, step=step)
-            self._copilot_rate.add(now, step)
-            self._ray_metrics.set("copilot", {**metrics, "step": step})
-        self._status_file.touch()
+            self._copilot_rate.add(self._record("copilot", metrics, axis="step", round=round, step=step), step)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """State of the Mistake Log: bytes, rows, backlog, lag in rounds. Written at most once per round or LOG_SECONDS."""
+        """State of the Mistake Log: bytes, rows, lag in rounds. Written at most once per round or LOG_SECONDS."""
         with self._lock:
             written_round, written_at = self._log_written
             due = self._round > written_round or time.time() - written_at >= LOG_SECONDS
             now = self._record("log", metrics, write=due, round=self._round)
             if due:
                 self._log_written = (self._round, now)
-            self._ray_metrics.set("log", metrics)
-        self._status_file.touch()
 
     def event(self, kind: str, text: str) -> None:
         """Something worth reporting happened. Kind "restart" is counted as a restart; others are shown once, with a count."""
@@ -148,49 +136,45 @@ class Tracker:
         with self._lock:
             now = self._now()
             self._points.append("event", {"time": now, "round": self._round, "event": kind, "text": text})
-            self._events.add(now, kind, text)
+            add_event(self._status["events"], now, kind, text)
         self._status_file.touch()
 
     def waiting(self, who: str, text: str) -> None:
         """What `who` (pilot, copilot, evaluation) does or waits for before it makes progress; an empty text ends it."""
         with self._lock:
-            if self._waiting.get(who, {}).get("text", "") == text:
+            waits = self._status["waiting"]
+            if waits.get(who, {}).get("text", "") == text:
                 return
-            self._waiting.pop(who, None)
+            waits.pop(who, None)
             if text:
-                self._waiting[who] = {"text": text, "since": time.time()}
+                waits[who] = {"text": text, "since": time.time()}
             if self._mlflow is not None:
-                self._mlflow.set_tag(WAITING_TAG, waiting_text(self._waiting))
+                self._mlflow.set_tag(WAITING_TAG, waiting_text(waits))
         self._status_file.write()
 
     def process(self, name: str, pid: int) -> None:
         """A worker process (`pilot-0`, `copilot-1`) runs as `pid` on its node; shown in the status."""
         with self._lock:
-            self._processes[name] = pid
+            self._status["processes"][name] = pid
         self._status_file.write()
 
     def plan(self, rounds_total: int, copilot_steps_total: int, **more: Any) -> None:
         """What the run will do: bounds of the progress bars and of the ETA. `more`: JSON values shown in the status."""
-        with self._lock:
-            self._plan = {"rounds_total": rounds_total, "copilot_steps_total": copilot_steps_total, **more}
-        self._status_file.touch()
+        self._set(plan={"rounds_total": rounds_total, "copilot_steps_total": copilot_steps_total, **more})
 
     def phase(self, name: str) -> None:
         """The run enters one of PHASES."""
         if name not in PHASES:
             raise ValueError(f"unknown phase {name!r}; phases are {', '.join(PHASES)}")
-        with self._lock:
-            self._phase = name
-        self._status_file.write()
+        self._set(phase=name)
 
     def evaluation(self, table: Mapping[str, Any], markdown: str) -> None:
         """Results on held-out data: `table` a JSON tree whose numbers become metrics, `markdown` the report."""
         with self._lock:
-            self._evaluation = finite(json.loads(json.dumps(table, default=float)))
             self._record("evaluation", dict(_numbers("", table)), axis="round", round=self._round)
             if self._mlflow is not None:
                 self._mlflow.log_text(markdown, "evaluation.md")
-        self._status_file.write()
+        self._set(evaluation=finite(json.loads(json.dumps(table, default=float))))
 
     def artifact(self, path: Path | str, name: str | None = None) -> None:
         """Keep a file or folder in MLflow, under artifact folder `name`. Returns at once; `finish` waits for the copy."""
@@ -200,22 +184,14 @@ class Tracker:
         elif self._mlflow is not None:
             self._mlflow.log_path(path, name)
 
-    def finish(self, status: str, timeout_s: float = 120.0) -> Status:
-        """End: draw losses.png, send everything to MLflow, write the last status and return it.
-
-        Args:
-            status: "done", "failed" or "stopped".
-            timeout_s: longest wait for MLflow.
-        """
+    def finish(self, status: str) -> Status:
+        """End as `status` (see ENDS): draw losses.png, send everything to MLflow, write the last status and return it."""
         if status not in ENDS:
             raise ValueError(f"unknown end {status!r}; a run ends {', '.join(ENDS)}")
-        for who in list(self._waiting):
+        for who in list(self._status["waiting"]):
             self.waiting(who, "")
         if status != "done":
-            # the process may be killed within seconds, so the status comes first
-            with self._lock:
-                self._state = status
-            self._status_file.write()
+            self._set(state=status)  # first, as the process may be killed within seconds
         picture = self._folder / LOSSES_FILE
         try:
             draw_losses(self._folder / METRICS_FILE, picture)
@@ -224,14 +200,9 @@ class Tracker:
         if self._mlflow is not None:
             if picture.exists():
                 self._mlflow.log_path(picture, None)
-            if self._mlflow.errors:
-                self._mlflow.fill_gaps(read_points(self._folder / METRICS_FILE))
-            if not self._mlflow.finish(ENDS[status], timeout_s):
+            if not self._mlflow.finish(ENDS[status], MLFLOW_SECONDS):
                 self.event("mlflow", f"not everything reached MLflow; all of it is in {METRICS_FILE}")
-        with self._lock:
-            self._state = status
-            if status in PHASES:
-                self._phase = status
+        self._set(state=status, phase=status if status in PHASES else self._status["phase"])
         self._status_file.close()
         return self.status()
 
@@ -240,39 +211,34 @@ class Tracker:
 
         Keys: run, folder, state (running, done, failed, stopped), phase, started, updated (unix seconds), plan,
         waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, log {metrics},
-        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`events.Events`),
+        tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events (`statusfile.add_event`),
         processes (pid by name), evaluation, mlflow (null when off).
         """
         with self._lock:
-            return {
-                "run": self._name,
-                "folder": str(self._folder),
-                "state": self._state,
-                "phase": self._phase,
-                "started": self._started,
+            mlflow = self._mlflow and {
+                "uri": redact_address(self._mlflow.uri),
+                "run_id": self._mlflow.run_id,
+                "command": mlflow_command(self._mlflow.uri),
+                "errors": self._mlflow.errors,
+            }
+            return copy.deepcopy(self._status) | {
                 "updated": time.time(),
-                "plan": self._plan,
-                "waiting": {who: dict(wait) for who, wait in self._waiting.items()},
-                **{kind: self._latest.get(kind, {}) for kind in ("pilot", "copilot", "log")},
                 "tokens_per_second": self._token_rate.per_second(),
                 "rounds_per_minute": self._pilot_rate.per_second(60.0),
                 "eta_seconds": self._eta_seconds(),
                 "restarts": self._points.restarts,
-                "events": self._events.shown(),
-                "processes": dict(self._processes),
-                "evaluation": self._evaluation,
-                "mlflow": self._mlflow
-                and {
-                    "uri": redact_address(self._mlflow.uri),
-                    "run_id": self._mlflow.run_id,
-                    "command": mlflow_command(self._mlflow.uri),
-                    "errors": self._mlflow.errors,
-                },
+                "mlflow": mlflow,
             }
+
+    def _set(self, **values: Any) -> None:
+        """Change values of the status, and write it."""
+        with self._lock:
+            self._status |= values
+        self._status_file.write()
 
     @property
     def _round(self) -> int:
-        return int(self._latest.get("pilot", {}).get("round", 0))
+        return int(self._status["pilot"].get("round", 0))
 
     def _now(self) -> float:
         """Unix time, at least a millisecond after the last one: MLflow distinguishes points of one round by it alone."""
@@ -282,30 +248,43 @@ class Tracker:
     def _record(
         self, kind: str, metrics: Mapping[str, Any], *, axis: str | None = None, write: bool = True, **at: int
     ) -> float:
-        """Take in one measurement: for the status and, if `write`, for metrics.jsonl and MLflow. Returns its unix time.
+        """Take in one measurement: for status, Ray's gauges and, if `write`, metrics.jsonl and so MLflow. Returns its time.
 
         Args:
-            kind: "pilot", "copilot", "log" or "evaluation".
             axis: "round" or "step": a metric that was written there before is not written again; None: always written.
             at: `round` and, of the Copilot, `step`.
         """
         now, numbers = self._now(), plain_numbers(metrics)
-        self._latest[kind] = {**at, "metrics": numbers}
+        if kind != "evaluation":
+            self._status[kind] = {**at, "metrics": numbers}
         if write:
-            point = {"time": now, **at, "metrics": numbers}
-            written = self._points.append(kind, point, None if axis is None else at[axis])
-            if written is not None and self._mlflow is not None:
-                self._mlflow.log_point(written)
+            self._points.append(kind, {"time": now, **at, "metrics": numbers}, None if axis is None else at[axis])
+        self._set_gauges(kind, {**at, **numbers})
+        self._status_file.touch()
         return now
+
+    def _set_gauges(self, kind: str, numbers: Mapping[str, float | None]) -> None:
+        """Show numbers at Ray's Prometheus endpoint as `ray_tc_ray_KIND_NAME`, with the run's name as label `run`."""
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return
+        from ray.util.metrics import Gauge
+
+        for name, value in numbers.items():
+            full = re.sub(r"\W", "_", f"tc_ray_{kind}_{name}", flags=re.ASCII)
+            if value is not None:
+                if full not in self._gauges:
+                    self._gauges[full] = Gauge(full, f"{name} of the {kind}", ("run",))
+                self._gauges[full].set(value, {"run": self._status["run"]})
 
     def _eta_seconds(self) -> float | None:
         """Time until both models have done their plan; None outside training."""
-        if self._state != "running" or self._phase not in ("train", "catch-up"):
+        if self._status["state"] != "running" or self._status["phase"] not in ("train", "catch-up"):
             return None
-        waits = []
+        waits, plan = [], self._status["plan"]
         for rate, now, total in (
-            (self._pilot_rate, self._round, self._plan.get("rounds_total")),
-            (self._copilot_rate, self._latest.get("copilot", {}).get("step", 0), self._plan.get("copilot_steps_total")),
+            (self._pilot_rate, self._round, plan.get("rounds_total")),
+            (self._copilot_rate, self._status["copilot"].get("step", 0), plan.get("copilot_steps_total")),
         ):
             speed = rate.per_second()
             if total and total > now:
@@ -340,12 +319,9 @@ class Rate:
 
 
 def start_tracker(config: RunConfig, folder: Path) -> Any:
-    """Start the Tracker as a Ray actor on the caller's node and wait until it is ready. Returns the actor handle.
+    """Start the Tracker as a Ray actor on the caller's node, wait until it is ready, and return its handle.
 
-    The actor takes no CPU. It is restarted if it dies, as all it knows is in the run folder.
-
-    Raises:
-        TrackingError: MLflow cannot be used, or a folder stands where a file should be.
+    It takes no CPU and is restarted if it dies, as all it knows is in the run folder. Raises TrackingError as `Tracker` does.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

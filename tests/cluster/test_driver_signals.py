@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import run_command
 from tc_ray.run.job import run_job
 from tc_ray.tracking.statusfile import read_status
 from tests.support.tiny_run import tiny_config

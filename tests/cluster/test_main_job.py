@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 
-from tc_ray.cli.errors import message
+from tc_ray.cli.command import message
 from tc_ray.cli.status import status as show_status
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
@@ -26,7 +26,7 @@ from tc_ray.models.fusion import FusedModel
 from tc_ray.pilot.checkpoint import find_checkpoints
 from tc_ray.run.evaluate import NotFinishedError, evaluate_run
 from tc_ray.run.job import JobError, JobResult, run_job
-from tc_ray.run.refusals import check_resume
+from tc_ray.run.state import check_resume
 from tc_ray.serving.models.exports import check_tokenizer, find_export, weight_bytes
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status

@@ -23,7 +23,7 @@ from tc_ray.copilot.stored import Epochs
 from tc_ray.mistakelog.maintain.compaction import compact_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.lease import LeaseHeldError
-from tc_ray.run.folder_lock import FolderLock
+from tc_ray.run.folder import FolderLock
 from tc_ray.run.job import run_job
 from tests.support.tiny_model import make_tiny_llama
 from tests.support.tiny_run import tiny_config

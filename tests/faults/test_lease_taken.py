@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 DRIVER = """
 import sys
 from pathlib import Path
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import run_command
 from tc_ray.run.job import run_job
 from tests.support.tiny_run import tiny_config
 run_command(lambda: run_job(tiny_config(Path(sys.argv[1]), pilot__max_rounds=int(sys.argv[2]), pilot__epochs=500)))

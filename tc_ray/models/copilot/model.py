@@ -151,16 +151,7 @@ class Copilot(PreTrainedModel):
         """
         base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         family, pilot_family = family_of(base_config), family_of(pilot)
-        if family.encoder_decoder != pilot_family.encoder_decoder:
-            kinds = ("decoder-only", "encoder-decoder")
-            raise ValueError(
-                f"the Copilot's base {base} is {kinds[family.encoder_decoder]}, the Pilot is "
-                f"{kinds[pilot_family.encoder_decoder]}: take a base of the Pilot's family (model.copilot)"
-            )
-        count = family.layer_count(base_config)
-        missing = [i for i in layers if not 0 <= i < count]
-        if missing:
-            raise ValueError(f"copilot.layers {missing} are not layers of {base}, which has {count}")
+        check_base(base, base_config, pilot, layers)
         table = pilot_family.embedding_table(pilot).float()
         if family.encoder_decoder:
             config["positions"] = "target"
@@ -324,6 +315,21 @@ class Copilot(PreTrainedModel):
         causal = (position <= batch.row_position[:, :, None]) & (position >= 0)
         visible = batch.question_mask[:, None].expand(-1, rows, -1)
         return self.decode(inputs, memory, torch.cat([visible, causal], 2))[batch.row_mask]
+
+
+def check_base(base: Path | str, base_config: Any, pilot: Any, layers: Sequence[int]) -> None:
+    """Raise ValueError for a base of another architecture than the Pilot (model or config), or layers that it does not have."""
+    family, pilot_family = family_of(base_config), family_of(pilot)
+    kinds = ("decoder-only", "encoder-decoder")
+    if family.encoder_decoder != pilot_family.encoder_decoder:
+        raise ValueError(
+            f"the Copilot's base {base} is {kinds[family.encoder_decoder]}, the Pilot is "
+            f"{kinds[pilot_family.encoder_decoder]}: take a base of the Pilot's family (model.copilot)"
+        )
+    count = family.layer_count(base_config)
+    missing = [i for i in layers if not 0 <= i < count]
+    if missing:
+        raise ValueError(f"copilot.layers {missing} are not layers of {base}, which has {count}")
 
 
 def choose_layers(layers: Sequence[int] | None, every: int, available: int) -> list[int]:

@@ -1,5 +1,4 @@
 """What a run would do and need, computed before anything is started: `tc-ray train --plan`.
 
-May import what `run` may, but not `run.job`. Read `plan.py` first; `model_sizes.py` counts parameters, `data_estimate.py` rows,
-`result.py` prints what was found.
+May import what `run` may, but not `run.job`. Read `plan.py` first; `model_sizes.py` counts parameters, `data_estimate.py` rows.
 """

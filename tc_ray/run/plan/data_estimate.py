@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from tc_ray.config.data import EMBEDDED, DataSection
 from tc_ray.data.encode.encode import Encoder
@@ -27,13 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class NoRowsError(DataError):
-    """There is no row to estimate from; the message says why."""
-
-
 @dataclass(frozen=True)
 class DataEstimate:
-    """rows: training rows after the cuts. Means are tokens per row over `sampled` rows. exact: counted, not estimated.
+    """rows: training rows after the cuts. Means are tokens per row over `sampled` rows.
 
     target_ids: different token ids in the completions of the sampled rows; all rows may hold more. notes: which files are
     read as what, and which are left out.
@@ -48,7 +44,6 @@ class DataEstimate:
     """Records of the sample that the run would leave out as bad."""
     records: int = 0
     """Size of the sample, bad ones included."""
-    exact: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -80,12 +75,10 @@ def estimate(
     """Rows and mean lengths of the training data.
 
     Raises:
-        NoRowsError: the files are absent or hold no usable row. DataError: a file cannot be read at all or its part is not clear, the embedded task is unknown, or a row of the
-            sample has a token that a model of `vocab_size` tokens does not embed.
+        DataError: the files are absent, cannot be read or hold no usable row, their part is not clear, the embedded task is
+            unknown, or a row of the sample has a token that a model of `vocab_size` tokens does not embed.
     """
     check_special_ids(tokenizer, vocab_size)
-    if is_absent(config) and not is_embedded(config):
-        _raise_absent(config)
     draw = _draw_sequences if config.format == "sequences" else _draw_examples
     with tempfile.TemporaryDirectory() as folder:
         sample = draw(config, Path(folder), sample_rows, seed)
@@ -107,7 +100,7 @@ def estimate(
             )
     if not lengths:
         long = len(sample.records) - bad
-        raise NoRowsError(
+        raise DataError(
             f"of {len(sample.records)} records {bad} are bad, {long} have a prompt longer than data.cutoff_tokens{first_bad}"
         )
     readable = round(sample.total * len(lengths) / len(sample.records))
@@ -117,15 +110,6 @@ def estimate(
     count = len(lengths)
     means = sum(lengths) / count, sum(targets) / count
     return DataEstimate(max(0, rows), *means, len(ids), count, bad=bad, records=len(sample.records), notes=sample.notes)
-
-
-def _raise_absent(config: DataSection) -> NoReturn:
-    """Raise NoRowsError that says where the files were looked for."""
-    try:
-        find_sources(config)
-    except DataError as error:
-        raise NoRowsError(str(error)) from None
-    raise AssertionError("absent files were found")
 
 
 def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:

@@ -6,15 +6,10 @@ read here is no error: its sizes are unknown, and the plan says that the run wou
 
 from __future__ import annotations
 
-import ssl
 import warnings
 from dataclasses import dataclass
-from functools import cache
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.run.plan.data_estimate import DataEstimate
@@ -38,8 +33,7 @@ class ModelConfig:
 class ModelSizes:
     """Widths, decoder layers of the Pilot, and parameter counts. The Copilot's include the Pilot's frozen embedding.
 
-    The Copilot's are None if its base cannot be read. Its counts are None too if its output covers the tokens of the
-    completions (`copilot.output_tokens: targets`) and these are unknown.
+    None: the Copilot's base cannot be read; of its counts also: the target tokens that its output covers are unknown.
     """
 
     hidden_size: int
@@ -57,11 +51,7 @@ class ModelSizes:
 def find_models(
     config: RunConfig, notes: list[str], refusals: list[str]
 ) -> tuple[ModelConfig | None, ModelConfig | None]:
-    """Pilot and Copilot's base; None for one that must be fetched first (a note) or cannot be read here (a refusal).
-
-    Raises:
-        ModelSourceError: a model folder does not exist.
-    """
+    """Pilot and Copilot's base; None for one that must be fetched first (a note) or cannot be read here (a refusal)."""
     pilot = _find(config.model.pilot, config, notes, refusals)
     if config.model.copilot in (None, config.model.pilot) or not config.log.enabled:
         return pilot, pilot
@@ -80,7 +70,7 @@ def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -
         notes.append(f"{name} is not on this machine yet: the first run fetches it, then its sizes are known")
         return None
     place = resolve_model(name, folder)
-    local_only = isinstance(place, str) and not _hub_answers()
+    local_only = isinstance(place, str) and not _hub_answers(name)
     try:
         return ModelConfig(
             name,
@@ -96,23 +86,16 @@ def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -
         return None
 
 
-@cache
-def _hub_answers() -> bool:
-    """Whether the model hub answers at all; if not, its client would retry for each file.
+def _hub_answers(name: str) -> bool:
+    """Whether the model hub answers at all; if not, its client would ask again and again for each file."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    Any answer counts: a refusal too, and a certificate that only the hub's own client may know.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
-    except (HTTPError, HTTPException):
-        return True
-    except URLError as error:
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        return True  # a refusal is an answer
+    except Exception:  # noqa: BLE001 - no connection, no answer in time, offline mode: whatever its client raises
         return False
     return True
 
@@ -120,10 +103,7 @@ def _hub_answers() -> bool:
 def model_sizes(
     config: RunConfig, found: ModelConfig, base: ModelConfig | None, data: DataEstimate | None
 ) -> ModelSizes:
-    """Sizes from the models' configs alone: modules are built on the meta device, without memory.
-
-    Args:
-        found: the Pilot. base: the Copilot's; None if it is unknown or there is no Copilot.
+    """Sizes of the Pilot `found` and a Copilot from `base` (None: unknown, or there is no Copilot).
 
     Raises:
         UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
@@ -175,21 +155,12 @@ def _copilot_sizes(
 ) -> dict[str, int | None]:
     from tc_ray.copilot.learner import with_adapters
     from tc_ray.models.copilot import Copilot, CopilotConfig
-    from tc_ray.models.copilot.model import choose_layers
+    from tc_ray.models.copilot.model import check_base, choose_layers
     from tc_ray.models.families import family_of
 
-    name, family = config.model.copilot or config.model.pilot, family_of(base_config)
-    kinds = ("decoder-only", "encoder-decoder")
-    if family.encoder_decoder != family_of(pilot_config).encoder_decoder:
-        raise ValueError(
-            f"the Copilot's base {name} is {kinds[family.encoder_decoder]}, the Pilot is "
-            f"{kinds[not family.encoder_decoder]}: take a base of the Pilot's family (model.copilot)"
-        )
-    available = family.layer_count(base_config)
-    layers = choose_layers(config.copilot.layers, config.copilot.every, available)
-    missing = [layer for layer in layers if not 0 <= layer < available]
-    if missing:
-        raise ValueError(f"copilot.layers {missing} are not layers of {name}, which has {available}")
+    family = family_of(base_config)
+    layers = choose_layers(config.copilot.layers, config.copilot.every, family.layer_count(base_config))
+    check_base(config.model.copilot or config.model.pilot, base_config, pilot_config, layers)
     known = config.copilot.output_tokens == "all" or data is not None
     copilot = Copilot(
         CopilotConfig(

@@ -1,4 +1,4 @@
-"""The plan of a run: topology, batch arithmetic, sizes and predicted log bytes, computed without starting anything.
+"""The plan of a run: batch arithmetic, sizes and predicted log bytes, computed without starting anything, and its lines.
 
 Invariant: no Ray, no weights, no download of a builtin model, nothing written. What cannot be known that way is None and a
 note says why. What the run would refuse, here and now, is in `refusals`, or raises where nothing can be planned. Called by
@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from tc_ray.cluster.session import training_needs
+from tc_ray.cluster.session import cpus_needed, training_needs
 from tc_ray.config.load import load_saved_config, require_secrets
+from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
-from tc_ray.run.plan.data_estimate import DataEstimate, NoRowsError, estimate
+from tc_ray.data.source.errors import DataError
+from tc_ray.run.plan.data_estimate import DataEstimate, estimate, is_embedded
 from tc_ray.run.plan.model_sizes import ModelConfig, ModelSizes, find_models, model_sizes
-from tc_ray.run.plan.result import Plan
-from tc_ray.run.refusals import JobError, check_resume
-from tc_ray.text import first_line
+from tc_ray.run.state import JobError, check_resume
+from tc_ray.text import byte_size, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +33,81 @@ _FILE_BYTES = 2500
 """Parquet header, footer and metadata of one data file."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do. None is unknown, which `notes` explains."""
+
+    config: RunConfig
+    sizes: ModelSizes | None
+    data: DataEstimate | None
+    rounds: int | None
+    copilot_steps: int | None
+    log_bytes_per_round: int | None
+    log_bytes: int | None
+    free_bytes: int
+    notes: list[str]
+    refusals: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join(redact(f"{label:<10} {text}".rstrip()) for label, text in self._lines())
+
+    def _lines(self) -> list[tuple[str, str]]:
+        """Label and text; a line without a label continues the one above."""
+        config, data, run, resources = self.config, self.data, self.config.run, self.config.resources
+        address = os.environ.get("RAY_ADDRESS")
+        where = (
+            f"joins the cluster at {address}" if address else f"a local one is started ({os.cpu_count()} cores here)"
+        )
+        gpus = f" and {sum(need.count for need in training_needs(config))} GPUs" if resources.gpus else ""
+        source = "the embedded data set" if is_embedded(config.data) else config.data.train
+        rows = f"{_known(data, 'rows')} training rows, mean {_known(data, 'mean_tokens', '.0f')} tokens"
+        split = f"{resources.pilot_workers} worker(s) x {config.pilot.micro_batch_size} x {config.accumulation_steps}"
+        lines = [
+            ("run", f"{run.name} in {run.path}"),
+            ("ray", f"{where}; the run asks for {cpus_needed(config):g} CPUs{gpus}"),
+            ("pilot", f"{config.model.pilot}: {_known(self.sizes, 'pilot')} parameters"),
+            ("", f"{_method(config.pilot)}, {_known(self.sizes, 'pilot_trainable')} trained"),
+            *self._copilot(),
+            ("data", source),
+            ("", f"{rows}, {_known(data, 'mean_target_tokens', '.0f')} of them targets"),
+            ("batch", f"{config.pilot.batch_size} examples per round = {split} accumulation step(s)"),
+            ("rounds", f"{_known(self, 'rounds')} ({config.pilot.epochs} epoch(s))"),
+        ]
+        if config.log.enabled:
+            steps = f"{_known(self, 'copilot_steps')} Copilot steps of {config.copilot.batch_size} records"
+            per_round, whole, free = map(_bytes, (self.log_bytes_per_round, self.log_bytes, self.free_bytes))
+            compressed = " before compression" if config.log.compression != "none" else ""
+            lines += [
+                ("", f"{steps}, {config.copilot.steps_per_round} per round"),
+                ("log", f"{per_round} per round, {whole} for the run{compressed}; free disk {free}"),
+            ]
+        for label, texts in (("note", self.notes), ("refused", self.refusals)):
+            lines += zip([label, *[""] * len(texts)], texts, strict=False)
+        return lines
+
+    def _copilot(self) -> list[tuple[str, str]]:
+        config, copilot, sizes = self.config, self.config.copilot, self.sizes
+        if not config.log.enabled:
+            return [("copilot", "none: log.enabled is false")]
+        every = "every layer" if copilot.every == 1 else f"one layer in {copilot.every}"
+        layers = f"layers {', '.join(map(str, copilot.layers))}" if copilot.layers else every
+        shape = "layers and width unknown"
+        if sizes is not None and sizes.copilot_hidden_size is not None:
+            shape = f"{sizes.copilot_layers} layers, width {sizes.copilot_hidden_size} (Pilot {sizes.hidden_size})"
+        base = config.model.copilot or config.model.pilot
+        return [
+            ("copilot", f"{layers} of {base}: {_known(sizes, 'copilot')} parameters"),
+            ("", f"{shape}; {_method(copilot)}, {_known(sizes, 'copilot_trainable')} trained"),
+        ]
+
+
 def make_plan(config: RunConfig) -> Plan:
     """Plan of a run.
 
     Raises:
-        ConfigError: a secret is struck out. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without an adapter.
-        ValueError: layers that the model does not have, a base of the other architecture. WeightsError: weights that are
-            missing. JobError: positions it has no states of, adapters on a matrix that is shared.
-        DataError: data that cannot be read.
+        ConfigError: a secret is struck out. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without
+            an adapter. ValueError: layers that the model does not have, a base of the other architecture. WeightsError:
+            weights that are missing. JobError: positions it has no states of, adapters on a matrix that is shared.
     """
     require_secrets(config)
     notes: list[str] = []
@@ -152,9 +221,9 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
             encoder_decoder=family_of(pilot.config).encoder_decoder,
             vocab_size=embedding_rows(pilot.place, pilot.config),
         )
-    except NoRowsError as error:
+    except DataError as error:
         notes.append("data size unknown")
-        refusals.append(f"no usable rows at data.train {config.data.train} on this machine: {error}")
+        refusals.append(f"data.train {config.data.train} on this machine: {error}")
         return None
     notes += found.notes
     whole = found.records < SAMPLE_ROWS  # then the sample is all there is
@@ -179,7 +248,7 @@ def _prepared(config: RunConfig) -> DataEstimate | None:
     table = TrainTable(folder / "data" / "train.parquet")
     count, rows = len(table), np.arange(len(table))
     tokens, targets = table.tokens(rows) / count, table.target_tokens(rows) / count
-    return DataEstimate(count, tokens, targets, len(table.target_ids()), count, exact=True)
+    return DataEstimate(count, tokens, targets, len(table.target_ids()), count)
 
 
 def _tokenizer(
@@ -214,3 +283,17 @@ def _rounds(config: RunConfig, data: DataEstimate | None, notes: list[str], refu
         )
     rounds = config.pilot.epochs * data.rows // config.pilot.batch_size
     return rounds if limit is None else min(rounds, limit)
+
+
+def _method(section: Any) -> str:
+    return f"LoRA rank {section.lora.rank}" if section.method == "lora" else "full training"
+
+
+def _known(of: object | None, name: str, pattern: str = ",") -> str:
+    """A number of the plan, or "unknown"."""
+    value = getattr(of, name, None)
+    return "unknown" if value is None else format(value, pattern)
+
+
+def _bytes(value: int | None) -> str:
+    return "unknown" if value is None else byte_size(value)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tc_ray.cli.errors import message
+from tc_ray.cli.command import message
 from tc_ray.cli.status import sparkline
 from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.table.errors import LogFullError
@@ -45,7 +45,7 @@ def run_folder(tmp_path: Path) -> Path:
     for round in range(1, 6):
         tracker.pilot(round, {"loss": 3.0 - 0.5 * round, "tokens": 100})
         tracker.copilot(round, round, {"loss": 0.9})
-    tracker.log({"bytes": 2_500_000, "lag_rounds": 3, "backlog_rounds": 2, "backlog_bytes": 9000})
+    tracker.log({"bytes": 2_500_000, "lag_rounds": 3})
     tracker.event("restart", "worker 1 was restarted")
     tracker.finish("stopped")
     return tmp_path
@@ -62,7 +62,6 @@ def test_status_shows_the_run(run_folder: Path) -> None:
         "0.9000",
         "3 rounds",
         "2.5 MB",
-        "2 rounds, 9.0 KB",
         "restarts      1",
     ):
         assert text in result.stdout

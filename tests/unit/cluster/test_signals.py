@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = """
 import sys, time
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import run_command
 def command():
     try:
         print("ready", flush=True)
@@ -71,7 +71,7 @@ def test_a_signal_while_ray_starts_ends_it_too(tmp_path: Path) -> None:
     code = """
 import sys, types
 sys.modules["ray"] = types.SimpleNamespace(init=lambda **_: sys.exit(15), is_initialized=lambda: False, shutdown=lambda: None)
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import run_command
 from tc_ray.config.schema import RunConfig
 from tc_ray.cluster.session import ray_session
 def command():
@@ -89,7 +89,7 @@ def test_a_signal_before_the_run_begins_says_how_to_go_on(tmp_path: Path) -> Non
 import sys, types
 from pathlib import Path
 sys.modules["ray"] = types.SimpleNamespace(init=lambda **_: sys.exit(15), is_initialized=lambda: False, shutdown=lambda: None)
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import run_command
 from tc_ray.config.schema import RunConfig
 from tc_ray.run.job import run_job
 run_command(lambda: run_job(RunConfig.model_validate({"run": {"folder": sys.argv[1]}})))
@@ -106,7 +106,7 @@ def test_what_hangs_after_a_stop_does_not_change_its_exit_code() -> None:
     """Fault 11: a signal for the whole process group ended Ray too; the run hung a minute in it and ended with code 1."""
     code = """
 import os, signal, time
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import run_command
 from tc_ray.cluster.signals import end_within
 def command():
     try:

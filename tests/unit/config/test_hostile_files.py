@@ -14,9 +14,8 @@ import pytest
 from rich.console import Console
 
 import tc_ray
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import quiet_logging, run_command
 from tc_ray.cli.main import app
-from tc_ray.cli.output import quiet_logging
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.yaml_file import MAX_BYTES, ConfigError
@@ -130,18 +129,10 @@ def bomb(levels: int, width: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mappings(levels: int) -> str:
-    lines = ["a0: &a0 {x: 1}"]
-    lines += [f"a{i}: &a{i} {{b: *a{i - 1}, c: *a{i - 1}}}" for i in range(1, levels)]
-    return "\n".join(lines) + f"\nlog: {{storage_options: *a{levels - 1}}}\n"
-
-
 HOSTILE_YAML = {
-    "aliases of aliases": (bomb(9, 9), "aliases stand for more than"),
-    "mappings of aliases": (mappings(60), "aliases stand for more than"),
-    "many aliases of one": ("log: &l [" + "x, " * 2000 + "x]\nm: [" + "*l, " * 2000 + "*l]\n", "aliases stand for"),
-    "itself": ("log: &l\n  path: *l\n", "stands for itself"),
-    "merged into itself": ("log: &l {<<: *l}\n", "stands for itself"),
+    "aliases of aliases": (bomb(9, 9), "holds an alias"),
+    "itself": ("log: &l\n  path: *l\n", "holds an alias"),
+    "merged into itself": ("log: &l {<<: *l}\n", "holds an alias"),
     "many values": ("log: [" + "1," * 100_000 + "1]", "holds more than"),
     "deep": ("log: " + "[" * 30_000, "nested too deeply"),
     "long": ("# x\n" * MAX_BYTES, "longer than"),
@@ -167,11 +158,11 @@ def test_hostile_yaml_is_refused_at_once(tmp_path: Path, name: str) -> None:
         assert time.monotonic() - began < 5, "seconds on a busy machine, a fraction of one on a quiet one"
 
 
-def test_plain_aliases_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_bytes(b"\xef\xbb\xbfpilot: {learning_rate: &rate 1e-4}\ncopilot: {learning_rate: *rate}\n")
+    path.write_bytes(b"\xef\xbb\xbfpilot: {learning_rate: 1e-4}\n")
     config = load_config(path)
-    assert config.pilot.learning_rate == config.copilot.learning_rate == 1e-4
+    assert config.pilot.learning_rate == 1e-4
 
 
 GOOD_KEYS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tc_ray.cli.errors import message, run_command
+from tc_ray.cli.command import message, run_command
 from tc_ray.config.load import dump_config, load_config
 from tc_ray.config.redact import redact, redact_address, redact_command, redact_options, redact_override
 from tc_ray.config.yaml_file import ConfigError

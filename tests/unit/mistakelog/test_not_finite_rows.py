@@ -27,7 +27,7 @@ from tc_ray.mistakelog.table.commits import dropped_records
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.pilot import record
-from tc_ray.run.finish import logged_error_size
+from tc_ray.run.evaluate import logged_error_size
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.mistakelog_samples import assert_same, random_records
 from tests.unit.pilot.test_record import ROUNDS, Run

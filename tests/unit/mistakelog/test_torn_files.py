@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tc_ray
-from tc_ray.cli.errors import message
+from tc_ray.cli.command import message
 from tc_ray.config.load import load_saved_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.yaml_file import ConfigError
@@ -27,8 +27,8 @@ from tc_ray.evaluation.report import Report
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.mistakelog.table.lease import LeaseHeldError
 from tc_ray.pilot.checkpoint import find_checkpoints, latest_checkpoint, mark_complete
-from tc_ray.run.folder_lock import FolderLock
-from tc_ray.run.refusals import check_resume
+from tc_ray.run.folder import FolderLock
+from tc_ray.run.state import check_resume
 from tc_ray.tracking.mlflow_writer import TrackingError, open_run
 from tc_ray.tracking.plot import draw_losses
 from tc_ray.tracking.points import read_points
@@ -274,7 +274,7 @@ def test_the_folder_of_a_copilot_from_a_log(tmp_path: Path) -> None:
 
 
 def test_a_torn_run_lock_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tc_ray.run.folder_lock._WRITTEN_SECONDS", 0.02)
+    monkeypatch.setattr("tc_ray.run.folder._WRITTEN_SECONDS", 0.02)
     with FolderLock(tmp_path, "run first"):
         path = tmp_path / "run.lock"
         content = path.read_bytes()

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from tc_ray.mistakelog.table.lease import LeaseHeldError
-from tc_ray.run.folder_lock import NAME, FolderLock
+from tc_ray.run.folder import NAME, FolderLock
 from tc_ray.run.job import JobError, run_job
 from tests.support.tiny_run import tiny_config
 
 REPOSITORY = Path(__file__).parents[3]
 HOLD = (
-    "import sys, time\nfrom pathlib import Path\nfrom tc_ray.run.folder_lock import FolderLock\n"
+    "import sys, time\nfrom pathlib import Path\nfrom tc_ray.run.folder import FolderLock\n"
     "with FolderLock(Path(sys.argv[1]), 'run first'):\n    print('held', flush=True)\n    time.sleep(600)"
 )
 

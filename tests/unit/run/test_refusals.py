@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tc_ray.config.load import load_config, save_config
-from tc_ray.run.refusals import JobError, check_resume
+from tc_ray.run.state import JobError, check_resume
 
 FIRST = ["log.storage_options.aws_region=here", "data.embedded_task_options.max_terms=3"]
 

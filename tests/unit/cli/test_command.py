@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from tc_ray.cli.errors import run_command
+from tc_ray.cli.command import OnceCommand, run_command
 from tc_ray.cli.main import app
-from tc_ray.cli.once import OnceCommand
 from tc_ray.config.load import load_config
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.copilot.from_log import TrainedCopilot

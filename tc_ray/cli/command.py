@@ -1,7 +1,10 @@
-"""How a command ends when something goes wrong: one clear message on standard error, exit code 2, no traceback.
+"""What all commands share: how they print, how they end when something goes wrong, and options that are given once.
 
-A signal ends it with one line and exit code 128 + its number. TC_RAY_DEBUG=1 shows the traceback of an error. Invariant: no
-message and no line of a logger shows a secret. Used by `tc_ray.cli.main` and `jobs/train.py`.
+Invariant: an error is one clear message on standard error and exit code 2, without a traceback (TC_RAY_DEBUG=1 shows it); a
+signal is one line and exit code 128 + its number. No message and no line of a logger shows a secret. Text from files, folders
+and requests is shown as characters, so that escape codes in a file name or a foreign run's status cannot steer the terminal.
+An option of one value that is given twice is refused by name; the parser alone would silently take the last one.
+Used by `tc_ray.cli` and the entry scripts.
 """
 
 from __future__ import annotations
@@ -11,16 +14,35 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from tc_ray.cli.output import quiet_logging, say
+import typer
+from typer.core import TyperCommand, TyperOption
+
 from tc_ray.cluster.signals import as_stopped, stop_signals
 from tc_ray.config.redact import redact
+from tc_ray.text import visible
 
 DEBUG = "TC_RAY_DEBUG"
 EXIT_ERROR = 2
 EXIT_TRACEBACK = 1
 MESSAGE_LINES = 20
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print lines on standard output, or on standard error."""
+    typer.echo(visible(text), err=error)
+
+
+def quiet_logging() -> None:
+    """Show warnings of the package as plain lines, as safe as those of `say`."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PlainLine("%(message)s"))
+
+
+class _PlainLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def run_command(command: Callable[[], object]) -> None:
@@ -72,3 +94,17 @@ class _Record(logging.LogRecord):
 
     def getMessage(self) -> str:
         return redact(super().getMessage())
+
+
+class OnceCommand(TyperCommand):
+    """A command that refuses a second value for an option of one value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer does, after the check. Raises UsageError."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            if isinstance(option, TyperOption) and not (option.multiple or option.is_flag or option.count):
+                times = sum(other is option for other in given)
+                if times > 1:
+                    ctx.fail(f"{option.opts[0]} is given {times} times and takes one value: give it once")
+        return super().parse_args(ctx, args)
