@@ -1,6 +1,6 @@
 """The statistics as tables of text, which the terminal and the report both show.
 
-Invariant: cells are raw text; whoever prints them escapes them for the place they are put in (`page.esc`, `text.visible`).
+Invariant: cells are raw text; whoever prints them escapes them for the place they are put in (`page.render`, `text.visible`).
 """
 
 from __future__ import annotations
