@@ -66,6 +66,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
 def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
     from transformers import AutoConfig, AutoTokenizer
 
+    from tc_ray.data.encode.encode import Encoder
     from tc_ray.data.prepared.prepare import prepare_test_file
     from tc_ray.data.source.sequences import ITEMS_FILE
     from tc_ray.models.hub import embedding_rows
@@ -78,17 +79,11 @@ def _evaluate(config: RunConfig, data: Path | None) -> tuple[Report, str]:
             stem = "evaluation-" + re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(data.absolute().parts[-2:]))
             tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
             shape = AutoConfig.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
-            prepared = prepare_test_file(
-                str(data),
-                config.data,
-                tokenizer,
-                folder / "data" / stem,
-                seed=config.run.seed,
-                items=folder / "data" / ITEMS_FILE,
-                encoder_decoder=shape.is_encoder_decoder,
-                vocab_size=embedding_rows(folder / "pilot" / "final", shape),
-            )
+            rows = embedding_rows(folder / "pilot" / "final", shape)
+            encoder = Encoder(config.data, tokenizer, config.run.seed, shape.is_encoder_decoder, rows)
+            items = folder / "data" / ITEMS_FILE
+            prepared = prepare_test_file(encoder, str(data), folder / "data" / stem, items=items)
             for line in prepared.notes:
                 print(visible(line), flush=True)
-            test_file, source = prepared.test, str(data)
+            test_file, source = prepared.file("test"), str(data)
         return launch_evaluation(config, source, test_file=test_file), stem

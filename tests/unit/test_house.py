@@ -92,6 +92,7 @@ ROOMS = {
         "cluster",
         "config",
         "copilot",
+        "data.encode",
         "data.prepared",
         "data.source",
         "evaluation",
