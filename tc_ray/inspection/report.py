@@ -54,7 +54,7 @@ def report_page(log: MistakeLog, texts: TokenTexts, rounds: tuple[int, int] | No
         left_out = f"; {stats.not_finite} rows hold numbers that are not finite" if stats.not_finite else ""
         raise ValueError(f"the log of run {stats.metadata.run} has no target token to report on yet{left_out}")
     across = [(label, int(found.ids[place])) for label, place in across_epochs(found, ACROSS_EACH)]
-    worst = {int(found.ids[i]): (float(found.mean_loss[i]), int(found["visits"][i])) for i in stats.hardest(WORST)}
+    worst = {int(found.ids[i]): (float(found.mean_loss[i]), int(found.visits[i])) for i in stats.hardest(WORST)}
     visits = find_visits(log, list(dict.fromkeys([*(sample for _, sample in across), *worst])), rounds)
     hardest = []
     for id, (loss, times) in worst.items():
@@ -113,16 +113,15 @@ def _epochs(stats: LogStats) -> list[tuple[int, int]]:
 
 
 def _lines(stats: LogStats, epochs: list[tuple[int, int]]) -> list[Markup]:
-    bins = stats.bins
-    totals = stats.by_round.binned(bins.index(np.arange(stats.first_round, stats.last_round + 1)), len(bins.spans))
+    spans, totals = stats.bins.spans, stats.by_bin
     loss = [("loss", _mean(totals.loss, totals.tokens))]
     accuracy = [
         ("tokens ranked first", 1.0 - _mean(totals.wrong, totals.tokens)),
         ("answers without a mistake", 1.0 - _mean(totals.mistaken, totals.rows)),
     ]
     return [
-        line_chart("Loss (nats per target token)", loss, bins.spans, epochs=epochs),
-        line_chart("Accuracy", accuracy, bins.spans, percent=True, epochs=epochs),
+        line_chart("Loss (nats per target token)", loss, spans, epochs=epochs),
+        line_chart("Accuracy", accuracy, spans, percent=True, epochs=epochs),
     ]
 
 

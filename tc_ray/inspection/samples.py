@@ -161,9 +161,9 @@ def across_epochs(samples: SampleTable, each: int = 3) -> list[tuple[str, int]]:
 
     Learned: the loss fell most. Got worse: it rose most. Still hard: it was largest at the last visit.
     """
-    repeated = np.flatnonzero(samples["visits"] > 1)
-    fell = (samples["first_loss"] - samples["last_loss"])[repeated]
-    last = samples["last_loss"][repeated]
+    repeated = np.flatnonzero(samples.visits > 1)
+    fell = (samples.first_loss - samples.last_loss)[repeated]
+    last = samples.last_loss[repeated]
     chosen: list[tuple[str, int]] = []
     for label, score in (("learned", fell), ("got worse", -fell), ("still hard", last)):
         taken = {place for _, place in chosen}

@@ -117,7 +117,7 @@ def hardest_samples(stats: LogStats, top: int) -> Table:
         [
             str(found.ids[i]),
             f"{found.mean_loss[i]:.3f}",
-            *(f"{found[name][i]:{'.3f' if name.endswith('loss') else ','}}" for name in columns),
+            *(f"{getattr(found, name)[i]:{'.3f' if name.endswith('loss') else ','}}" for name in columns),
         ]
         for i in stats.hardest(top)
     ]
