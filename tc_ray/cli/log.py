@@ -131,11 +131,7 @@ def report(
 @log.command("export", cls=OnceCommand)
 def export(
     source: Log,
-    out: Annotated[Path, typer.Option("--out", help="Folder, or a .parquet or .jsonl file; must not exist.")],
-    format: Annotated[
-        str | None,
-        typer.Option("--format", help="parquet: rows as they are; jsonl: readable. Default: by the name in --out."),
-    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="New file: .parquet (rows as they are) or .jsonl (readable).")],
     rounds: Rounds = None,
     columns: Annotated[
         str | None,
@@ -145,31 +141,25 @@ def export(
     tokenizer: Tokenizer = None,
     storage: Storage = None,
 ) -> None:
-    """Copy rows out of the log, as Parquet files or as JSON lines."""
-    from tc_ray.inspection.export import JSON_SUFFIXES, export_jsonl, export_parquet
+    """Copy rows out of the log into a Parquet file, or as JSON lines."""
+    from tc_ray.inspection.export import export_jsonl, export_parquet
     from tc_ray.inspection.tokens import find_tokenizer
 
-    named = {".parquet": "parquet", **dict.fromkeys(JSON_SUFFIXES, "jsonl")}.get(out.suffix)
-    format = format or named or "parquet"
-    if format not in ("parquet", "jsonl"):
-        raise ValueError(f"--format {format!r}: expected parquet or jsonl")
-    if named is not None and named != format:
-        raise ValueError(f"--format {format} --out {out}: a file of that name would be read as {named}")
-    if tokenizer is not None and format == "parquet":
-        raise ValueError("--tokenizer is for jsonl: a Parquet export holds token ids and no text")
+    if out.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"--out {out}: the name must end in .parquet (rows as they are) or .jsonl (readable)")
+    if out.suffix == ".parquet" and (tokenizer is not None or states):
+        raise ValueError("--tokenizer and --states are for .jsonl: a Parquet export holds ids and states as they are")
     place = _place(source, storage)
     opened = place.open()
     chosen = [name.strip() for name in columns.split(",")] if columns else None
-    if format == "parquet":
-        if states:
-            raise ValueError("--states is for jsonl: a Parquet export has the columns of hidden states as they are")
+    if out.suffix == ".parquet":
         result = export_parquet(opened, out, parse_rounds(rounds), chosen)
     else:
         texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
         result = export_jsonl(opened, out, texts, parse_rounds(rounds), chosen, states=states)
         if not texts.known:
             say(texts.note, error=True)
-    say(f"{out}: {result.rows:,} rows, {byte_size(result.bytes)} in {result.files} file{'s' * (result.files != 1)}")
+    say(f"{out}: {result.rows:,} rows, {byte_size(result.bytes)}")
     if result.not_finite:
         say(f"{result.not_finite:,} of them hold numbers that are not finite: null is written for each", error=True)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from tc_ray.inspection.colours import LEVELS, level
 from tc_ray.inspection.tallies import Confidence
@@ -63,7 +64,7 @@ def line_chart(
     *,
     percent: bool = False,
     epochs: Sequence[tuple[int, int]] = (),
-) -> str:
+) -> Markup:
     """At most two lines over bins of rounds.
 
     Args:
@@ -106,7 +107,7 @@ def line_chart(
         return _svg(figure, title)
 
 
-def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, width: int, high: float) -> str:
+def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, width: int, high: float) -> Markup:
     """Shares by bin of rounds (across) and place in the answer (down, the first on top).
 
     Args:
@@ -145,7 +146,7 @@ def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, wid
         return _svg(figure, title)
 
 
-def reliability_chart(confidence: Confidence, names: Sequence[str]) -> str:
+def reliability_chart(confidence: Confidence, names: Sequence[str]) -> Markup:
     """Probability of the first choice against how often it was right, and how many tokens had that probability.
 
     names: of the two groups of `confidence`; one without tokens is left out.
@@ -193,7 +194,7 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Figure, name: str) -> str:
+def _svg(figure: Figure, name: str) -> Markup:
     """The drawing as an element for a page: named for screen readers, of the width it is given, in the page's colours."""
     from matplotlib import rc_context
 
@@ -207,4 +208,4 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--{_VARIABLES[int(found[1], 16)]})", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1))

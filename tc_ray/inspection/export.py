@@ -1,4 +1,4 @@
-"""Rows taken out of a log: Parquet files without the table around them, or JSON lines that a person can read.
+"""Rows taken out of a log into one file: Parquet without the table around it, or JSON lines that a person can read.
 
 Invariant: what stands under the name that the user gave is complete: it is written beside it and renamed at the end, and
 nothing that exists is replaced. Files of the log are read one at a time. Called by `tc-ray log export`.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tc_ray.files import sync, sync_tree
+from tc_ray.files import finite, sync
 from tc_ray.inspection.rows import COLUMNS, UNKNOWN, Rows, decode
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
-from tc_ray.mistakelog.rows.ragged import Array
 from tc_ray.mistakelog.rows.schema import ROW_SCHEMA, LogMetadata
 
 _NUMBERS = ("attempt", "round", "rank", "sample_id", "seen", "target_start")
@@ -36,7 +33,6 @@ FIELDS = (
 """Fields of a JSON line. tokens: one object per target token (id, text, p, error, loss, correct, and `instead`: the likeliest
 others with id, text, p). states: [positions][layers][dim] numbers, the first of position `states_first`; with --states."""
 OTHERS = 3
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _ROWS = 512
 
 
@@ -49,7 +45,6 @@ class Export:
     """What was written."""
 
     rows: int
-    files: int
     bytes: int
     not_finite: int = 0
     """Rows with a NaN or an infinity, which JSON does not have: null stands for each. (In Parquet they stay, uncounted.)"""
@@ -58,9 +53,7 @@ class Export:
 def export_parquet(
     log: MistakeLog, out: Path, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None
 ) -> Export:
-    """Rows as they are: one file, if `out` ends in .parquet, else a folder with one for each file of the log.
-
-    The files carry the table's metadata (widths, tokenizer hash, ...) in their schema, so each can be read by itself.
+    """Rows as they are. The table's metadata (widths, tokenizer hash, ...) is in the file's schema, so it can be read by itself.
 
     Args:
         rounds: first and last round, both included; None: all. columns: of the row schema; None: all.
@@ -72,28 +65,12 @@ def export_parquet(
     names = ROW_SCHEMA.names if columns is None else list(columns)
     metadata = log.metadata.to_configuration()
     schema = pa.schema([ROW_SCHEMA.field(name) for name in names], metadata=metadata)
-    single = out.suffix == ".parquet"
-    rows = files = 0
-    with _beside(out) as temporary:
-        if single:
-            writer = pq.ParquetWriter(temporary, schema)
-        else:
-            temporary.mkdir()
+    rows = 0
+    with _beside(log, out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for _, table in log.tables(rounds, names):
-            if table.num_rows == 0:
-                continue
-            table = table.replace_schema_metadata(metadata)
-            if single:
-                writer.write_table(table)
-            else:
-                pq.write_table(table, temporary / f"part-{files:05d}.parquet")
-            rows, files = rows + table.num_rows, files + 1
-        if single:
-            writer.close()
-        elif files == 0:
-            pq.write_table(schema.empty_table(), temporary / "part-00000.parquet")
-        written = _publish(log, temporary, out)
-    return Export(rows, *written)
+            writer.write_table(table.replace_schema_metadata(metadata))
+            rows += table.num_rows
+    return Export(rows, out.stat().st_size)
 
 
 def export_jsonl(
@@ -105,7 +82,7 @@ def export_jsonl(
     *,
     states: bool = False,
 ) -> Export:
-    """One JSON object per row, with texts; see `FIELDS`. `out` is a file, or a folder that gets rows.jsonl.
+    """One JSON object per row, with texts; see `FIELDS`.
 
     Args:
         rounds: first and last round, both included; None: all. columns: fields; None: all (states only with `states`).
@@ -119,21 +96,16 @@ def export_jsonl(
         raise ExportError("--columns states: give --states too (they are large)")
     fields = [name for name in FIELDS if (columns is None or name in columns) and (states or name not in _STATES)]
     read = [*COLUMNS, "rationale"] if set(fields) & set(_STATES) else COLUMNS
-    folder = out.suffix not in JSON_SUFFIXES
     rows = not_finite = 0
-    with _beside(out) as temporary:
-        if folder:
-            temporary.mkdir()
-        with (temporary / "rows.jsonl" if folder else temporary).open("w", encoding="utf-8") as file:
-            for _, table in log.tables(rounds, read):
-                for first in range(0, table.num_rows, _ROWS):
-                    piece = table.slice(first, _ROWS)
-                    decoded = decode(piece, log.metadata, others=OTHERS)
-                    rows, not_finite = rows + len(decoded), not_finite + int((~decoded.finite).sum())
-                    for line in _lines(log.metadata, piece, decoded, texts, fields):
-                        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        written = _publish(log, temporary, out)
-    return Export(rows, *written, not_finite)
+    with _beside(log, out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for _, table in log.tables(rounds, read):
+            for first in range(0, table.num_rows, _ROWS):
+                piece = table.slice(first, _ROWS)
+                decoded = decode(piece, log.metadata, others=OTHERS)
+                rows, not_finite = rows + len(decoded), not_finite + int((~decoded.finite).sum())
+                for line in _lines(log.metadata, piece, decoded, texts, fields):
+                    file.write(json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n")
+    return Export(rows, out.stat().st_size, not_finite)
 
 
 def _lines(
@@ -147,7 +119,7 @@ def _lines(
         line: dict[str, Any] = {name: int(getattr(rows, name)[i]) for name in _NUMBERS}
         line["run"], line["input_ids"], line["wrong"] = metadata.run, ids, int(wrong[i])
         # not `Rows.sums`: a NaN in one row would spoil the sums of all later ones
-        line["loss"] = _number(rows.loss[first:last].mean(dtype=np.float64)) if last > first else None
+        line["loss"] = float(rows.loss[first:last].mean(dtype=np.float64)) if last > first else None
         if "prompt" in fields:
             line["prompt"] = texts.sequence(ids[:start])
         if "answer" in fields:
@@ -155,39 +127,24 @@ def _lines(
         if "tokens" in fields:
             line["tokens"] = [_token(rows, place, texts) for place in range(first, last)]
         if set(fields) & set(_STATES):
-            stored = _states(table["rationale"][i].as_py(), metadata)
-            states = stored.astype(object)
-            states[~np.isfinite(stored)] = None
-            line["states"], line["states_first"] = states.tolist(), len(ids) - 1 - len(stored)
+            bits = np.frombuffer(table["rationale"][i].as_py(), np.uint16).astype(np.uint32) << 16  # bf16
+            states = bits.view(np.float32).reshape(-1, metadata.rationale_layers, metadata.rationale_dim)
+            line["states"], line["states_first"] = states.tolist(), len(ids) - 1 - len(states)
         yield {name: line[name] for name in fields}
 
 
 def _token(rows: Rows, place: int, texts: TokenTexts) -> dict[str, Any]:
     truth = int(rows.truth[place])
+    others = zip(rows.others[place].tolist(), rows.p_others[place].tolist(), strict=True)
     return {
         "id": truth,
         "text": texts.raw(truth),
-        "p": _number(np.exp(-rows.loss[place].astype(np.float64))),
-        "error": _number(rows.error[place]),
-        "loss": _number(rows.loss[place]),
+        "p": float(np.exp(-rows.loss[place].astype(np.float64))),
+        "error": float(rows.error[place]),
+        "loss": float(rows.loss[place]),
         "correct": bool(rows.correct[place]),
-        "instead": [
-            {"id": int(token), "text": texts.raw(int(token)), "p": _number(p)}
-            for token, p in zip(rows.others[place], rows.p_others[place], strict=True)
-            if token != UNKNOWN
-        ],
+        "instead": [{"id": token, "text": texts.raw(token), "p": p} for token, p in others if token != UNKNOWN],
     }
-
-
-def _number(value: float) -> float | None:
-    """For JSON, which has neither NaN nor infinity."""
-    return float(value) if math.isfinite(value) else None
-
-
-def _states(cell: bytes, metadata: LogMetadata) -> Array:
-    """float32 [positions, layers, dim] of a cell of bf16 bits."""
-    bits = np.frombuffer(cell, np.uint16).astype(np.uint32) << 16
-    return bits.view(np.float32).reshape(-1, metadata.rationale_layers, metadata.rationale_dim)
 
 
 def _check_names(asked: Sequence[str] | None, known: Sequence[str]) -> None:
@@ -197,36 +154,26 @@ def _check_names(asked: Sequence[str] | None, known: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A temporary name beside `out`; what is left under it is removed."""
+def _beside(log: MistakeLog, out: Path) -> Iterator[Path]:
+    """A temporary name beside `out`, which it gets at the end.
+
+    Raises:
+        ExportError: `out` exists, or a file of the log is damaged: an export that lacks rows would look whole.
+    """
     if out.exists():
         raise ExportError(f"{out} exists already: choose another name, or remove it")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         yield temporary
+        if log.bad_files:
+            names = ", ".join(str(bad) for bad in log.bad_files[:3])
+            raise ExportError(
+                f"{len(log.bad_files)} files of the log are damaged ({names}): nothing was exported; "
+                "tc-ray log verify --quarantine takes them out of the log"
+            )
+        sync(temporary)
+        temporary.rename(out)
+        sync(out.absolute().parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def _publish(log: MistakeLog, temporary: Path, out: Path) -> tuple[int, int]:
-    """Give the file or folder its name; returns its files and bytes.
-
-    Raises:
-        ExportError: a file of the log is damaged: an export that lacks rows would look whole.
-    """
-    if log.bad_files:
-        names = ", ".join(str(bad) for bad in log.bad_files[:3])
-        raise ExportError(
-            f"{len(log.bad_files)} files of the log are damaged ({names}): nothing was exported; "
-            "tc-ray log verify --quarantine takes them out of the log"
-        )
-    written = [temporary] if temporary.is_file() else sorted(temporary.iterdir())
-    size = sum(file.stat().st_size for file in written)
-    (sync if temporary.is_file() else sync_tree)(temporary)
-    temporary.rename(out)
-    sync(out.absolute().parent)
-    return len(written), size
+        temporary.unlink(missing_ok=True)

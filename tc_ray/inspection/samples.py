@@ -6,11 +6,12 @@ Invariant: a visit is one row of the log. Used by `tc-ray log show` and by the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tc_ray.inspection.colours import level
 from tc_ray.inspection.rows import UNKNOWN, Rows, stream
 from tc_ray.inspection.tallies import SampleTable
 from tc_ray.inspection.tokens import TokenTexts
@@ -23,6 +24,17 @@ OTHERS = 3
 
 class SampleNotFoundError(LookupError):
     """The log has no row of the sample; the message says what it has."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A target token as it is shown: its text, the level of its error, what was ranked first instead, and its numbers."""
+
+    text: str
+    shade: int
+    instead: str | None
+    """None: the true token was ranked first."""
+    title: str
 
 
 @dataclass(frozen=True)
@@ -71,13 +83,17 @@ class Visit:
         listed = zip(self.others[place], self.p_others[place], strict=True)
         return [(texts.quoted(int(token)), percent(p)) for token, p in listed if token != UNKNOWN]
 
-    def describe(self, place: int, texts: TokenTexts) -> str:
-        """The Pilot's probabilities at a place of the answer, in one line."""
-        others = " | ".join(f"{text} {p}" for text, p in self.likely(place, texts))
-        return (
-            f"token {place + 1}: true {texts.quoted(int(self.truth[place]))} {percent(self.p_true(place))}, "
-            f"loss {float(self.loss[place]):.2f} nats; others: {others or 'none in the log'}"
-        )
+    def tokens(self, texts: TokenTexts, most: int | None = None) -> Iterator[Token]:
+        """The answer token by token, at most `most` of them; bare ids are set apart by blanks."""
+        for place, token in enumerate(self.truth[:most].tolist()):
+            others = " | ".join(f"{text} {p}" for text, p in self.likely(place, texts))
+            yield Token(
+                text=texts.flowing(token) + ("" if texts.known else " "),
+                shade=level(float(self.error[place])),
+                instead=None if self.correct[place] else texts.quoted(self.predicted(place)),
+                title=f"token {place + 1}: true {texts.quoted(token)} {percent(self.p_true(place))}, "
+                f"loss {float(self.loss[place]):.2f} nats; others: {others or 'none in the log'}",
+            )
 
 
 def percent(share: float) -> str:
@@ -145,9 +161,9 @@ def across_epochs(samples: SampleTable, each: int = 3) -> list[tuple[str, int]]:
 
     Learned: the loss fell most. Got worse: it rose most. Still hard: it was largest at the last visit.
     """
-    repeated = np.flatnonzero(samples["visits"] > 1)
-    fell = (samples["first_loss"] - samples["last_loss"])[repeated]
-    last = samples["last_loss"][repeated]
+    repeated = np.flatnonzero(samples.visits > 1)
+    fell = (samples.first_loss - samples.last_loss)[repeated]
+    last = samples.last_loss[repeated]
     chosen: list[tuple[str, int]] = []
     for label, score in (("learned", fell), ("got worse", -fell), ("still hard", last)):
         taken = {place for _, place in chosen}

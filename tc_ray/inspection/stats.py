@@ -6,13 +6,14 @@ Invariant: every number comes with the number of rows or tokens it was taken ove
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tc_ray.inspection.rows import stream
-from tc_ray.inspection.tallies import Confidence, PositionMap, SampleTable, TokenTable, Totals
+from tc_ray.inspection.rows import Rows, stream
+from tc_ray.inspection.tallies import Confidence, Examples, PositionMap, SampleTable, TokenTable, Totals
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.ragged import Array
@@ -21,7 +22,6 @@ from tc_ray.mistakelog.table.commits import dropped_records
 from tc_ray.mistakelog.table.store import LogStore
 
 MAX_BINS = 120
-_MAX_SEEN = 2**15
 _LATEST = np.iinfo(np.int64).max
 _SAMPLE_FIELDS = ("visits", "tokens", "wrong", "first_round", "first_loss", "last_round", "last_loss")
 
@@ -68,6 +68,8 @@ class LogStats:
     last_round: int
     by_round: Totals
     """Entry i: round first_round + i."""
+    by_bin: Totals
+    """Entry i: span i of `bins`."""
     by_seen: Totals
     """Entry i: samples that the Pilot had trained on i times before."""
     seen_from: Array
@@ -91,8 +93,7 @@ class LogStats:
     @property
     def most_seen(self) -> int:
         """Most times that a sample had been trained on before; 0: each was visited once."""
-        used = np.flatnonzero(self.by_seen.rows)
-        return int(used[-1]) if len(used) else 0
+        return len(self.seen_from) - 1
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The first and the last tenth of the rounds (at least one round each), as `Totals.line` with their rounds."""
@@ -142,7 +143,7 @@ class LogStats:
                 {
                     "sample_id": int(self.samples.ids[i]),
                     "loss": float(self.samples.mean_loss[i]),
-                    **{name: self.samples[name][i].item() for name in _SAMPLE_FIELDS},
+                    **{name: getattr(self.samples, name)[i].item() for name in _SAMPLE_FIELDS},
                 }
                 for i in self.hardest(top)
             ],
@@ -176,19 +177,18 @@ def collect(log: MistakeLog, rounds: tuple[int, int] | None = None) -> LogStats:
     first = max(low, min((file.round_min for file in chosen), default=low))
     last = max(first, min(high, max((file.round_max for file in chosen), default=first)))
     bins = RoundBins.over(first, last)
-    by_round, by_seen = Totals.zeros(last - first + 1), Totals.zeros(_MAX_SEEN)
-    seen_from = np.full(_MAX_SEEN, _LATEST)
-    samples, tokens, confidence = SampleTable(), TokenTable(log.metadata.vocab_size), Confidence()
-    positions = PositionMap(len(bins.spans))
-    for rows in stream(log, rounds):
-        seen = np.maximum(rows.seen.astype(np.int64), 0)
-        by_round.add(rows.round - first, rows)
-        by_seen.add(seen, rows)
-        np.minimum.at(seen_from, seen, rows.round)
-        samples.add(rows)
-        tokens.add(rows)
-        positions.add(bins.index(rows.round), rows)
-        confidence.add(rows)
+    tokens, confidence, positions = TokenTable(log.metadata.vocab_size), Confidence(), PositionMap(len(bins.spans))
+
+    def pieces() -> Iterator[Rows]:
+        for rows in stream(log, rounds):
+            tokens.add(rows)
+            positions.add(bins.index(rows.round), rows)
+            confidence.add(rows)
+            yield rows
+
+    examples = Examples.of(pieces())
+    seen_from = np.full(int(examples.seen.max(initial=0)) + 1, _LATEST)
+    np.minimum.at(seen_from, examples.seen, examples.round)
     seen_from[seen_from == _LATEST] = -1
     return LogStats(
         metadata=log.metadata,
@@ -200,10 +200,11 @@ def collect(log: MistakeLog, rounds: tuple[int, int] | None = None) -> LogStats:
         dropped=_dropped(log, first, last),
         first_round=first,
         last_round=last,
-        by_round=by_round,
-        by_seen=by_seen,
+        by_round=Totals.of(examples, examples.round - first, last - first + 1),
+        by_bin=Totals.of(examples, bins.index(examples.round), len(bins.spans)),
+        by_seen=Totals.of(examples, examples.seen, len(seen_from)),
         seen_from=seen_from,
-        samples=samples,
+        samples=SampleTable.of(examples),
         tokens=tokens,
         bins=bins,
         positions=positions,

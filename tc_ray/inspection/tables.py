@@ -1,6 +1,6 @@
 """The statistics as tables of text, which the terminal and the report both show.
 
-Invariant: cells are raw text; whoever prints them escapes them for the place they are put in (`page.esc`, `text.visible`).
+Invariant: cells are raw text; whoever prints them escapes them for the place they are put in (`page.render`, `text.visible`).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def hardest_samples(stats: LogStats, top: int) -> Table:
         [
             str(found.ids[i]),
             f"{found.mean_loss[i]:.3f}",
-            *(f"{found[name][i]:{'.3f' if name.endswith('loss') else ','}}" for name in columns),
+            *(f"{getattr(found, name)[i]:{'.3f' if name.endswith('loss') else ','}}" for name in columns),
         ]
         for i in stats.hardest(top)
     ]

@@ -1,11 +1,12 @@
 """Sums over rows that arrive a few at a time: by round, by sample, by token, by position, by confidence.
 
-Invariant: a sum does not depend on how the rows were cut into pieces, and its size is bounded by the number of rounds,
-samples and tokens, never by that of rows. Used by `stats.collect`.
+Invariant: a sum does not depend on how the rows were cut into pieces. `Examples` keeps one short entry per row, from which
+rounds and samples are summed at the end; tokens, positions and confidence are summed as rows arrive. Used by `stats.collect`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,43 @@ from tc_ray.mistakelog.rows.ragged import Array, lengths_of
 MAX_POSITIONS = 64
 MAX_PAIRS = 2_000_000
 CONFIDENCE_BINS = 20
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One entry per row of the log; arrays [N], 56 bytes in all."""
+
+    round: Array
+    sample_id: Array
+    seen: Array
+    """int64, how often the Pilot had trained on the sample before."""
+    tokens: Array
+    """int64, target tokens."""
+    loss: Array
+    """float64, sum of nats over them."""
+    error: Array
+    """float64, sum of 1 - p(truth) over them."""
+    wrong: Array
+    """int64, those not ranked first."""
+
+    @classmethod
+    def of(cls, pieces: Iterable[Rows]) -> Examples:
+        """Entries of all rows, in the order of the pieces."""
+        parts = [
+            (
+                rows.round.copy(),  # a view would keep the column of its whole file
+                rows.sample_id.copy(),
+                np.maximum(rows.seen, 0).astype(np.int64),
+                lengths_of(rows.target_offsets),
+                rows.sums(rows.loss),
+                rows.sums(rows.error),
+                rows.sums(~rows.correct).astype(np.int64),
+            )
+            for rows in pieces
+        ]
+        whole, real = np.zeros(0, np.int64), np.zeros(0)
+        empty = (whole, whole, whole, whole, real, real, whole)
+        return cls(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -37,27 +75,18 @@ class Totals:
     """int64, examples with at least one of those."""
 
     @classmethod
-    def zeros(cls, keys: int) -> Totals:
-        """Totals of no rows."""
-        kinds = (np.int64, np.int64, np.float64, np.float64, np.int64, np.int64)
-        return cls(*(np.zeros(keys, kind) for kind in kinds))
+    def of(cls, examples: Examples, keys: Array, count: int) -> Totals:
+        """Sums of the examples that share a key; `keys` [N], each in 0..count-1."""
 
-    def add(self, keys: Array, rows: Rows) -> None:
-        """Add rows under their keys [N], each in 0..len-1."""
-        wrong = rows.sums(~rows.correct)
-        np.add.at(self.rows, keys, 1)
-        np.add.at(self.tokens, keys, lengths_of(rows.target_offsets))
-        np.add.at(self.loss, keys, rows.sums(rows.loss))
-        np.add.at(self.error, keys, rows.sums(rows.error))
-        np.add.at(self.wrong, keys, wrong.astype(np.int64))
-        np.add.at(self.mistaken, keys, (wrong > 0).astype(np.int64))
+        def total(values: Array) -> Array:
+            return np.bincount(keys, values, count).astype(values.dtype)
 
-    def binned(self, bins: Array, count: int) -> Totals:
-        """Sums of the keys that share a bin; `bins` [keys], each in 0..count-1."""
-        summed = Totals.zeros(count)
-        for name, values in vars(self).items():
-            np.add.at(getattr(summed, name), bins, values)
-        return summed
+        found = examples
+        mistaken = (found.wrong > 0).astype(np.int64)
+        rows = np.bincount(keys, minlength=count)
+        return cls(
+            rows, total(found.tokens), total(found.loss), total(found.error), total(found.wrong), total(mistaken)
+        )
 
     def line(self, keys: Any) -> dict[str, float | int | None]:
         """Counts and means over some keys; means are None without rows."""
@@ -78,64 +107,41 @@ class Totals:
         }
 
 
-_FIRST_VALUE = {"first_round": np.iinfo(np.int64).max, "last_round": np.iinfo(np.int64).min}
-
-
+@dataclass(frozen=True)
 class SampleTable:
-    """What became of each sample: one entry per sample id, in order of `ids`."""
+    """What became of each sample: one entry per sample id, in order of `ids`; losses in nats."""
 
-    def __init__(self) -> None:
-        self.ids = np.zeros(0, np.int64)
-        whole, real = np.zeros(0, np.int64), np.zeros(0, np.float64)
-        self._columns: dict[str, Array] = {
-            **dict.fromkeys(("visits", "tokens", "wrong", "first_round", "last_round"), whole),
-            **dict.fromkeys(("loss", "first_loss", "last_loss"), real),
-        }
+    ids: Array
+    visits: Array
+    tokens: Array
+    wrong: Array
+    first_round: Array
+    first_loss: Array
+    """Mean per target token at the first visit."""
+    last_round: Array
+    last_loss: Array
+    mean_loss: Array
+    """Per target token over all visits."""
+
+    @classmethod
+    def of(cls, examples: Examples) -> SampleTable:
+        """Rows without target tokens are left out."""
+        order = np.lexsort((examples.round, examples.sample_id))
+        order = order[examples.tokens[order] > 0]
+        ids, first, sample, visits = np.unique(
+            examples.sample_id[order], return_index=True, return_inverse=True, return_counts=True
+        )
+
+        def total(values: Array) -> Array:
+            return np.bincount(sample, values[order], len(ids)).astype(values.dtype)
+
+        first, last = order[first], order[first + visits - 1]
+        tokens, rounds, loss = total(examples.tokens), examples.round, examples.loss / np.maximum(examples.tokens, 1)
+        wrong, mean = total(examples.wrong), total(examples.loss) / tokens
+        return cls(ids, visits, tokens, wrong, rounds[first], loss[first], rounds[last], loss[last], mean)
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def __getitem__(self, name: str) -> Array:
-        """A column: visits, tokens, loss (summed over them), wrong, first_round, first_loss, last_round, last_loss."""
-        return self._columns[name]
-
-    @property
-    def mean_loss(self) -> Array:
-        """float64, nats per target token over all visits."""
-        return self["loss"] / np.maximum(self["tokens"], 1)
-
-    def add(self, rows: Rows) -> None:
-        """Add rows; those without target tokens are left out."""
-        tokens, loss, wrong = lengths_of(rows.target_offsets), rows.sums(rows.loss), rows.sums(~rows.correct)
-        order = np.lexsort((rows.round, rows.sample_id))
-        order = order[tokens[order] > 0]
-        if len(order) == 0:
-            return
-        ids, starts = np.unique(rows.sample_id[order], return_index=True)
-        ends = np.append(starts[1:], len(order))
-        first, last = order[starts], order[ends - 1]
-        self._add_ids(ids)
-        at = np.searchsorted(self.ids, ids)
-        columns = self._columns
-        columns["visits"][at] += ends - starts
-        columns["tokens"][at] += np.add.reduceat(tokens[order], starts)
-        columns["loss"][at] += np.add.reduceat(loss[order], starts)
-        columns["wrong"][at] += np.add.reduceat(wrong[order], starts).astype(np.int64)
-        mean = loss / np.maximum(tokens, 1)
-        earlier = rows.round[first] < columns["first_round"][at]
-        later = rows.round[last] > columns["last_round"][at]
-        for name, chosen, row in (("first", earlier, first), ("last", later, last)):
-            columns[f"{name}_round"][at[chosen]] = rows.round[row[chosen]]
-            columns[f"{name}_loss"][at[chosen]] = mean[row[chosen]]
-
-    def _add_ids(self, ids: Array) -> None:
-        new = np.setdiff1d(ids, self.ids, assume_unique=True)
-        if not len(new):
-            return
-        at = np.searchsorted(self.ids, new)
-        self.ids = np.insert(self.ids, at, new)
-        for name, values in self._columns.items():
-            self._columns[name] = np.insert(values, at, _FIRST_VALUE.get(name, 0))
 
 
 class TokenTable:
@@ -184,10 +190,9 @@ class PositionMap:
     def __init__(self, bins: int) -> None:
         self.width = 1
         """Answer positions per column."""
-        self.tokens = np.zeros((bins, MAX_POSITIONS), np.int64)
-        self.error = np.zeros((bins, MAX_POSITIONS), np.float64)
-        self.first_wrong = np.zeros((bins, MAX_POSITIONS), np.int64)
-        """Answers whose first token not ranked first stands here."""
+        self._sums = np.zeros((3, bins, MAX_POSITIONS))
+        # first_wrong: answers whose first token not ranked first stands here
+        self.tokens, self.error, self.first_wrong = self._sums
 
     def add(self, bins: Array, rows: Rows) -> None:
         """Add rows; `bins` [N]."""
@@ -195,11 +200,9 @@ class PositionMap:
         if len(position) == 0:
             return
         while position.max() >= MAX_POSITIONS * self.width:
-            for name in ("tokens", "error", "first_wrong"):
-                values = getattr(self, name)
-                folded = np.zeros_like(values)
-                folded[:, : MAX_POSITIONS // 2] = values.reshape(len(values), -1, 2).sum(2)
-                setattr(self, name, folded)
+            half = MAX_POSITIONS // 2
+            self._sums[:, :, :half] = self._sums.reshape(3, -1, half, 2).sum(3)
+            self._sums[:, :, half:] = 0
             self.width *= 2
         cell = (bins[row], position // self.width)
         np.add.at(self.tokens, cell, 1)

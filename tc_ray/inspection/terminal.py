@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from tc_ray.inspection import tables
-from tc_ray.inspection.colours import level, scale
+from tc_ray.inspection.colours import scale
 from tc_ray.inspection.samples import Visit, percent
 from tc_ray.inspection.stats import LogStats
 from tc_ray.inspection.tokens import TokenTexts
@@ -88,14 +88,13 @@ def _answer(visit: Visit, texts: TokenTexts) -> Text:
     """The true tokens, each on the colour of its error; after one that was not ranked first, the one that was."""
     colours = scale()
     line = Text()
-    for place, token in enumerate(visit.truth):
-        shade = level(float(visit.error[place]))
-        text = texts.flowing(int(token)) if texts.known else texts.flowing(int(token)) + " "
-        back, fore = colours[shade]
-        line.append(text.rstrip("\n"), f"{fore} on {back}" if shade else "")
-        if not visit.correct[place]:
-            line.append(f"«{texts.quoted(visit.predicted(place))}»", "italic bold")
-        line.append("\n" * (len(text) - len(text.rstrip("\n"))))
+    for token in visit.tokens(texts):
+        back, fore = colours[token.shade]
+        text = token.text.rstrip("\n")
+        line.append(text, f"{fore} on {back}" if token.shade else "")
+        if token.instead is not None:
+            line.append(f"«{token.instead}»", "italic bold")
+        line.append(token.text[len(text) :])
     line.rstrip()
     return line
 

@@ -115,22 +115,16 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
 def _prepare(config: RunConfig, data: Path, folder: Path) -> Path:
     from transformers import AutoConfig, AutoTokenizer
 
+    from tc_ray.data.encode.encode import Encoder
     from tc_ray.data.prepared.prepare import prepare_test_file
     from tc_ray.data.source.sequences import ITEMS_FILE
     from tc_ray.models.hub import embedding_rows
 
     pilot = config.run.path / "pilot" / "final"
     shape = AutoConfig.from_pretrained(pilot, trust_remote_code=False)
-    prepared = prepare_test_file(
-        str(data),
-        config.data,
-        AutoTokenizer.from_pretrained(pilot, trust_remote_code=False),
-        folder,
-        seed=config.run.seed,
-        items=config.run.path / "data" / ITEMS_FILE,
-        encoder_decoder=shape.is_encoder_decoder,
-        vocab_size=embedding_rows(pilot, shape),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)
+    encoder = Encoder(config.data, tokenizer, config.run.seed, shape.is_encoder_decoder, embedding_rows(pilot, shape))
+    prepared = prepare_test_file(encoder, str(data), folder, items=config.run.path / "data" / ITEMS_FILE)
     for line in prepared.notes:
         print(visible(line), flush=True)
-    return prepared.test
+    return prepared.file("test")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.checkpoint import latest
-from tc_ray.data.prepared.folder import PreparedData
+from tc_ray.data.encode.encode import Encoder
+from tc_ray.data.prepared.folder import PreparedData, rows_hashes
 from tc_ray.data.prepared.prepare import prepare, prepared_before
-from tc_ray.data.prepared.rows_hash import rows_hashes
 from tc_ray.files import sync
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.repair import is_table
@@ -83,16 +83,13 @@ def prepare_rows(
 
     Raises OtherInputsError if the run was started with other rows, and DataError as `prepare` does.
     """
-    folder, seed = config.run.path / "data", config.run.seed
-    found = prepared_before(
-        config.data, tokenizer, folder, seed=seed, encoder_decoder=encoder_decoder, vocab_size=vocab_size
-    )
+    folder = config.run.path / "data"
+    encoder = Encoder(config.data, tokenizer, config.run.seed, encoder_decoder, vocab_size)
+    found = prepared_before(encoder, folder)
     aside = folder.with_name("data.new")
     shutil.rmtree(aside, ignore_errors=True)
     if found is None:
-        found = prepare(
-            config.data, tokenizer, aside, seed=seed, encoder_decoder=encoder_decoder, vocab_size=vocab_size
-        )
+        found = prepare(encoder, aside)
     hashes = {f"{part}_rows": value for part, value in rows_hashes(found.folder).items()}
     try:
         check_inputs(config, recorded, hashes, now=found.source)

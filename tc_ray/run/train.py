@@ -40,7 +40,9 @@ def train_pilot(run: Run) -> None:
     from tc_ray.pilot.trainer import fit_pilot
 
     made = run.prepared
-    job = PilotJob(run.config, made.pilot_path, made.data.train, made.rounds, run.ledger, run.tracker, made.inputs)
+    job = PilotJob(
+        run.config, made.pilot_path, made.data.file("train"), made.rounds, run.ledger, run.tracker, made.inputs
+    )
     fit_pilot(job, pilot_need(run.config))
 
 

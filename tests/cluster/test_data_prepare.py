@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tc_ray.config.data import DataSection
+from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import SCHEMA, PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
 from tc_ray.data.source.errors import DataError
@@ -48,7 +49,7 @@ def write_rows(path: Path, first: int, count: int) -> Path:
 
 
 def read(prepared: PreparedData) -> dict[str, list[dict[str, Any]]]:
-    return {part: pq.read_table(getattr(prepared, part)).to_pylist() for part in ("train", "validation", "test")}
+    return {part: pq.read_table(prepared.file(part)).to_pylist() for part in ("train", "validation", "test")}
 
 
 def test_a_folder_of_all_kinds_is_read_in_order(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -57,10 +58,10 @@ def test_a_folder_of_all_kinds_is_read_in_order(tmp_path: Path, tokenizer: PreTr
     write_rows(data / "a.parquet", 0, 20)
     write_rows(data / "b.jsonl", 20, 20)
     write_rows(data / "c.json", 40, 20)
-    prepared = prepare(section(train=str(data)), tokenizer, tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(section(train=str(data)), tokenizer, 1), tmp_path / "out")
     parts = read(prepared)
     assert prepared.rows == {"train": 48, "validation": 6, "test": 6}
-    assert pq.read_schema(prepared.train) == SCHEMA
+    assert pq.read_schema(prepared.file("train")) == SCHEMA
     numbers = [int(row["answer"]) for row in parts["train"]]
     assert numbers == sorted(numbers)
     assert sorted(int(row["answer"]) for rows in parts.values() for row in rows) == list(range(60))
@@ -79,16 +80,16 @@ def test_bad_rows_are_quarantined_and_counted(tmp_path: Path, tokenizer: PreTrai
     lines[9] = json.dumps({"prompt": "p"})
     path.write_text("\n".join(lines))
     out = tmp_path / "out"
-    prepared = prepare(section(train=str(path), max_bad_fraction=0.05), tokenizer, out, seed=1)
+    prepared = prepare(Encoder(section(train=str(path), max_bad_fraction=0.05), tokenizer, 1), out)
     assert prepared.quarantined == 2 and sum(prepared.rows.values()) == 48
-    bad = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    bad = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["file"], row["unit"], row["place"], row["field"]) for row in bad] == [
         (str(path), "line", 7, ""),
         (str(path), "line", 10, "completion"),
     ]
     assert bad[0]["raw"] == "{broken"
     with pytest.raises(DataError) as caught:
-        prepare(section(train=str(path)), tokenizer, out, seed=1)
+        prepare(Encoder(section(train=str(path)), tokenizer, 1), out)
     message = str(caught.value)
     assert "2 of 50" in message and f"{path}, line 7" in message and "field completion" in message
     assert not (out / "data.json").exists()  # what stands there is not whole for these settings
@@ -99,16 +100,16 @@ def test_prepared_rows_are_reused_until_something_changes(tmp_path: Path, tokeni
     out, config = tmp_path / "out", section(train=str(path))
 
     def reused(config: DataSection = config, seed: int = 1) -> bool:
-        if prepared_before(config, tokenizer, out, seed=seed) is not None:
+        if prepared_before(Encoder(config, tokenizer, seed), out) is not None:
             return True
-        prepare(config, tokenizer, out, seed=seed)
+        prepare(Encoder(config, tokenizer, seed), out)
         return False
 
     assert not reused()
-    first = read(prepare(config, tokenizer, out, seed=1))
+    first = read(prepare(Encoder(config, tokenizer, 1), out))
     assert reused()
     assert not reused(seed=2) and not reused()
-    assert read(prepare(config, tokenizer, out, seed=1)) == first
+    assert read(prepare(Encoder(config, tokenizer, 1), out)) == first
     assert not reused(config.model_copy(update={"cutoff_tokens": 32})) and not reused()
     os.utime(path, ns=(1, 1))
     assert not reused()
@@ -121,11 +122,11 @@ def test_prepared_rows_are_reused_until_something_changes(tmp_path: Path, tokeni
 def test_rows_of_another_tokenizer_are_not_used(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Ids mean something else to it, though settings and files are the same."""
     path, out = write_rows(tmp_path / "x.jsonl", 0, 40), tmp_path / "out"
-    first = read(prepare(section(train=str(path)), tokenizer, out, seed=1))
+    first = read(prepare(Encoder(section(train=str(path)), tokenizer, 1), out))
     other = make_tokenizer()
     other.add_tokens(["prompt"])
-    assert prepared_before(section(train=str(path)), other, out, seed=1) is None
-    again = prepare(section(train=str(path)), other, out, seed=1)
+    assert prepared_before(Encoder(section(train=str(path)), other, 1), out) is None
+    again = prepare(Encoder(section(train=str(path)), other, 1), out)
     assert read(again)["train"][0]["input_ids"] != first["train"][0]["input_ids"]
 
 
@@ -137,33 +138,33 @@ def test_held_out_files_and_long_rows(tmp_path: Path, tokenizer: PreTrainedToken
     test = tmp_path / "test.jsonl"
     test.write_text(json.dumps({"prompt": "prompt 3", "answer": 3}) + "\n")
     config = section(train=str(train), test=str(test), cutoff_tokens=50, validation_size=5, max_train_rows=20)
-    prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(config, tokenizer, 1), tmp_path / "out")
     assert prepared.rows == {"train": 20, "validation": 5, "test": 1}
     assert prepared.too_long == 1 and prepared.cut_completions == 1
     row = read(prepared)["test"][0]
     assert row["completion"] is None and row["target_start"] == len(row["input_ids"])
     assert any("1 training rows have a prompt that also stands in data.test" in line for line in prepared.notes)
 
-    other = prepare_test_file(str(test), config, tokenizer, tmp_path / "other", seed=1)
-    assert pq.read_table(other.test).to_pylist() == [row]
+    other = prepare_test_file(Encoder(config, tokenizer, 1), str(test), tmp_path / "other")
+    assert pq.read_table(other.file("test")).to_pylist() == [row]
 
 
 def test_absent_files_are_an_error_or_the_embedded_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     absent = str(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match=r"data\.train: no .* at .*none\.jsonl.*data\.fallback=embedded"):
-        prepare(section(train=absent), tokenizer, tmp_path / "out", seed=1)
+        prepare(Encoder(section(train=absent), tokenizer, 1), tmp_path / "out")
     config = section(train=absent, test=absent, fallback="embedded", embedded_rows=40)
-    prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(config, tokenizer, 1), tmp_path / "out")
     assert sum(prepared.rows.values()) == 40
     assert "chain_sum" in prepared.describe()[0] and "is absent" in prepared.describe()[1]
-    assert prepared_before(config, tokenizer, tmp_path / "out", seed=1) is not None
+    assert prepared_before(Encoder(config, tokenizer, 1), tmp_path / "out") is not None
 
 
 def test_unreadable_file_is_one_plain_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_rows(tmp_path / "x.parquet", 0, 10)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"^.*x\.parquet: not a readable Parquet file"):
-        prepare(section(train=str(path)), tokenizer, tmp_path / "out", seed=1)
+        prepare(Encoder(section(train=str(path)), tokenizer, 1), tmp_path / "out")
 
 
 def test_fallback_leaves_out_a_pattern_made_for_the_absent_files(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_fallback_leaves_out_a_pattern_made_for_the_absent_files(tmp_path: Path)
         template="plain",
         completion_pattern="x = .*",
     )
-    prepared = prepare(config, make_tokenizer(), tmp_path / "data", seed=1)
+    prepared = prepare(Encoder(config, make_tokenizer(), 1), tmp_path / "data")
     assert sum(prepared.rows.values()) == 40 and not prepared.quarantined
     assert any("completion_pattern" in note for note in prepared.notes)
 
@@ -184,10 +185,10 @@ def test_completion_pattern_chooses_what_is_trained_on(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "p", "completion": "no equation"}]))
     config = DataSection(train=str(file), template="plain", completion_pattern=r"x = [^\n]*", max_bad_fraction=0.1)
-    prepared = prepare(config, make_tokenizer(), tmp_path / "data", seed=1)
-    completions = pq.read_table(prepared.train)["completion"].to_pylist()
+    prepared = prepare(Encoder(config, make_tokenizer(), 1), tmp_path / "data")
+    completions = pq.read_table(prepared.file("train"))["completion"].to_pylist()
     assert all(re.fullmatch(r"x = \d+ \+ 1", text) for text in completions)
-    bad = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    bad = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["place"], row["field"]) for row in bad] == [(61, "completion")]
 
 
@@ -208,10 +209,10 @@ def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokeniz
         file.write("u99 i1 i2\n")
     out = tmp_path / "out"
     config = sequence_section(train=str(path), max_bad_fraction=0.05, sequences={"history": 2})
-    prepared = prepare(config, tokenizer, out, seed=1, encoder_decoder=True)
+    prepared = prepare(Encoder(config, tokenizer, 1, encoder_decoder=True), out)
     assert prepared.rows == {"train": sum(1 + user % 4 for user in range(30)), "validation": 30, "test": 30}
     assert (prepared.quarantined, prepared.too_long) == (1, 0)
-    (bad,) = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    (bad,) = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
     assert (bad["file"], bad["unit"], bad["place"], bad["field"]) == (str(path), "line", 31, "items")
     labels = read_items(out / "items.parquet")
     assert set(labels) == {f"i{n}" for n in range(34)} and {len(label) for label in labels.values()} == {2}
@@ -227,36 +228,36 @@ def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokeniz
         assert row["prompt"] == f"{labels[f'i{last - 2}']} {labels[f'i{last - 1}']}"
         assert row["answer"] == labels[f"i{last}"]
 
-    assert prepared_before(config, tokenizer, out, seed=1, encoder_decoder=True) is not None
-    assert prepared_before(config, tokenizer, out, seed=1) is None, "the end token after the source is gone"
+    assert prepared_before(Encoder(config, tokenizer, 1, encoder_decoder=True), out) is not None
+    assert prepared_before(Encoder(config, tokenizer, 1), out) is None, "the end token after the source is gone"
     with pytest.raises(DataError, match=r"s\.txt, line 31, field items: user u99 has 2 items"):
-        prepare(sequence_section(train=str(path), max_bad_fraction=0), tokenizer, out, seed=1)
+        prepare(Encoder(sequence_section(train=str(path), max_bad_fraction=0), tokenizer, 1), out)
 
 
 def test_other_sequences_are_read_with_the_items_of_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     config = sequence_section(train=str(write_users(tmp_path / "s.txt")), max_bad_fraction=0.5)
-    prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(config, tokenizer, 1), tmp_path / "out")
     labels = read_items(prepared.folder / "items.parquet")
     other = tmp_path / "other.txt"
     other.write_text("a i3 i1 i2\nb i3 strange i2\n")
     items = prepared.folder / "items.parquet"
-    found = prepare_test_file(str(other), config, tokenizer, tmp_path / "eval", seed=1, items=items)
-    (row,) = pq.read_table(found.test).to_pylist()
+    found = prepare_test_file(Encoder(config, tokenizer, 1), str(other), tmp_path / "eval", items=items)
+    (row,) = pq.read_table(found.file("test")).to_pylist()
     assert (row["prompt"], row["answer"]) == (f"{labels['i3']} {labels['i1']}", labels["i2"])
-    assert found.quarantined == 1 and "item strange" in found.quarantine.read_text()
+    assert found.quarantined == 1 and "item strange" in (found.folder / "quarantine.jsonl").read_text()
     with pytest.raises(DataError, match=r"items\.parquet of the run"):
-        prepare_test_file(str(other), config, tokenizer, tmp_path / "eval", seed=1)
+        prepare_test_file(Encoder(config, tokenizer, 1), str(other), tmp_path / "eval")
 
 
 def test_absent_sequences_fall_back_to_a_generated_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     small = {"users": 25, "items": 20, "clusters": 4}
     config = sequence_section(train=str(tmp_path / "none.txt"), fallback="embedded", sequences=small)
-    prepared = prepare(config, tokenizer, tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(config, tokenizer, 1), tmp_path / "out")
     assert prepared.rows["test"] == prepared.rows["validation"] == 25 and prepared.rows["train"] > 50
     assert "25 users over 20 items" in prepared.source
     assert any("none.txt is absent: using the embedded data set" in line for line in prepared.describe())
     with pytest.raises(DataError, match=r"no \.txt file at .*none\.txt"):
-        prepare(sequence_section(train=str(tmp_path / "none.txt")), tokenizer, tmp_path / "out", seed=1)
+        prepare(Encoder(sequence_section(train=str(tmp_path / "none.txt")), tokenizer, 1), tmp_path / "out")
 
 
 ODD = ("surrogate", "latin1_list", "long_integer", "parquet_badutf8")
@@ -268,16 +269,16 @@ def test_odd_records_are_bad_rows_in_rays_tasks_too(tmp_path: Path) -> None:
         file = case.make(tmp_path)
         file.rename(tmp_path / f"{case.name}{file.suffix}")
     config = section(train=str(tmp_path), max_bad_fraction=0.1)
-    prepared = prepare(config, make_tokenizer(), tmp_path / "out", seed=1)
-    bad = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    prepared = prepare(Encoder(config, make_tokenizer(), 1), tmp_path / "out")
+    bad = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(Path(row["file"]).stem for row in bad) == sorted(ODD)
     assert sum(prepared.rows.values()) == 64 * 4 - 1
 
 
 def test_a_template_that_raises_costs_its_row_in_rays_tasks_too(tmp_path: Path) -> None:
     (case,) = [case for case in CASES if case.name == "template_raises"]
-    prepared = prepare(DataSection(train=str(case.make(tmp_path))), strict_tokenizer(), tmp_path / "out", seed=1)
-    assert prepared.quarantined == 1 and "Roles must alternate" in prepared.quarantine.read_text()
+    prepared = prepare(Encoder(DataSection(train=str(case.make(tmp_path))), strict_tokenizer(), 1), tmp_path / "out")
+    assert prepared.quarantined == 1 and "Roles must alternate" in (prepared.folder / "quarantine.jsonl").read_text()
 
 
 def test_the_job_refuses_a_token_without_an_embedding_before_any_worker(tmp_path: Path) -> None:

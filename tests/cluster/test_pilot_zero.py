@@ -18,6 +18,7 @@ import ray
 import torch
 
 from tc_ray.cluster.session import pilot_need
+from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.prepare import prepare
 from tc_ray.mistakelog.commit.ledger_actor import start_ledger
 from tc_ray.mistakelog.read.reader import MistakeLog
@@ -60,10 +61,10 @@ class Runs:
         settings = {"pilot__max_rounds": ROUNDS, "pilot__micro_batch_size": 2, **more}
         config = tiny_config(folder, pilot__zero_stage=stage, resources__pilot_workers=workers, **settings)
         run = config.run.path
-        data = prepare(config.data, make_tokenizer(), run / "data", seed=config.run.seed)
+        data = prepare(Encoder(config.data, make_tokenizer(), config.run.seed), run / "data")
         log = metadata(run=config.run.name, vocab_size=258, rationale_dim=32, top_k=config.log.top_k)
         ledger = start_ledger(run / "log", log, writers=workers, run=config.run.name)
-        job = PilotJob(config, config.model.pilot, data.train, ROUNDS, ledger, start_tracker(config, run))
+        job = PilotJob(config, config.model.pilot, data.file("train"), ROUNDS, ledger, start_tracker(config, run))
         fit_pilot(job, pilot_need(config))
         assert ray.get(ledger.state.remote()).pilot_done
         assert_log_is_exact(config, ROUNDS, data.rows["train"])

@@ -90,6 +90,7 @@ ROOMS = {
         "cluster",
         "config",
         "copilot",
+        "data.encode",
         "data.prepared",
         "data.source",
         "evaluation",

@@ -1,17 +1,14 @@
-"""Data files to tokenised rows, through Ray Data: one task per file, rows in file order.
+"""Data files to tokenised rows, in Ray's tasks: one task per file, rows in file order.
 
 Invariant: every record of every file comes out exactly once, as an encoded row, as a row that is too long, or as a bad row
-with its place, whatever exception it causes. The order does not depend on which task ended first. Called by `prepare`; Ray
-must be running.
+with its place, whatever exception it causes. Called by `prepare`, which needs Ray, and by plans, which use the `Encoder` alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -39,7 +36,6 @@ NAMED_TOKEN = "the name of a special token stands in the text, and is encoded as
 _TEXTS = ("kind", "prompt", "completion", "answer", "key", "unit", "field", "problem", "fix", "raw")
 _SCHEMA = pa.schema(
     [
-        ("file", pa.int32()),
         ("place", pa.int64()),
         ("input_ids", pa.list_(pa.int32())),
         ("target_start", pa.int32()),
@@ -49,8 +45,8 @@ _SCHEMA = pa.schema(
         ("named_id", pa.int32()),
     ]
 )
-"""kind: row (encoded), long (prompt over the cut-off), bad (quarantined), fatal (the file cannot be read). named_id: the
-largest id of a special token whose name stands in the texts, null without one."""
+"""kind: row (encoded), long (prompt over the cut-off), bad (quarantined). named_id: the largest id of a special token whose
+name stands in the texts, null without one."""
 
 
 @dataclass
@@ -87,13 +83,38 @@ class Encoded:
 class Encoder:
     """Turns a record into a row of _SCHEMA (without `file`). Needs no Ray.
 
-    encoder_decoder: the prompt is the encoder's source and ends with the end token.
+    encoder_decoder: the prompt is the encoder's source and ends with the end token. vocab_size: rows of the model's
+    embedding; None: token ids are not checked.
     """
 
     config: DataSection
     tokenizer: PreTrainedTokenizerBase
     seed: int
     encoder_decoder: bool = False
+    vocab_size: int | None = None
+
+    def check(self) -> None:
+        """Raise DataError when tokenizer and template do not fit, or the model does not embed the end or padding token."""
+        tokenizer = self.tokenizer
+        if tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end token; set eos_token in the model folder's tokenizer_config.json")
+        if self.config.template == "chat" and not tokenizer.chat_template:
+            raise DataError("data.template is chat, but the tokenizer has no chat template; set data.template=plain")
+        for token_id in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+            if token_id is not None:
+                self.check_id(token_id)
+
+    def check_id(self, largest: int) -> None:
+        """Raise DataError when the model does not embed `largest`, the largest token id in use: a tokenizer can hold more tokens.
+
+        It would be an index error on a device. A larger embedding is padding, and a token that nothing uses needs no row.
+        """
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise DataError(
+                f"the tokenizer's token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model "
+                f"embeds {self.vocab_size} tokens (ids to {self.vocab_size - 1}); use the model's own tokenizer, or resize the "
+                "embedding (model.resize_token_embeddings(len(tokenizer))) and save model and tokenizer again"
+            )
 
     def row(self, record: Record, *, held_out: bool) -> dict[str, Any]:
         """The row; a bad one, whatever exception the record causes. `held_out`: see `to_example`."""
@@ -134,9 +155,9 @@ class Encoder:
 
 
 def encode_files(
-    files: Sequence[Path], encoder: Encoder, read: Callable[[Path], Iterator[Record]], *, held_out: bool
+    files: Sequence[Path], encoder: Encoder, read: Callable[[Path], Iterable[Record]], *, held_out: bool
 ) -> Encoded:
-    """Read, check and tokenise `files` in Ray Data tasks.
+    """Read, check and tokenise `files` in Ray's tasks.
 
     Args:
         read: yields the records of one file in order, its bad ones included.
@@ -145,28 +166,45 @@ def encode_files(
         DataError: a file cannot be read at all.
     """
 
-    def encode_one(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        return _encode_file(Path(str(batch["path"][0])), int(batch["file"][0]), encoder, read, held_out)
+    def encode_one(path: Path) -> pa.Table:
+        return _encode_file(path, encoder, read, held_out)
 
-    tables = _in_ray(encode_one, [{"file": index, "path": str(path)} for index, path in enumerate(files)])
-    table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
-    table = table.sort_by([("file", "ascending"), ("place", "ascending")])
-    of_kind = {kind: table.filter(pc.equal(table["kind"], kind)) for kind in ("row", "long", "bad", "fatal")}
-    for row in of_kind["fatal"].to_pylist():
-        raise DataError(row["problem"])
+    tables = [_SCHEMA.empty_table(), *_in_ray(encode_one, files)]
+    table = pa.concat_tables(
+        [
+            part.append_column("file", pa.array([number] * len(part), pa.int32()))
+            for number, part in enumerate(tables, -1)
+        ]
+    )
+    of_kind = {kind: table.filter(pc.equal(table["kind"], kind)) for kind in ("row", "long", "bad")}
     shown = ("unit", "place", "field", "problem", "fix", "raw")
     bad = [{"file": str(files[row["file"]]), **{n: row[n] for n in shown}} for row in of_kind["bad"].to_pylist()]
     return Encoded(of_kind["row"].combine_chunks(), of_kind["long"].num_rows, bad, _notes(of_kind["row"], files))
 
 
-def _in_ray(encode_one: Callable[[dict[str, Any]], Iterator[pa.Table]], items: list[dict[str, Any]]) -> list[pa.Table]:
+def _in_ray(encode_one: Callable[[Path], pa.Table], files: Sequence[Path]) -> list[pa.Table]:
     """One task per file."""
-    import ray.data
+    import ray
 
-    with _quiet_ray_data():
-        encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(encode_one, batch_size=1)
-        blocks = ray.get(encoded.to_arrow_refs())
-    return [block.select(_SCHEMA.names).cast(_SCHEMA) for block in blocks if block.num_rows]
+    task = ray.remote(encode_one)
+    try:
+        return list(ray.get([task.remote(file) for file in files]))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def _encode_file(path: Path, encoder: Encoder, read: Callable[[Path], Iterable[Record]], held_out: bool) -> pa.Table:
+    tables = [_SCHEMA.empty_table()]
+    try:
+        records = iter(read(path))
+        while chunk := list(islice(records, _CHUNK_ROWS)):  # Python's lists of ids take ten times the space of Arrow's
+            rows = [encoder.row(record, held_out=held_out) for record in chunk]
+            tables.append(pa.Table.from_pylist(rows, schema=_SCHEMA))
+        return pa.concat_tables(tables)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read: {_named(error)}") from error
 
 
 def _notes(rows: pa.Table, files: Sequence[Path]) -> list[str]:
@@ -179,22 +217,6 @@ def _notes(rows: pa.Table, files: Sequence[Path]) -> list[str]:
             counts[note] += 1
             first.setdefault(note, f"{files[row['file']]}, {row['unit']} {row['place']}")
     return [f"{note}: {count} rows, the first is {first[note]}" for note, count in counts.items()]
-
-
-def _encode_file(
-    path: Path, file: int, encoder: Encoder, read: Callable[[Path], Iterator[Record]], held_out: bool
-) -> Iterator[pa.Table]:
-    place = 0
-    try:
-        records = read(path)
-        while chunk := list(islice(records, _CHUNK_ROWS)):
-            place = chunk[-1].place
-            rows = [encoder.row(record, held_out=held_out) | {"file": file} for record in chunk]
-            yield pa.Table.from_pylist(rows, schema=_SCHEMA)
-    except Exception as error:  # noqa: BLE001 - as a row: Ray would wrap the exception in its own traceback
-        problem = str(error) if isinstance(error, DataError) else f"{path}: cannot be read: {_named(error)}"
-        rows = [{"file": file, "place": place + 1, "kind": "fatal", "problem": _valid(problem)}]
-        yield pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
 def _with_pattern(example: Example, pattern: str) -> Example | BadRow:
@@ -231,20 +253,3 @@ def _named(error: Exception) -> str:
 def _valid(text: str) -> str:
     """The text with escapes for what is not Unicode, so that it can be written to a file."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-@contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """No progress bars, plans and hints of Ray Data on the user's terminal; errors are raised."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    logger = logging.getLogger("ray.data")
-    bars, level = context.enable_progress_bars, logger.level
-    context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = bars
-        logger.setLevel(level)

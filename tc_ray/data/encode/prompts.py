@@ -10,21 +10,12 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.shapes import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tc_ray.config.data import DataSection
-
-
-def check_template(config: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise DataError when the tokenizer cannot serve the configured template."""
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end token; set eos_token in the model folder's tokenizer_config.json")
-    if config.template == "chat" and not tokenizer.chat_template:
-        raise DataError("data.template is chat, but the tokenizer has no chat template; set data.template=plain")
 
 
 def render_prompt(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,7 +2,7 @@
 
 Invariant: data.json is written last, over files that are on the disk, and removed first, so a folder with a data.json is
 whole. Its fingerprint covers the data section, the seed, the tokenizer, and size and time of every file read. A torn folder
-counts as none. Written by `prepare`.
+counts as none. Written by `prepare`; `rows_hashes` is called by the driver before any worker starts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tc_ray.data.encode.encode import Encoder
@@ -34,7 +35,10 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of train, validation and test.parquet. sample_id: the row's index in its file."""
+_TRAINED = ["sample_id", "target_start", "input_ids"]
 RECORD = "data.json"
+QUARANTINE = "quarantine.jsonl"
+"""The bad rows, each with file, place, field, problem and fix."""
 
 
 @dataclass
@@ -58,25 +62,9 @@ class PreparedData:
     notes: list[str] = field(default_factory=list)
     reused: bool = False
 
-    @property
-    def train(self) -> Path:
-        """Parquet file of the training rows."""
-        return self.folder / "train.parquet"
-
-    @property
-    def validation(self) -> Path:
-        """Parquet file of the validation rows."""
-        return self.folder / "validation.parquet"
-
-    @property
-    def test(self) -> Path:
-        """Parquet file of the test rows; without test data it has no rows."""
-        return self.folder / "test.parquet"
-
-    @property
-    def quarantine(self) -> Path:
-        """JSONL file of the bad rows, each with file, place, field, problem and fix."""
-        return self.folder / "quarantine.jsonl"
+    def file(self, part: str) -> Path:
+        """Parquet file of a part's rows; without test data that of the test rows is empty."""
+        return self.folder / f"{part}.parquet"
 
     def check_rounds(self, batch_size: int) -> None:
         """Raise DataError, with the counts of the parts, when the training rows do not fill one round."""
@@ -97,7 +85,7 @@ class PreparedData:
             for part in PARTS
         ]
         if self.quarantined:
-            lines.append(f"left out as bad: {self.quarantined} rows, listed in {self.quarantine}")
+            lines.append(f"left out as bad: {self.quarantined} rows, listed in {self.folder / QUARANTINE}")
         if self.too_long:
             lines.append(f"left out because the prompt is longer than data.cutoff_tokens: {self.too_long} rows")
         if self.cut_completions:
@@ -117,6 +105,33 @@ def fingerprint(encoder: Encoder, sources: Mapping[str, Sequence[Path]]) -> str:
     settings = [encoder.config.model_dump(mode="json"), encoder.seed, encoder.encoder_decoder]
     parts = [FORMAT, settings, files, tokenizer_hash(encoder.tokenizer), generated_set(encoder.config)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def rows_hashes(folder: Path) -> dict[str, str]:
+    """16 hex digits by part: train, validation, test. A restart with other rows is refused by them.
+
+    They follow from the rows and their order alone, not from the Parquet files' bytes, which change with a library's version.
+    Training rows count with what is trained on (ids, targets, sample ids), held-out rows with their texts too.
+    """
+    texts = ["prompt", "completion", "answer"]
+    return {
+        part: _hash(pq.read_table(folder / f"{part}.parquet", columns=_TRAINED + (texts if part != "train" else [])))
+        for part in PARTS
+    }
+
+
+def _hash(rows: pa.Table) -> str:
+    found = hashlib.sha256(str(rows.num_rows).encode())
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        found.update(name.encode())
+        if pa.types.is_string(column.type):
+            found.update("".join(json.dumps(text) + "\n" for text in column.to_pylist()).encode())
+            continue
+        if pa.types.is_list(column.type):
+            found.update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
+            column = pc.list_flatten(column)
+        found.update(column.to_numpy().astype("<i8").tobytes())
+    return found.hexdigest()[:16]
 
 
 def save(prepared: PreparedData, of: str) -> None:

@@ -1,116 +1,77 @@
 """Prepare a run's data folder: read, quarantine, split, tokenise, write Parquet.
 
-Invariant: a folder that `prepare` was stopped in counts as none (see `folder`). Called by the driver; Ray must be running.
+Invariant: a folder that `prepare` was stopped in counts as none (see `folder`). Every bad record of a source is in the
+quarantine file once, and a source with too many of them stops the run before its rows are used. Called by the driver; Ray must
+be running.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tc_ray.config.data import DataSection
-from tc_ray.data.encode.encode import Encoded, Encoder
-from tc_ray.data.encode.prompts import check_template
+from tc_ray.data.encode.encode import Encoded, Encoder, encode_files
 from tc_ray.data.encode.split import cut
-from tc_ray.data.encode.vocabulary import check_largest_id, check_special_ids
 from tc_ray.data.prepared import folder as data_folder
-from tc_ray.data.prepared.folder import RECORD, SCHEMA, PreparedData
+from tc_ray.data.prepared.folder import QUARANTINE, RECORD, SCHEMA, PreparedData
 from tc_ray.data.prepared.left_out import LeftOut, with_left_out
-from tc_ray.data.prepared.parts import examples, sequences
 from tc_ray.data.source.embedded import for_fallback, generated_set, write_generated_set
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.find import PARTS, find_sources, part_files
-from tc_ray.data.source.sequences import ITEMS_FILE
+from tc_ray.data.source.records import iter_records
+from tc_ray.data.source.sequences import ITEMS_FILE, SequenceReader, label_items, read_items, scan, write_items
+from tc_ray.text import visible
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+_SHOWN_BAD_ROWS = 5
 
 
-def prepare(
-    config: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    *,
-    seed: int,
-    encoder_decoder: bool = False,
-    vocab_size: int | None = None,
-) -> PreparedData:
+def prepare(encoder: Encoder, folder: Path) -> PreparedData:
     """Make `folder` hold train, validation and test.parquet (columns: SCHEMA), data.json and quarantine.jsonl.
 
     Item sequences leave items.parquet too.
-
-    Args:
-        encoder_decoder: the model has an encoder: prompts are its source and end with the end token.
-        vocab_size: rows of the model's embedding; None: not checked.
 
     Raises:
         DataError: files are absent or unreadable, too many rows are bad, no row is left to train on, or a row has a token
             that the model does not embed.
     """
-    check_template(config, tokenizer)
-    check_special_ids(tokenizer, vocab_size)
+    encoder.check()
+    config = encoder.config
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     found = find_sources(config)
     sources, notes = found.files, found.notes
-    embedded = not sources["train"]
-    of = data_folder.fingerprint(Encoder(config, tokenizer, seed, encoder_decoder), sources)
-    if embedded:
-        sources["train"] = [write_generated_set(config, folder, seed)]
+    of = data_folder.fingerprint(encoder, sources)
+    source = ", ".join(map(str, sources["train"])) or generated_set(config)
+    if not sources["train"]:
+        sources["train"] = [write_generated_set(config, folder, encoder.seed)]
         if config.format == "examples" and for_fallback(config) != config:
             notes.append("data.completion_pattern is meant for the absent files and left out")
-            config = for_fallback(config)
-    encoder, quarantine = Encoder(config, tokenizer, seed, encoder_decoder), folder / "quarantine.jsonl"
-    if config.format == "sequences":
-        items = folder / ITEMS_FILE
-        encoded, bad = sequences(sources["train"], encoder, quarantine, items, test_only=False, notes=notes)
-    else:
-        encoded, bad = examples(sources, encoder, quarantine)
-    _check_ids(encoded, tokenizer, vocab_size)
-    for part, rows in encoded.items():
-        notes += [f"data.{part}: {note}" for note in rows.notes]
-    parts = _parts(config, encoded, notes)
-    source = generated_set(config) if embedded else ", ".join(str(path) for path in sources["train"])
-    prepared = _write(folder, source, parts, encoded, bad, notes)
+            encoder = replace(encoder, config=for_fallback(config))
+    encoded, bad = _encode(sources, encoder, folder, folder / ITEMS_FILE, notes)
+    prepared = _write(folder, source, _parts(config, encoded, notes), encoded, bad, notes)
     data_folder.save(prepared, of)
     return prepared
 
 
-def prepared_before(
-    config: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    *,
-    seed: int,
-    encoder_decoder: bool = False,
-    vocab_size: int | None = None,
-) -> PreparedData | None:
+def prepared_before(encoder: Encoder, folder: Path) -> PreparedData | None:
     """What the folder holds, if `prepare` has made it from the same inputs; None: prepare it. Raises as `prepare` does."""
-    check_template(config, tokenizer)
-    check_special_ids(tokenizer, vocab_size)
-    encoder = Encoder(config, tokenizer, seed, encoder_decoder)
-    earlier = data_folder.load(folder, data_folder.fingerprint(encoder, find_sources(config).files))
+    encoder.check()
+    earlier = data_folder.load(folder, data_folder.fingerprint(encoder, find_sources(encoder.config).files))
     if earlier:
-        check_largest_id(earlier.largest_id, tokenizer, vocab_size)
+        encoder.check_id(earlier.largest_id)
     return earlier
 
 
-def prepare_test_file(
-    source: str,
-    config: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    target: Path,
-    *,
-    seed: int,
-    encoder_decoder: bool = False,
-    items: Path | None = None,
-    vocab_size: int | None = None,
-) -> PreparedData:
+def prepare_test_file(encoder: Encoder, source: str, target: Path, *, items: Path | None = None) -> PreparedData:
     """Tokenise another test file (or folder) into `target`/test.parquet, for the evaluation of a finished run.
 
     Args:
@@ -119,28 +80,89 @@ def prepare_test_file(
     Raises:
         DataError: as `prepare` does.
     """
-    check_template(config, tokenizer)
-    check_special_ids(tokenizer, vocab_size)
+    encoder.check()
     target.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
-    files = part_files(source, "test", config, notes)
-    encoder, quarantine = Encoder(config, tokenizer, seed, encoder_decoder), target / "quarantine.jsonl"
-    if config.format == "sequences":
-        if items is None:
-            raise DataError("item sequences can only be measured with the items.parquet of the run")
-        encoded, bad = sequences(files, encoder, quarantine, items, test_only=True, notes=notes)
-    else:
-        encoded, bad = examples({"test": files}, encoder, quarantine)
-    _check_ids(encoded, tokenizer, vocab_size)
-    notes += encoded["test"].notes
+    files = part_files(source, "test", encoder.config, notes)
+    encoded, bad = _encode({"test": files}, encoder, target, items, notes)
     table = _finish(encoded["test"].rows)
     if not table.num_rows:
         raise DataError(f"{source}: no test row is left: {_arithmetic(encoded['test'])}")
     return _write(target, source, {"test": table}, encoded, bad, notes)
 
 
-def _check_ids(encoded: Mapping[str, Encoded], tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
-    check_largest_id(max(rows.largest_id for rows in encoded.values()), tokenizer, vocab_size)
+def _encode(
+    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, items: Path | None, notes: list[str]
+) -> tuple[dict[str, Encoded], int]:
+    """Rows of the parts that have files of their own (the others are cut from train later), and the number of bad records."""
+    if encoder.config.format == "sequences":
+        if items is None:
+            raise DataError("item sequences can only be measured with the items.parquet of the run")
+        encoded, bad = _encode_sequences(sources, encoder, folder, items, notes)
+    else:
+        encoded = {
+            part: encode_files(files, encoder, iter_records, held_out=part != "train")
+            for part, files in sources.items()
+            if files
+        }
+        bad = _quarantine({part: (rows.bad, rows.records) for part, rows in encoded.items()}, encoder, folder)
+    encoder.check_id(max(rows.largest_id for rows in encoded.values()))
+    notes += [f"data.{part}: {note}" for part, rows in encoded.items() for note in rows.notes]
+    return encoded, bad
+
+
+def _encode_sequences(
+    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, items: Path, notes: list[str]
+) -> tuple[dict[str, Encoded], int]:
+    """Training sequences give rows of all parts, leave-one-out, and labels of their items, which are written to `items`.
+
+    Test sequences give test rows alone, with the labels that an earlier run has written to `items`.
+    """
+    parts = PARTS if "train" in sources else ("test",)
+    files = sources[parts[0]]
+    known = None if "train" in sources else read_items(items)
+    found = scan(files, known)
+    bad = _quarantine({parts[0]: (found.bad, found.records)}, encoder, folder)
+    labels = known or label_items(found.items, encoder.seed)
+    if known is None:
+        write_items(labels, items)
+        notes.append(
+            f"{found.users} users, {len(labels)} items with random numbers of {len(next(iter(labels.values()), ''))} "
+            f"digits (in {items.name}); of each user the last item is a test row, the one before it a validation row"
+        )
+    encoded = {}
+    for part in parts:
+        read = SequenceReader(part, labels, found.left_out, encoder.config.sequences)
+        encoded[part] = encode_files(files, encoder, read, held_out=part != "train")
+        if part != "train":
+            encoded[part].bad = found.bad  # each user is one row of this part
+    return encoded, bad
+
+
+def _quarantine(bad: Mapping[str, tuple[list[dict[str, Any]], int]], encoder: Encoder, folder: Path) -> int:
+    """Write the bad rows of all sources; returns their number.
+
+    Raises:
+        DataError: a source has too many of them among its records.
+    """
+    target = folder / QUARANTINE
+    with target.open("w", encoding="utf-8") as file:
+        for rows, _ in bad.values():
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    allowed = encoder.config.max_bad_fraction
+    for name, (rows, records) in bad.items():
+        # rounded up to whole rows: a single bad row among few does not stop a run
+        if len(rows) > math.ceil(allowed * records) or (rows and len(rows) == records):
+            first = "\n".join(
+                f"  {row['file']}, {row['unit']} {row['place']}{', field ' + row['field'] if row['field'] else ''}: "
+                f"{row['problem']}; {row['fix']}"
+                for row in rows[:_SHOWN_BAD_ROWS]
+            )
+            raise DataError(
+                f"data.{name}: {len(rows)} of {records} rows are bad, more than data.max_bad_fraction "
+                f"{allowed:g} allows, or none is left. The first:\n{visible(first)}\nAll of them: {target}"
+            )
+    return sum(len(rows) for rows, _ in bad.values())
 
 
 def _arithmetic(rows: Encoded) -> str:
@@ -157,10 +179,9 @@ def _parts(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -
     """The tables as they are written: each part its own rows, or cut from the training rows."""
     if not encoded["train"].rows.num_rows:
         raise DataError(f"data.train {config.train}: no row is left: {_arithmetic(encoded['train'])}")
-    if config.format == "sequences":
-        tables = {part: encoded[part].rows for part in PARTS}
-    else:
-        tables = _cut(config, encoded, notes)
+    tables = {part: rows.rows for part, rows in encoded.items()}
+    if config.format == "examples":
+        tables = _cut(config, encoded, notes) | {part: tables[part] for part in encoded if part != "train"}
     if config.max_train_rows:
         tables["train"] = tables["train"].slice(0, config.max_train_rows)
     for part in ("validation", "test"):
@@ -170,6 +191,7 @@ def _parts(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -
 
 
 def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
+    """All parts cut from the training rows; a part that has files of its own gets none of them."""
     rows = encoded["train"].rows
     try:
         part_of = cut(
@@ -180,12 +202,11 @@ def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> 
     except DataError as error:
         raise DataError(f"{error} ({_arithmetic(encoded['train'])})") from None
     tables = {part: rows.filter(pa.array([found == part for found in part_of], pa.bool_())) for part in PARTS}
-    for part in ("validation", "test"):
-        if part in encoded:
-            tables[part] = encoded[part].rows
-            shared = pc.sum(pc.is_in(tables["train"]["key"], value_set=tables[part]["key"].combine_chunks())).as_py()
-            if shared:
-                notes.append(f"warning: {shared} training rows have a prompt that also stands in data.{part}")
+    for part in [part for part in encoded if part != "train"]:
+        own = encoded[part].rows["key"].combine_chunks()
+        shared = pc.sum(pc.is_in(tables["train"]["key"], value_set=own)).as_py()
+        if shared:
+            notes.append(f"warning: {shared} training rows have a prompt that also stands in data.{part}")
     return tables
 
 

@@ -1,7 +1,7 @@
 """Read the records of a data file one by one, each with its place.
 
 Invariant: a record that cannot be read comes out as a `BadRow` in its place and does not end the reading. A file that
-cannot be read at all raises DataError. Called in Ray Data tasks by `encode`, and by plans.
+cannot be read at all raises DataError. Called in Ray's tasks by `encode`, and by plans.
 """
 
 from __future__ import annotations

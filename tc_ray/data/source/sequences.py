@@ -3,7 +3,7 @@
 One line per user: user id, then item ids in time order, separated by blanks. The last item is the test target, the one
 before it the validation target; each earlier item but the first is the target of a training row. A row's prompt is the labels
 of at most `history` items before its target. Invariant: no row of a part contains a target of a later part.
-`scan` runs in the driver (labels need all items), `SequenceReader` in Ray Data tasks.
+`scan` runs in the driver (labels need all items), `SequenceReader` in Ray's tasks.
 """
 
 from __future__ import annotations

@@ -9,15 +9,14 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tc_ray.config.data import EMBEDDED, DataSection
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.encode.split import row_count
-from tc_ray.data.encode.vocabulary import check_largest_id, check_special_ids
-from tc_ray.data.source.embedded import for_fallback, write_embedded, write_generated
+from tc_ray.data.source.embedded import for_fallback, write_generated_set
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.find import find_sources, is_absent
 from tc_ray.data.source.records import Record, iter_records
@@ -78,17 +77,18 @@ def estimate(
         DataError: the files are absent, cannot be read or hold no usable row, their part is not clear, the embedded task is
             unknown, or a row of the sample has a token that a model of `vocab_size` tokens does not embed.
     """
-    check_special_ids(tokenizer, vocab_size)
+    encoder = Encoder(config, tokenizer, seed, encoder_decoder, vocab_size)
+    encoder.check()
     draw = _draw_sequences if config.format == "sequences" else _draw_examples
     with tempfile.TemporaryDirectory() as folder:
         sample = draw(config, Path(folder), sample_rows, seed)
     lengths, targets, ids, bad = [], [], set(), 0
     first_bad = ""
-    encoder = Encoder(sample.config, tokenizer, seed, encoder_decoder)
+    encoder = replace(encoder, config=sample.config)
     for record in sample.records:
         row = encoder.row(record, held_out=False)
         if row["kind"] == "row":
-            check_largest_id(max([*row["input_ids"], row["named_id"] or -1]), tokenizer, vocab_size)
+            encoder.check_id(max([*row["input_ids"], row["named_id"] or -1]))
             lengths.append(len(row["input_ids"]))
             targets.append(len(row["input_ids"]) - row["target_start"])
             ids.update(row["input_ids"][row["target_start"] :])
@@ -116,8 +116,7 @@ def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _
     if is_embedded(config):
         # the length of a generated set is known, and a part of it has the same mean
         part = config.model_copy(update={"embedded_rows": min(config.embedded_rows, size)})
-        write_embedded(part, folder / "embedded.jsonl", seed)
-        records = list(iter_records(folder / "embedded.jsonl"))
+        records = list(iter_records(write_generated_set(part, folder, seed)))
         cuts = [config.validation_size, config.test_size]
         return _Sample(records, config.embedded_rows, for_fallback(config), [cut for cut in cuts if cut])
     found = find_sources(config)
@@ -130,8 +129,7 @@ def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _
 def _draw_sequences(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
     notes: tuple[str, ...] = ()
     if is_embedded(config):
-        files = [folder / "embedded.txt"]
-        write_generated(config.sequences, files[0], seed)
+        files = [write_generated_set(config, folder, seed)]
     else:
         sources = find_sources(config)
         files, notes = sources.files["train"], tuple(sources.notes)

@@ -256,18 +256,12 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
-    from tc_ray.data.encode.prompts import check_template
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            pilot.place, local_files_only=pilot.local_only, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(pilot.place, local_files_only=pilot.local_only, trust_remote_code=False)
     except (OSError, ValueError) as error:
         notes.append("data size unknown")
         refusals.append(f"the tokenizer of {config.model.pilot} cannot be read here ({first_line(error, 160)})")
         return None
-    check_template(config.data, tokenizer)
-    return tokenizer
 
 
 def _rounds(config: RunConfig, data: DataEstimate | None, notes: list[str], refusals: list[str]) -> int | None:

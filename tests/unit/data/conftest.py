@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -12,7 +13,7 @@ from tc_ray.data.encode import encode
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(encode_one: Any, items: list[dict[str, Any]]) -> list[pa.Table]:
-        return [table for item in items for table in encode_one({name: [value] for name, value in item.items()})]
+    def run(encode_one: Callable[[Path], pa.Table], files: Sequence[Path]) -> list[pa.Table]:
+        return [encode_one(file) for file in files]
 
     monkeypatch.setattr(encode, "_in_ray", run)

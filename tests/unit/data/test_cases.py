@@ -17,6 +17,7 @@ import pytest
 
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode import encode as encode_module
+from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.errors import DataError
@@ -32,12 +33,12 @@ def section(source: Path, **values: Any) -> DataSection:
 
 def prepare_case(case: Case, folder: Path) -> PreparedData:
     tokenizer = strict_tokenizer() if case.config.get("template") == "chat" else make_tokenizer()
-    return prepare(section(case.make(folder), **case.config), tokenizer, folder / "out", seed=1)
+    return prepare(Encoder(section(case.make(folder), **case.config), tokenizer, 1), folder / "out")
 
 
 def rows_of(prepared: PreparedData) -> Iterator[dict[str, Any]]:
     for part in PARTS:
-        yield from pq.read_table(getattr(prepared, part)).to_pylist()
+        yield from pq.read_table(prepared.file(part)).to_pylist()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.rows], ids=lambda case: case.name)
@@ -45,7 +46,7 @@ def test_what_can_be_used_is_used_and_the_rest_is_said(case: Case, tmp_path: Pat
     """Faults 13, 17, 18 and 19: a bad record is a bad row with its place, a file is a part or named as left out."""
     prepared = prepare_case(case, tmp_path)
     assert tuple(prepared.rows[part] for part in PARTS) == case.rows
-    bad = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    bad = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["place"], row["field"]) for row in bad] == [(place, name) for place, name, _ in case.bad]
     for row, (_, _, problem) in zip(bad, case.bad, strict=True):
         assert problem in row["problem"] and row["fix"] and row["file"].startswith(str(tmp_path))
@@ -53,7 +54,7 @@ def test_what_can_be_used_is_used_and_the_rest_is_said(case: Case, tmp_path: Pat
     assert all(text in described for text in case.said), described
     for row in rows_of(prepared):
         assert "nan" not in (row["answer"] or "") and len(row["input_ids"]) > row["target_start"]
-    trained = pq.read_table(prepared.train)["prompt"].to_pylist()
+    trained = pq.read_table(prepared.file("train"))["prompt"].to_pylist()
     assert case.name == "all_train" or not any(prompt.startswith("HELD") for prompt in trained)
 
 
@@ -83,7 +84,7 @@ def test_text_is_trained_on_exactly_as_it_is_written(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     for number, rows in enumerate(shapes):
         file = lines(tmp_path / f"{number}.jsonl", rows)
-        prepared = prepare(section(file, plain_template="{prompt}"), tokenizer, tmp_path / str(number), seed=1)
+        prepared = prepare(Encoder(section(file, plain_template="{prompt}"), tokenizer, 1), tmp_path / str(number))
         found = {
             (
                 tokenizer.decode(row["input_ids"][: row["target_start"]]),
@@ -121,23 +122,22 @@ def test_any_exception_of_one_record_is_a_bad_row(tmp_path: Path, monkeypatch: p
         return kept(value, **held_out)
 
     monkeypatch.setattr(encode_module, "to_example", raises)
-    prepared = prepare(section(lines(tmp_path / "t.jsonl", SUMS)), make_tokenizer(), tmp_path / "out", seed=1)
-    (bad,) = [json.loads(line) for line in prepared.quarantine.read_text().splitlines()]
+    prepared = prepare(Encoder(section(lines(tmp_path / "t.jsonl", SUMS)), make_tokenizer(), 1), tmp_path / "out")
+    (bad,) = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
     assert bad["place"] == 28 and "MemoryError: no room for \\udcff" in bad["problem"] and bad["fix"]
     assert sum(prepared.rows.values()) == 63
 
 
 def test_what_a_reader_raises_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 18: an error of the reader itself ends in one message, not in Ray's traceback."""
-    from tc_ray.data.prepared import parts
 
     def broken(path: Path) -> Iterator[Any]:
         yield from ()
         raise AssertionError("an unexpected error")
 
-    monkeypatch.setattr(parts, "iter_records", broken)
+    monkeypatch.setattr("tc_ray.data.prepared.prepare.iter_records", broken)
     with pytest.raises(DataError, match=r"^\S+t\.jsonl: cannot be read: AssertionError: an unexpected error"):
-        prepare(section(lines(tmp_path / "t.jsonl", SUMS)), make_tokenizer(), tmp_path / "out", seed=1)
+        prepare(Encoder(section(lines(tmp_path / "t.jsonl", SUMS)), make_tokenizer(), 1), tmp_path / "out")
 
 
 # -- fault 13, 19: parts --------------------------------------------------------------------------------------------
@@ -149,14 +149,14 @@ def test_a_test_set_that_ends_empty_is_refused_with_its_arithmetic(tmp_path: Pat
     test = lines(tmp_path / "test.jsonl", [{"prompt": "w " * 300, "completion": "c"}] * 6)
     arithmetic = "no test row is left: of 6 records 0 are bad, 6 have a prompt longer than data.cutoff_tokens"
     with pytest.raises(DataError, match=arithmetic):
-        prepare(section(train, test=str(test)), make_tokenizer(), tmp_path / "out", seed=1)
+        prepare(Encoder(section(train, test=str(test)), make_tokenizer(), 1), tmp_path / "out")
     with pytest.raises(DataError, match=arithmetic):
-        prepare_test_file(str(test), section(train), make_tokenizer(), tmp_path / "eval", seed=1)
+        prepare_test_file(Encoder(section(train), make_tokenizer(), 1), str(test), tmp_path / "eval")
 
 
 def test_too_few_rows_for_a_round_are_refused_with_the_arithmetic(tmp_path: Path) -> None:
     rows = [*SUMS[:12], *({"prompt": "w " * 300, "completion": "x"} for _ in range(52))]
-    prepared = prepare(section(lines(tmp_path / "t.jsonl", rows)), make_tokenizer(), tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(section(lines(tmp_path / "t.jsonl", rows)), make_tokenizer(), 1), tmp_path / "out")
     prepared.check_rounds(10)
     with pytest.raises(
         DataError, match=r"10 training rows .* 16: of 64 records 0 are bad, 52 have .* 1 are validation"
@@ -168,7 +168,7 @@ def test_a_named_test_file_wins_over_the_names_in_the_folder(tmp_path: Path) -> 
     lines(tmp_path / "d" / "train.jsonl", SUMS)
     lines(tmp_path / "d" / "test.jsonl", HELD)
     own = lines(tmp_path / "own.jsonl", HELD[:7])
-    prepared = prepare(section(tmp_path / "d", test=str(own)), make_tokenizer(), tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(section(tmp_path / "d", test=str(own)), make_tokenizer(), 1), tmp_path / "out")
     assert prepared.rows["test"] == 7
     assert any("because data.test is set: test.jsonl" in line for line in prepared.describe())
 
@@ -176,7 +176,9 @@ def test_a_named_test_file_wins_over_the_names_in_the_folder(tmp_path: Path) -> 
 def test_a_folder_as_test_data_gives_its_test_files(tmp_path: Path) -> None:
     lines(tmp_path / "d" / "train.jsonl", SUMS)
     lines(tmp_path / "d" / "test.jsonl", HELD)
-    found = prepare_test_file(str(tmp_path / "d"), section(tmp_path / "d"), make_tokenizer(), tmp_path / "eval", seed=1)
+    found = prepare_test_file(
+        Encoder(section(tmp_path / "d"), make_tokenizer(), 1), str(tmp_path / "d"), tmp_path / "eval"
+    )
     assert found.rows["test"] == 20 and any("train.jsonl" in note for note in found.notes)
 
 
@@ -188,8 +190,8 @@ def test_names_that_no_one_can_read_and_links_do_not_vanish(tmp_path: Path) -> N
     (tmp_path / "other").mkdir()
     (folder / "more").symlink_to(tmp_path / "other")
     (folder / "_hidden.jsonl").write_text("{}")
-    prepared = prepare(section(folder), make_tokenizer(), tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(section(folder), make_tokenizer(), 1), tmp_path / "out")
     assert any("_hidden.jsonl, gone.jsonl, more" in line for line in prepared.describe())
     (folder / os.fsdecode(b"b\xff.jsonl")).write_text("{}")
     with pytest.raises(DataError, match=r"b\\udcff\.jsonl: the name is not valid UTF-8"):
-        prepare(section(folder), make_tokenizer(), tmp_path / "out", seed=1)
+        prepare(Encoder(section(folder), make_tokenizer(), 1), tmp_path / "out")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.config.data import DataSection
+from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import PreparedData
 from tc_ray.data.prepared.left_out import LeftOut
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
@@ -22,7 +23,7 @@ TEST = [*({"prompt": f"t{i}", "completion": str(i)} for i in range(6)), *LONG, {
 
 def prepared(folder: Path, **values: Any) -> PreparedData:
     config = DataSection(template="plain", plain_template="{prompt}>", max_bad_fraction=0.2, **values)
-    return prepare(config, make_tokenizer(), folder / "out", seed=1)
+    return prepare(Encoder(config, make_tokenizer(), 1), folder / "out")
 
 
 def report(rows: int, missing: LeftOut, validation: LeftOut | None = None) -> Report:
@@ -35,20 +36,18 @@ def test_rows_of_own_files_are_counted_from_file_to_report(tmp_path: Path) -> No
     """Fault 13: prompts above data.cutoff_tokens left the test and the validation set without a word."""
     train, test = lines(tmp_path / "t.jsonl", SUMS), lines(tmp_path / "x.jsonl", TEST)
     data = prepared(tmp_path, train=str(train), test=str(test), validation=str(test))
-    for part in (data.test, data.validation):
+    for part in (data.file("test"), data.file("validation")):
         rows, missing = read_counted(part)
         assert len(rows) == 6 and missing == LeftOut(prompt_too_long=3, bad=1)
-    rows, missing = read_counted(data.test, 4)
+    rows, missing = read_counted(data.file("test"), 4)
     assert len(rows) == 4 and missing == LeftOut(3, 1, not_measured=2)
 
     other = prepare_test_file(
+        Encoder(DataSection(template="plain", plain_template="{prompt}>", max_bad_fraction=0.2), make_tokenizer(), 1),
         str(test),
-        DataSection(template="plain", plain_template="{prompt}>", max_bad_fraction=0.2),
-        make_tokenizer(),
         tmp_path / "eval",
-        seed=1,
     )
-    assert read_counted(other.test)[1] == LeftOut(3, 1), "tc-ray eval --data"
+    assert read_counted(other.file("test"))[1] == LeftOut(3, 1), "tc-ray eval --data"
 
 
 def test_the_report_says_so_beside_the_accuracy(tmp_path: Path) -> None:
@@ -68,7 +67,7 @@ def test_the_report_says_so_beside_the_accuracy(tmp_path: Path) -> None:
 
 def test_rows_left_out_before_the_split_and_rows_not_measured_are_named_as_that(tmp_path: Path) -> None:
     data = prepared(tmp_path, train=str(lines(tmp_path / "t.jsonl", [*SUMS, *LONG])))
-    rows, missing = read_counted(data.test)
+    rows, missing = read_counted(data.file("test"))
     assert missing == LeftOut(prompt_too_long=3, before_split=True)
     assert missing.counted(len(rows), "test") == (
         "6 test rows (3 left out of all rows before the split: 3 with a prompt longer than data.cutoff_tokens)"
@@ -82,4 +81,4 @@ def test_a_bad_line_of_sequences_is_a_missing_row_of_its_user(tmp_path: Path) ->
     users = [f"u{i} {' '.join(f'i{(i + n) % 30}' for n in range(5))}" for i in range(30)]
     file = lines(tmp_path / "s.txt", [*users, "u31 i1 i2"])
     data = prepared(tmp_path, train=str(file), format="sequences")
-    assert read_counted(data.test)[1] == LeftOut(bad=1) == read_counted(data.validation)[1]
+    assert read_counted(data.file("test"))[1] == LeftOut(bad=1) == read_counted(data.file("validation"))[1]

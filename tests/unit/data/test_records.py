@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tc_ray.config.data import DataSection
-from tc_ray.data.encode.prompts import check_template, render_prompt
+from tc_ray.data.encode.encode import Encoder
+from tc_ray.data.encode.prompts import render_prompt
 from tc_ray.data.encode.split import cut, prompt_key
 from tc_ray.data.encode.tokenize import encode
 from tc_ray.data.source.embedded import write_embedded
@@ -179,9 +180,9 @@ def test_cutoff_cuts_completions_and_refuses_long_prompts() -> None:
 def test_template_is_checked() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
-    check_template(DataSection(template="plain"), tokenizer)
+    Encoder(DataSection(template="plain"), tokenizer, 0).check()
     with pytest.raises(DataError, match=r"data\.template=plain"):
-        check_template(DataSection(), tokenizer)
+        Encoder(DataSection(), tokenizer, 0).check()
 
 
 def test_split_keeps_prompts_together_and_follows_the_seed_not_the_order() -> None:

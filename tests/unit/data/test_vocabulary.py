@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tc_ray.config.data import DataSection
 from tc_ray.config.schema import RunConfig
+from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
 from tc_ray.data.source.errors import DataError
 from tc_ray.models.hub import embedding_rows
@@ -40,20 +41,22 @@ def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_
     """Fault 20: it ended in an IndexError in the worker, which Ray Train tried again and again."""
     tokenizer, config = grown_tokenizer(special=special), section(tmp_path, ROWS)
     with pytest.raises(DataError, match=REFUSED):
-        prepare(config, tokenizer, tmp_path / "out", seed=1, vocab_size=258)
+        prepare(Encoder(config, tokenizer, 1, vocab_size=258), tmp_path / "out")
     with pytest.raises(DataError, match=REFUSED):
-        prepare_test_file(config.train, config, tokenizer, tmp_path / "eval", seed=1, vocab_size=258)
-    assert prepare(config, tokenizer, tmp_path / "out", seed=1, vocab_size=300).rows["train"] == 48, "padding is fine"
+        prepare_test_file(Encoder(config, tokenizer, 1, vocab_size=258), config.train, tmp_path / "eval")
+    assert prepare(Encoder(config, tokenizer, 1, vocab_size=300), tmp_path / "out").rows["train"] == 48, (
+        "padding is fine"
+    )
     with pytest.raises(DataError, match=REFUSED):  # another model with the same tokenizer: the rows could be reused
-        prepared_before(config, tokenizer, tmp_path / "out", seed=1, vocab_size=258)
+        prepared_before(Encoder(config, tokenizer, 1, vocab_size=258), tmp_path / "out")
     unused = section(tmp_path, SUMS)
-    assert prepare(unused, tokenizer, tmp_path / "out2", seed=1, vocab_size=258).rows["train"] == 52
+    assert prepare(Encoder(unused, tokenizer, 1, vocab_size=258), tmp_path / "out2").rows["train"] == 52
 
 
 def test_in_test_rows_too(tmp_path: Path) -> None:
     config = section(tmp_path, SUMS).model_copy(update={"test": str(lines(tmp_path / "x.jsonl", ROWS))})
     with pytest.raises(DataError, match=REFUSED):
-        prepare(config, grown_tokenizer(special=False), tmp_path / "out", seed=1, vocab_size=258)
+        prepare(Encoder(config, grown_tokenizer(special=False), 1, vocab_size=258), tmp_path / "out")
 
 
 @pytest.mark.parametrize("role", ["eos_token", "pad_token"])
@@ -61,7 +64,7 @@ def test_end_and_padding_token_must_be_embedded(tmp_path: Path, role: str) -> No
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({role: "<tool>"})
     with pytest.raises(DataError, match=REFUSED):
-        prepare(section(tmp_path, SUMS), tokenizer, tmp_path / "out", seed=1, vocab_size=258)
+        prepare(Encoder(section(tmp_path, SUMS), tokenizer, 1, vocab_size=258), tmp_path / "out")
 
 
 def test_the_embedding_is_as_large_as_config_and_weights_allow(tmp_path: Path) -> None:
@@ -112,5 +115,5 @@ def test_a_plan_reads_the_files_that_the_run_reads(tmp_path: Path) -> None:
     plan = make_plan(config)
     assert plan.data is not None and plan.data.rows == 60
     assert "eval.jsonl" in str(plan) and "b.csv" in str(plan)
-    prepared = prepare(config.data, make_tokenizer(), tmp_path / "out", seed=1)
+    prepared = prepare(Encoder(config.data, make_tokenizer(), 1), tmp_path / "out")
     assert prepared.rows["train"] == plan.data.rows

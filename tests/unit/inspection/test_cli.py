@@ -81,10 +81,8 @@ def test_mistakes_of_the_user_end_in_one_line_and_code_2(run: Path, tmp_path: Pa
         (("show", run, "99"), "samples are 0 to 5"),
         (("stats", run, "--rounds", "9:2"), "expected A:B"),
         (("stats", run, "--tokenizer", tmp_path), "no tokenizer can be read there"),
-        (("export", run, "--out", tmp_path / "x", "--format", "csv"), "expected parquet or jsonl"),
-        (("export", run, "--out", tmp_path / "x.parquet", "--format", "jsonl"), "would be read as parquet"),
-        (("export", run, "--out", tmp_path / "x.jsonl", "--format", "parquet"), "would be read as jsonl"),
-        (("export", run, "--out", tmp_path / "x", "--tokenizer", "gpt2"), "--tokenizer is for jsonl"),
+        (("export", run, "--out", tmp_path / "x.csv"), "the name must end in .parquet"),
+        (("export", run, "--out", tmp_path / "x.parquet", "--tokenizer", "gpt2"), "--tokenizer and --states are for"),
     ):
         result = tc_ray_log(*arguments)
         assert result.returncode == 2, arguments

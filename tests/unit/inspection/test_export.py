@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +14,7 @@ from tc_ray.inspection.source import LogNotFoundError, find_log
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.rows.schema import LogMetadata
 from tests.support.inspection_samples import DIM, make_examples, make_log
 from tests.support.mistakelog_samples import assert_same
 from tests.support.tiny_model import make_tokenizer
@@ -28,23 +28,27 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> MistakeLog:
 
 
 def test_parquet_files_hold_the_rows_and_can_be_read_alone(log: MistakeLog, tmp_path: Path) -> None:
-    done = export_parquet(log, tmp_path / "out")
-    parts = sorted((tmp_path / "out").iterdir())
-    assert (done.rows, done.files) == (len(EXAMPLES), len(parts)) == (15, 3)
-    assert done.bytes == sum(part.stat().st_size for part in parts)
-    table = pa.concat_tables([pq.read_table(part) for part in parts])
+    out = tmp_path / "rows.parquet"
+    done = export_parquet(log, out)
+    assert (done.rows, done.bytes) == (len(EXAMPLES), out.stat().st_size)
+    table = pq.read_table(out)
     assert_same(Records.from_arrow(table), log.records())
+    assert (
+        LogMetadata.from_configuration(
+            {key.decode(): value.decode() for key, value in table.schema.metadata.items()}, "here"
+        )
+        == log.metadata
+    )
 
 
 def test_one_parquet_file_of_some_rounds_and_columns(log: MistakeLog, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "some.parquet"
-    done = export_parquet(log, out, (2, 4), ["sample_id", "token_loss"])
+    export_parquet(log, out, (2, 4), ["sample_id", "token_loss"])
     table = pq.read_table(out)
-    assert table.column_names == ["sample_id", "token_loss"] and done.files == 1
+    assert table.column_names == ["sample_id", "token_loss"]
     assert table["sample_id"].to_pylist() == [e.sample for e in EXAMPLES if 2 <= e.round <= 4]
-    empty = export_parquet(log, tmp_path / "none", (900, 901))
-    assert (empty.rows, empty.files) == (0, 1)
-    assert pq.read_table(tmp_path / "none").num_rows == 0
+    assert export_parquet(log, tmp_path / "none.parquet", (900, 901)).rows == 0
+    assert pq.read_table(tmp_path / "none.parquet").num_rows == 0
 
 
 def test_json_lines_hold_the_rows(log: MistakeLog, tmp_path: Path) -> None:
@@ -71,11 +75,11 @@ def test_json_lines_hold_the_rows(log: MistakeLog, tmp_path: Path) -> None:
 
 
 def test_states_as_numbers(log: MistakeLog, tmp_path: Path) -> None:
-    texts, out = TokenTexts(None, ""), tmp_path / "out"
+    texts, out = TokenTexts(None, ""), tmp_path / "rows.jsonl"
     with pytest.raises(ExportError, match="give --states too"):
         export_jsonl(log, out, texts, None, ["states"])
     export_jsonl(log, out, texts, None, ["sample_id", "states", "states_first"], states=True)
-    lines = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
     records = log.records()
     for i, line in enumerate(lines):
         bits = records.rationale[records.rationale_offsets[i] : records.rationale_offsets[i + 1]]

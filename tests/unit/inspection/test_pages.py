@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tc_ray.inspection.charts import heat_map, line_chart
 from tc_ray.inspection.colours import LEVELS, contrast, level, luminance, scale
-from tc_ray.inspection.page import esc, page, sample_page
+from tc_ray.inspection.page import sample_page
 from tc_ray.inspection.report import report_page, write_report
 from tc_ray.inspection.samples import find_visits, visits_of
 from tc_ray.inspection.stats import collect
@@ -223,10 +223,10 @@ def test_charts_have_the_colours_of_the_page() -> None:
     assert "stroke-dasharray" in chart and "var(--one)" in chart and "var(--two)" in chart
 
 
-def test_escapes() -> None:
-    assert esc('<a "\x07') == "&lt;a &quot;\\x07"
+def test_escapes(log: MistakeLog) -> None:
+    text = sample_page(metadata(run='<a "\x07'), find_visits(log, [0]), TokenTexts(None, ""))
+    assert "<title>Run &lt;a &#34;\\x07: sample 0</title>" in text
     assert visible("a\nb\u200b") == "a\nb\\u200b"
-    assert "<title>&lt;x</title>" in page("<x", "")
 
 
 # token texts ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from tc_ray.inspection.rows import stream
 from tc_ray.inspection.samples import SampleNotFoundError, across_epochs, find_visits, percent, thinned, visits_of
 from tc_ray.inspection.stats import LogStats, RoundBins, collect
-from tc_ray.inspection.tallies import PositionMap, SampleTable, TokenTable
+from tc_ray.inspection.tallies import Examples, PositionMap, SampleTable, TokenTable
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
@@ -119,12 +120,12 @@ def test_samples_and_the_hardest_of_them(log: MistakeLog) -> None:
     assert order == sorted(mean, key=lambda s: -mean[s])
     for place, sample in enumerate(stats.samples.ids):
         mine = [e for e in EXAMPLES if e.sample == sample]
-        assert stats.samples["visits"][place] == 4
-        assert stats.samples["first_round"][place] == mine[0].round
-        assert stats.samples["first_loss"][place] == pytest.approx(mine[0].loss.mean(), rel=1e-5)
-        assert stats.samples["last_round"][place] == mine[-1].round
-        assert stats.samples["last_loss"][place] == pytest.approx(mine[-1].loss.mean(), rel=1e-5)
-        assert stats.samples["wrong"][place] == sum((~e.correct).sum() for e in mine)
+        assert stats.samples.visits[place] == 4
+        assert stats.samples.first_round[place] == mine[0].round
+        assert stats.samples.first_loss[place] == pytest.approx(mine[0].loss.mean(), rel=1e-5)
+        assert stats.samples.last_round[place] == mine[-1].round
+        assert stats.samples.last_loss[place] == pytest.approx(mine[-1].loss.mean(), rel=1e-5)
+        assert stats.samples.wrong[place] == sum((~e.correct).sum() for e in mine)
 
 
 def test_places_in_the_answer(log: MistakeLog) -> None:
@@ -247,15 +248,16 @@ def test_visits_to_a_sample(log: MistakeLog) -> None:
 
 
 def test_across_epochs_names_each_sample_once() -> None:
-    table = SampleTable()
-    table.ids = np.arange(5)
-    table._columns |= {
-        "visits": np.array([3, 3, 3, 1, 2]),
-        "first_loss": np.array([5.0, 1.0, 3.0, 9.0, 0.2]),
-        "last_loss": np.array([0.1, 2.5, 2.9, 9.0, 0.2]),
-    }
+    none = SampleTable.of(Examples.of([]))
+    table = dataclasses.replace(
+        none,
+        ids=np.arange(5),
+        visits=np.array([3, 3, 3, 1, 2]),
+        first_loss=np.array([5.0, 1.0, 3.0, 9.0, 0.2]),
+        last_loss=np.array([0.1, 2.5, 2.9, 9.0, 0.2]),
+    )
     assert across_epochs(table, each=1) == [("learned", 0), ("got worse", 1), ("still hard", 2)]
-    assert across_epochs(SampleTable()) == []
+    assert across_epochs(none) == []
 
 
 def test_longer_answers_share_columns() -> None:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tc_ray.copilot import checkpoint
 from tc_ray.copilot.checkpoint import Position
-from tc_ray.data.prepared.folder import SCHEMA
-from tc_ray.data.prepared.rows_hash import rows_hashes
+from tc_ray.data.prepared.folder import SCHEMA, rows_hashes
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.identity import ModelSourceError, weights_hash
