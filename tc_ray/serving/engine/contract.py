@@ -41,13 +41,17 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Log-probabilities of `ids[start:]` given `ids[:start]`, 1 <= start <= len(ids). top: likeliest tokens to name."""
+    """Log-probabilities of `ids[start:]` given `ids[:start]`, 1 <= start <= len(ids). top: likeliest tokens to name.
+
+    before: of `ids[1:start]` too, with the Pilot alone.
+    """
 
     ids: tuple[int, ...]
     start: int
     lam: float | None = None
     top: int = 0
     deadline_s: float | None = None
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Scored:
-    """The answer to a ScoreRequest: one entry for each of `ids[start:]`."""
+    """The scores of a ScoreRequest: one entry for each of `ids[start:]`, or of `ids[1:]` with `before`."""
 
     tokens: tuple[ScoredToken, ...]
 

@@ -99,11 +99,12 @@ def _work_routes(service: Service) -> APIRouter:
     ) -> Response:
         limits, deadline_s = service.limits, service.deadline_s(timeout_s)
         first_seed = next((one for one in (body.seed, seed) if one is not None), secrets.randbits(_SEED_BITS))
+        key = getattr(request.state, "key", b"")
         generation, feed = await service.submit(
             request,
             body.model,
             places_of(body, limits),
-            lambda served: make_generation(served, body, limits, first_seed, deadline_s),
+            lambda served: make_generation(served, body, limits, seed=first_seed, owner=key, deadline_s=deadline_s),
         )
         headers = {SEED_HEADER: str(first_seed), **_copilot_header(generation.served)}
         builder = builder_class(generation, resume)
@@ -144,7 +145,7 @@ def _work_routes(service: Service) -> APIRouter:
             request,
             body.model,
             places_of(body, limits),
-            lambda served: make_scoring(served, body, limits, deadline_s),
+            lambda served: make_scoring(served, body, limits, deadline_s=deadline_s),
         )
         return await _answer(request, feed, score_response(scoring, feed), _copilot_header(scoring.served))
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 
 from tc_ray.config.serving import ServingSection
-from tc_ray.serving.engine import GenerationRequest
-from tc_ray.serving.engine import Request as EngineRequest
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.http.feed import Feed
+from tc_ray.serving.http.generate import Work
 from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.models.registry import ModelRegistry, ServedModel
 
@@ -29,15 +28,7 @@ HEALTH_S = 1.0
 _STOPPED = frozenset({"worker_stopped", "shutting_down"})
 
 
-class HasRequests(Protocol):
-    """A Generation or a Scoring."""
-
-    @property
-    def requests(self) -> Sequence[EngineRequest]:
-        """What it asks of the engine."""
-
-
-Work = TypeVar("Work", bound=HasRequests)
+SomeWork = TypeVar("SomeWork", bound=Work)
 
 
 @dataclass
@@ -56,8 +47,8 @@ class Service:
         return time.monotonic() + min(timeout_s, self.limits.request_timeout_s)
 
     async def submit(
-        self, request: Request, name: str, places: int, make: Callable[[ServedModel], Work]
-    ) -> tuple[Work, Feed]:
+        self, request: Request, name: str, places: int, make: Callable[[ServedModel], SomeWork]
+    ) -> tuple[SomeWork, Feed]:
         """Hold places in a model's engine, encode in a worker thread, and submit. Raises RequestError.
 
         places: most engine requests that `make` gives.
@@ -69,7 +60,7 @@ class Service:
                 with served.engine.reserve(places) as reservation:
                     work = await asyncio.to_thread(make, served)
                     first_token = partial(self._first_token, request, served.name)
-                    return work, Feed(reservation, _owned(work.requests, request), first_token)
+                    return work, Feed(reservation, work.requests, first_token)
             except RequestError as error:
                 if error.code not in _STOPPED or self.registry.find(name) is served:
                     raise
@@ -98,9 +89,3 @@ class Service:
             if reason and self.registry.find(served.name) is served
         ]
         return "; ".join(found) or None
-
-
-def _owned(requests: Sequence[EngineRequest], request: Request) -> list[EngineRequest]:
-    """The requests as those of the client's key, if there are keys."""
-    key = getattr(request.state, "key", b"")
-    return [replace(one, owner=key) if isinstance(one, GenerationRequest) else one for one in requests]
