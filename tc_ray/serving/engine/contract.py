@@ -6,7 +6,6 @@ cancelled; what is cancelled stops within one token. Used by the engine, the HTT
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -137,17 +136,13 @@ class RequestHandle:
     def __init__(self, request: Request, deliver: Callable[[Event], None], give_back: Callable[[], None]) -> None:
         self.request = request
         self._deliver, self._give_back = deliver, give_back
-        self._cancelled = threading.Event()
-        self._ended = False
-
-    @property
-    def cancelled(self) -> bool:
+        self.cancelled = False
         """Nobody waits for it any more."""
-        return self._cancelled.is_set()
+        self._ended = False
 
     def cancel(self) -> None:
         """Leave the queue, or stop before the next token. Harmless after the end."""
-        self._cancelled.set()
+        self.cancelled = True
 
     def send(self, event: Event) -> None:
         """Deliver an event. A receiver that raises counts as gone."""

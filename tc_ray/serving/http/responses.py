@@ -3,7 +3,7 @@
 Invariants: of each choice come its echo, its text and its end, in this order; echoes with log-probabilities wait for the
 scores of all prompts, and texts wait for the echoes. A chunk has text, or is the first or last of its choice, so that a
 repeated generation is cut into the same chunks. The chosen token has one log-probability wherever it stands, also in the
-list of the likeliest. Used by the routes and stream.py, one builder per request.
+list of the likeliest. Used by the routes, one builder per request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tc_ray.serving.engine import Event, Finished, Piece, Scored, ScoredToken, Token
+from tc_ray.serving.engine.contract import Event, Finished, Piece, Scored, ScoredToken, Token
 from tc_ray.serving.http import answers
 from tc_ray.serving.http.feed import Feed
 from tc_ray.serving.http.generate import Generation, Scoring
