@@ -38,7 +38,8 @@ from workload import BUILTIN, print_table, write_json
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Event, Finished, GenerationRequest, Piece
+from tc_ray.serving.engine.contract import Event, Finished, GenerationRequest, Piece
+from tc_ray.serving.engine.engine import Engine
 
 LAM = 0.5
 

@@ -53,9 +53,9 @@ class RequestError(Exception):
         """The JSON body of this error."""
         return {
             "error": {
-                "message": _printable(self.message),
+                "message": _shortened(self.message),
                 "type": error_type(self.status),
-                "param": None if self.param is None else _printable(self.param),
+                "param": None if self.param is None else _shortened(self.param),
                 "code": self.code,
             }
         }
@@ -120,7 +120,6 @@ def field_name(location: Sequence[str | int]) -> str:
     return name
 
 
-def _printable(text: str) -> str:
-    """`text` cut to the length of an error message and made valid UTF-8: a field's name may hold lone surrogates."""
-    cut = text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 3] + "..."
-    return cut.encode("utf-8", "backslashreplace").decode("utf-8")
+def _shortened(text: str) -> str:
+    """`text` cut to the length of an error message: a field's name may be long."""
+    return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 3] + "..."

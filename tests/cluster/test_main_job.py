@@ -17,6 +17,7 @@ from tc_ray.cli.status import status as show_status
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.errors import DataError
+from tc_ray.export.check import check_tokenizer, weight_bytes
 from tc_ray.inspection.source import find_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.lease import LeaseHeldError, RunLease
@@ -27,7 +28,7 @@ from tc_ray.pilot.checkpoint import find_checkpoints
 from tc_ray.run.evaluate import NotFinishedError, evaluate_run
 from tc_ray.run.job import JobError, JobResult, run_job
 from tc_ray.run.state import check_resume
-from tc_ray.serving.models.exports import check_tokenizer, find_export, weight_bytes
+from tc_ray.serving.models.exports import find_export
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tc_ray.tracking.tracker import Tracker

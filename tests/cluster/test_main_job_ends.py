@@ -12,11 +12,11 @@ import ray
 
 from tc_ray.cluster.capacity import CapacityError
 from tc_ray.copilot.worker import CopilotWorker
+from tc_ray.export.check import ExportError
 from tc_ray.models.fusion import FusedModel
 from tc_ray.pilot import loop
 from tc_ray.pilot.trainer import PilotError
 from tc_ray.run.job import NoCopilotError, run_job
-from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models.exports import find_export
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
@@ -62,7 +62,7 @@ def test_a_copilot_that_fails_for_good_leaves_the_pilots_result(
     assert status["evaluation"]["no_copilot"] == report.no_copilot
     assert any(e["kind"] == "failed" and "continues without it" in e["text"] for e in status["events"])
     assert (export / "pilot" / "model.safetensors").is_file() and not (export / "copilot").exists()
-    with pytest.raises(ServingError, match=r"a Pilot alone, copilot/config\.json is missing"):
+    with pytest.raises(ExportError, match=r"a Pilot alone, copilot/config\.json is missing"):
         find_export(run)
     with pytest.raises(FileNotFoundError, match="a Pilot alone"):
         FusedModel.from_pretrained(export)

@@ -19,8 +19,8 @@ import pytest
 from tc_ray.config.serving import ServingSection
 from tc_ray.serving.deploy.launch import Server
 from tc_ray.serving.deploy.replica import Replica
-from tc_ray.serving.engine import GenerationRequest
-from tc_ray.serving.settings import ReplicaSettings
+from tc_ray.serving.deploy.settings import ReplicaSettings
+from tc_ray.serving.engine.contract import GenerationRequest
 from tests.support.serving_cluster import PROMPT, Stream, replica_pids, running_replicas, server_of, soon
 from tests.support.serving_samples import Collector, make_export
 

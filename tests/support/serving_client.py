@@ -16,8 +16,8 @@ from fastapi.testclient import TestClient
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.serving.deploy.replica import Replica
+from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.http.app import create_app
-from tc_ray.serving.settings import ReplicaSettings
 
 COMPLETION = {"model": "demo", "prompt": "Tom has 3 apples", "temperature": 0, "max_tokens": 12}
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "12 + 345?"}], "temperature": 0, "max_tokens": 12}
@@ -33,7 +33,7 @@ def settings_of(export: Path, *, keys: tuple[bytes, ...] = (), **fields: Any) ->
 
 def make_app(settings: ReplicaSettings) -> FastAPI:
     """The app, its models loaded."""
-    return create_app(Replica(settings).registry, settings)
+    return create_app(Replica(settings).registry, settings.serving, settings.key_digests)
 
 
 @contextlib.contextmanager

@@ -130,11 +130,10 @@ def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, ma
 
     from tc_ray.config.serving import ServingSection
     from tc_ray.models.fusion import FusedModel
-    from tc_ray.serving.engine import Engine
+    from tc_ray.serving.engine.engine import Engine
     from tc_ray.serving.http.app import create_app
     from tc_ray.serving.http.auth import digest
     from tc_ray.serving.models.registry import ModelRegistry, ServedModel
-    from tc_ray.serving.settings import ReplicaSettings
     from tc_ray.serving.text.prompt import PromptEncoder
 
     torch.set_num_threads(1)
@@ -145,8 +144,7 @@ def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, ma
     section = ServingSection(prefix_bytes=2**22, max_tokens=max_tokens, max_body_bytes=max_body_bytes, threads=1)
     engine = Engine(model, tokenizer[1], section)
     served = ServedModel("demo", engine, encoder, model.default_lam)
-    settings = ReplicaSettings({"demo": export}, section, (digest(key),) if key else ())
-    app = create_app(ModelRegistry([served]), settings)
+    app = create_app(ModelRegistry([served]), section, (digest(key),) if key else ())
     app.add_route("/running", lambda _: PlainTextResponse(str(engine.load().running)))
     with socket.socket(fileno=descriptor) as listener:
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Failed, Finished, Piece, Request, RequestHandle, Scored, Token
+from tc_ray.serving.engine.contract import Failed, Finished, Piece, Request, RequestHandle, Scored, Token
+from tc_ray.serving.engine.engine import Engine
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -22,7 +22,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.families import FAMILIES
 from tc_ray.serving.engine import engine, prefixes
 from tc_ray.serving.failover import proxy
-from tc_ray.serving.http import body_limit, requests, routes
+from tc_ray.serving.http import limits, requests, routes
 from tc_ray.serving.http.metrics import Metrics
 from tests.support.mistakelog_samples import metadata
 from tests.support.serving_client import client_of, settings_of
@@ -104,7 +104,7 @@ NUMBERS: list[tuple[str, str, float]] = [
     (ARCHITECTURE, r"then sleep ([\d.]+) s at a time", worker.IDLE_SECONDS),
     (ARCHITECTURE, r"buffer \(last (\d+) rounds\)", defaults.copilot.buffer_rounds),
     (SERVING, r"computed something in the last (\d+) s", engine.STALL_S),
-    (SERVING, r"a body that takes more than (\d+) s", body_limit.BODY_TIMEOUT_S),
+    (SERVING, r"a body that takes more than (\d+) s", limits.BODY_TIMEOUT_S),
     (SERVING, r"bodies of more than (\d+) MiB in a proxy", proxy.MAX_HELD_BYTES / 2**20),
     (SERVING, r"begins with (\d+) or more of the same tokens", prefixes.MIN_TOKENS),
     (SERVING, r"`stop` (\d+) strings", requests.MAX_STOPS),

@@ -12,9 +12,8 @@ from typing import Any
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from tc_ray.serving.deploy.settings import application_settings
-from tc_ray.serving.models.exports import check_tokenizer
-from tc_ray.serving.settings import ReplicaSettings
+from tc_ray.export.check import check_tokenizer
+from tc_ray.serving.deploy.settings import ReplicaSettings, application_settings
 
 DEPLOYMENT = "FusedModel"
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -36,7 +35,7 @@ def build(args: dict[str, Any]) -> Any:
     needed (TC_RAY_API_KEY, or `key_file`), or `allow_open: true`.
 
     Raises:
-        ServingError, ConfigError: no exported model in a folder, a setting that cannot be, or no API key.
+        ServingError, ExportError, ConfigError: no exported model in a folder, a setting that cannot be, or no API key.
     """
     settings = application_settings(args)
     for export in settings.models.values():

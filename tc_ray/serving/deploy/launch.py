@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -22,12 +23,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tc_ray.config.serving import ServingSection
+from tc_ray.export.check import check_tokenizer, weight_bytes
 from tc_ray.serving.deploy.memory import available_cpus, available_memory_bytes, check_memory
+from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.headers import FAILOVER_HEADER
 from tc_ray.serving.http.auth import KEY_VARIABLE
-from tc_ray.serving.models.exports import check_tokenizer, weight_bytes
-from tc_ray.serving.settings import ReplicaSettings
 from tc_ray.text import first_line, visible
 
 APPLICATION = "tc-ray"
@@ -254,7 +255,7 @@ def _deployment_failure() -> str | None:
         return None
     lines = [line.strip() for state in application.deployments.values() for line in state.message.splitlines()]
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    return errors[-1].removeprefix(f"{ServingError.__module__}.{ServingError.__name__}: ") if errors else None
+    return re.sub(r"^tc_ray\.[\w.]+: ", "", errors[-1]) if errors else None
 
 
 def serve_until_stopped(settings: ReplicaSettings) -> None:

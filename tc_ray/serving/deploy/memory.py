@@ -11,8 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tc_ray.config.serving import ServingSection
+from tc_ray.export.check import weight_bytes
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import weight_bytes
 
 PROCESS_BYTES = 400 * 2**20
 """A replica's process without models: torch, transformers, Ray."""

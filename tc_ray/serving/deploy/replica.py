@@ -11,16 +11,22 @@ import logging
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
+import torch
+from fastapi import FastAPI
+from transformers.utils.logging import disable_progress_bar
+
+from tc_ray.export.check import ExportError
+from tc_ray.serving.deploy.settings import ReplicaSettings
+from tc_ray.serving.engine.engine import Turns
 from tc_ray.serving.errors import ServingError
+from tc_ray.serving.http.app import create_app
 from tc_ray.serving.latency import prepare_process
-from tc_ray.serving.models.loading import LoadedCopilot, LoadedRun
-from tc_ray.serving.models.swap import CopilotSwap, read_user_config
-from tc_ray.serving.settings import ReplicaSettings
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from tc_ray.serving.models.loading import LoadedRun
+from tc_ray.serving.models.registry import ModelRegistry
+from tc_ray.serving.models.swap import load_copilots, read_user_config
 
 logger = logging.getLogger("tc_ray.serving")
 
@@ -29,25 +35,21 @@ class Replica:
     """The models of a server, loaded. Raises ServingError where one cannot be loaded."""
 
     def __init__(self, settings: ReplicaSettings) -> None:
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-
-        from tc_ray.serving.engine import Turns
-        from tc_ray.serving.models.registry import ModelRegistry
-
         disable_progress_bar()  # Serve copies a replica's output to the user's terminal
         torch.set_num_threads(settings.serving.threads or 1)
         prepare_process()
         turns = Turns()
-        loaded: dict[LoadedRun, LoadedCopilot] = {}
+        runs: list[LoadedRun] = []
+        self.registry = ModelRegistry()
         for name, export in settings.models.items():
             begun = time.monotonic()
             run = LoadedRun(name, export, settings.serving, turns)
-            loaded[run] = run.load_copilot(export)
-            version = loaded[run].served.copilot_version
-            logger.info("%s: loaded in %.1f s, Copilot %s", name, time.monotonic() - begun, version)
-        self.registry = ModelRegistry([copilot.served for copilot in loaded.values()])
-        self._swap = CopilotSwap(self.registry, loaded, drain_s=settings.serving.drain_time_s)
+            served = run.load_copilot(export)
+            runs.append(run)
+            self.registry.replace(served)
+            logger.info("%s: loaded in %.1f s, Copilot %s", name, time.monotonic() - begun, served.copilot_version)
+        self._load = partial(load_copilots, self.registry, runs, drain_s=settings.serving.drain_time_s)
+        self._names = set(settings.models)
         self._swaps = ThreadPoolExecutor(1, thread_name_prefix="copilot-swap")
         self._serving = False
 
@@ -59,23 +61,19 @@ class Replica:
         Serve end a replica that serves well.
         """
         if not self._serving:
-            for problem in self._swap.load(read_user_config(user_config, self._swap.names)):
+            for problem in self._load(read_user_config(user_config, self._names)):
                 raise ServingError(problem)
             return
         try:
-            self._swaps.submit(self._swap.load, read_user_config(user_config, self._swap.names))
-        except ServingError as error:
+            self._swaps.submit(self._load, read_user_config(user_config, self._names))
+        except (ServingError, ExportError) as error:
             logger.error("the new user_config is not used: %s", error)
 
     async def unhealthy(self) -> str | None:
-        """What is wrong with the first engine that does not generate. None: nothing, and the replica serves from now on."""
-        for served in self.registry:
-            reason = await asyncio.to_thread(served.engine.unhealthy)
-            # An engine that was replaced meanwhile is stopped, and that is no fault.
-            if reason and self.registry.find(served.name) is served:
-                return f"{served.name}: {reason}"
-        self._serving = True
-        return None
+        """What is wrong with the engines. None: nothing, and the replica serves from now on."""
+        reason = await self.registry.unhealthy()
+        self._serving = self._serving or reason is None
+        return reason
 
 
 def build_app(settings: ReplicaSettings) -> FastAPI:
@@ -83,11 +81,9 @@ def build_app(settings: ReplicaSettings) -> FastAPI:
 
     Raises ServingError.
     """
-    from tc_ray.serving.http.app import create_app
-
     log_to_stderr()
     replica = Replica(settings)
-    app = create_app(replica.registry, settings)
+    app = create_app(replica.registry, settings.serving, settings.key_digests)
     app.state.replica = replica
     app.state.reporting = asyncio.create_task(app.state.metrics.run(replica.registry))
     return app

@@ -8,6 +8,7 @@ Called by launch.py and deployment.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,21 @@ from tc_ray.config.serving import ServingSection
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.http.auth import configured_digests, require_key_for
 from tc_ray.serving.models.exports import named_models
-from tc_ray.serving.settings import ReplicaSettings
 
 OVERRIDE = "serving."
 """What an override begins with; any other argument of `tc-ray serve` is a run."""
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """What a replica is started with; it is pickled.
+
+    models: name in the API -> export folder. key_digests: SHA-256 of each API key; empty: no key is needed.
+    """
+
+    models: Mapping[str, Path]
+    serving: ServingSection = field(default_factory=ServingSection)
+    key_digests: tuple[bytes, ...] = ()
 
 
 def command_settings(arguments: Sequence[str], config: Path | None = None) -> ReplicaSettings:

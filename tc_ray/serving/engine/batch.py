@@ -53,10 +53,8 @@ class Prefill:
     `pilot` and `fused`: fp32 [1, V] logits of the first new token, when `done`.
     """
 
-    def __init__(
-        self, model: FusedModel, ids: Sequence[int], lam: float, corrected: bool, prefix: PromptPrefix | None
-    ) -> None:
-        self.ids, self.lam, self.corrected = tuple(ids), lam, corrected
+    def __init__(self, model: FusedModel, ids: Sequence[int], lam: float, prefix: PromptPrefix | None) -> None:
+        self.ids, self.lam = tuple(ids), lam
         self._model = model
         self.cache: FusedCache = model.new_cache()
         self._states: list[torch.Tensor] = []
@@ -69,8 +67,7 @@ class Prefill:
 
     def _begin_with(self, prefix: PromptPrefix) -> None:
         # the last token is computed again in any case: its logits are wanted
-        most = min(len(prefix.ids), len(self.ids) - 1)
-        self.reused = next((i for i in range(most) if prefix.ids[i] != self.ids[i]), most)
+        self.reused = common(prefix.ids, self.ids[:-1])
         if self.reused:
             for layer, (keys, values) in enumerate(prefix.entries):
                 self.cache.update(keys[:, :, : self.reused], values[:, :, : self.reused], layer)
@@ -99,7 +96,7 @@ class Prefill:
     def _finish(self, logits: torch.Tensor) -> None:
         model = self._model
         self.pilot = self.fused = logits[:, -1].float()
-        if not self.corrected:
+        if not self.lam:
             return
         ids = torch.tensor([self.ids], device=logits.device)
         attended = torch.ones_like(ids, dtype=torch.bool)
@@ -141,16 +138,14 @@ class FusedBatch:
         self._device = weight.device
         config, own = model.family.decoder(model.pilot).config, model.copilot.config.decoder_config()
         attends = model.copilot.stack.attends_memory
-        memory_layers = [layer for layer, memory in enumerate(attends) if memory]
-        self_layers = [layer for layer, memory in enumerate(attends) if not memory]
         place = {"dtype": weight.dtype, "device": weight.device}
         self._pilot = RowStore(config.num_hidden_layers, config.num_key_value_heads, _head_dim(config), **place)
-        self._pilot_cache = Cache(layers=[RowLayer(self._pilot, i) for i in range(config.num_hidden_layers)])
         heads, width = own.num_key_value_heads, _head_dim(own)
-        self._rows = RowStore(len(self_layers), heads, width, **place)
-        self._memory = RowStore(len(memory_layers), heads, width, **place)
-        self._layers = self_layers, memory_layers
-        self._row_cache, self._memory_cache = RowCache(self._rows, self_layers), RowCache(self._memory, memory_layers)
+        self._rows = RowStore(attends.count(False), heads, width, **place)
+        self._memory = RowStore(attends.count(True), heads, width, **place)
+        self._pilot_cache = Cache(layers=[RowLayer(self._pilot, i) for i in range(config.num_hidden_layers)])
+        self._layers = tuple([i for i, memory in enumerate(attends) if memory is kind] for kind in (False, True))
+        self._row_cache, self._memory_cache = map(RowCache, (self._rows, self._memory), self._layers)
         self._lengths: list[int] = []
         """Tokens of each row."""
         self._copilot_of: list[int | None] = []
@@ -208,11 +203,9 @@ class FusedBatch:
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
-    def prefill(
-        self, ids: Sequence[int], lam: float, *, corrected: bool | None = None, prefix: PromptPrefix | None = None
-    ) -> Prefill:
-        """Begin a prompt. corrected: run the Copilot; default: unless lam is 0."""
-        return Prefill(self.model, ids, lam, lam != 0 if corrected is None else corrected, prefix)
+    def prefill(self, ids: Sequence[int], lam: float, prefix: PromptPrefix | None = None) -> Prefill:
+        """Begin a prompt. The Copilot runs unless lam is 0."""
+        return Prefill(self.model, ids, lam, prefix)
 
     @torch.inference_mode()
     def join(self, prefill: Prefill) -> int:
@@ -220,7 +213,7 @@ class FusedBatch:
         cache = prefill.cache
         self._pilot.join([(layer.keys, layer.values) for layer in cache.layers], len(prefill.ids))
         self._lengths.append(len(prefill.ids))
-        if not prefill.corrected:
+        if not prefill.lam:
             self._copilot_of.append(None)
             return len(self) - 1
         copilot = cache.copilot
@@ -321,6 +314,12 @@ class FusedBatch:
         if self._places is not None:
             return fuse_at(pilot, f, self._places, lam, model.space)
         return fuse(pilot, copilot.expand(f, pilot.shape[-1]), lam, model.space)
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the beginning that two sequences share."""
+    most = min(len(a), len(b))
+    return next((i for i in range(most) if a[i] != b[i]), most)
 
 
 def _fill(numbers: list[Any], place: int) -> None:

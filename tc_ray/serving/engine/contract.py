@@ -6,7 +6,6 @@ cancelled; what is cancelled stops within one token. Used by the engine, the HTT
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -41,13 +40,17 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Log-probabilities of `ids[start:]` given `ids[:start]`, 1 <= start <= len(ids). top: likeliest tokens to name."""
+    """Log-probabilities of `ids[start:]` given `ids[:start]`, 1 <= start <= len(ids). top: likeliest tokens to name.
+
+    before: of `ids[1:start]` too, with the Pilot alone.
+    """
 
     ids: tuple[int, ...]
     start: int
     lam: float | None = None
     top: int = 0
     deadline_s: float | None = None
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Scored:
-    """The answer to a ScoreRequest: one entry for each of `ids[start:]`."""
+    """The scores of a ScoreRequest: one entry for each of `ids[start:]`, or of `ids[1:]` with `before`."""
 
     tokens: tuple[ScoredToken, ...]
 
@@ -133,17 +136,13 @@ class RequestHandle:
     def __init__(self, request: Request, deliver: Callable[[Event], None], give_back: Callable[[], None]) -> None:
         self.request = request
         self._deliver, self._give_back = deliver, give_back
-        self._cancelled = threading.Event()
-        self._ended = False
-
-    @property
-    def cancelled(self) -> bool:
+        self.cancelled = False
         """Nobody waits for it any more."""
-        return self._cancelled.is_set()
+        self._ended = False
 
     def cancel(self) -> None:
         """Leave the queue, or stop before the next token. Harmless after the end."""
-        self._cancelled.set()
+        self.cancelled = True
 
     def send(self, event: Event) -> None:
         """Deliver an event. A receiver that raises counts as gone."""

@@ -19,7 +19,6 @@ from typing import Any
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine.contract import Event, Failed, GenerationRequest, Load, Piece, Request, RequestHandle
-from tc_ray.serving.engine.turns import Turns
 from tc_ray.serving.engine.worker import Worker
 from tc_ray.serving.errors import RequestError, queue_full
 
@@ -31,24 +30,29 @@ PROBE_S = 30.0
 """An idle engine must generate its two tokens within this time."""
 _NICENESS = 15
 """Of the engine's thread and torch's threads under it. The threads that answer clients need little time, but at once."""
+Submit = Callable[[Sequence[Request], Callable[[int, Event], None]], list[RequestHandle]]
+"""Queues requests; calls the second argument with the index of a request and an event of it."""
 
 
-class Reservation:
-    """Places of an engine, held while the prompts of their requests are encoded. Made by `Engine.reserve`."""
+class Turns:
+    """A fair lock on what engines share: the processor, and a Pilot for which two Copilots are loaded. `with turns: ...`
 
-    def __init__(self, engine: Engine, places: int) -> None:
-        self._engine, self.places = engine, places
+    Engines get it in the order in which they asked, so none starves another.
+    """
 
-    def submit(self, requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
-        """Queue at most as many requests as there are places; `deliver(i, event)` is called from the engine's thread.
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next, self._now = 0, 0
 
-        Raises:
-            RequestError: 503 when the engine is closing or dead, 400 for a request that can never fit.
-        """
-        assert len(requests) <= self.places
-        handles = self._engine._accept(requests, deliver)
-        self.places -= len(requests)  # each handle gives its own back
-        return handles
+    def __enter__(self) -> None:
+        with self._changed:
+            mine, self._next = self._next, self._next + 1
+            self._changed.wait_for(lambda: self._now == mine)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._now += 1
+            self._changed.notify_all()
 
 
 class Engine:
@@ -63,7 +67,7 @@ class Engine:
         self, model: Any, tokenizer: Any, limits: ServingSection | None = None, *, turn: Turns | None = None
     ) -> None:
         self.limits = limits or ServingSection()
-        self._model, self._turn = model, turn or Turns()
+        self.model, self._turn = model, turn or Turns()
         self._changed = threading.Condition()
         self._worker = Worker(model, tokenizer, self.limits, self._changed)
         self._waiting: deque[RequestHandle] = deque()
@@ -75,16 +79,19 @@ class Engine:
     @property
     def context_tokens(self) -> int:
         """Longest sequence, prompt and new tokens together, that the model has positions for."""
-        return int(self._model.config.max_position_embeddings)
+        return int(self.model.config.max_position_embeddings)
 
     # -- called from any thread -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def reserve(self, places: int) -> Iterator[Reservation]:
-        """Hold places for requests, all or none; those that are not used are given back at the end.
+    def reserve(self, places: int) -> Iterator[Submit]:
+        """Hold places for requests, all or none, while their prompts are encoded. Gives the function that queues them.
+
+        Places that are not used are given back at the end. The events come from the engine's thread.
 
         Raises:
-            RequestError: 429 when too few are free, 503 when the engine is closing or dead, 400 for more than there are.
+            RequestError: 429 when too few are free, 503 when the engine is closing or dead, 400 for more than there are. The
+                function raises the 503 too, and 400 for a request that can never fit.
         """
         most = self.limits.max_running + self.limits.max_waiting
         if places > most:
@@ -98,16 +105,24 @@ class Engine:
             if places > self.free_places():
                 raise queue_full()
             self._taken += places
-        reservation = Reservation(self, places)
+        left = places
+
+        def submit(requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
+            nonlocal left
+            assert len(requests) <= left
+            handles = self._accept(requests, deliver)
+            left -= len(requests)  # each handle gives its own back
+            return handles
+
         try:
-            yield reservation
+            yield submit
         finally:
-            self._give_back(reservation.places)
+            self._give_back(left)
 
     def submit(self, requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
-        """Reserve places and queue requests, all or none. Raises what `reserve` and `Reservation.submit` raise."""
-        with self.reserve(len(requests)) as reservation:
-            return reservation.submit(requests, deliver)
+        """Reserve places and queue requests, all or none. Raises as `reserve`."""
+        with self.reserve(len(requests)) as submit:
+            return submit(requests, deliver)
 
     def free_places(self) -> int:
         """Places that can be reserved now."""
@@ -130,7 +145,7 @@ class Engine:
         with self._changed:
             if self._closing:
                 return None
-            lam = float(self._model.default_lam) or 1.0
+            lam = float(self.model.default_lam) or 1.0
             probe = GenerationRequest((next(iter(self._worker.end_ids), 0),), 2, lam=lam, ignore_end=True)
             self._taken += 1
             [handle] = self._accept([probe], lambda _, event: events.put(event))

@@ -8,6 +8,7 @@ needed. Used by `FusedBatch`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -194,9 +195,9 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache:
-    """The cache that the Copilot's layers use: `update` by layer index, over the layers that a store holds."""
+    """The cache of the Copilot's layers `layers`, whose keys and values the store holds in this order."""
 
-    def __init__(self, store: RowStore, layers: list[int]) -> None:
+    def __init__(self, store: RowStore, layers: Sequence[int]) -> None:
         self._store, self._places = store, {layer: place for place, layer in enumerate(layers)}
 
     def update(

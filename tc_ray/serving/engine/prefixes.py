@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from tc_ray.serving.engine.batch import Prefill, PromptPrefix
+from tc_ray.serving.engine.batch import Prefill, PromptPrefix, common
 
 MIN_TOKENS = 16
 """Shorter beginnings are computed again: copying them saves nothing."""
@@ -28,7 +28,7 @@ class Prefixes:
         best, shared = None, MIN_TOKENS - 1
         for (whose, _), prefix in self._kept.items():
             if whose == owner and prefix.ids[: shared + 1] == ids[: shared + 1]:  # otherwise it shares no more
-                count = _common(prefix.ids, ids)
+                count = common(prefix.ids, ids)
                 if count > shared:
                     best, shared = prefix, count
         if best is not None:
@@ -47,8 +47,3 @@ class Prefixes:
         while self.nbytes > self._budget:
             _, oldest = self._kept.popitem(last=False)
             self.nbytes -= oldest.nbytes
-
-
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    most = min(len(a), len(b))
-    return next((i for i in range(most) if a[i] != b[i]), most)

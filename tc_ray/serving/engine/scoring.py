@@ -21,27 +21,39 @@ def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator
 
     positions: of the Pilot's forward pass that are computed in one part. Raises NotFiniteError for a score that is NaN.
     """
+    lam = float(model.default_lam if request.lam is None else request.lam)
+    texts = [(request.ids, request.start, lam)]
+    if request.before and request.start > 1:
+        texts.insert(0, (request.ids[: request.start], 1, 0.0))
+    tokens: list[ScoredToken] = []
+    for ids, start, weight in texts:
+        for more in _parts(model, ids, start, weight, request.top, positions):
+            tokens += more
+            yield None
+    yield Scored(tuple(tokens))
+
+
+def _parts(
+    model: FusedModel, ids: tuple[int, ...], start: int, lam: float, top: int, positions: int
+) -> Iterator[list[ScoredToken]]:
+    """The scores of `ids[start:]`, some at a time; none after a part of the Pilot's pass."""
     device = model.get_input_embeddings().weight.device
-    ids = torch.tensor([request.ids], device=device)
-    lam = model.default_lam if request.lam is None else request.lam
+    columns = torch.tensor([ids], device=device)
     given = Completions(
-        ids,
-        torch.ones_like(ids, dtype=torch.bool),
-        request.start,
-        torch.tensor([len(request.ids) - request.start], device=device),
+        columns,
+        torch.ones_like(columns, dtype=torch.bool),
+        start,
+        torch.tensor([len(ids) - start], device=device),
         torch.tensor([lam], dtype=torch.float32, device=device),
     )
-    tokens: list[ScoredToken] = []
     for rows in teacher_forced_rows(model, given, rows_at_a_time=_ROWS, positions_at_a_time=positions):
         chosen = given.tokens[:, rows.span]
         pilot, fused = (log_probs_of(logits, chosen)[0].tolist() for logits in (rows.pilot, rows.fused))
         if any(map(math.isnan, (*pilot, *fused))):
             raise NotFiniteError("scores that are not finite")
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(pilot)
-        if request.top:
-            values, places = rows.fused[0].log_softmax(-1).topk(min(request.top, rows.fused.shape[-1]))
+        if top:
+            values, places = rows.fused[0].log_softmax(-1).topk(min(top, rows.fused.shape[-1]))
             pairs = zip(places.tolist(), values.tolist(), strict=True)
             tops = [tuple(zip(at, value, strict=True)) for at, value in pairs]
-        tokens += [ScoredToken(*one) for one in zip(chosen[0].tolist(), pilot, fused, tops, strict=True)]
-        yield None
-    yield Scored(tuple(tokens))
+        yield [ScoredToken(*one) for one in zip(chosen[0].tolist(), pilot, fused, tops, strict=True)]

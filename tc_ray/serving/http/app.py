@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.errors import RequestError, from_validation
-from tc_ray.serving.http.admission import Admission
 from tc_ray.serving.http.auth import BearerAuth
-from tc_ray.serving.http.body_limit import BodyLimit
+from tc_ray.serving.http.limits import Admission, BodyLimit
 from tc_ray.serving.http.metrics import Metrics, Observed
 from tc_ray.serving.http.openapi import document
 from tc_ray.serving.http.routes import make_router
-from tc_ray.serving.http.service import Service
 from tc_ray.serving.models.registry import ModelRegistry
 from tc_ray.serving.page.route import router as page
-from tc_ray.serving.settings import ReplicaSettings
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def create_app(registry: ModelRegistry, settings: ReplicaSettings) -> FastAPI:
+def create_app(registry: ModelRegistry, limits: ServingSection, key_digests: Sequence[bytes] = ()) -> FastAPI:
     """The application over a model registry, which may change while it runs. Its end closes the engines.
 
-    `app.state`: metrics, registry.
+    key_digests: of the API keys; without any, no key is needed. `app.state`: metrics, registry.
     """
 
     @contextlib.asynccontextmanager
@@ -48,15 +46,15 @@ def create_app(registry: ModelRegistry, settings: ReplicaSettings) -> FastAPI:
     app.state.metrics = metrics
     app.state.registry = registry
     # The one added last is outermost: the key is checked before its limit, and the limits before the body is read.
-    app.add_middleware(BodyLimit, limit_bytes=settings.serving.max_body_bytes)
-    app.add_middleware(Admission, registry=registry, max_key_requests=settings.serving.max_key_requests)
-    if settings.key_digests:
-        app.add_middleware(BearerAuth, key_digests=settings.key_digests)
+    app.add_middleware(BodyLimit, limit_bytes=limits.max_body_bytes)
+    app.add_middleware(Admission, registry=registry, max_key_requests=limits.max_key_requests)
+    if key_digests:
+        app.add_middleware(BearerAuth, key_digests=key_digests)
     app.add_middleware(Observed, metrics=metrics)
     _add_error_handlers(app)
-    app.include_router(make_router(Service(registry, settings.serving, metrics)))
+    app.include_router(make_router(registry, limits, metrics))
     app.include_router(page)
-    app.openapi = lambda: document(app, registry, settings)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, registry, limits, keys=bool(key_digests))  # type: ignore[method-assign]
     return app
 
 

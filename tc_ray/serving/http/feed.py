@@ -1,21 +1,36 @@
-"""The engine's events on their way from its thread to the event loop, and what cancels them early.
+"""The engine's events on their way to the client: from its thread to the event loop, and out as a response or a stream.
 
-Invariant: however a response ends (done, failed, client gone, task cancelled), every engine request behind it is cancelled.
-Used by the routes and streams, one feed per request.
+Invariants: however a response ends (done, failed, client gone, task cancelled), every engine request behind it is cancelled.
+A stream ends with `data: [DONE]` after its last chunk, or with an error event and no [DONE]. Each event is one chunk of one
+choice, and a repeated generation has the same chunks, so the failover proxy can leave out those that its client has.
+Used by the routes, one feed per request.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from starlette.types import Receive
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from tc_ray.serving.engine import Event, Failed, Piece, Request, Reservation
+from tc_ray.serving.engine.contract import Event, Failed, Piece
+from tc_ray.serving.engine.contract import Request as EngineRequest
+from tc_ray.serving.engine.engine import Submit
 from tc_ray.serving.errors import RequestError
+from tc_ray.serving.http.answers import as_json, error_event
+from tc_ray.serving.http.metrics import GONE
 
 Result = TypeVar("Result")
+
+
+DONE = "data: [DONE]\n\n"
+
+logger = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
@@ -25,17 +40,15 @@ class ClientGone(Exception):
 class Feed:
     """Submits engine requests and receives their events in the event loop that made it.
 
-    on_first_token: called at the first piece of any. Raises what `Reservation.submit` raises.
+    on_first_token: called at the first piece of any. submit: as `Engine.reserve` gives it; Feed raises what it raises.
     """
 
-    def __init__(
-        self, reservation: Reservation, requests: Sequence[Request], on_first_token: Callable[[], None]
-    ) -> None:
+    def __init__(self, submit: Submit, requests: Sequence[EngineRequest], on_first_token: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._unfinished = len(requests)
         self._on_first_token: Callable[[], None] | None = on_first_token
-        self._handles = reservation.submit(requests, self._deliver)
+        self._handles = submit(requests, self._deliver)
 
     def _deliver(self, place: int, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
@@ -60,7 +73,7 @@ class Feed:
             handle.cancel()
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`, which is cancelled when the client closes its connection. Raises ClientGone."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnect(receive))
@@ -78,3 +91,66 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def whole(
+    request: Request, feed: Feed, answer: Coroutine[Any, Any, BaseModel], headers: Mapping[str, str]
+) -> Response:
+    """A response that is sent when it is complete."""
+    try:
+        return json_response(await _unless_gone(request.receive, answer), headers)
+    except ClientGone:
+        request.state.gone = True
+        return Response(status_code=GONE)
+    finally:
+        feed.cancel()
+
+
+def json_response(answer: BaseModel, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    """A body of answers.py as a response."""
+    return Response(as_json(answer), status, headers, "application/json")
+
+
+class EventStream(Response):
+    """The streamed response. Its generations are cancelled however it ends, even before it begins."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, feed: Feed, chunks: AsyncIterator[BaseModel], headers: Mapping[str, str]) -> None:
+        self._feed, self._chunks = feed, chunks
+        self._failed: str | None = None
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream; stop when the client leaves."""
+        state = scope.setdefault("state", {})
+        try:
+            await _unless_gone(receive, self._send(send))
+        except (ClientGone, OSError):
+            state["gone"] = True
+        finally:
+            self._feed.cancel()
+            if self._failed is not None:
+                state["refused"] = self._failed
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for line in self._events():
+            await send({"type": "http.response.body", "body": line.encode("utf-8"), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[str]:
+        try:
+            async for chunk in self._chunks:
+                yield f"data: {as_json(chunk)}\n\n"
+        except RequestError as error:
+            self._failed = error.code
+            yield error_event(error.envelope())
+            return
+        except Exception:  # the client must not take a part of the text for the whole
+            logger.exception("a stream failed")
+            self._failed = "internal_error"
+            yield error_event(RequestError("The server failed.", status=500, code=self._failed).envelope())
+            return
+        yield DONE

@@ -1,6 +1,6 @@
 """How JSON bodies are read: by a strict parser, before FastAPI validates them.
 
-Invariant: bodies are parsed here and nowhere else. NaN, duplicate encodings, deep nesting and long numbers are refused by
+Invariant: bodies are parsed here and nowhere else. NaN, lone surrogates, deep nesting and long numbers are refused by
 pydantic's parser; bodies of very many parts before it. Used by routes.py.
 """
 

@@ -16,11 +16,11 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import tc_ray
+from tc_ray.config.serving import ServingSection
 from tc_ray.serving.headers import SEED_HEADER
 from tc_ray.serving.http.answers import ChatChunk, ErrorEnvelope
 from tc_ray.serving.http.requests import MAX_SCORED, MAX_TOKEN_ID, ChatRequest, CompletionRequest, ScoreBody
 from tc_ray.serving.models.registry import ModelRegistry
-from tc_ray.serving.settings import ReplicaSettings
 
 _REFS = "#/components/schemas/{model}"
 _DESCRIPTION = "Fused Pilot and Copilot behind OpenAI's API. Unknown fields are refused. The log of 0 is -9999.0."
@@ -68,8 +68,8 @@ def _digits(pattern: str) -> dict[str, str]:
     return {"type": "string", "pattern": pattern}
 
 
-def document(app: FastAPI, registry: ModelRegistry, settings: ReplicaSettings) -> dict[str, Any]:
-    """The document as it is now."""
+def document(app: FastAPI, registry: ModelRegistry, limits: ServingSection, *, keys: bool) -> dict[str, Any]:
+    """The document as it is now. keys: the server has API keys."""
     found = get_openapi(title="tc-ray", version=tc_ray.__version__, description=_DESCRIPTION, routes=app.routes)
     schemas = found["components"]["schemas"]
     schemas.update(models_json_schema([(ChatChunk, "serialization")], ref_template=_REFS)[1]["$defs"])
@@ -81,7 +81,7 @@ def document(app: FastAPI, registry: ModelRegistry, settings: ReplicaSettings) -
     operations = [(path, operation) for path, item in found["paths"].items() for operation in item.values()]
     for _, operation in operations:
         operation["responses"].pop("422", None)
-    if settings.key_digests:
+    if keys:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         found["security"] = [{"key": []}]
         content = {"application/json": {"schema": {"$ref": _REFS.format(model=ErrorEnvelope.__name__)}}}
@@ -91,13 +91,12 @@ def document(app: FastAPI, registry: ModelRegistry, settings: ReplicaSettings) -
             else:
                 operation["responses"]["401"] = {"description": _STATUS[401], "content": content}
     for shape in (CompletionRequest, ChatRequest, ScoreBody):
-        _add_limits(schemas[shape.__name__]["properties"], registry, settings)
+        _add_limits(schemas[shape.__name__]["properties"], registry, limits)
     return found
 
 
-def _add_limits(fields: dict[str, Any], registry: ModelRegistry, settings: ReplicaSettings) -> None:
+def _add_limits(fields: dict[str, Any], registry: ModelRegistry, limits: ServingSection) -> None:
     """Write the server's models and limits into the schema of a body."""
-    limits = settings.serving
     fields["model"]["enum"] = [served.name for served in registry]
     vocab_size = min((served.encoder.vocab_size for served in registry), default=MAX_TOKEN_ID + 1)
     most = {"max_tokens": limits.max_tokens, "max_completion_tokens": limits.max_tokens}

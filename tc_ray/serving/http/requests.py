@@ -60,15 +60,6 @@ def _kind_of_prompt(value: Any) -> str:
     return "(texts)" if isinstance(first, str) else "(id lists)" if isinstance(first, list) else "(ids)"
 
 
-def _is_text(value: str) -> str:
-    """Refuse lone surrogates: JSON can hold them, no tokenizer takes them."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("it holds a lone surrogate, which is no character") from None
-    return value
-
-
 def _is_temperature(value: float) -> float:
     if 0 < value < MIN_TEMPERATURE:
         raise ValueError(f"must be 0 (greedy) or at least {MIN_TEMPERATURE}")
@@ -82,9 +73,8 @@ def _plain_number(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, AfterValidator(_is_text)]
-NonEmptyText = Annotated[Text, Field(min_length=1)]
-StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
     Annotated[StopText, Tag("(text)")]
     | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("(list)")],
@@ -270,11 +260,11 @@ class TextPart(Body):
     """One part of a message's content."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 Content = Annotated[
-    Annotated[Text, Tag("(text)")]
+    Annotated[str, Tag("(text)")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("(parts)")],
     _text_or("(parts)"),
 ]

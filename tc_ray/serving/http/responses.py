@@ -1,9 +1,9 @@
 """The response builder: from the engine's events to responses and stream chunks in OpenAI's shapes.
 
-Invariants: of each choice come its echo, its text and its end, in this order; an echo with log-probabilities waits for its
-scores, and the choice's text waits for the echo. A chunk has text, or is the first or last of its choice, so that a
+Invariants: of each choice come its echo, its text and its end, in this order; echoes with log-probabilities wait for the
+scores of all prompts, and texts wait for the echoes. A chunk has text, or is the first or last of its choice, so that a
 repeated generation is cut into the same chunks. The chosen token has one log-probability wherever it stands, also in the
-list of the likeliest. Used by the routes and stream.py, one builder per request.
+list of the likeliest. Used by the routes, one builder per request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tc_ray.serving.engine import Event, Finished, Piece, Scored, ScoredToken, Token
+from tc_ray.serving.engine.contract import Event, Finished, Piece, Scored, ScoredToken, Token
 from tc_ray.serving.http import answers
 from tc_ray.serving.http.feed import Feed
 from tc_ray.serving.http.generate import Generation, Scoring
@@ -100,10 +100,10 @@ class ResponseBuilder(ABC):
         self.texts = generation.served.encoder.texts
         identity = resume or Resume(id=f"{self.prefix}-{uuid.uuid4().hex}", created=int(time.time()))
         self.head: dict[str, Any] = {**identity.model_dump(), "model": generation.served.name}
-        reports_tokens = generation.named_tokens is not None or generation.explain
-        self._choices = [ChoiceText(self.texts, reports_tokens) for _ in range(generation.choices)]
-        self._held: dict[int, list[Event]] = {index: [] for index in range(generation.choices)}
-        """Events of choices whose echo has not been sent."""
+        self._names_tokens = generation.body.named_tokens is not None
+        reports_tokens = self._names_tokens or generation.body.explains
+        choices = generation.n * generation.prompts
+        self._choices = [ChoiceText(self.texts, reports_tokens) for _ in range(choices)]
         self._ended: dict[int, Finished] = {}
 
     async def response(self, feed: Feed) -> BaseModel:
@@ -128,41 +128,44 @@ class ResponseBuilder(ABC):
 
     async def _parts(self, feed: Feed) -> AsyncIterator[Step]:
         """The parts of all choices, in the order in which a client reads them."""
+        scores: dict[int, Scored] = {}
+        held: list[tuple[int, Event]] = []
+        events = feed.events()
+        while len(scores) < len(self.generation.scorings):
+            place, event = await anext(events)
+            if isinstance(event, Scored):
+                scores[place] = event
+            else:
+                held.append((place, event))
+        for step in self._echo([scores[place] for place in sorted(scores)]):
+            yield step
+        for place, event in held:
+            for step in self._take(place, event):
+                yield step
+        async for place, event in events:
+            for step in self._take(place, event):
+                yield step
+
+    def _echo(self, scores: Sequence[Scored]) -> Iterator[Step]:
+        """The prompts before the texts, with their log-probabilities. The first token of a prompt has none."""
         generation = self.generation
-        for prompt in range(generation.prompts):
-            if not generation.echo_scores or generation.echo_scores[prompt].complete:
-                for part in self._begin(prompt):
-                    yield part
-        async for place, event in feed.events():
-            for part in self._take(place, event):
-                yield part
+        tokens = [
+            [Token(request.ids[0]), *(Token(one.id, one.fused, one.top) for one in found.tokens)]
+            for request, found in zip(generation.scorings, scores, strict=True)
+        ]
+        for index, choice in enumerate(self._choices if generation.echoes else ()):
+            prompt = index // generation.n
+            echo = generation.echoes[prompt]
+            yield index, choice.echo(echo.text, echo.begins, tokens[prompt] if tokens else ()), None
+            if generation.body.token_limit[1] == 0:
+                yield index, Part(""), "length"
 
     def _take(self, place: int, event: Event) -> Iterator[Step]:
-        if isinstance(event, Scored):
-            prompt, scores = self.generation.scores_of(place)
-            scores.found[place] = event
-            if scores.complete:
-                yield from self._begin(prompt)
-        elif place in self._held:
-            self._held[place].append(event)
-        elif isinstance(event, Finished):
+        if isinstance(event, Finished):
             self._ended[place] = event
             yield place, self._choices[place].rest(), event.finish_reason
         elif isinstance(event, Piece) and (part := self._choices[place].piece(event)) is not None:
             yield place, part, None
-
-    def _begin(self, prompt: int) -> Iterator[Step]:
-        """The choices of a prompt whose echo is known: the echo, and what was held until now."""
-        generation = self.generation
-        for index in range(prompt * generation.n, (prompt + 1) * generation.n):
-            if generation.echoes:
-                echo = generation.echoes[prompt]
-                tokens = generation.echo_scores[prompt].tokens() if generation.echo_scores else ()
-                yield index, self._choices[index].echo(echo.text, echo.begins, tokens), None
-            if not generation.generates:
-                yield index, Part(""), "length"
-            for event in self._held.pop(index):
-                yield from self._take(index, event)
 
     def _usage(self) -> answers.Usage:
         """Token counts of the request. Cached tokens of a prompt are those that none of its choices computed."""
@@ -177,7 +180,7 @@ class ResponseBuilder(ABC):
         )
 
     def _explained(self, part: Part) -> answers.CopilotAnswer | None:
-        return explained(part.tokens, self.texts) if self.generation.explain else None
+        return explained(part.tokens, self.texts) if self.generation.body.explains else None
 
     def _opening(self, index: int) -> Any | None:
         """The choice of the chunk before its first text, if the shape has one."""
@@ -199,8 +202,7 @@ class CompletionBuilder(ResponseBuilder):
     response_class = chunk_class = answers.Completion
 
     def _piece(self, index: int, part: Part, reason: answers.FinishReason | None) -> Any:
-        named = self.generation.named_tokens is not None
-        logprobs = completion_logprobs(part.tokens, self.texts) if named else None
+        logprobs = completion_logprobs(part.tokens, self.texts) if self._names_tokens else None
         copilot = self._explained(part)
         return answers.CompletionChoice(
             index=index, text=part.text, logprobs=logprobs, copilot=copilot, finish_reason=reason
@@ -225,8 +227,7 @@ class ChatBuilder(ResponseBuilder):
         return answers.ChatChoice(index=index, message=message, finish_reason=reason, **self._reported(part))
 
     def _reported(self, part: Part) -> dict[str, Any]:
-        named = self.generation.named_tokens is not None
-        logprobs = chat_logprobs(part.tokens, self.texts) if named else None
+        logprobs = chat_logprobs(part.tokens, self.texts) if self._names_tokens else None
         return {"logprobs": logprobs, "copilot": self._explained(part)}
 
 
@@ -299,7 +300,7 @@ async def score_response(scoring: Scoring, feed: Feed) -> answers.ScoreAnswer:
         id=f"score-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=scoring.served.name,
-        lam=scoring.lam,
+        lam=scoring.served.default_lam if scoring.body.weight is None else scoring.body.weight,
         completions=completions,
         usage=usage(scoring.prompt_tokens + sum(one.token_count for one in completions)),
     )
@@ -316,7 +317,7 @@ def _scored_completion(index: int, tokens: Sequence[ScoredToken], scoring: Scori
             token=texts.text(token.id),
             pilot=answers.finite(token.pilot),
             fused=answers.finite(token.fused),
-            top_logprobs=None if scoring.named_tokens is None else top,
+            top_logprobs=None if scoring.body.top_logprobs is None else top,
         )
 
     return answers.ScoredCompletion(

@@ -1,20 +1,27 @@
 """The routes of the HTTP API, and what FastAPI documents of them.
 
-Invariant: bodies, query parameters and headers are declared in the signatures, so the OpenAPI document describes what is
-checked. Prompts are never logged. Included by app.py.
+Invariants: bodies, query parameters and headers are declared in the signatures, so the OpenAPI document describes what is
+checked. A request is checked from the cheap to the costly: fields, limits, model, places in the engine, then prompts. Prompts are never logged. Included by app.py.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
 import secrets
-from collections.abc import Coroutine
-from typing import Annotated, Any
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Header, Path, Query, Request
-from pydantic import BaseModel, Json, WithJsonSchema
-from starlette.responses import JSONResponse, Response
+from pydantic import Json, WithJsonSchema
+from starlette.responses import Response
 
 from tc_ray.config.section import MAX_LAM
+from tc_ray.config.serving import ServingSection
+from tc_ray.serving.errors import RequestError
 from tc_ray.serving.headers import COPILOT_HEADER, RESUME_HEADER, SEED_HEADER
 from tc_ray.serving.http.answers import (
     ChatChunk,
@@ -25,12 +32,11 @@ from tc_ray.serving.http.answers import (
     ModelList,
     ScoreAnswer,
     State,
-    as_json,
 )
-from tc_ray.serving.http.feed import ClientGone, Feed, unless_gone
-from tc_ray.serving.http.generate import make_generation, make_scoring, places_of
+from tc_ray.serving.http.feed import EventStream, Feed, json_response, whole
+from tc_ray.serving.http.generate import Work, make_generation, make_scoring, places_of
 from tc_ray.serving.http.json_route import JsonRoute
-from tc_ray.serving.http.metrics import GONE
+from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.http.openapi import errors, generated
 from tc_ray.serving.http.requests import (
     MAX_STOP_CHARACTERS,
@@ -42,10 +48,12 @@ from tc_ray.serving.http.requests import (
     StopText,
 )
 from tc_ray.serving.http.responses import ChatBuilder, CompletionBuilder, ResponseBuilder, score_response
-from tc_ray.serving.http.service import Service
-from tc_ray.serving.http.stream import EventStream
-from tc_ray.serving.models.registry import ServedModel
+from tc_ray.serving.models.registry import ModelRegistry, ServedModel
 
+HEALTH_S = 1.0
+"""A health check holds for this long: /health needs no key and must not be a way to keep the engines busy."""
+_STOPPED = frozenset({"worker_stopped", "shutting_down"})
+SomeWork = TypeVar("SomeWork", bound=Work)
 TIMEOUT_HEADER = "X-Request-Timeout-S"
 MIN_TIMEOUT_S = 1.0
 _SEED_BITS = 53
@@ -76,15 +84,63 @@ Lambda = Annotated[
 ]
 
 
-def make_router(service: Service) -> APIRouter:
+@dataclass
+class _Service:
+    """One replica's models and metrics."""
+
+    registry: ModelRegistry
+    limits: ServingSection
+    metrics: Metrics
+    _checking: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _checked_s: float = field(default=-math.inf, init=False)
+    _unhealthy: str | None = field(default=None, init=False)
+
+    def deadline_s(self, timeout_s: float) -> float:
+        """When a request fails, in `time.monotonic()`. timeout_s: what the client asks for."""
+        return time.monotonic() + min(timeout_s, self.limits.request_timeout_s)
+
+    async def submit(
+        self, request: Request, name: str, places: int, make: Callable[[ServedModel], SomeWork]
+    ) -> tuple[SomeWork, Feed]:
+        """Hold places in a model's engine, encode in a worker thread, and submit. Raises RequestError.
+
+        places: most engine requests that `make` gives.
+        """
+        while True:
+            served = self.registry.find(name)
+            request.state.model = served.name
+            try:
+                with served.engine.reserve(places) as submit:
+                    work = await asyncio.to_thread(make, served)
+                    first_token = partial(self._first_token, request, served.name)
+                    return work, Feed(submit, work.requests, first_token)
+            except RequestError as error:
+                if error.code not in _STOPPED or self.registry.find(name) is served:
+                    raise
+                # swapped since it was looked up
+
+    def _first_token(self, request: Request, model: str) -> None:
+        self.metrics.first_token(model, time.perf_counter() - request.state.began_s)
+
+    async def unhealthy(self) -> str | None:
+        """What is wrong with this replica, None when all is well. Simultaneous callers share one check."""
+        async with self._checking:
+            if time.monotonic() - self._checked_s > HEALTH_S:
+                self._unhealthy = await self.registry.unhealthy()
+                self._checked_s = time.monotonic()
+            return self._unhealthy
+
+
+def make_router(registry: ModelRegistry, limits: ServingSection, metrics: Metrics) -> APIRouter:
     """All routes of the API over one replica's models."""
+    service = _Service(registry, limits, metrics)
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
     router.include_router(_work_routes(service))
     _add_state_routes(router, service)
     return router
 
 
-def _work_routes(service: Service) -> APIRouter:
+def _work_routes(service: _Service) -> APIRouter:
     """The routes that make a model work."""
     router = APIRouter(route_class=JsonRoute, responses=errors(400, 404, 408, 413, 429, 503, 504))
     default_timeout_s = service.limits.request_timeout_s
@@ -99,17 +155,18 @@ def _work_routes(service: Service) -> APIRouter:
     ) -> Response:
         limits, deadline_s = service.limits, service.deadline_s(timeout_s)
         first_seed = next((one for one in (body.seed, seed) if one is not None), secrets.randbits(_SEED_BITS))
+        key = getattr(request.state, "key", b"")
         generation, feed = await service.submit(
             request,
             body.model,
             places_of(body, limits),
-            lambda served: make_generation(served, body, limits, first_seed, deadline_s),
+            lambda served: make_generation(served, body, limits, seed=first_seed, owner=key, deadline_s=deadline_s),
         )
         headers = {SEED_HEADER: str(first_seed), **_copilot_header(generation.served)}
         builder = builder_class(generation, resume)
         if body.stream:
-            return EventStream(builder, feed, with_usage=body.wants_usage, headers=headers)
-        return await _answer(request, feed, builder.response(feed), headers)
+            return EventStream(feed, builder.chunks(feed, body.wants_usage), headers)
+        return await whole(request, feed, builder.response(feed), headers)
 
     @router.post("/v1/completions", response_model=Completion, responses=generated(Completion))
     async def completions(
@@ -144,14 +201,14 @@ def _work_routes(service: Service) -> APIRouter:
             request,
             body.model,
             places_of(body, limits),
-            lambda served: make_scoring(served, body, limits, deadline_s),
+            lambda served: make_scoring(served, body, limits, deadline_s=deadline_s),
         )
-        return await _answer(request, feed, score_response(scoring, feed), _copilot_header(scoring.served))
+        return await whole(request, feed, score_response(scoring, feed), _copilot_header(scoring.served))
 
     return router
 
 
-def _add_state_routes(router: APIRouter, service: Service) -> None:
+def _add_state_routes(router: APIRouter, service: _Service) -> None:
     """The routes that show models and health."""
     registry = service.registry
     unavailable: dict[int | str, dict[str, Any]] = {
@@ -161,12 +218,12 @@ def _add_state_routes(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models", response_model=ModelList, responses=errors())
     async def models() -> Response:
         """Served models."""
-        return _json(ModelList(data=[_card(served) for served in registry]))
+        return json_response(ModelList(data=[_card(served) for served in registry]))
 
     @router.get("/v1/models/{name:path}", response_model=ModelCard, responses=errors(404))
     async def model(name: Annotated[str, Path(min_length=1)]) -> Response:
         """One served model."""
-        return _json(_card(registry.find(name)))
+        return json_response(_card(registry.find(name)))
 
     @router.get("/health", response_model=State, responses={**errors(), **unavailable})
     async def health() -> Response:
@@ -180,26 +237,9 @@ def _add_state_routes(router: APIRouter, service: Service) -> None:
         return _state(await service.unhealthy() or full)
 
 
-async def _answer(
-    request: Request, feed: Feed, response: Coroutine[Any, Any, BaseModel], headers: dict[str, str]
-) -> Response:
-    """Wait for a whole response; cancel its generations when the client leaves."""
-    try:
-        return _json(await unless_gone(request.receive, response), headers)
-    except ClientGone:
-        request.state.gone = True
-        return Response(status_code=GONE)
-    finally:
-        feed.cancel()
-
-
-def _json(answer: BaseModel, headers: dict[str, str] | None = None) -> Response:
-    return Response(as_json(answer), media_type="application/json", headers=headers)
-
-
 def _state(reason: str | None) -> Response:
     state = State(status="unavailable" if reason else "ok", reason=reason)
-    return JSONResponse(state.model_dump(), 503 if reason else 200)
+    return json_response(state, status=503 if reason else 200)
 
 
 def _card(served: ServedModel) -> ModelCard:

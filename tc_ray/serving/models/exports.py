@@ -1,13 +1,12 @@
 """The export folders that a server is given: named, and checked before anything is loaded.
 
-Invariant: every problem is one ServingError that names folder and part; importing this module loads neither torch nor
-transformers. `tc_ray.export.check` knows the folder; here are the server's own conditions. Used by `deploy`, `loading` and `swap`.
+Invariant: importing this module loads neither torch nor transformers. `tc_ray.export.check` knows the folder; here are the
+server's own conditions. Used by deploy/settings.py and swap.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from tc_ray.export import check
@@ -16,39 +15,21 @@ from tc_ray.serving.errors import ServingError
 
 
 def find_export(folder: Path | str) -> Path:
-    """Absolute export folder of a run folder, or `folder` itself if it is an export. Raises ServingError."""
+    """Absolute export folder of a run folder, or `folder` itself if it is an export.
+
+    Raises ServingError for no folder and for an encoder-decoder, ExportError as `tc_ray.export.check.find_export`.
+    """
     if not Path(folder).expanduser().is_dir():
         raise ServingError(
             f"{folder} is no folder; give a run folder, an exported model, or a setting as serving.FIELD=VALUE"
         )
-    with _as_serving_error():
-        export = check.find_export(folder)
-    check_config(export)
-    return export
-
-
-def check_config(export: Path) -> None:
-    """Raise ServingError if the configs of the export cannot be read or do not fit, or if it is an encoder-decoder."""
-    with _as_serving_error():
-        check.check_configs(export)
-        encoder_decoder = check.read_part(export / PILOT / "config.json").get("is_encoder_decoder")
-    if encoder_decoder:
+    export = check.find_export(folder)
+    if check.read_part(export / PILOT / "config.json").get("is_encoder_decoder"):
         raise ServingError(
             f"{export} is an encoder-decoder; the server answers with decoder-only models. "
             "Use FusedModel.from_pretrained(folder).generate for it"
         )
-
-
-def check_tokenizer(export: Path, own: str | None = None) -> None:
-    """`export.check.check_tokenizer`. Raises ServingError."""
-    with _as_serving_error():
-        check.check_tokenizer(export, own)
-
-
-def weight_bytes(export: Path) -> int:
-    """`export.check.weight_bytes`. Raises ServingError."""
-    with _as_serving_error():
-        return check.weight_bytes(export)
+    return export
 
 
 def model_name(export: Path) -> str:
@@ -59,7 +40,7 @@ def model_name(export: Path) -> str:
 def named_models(given: Sequence[str | Path]) -> dict[str, Path]:
     """Model name -> export folder, from `FOLDER` or `NAME=FOLDER` arguments.
 
-    Raises ServingError for no folder at all, an incomplete one, an empty name and two models of one name.
+    Raises ServingError for no folder at all, an empty name and two models of one name, and as `find_export`.
     """
     if not given:
         raise ServingError("no run folder is given")
@@ -76,11 +57,3 @@ def named_models(given: Sequence[str | Path]) -> dict[str, Path]:
             raise ServingError(f"two models are called {name!r}: {models[name]} and {export}; name one by NAME=FOLDER")
         models[name] = export
     return models
-
-
-@contextmanager
-def _as_serving_error() -> Iterator[None]:
-    try:
-        yield
-    except check.ExportError as error:
-        raise ServingError(str(error)) from None

@@ -9,30 +9,25 @@ from __future__ import annotations
 
 import copy
 import itertools
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
 
 from tc_ray.config.serving import ServingSection
-from tc_ray.export.check import copilot_version, pilot_version
+from tc_ray.export.check import ExportError, check_tokenizer, copilot_version, pilot_version
+from tc_ray.models.copilot import Copilot
+from tc_ray.models.copilot.probe import check_answers
+from tc_ray.models.folder import FusionSettings
+from tc_ray.models.fusion import FusedModel
+from tc_ray.models.identity import vocabulary_hash
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.serving.engine.engine import Engine, Turns
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import check_config, check_tokenizer
+from tc_ray.serving.models.registry import ServedModel
+from tc_ray.serving.text.prompt import PromptEncoder
 from tc_ray.text import first_line
-
-if TYPE_CHECKING:
-    from tc_ray.models.fusion import FusedModel
-    from tc_ray.serving.engine import Turns
-    from tc_ray.serving.models.registry import ServedModel
-
-
-@dataclass(frozen=True)
-class LoadedCopilot:
-    """A served model, the fused model behind it, and the time that loading took."""
-
-    served: ServedModel
-    model: FusedModel
-    seconds: float
 
 
 class LoadedRun:
@@ -43,15 +38,8 @@ class LoadedRun:
     """
 
     def __init__(self, name: str, export: Path, serving: ServingSection, turns: Turns) -> None:
-        import torch
-        from transformers import AutoTokenizer
-
-        from tc_ray.models.identity import vocabulary_hash
-        from tc_ray.models.pilot.load import load_pilot
-        from tc_ray.serving.text.prompt import PromptEncoder
-
         self.name, self.export = name, export
-        self._serving = serving
+        self._serving, self._turns = serving, turns
         self._device = "cuda" if serving.gpu else "cpu"
         folder = self.export / "pilot"
         try:
@@ -63,18 +51,13 @@ class LoadedRun:
         self._encoder = PromptEncoder(copy.deepcopy(self._tokenizer), self._pilot.config.vocab_size)
         self._vocabulary = vocabulary_hash(self._tokenizer)
         self._pilot_version = pilot_version(self.export)
-        self._turns = turns
 
-    def load_copilot(self, source: Path) -> LoadedCopilot:
+    def load_copilot(self, source: Path) -> ServedModel:
         """An engine for this Pilot and the Copilot of the export folder `source`.
 
         Raises:
-            ServingError: it cannot be read, does not fit, or generates nothing.
+            ServingError, ExportError: it cannot be read, does not fit, or generates nothing.
         """
-        from tc_ray.serving.engine import Engine
-        from tc_ray.serving.models.registry import ServedModel
-
-        begun = time.monotonic()
         version = copilot_version(source)
         model = self._read(source)
         engine = Engine(model, copy.deepcopy(self._tokenizer), self._serving, turn=self._turns)
@@ -83,28 +66,12 @@ class LoadedRun:
             if reason:
                 raise ServingError(f"{source}: the model was loaded but does not generate: {reason}")
         except BaseException:
-            engine.close()
-            self.release(model)
+            self.release(engine)
             raise
-        served = ServedModel(
-            name=self.name,
-            engine=engine,
-            encoder=self._encoder,
-            default_lam=model.default_lam,
-            copilot_version=version,
-        )
-        return LoadedCopilot(served, model, time.monotonic() - begun)
+        return ServedModel(self.name, engine, self._encoder, model.default_lam, copilot_version=version)
 
     def _read(self, source: Path) -> FusedModel:
-        import torch
-
-        from tc_ray.models.copilot import Copilot
-        from tc_ray.models.copilot.probe import check_answers
-        from tc_ray.models.folder import FusionSettings
-        from tc_ray.models.fusion import FusedModel
-
         try:
-            check_config(source)
             if pilot_version(source) != self._pilot_version:
                 raise ServingError(
                     f"{source} has another Pilot than the one that is loaded; a running server replaces Copilots only: "
@@ -120,15 +87,16 @@ class LoadedRun:
                 return FusedModel.join(
                     self._pilot, copilot, lam=fusion.lam, space=fusion.space, feedback=fusion.feedback
                 )
-        except ServingError:
+        except (ServingError, ExportError):
             raise
         except Exception as error:
             raise ServingError(f"{source} cannot be loaded: {first_line(error)}") from error
 
-    def release(self, model: FusedModel) -> None:
-        """Take a fused model off the Pilot, when its engine has been closed."""
+    def release(self, engine: Engine, drain_s: float = 0.0) -> None:
+        """Close an engine, whose requests may go on for `drain_s`, and take its model off the Pilot."""
+        engine.close(drain_s)
         with self._turns:
-            model.release()
+            engine.model.release()
 
 
 def _in_memory(model: Any) -> Any:

@@ -6,12 +6,12 @@ replaced while requests run: a request keeps the one that it looked up. Made by 
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from tc_ray.serving.engine import Engine
+from tc_ray.serving.engine.engine import Engine
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.text.prompt import PromptEncoder
 
@@ -33,11 +33,10 @@ class ServedModel:
 
 
 class ModelRegistry:
-    """Served models by name, in the order they were added. Safe to use from several threads."""
+    """Served models by name, in the order they were added. Any thread may read, one at a time may replace."""
 
     def __init__(self, models: Iterable[ServedModel] = ()) -> None:
         self._models = {served.name: served for served in models}
-        self._changing = threading.Lock()
 
     def __iter__(self) -> Iterator[ServedModel]:
         """The models, as they are now."""
@@ -58,12 +57,23 @@ class ModelRegistry:
             )
         return served
 
-    def replace(self, served: ServedModel) -> ServedModel | None:
-        """Serve this model under its name from now on. Returns the one before, which the caller closes."""
-        with self._changing:
-            before = self._models.get(served.name)
-            self._models = {**self._models, served.name: served}
-        return before
+    def replace(self, served: ServedModel) -> None:
+        """Serve this model under its name from now on. The caller closes the one before."""
+        self._models = {**self._models, served.name: served}
+
+    async def unhealthy(self) -> str | None:
+        """What is wrong with the engines, None when all generate: see `Engine.unhealthy`."""
+        models = list(self)
+        if not models:
+            return "no model is loaded"
+        reasons = await asyncio.gather(*(asyncio.to_thread(served.engine.unhealthy) for served in models))
+        found = [
+            f"{served.name}: {reason}"
+            for served, reason in zip(models, reasons, strict=True)
+            # the engine of a model that was replaced meanwhile is stopped, which is no fault
+            if reason and self.find(served.name) is served
+        ]
+        return "; ".join(found) or None
 
     @property
     def full(self) -> bool:

@@ -12,7 +12,6 @@ from importlib.resources import files
 from fastapi import APIRouter
 from starlette.responses import Response
 
-STATIC = "static"
 MEDIA_TYPES = {
     "index.html": "text/html; charset=utf-8",
     "style.css": "text/css; charset=utf-8",
@@ -30,21 +29,13 @@ HEADERS = {
 }
 
 
-def make_router() -> APIRouter:
-    """GET / sends the page, GET /page/NAME each file it uses. The files are read once, here."""
-    router = APIRouter(include_in_schema=False)
-    for name, media_type in MEDIA_TYPES.items():
-        content = files(__package__).joinpath(STATIC, name).read_bytes()
-        path = "/" if name == "index.html" else f"/page/{name}"
-        router.add_api_route(path, _sender(content, media_type), methods=["GET"])
-    return router
-
-
 def _sender(content: bytes, media_type: str) -> Callable[[], Response]:
-    def send() -> Response:
-        return Response(content, headers={**HEADERS, "Content-Type": media_type})
-
-    return send
+    return lambda: Response(content, headers={**HEADERS, "Content-Type": media_type})
 
 
-router = make_router()
+router = APIRouter(include_in_schema=False)
+"""GET / sends the page, GET /page/NAME each file it uses. The files are read once, here."""
+for name, media_type in MEDIA_TYPES.items():
+    content = files(__package__).joinpath("static", name).read_bytes()
+    path = "/" if name == "index.html" else f"/page/{name}"
+    router.add_api_route(path, _sender(content, media_type), methods=["GET"])

@@ -9,19 +9,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SENTENCEPIECE_BLANK = "\u2581"
 _UNFINISHED = "\ufffd"
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level tokenizers write bytes: printable ones stand for themselves, others from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
+_ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The characters by which byte-level tokenizers write bytes."""
 
 
 class TokenTexts:

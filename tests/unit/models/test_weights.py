@@ -16,7 +16,7 @@ from transformers import AutoModel
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.section import MAX_LAM
 from tc_ray.config.training import PilotSection
-from tc_ray.export.check import ExportError
+from tc_ray.export.check import ExportError, find_export
 from tc_ray.export.join import fuse_models
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.copilot.probe import check_answers
@@ -26,8 +26,6 @@ from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import add_adapters, check_folders, load_pilot
 from tc_ray.models.weights import HEADS, WeightsError, load_whole
 from tc_ray.run.plan.plan import make_plan
-from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import find_export
 from tests.support.tiny_families import FAMILIES, make_pilot
 from tests.unit.export.test_join import exported
 
@@ -211,7 +209,7 @@ def test_a_lambda_that_is_none_is_refused_at_every_door(lam: Any, whole: Path, t
         FusionSettings.read(folder)
     with pytest.raises(ValueError, match="lam is"):
         FusedModel.from_pretrained(folder)
-    with pytest.raises(ServingError, match=r"fusion\.json: lam is"):
+    with pytest.raises(ExportError, match=r"fusion\.json: lam is"):
         find_export(folder)
     with pytest.raises(ValueError, match="lam"):
         FusionSettings(lam, "logits", "own").write(tmp_path)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tc_ray.config.serving import ServingSection
-from tc_ray.export.check import copilot_version
+from tc_ray.export.check import ExportError, copilot_version, weight_bytes
 from tc_ray.serving.deploy import launch
 from tc_ray.serving.deploy.launch import start_server
 from tc_ray.serving.deploy.memory import available_memory_bytes, check_memory
 from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import find_export, model_name, named_models, weight_bytes
+from tc_ray.serving.models.exports import find_export, model_name, named_models
 from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,7 +66,7 @@ def test_folder_with_an_equals_sign(tmp_path: Path) -> None:
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="is no folder"):
         start(tmp_path / "absent")
-    with pytest.raises(ServingError, match="holds no exported model"):
+    with pytest.raises(ExportError, match="holds no exported model"):
         start(tmp_path)
 
 
@@ -75,13 +75,13 @@ def test_missing_folder(tmp_path: Path) -> None:
 )
 def test_incomplete_folder(export: Path, part: str) -> None:
     (export / part).unlink()
-    with pytest.raises(ServingError, match=r"incomplete: .*(fusion|config|safetensors)"):
+    with pytest.raises(ExportError, match=r"incomplete: .*(fusion|config|safetensors)"):
         start(export.parent)
 
 
 def test_damaged_fusion_file(export: Path) -> None:
     (export / "fusion.json").write_text("{")
-    with pytest.raises(ServingError, match="not valid JSON"):
+    with pytest.raises(ExportError, match="not valid JSON"):
         start(export)
 
 
@@ -90,19 +90,19 @@ def test_weights_that_are_cut_off(export: Path, kept: float) -> None:
     weights = export / "copilot/model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: int(len(content) * kept) + 4])
-    with pytest.raises(ServingError, match=r"safetensors.*damaged"):
+    with pytest.raises(ExportError, match=r"safetensors.*damaged"):
         start(export)
 
 
 def test_copilot_of_another_pilot(export: Path) -> None:
     change(export / "copilot/config.json", pilot_hidden_size=7)
-    with pytest.raises(ServingError, match="made for a Pilot of width 7; this Pilot has 32"):
+    with pytest.raises(ExportError, match="made for a Pilot of width 7; this Pilot has 32"):
         start(export)
 
 
 def test_copilot_of_another_tokenizer(export: Path) -> None:
     change(export / "copilot/config.json", tokenizer="0123456789abcdef")
-    with pytest.raises(ServingError, match=r"trained with another tokenizer \(0123456789abcdef\)"):
+    with pytest.raises(ExportError, match=r"trained with another tokenizer \(0123456789abcdef\)"):
         start(export)
 
 

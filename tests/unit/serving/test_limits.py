@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.http.auth import KEY_VARIABLE, configured_digests, digest, require_key_for
-from tc_ray.serving.http.body_limit import BodyLimit
+from tc_ray.serving.http.limits import BodyLimit
 from tests.support.recorded_metrics import RecordedMetrics
 from tests.support.serving_client import COMPLETION, PATHS, SCORE, client_of, make_app, served, settings_of
 from tests.support.serving_samples import make_export

@@ -8,7 +8,7 @@ import weakref
 
 from starlette.types import Message, Receive, Scope, Send
 
-from tc_ray.serving.http.body_limit import BodyLimit
+from tc_ray.serving.http.limits import BodyLimit
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:

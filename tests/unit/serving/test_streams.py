@@ -188,7 +188,7 @@ def test_response_cancelled_before_it_begins_frees_the_engine(settings: Any) -> 
 def test_failed_generation(settings: Any, recorded: RecordedMetrics) -> None:
     with client_of(settings) as client:
         # A real failure in the middle: the Copilot's output no longer fits the vocabulary.
-        model = engine_of(client.app)._model
+        model = engine_of(client.app).model
         before = model.copilot.output.weight
         model.copilot.output.weight = torch.nn.Parameter(before[:-1].detach().clone())
         error = client.post("/v1/completions", json=COMPLETION)
@@ -239,7 +239,7 @@ def test_model_that_is_swapped_while_requests_come(settings: Any) -> None:
             looked_up.append(name)
             if len(looked_up) > 1:
                 return real_find(name)
-            assert registry.replace(new) is old
+            registry.replace(new)
             old.engine.close()
             return old
 

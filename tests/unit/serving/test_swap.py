@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from tc_ray.config.serving import ServingSection
 from tc_ray.export.check import copilot_version
 from tc_ray.serving.deploy.replica import Replica
-from tc_ray.serving.engine import Finished, GenerationRequest
+from tc_ray.serving.deploy.settings import ReplicaSettings
+from tc_ray.serving.engine.contract import Finished, GenerationRequest
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models import swap
-from tc_ray.serving.settings import ReplicaSettings
 from tests.support.serving_samples import Collector, make_export
 
 PROMPT = tuple(range(10, 30))
@@ -63,8 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(swap, "RETIRE_AFTER_S", 0.2)
+def bench(made: Path, tmp_path: Path) -> Iterator[Bench]:
     export = tmp_path / "run/export"
     shutil.copytree(made, export)
     section = ServingSection(max_running=4, cache_bytes=2**26, threads=1, request_timeout_s=60, drain_s=60)
@@ -104,8 +102,7 @@ def test_newer_copilot_takes_over_and_requests_under_way_end_with_the_old_one(be
 
 
 def test_hooks_of_old_copilots_leave_the_pilot(bench: Bench) -> None:
-    [loaded] = bench.replica._swap._current.values()
-    layer = loaded.model.pilot.model.layers[0]
+    layer = bench.replica.registry.find("m").engine.model.pilot.model.layers[0]
     for seed in (1, 2, 3):
         train(bench.export, seed)
         assert bench.reload()

@@ -11,8 +11,8 @@ from fastapi import FastAPI, Response
 
 import tc_ray
 from tc_ray.serving.deploy.launch import FAILOVER_PROXY, PROXY_CALLBACK_VARIABLE, Server, _warn_without_failover
+from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.failover.proxy import FAILOVER_HEADER
-from tc_ray.serving.settings import ReplicaSettings
 from tests.support.serving_client import served
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine
+from tc_ray.serving.engine.engine import Engine
 from tests.support.serving_samples import LIMITS, make_export
 
 

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Finished, GenerationRequest, Piece, Scored, ScoreRequest
+from tc_ray.serving.engine.contract import Finished, GenerationRequest, Piece, Scored, ScoreRequest
+from tc_ray.serving.engine.engine import Engine
 from tc_ray.serving.errors import RequestError
 from tests.support.serving_samples import LIMITS, Collector, offline
 

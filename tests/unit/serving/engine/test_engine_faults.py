@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, Failed, Finished, GenerationRequest, ScoreRequest, Turns
 from tc_ray.serving.engine.batch import FusedBatch
-from tc_ray.serving.engine.engine import FAILURES
+from tc_ray.serving.engine.contract import Failed, Finished, GenerationRequest, ScoreRequest
+from tc_ray.serving.engine.engine import FAILURES, Engine, Turns
 from tc_ray.serving.errors import RequestError
 from tests.support.serving_samples import LIMITS, Collector, offline
 

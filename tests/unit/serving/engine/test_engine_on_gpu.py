@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine import Engine, GenerationRequest, Scored, ScoreRequest
+from tc_ray.serving.engine.contract import GenerationRequest, Scored, ScoreRequest
+from tc_ray.serving.engine.engine import Engine
 from tests.support.serving_samples import LIMITS, Collector
 
 pytestmark = pytest.mark.gpu

@@ -1,23 +1,58 @@
-"""A bound on the request body: on its length and on the time it takes to arrive. Ray Serve has none.
+"""What is refused before a route: no place in any engine, too many requests of one key, a body too long or too slow.
 
-Invariant: the app behind it never sees more than `limit_bytes`, whether or not the client states a length, and no body
-takes longer than BODY_TIMEOUT_S to arrive. This is the only place that bounds a body: the failover proxy passes it on as it
-comes. Added to the app by app.py.
+Invariants: a refusal by `Admission` reads no body and tokenises no prompt. Only the engine itself decides whether a request
+has a place (`Engine.reserve`); this asks it whether any place is free. The app behind `BodyLimit` never sees more than
+`limit_bytes`, whether or not the client states a length; Ray Serve has no such bound, and the failover proxy passes bodies on
+as they come. Added to the app by app.py, behind the check of the key.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tc_ray.serving.errors import RequestError
+from tc_ray.serving.errors import RequestError, queue_full
+from tc_ray.serving.models.registry import ModelRegistry
 
 BODY_TIMEOUT_S = 30.0
 LINGER_S = 1.0
 LINGER_BYTES = 4 * 2**20
 """A refused body is read for this long and no further, so that a client that is still sending gets to read the response."""
+
+
+class Admission:
+    """ASGI middleware over the routes that make a model work."""
+
+    def __init__(self, app: ASGIApp, registry: ModelRegistry, max_key_requests: int) -> None:
+        self._app = app
+        self._registry = registry
+        self._max_key_requests = max_key_requests
+        self._running: Counter[bytes] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 429."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        key = scope.setdefault("state", {}).get("key", b"")
+        if self._registry.full:
+            await queue_full().answer(scope, receive, send)
+            return
+        if self._running[key] >= self._max_key_requests:
+            message = f"{self._max_key_requests} requests of this key are running; wait for one to end."
+            error = RequestError(message, status=429, code="key_limit", retry_after_s=1)
+            await error.answer(scope, receive, send)
+            return
+        self._running[key] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
 
 
 class BodyLimit:
