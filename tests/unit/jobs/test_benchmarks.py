@@ -43,18 +43,6 @@ def run(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
     return done.stdout, json.loads((folder / "out.json").read_text())
 
 
-def test_logging_overhead(tmp_path: Path) -> None:
-    printed, result = run("logging_overhead.py", tmp_path)
-    assert result["on_seconds"]["count"] == result["off_seconds"]["count"] == 3
-    ratio = result["on_seconds"]["median"] / result["off_seconds"]["median"]
-    assert result["ratio_of_medians"] == pytest.approx(ratio)
-    # bf16 states of every position but the last, 17 errors of 8 bytes per target token: the records were really written
-    tokens = result["tokens_per_round"]
-    assert result["log_bytes_per_round"] > (tokens - 4) * 32 * 2 + 4 * 6 * 17 * 8
-    for words in (result["machine"], "logging on", f"{ratio:.4f}", "median of pair ratios"):
-        assert words in printed
-
-
 @pytest.mark.parametrize(
     ("options", "least_bytes"),
     [
@@ -62,12 +50,17 @@ def test_logging_overhead(tmp_path: Path) -> None:
         (("--rationale", "1,3", "--error", "dense"), 23 * 2 * 32 * 2 + 6 * 258 * 4),
     ],
 )
-def test_logging_overhead_of_other_logs(tmp_path: Path, options: tuple[str, ...], least_bytes: int) -> None:
+def test_logging_overhead(tmp_path: Path, options: tuple[str, ...], least_bytes: int) -> None:
     """Of 4 sequences of 24 tokens, give or take a fifth, 6 of them targets; d 32, 4 layers, V 258."""
     printed, result = run("logging_overhead.py", tmp_path, *options)
+    assert result["on_seconds"]["count"] == result["off_seconds"]["count"] == 3
+    ratio = result["on_seconds"]["median"] / result["off_seconds"]["median"]
+    assert result["ratio_of_medians"] == pytest.approx(ratio)
+    # the records were really written
     assert result["log_bytes_per_round"] > 0.8 * 4 * least_bytes
     assert result["log_bytes_per_token"] == pytest.approx(result["log_bytes_per_round"] / 24 / 4, rel=0.2)
-    assert "B per token" in printed
+    for words in (result["machine"], "logging on", f"{ratio:.4f}", "median of pair ratios", "B per token"):
+        assert words in printed
 
 
 def test_copilot_workers(tmp_path: Path) -> None:
@@ -159,9 +152,9 @@ def test_log_throughput(tmp_path: Path) -> None:
 def test_log_memory(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    options = ["--minutes", "0.18", "--rounds-per-second", "20", "--folder", str(disk)]
+    options = ["--minutes", "0.1", "--rounds-per-second", "20", "--folder", str(disk)]
     printed, result = alone("log_memory.py", tmp_path, *options)
-    assert result["settings"] == {"minutes": 0.18, "rounds_per_second": 20, "slower": 10}
+    assert result["settings"] == {"minutes": 0.1, "rounds_per_second": 20, "slower": 10}
     for role in ("write", "read"):
         assert len(result["samples"][role]) >= 2 and result["last"][role] == result["samples"][role][-1]
         memory = result["memory"][role]
