@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from safetensors.torch import load_file
 
 from tc_ray.config.schema import RunConfig
@@ -18,17 +16,13 @@ from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import Killer, assert_log_is_exact, tiny_config
 
 ROUNDS = 6
 STEPS = 2 * ROUNDS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=3)
 
 
 def config_of(folder: Path, workers: int, **changes: Any) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,17 +18,13 @@ from tc_ray.mistakelog.rows.schema import LogSchemaError
 from tc_ray.mistakelog.table.errors import FencedError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.write.writer import RecordWriter
+from tests.support.local_ray import local_ray
 from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
 ROUNDS = 60
 ROWS = 3
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 def make_writer(folder: Path, ledger: object, rank: int, attempt: int) -> RecordWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,29 +31,20 @@ from tc_ray.serving.models.exports import check_tokenizer, find_export, weight_b
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tc_ray.tracking.tracker import Tracker
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 from tests.support.torn_files import torn, torn_forms
 
 ROUNDS = 10
 STEPS = 2 * ROUNDS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("job")
     return tiny_config(folder, tracking__enabled=True, tracking__uri=f"sqlite:///{folder}/mlflow.db")
-
-
-@pytest.fixture(scope="module")
-def result(config: RunConfig) -> JobResult:
-    return run_job(config)
 
 
 def test_everything_is_there(config: RunConfig, result: JobResult) -> None:

@@ -8,12 +8,10 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import pytest
-import ray
 from typer.testing import CliRunner
 
 from tc_ray.cli.main import app
@@ -25,6 +23,7 @@ from tc_ray.mistakelog.table.store import LogStore, StoredFile
 from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import tiny_config
 
 ROUNDS = 120
@@ -34,12 +33,7 @@ HELD_SECONDS = 30.0
 
 T = TypeVar("T")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 class Rot:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
@@ -16,6 +14,7 @@ from tc_ray.evaluation.heldout import read_held_out
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.models.fusion import FusedModel
 from tc_ray.run.job import JobError, JobResult, run_job
+from tests.support.local_ray import local_ray
 from tests.support.tiny_model import make_tokenizer
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
@@ -43,11 +42,7 @@ def make_tiny_t5(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +50,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("job")
     make_tiny_t5(folder / "model")
     return tiny_config(folder, log__positions="target", log__top_k=8, resources__pilot_workers=2)
-
-
-@pytest.fixture(scope="module")
-def result(config: RunConfig) -> JobResult:
-    return run_job(config)
 
 
 def test_the_log_holds_the_encoder_s_output(config: RunConfig, result: JobResult) -> None:

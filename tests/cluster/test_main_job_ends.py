@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from tc_ray.cluster.capacity import CapacityError
 from tc_ray.copilot.worker import CopilotWorker
@@ -20,16 +18,12 @@ from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models.exports import find_export
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import tiny_config
 
 ROUNDS = 4
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 def test_a_copilot_that_fails_for_good_leaves_the_pilots_result(

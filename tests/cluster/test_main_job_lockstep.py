@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import tiny_config
 
 ROUNDS = 60
 STEPS_PER_ROUND = 3
 LAM = 1.0
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 def run(folder: Path, schedule: str) -> tuple[float, np.ndarray]:

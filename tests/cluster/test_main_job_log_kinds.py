@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from tc_ray.config.schema import RunConfig
@@ -19,16 +17,12 @@ from tc_ray.mistakelog.rows.sampling import in_fraction
 from tc_ray.models.fusion import FusedModel
 from tc_ray.run.job import JobResult, run_job
 from tc_ray.tracking.points import read_points
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import tiny_config
 
 ROUNDS = 6
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=3)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +35,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "log__sampling_fraction": 0.5,
     }
     return tiny_config(tmp_path_factory.mktemp("job"), resources__pilot_workers=2, pilot__max_rounds=ROUNDS, **log)
-
-
-@pytest.fixture(scope="module")
-def result(config: RunConfig) -> JobResult:
-    return run_job(config)
 
 
 def points(config: RunConfig, kind: str) -> list[dict[str, Any]]:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.sequences import read_items
 from tc_ray.evaluation.heldout import read_held_out
 from tc_ray.run.evaluate import evaluate_run
-from tc_ray.run.job import JobResult, run_job
+from tc_ray.run.job import JobResult
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import tiny_config
 
 ITEMS_MODEL = Path(__file__).resolve().parents[2] / "tc_ray" / "recipes" / "models" / "t5-items"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=3)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +35,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         fusion__ranking={"cutoffs": [5, 10, 20], "history": "excluded"},
         fusion__max_test_rows=20,
     )
-
-
-@pytest.fixture(scope="module")
-def result(config: RunConfig) -> JobResult:
-    return run_job(config)
 
 
 def test_the_report_has_every_measure_for_both_models(config: RunConfig, result: JobResult) -> None:

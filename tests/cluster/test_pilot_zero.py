@@ -8,7 +8,6 @@ errors in the first digits (see the control).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.pilot.loop import PilotJob
 from tc_ray.pilot.trainer import fit_pilot
 from tc_ray.tracking.tracker import start_tracker
+from tests.support.local_ray import local_ray
 from tests.support.mistakelog_samples import metadata
 from tests.support.tiny_model import make_tokenizer
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
@@ -32,12 +32,7 @@ from tests.support.tiny_run import assert_log_is_exact, tiny_config
 ROUNDS = 4
 WORKERS = 2
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=4)
 
 
 class Runs:

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
-import ray
 
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import Killer, assert_log_is_exact, tiny_config
 
 ROUNDS = 240
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 def test_pilot_goes_on_and_copilot_resumes(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.write.writer import RecordWriter
+from tests.support.local_ray import local_ray
 from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
 ROWS = 3
@@ -31,12 +31,7 @@ SETTINGS = LogSection(
     orphan_seconds=3600,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 def batch(round: int, rank: int) -> Records:

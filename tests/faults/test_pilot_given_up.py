@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from tc_ray.pilot.checkpoint import latest_checkpoint
 from tc_ray.pilot.trainer import PilotError
 from tc_ray.run.job import run_job
 from tc_ray.tracking.statusfile import read_status
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import Killer, assert_log_is_exact, tiny_config
 
 ROUNDS = 60
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 @pytest.mark.slow

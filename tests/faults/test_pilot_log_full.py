@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder
@@ -26,18 +25,14 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.pilot.checkpoint import latest_checkpoint
 from tc_ray.run.job import run_job
 from tc_ray.tracking.statusfile import read_status
+from tests.support.local_ray import local_ray
 from tests.support.tiny_run import tiny_config
 
 ROUNDS = 60
 FULL_FROM = 6
 DISK_BYTES = 16 << 20
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+cluster = local_ray(cpus=2)
 
 
 @pytest.fixture
