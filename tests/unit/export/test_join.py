@@ -91,8 +91,9 @@ def test_fused_folder_is_pilot_and_copilot_joined(family: str, base: str, tmp_pa
     assert not torch.equal(logits, fused(**batch(fused), logits_to_keep=4, lam=0.0).logits), "no correction at all"
 
 
-@pytest.mark.parametrize("base", ["pilot", "narrow"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "base"), [("llama3", "pilot"), ("qwen2", "narrow"), ("gemma3", "pilot"), ("flan_t5", "narrow")]
+)
 def test_vocabularies_of_other_sizes_are_aligned_by_token_id(family: str, base: str, tmp_path: Path) -> None:
     """A Pilot padded to 270 tokens and the same one of 258, with a Copilot made for 258 and one made for 270."""
     small = make_pilot(family, tmp_path / "small", seed=7)
