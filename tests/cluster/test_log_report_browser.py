@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from tc_ray.inspection.report import write_report
 from tc_ray.inspection.samples import find_visits
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
-from tests.support.browser import Browser, find_chromium
+from tests.support.browser import Browser, find_chromium, fresh_browser
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.tiny_model import make_tokenizer
 
@@ -48,11 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
-    with Browser(CHROMIUM) as opened:
-        yield opened
+browser = fresh_browser()
 
 
 @pytest.mark.parametrize("name", ["report.html", "samples.html"])

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-import ray
 
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.run.job import run_job
-from tests.support.object_store import new_log_uri, object_store
+from tests.support.local_ray import local_ray
+from tests.support.object_store import new_log_uri, store_options
 from tests.support.tiny_run import Killer, assert_log_is_exact, tiny_config
 
 ROUNDS = 60
 
 
-@pytest.fixture(scope="module")
-def options() -> Iterator[dict[str, str]]:
-    with object_store() as found:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield found
-        ray.shutdown()
+options, cluster = store_options(), local_ray(cpus=2)
 
 
 def test_the_job_ends_and_the_log_is_exact(tmp_path: Path, options: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ from tc_ray.pilot.loop import PilotJob
 from tc_ray.pilot.trainer import fit_pilot
 from tc_ray.tracking.tracker import start_tracker
 from tests.support.local_ray import local_ray
-from tests.support.mistakelog_samples import metadata
+from tests.support.mistakelog_samples import in_order, metadata
 from tests.support.tiny_model import make_tokenizer
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
@@ -65,7 +65,7 @@ class Runs:
         records = MistakeLog(run / "log").records()
         assert set(records.rank.tolist()) == set(range(workers))
         model = AutoModelForCausalLM.from_pretrained(run / "pilot" / "final", dtype=torch.float32)
-        return records.select(np.lexsort((records.sample_id, records.round))), model.state_dict()
+        return in_order(records), model.state_dict()
 
 
 @pytest.fixture(scope="module")

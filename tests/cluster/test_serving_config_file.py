@@ -15,7 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 from safetensors.torch import load_file, save_file
 
 from tc_ray.export.check import copilot_version
-from tests.support.serving_cluster import free_port, local_ray, replica_pids, soon
+from tests.support.ports import free_port
+from tests.support.serving_cluster import local_ray, replica_pids, soon
 from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[2]

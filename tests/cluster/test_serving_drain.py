@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.serving_cluster import PROMPT, Stream, free_port, processes_under, runs, soon
+from tests.support.ports import free_port
+from tests.support.serving_cluster import PROMPT, Stream, processes_under, runs, soon
 from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,8 +22,9 @@ from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.deploy.launch import Server, start_server
 from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
+from tests.support.ports import free_port
 from tests.support.raw_http import PIECE_BYTES, chunked, exchange
-from tests.support.serving_cluster import PROMPT, free_port, metric, replica_pids, server_of, soon
+from tests.support.serving_cluster import PROMPT, metric, replica_pids, server_of, soon
 from tests.support.serving_process import forget_peak, memory_bytes
 from tests.support.serving_samples import make_export
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.browser import Browser, find_chromium
+from tests.support.browser import Browser, find_chromium, fresh_browser
 from tests.support.serving_process import ServingProcess
 from tests.support.serving_samples import make_export
+from tests.support.waiting import until
 
 CHROMIUM = find_chromium()
 KEY = "a key with two words"
@@ -39,14 +40,10 @@ def server(export: Path) -> Iterator[ServingProcess]:
         yield server
 
 
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
-    with Browser(CHROMIUM) as opened:
-        yield opened
+browser = fresh_browser()
 
 
-def until(browser: Browser, condition: str, seconds: float = 60) -> None:
+def until_page(browser: Browser, condition: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not browser.evaluate(condition):
         assert time.monotonic() < end, f"never true: {condition}"
@@ -56,7 +53,7 @@ def until(browser: Browser, condition: str, seconds: float = 60) -> None:
 def show(browser: Browser, server: ServingProcess, **options: Any) -> None:
     """Open the page and wait for its list of models."""
     browser.open(f"{server.address}/", **options)
-    until(browser, "document.getElementById('model').options.length > 0")
+    until_page(browser, "document.getElementById('model').options.length > 0")
 
 
 def fill(browser: Browser, name: str, value: str) -> None:
@@ -75,7 +72,7 @@ def choose(browser: Browser, name: str, value: str) -> None:
 def answer(browser: Browser) -> None:
     """Press the button and wait until both columns have ended."""
     browser.evaluate("document.getElementById('go').click()")
-    until(browser, "!document.getElementById('go').disabled")
+    until_page(browser, "!document.getElementById('go').disabled")
 
 
 def column(browser: Browser, name: str) -> str:
@@ -149,7 +146,7 @@ def test_the_tip_tells_a_token_to_pointer_and_keys(server: ServingProcess, brows
         " const b = u.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()"
     )
     browser.move(x, y)
-    until(browser, "!document.getElementById('tip').hidden")
+    until_page(browser, "!document.getElementById('tip').hidden")
     figures = browser.evaluate("[...document.querySelectorAll('#tip dd')].map(d => d.textContent)")
     [token] = [t for t in tokens if t["token"] == text and f"{t['moved']:.4f}" == figures[4]][:1]
     assert figures[0] == f"“{text.replace(' ', '␣')}”"
@@ -173,25 +170,18 @@ def test_a_stopped_answer_is_stopped_in_the_server_too(server: ServingProcess, b
     fill(browser, "prompt", PROMPT)
     fill(browser, "max-tokens", "2000")
     browser.press("Enter", ctrl=True)
-    until(browser, "document.querySelectorAll('#fused .unit').length > 5")
+    until_page(browser, "document.querySelectorAll('#fused .unit').length > 5")
     browser.evaluate("document.getElementById('stop').click()") if how == "button" else browser.press("Escape")
-    until(browser, "document.getElementById('status').textContent === 'Stopped.'")
+    until_page(browser, "document.getElementById('status').textContent === 'Stopped.'")
     assert "stopped" in browser.evaluate("document.querySelector('#fused .facts').textContent")
     assert browser.evaluate("document.querySelectorAll('#fused .unit').length") < 1900
-    eventually(lambda: running(server) == 0)
+    until(lambda: running(server) == 0)
 
 
 def running(server: ServingProcess) -> float:
     """Sequences in the engine's batch."""
     with urlopen(f"{server.address}/running") as response:
         return float(response.read())
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_refusals_and_a_dead_server_are_said(export: Path, browser: Browser) -> None:
@@ -205,9 +195,9 @@ def test_refusals_and_a_dead_server_are_said(export: Path, browser: Browser) -> 
             assert "max_tokens" in trouble and "2048" in trouble
         fill(browser, "max-tokens", "2000")
         browser.evaluate("document.getElementById('go').click()")
-        until(browser, "document.querySelectorAll('#fused .unit').length > 5")
+        until_page(browser, "document.querySelectorAll('#fused .unit').length > 5")
         server.process.kill()
-        until(browser, "!document.getElementById('go').disabled")
+        until_page(browser, "!document.getElementById('go').disabled")
         for name in ("pilot", "fused"):
             assert "not complete" in browser.evaluate(f"document.querySelector('#{name} .trouble').textContent")
         assert browser.evaluate("document.getElementById('status').textContent") == "Not complete."
@@ -219,14 +209,14 @@ def test_with_a_key_the_page_asks_for_it_and_keeps_it_in_the_tab_only(export: Pa
     with ServingProcess(export, key=KEY) as server:
         browser.sign_in("anyone", KEY)
         browser.open(f"{server.address}/")
-        until(browser, "!document.getElementById('trouble').hidden")
+        until_page(browser, "!document.getElementById('trouble').hidden")
         assert browser.asked_for_account > 0
         assert "asks for a key" in browser.evaluate("document.getElementById('trouble').textContent")
         for given, hidden in (("wrong", False), (KEY, True)):
             fill(browser, "key", given)
             browser.evaluate("document.getElementById('key').dispatchEvent(new Event('change'))")
-            until(browser, f"document.getElementById('trouble').hidden === {json.dumps(hidden)}")
-        until(browser, "document.getElementById('model').options.length > 0")
+            until_page(browser, f"document.getElementById('trouble').hidden === {json.dumps(hidden)}")
+        until_page(browser, "document.getElementById('model').options.length > 0")
         fill(browser, "prompt", PROMPT)
         fill(browser, "max-tokens", "10")
         answer(browser)

@@ -39,7 +39,7 @@ from tests.support.crash_session import (
     Outcome,
     batch,
 )
-from tests.support.mistakelog_samples import assert_same
+from tests.support.mistakelog_samples import assert_same, in_order
 
 NAMES = {KILL: "kill", TORN: "torn", POWER: "power", DATA: "data"}
 FAST_POINTS = 4
@@ -90,7 +90,7 @@ def read(folder: Path) -> Records | None:
     finally:
         log.close()
     assert len(np.unique(np.stack([records.round, records.sample_id]), axis=1).T) == len(records), "a row twice"
-    return records.select(np.lexsort((records.sample_id, records.round)))
+    return in_order(records)
 
 
 def assert_rounds(records: Records, last: int) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,34 +18,21 @@ from tc_ray.pilot.checkpoint import latest_checkpoint
 from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
+from tests.support.driver import alive, start_driver
+from tests.support.mistakelog_samples import in_order
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 ROUNDS = 60
-REPOSITORY = Path(__file__).parents[2]
+SETTINGS = {"pilot__max_rounds": ROUNDS}
 
 
 def config_of(folder: Path) -> RunConfig:
-    return tiny_config(folder, pilot__max_rounds=ROUNDS)
-
-
-def alive(pid: int) -> bool:
-    try:
-        # a zombie that nobody has waited for yet is dead
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return tiny_config(folder, **SETTINGS)
 
 
 def killed_in_mid_run(folder: Path) -> int:
     """Start the run in a process of its own, kill that after a checkpoint; returns the round reached."""
-    log = (folder / "driver.log").open("wb")
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.test_driver_killed", str(folder)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
+    driver = start_driver(folder, **SETTINGS)
     run = config_of(folder).run.path
     end = time.monotonic() + 150
     try:
@@ -115,7 +99,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     killed, straight = (
         MistakeLog(config_of(tmp_path / name).run.path / "log").records() for name in ("killed", "straight")
     )
-    killed, straight = (r.select(np.lexsort((r.sample_id, r.round))) for r in (killed, straight))
+    killed, straight = map(in_order, (killed, straight))
     for field in ("round", "sample_id", "seen", "input_ids", "rationale", "error_ids", "error_values", "token_loss"):
         np.testing.assert_array_equal(getattr(killed, field), getattr(straight, field), err_msg=field)
     from transformers import AutoModelForCausalLM
@@ -125,7 +109,3 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         for name in ("killed", "straight")
     )
     assert all(torch.equal(one[key], other[key]) for key in other)
-
-
-if __name__ == "__main__":
-    run_job(config_of(Path(sys.argv[1])))

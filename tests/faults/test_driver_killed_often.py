@@ -4,11 +4,8 @@ row for row that of a run that nobody killed."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,17 +15,17 @@ import ray
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.read.reader import MistakeLog
-from tc_ray.mistakelog.rows.records import Records
 from tc_ray.pilot.checkpoint import latest_checkpoint
 from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
-from tests.faults.test_driver_killed import alive
+from tests.support.driver import alive, start_driver
+from tests.support.mistakelog_samples import in_order
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 # on a fast machine some forty pass between two looks at the figures
 ROUNDS = 1200
-REPOSITORY = Path(__file__).parents[2]
+SETTINGS = {"pilot__epochs": 150, "pilot__max_rounds": ROUNDS, "copilot__steps_per_round": 1}
 FIELDS = (
     "round",
     "sample_id",
@@ -43,26 +40,12 @@ FIELDS = (
 
 
 def config_of(folder: Path) -> RunConfig:
-    return tiny_config(folder, pilot__epochs=150, pilot__max_rounds=ROUNDS, copilot__steps_per_round=1)
+    return tiny_config(folder, **SETTINGS)
 
 
 def rounds_done(run: Path) -> int:
     points = run / "metrics.jsonl"
     return max((p["round"] for p in read_points(points) if p["kind"] == "pilot"), default=0) if points.exists() else 0
-
-
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.test_driver_killed_often", str(folder)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=(folder / "driver.log").open("wb"),
-        stderr=subprocess.STDOUT,
-    )
-
-
-def in_order(records: Records) -> Records:
-    return records.select(np.lexsort((records.sample_id, records.round)))
 
 
 @pytest.mark.slow
@@ -81,7 +64,7 @@ def test_the_log_is_that_of_a_run_without_kills(tmp_path: Path, kills: int, same
         # in start-up, in training, at a checkpoint: wherever that moment falls
         target = 33 if same_place else watermark + dice.randint(1, 9)
         delay = 0.0 if same_place else dice.uniform(0.0, 0.3)
-        driver = start(tmp_path / "killed")
+        driver = start_driver(tmp_path / "killed", **SETTINGS)
         began = time.monotonic()
         try:
             while rounds_done(run) < target or (same_place and before >= target and _attempts(run) <= kill):
@@ -131,7 +114,3 @@ def test_the_log_is_that_of_a_run_without_kills(tmp_path: Path, kills: int, same
 def _attempts(run: Path) -> int:
     with MistakeLog(run / "log") as log:
         return max(log.arrow(columns=["attempt"])["attempt"].to_pylist(), default=0)
-
-
-if __name__ == "__main__":
-    run_job(config_of(Path(sys.argv[1])))

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
-import pytest
-
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
@@ -19,16 +14,13 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tests.support.mistakelog_samples import assert_same, metadata, random_records
-from tests.support.object_store import new_log_uri, object_store
+from tests.support.mistakelog_samples import assert_same, in_order, metadata, random_records
+from tests.support.object_store import new_log_uri, store_options
 
 ROUNDS, ROWS = 20, 3
 
 
-@pytest.fixture(scope="module")
-def options() -> Iterator[dict[str, str]]:
-    with object_store() as found:
-        yield found
+options = store_options()
 
 
 def batch(round: int) -> Records:
@@ -59,8 +51,7 @@ def written(place: Location, limits: LogSection | None = None) -> Ledger:
 def assert_whole(log: MistakeLog, first: int = 1) -> None:
     records = log.records()
     assert not log.bad_files
-    ordered = records.select(np.lexsort((records.sample_id, records.round)))
-    assert_same(ordered, Records.concat([batch(n) for n in range(first, ROUNDS + 1)]))
+    assert_same(in_order(records), Records.concat([batch(n) for n in range(first, ROUNDS + 1)]))
 
 
 def data_files(place: Location) -> set[str]:

@@ -22,7 +22,7 @@ from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tests.support.mistakelog_samples import assert_same, metadata, random_records
+from tests.support.mistakelog_samples import assert_same, in_order, metadata, random_records
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = 400
@@ -153,7 +153,7 @@ def test_four_readers_and_a_cap(tmp_path: Path, seconds: float) -> None:
     log = MistakeLog(folder)
     kept = log.records()
     assert_same(
-        kept.select(np.lexsort((kept.sample_id, kept.round))),
+        in_order(kept),
         Records.concat([batch(n) for n in range(int(kept.round.min()), number + 1)]),
     )
     assert 1 < kept.round.min() <= number - BUFFER

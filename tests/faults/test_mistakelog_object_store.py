@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +28,13 @@ from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import assert_same, metadata, random_records
-from tests.support.object_store import new_log_uri, object_store
+from tests.support.object_store import new_log_uri, store_options
 
 ROUNDS, ROWS, CHECKPOINT_EVERY = 60, 4, 5
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def options() -> Iterator[dict[str, str]]:
-    with object_store() as found:
-        yield found
+options = store_options()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tests.support.mistakelog_samples import assert_same, metadata, random_records
+from tests.support.mistakelog_samples import assert_same, in_order, metadata, random_records
 
 ROWS = 4
 CHECKPOINT_EVERY = 5
@@ -153,7 +153,7 @@ def test_no_committed_row_is_lost_doubled_or_torn(tmp_path: Path, kills: int) ->
     slow = [seconds for seconds in restarts if seconds > RESTART_SECONDS]
     assert len(slow) <= len(restarts) // 100, f"restarts of more than {RESTART_SECONDS} s: {slow}"
     got = MistakeLog(folder).records()
-    got = got.select(np.lexsort((got.sample_id, got.round)))
+    got = in_order(got)
     assert got.round.tolist() == [number for number in range(1, rounds + 1) for _ in range(ROWS)]
     assert got.sample_id.tolist() == [10 * number + i for number in range(1, rounds + 1) for i in range(ROWS)]
     assert len(set(got.attempt.tolist())) > 2, "the kills left no trace"

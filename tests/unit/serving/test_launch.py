@@ -20,6 +20,7 @@ from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models.exports import find_export, model_name, named_models, weight_bytes
 from tests.support.command_line import tc_ray, tc_ray_process
+from tests.support.ports import free_port
 from tests.support.serving_samples import make_export
 
 
@@ -219,12 +220,6 @@ def size_of(weights: Path) -> int:
 
     with safe_open(weights, "pt") as file:
         return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_the_failover_proxy_is_where_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
