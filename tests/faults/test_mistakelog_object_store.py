@@ -86,37 +86,6 @@ def test_two_committers_are_noticed(place: Location) -> None:
         RunLease.take(place, "run second")
 
 
-def test_the_dataset_reads_a_pinned_version_in_other_processes(place: Location) -> None:
-    import ray
-
-    ledger = Ledger(place, writers=1, run="test")
-    writer = RecordWriter(
-        place,
-        ledger.commit,
-        LogSection(flush_rounds=1, file_bytes=2**30, queue_rounds=4),
-        run="test",
-        rank=0,
-        attempt=ledger.begin_attempt(0, 1),
-    )
-    for number in range(1, 5):
-        writer.put(batch(number, 1), number)
-        writer.end_round(number)
-    writer.flush(4)
-    with MistakeLog(place) as log:
-        writer.put(batch(5, 1), 5)
-        writer.end_round(5)
-        writer.close()
-        assert MistakeLog(place).version > log.version
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-        try:
-            rows = log.dataset(rounds=(2, 9), columns=["round", "sample_id"]).take_all()
-        finally:
-            ray.shutdown()
-    assert sorted((row["round"], row["sample_id"]) for row in rows) == [
-        (number, 10 * number + i) for number in range(2, 5) for i in range(ROWS)
-    ]
-
-
 def pilot(uri: str, checkpoint: Path, options: dict[str, str]) -> None:
     """Runs in the killed process: Ledger, writer and a checkpoint file that holds the watermark, like a Pilot."""
     place = Location(uri, options)
