@@ -33,7 +33,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = 64 << 20
 ROWS = 40
 FILLED, FREED, END = 30, 60, 120

@@ -24,7 +24,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import assert_same, in_order, metadata, random_records
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = 400
 CAP = 12 << 20
 GRACE = 1.0

@@ -31,7 +31,7 @@ from tests.support.mistakelog_samples import assert_same, metadata, random_recor
 from tests.support.object_store import new_log_uri, store_options
 
 ROUNDS, ROWS, CHECKPOINT_EVERY = 60, 4, 5
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 options = store_options()
