@@ -31,17 +31,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## the main job on generated data: train, choose lambda, evaluate, export
 	$(BIN)/tc-ray train $(RECIPE)
 
-# Unit tests run in two processes. A test that starts Ray wants all cores, so those of cluster/ and faults/ run alone.
-UNIT := $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
-RAY := $(BIN)/python -m pytest tests/cluster tests/faults
+# Tests without Ray run in two processes. A test that starts Ray wants all cores, so those tests run one after the other.
+WITHOUT_RAY := $(BIN)/python -m pytest tests/unit tests/faults/mistakelog -n 2 --dist loadfile
+WITH_RAY := $(BIN)/python -m pytest tests/cluster tests/faults --ignore tests/faults/mistakelog
 
 test: install  ## unit, cluster and fault tests that take seconds
-	$(UNIT)
-	$(RAY)
+	$(WITHOUT_RAY)
+	$(WITH_RAY)
 
 test-slow: install  ## everything that needs no GPU
-	$(UNIT) -m 'not gpu'
-	$(RAY) -m 'not gpu'
+	$(WITHOUT_RAY) -m 'not gpu'
+	$(WITH_RAY) -m 'not gpu'
 
 test-gpu: install  ## what needs a CUDA device (copies of records, the recorder, losses, the serving engine)
 	$(BIN)/python -m pytest -m gpu

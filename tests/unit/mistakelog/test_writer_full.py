@@ -1,7 +1,7 @@
 """RecordWriter while the log cannot be written: both policies, exact counts, and recovery by itself.
 
 Failures are put in where they come from: at the file's `write`, or in the answer of the Ledger. A real full disk is in
-tests/faults/test_disk_full.py.
+tests/faults/mistakelog/test_disk_full.py.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import yaml
 from tc_ray.models.builtin import default_cache
 from tests.support.tiny_model import make_tiny_llama
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BIN = Path(sys.executable).parent
 ROWS, HELD_OUT, BATCH = 96, 16, 8
 START_SECONDS, STOP_SECONDS, JOB_SECONDS, DEMO_SECONDS = 120, 20, 420, 1500

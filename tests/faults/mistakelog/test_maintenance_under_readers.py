@@ -24,7 +24,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import assert_same, in_order, metadata, random_records
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 ROWS = 400
 CAP = 12 << 20
 GRACE = 1.0
@@ -112,7 +112,7 @@ def test_four_readers_and_a_cap(tmp_path: Path, seconds: float) -> None:
     )
     readers = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.test_maintenance_under_readers", str(folder), str(number)],
+            [sys.executable, "-m", "tests.faults.mistakelog.test_maintenance_under_readers", str(folder), str(number)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ from tc_ray.tracking.tracker import start_tracker
 from tests.support.serving_cluster import PROMPT, prometheus, server_of, soon
 from tests.support.serving_samples import make_export
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def queries(node: Any) -> Iterator[str]:

@@ -33,7 +33,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import assert_same, metadata, random_records
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SIZE = 64 << 20
 ROWS = 40
 FILLED, FREED, END = 30, 60, 120
@@ -61,7 +61,9 @@ def pilot(root: Path, policy: str) -> None:
         attempt=attempt,
     )
     watching = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.test_disk_full", str(root), "watch"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.faults.mistakelog.test_disk_full", str(root), "watch"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert watching.stdout is not None and watching.stdout.readline() == "ready\n"
     ballast = root / "ballast"
@@ -228,7 +230,7 @@ def root(tmp_path: Path) -> Path:
 def report_of(what: str, root: Path, copy: Path) -> dict[str, Any]:
     """What a run on a small disk of its own has printed."""
     run = subprocess.run(
-        mounted([sys.executable, "-m", "tests.faults.test_disk_full", str(root), what], root),
+        mounted([sys.executable, "-m", "tests.faults.mistakelog.test_disk_full", str(root), what], root),
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COPY_TO": str(copy)},
         capture_output=True,

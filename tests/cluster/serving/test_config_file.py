@@ -19,7 +19,7 @@ from tests.support.ports import free_port
 from tests.support.serving_cluster import local_ray, replica_pids, soon
 from tests.support.serving_samples import make_export
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KEY = {"Authorization": "Bearer k"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -31,7 +31,7 @@ ROWS = 4
 CHECKPOINT_EVERY = 5
 ENDLESS = 1_000_000
 RESTART_SECONDS = 2.0
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SETTINGS = LogSection(
     file_bytes=1 << 20,
     vacuum_grace_seconds=1.0,
@@ -116,7 +116,7 @@ def test_no_committed_row_is_lost_doubled_or_torn(tmp_path: Path, kills: int) ->
         if killed == kills:
             rounds = Ledger(folder, writers=1, run="test").state().round + 40
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.test_mistakelog_writer_killed", str(folder), str(rounds)],
+            [sys.executable, "-m", "tests.faults.mistakelog.test_writer_killed", str(folder), str(rounds)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

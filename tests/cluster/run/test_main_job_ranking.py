@@ -15,7 +15,7 @@ from tc_ray.run.job import JobResult
 from tests.support.local_ray import local_ray
 from tests.support.tiny_run import tiny_config
 
-ITEMS_MODEL = Path(__file__).resolve().parents[2] / "tc_ray" / "recipes" / "models" / "t5-items"
+ITEMS_MODEL = Path(__file__).resolve().parents[3] / "tc_ray" / "recipes" / "models" / "t5-items"
 
 cluster = local_ray(cpus=3)
 

@@ -23,7 +23,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.run.job import run_job
 from tests.support.tiny_run import tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SECRETS = {
     "option on the command line": "Tr0ub4dor-optn",
     "option in the recipe": "Tr0ub4dor-rcpe",

@@ -19,7 +19,7 @@ from tc_ray.tracking.statusfile import read_status
 from tests.support.serving_cluster import processes_under, runs, soon
 from tests.support.tiny_run import tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 JOIN = """
 import ray
 from tc_ray.config.schema import RunConfig

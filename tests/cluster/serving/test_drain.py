@@ -18,7 +18,7 @@ from tests.support.ports import free_port
 from tests.support.serving_cluster import PROMPT, Stream, processes_under, runs, soon
 from tests.support.serving_samples import make_export
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOKENS = 1200
 """They take some seconds."""
 START_S = 150.0

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.deploy.launch import Server
-from tests.faults.test_serving_replica_killed import cases
+from tests.faults.serving.test_replica_killed import cases
 from tests.support.serving_cluster import PROMPT, metric, replica_pids, server_of, soon
 from tests.support.serving_load import Outcome, outcomes_of, start_load
 from tests.support.serving_samples import make_export

@@ -28,7 +28,7 @@ from tc_ray.run.job import run_job
 from tests.support.tiny_model import make_tiny_llama
 from tests.support.tiny_run import tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROUNDS = 6
 
 

@@ -21,7 +21,7 @@ from tc_ray.tracking.statusfile import read_status
 from tests.support.tiny_run import tiny_config
 
 ROUNDS = 2000
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 DRIVER = """
 import sys
 from pathlib import Path

@@ -50,7 +50,7 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashes]:
     folder = tmp_path_factory.mktemp("shim")
     compiler = shutil.which("gcc") or shutil.which("cc")
     assert compiler is not None, "a C compiler is needed: crash_points.c is built for the test"
-    source = Path(__file__).resolve().parents[2] / "tests" / "support" / "crash_points.c"
+    source = Path(__file__).resolve().parents[3] / "tests" / "support" / "crash_points.c"
     subprocess.run(
         [compiler, "-Wall", "-O1", "-shared", "-fPIC", "-o", folder / "crash.so", source, "-pthread"], check=True
     )

@@ -31,7 +31,7 @@ from tests.support.mistakelog_samples import assert_same, metadata, random_recor
 from tests.support.object_store import new_log_uri, store_options
 
 ROUNDS, ROWS, CHECKPOINT_EVERY = 60, 4, 5
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 options = store_options()
@@ -137,7 +137,7 @@ def test_killed_in_the_middle_nothing_is_lost_doubled_or_torn(
 
     for kill in range(kills + 1):
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.test_mistakelog_object_store", place.uri, str(checkpoint)],
+            [sys.executable, "-m", "tests.faults.mistakelog.test_object_store", place.uri, str(checkpoint)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1", "STORAGE_OPTIONS": json.dumps(options)},
             stdout=subprocess.PIPE,
