@@ -31,11 +31,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## the main job on generated data: train, choose lambda, evaluate, export
 	$(BIN)/tc-ray train $(RECIPE)
 
+# Tests without Ray run in two processes. A test that starts Ray wants all cores, so those tests run one after the other.
+WITHOUT_RAY := $(BIN)/python -m pytest tests/unit tests/faults/mistakelog -n 2 --dist loadfile
+WITH_RAY := $(BIN)/python -m pytest tests/cluster tests/faults --ignore tests/faults/mistakelog
+
 test: install  ## unit, cluster and fault tests that take seconds
-	$(BIN)/python -m pytest
+	$(WITHOUT_RAY)
+	$(WITH_RAY)
 
 test-slow: install  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(WITHOUT_RAY) -m 'not gpu'
+	$(WITH_RAY) -m 'not gpu'
 
 test-gpu: install  ## what needs a CUDA device (copies of records, the recorder, losses, the serving engine)
 	$(BIN)/python -m pytest -m gpu

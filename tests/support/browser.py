@@ -11,8 +11,11 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 FLAGS = [
     "--headless",
@@ -170,3 +173,16 @@ class Browser:
     def screenshot(self) -> bytes:
         """PNG of what is in the window."""
         return base64.b64decode(self.call("Page.captureScreenshot")["data"])
+
+
+def fresh_browser() -> Any:
+    """A fixture: a browser of its own for each test. Tests that use it are skipped where there is none."""
+
+    @pytest.fixture
+    def browser() -> Iterator[Browser]:
+        chromium = find_chromium()
+        assert chromium is not None
+        with Browser(chromium) as opened:
+            yield opened
+
+    return browser

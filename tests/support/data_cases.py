@@ -1,7 +1,7 @@
 """Inputs that went wrong for users of this and other tools, as small files made here; `CASES` says what is right for each.
 
 Each writes its data below a folder and returns what `data.train` names. Used by tests/unit/data/test_cases.py, in this
-process, and by tests/cluster/test_data_prepare.py, in Ray's tasks.
+process, and by tests/cluster/data/test_prepare.py, in Ray's tasks.
 """
 
 from __future__ import annotations

@@ -82,6 +82,11 @@ def random_records(
     )
 
 
+def in_order(records: Records) -> Records:
+    """The same rows, sorted by round and sample."""
+    return records.select(np.lexsort((records.sample_id, records.round)))
+
+
 def assert_same(left: Records, right: Records) -> None:
     """Equal in every array, bit for bit."""
     for field in dataclasses.fields(Records):

@@ -9,12 +9,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import pytest
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.support.ports import free_port
 
 
 @contextmanager
@@ -61,3 +60,14 @@ def new_log_uri(options: dict[str, str]) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=bucket)
     return f"s3://{bucket}/runs/one/log"
+
+
+def store_options() -> Any:
+    """A module's fixture `options`: the storage options that reach an object store of its own."""
+
+    @pytest.fixture(scope="module")
+    def options() -> Iterator[dict[str, str]]:
+        with object_store() as found:
+            yield found
+
+    return options

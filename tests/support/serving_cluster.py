@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,16 +24,10 @@ from tc_ray.serving.deploy.launch import (
     start_server,
 )
 from tc_ray.serving.deploy.settings import command_settings
+from tests.support.ports import free_port
 
 PROMPT = "Tom has 3 apples"
 _metrics_port = 0
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,7 @@ ROOMS = {
 """Every room (folder with modules) and the rooms that it imports: no other, and each of them is used."""
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file of every module of the package."""
     found = {}
@@ -169,6 +171,7 @@ def imports(tree: ast.Module, all_modules: set[str], at_import_time: bool) -> It
                     yield inner if inner in all_modules else str(node.module)
 
 
+@cache
 def graph(at_import_time: bool) -> dict[str, set[str]]:
     found = modules()
     names = set(found)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, messages."""
+"""The command line as a user meets it: exit codes and messages, twice from a process of its own."""
 
 from __future__ import annotations
 
@@ -17,22 +17,9 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.table.errors import LogFullError
 from tc_ray.tracking.statusfile import NoRunError
 from tc_ray.tracking.tracker import Tracker
+from tests.support.command_line import tc_ray, tc_ray_process
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def tc_ray(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tc_ray.cli.main", *map(str, arguments)]
-    path = {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command,
-        check=False,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **path, **environment},
-    )
 
 
 @pytest.fixture
@@ -52,7 +39,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def test_status_shows_the_run(run_folder: Path) -> None:
-    result = tc_ray("status", run_folder)
+    result = tc_ray_process("status", run_folder)
     assert result.returncode == 0, result.stderr
     for text in (
         "trial",
@@ -104,7 +91,7 @@ def test_errors_are_one_message_and_exit_code_2(arguments: tuple[str, ...], word
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = tc_ray("status", "nowhere", TC_RAY_DEBUG="1")
+    result = tc_ray_process("status", "nowhere", TC_RAY_DEBUG="1")
     assert result.returncode != 0 and "Traceback" in result.stderr
 
 

@@ -1,4 +1,4 @@
-"""Unit tests of the data encode in this process; tests/cluster/test_data_prepare.py does it in Ray's tasks."""
+"""Unit tests of the data encode in this process; tests/cluster/data/test_prepare.py does it in Ray's tasks."""
 
 from __future__ import annotations
 

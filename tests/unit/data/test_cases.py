@@ -1,6 +1,6 @@
 """Odd inputs through the whole preparation: used, quarantined with their place, counted, or refused in one clear message.
 
-Ray's tasks are replaced by a loop in this process; tests/cluster/test_data_prepare.py runs some of the cases in Ray.
+Ray's tasks are replaced by a loop in this process; tests/cluster/data/test_prepare.py runs some of the cases in Ray.
 """
 
 from __future__ import annotations

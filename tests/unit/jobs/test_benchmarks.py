@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from tests.support.tiny_model import make_tiny_llama
 
@@ -17,42 +22,8 @@ SCRIPTS = Path(__file__).resolve().parents[3] / "jobs" / "benchmarks"
 
 def run(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
     model = make_tiny_llama(folder / "tiny")
-    common = [
-        "--model",
-        str(model),
-        "--rounds",
-        "3",
-        "--batch-size",
-        "4",
-        "--tokens",
-        "24",
-        "--targets",
-        "6",
-        "--dtype",
-        "fp32",
-    ]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *common, "--json", str(folder / "out.json"), *options],
-        check=False,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((folder / "out.json").read_text())
-
-
-def test_logging_overhead(tmp_path: Path) -> None:
-    printed, result = run("logging_overhead.py", tmp_path)
-    assert result["on_seconds"]["count"] == result["off_seconds"]["count"] == 3
-    ratio = result["on_seconds"]["median"] / result["off_seconds"]["median"]
-    assert result["ratio_of_medians"] == pytest.approx(ratio)
-    # bf16 states of every position but the last, 17 errors of 8 bytes per target token: the records were really written
-    tokens = result["tokens_per_round"]
-    assert result["log_bytes_per_round"] > (tokens - 4) * 32 * 2 + 4 * 6 * 17 * 8
-    for words in (result["machine"], "logging on", f"{ratio:.4f}", "median of pair ratios"):
-        assert words in printed
+    common = ["--model", str(model), "--rounds", "3", "--batch-size", "4", "--tokens", "24", "--targets", "6"]
+    return in_this_process(script, folder, *common, "--dtype", "fp32", *options)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +33,17 @@ def test_logging_overhead(tmp_path: Path) -> None:
         (("--rationale", "1,3", "--error", "dense"), 23 * 2 * 32 * 2 + 6 * 258 * 4),
     ],
 )
-def test_logging_overhead_of_other_logs(tmp_path: Path, options: tuple[str, ...], least_bytes: int) -> None:
+def test_logging_overhead(tmp_path: Path, options: tuple[str, ...], least_bytes: int) -> None:
     """Of 4 sequences of 24 tokens, give or take a fifth, 6 of them targets; d 32, 4 layers, V 258."""
     printed, result = run("logging_overhead.py", tmp_path, *options)
+    assert result["on_seconds"]["count"] == result["off_seconds"]["count"] == 3
+    ratio = result["on_seconds"]["median"] / result["off_seconds"]["median"]
+    assert result["ratio_of_medians"] == pytest.approx(ratio)
+    # the records were really written
     assert result["log_bytes_per_round"] > 0.8 * 4 * least_bytes
     assert result["log_bytes_per_token"] == pytest.approx(result["log_bytes_per_round"] / 24 / 4, rel=0.2)
-    assert "B per token" in printed
+    for words in (result["machine"], "logging on", f"{ratio:.4f}", "median of pair ratios", "B per token"):
+        assert words in printed
 
 
 def test_copilot_workers(tmp_path: Path) -> None:
@@ -78,10 +54,23 @@ def test_copilot_workers(tmp_path: Path) -> None:
     assert rows["flattened"]["ratio_to_flattened"] == 1.0 and f"{result['parameters']:,} trained numbers" in printed
 
 
-def measure(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
-    """An inference benchmark on a Llama of random weights with a narrower Copilot."""
-    size = ["--hidden", "64", "--layers", "3", "--vocab", "300", "--copilot-hidden", "32", "--copilot-layers", "2"]
-    return alone(script, folder, *size, "--dtype", "fp32", *options)
+MODELS = ["--hidden", "64", "--layers", "3", "--vocab", "300", "--dtype", "fp32"]
+MODELS += ["--copilot-hidden", "32", "--copilot-layers", "2"]
+"""For inference: a Llama of random weights with a narrower Copilot."""
+
+
+def in_this_process(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    """As `alone`, without a new start of Python."""
+    words = [str(SCRIPTS / script), "--json", str(folder / "out.json"), *options]
+    printed, threads = io.StringIO(), torch.get_num_threads()
+    with (
+        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "path", list(sys.path)),
+        contextlib.redirect_stdout(printed),
+    ):
+        runpy.run_path(words[0], run_name="__main__")
+    torch.set_num_threads(threads)
+    return printed.getvalue(), json.loads((folder / "out.json").read_text())
 
 
 def alone(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
@@ -99,7 +88,9 @@ def alone(script: str, folder: Path, *options: str) -> tuple[str, dict[str, Any]
 
 
 def test_decoding(tmp_path: Path) -> None:
-    printed, result = measure("decoding.py", tmp_path, "--batches", "1", "3", "--new-tokens", "8", "--prompt", "10")
+    printed, result = in_this_process(
+        "decoding.py", tmp_path, *MODELS, "--batches", "1", "3", "--new-tokens", "8", "--prompt", "10"
+    )
     assert [row["batch_size"] for row in result["decoding"]] == [1, 3]
     assert all(row["pilot_seconds"]["count"] == row["fused_seconds"]["count"] == 4 for row in result["decoding"])
     pilot, copilot = result["bytes"]
@@ -111,7 +102,9 @@ def test_decoding(tmp_path: Path) -> None:
 
 
 def test_prefill(tmp_path: Path) -> None:
-    printed, result = measure("prefill.py", tmp_path, "--batches", "2", "--prompts", "8", "16", "--rounds", "3")
+    printed, result = in_this_process(
+        "prefill.py", tmp_path, *MODELS, "--batches", "2", "--prompts", "8", "16", "--rounds", "3"
+    )
     assert [(row["batch_size"], row["prompt_tokens"]) for row in result["prefill"]] == [(2, 8), (2, 16)]
     assert all(row["median_of_pair_ratios"] > 0 for row in result["prefill"]) and "2 x 16" in printed
 
@@ -120,7 +113,7 @@ def test_serving(tmp_path: Path) -> None:
     short = ["--prompt", "8", "--new-tokens", "6", "--seconds", "1", "--warm-up", "0.3", "--repeats", "1"]
     # one thread: two that wait for each other on busy cores may not end a single request in a second
     rows = ["--clients", "1", "3", "--against", "2", "--threads", "1"]
-    printed, result = measure("serving.py", tmp_path, *rows, *short)
+    printed, result = alone("serving.py", tmp_path, *MODELS, *rows, *short)
     assert result.keys() == {
         *("machine", "settings", "bytes", "bound", "runs", "fused_to_pilot", "of_bound", "to_one_by_one")
     }

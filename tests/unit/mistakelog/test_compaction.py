@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,7 +20,7 @@ from tc_ray.mistakelog.table.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tests.support.mistakelog_samples import assert_same, metadata, random_records
+from tests.support.mistakelog_samples import assert_same, in_order, metadata, random_records
 
 ROWS = 3
 
@@ -108,10 +107,6 @@ def written(
             writer.end_round(number)
         writer.close()
     return ledger, put
-
-
-def in_order(records: Records) -> Records:
-    return records.select(np.lexsort((records.sample_id, records.round)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

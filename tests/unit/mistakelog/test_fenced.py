@@ -31,6 +31,7 @@ from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import metadata, random_records
+from tests.support.waiting import until
 from tests.unit.mistakelog.test_ledger import rounds_in, written
 
 HOUR = 3600.0
@@ -250,7 +251,7 @@ def test_the_holder_notices_by_itself(fenced: Fenced, monkeypatch: pytest.Monkey
     with RunLease.take(place, "run A") as lease:
         (file,) = [path for path in (tmp_path / "second/_tc_ray").iterdir() if path.name.startswith("lease-")]
         file.unlink()
-        wait_for(file.exists)
+        until(file.exists)
         lease.check()
         taken_for_dead_until = time.monotonic() + 5
         while not lease.lost:
@@ -261,13 +262,6 @@ def test_the_holder_notices_by_itself(fenced: Fenced, monkeypatch: pytest.Monkey
             lease.check()
     assert not [path for path in (tmp_path / "second/_tc_ray").iterdir() if path.name.startswith("lease-")]
     assert not [thread for thread in threading.enumerate() if thread.name == "log-lease" and not thread.daemon]
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_the_writer_says_that_the_lease_is_lost(fenced: Fenced) -> None:

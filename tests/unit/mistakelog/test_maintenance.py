@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import metadata, random_records
+from tests.support.waiting import until
 from tests.unit.mistakelog.test_fenced import taken_for_dead
 from tests.unit.mistakelog.test_ledger import rounds_in, written
 
@@ -64,13 +65,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made = Gate(monkeypatch)
     yield made
     made.opened.set()
-
-
-def until(happened: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def merging(folder: Path, gate: Gate, lease: int | None = None) -> LedgerActor:

@@ -1,5 +1,5 @@
 """Every small file of a run folder, torn in every way, at its reader: cosmetic ones stop nothing, the others fall back or are
-refused by name. The same on a whole run: tests/cluster/test_main_job.py."""
+refused by name. The same on a whole run: tests/cluster/run/test_main_job.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """RecordWriter while the log cannot be written: both policies, exact counts, and recovery by itself.
 
 Failures are put in where they come from: at the file's `write`, or in the answer of the Ledger. A real full disk is in
-tests/faults/test_disk_full.py.
+tests/faults/mistakelog/test_disk_full.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.queue import Batch, Cut, WriteQueue
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.mistakelog_samples import assert_same, metadata, random_records
+from tests.support.waiting import until
 
 ROWS = 3
 
@@ -98,13 +99,6 @@ class Pilot:
     def logged_drops(self) -> dict[int, int]:
         """By round, as the table's commits say."""
         return dropped_records(LogStore(self.folder).commits()).get(0, {})
-
-
-def until(condition: Any, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def data_files(folder: Path) -> set[str]:

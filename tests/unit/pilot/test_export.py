@@ -30,27 +30,38 @@ PROBE = [
 ]
 
 
-def trained_logits(family: str, method: str, model: Path, meeting: Path, out: Path) -> None:
-    """In a process of its own: an engine of one rank, weights moved as by training, export, and the engine's own logits."""
+CASES = [(family, method) for family in ("llama", "t5", "flan_t5") for method in ("full", "lora")]
+
+
+def only_rank(folder: Path) -> None:
+    """In a process of its own: all that needs an engine."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = "0"  # as Ray Train sets it
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    config = RunConfig.model_validate(
-        {
-            "model": {"pilot": str(model)},
-            "pilot": {"method": method, "dtype": "fp32", "batch_size": 4, "micro_batch_size": 4, "zero_stage": 1},
-            "log": {"top_k": 8},
-        }
-    )
-    engine = build_engine(config, model, rounds=2)
-    with torch.no_grad():
-        for parameter in engine.module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    save_merged(engine, config, model, out / "final", probe=PROBE, rank=0)
-    with torch.no_grad():
-        torch.save(logits(engine.module.model.eval(), family), out / "logits.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1)
+    export_all(folder)
+    tied_adapters(folder / "llama", folder / "tied")
     dist.destroy_process_group()
+
+
+def export_all(folder: Path) -> None:
+    """For each case an engine, weights moved as by training, export, and the engine's own logits."""
+    for family, method in CASES:
+        out, model = folder / f"{family}-{method}", folder / family
+        config = RunConfig.model_validate(
+            {
+                "model": {"pilot": str(model)},
+                "pilot": {"method": method, "dtype": "fp32", "batch_size": 4, "micro_batch_size": 4, "zero_stage": 1},
+                "log": {"top_k": 8},
+            }
+        )
+        engine = build_engine(config, model, rounds=2)
+        with torch.no_grad():
+            for parameter in engine.module.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        save_merged(engine, config, model, out / "final", probe=PROBE, rank=0)
+        with torch.no_grad():
+            torch.save(logits(engine.module.model.eval(), family), out / "logits.pt")
 
 
 def logits(model: torch.nn.Module, family: str) -> torch.Tensor:
@@ -60,31 +71,34 @@ def logits(model: torch.nn.Module, family: str) -> torch.Tensor:
     return made
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("family", ["llama", "t5", "flan_t5"])
-def test_export_answers_as_the_trained_model(family: str, method: str, tmp_path: Path) -> None:
-    """Merging LoRA adds the same products in another order (1e-5 of the largest logit)."""
-    model = make_pilot(family, tmp_path / "model")
-    spawned = multiprocessing.get_context("spawn").Process(
-        target=trained_logits, args=(family, method, model, tmp_path / "meeting", tmp_path)
-    )
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports")
+    for family, method in CASES:
+        make_pilot(family, folder / family)
+        (folder / f"{family}-{method}").mkdir()
+    spawned = multiprocessing.get_context("spawn").Process(target=only_rank, args=(folder,))
     spawned.start()
     spawned.join(300)
     assert spawned.exitcode == 0
-    wanted = torch.load(tmp_path / "logits.pt")
+    return folder
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_export_answers_as_the_trained_model(family: str, method: str, exports: Path) -> None:
+    """Merging LoRA adds the same products in another order (1e-5 of the largest logit)."""
+    folder, model = exports / f"{family}-{method}", exports / family
+    wanted = torch.load(folder / "logits.pt")
     with torch.no_grad():
-        found = logits(load_pilot(tmp_path / "final", dtype=torch.float32).eval(), family)
+        found = logits(load_pilot(folder / "final", dtype=torch.float32).eval(), family)
         before = logits(load_pilot(model, dtype=torch.float32).eval(), family)
     scale = float(wanted.abs().max())
     assert float((found - wanted).abs().max()) <= 1e-5 * scale
     assert float((before - wanted).abs().max()) > 0.1 * scale, "training changed nothing: the comparison proves nothing"
 
 
-def tied_adapters(model: Path, meeting: Path, out: Path) -> None:
-    """In a process of its own: the refusal of adapters on a tied matrix left out, what does the comparison say?"""
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = "0"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+def tied_adapters(model: Path, out: Path) -> None:
+    """The refusal of adapters on a tied matrix left out, what does the comparison say?"""
     pilot_module.check_adapters = lambda *_: None  # type: ignore[assignment]
     lora = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "dropout": 0.0}
     pilot = {"dtype": "bf16", "batch_size": 4, "micro_batch_size": 4, "lora": lora}
@@ -94,27 +108,19 @@ def tied_adapters(model: Path, meeting: Path, out: Path) -> None:
         for parameter in engine.module.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    (out / "final").mkdir()
+    (out / "final").mkdir(parents=True)
     (out / "final" / "earlier").write_text("stays")
     try:
         save_merged(engine, config, model, out / "final", probe=PROBE, rank=0)
     except ExportMismatchError as error:
         (out / "error").write_text(str(error))
-    dist.destroy_process_group()
 
 
-def test_an_export_that_is_not_the_trained_pilot_is_not_published(tmp_path: Path) -> None:
+def test_an_export_that_is_not_the_trained_pilot_is_not_published(exports: Path) -> None:
     """Fault 16: the case that was found (adapters on a tied embedding) with its own refusal taken out, in bf16."""
-    model = make_pilot("llama", tmp_path / "model")
-    spawned = multiprocessing.get_context("spawn").Process(
-        target=tied_adapters, args=(model, tmp_path / "meeting", tmp_path)
-    )
-    spawned.start()
-    spawned.join(300)
-    assert spawned.exitcode == 0
-    said = (tmp_path / "error").read_text()
+    said = (exports / "tied" / "error").read_text()
     assert "the exported Pilot is not the trained one, and was not published" in said and len(said.splitlines()) == 1
-    assert [path.name for path in (tmp_path / "final").iterdir()] == ["earlier"]
+    assert [path.name for path in (exports / "tied" / "final").iterdir()] == ["earlier"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

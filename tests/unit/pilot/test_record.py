@@ -23,7 +23,7 @@ from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.log_metadata import log_metadata
 from tc_ray.pilot.record import Recorder
 from tests.support.family_samples import new_pilot, quiet, reference_model
-from tests.support.mistakelog_samples import assert_same
+from tests.support.mistakelog_samples import assert_same, in_order
 from tests.support.tiny_families import VOCAB
 from tests.support.tiny_model import make_tokenizer
 
@@ -100,7 +100,7 @@ class Run:
 
     def records(self) -> Records:
         made = MistakeLog(self.config.log_location).records()
-        return made.select(np.lexsort((made.sample_id, made.round)))
+        return in_order(made)
 
 
 @pytest.mark.gpu

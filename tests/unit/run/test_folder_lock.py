@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from tc_ray.mistakelog.table.lease import LeaseHeldError
+from tc_ray.mistakelog.table.location import Location
 from tc_ray.run.folder import NAME, FolderLock
-from tc_ray.run.job import JobError, run_job
+from tc_ray.run.job import run_job
+from tc_ray.run.prepare import prepare
+from tc_ray.run.state import JobError, Run
 from tests.support.tiny_run import tiny_config
 
 REPOSITORY = Path(__file__).parents[3]
@@ -71,7 +74,7 @@ def test_a_pilot_whose_folder_needs_its_own_code_is_refused(tmp_path: Path) -> N
     (model / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}')
     (model / "mine.py").write_text("raise SystemExit")
     with pytest.raises(JobError, match=r"model\.pilot .* \(code in a model folder is never run\)"):
-        run_job(config)
+        prepare(Run(config, config.run.path, Location(config.log_location)))
 
 
 def test_a_full_disk_does_not_undo_the_lock(

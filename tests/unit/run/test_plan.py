@@ -24,42 +24,12 @@ from tc_ray.models.pilot.load import load_pilot
 from tc_ray.run.plan.data_estimate import estimate
 from tc_ray.run.plan.plan import make_plan
 from tc_ray.run.state import JobError
+from tests.support.command_line import tc_ray
 from tests.support.family_samples import folder_of
+from tests.support.plan_samples import BATCH, ROWS, config_of
 from tests.support.tiny_families import ENCODER_DECODER
-from tests.support.tiny_model import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[3]
-ROWS, BATCH = 96, 8
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    file = tmp_path / "train.jsonl"
-    rows = [
-        {"prompt": f"What is {i} + {i * i}?" + " please" * (i % 5), "completion": f"It is {i + i * i}"}
-        for i in range(ROWS)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def config_of(tiny: Path, train: str, folder: Path, **sections: dict[str, Any]) -> RunConfig:
-    values: dict[str, Any] = {
-        "run": {"name": "plan", "folder": folder},
-        "model": {"pilot": str(tiny)},
-        "data": {"train": train, "validation_size": 0.125, "test_size": 8, "cutoff_tokens": 200},
-        "pilot": {"batch_size": BATCH, "micro_batch_size": 4, "method": "full", "dtype": "fp32"},
-        "copilot": {"layers": [1, 3]},
-        "log": {"top_k": 16},
-    }
-    for name, fields in sections.items():
-        values[name] = values.get(name, {}) | fields
-    return RunConfig.model_validate(values)
 
 
 def test_heads_of_encoder_decoders_are_counted_as_they_are_saved(data: Path, tmp_path: Path) -> None:
@@ -118,16 +88,17 @@ def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "base", "copilot"),
+    ("family", "base", "copilot", "method"),
     [
-        ("llama", "pilot", {"layers": [1, 3]}),
-        ("llama", "narrow", {"output_tokens": "all", "pattern": "late"}),
-        ("gemma3", "narrow", {"layers": [0, 2], "producing_state": False}),
-        ("t5", "pilot", {"layers": [0, 2]}),
-        ("flan_t5", "narrow", {"output_tokens": "all"}),
+        ("llama", "pilot", {"layers": [1, 3]}, "lora"),
+        ("llama", "pilot", {"layers": [1, 3]}, "full"),
+        ("llama", "narrow", {"output_tokens": "all", "pattern": "late"}, "lora"),
+        ("gemma3", "narrow", {"layers": [0, 2], "producing_state": False}, "lora"),
+        ("t5", "pilot", {"layers": [0, 2]}, "lora"),
+        ("flan_t5", "narrow", {"output_tokens": "all"}, "lora"),
+        ("flan_t5", "narrow", {"output_tokens": "all"}, "full"),
     ],
 )
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_sizes_are_those_of_the_models_that_are_trained(
     data: Path, tmp_path: Path, family: str, base: str, copilot: dict[str, Any], method: str
 ) -> None:
@@ -276,14 +247,7 @@ def test_command_prints_the_plan_and_starts_nothing(tiny: Path, data: Path, tmp_
 
 def test_unknown_hub_id_gives_a_plan_with_unknowns_and_is_refused(tmp_path: Path) -> None:
     """Fault 22: the plan of a run that would refuse ends with exit code 2 and the reason."""
-    done = command(
-        "train",
-        "demo",
-        "model.pilot=nobody/no-such-model",
-        f"run.folder={tmp_path}",
-        "--plan",
-        HF_HUB_OFFLINE="1",
-    )
+    done = tc_ray("train", "demo", "model.pilot=nobody/no-such-model", f"run.folder={tmp_path}", "--plan")
     assert done.returncode == 2, done.stderr
     assert "tc-ray: the run would refuse: the config of nobody/no-such-model cannot be read here" in done.stderr
     assert "unknown parameters" in done.stdout and "sizes unknown" in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +24,18 @@ from tc_ray.pilot.log_metadata import log_metadata
 from tc_ray.pilot.record import chosen_rows, to_records
 from tc_ray.run.plan.plan import make_plan
 from tc_ray.run.state import JobError
+from tests.support import plan_samples
 from tests.support.family_samples import folder_of
+from tests.support.plan_samples import BATCH, ROWS
 from tests.support.tiny_families import ENCODER_DECODER
 
-ROWS, BATCH, MICRO = 96, 8, 4
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    file = tmp_path / "train.jsonl"
-    rows = [
-        {"prompt": f"What is {i} + {i * i}?" + " please" * (i % 5), "completion": f"It is {i + i * i}"}
-        for i in range(ROWS)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+MICRO = 4
 
 
 def config_of(family: str, data: Path, folder: Path, **log: Any) -> RunConfig:
     positions = "target" if family in ENCODER_DECODER else "all"
-    return RunConfig.model_validate(
-        {
-            "run": {"name": "plan", "folder": folder},
-            "model": {"pilot": str(folder_of(family))},
-            "data": {"train": str(data), "validation_size": 0.125, "test_size": 8, "cutoff_tokens": 200},
-            "pilot": {"batch_size": BATCH, "micro_batch_size": MICRO, "method": "full", "dtype": "fp32"},
-            "copilot": {"layers": [0, 2]},
-            "log": {"top_k": 16, "positions": positions} | log,
-        }
+    return plan_samples.config_of(
+        folder_of(family), str(data), folder, copilot={"layers": [0, 2]}, log={"positions": positions} | log
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from tc_ray.cli.command import message
 from tc_ray.config.load import save_config
 from tc_ray.run.plan.plan import make_plan
 from tc_ray.run.state import JobError
-from tests.unit.run.test_plan import BATCH, ROOT, config_of, data, tiny  # noqa: F401 - fixtures
+from tests.support.command_line import tc_ray
+from tests.support.plan_samples import BATCH, config_of
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -24,8 +23,8 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_what_the_run_would_refuse_stands_in_the_plan(
-    tiny: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    tiny: Path,
+    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -59,7 +58,7 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
     assert "holds a run with other settings (pilot.learning_rate: 0.5" in refusals()
 
 
-def test_a_refusal_of_adapters_is_no_surprise(tiny: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_refusal_of_adapters_is_no_surprise(tiny: Path, data: Path, tmp_path: Path) -> None:
     """Fault 22: the plan ended in the right words, but as an error with a traceback to look for."""
     pilot = {"method": "lora", "lora": {"target_modules": ["q_proj", "lm_head"]}}
     with pytest.raises(JobError, match=r"Leave lm_head out") as raised:
@@ -68,21 +67,14 @@ def test_a_refusal_of_adapters_is_no_surprise(tiny: Path, data: Path, tmp_path: 
 
 
 def test_the_command_ends_with_2_and_prints_the_plan_all_the_same(
-    tiny: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    tiny: Path,
+    data: Path,
     tmp_path: Path,
 ) -> None:
     """Fault 22."""
     arguments = [f"model.pilot={tiny}", f"data.train={data}", f"run.folder={tmp_path / 'run'}", "data.test_size=0"]
     settings = ["pilot.lora.first_layer=0", "copilot.layers=[1, 3]", "data.validation_size=8"]
-    done = subprocess.run(
-        [sys.executable, "jobs/train.py", "--config", "demo", *arguments, *settings, "--plan"],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = tc_ray("train", "demo", *arguments, *settings, "--plan")
     assert (done.returncode, done.stderr) == (
         2,
         "tc-ray: the run would refuse: no test rows to measure with: set data.test or a data.test_size above 0\n",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,7 @@ from transformers import AutoTokenizer
 
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.http.json_route import check_size
-from tests.support.serving_client import CHAT, COMPLETION, PATHS, client_of, events, post, settings_of
-from tests.support.serving_samples import make_export
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_export(tmp_path_factory.mktemp("serving"), positions=256)
-
-
-@pytest.fixture(scope="module")
-def client(export: Path) -> Iterator[TestClient]:
-    with client_of(settings_of(export)) as client:
-        yield client
+from tests.support.serving_client import CHAT, COMPLETION, PATHS, events, post
 
 
 def test_completion(client: TestClient) -> None:

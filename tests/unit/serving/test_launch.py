@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from tc_ray.serving.deploy.memory import available_memory_bytes, check_memory
 from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.models.exports import find_export, model_name, named_models
+from tests.support.command_line import tc_ray, tc_ray_process
+from tests.support.ports import free_port
 from tests.support.serving_samples import make_export
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -190,13 +191,15 @@ def test_command_with_a_copilot_of_another_tokenizer(export: Path) -> None:
     # found only after transformers is loaded, which must not say a word of its own
     change(export / "copilot/config.json", tokenizer="0123456789abcdef")
     words = "the Copilot was trained with another tokenizer (0123456789abcdef)"
-    assert_refused(words, "--port", str(free_port()), "serving.cache_bytes=1", "serving.prefix_bytes=1", str(export))
+    caches = ("serving.cache_bytes=1", "serving.prefix_bytes=1")
+    assert_refused(words, "--port", str(free_port()), *caches, str(export), command=tc_ray_process)
 
 
-def assert_refused(words: str, *arguments: str) -> None:
+def assert_refused(
+    words: str, *arguments: str, command: Callable[..., subprocess.CompletedProcess[str]] = tc_ray
+) -> None:
     """`tc-ray serve` says these words in one line on stderr, nothing on stdout, and ends with exit code 2."""
-    command = [sys.executable, "-m", "tc_ray.cli.main", "serve", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    result = command("serve", *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("tc-ray: ") and words in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -204,7 +207,7 @@ def assert_refused(words: str, *arguments: str) -> None:
 
 def test_checks_do_not_load_ray() -> None:
     code = "import sys, tc_ray.serving.deploy.launch as _; sys.exit(any(m in sys.modules for m in ('ray', 'torch', 'transformers')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def change(config: Path, **fields: object) -> None:
@@ -217,12 +220,6 @@ def size_of(weights: Path) -> int:
 
     with safe_open(weights, "pt") as file:
         return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_the_failover_proxy_is_where_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:

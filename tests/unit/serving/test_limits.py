@@ -20,6 +20,7 @@ from tc_ray.serving.http.limits import BodyLimit
 from tests.support.recorded_metrics import RecordedMetrics
 from tests.support.serving_client import COMPLETION, PATHS, SCORE, client_of, make_app, served, settings_of
 from tests.support.serving_samples import make_export
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +176,14 @@ def test_full_queue_and_key_limit(export: Path, recorded: RecordedMetrics) -> No
         readers = [threading.Thread(target=read, args=(key,)) for key in "aaab"]
         for reader in readers[:3]:
             reader.start()
-        wait_for(lambda: running.free_places() == 1)
+        until(lambda: running.free_places() == 1)
         refused = http.post("/v1/completions", json=slow_body(4), headers=bearer("a"))
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "key_limit")
         # the last place is not enough for two choices: all or none
         both = http.post("/v1/completions", json={**slow_body(4), "n": 2}, headers=bearer("b"))
         assert (both.status_code, both.json()["error"]["code"]) == (429, "queue_full")
         readers[3].start()
-        wait_for(lambda: running.free_places() == 0)
+        until(lambda: running.free_places() == 0)
         times = []
         for _ in range(20):
             begun = time.perf_counter()
@@ -198,10 +199,3 @@ def test_full_queue_and_key_limit(export: Path, recorded: RecordedMetrics) -> No
         assert http.post("/v1/completions", json=COMPLETION, headers=bearer("a")).status_code == 200
         assert recorded("tc_ray_refusals", reason="key_limit") == 1
         assert recorded("tc_ray_refusals", reason="queue_full") == 21
-
-
-def wait_for(true: Any, seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.01)

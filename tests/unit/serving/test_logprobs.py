@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,11 @@ from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.text.token_texts import TokenTexts
-from tests.support.serving_client import CHAT, COMPLETION, SCORE, client_of, events, post, settings_of
-from tests.support.serving_samples import make_export
+from tests.support.serving_client import CHAT, COMPLETION, SCORE, events, post
 
 CLOSE = 2e-4
 FLOOR = -9999.0
 NEW = 12
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_export(tmp_path_factory.mktemp("serving"), positions=256)
-
-
-@pytest.fixture(scope="module")
-def client(export: Path) -> Iterator[TestClient]:
-    with client_of(settings_of(export)) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

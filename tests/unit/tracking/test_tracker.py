@@ -17,6 +17,7 @@ from tc_ray.tracking.points import PointFile
 from tc_ray.tracking.progress import described, newest
 from tc_ray.tracking.statusfile import EVENTS_SHOWN, add_event
 from tc_ray.tracking.tracker import Rate, Tracker
+from tests.support.mlflow_store import new_store
 
 
 def make_config(folder: Path, **sections: Any) -> RunConfig:
@@ -105,12 +106,14 @@ def test_points_that_never_reached_mlflow_are_filled_in(tmp_path: Path) -> None:
     config = make_config(tmp_path, tracking={"enabled": False})
     run_part(config, range(1, 4), range(1, 4)).finish("stopped")
     config = make_config(tmp_path)
+    new_store(tmp_path)
     run_part(config, range(3, 5), range(3, 5)).finish("done")
     assert [step for step, _ in history(config, "pilot/loss")] == [1, 2, 3, 4]
     assert len(history(config, "copilot/loss")) == 4
 
 
 def test_mlflow_error_is_told_and_does_not_reach_the_run(tmp_path: Path) -> None:
+    new_store(tmp_path)
     config = make_config(tmp_path)
     tracker = Tracker(config, config.run.path)
     MlflowClient(tracking_uri=resolve_uri(config)).delete_run(tracker.status()["mlflow"]["run_id"])
@@ -139,6 +142,7 @@ def test_environment_names_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_calls_do_not_wait_for_mlflow(tmp_path: Path) -> None:
+    new_store(tmp_path)
     config = make_config(tmp_path)
     tracker = Tracker(config, config.run.path)
     began = time.monotonic()
@@ -192,6 +196,7 @@ def test_an_outage_of_mlflow_is_one_event_and_restarts_stay_in_view(
 ) -> None:
     """Fault 15: with MLflow's database removed in mid-run, 75 events pushed the restarts out of view."""
     monkeypatch.setattr("tc_ray.tracking.mlflow_writer.SEND_SECONDS", 0.01)
+    new_store(tmp_path)
     config = make_config(tmp_path)
     tracker = Tracker(config, config.run.path)
     tracker.event("restart", "Pilot attempt 2 goes on after round 5")

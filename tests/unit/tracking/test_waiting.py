@@ -18,6 +18,7 @@ from tc_ray.tracking.mlflow_writer import resolve_uri
 from tc_ray.tracking.progress import ProgressView
 from tc_ray.tracking.statusfile import read_status
 from tc_ray.tracking.tracker import WAITING_TAG, Tracker
+from tests.support.mlflow_store import new_store
 
 COMPILING = "compiling DeepSpeed's operator (first use, minutes)"
 
@@ -69,6 +70,7 @@ def test_a_line_is_printed_when_what_is_waited_for_changes(tmp_path: Path) -> No
 
 def test_mlflow_has_it_as_a_tag(tmp_path: Path) -> None:
     """Fault 22."""
+    new_store(tmp_path)
     config = RunConfig.model_validate({"run": {"name": "trial", "folder": tmp_path / "trial"}})
     tracker = Tracker(config, config.run.path)
     tracker.waiting("pilot", COMPILING)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine.contract import GenerationRequest, Scored, ScoreRequest
 from tc_ray.serving.engine.engine import Engine
-from tests.support.serving_samples import LIMITS, Collector
+from tests.support.serving_samples import Collector
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -22,13 +20,6 @@ DEVICE = "cuda"
 def model(export: Path) -> FusedModel:
     model = FusedModel.from_pretrained(export)
     return FusedModel.join(model.pilot.to(DEVICE), model.copilot.to(DEVICE), lam=0.5)
-
-
-@pytest.fixture
-def engine(model: FusedModel, export: Path) -> Iterator[Engine]:
-    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), LIMITS)
-    yield engine
-    engine.close()
 
 
 def offline(model: FusedModel, prompt: tuple[int, ...], **options: object) -> list[int]:
