@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.ragged import Array
 
+_T = TypeVar("_T")
 OTHERS = 3
 """Tokens besides the true one that are shown for each target token."""
 
@@ -149,11 +151,11 @@ def visits_of(log: MistakeLog, sample: int, round: int | None = None) -> list[Vi
     return chosen
 
 
-def thinned(visits: Sequence[Visit], most: int) -> list[Visit]:
-    """At most `most` visits, evenly spread, the first and the last among them."""
-    if len(visits) <= most:
-        return list(visits)
-    return [visits[round(i * (len(visits) - 1) / (most - 1))] for i in range(most)]
+def thinned(many: Sequence[_T], most: int) -> list[_T]:
+    """At most `most` of them, evenly spread, the first and the last among them."""
+    if len(many) <= most:
+        return list(many)
+    return [many[round(i * (len(many) - 1) / (most - 1))] for i in range(most)]
 
 
 def across_epochs(samples: SampleTable, each: int = 3) -> list[tuple[str, int]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tc_ray.inspection.samples import percent
+from tc_ray.inspection.samples import percent, thinned
 from tc_ray.inspection.stats import LogStats, RoundBins
 from tc_ray.inspection.tallies import Totals
 from tc_ray.inspection.tokens import TokenTexts
@@ -70,11 +70,9 @@ def by_round(stats: LogStats, most: int) -> Table:
 
 def by_seen(stats: LogStats) -> Table:
     """Means over samples that the Pilot had trained on equally often before."""
-    seen = np.flatnonzero(stats.by_seen.rows)
-    if len(seen) > SEEN_LINES:
-        seen = seen[np.linspace(0, len(seen) - 1, SEEN_LINES).round().astype(int)]
+    seen = thinned(np.flatnonzero(stats.by_seen.rows).tolist(), SEEN_LINES)
     names = {0: "first visit", 1: "once"}
-    rows = [[names.get(int(times), f"{times} times"), *_means(stats.by_seen, [times])] for times in seen]
+    rows = [[names.get(times, f"{times} times"), *_means(stats.by_seen, [times])] for times in seen]
     note = "each sample was visited once in these rounds" if stats.most_seen == 0 else ""
     return Table("How errors fall as samples repeat", ("trained on before", *_MEANS), rows, note)
 

@@ -75,11 +75,11 @@ def legend() -> Text:
     return line.append("  «what was ranked first instead»", "italic bold")
 
 
-def print_view(view: RenderableType, width: int | None = None) -> None:
+def print_view(view: RenderableType) -> None:
     """Print to standard output; a pipe gets plain characters in lines as long as they need."""
     # no markup: token texts are full of brackets
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal and width is None:
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
         console.width = PIPE_WIDTH
     console.print(view)
 

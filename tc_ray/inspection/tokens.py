@@ -6,7 +6,7 @@ that could move a cursor, turn the writing direction or hide as escapes. Used by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,8 +98,7 @@ def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given:
         try:
             tokenizer = _load(given, local_only=False)
         except (OSError, ValueError) as error:
-            problem = f"no tokenizer can be read there ({first_line(error)})"
-            raise TokenizerError(f"--tokenizer {given}: {problem}") from None
+            raise TokenizerError(f"--tokenizer {given}: no tokenizer can be read there ({first_line(error)})") from None
         found = tokenizer_hash(tokenizer)
         if found != metadata.tokenizer_hash:
             raise TokenizerError(
@@ -107,8 +106,9 @@ def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given:
                 f"{metadata.pilot}); its texts would be wrong"
             )
         return TokenTexts(tokenizer, f"tokenizer of {given}")
+    folders = [] if run_folder is None else [run_folder / "pilot" / "final", run_folder / "export" / "pilot"]
     others = []
-    for place in _places(metadata, run_folder):
+    for place in (*(f for f in folders if (f / "tokenizer_config.json").is_file()), metadata.pilot):
         try:
             tokenizer = _load(str(place), local_only=True)
         except (OSError, ValueError):
@@ -122,16 +122,6 @@ def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given:
         f"token ids are shown: the tokenizer of {metadata.pilot} (hash {metadata.tokenizer_hash}) was not found, {why}; "
         "name it with --tokenizer",
     )
-
-
-def _places(metadata: LogMetadata, run_folder: Path | None) -> Iterable[Path | str]:
-    if run_folder is not None:
-        candidates = (run_folder / "pilot" / "final", run_folder / "export" / "pilot")
-        yield from (folder for folder in candidates if (folder / "tokenizer_config.json").is_file())
-    if metadata.pilot in BUILTIN_MODELS:
-        yield default_cache() / metadata.pilot
-    else:
-        yield metadata.pilot
 
 
 def _load(place: str, local_only: bool) -> PreTrainedTokenizerBase:

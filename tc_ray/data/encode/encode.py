@@ -23,7 +23,7 @@ from tc_ray.data.encode.special_text import SpecialTextError, named_ids
 from tc_ray.data.encode.split import prompt_key
 from tc_ray.data.encode.tokenize import encode
 from tc_ray.data.source.errors import DataError
-from tc_ray.data.source.records import BadRow, Record
+from tc_ray.data.source.records import BadRow, Record, quarantined
 from tc_ray.data.source.shapes import Example, to_example
 from tc_ray.text import first_line
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK_ROWS = 1024
-_RAW_CHARS = 500
 NAMED_TOKEN = "the name of a special token stands in the text, and is encoded as text"
 _TEXTS = ("kind", "prompt", "completion", "answer", "key", "unit", "field", "problem", "fix", "raw")
 _SCHEMA = pa.schema(
@@ -123,8 +122,7 @@ class Encoder:
         except Exception as error:  # noqa: BLE001 - one record never ends a run; where all fail, they are too many bad ones
             found = _refused(record, error)
         if isinstance(found, BadRow):
-            shown = {"field": found.field, "problem": found.problem, "fix": found.fix, "raw": record.raw[:_RAW_CHARS]}
-            found = {"kind": "bad", **{name: _valid(text) for name, text in shown.items()}}
+            return {"kind": "bad", **quarantined(record, found)}
         return {"place": record.place, "unit": record.unit, **found}
 
     def _row(self, record: Record, held_out: bool) -> dict[str, Any] | BadRow:
@@ -248,8 +246,3 @@ def _refused(record: Record, error: Exception) -> BadRow:
 
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _valid(text: str) -> str:
-    """The text with escapes for what is not Unicode, so that it can be written to a file."""
-    return text.encode("utf-8", "backslashreplace").decode()

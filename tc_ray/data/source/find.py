@@ -20,14 +20,12 @@ EXAMPLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 SEQUENCE_SUFFIXES = (".txt",)
 SIDE_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside data files."""
-_PART_OF_WORD = {
-    **dict.fromkeys(("train", "training", "trainset"), "train"),
-    **dict.fromkeys(
-        ("eval", "evaluation", "evalset", "validation", "valid", "validset", "val", "valset"), "validation"
-    ),
-    **dict.fromkeys(("dev", "devset"), "validation"),
-    **dict.fromkeys(("test", "testset", "heldout", "holdout"), "test"),
+_WORDS = {
+    "train": "train training trainset",
+    "validation": "eval evaluation evalset validation valid validset val valset dev devset",
+    "test": "test testset heldout holdout",
 }
+_PART_OF_WORD = {word: part for part, words in _WORDS.items() for word in words.split()}
 _HELD_OUT = re.compile(r"(?<![^\W_])(held|hold)[\W_]out(?![^\W_])")
 _SHOWN_NAMES = 5
 
@@ -45,8 +43,14 @@ class _Found:
     """Data files of one source by the part in their names ("" without one), and files of other kinds."""
 
     place: Path
+    suffixes: Sequence[str]
     by_part: dict[str, list[Path]] = field(default_factory=dict)
     left_out: list[Path] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of files that are read."""
+        return f"{', '.join(self.suffixes)} (or {self.suffixes[0].replace('.json', '.jsonl')}.gz)"
 
     @property
     def files(self) -> list[Path]:
@@ -95,7 +99,7 @@ def part_files(source: str, part: str, config: DataSection, notes: list[str]) ->
     others = [file for file in found.files if file not in files]
     if others:
         notes.append(f"data.{part}: left out of {found.place} by their names: {found.names(others)}")
-    _note_left_out(found, config, notes)
+    _note_left_out(found, notes)
     return files
 
 
@@ -132,18 +136,17 @@ def _parts_of_train(found: _Found, config: DataSection, notes: list[str]) -> dic
             notes.append(
                 f"{part} rows by their names: {found.names(own)} (in {found.place}; data.parts=all_train trains on them)"
             )
-    _note_left_out(found, config, notes)
+    _note_left_out(found, notes)
     return files
 
 
 def _find(source: str, config: DataSection) -> _Found:
     """Data files of a source. Raises DataError for a file of another kind."""
-    suffixes = SEQUENCE_SUFFIXES if config.format == "sequences" else EXAMPLE_SUFFIXES
     place = Path(source).expanduser().absolute()
-    found = _Found(place)
+    found = _Found(place, SEQUENCE_SUFFIXES if config.format == "sequences" else EXAMPLE_SUFFIXES)
     if place.is_file():
-        if not _is_data(place, suffixes):
-            raise DataError(f"{place}: unknown kind of file; convert it to one of {_kinds(suffixes)}")
+        if not _is_data(place, found.suffixes):
+            raise DataError(f"{place}: unknown kind of file; convert it to one of {found.kinds}")
         _check_name(place)
         found.by_part[""] = [place]
         return found
@@ -153,12 +156,11 @@ def _find(source: str, config: DataSection) -> _Found:
             if file.is_symlink():  # to a folder, which is not read, or to nothing
                 found.left_out.append(file)
             continue
-        is_data = _is_data(file, suffixes)
-        if any(part.startswith((".", "_")) for part in relative.parts):
-            if is_data:
+        is_data = _is_data(file, found.suffixes)
+        hidden = any(part.startswith((".", "_")) for part in relative.parts)
+        if hidden or not is_data or file.name.lower() in SIDE_FILES:
+            if is_data or not hidden:
                 found.left_out.append(file)
-        elif not is_data or file.name.lower() in SIDE_FILES:
-            found.left_out.append(file)
         else:
             _check_name(file)
             part = "" if config.parts == "all_train" else _part_by_name(relative, place)
@@ -197,14 +199,9 @@ def _is_data(file: Path, suffixes: Sequence[str]) -> bool:
     return name.endswith((*suffixes, *(f"{suffix}.gz" for suffix in texts)))
 
 
-def _kinds(suffixes: Sequence[str]) -> str:
-    return f"{', '.join(suffixes)} (or {'.txt' if '.txt' in suffixes else '.jsonl'}.gz)"
-
-
-def _note_left_out(found: _Found, config: DataSection, notes: list[str]) -> None:
+def _note_left_out(found: _Found, notes: list[str]) -> None:
     if found.left_out:
-        kinds = _kinds(SEQUENCE_SUFFIXES if config.format == "sequences" else EXAMPLE_SUFFIXES)
-        notes.append(f"left out of {found.place}: {found.names(found.left_out)}; files that are read: {kinds}")
+        notes.append(f"left out of {found.place}: {found.names(found.left_out)}; files that are read: {found.kinds}")
 
 
 def _nothing(found: _Found, part: str, config: DataSection) -> DataError:

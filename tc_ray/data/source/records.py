@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 from tc_ray.data.source.errors import DataError
 from tc_ray.text import first_line
 
+_RAW_CHARS = 500
 LONGEST_INTEGER = 4300
 """Digits of the longest integer that Python reads by default."""
 ONE_OBJECT = "write one JSON object per line, or a list of them"
@@ -53,47 +54,56 @@ class LongInteger:
     digits: int
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed where its name ends in .gz."""
-    opened: Any = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115 - returned
-    return cast(IO[bytes], opened)
+def quarantined(record: Record, bad: BadRow) -> dict[str, Any]:
+    """A bad record as the quarantine file lists it (there with its file); what is not Unicode as escapes."""
+    texts = {"field": bad.field, "problem": bad.problem, "fix": bad.fix, "raw": record.raw[:_RAW_CHARS]}
+    valid = {name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts.items()}
+    return {"unit": record.unit, "place": record.place, **valid}
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed where its name ends in .gz. Raises DataError when they cannot be read."""
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            yield cast(IO[bytes], file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line without a byte order mark) of the lines that are not blank."""
+    with open_bytes(path) as lines:
+        for place, line in enumerate(lines, start=1):
+            if line.strip():
+                yield place, line.removeprefix(b"\xef\xbb\xbf")
 
 
 def iter_records(path: Path) -> Iterator[Record]:
     """Yield the records of one file in order; `value` is the parsed JSON value, or a BadRow."""
     suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-    try:
-        if suffix == ".parquet":
-            yield from _parquet(path)
-        elif suffix == ".json" and _starts_with_bracket(path):
-            yield from _json_array(path)
-        else:
-            yield from _json_lines(path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def is_nan(value: Any) -> bool:
-    """What pandas writes for an absent value."""
-    return isinstance(value, float) and math.isnan(value)
+    if suffix == ".parquet":
+        return _parquet(path)
+    return _json_array(path) if suffix == ".json" and _starts_with_bracket(path) else _json_lines(path)
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    with open_bytes(path) as file:
-        for place, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            raw = line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
-            value: Any
-            try:
-                value = _parse(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                value = BadRow("", f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8")
-            except json.JSONDecodeError as error:
-                value = BadRow("", f"not JSON: {error.msg} at column {error.colno}", ONE_OBJECT)
-            except RecursionError:
-                value = BadRow("", "nested too deeply", "write one flat JSON object per line")
-            yield Record(place, "line", raw, value)
+    for place, line in iter_lines(path):
+        value: Any
+        try:
+            value = _parse(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            value = not_utf8(error)
+        except json.JSONDecodeError as error:
+            value = BadRow("", f"not JSON: {error.msg} at column {error.colno}", ONE_OBJECT)
+        except RecursionError:
+            value = BadRow("", "nested too deeply", "write one flat JSON object per line")
+        yield Record(place, "line", line.decode("utf-8", errors="replace").rstrip("\r\n"), value)
+
+
+def not_utf8(error: UnicodeDecodeError) -> BadRow:
+    """A line that is not UTF-8."""
+    return BadRow("", f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8")
 
 
 def _parse(text: str) -> Any:
@@ -147,6 +157,8 @@ def _parquet(path: Path) -> Iterator[Record]:
                 yield Record(place, "row", "" if isinstance(value, BadRow) else _shown(value), value)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _rows(batch: Any) -> list[Any]:

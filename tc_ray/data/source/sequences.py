@@ -9,7 +9,6 @@ of at most `history` items before its target. Invariant: no row of a part contai
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,12 @@ import pyarrow.parquet as pq
 from tc_ray.config.data import SequencesSection
 from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.parquet import read_prepared
-from tc_ray.data.source.records import BadRow, Record, open_bytes
+from tc_ray.data.source.records import BadRow, Record, iter_lines, not_utf8, quarantined
 
 ITEMS_FILE = "items.parquet"
 """The items of a run and their labels, in its data folder."""
 FEWEST_ITEMS = 3
 """One to predict from, one validation and one test target."""
-_RAW_CHARS = 500
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,14 @@ def scan(files: Sequence[Path], known: Mapping[str, str] | None = None) -> Seque
     bad: list[dict[str, Any]] = []
     left_out = set()
     for file in files:
-        for place, line in _lines(file):
+        for place, line in iter_lines(file):
             found = _parse(line)
             if not isinstance(found, BadRow):
                 user, taken = found
                 found = _refusal(user, taken, first_place, known)
             if isinstance(found, BadRow):
-                bad.append(_quarantined(file, place, line, found))
+                record = Record(place, "line", line.decode("utf-8", errors="replace").rstrip("\r\n"), found)
+                bad.append({"file": str(file), **quarantined(record, found)})
                 left_out.add((str(file), place))
                 continue
             first_place[user] = f"{file}, line {place}"
@@ -100,7 +99,7 @@ class SequenceReader:
 
     def __call__(self, file: Path) -> Iterator[Record]:
         """Yield the records of `file` in order; the place of a record is its user's line."""
-        for place, line in _lines(file):
+        for place, line in iter_lines(file):
             found = None if (str(file), place) in self.left_out else _parse(line)
             if found is None or isinstance(found, BadRow):
                 continue
@@ -135,23 +134,12 @@ def read_items(path: Path) -> dict[str, str]:
     return dict(zip(table["item"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of the lines that are not blank."""
-    try:
-        with open_bytes(file) as lines:
-            for place, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield place, line.removeprefix(b"\xef\xbb\xbf") if place == 1 else line
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
-
-
 def _parse(line: bytes) -> tuple[str, list[str]] | BadRow:
     """(user id, item ids) of one line."""
     try:
         user, *items = line.decode("utf-8").split()
     except UnicodeDecodeError as error:
-        return BadRow("", f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8")
+        return not_utf8(error)
     if len(items) < FEWEST_ITEMS:
         return BadRow("items", f"user {user} has {len(items)} items", f"give at least {FEWEST_ITEMS}, or drop the user")
     return user, items
@@ -166,9 +154,3 @@ def _refusal(
     if strange is not None:
         return BadRow("items", f"item {strange} is none of the run's items", "drop it, or train on data that has it")
     return user, items
-
-
-def _quarantined(file: Path, place: int, line: bytes, bad: BadRow) -> dict[str, Any]:
-    raw = line.decode("utf-8", errors="replace").rstrip("\r\n")[:_RAW_CHARS]
-    shown = {"field": bad.field, "problem": bad.problem, "fix": bad.fix, "raw": raw}
-    return {"file": str(file), "unit": "line", "place": place, **shown}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tc_ray.data.source.records import ONE_OBJECT, BadRow, DoubledKeys, LongInteger, is_nan
+from tc_ray.data.source.records import ONE_OBJECT, BadRow, DoubledKeys, LongInteger
 
 ROLES = ("system", "user", "assistant")
 DOUBLED_KEY = "a key stands twice in one object; the last one counts"
@@ -84,7 +84,7 @@ def _notes(value: dict[str, Any], turns: tuple[Turn, ...]) -> Iterator[str]:
 def _get(value: dict[str, Any], field: str) -> Any:
     """The field's value; None where it is absent, or NaN, which pandas writes for that."""
     found = value.get(field)
-    return None if is_nan(found) else found
+    return None if isinstance(found, float) and math.isnan(found) else found
 
 
 def _split(value: dict[str, Any], held_out: bool) -> tuple[tuple[Turn, ...], str | None]:
