@@ -77,6 +77,11 @@ def queue_full() -> RequestError:
     )
 
 
+def shutting_down() -> RequestError:
+    """503: the engine takes no more requests."""
+    return RequestError("The server is shutting down.", status=503, code="shutting_down", retry_after_s=1)
+
+
 def invalid_value(param: str, reason: str) -> RequestError:
     """400 for a field whose value cannot be used."""
     return RequestError(f"Field `{param}`: {reason}.", param=param, code="invalid_value")

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine.contract import Failed, Finished, Piece, Request, RequestHandle, Scored, Token
+from tc_ray.serving.engine.contract import Finished, Piece, Request, RequestHandle, Scored, Token
 from tc_ray.serving.engine.engine import Engine
+from tc_ray.serving.errors import RequestError
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -80,6 +81,12 @@ def offline(model: FusedModel, prompt: tuple[int, ...], **options: object) -> li
     return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
+def failure(event: object) -> tuple[str, str | None, int]:
+    """Message, code and status of the event that ends a failed request."""
+    assert isinstance(event, RequestError), event
+    return event.message, event.code, event.status
+
+
 class Collector:
     """Submits one request and waits for its events. `tokens`: those of the pieces taken so far."""
 
@@ -89,14 +96,14 @@ class Collector:
         self.handle: RequestHandle
         [self.handle] = engine.submit([request], lambda _, event: self._events.put(event))
 
-    def next(self, timeout_s: float = 30) -> Piece | Finished | Scored | Failed:
+    def next(self, timeout_s: float = 30) -> Piece | Finished | Scored | RequestError:
         """The next event."""
-        event: Piece | Finished | Scored | Failed = self._events.get(timeout=timeout_s)
+        event: Piece | Finished | Scored | RequestError = self._events.get(timeout=timeout_s)
         if isinstance(event, Piece):
             self.tokens += event.tokens
         return event
 
-    def all(self) -> tuple[list[str], Finished | Scored | Failed]:
+    def all(self) -> tuple[list[str], Finished | Scored | RequestError]:
         """Texts of all pieces that have any, and the last event."""
         pieces: list[str] = []
         while isinstance(event := self.next(), Piece):

@@ -1,6 +1,6 @@
 """A running batch of fused decoding that sequences join and leave at any token.
 
-A prompt is computed by itself, exactly as `generate` computes it (`Prefill`), then joins. `step` takes one token of every
+A prompt is computed by itself, exactly as `generate` computes it (prefill.py), then joins. `step` takes one token of every
 sequence and returns the next distributions of all. Invariant: a sequence's numbers depend on the others by rounding only:
 rows are independent in every operation, and masks hide what is not a row's own. Sequences with lam 0 do not run the
 Copilot. Decoder-only models. Used by the engine's worker; it knows nothing of requests or text.
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from tc_ray.models.fusion.cache import FusedCache
 from tc_ray.models.fusion.distribution import fuse, fuse_at
 from tc_ray.models.fusion.model import FusedModel
 from tc_ray.serving.engine.kv_rows import RowCache, RowLayer, RowStore
+from tc_ray.serving.engine.prefill import Prefill
 
 
 @dataclass(frozen=True)
@@ -28,91 +28,6 @@ class CacheNeed:
     tokens: int
     rows: int
     memory: int
-
-
-@dataclass(frozen=True)
-class PromptPrefix:
-    """Keys, values and states of the first tokens of a prompt, to begin another prompt with.
-
-    entries: of each layer, keys and values [1, heads, n, head_dim]. states: fp32 [1, n, d].
-    """
-
-    ids: tuple[int, ...]
-    entries: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    states: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.states.nbytes + sum(keys.nbytes + values.nbytes for keys, values in self.entries)
-
-
-class Prefill:
-    """A prompt being computed, some tokens at a time. Made by `FusedBatch.prefill`.
-
-    `pilot` and `fused`: fp32 [1, V] logits of the first new token, when `done`.
-    """
-
-    def __init__(self, model: FusedModel, ids: Sequence[int], lam: float, prefix: PromptPrefix | None) -> None:
-        self.ids, self.lam = tuple(ids), lam
-        self._model = model
-        self.cache: FusedCache = model.new_cache()
-        self._states: list[torch.Tensor] = []
-        self.reused = 0
-        """Tokens whose computation a prefix saved."""
-        if prefix is not None:
-            self._begin_with(prefix)
-        self._computed = self.reused
-        self.pilot = self.fused = torch.empty(0)
-
-    def _begin_with(self, prefix: PromptPrefix) -> None:
-        # the last token is computed again in any case: its logits are wanted
-        self.reused = common(prefix.ids, self.ids[:-1])
-        if self.reused:
-            for layer, (keys, values) in enumerate(prefix.entries):
-                self.cache.update(keys[:, :, : self.reused], values[:, :, : self.reused], layer)
-            self._states.append(prefix.states[:, : self.reused])
-
-    @property
-    def done(self) -> bool:
-        """The whole prompt is computed."""
-        return self._computed == len(self.ids)
-
-    @torch.inference_mode()
-    def advance(self, tokens: int) -> int:
-        """Compute up to `tokens` more tokens; returns how many."""
-        model, first = self._model, self._computed
-        count = min(tokens, len(self.ids) - first)
-        device = model.get_input_embeddings().weight.device
-        ids = torch.tensor([self.ids[first : first + count]], device=device)
-        with model.tap.recording():
-            out = model.pilot(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self._states.append(model.tap.take())
-        self._computed += count
-        if self.done:
-            self._finish(out.logits)
-        return count
-
-    def _finish(self, logits: torch.Tensor) -> None:
-        model = self._model
-        self.pilot = self.fused = logits[:, -1].float()
-        if not self.lam:
-            return
-        ids = torch.tensor([self.ids], device=logits.device)
-        attended = torch.ones_like(ids, dtype=torch.bool)
-        states = torch.cat(self._states, 1)
-        question = model.copilot.embed_question(ids)
-        self.cache.copilot.ask(model.copilot.question_memory(question), attended)
-        f = model.corrections(logits, self.cache.copilot, ids, states, attended)[:, 0]
-        weight = torch.full((1,), self.lam, device=logits.device)
-        self.fused = fuse(self.pilot, f, weight, model.space)
-
-    def prefix(self) -> PromptPrefix | None:
-        """What another prompt can begin with; None where a layer does not keep every token (sliding windows)."""
-        entries = [(layer.keys, layer.values) for layer in self.cache.layers]
-        if any(keys is None or keys.shape[2] != len(self.ids) for keys, _ in entries):
-            return None
-        return PromptPrefix(self.ids, tuple(entries), torch.cat(self._states, 1))
 
 
 @dataclass(frozen=True)
@@ -146,14 +61,10 @@ class FusedBatch:
         self._pilot_cache = Cache(layers=[RowLayer(self._pilot, i) for i in range(config.num_hidden_layers)])
         self._layers = tuple([i for i, memory in enumerate(attends) if memory is kind] for kind in (False, True))
         self._row_cache, self._memory_cache = map(RowCache, (self._rows, self._memory), self._layers)
-        self._lengths: list[int] = []
-        """Tokens of each row."""
         self._copilot_of: list[int | None] = []
         """Of each row, its index among the corrected ones; None for lam 0."""
         self._lam: list[float] = []
         """Of each corrected row."""
-        self._decoded: list[int] = []
-        """Of each corrected row, Copilot rows decoded."""
         self._kept = torch.empty(0)
         """[corrected rows, 1, d_C], the feedback of the last Copilot row."""
         places = model.copilot.output_ids
@@ -161,7 +72,7 @@ class FusedBatch:
         self._places = places if compact else None
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._pilot)
 
     # -- cache ----------------------------------------------------------------------------------------------------
 
@@ -203,28 +114,23 @@ class FusedBatch:
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
-    def prefill(self, ids: Sequence[int], lam: float, prefix: PromptPrefix | None = None) -> Prefill:
-        """Begin a prompt. The Copilot runs unless lam is 0."""
-        return Prefill(self.model, ids, lam, prefix)
-
     @torch.inference_mode()
     def join(self, prefill: Prefill) -> int:
         """Add a computed prompt as the last row, for which `reserve` was called. Returns the row."""
         cache = prefill.cache
         self._pilot.join([(layer.keys, layer.values) for layer in cache.layers], len(prefill.ids))
-        self._lengths.append(len(prefill.ids))
         if not prefill.lam:
             self._copilot_of.append(None)
             return len(self) - 1
         copilot = cache.copilot
-        for store, source, layers in zip(
-            (self._rows, self._memory), (copilot.self_attention, copilot.memory), self._layers, strict=True
-        ):
-            entries = [(source.layers[layer].keys, source.layers[layer].values) for layer in layers]
-            store.join(entries, entries[0][0].shape[2] if entries else 0)
+        rows, memory = (
+            [(source.layers[layer].keys, source.layers[layer].values) for layer in layers]
+            for source, layers in zip((copilot.self_attention, copilot.memory), self._layers, strict=True)
+        )
+        self._rows.join(rows, copilot.rows)
+        self._memory.join(memory, memory[0][0].shape[2] if memory else 0)
         self._copilot_of.append(len(self._lam))
         self._lam.append(prefill.lam)
-        self._decoded.append(copilot.rows)
         assert copilot.feedback is not None
         kept = copilot.feedback[:, -1:]
         self._kept = kept.clone() if len(self._lam) == 1 else torch.cat([self._kept, kept])
@@ -235,7 +141,6 @@ class FusedBatch:
         """Remove a row; the last row takes its place."""
         self._pilot.leave(row)
         gone = self._copilot_of[row]
-        _fill(self._lengths, row)
         _fill(self._copilot_of, row)
         if gone is None:
             return
@@ -243,7 +148,6 @@ class FusedBatch:
         self._rows.leave(gone)
         self._memory.leave(gone)
         _fill(self._lam, gone)
-        _fill(self._decoded, gone)
         if gone != last:
             self._kept[gone] = self._kept[last]
             self._copilot_of[self._copilot_of.index(last)] = gone
@@ -264,14 +168,13 @@ class FusedBatch:
             out = model.pilot(
                 input_ids=last[:, None],
                 attention_mask=None if visible is None else visible.long(),
-                position_ids=torch.tensor(self._lengths, device=self._device)[:, None],
+                position_ids=torch.tensor(self._pilot.lengths(), device=self._device)[:, None],
                 past_key_values=self._pilot_cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
         states = model.tap.take()
         self._pilot.advance(1)
-        self._lengths = [length + 1 for length in self._lengths]
         pilot = out.logits[:, -1].float()
         if not self._lam:
             return Step(pilot, pilot)
@@ -299,7 +202,7 @@ class FusedBatch:
             copilot.with_producing_state(row, states),
             copilot.rationale_memory(states),
             visible[:, None],
-            positions=torch.tensor(self._decoded, device=self._device)[:, None],
+            positions=torch.tensor(self._rows.lengths(), device=self._device)[:, None],
             seen=seen,
             first_row=self._rows.width,
             self_cache=self._row_cache,
@@ -307,19 +210,12 @@ class FusedBatch:
         )[:, 0]
         self._rows.advance(1)
         self._memory.advance(1)
-        self._decoded = [count + 1 for count in self._decoded]
         self._kept = feedback.keep(state, pilot)
         lam = torch.tensor(self._lam, device=self._device)
         f = copilot.predict(state)
         if self._places is not None:
             return fuse_at(pilot, f, self._places, lam, model.space)
         return fuse(pilot, copilot.expand(f, pilot.shape[-1]), lam, model.space)
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the beginning that two sequences share."""
-    most = min(len(a), len(b))
-    return next((i for i in range(most) if a[i] != b[i]), most)
 
 
 def _fill(numbers: list[Any], place: int) -> None:

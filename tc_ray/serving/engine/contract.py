@@ -1,6 +1,6 @@
 """The engine's interface: requests in, events out. Plain data, no torch.
 
-Invariant: each accepted generation or scoring ends with exactly one `Finished`, `Scored` or `Failed`, unless it was
+Invariant: each accepted generation or scoring ends with exactly one `Finished`, `Scored` or `RequestError`, unless it was
 cancelled; what is cancelled stops within one token. Used by the engine, the HTTP application and the tests.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from tc_ray.serving.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,8 @@ class Scored:
     tokens: tuple[ScoredToken, ...]
 
 
-@dataclass(frozen=True)
-class Failed:
-    """It broke off. `message` is for the client; the details are in the server's log."""
-
-    message: str
-    code: Literal["generation_failed", "deadline_exceeded", "shutting_down"] = "generation_failed"
-    status: int = 500
-
-
-Event = Piece | Finished | Scored | Failed
+Event = Piece | Finished | Scored | RequestError
+"""RequestError: it broke off. The message is for the client; the details are in the server's log."""
 Request = GenerationRequest | ScoreRequest
 
 
@@ -165,7 +159,7 @@ class RequestHandle:
         deadline_s = self.request.deadline_s
         if not self.cancelled and (deadline_s is None or now_s < deadline_s):
             return False
-        self.end(Failed("The request was not done by its deadline.", "deadline_exceeded", 504))
+        self.end(RequestError("The request was not done by its deadline.", status=504, code="deadline_exceeded"))
         self.cancel()
         return True
 

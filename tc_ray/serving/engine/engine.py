@@ -18,9 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 from tc_ray.config.serving import ServingSection
-from tc_ray.serving.engine.contract import Event, Failed, GenerationRequest, Load, Piece, Request, RequestHandle
+from tc_ray.serving.engine.contract import Event, GenerationRequest, Load, Piece, Request, RequestHandle
 from tc_ray.serving.engine.worker import Worker
-from tc_ray.serving.errors import RequestError, queue_full
+from tc_ray.serving.errors import RequestError, queue_full, shutting_down
 
 STALL_S = 120.0
 """An engine that has work and computed nothing for this long is unhealthy."""
@@ -156,7 +156,7 @@ class Engine:
         except queue.Empty:
             handle.cancel()
             return f"the engine did not generate two tokens within {PROBE_S:.0f} s"
-        return event.message if isinstance(event, Failed) else None
+        return event.message if isinstance(event, RequestError) else None
 
     def load(self) -> Load:
         """What it is doing now, and totals since its start."""
@@ -198,7 +198,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise RequestError("The server is shutting down.", status=503, code="shutting_down", retry_after_s=1)
+            raise shutting_down()
         if self._ended or not self._thread.is_alive():
             raise RequestError("The engine has stopped.", status=503, code="worker_stopped")
 
@@ -239,7 +239,7 @@ class Engine:
                 self._waiting.clear()
                 self._changed.notify_all()
             for handle in left:
-                handle.end(Failed("The server is shutting down.", "shutting_down", 503))
+                handle.end(shutting_down())
 
     def _round(self) -> None:
         """Drop what nobody waits for, admit what fits in the order of arrival, and compute."""

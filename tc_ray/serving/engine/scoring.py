@@ -34,7 +34,7 @@ def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator
 
 
 def _parts(
-    model: FusedModel, ids: tuple[int, ...], start: int, lam: float, top: int, positions: int
+    model: FusedModel, ids: tuple[int, ...], start: int, lam: float, count: int, positions: int
 ) -> Iterator[list[ScoredToken]]:
     """The scores of `ids[start:]`, some at a time; none after a part of the Pilot's pass."""
     device = model.get_input_embeddings().weight.device
@@ -52,8 +52,9 @@ def _parts(
         if any(map(math.isnan, (*pilot, *fused))):
             raise NotFiniteError("scores that are not finite")
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(pilot)
-        if top:
-            values, places = rows.fused[0].log_softmax(-1).topk(min(top, rows.fused.shape[-1]))
+        if count:
+            values, places = rows.fused[0].topk(min(count, rows.fused.shape[-1]))
+            values -= rows.fused.logsumexp(2)[0, :, None]  # as `log_probs_of`: the given token has one value everywhere
             pairs = zip(places.tolist(), values.tolist(), strict=True)
             tops = [tuple(zip(at, value, strict=True)) for at, value in pairs]
         yield [ScoredToken(*one) for one in zip(chosen[0].tolist(), pilot, fused, tops, strict=True)]

@@ -20,11 +20,12 @@ import torch
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.finite import NotFiniteError
-from tc_ray.serving.engine.batch import CacheNeed, FusedBatch, Prefill
-from tc_ray.serving.engine.contract import Failed, GenerationRequest, Load, Request, RequestHandle, Scored
-from tc_ray.serving.engine.prefixes import Prefixes
+from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
+from tc_ray.serving.engine.contract import GenerationRequest, Load, Request, RequestHandle, Scored
+from tc_ray.serving.engine.prefill import Prefill, Prefixes
 from tc_ray.serving.engine.scoring import scored
 from tc_ray.serving.engine.sequence import Sequence, end_ids_of
+from tc_ray.serving.errors import RequestError
 
 logger = logging.getLogger(__name__)
 _NOT_FINITE = "logits that are not finite"
@@ -137,7 +138,7 @@ class Worker:
 
     def _begin(self, sequence: Sequence) -> Prefill:
         ids, owner = sequence.request.prompt_ids, sequence.request.owner
-        prefill = self.batch.prefill(ids, sequence.lam, prefix=self._prefixes.longest(ids, owner))
+        prefill = Prefill(self._model, ids, sequence.lam, self._prefixes.longest(ids, owner))
         self._count(cached_tokens=prefill.reused)
         sequence.start(prefill)
         return prefill
@@ -217,7 +218,8 @@ class Worker:
         logger.error("generation failed", exc_info=error)
         self.failures += 1
         for handle in handles:
-            handle.end(Failed(f"Generation failed in the server ({type(error).__name__})."))
+            message = f"Generation failed in the server ({type(error).__name__})."
+            handle.end(RequestError(message, status=500, code="generation_failed"))
 
     def _leave(self, row: int) -> None:
         self.batch.leave(row)

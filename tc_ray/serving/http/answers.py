@@ -1,18 +1,20 @@
 """Response bodies of the HTTP API, in OpenAI's shapes.
 
-Invariant: every body and every chunk that the server sends is one of these. JSON has no infinity: the log of 0 is -9999.0.
+Invariants: every body and every chunk that the server sends is one of these. The failover proxy reads the order of fields: of a
+choice, the index comes first and the text before log-probabilities. JSON has no infinity: the log of 0 is -9999.0.
 Made by responses.py and routes.py; FastAPI documents them.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 LOG_OF_ZERO = -9999.0
 """What stands for log 0, as in vLLM."""
 
+Logprob = Annotated[float, BeforeValidator(lambda value: max(value, LOG_OF_ZERO))]
 FinishReason = Literal["stop", "length"]
 
 
@@ -57,8 +59,8 @@ class CompletionLogprobs(Answer):
     """log p~ of each token, before penalties and temperature. A token that is no whole character is `bytes:\\xf0\\x9f`."""
 
     tokens: list[str]
-    token_logprobs: list[float | None] = Field(description="null for the first token of an echoed prompt")
-    top_logprobs: list[dict[str, float] | None] = Field(description="the likeliest tokens and the chosen one")
+    token_logprobs: list[Logprob | None] = Field(description="null for the first token of an echoed prompt")
+    top_logprobs: list[dict[str, Logprob] | None] = Field(description="the likeliest tokens and the chosen one")
     text_offset: list[int] = Field(description="where each token begins in the choice's text, in characters")
 
 
@@ -66,7 +68,7 @@ class TokenLogprob(Answer):
     """One token and log p~ of it."""
 
     token: str
-    logprob: float
+    logprob: Logprob
     bytes: list[int] | None
 
 
@@ -83,15 +85,10 @@ class ChatLogprobs(Answer):
     refusal: None = None
 
 
-class Choice(Answer):
-    """What all choices have. `index` comes first: the failover proxy counts chunks by it."""
-
-    index: int = Field(ge=0)
-
-
-class CompletionChoice(Choice):
+class CompletionChoice(Answer):
     """A text, or a piece of it in a stream. Choice i of prompt p has the index p * n + i."""
 
+    index: int = Field(ge=0)
     text: str
     logprobs: CompletionLogprobs | None = None
     copilot: CopilotAnswer | None = None
@@ -122,9 +119,10 @@ class ChatAnswer(Answer):
     refusal: None = None
 
 
-class ChatChoice(Choice):
+class ChatChoice(Answer):
     """A choice of a chat completion."""
 
+    index: int = Field(ge=0)
     message: ChatAnswer
     logprobs: ChatLogprobs | None = None
     copilot: CopilotAnswer | None = None
@@ -146,9 +144,10 @@ class ChatDelta(Answer):
     content: str | None = None
 
 
-class ChatChunkChoice(Choice):
+class ChatChunkChoice(Answer):
     """A piece of one choice."""
 
+    index: int = Field(ge=0)
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     copilot: CopilotAnswer | None = None
@@ -168,7 +167,7 @@ class ScoredTop(Answer):
 
     id: int
     token: str
-    fused: float
+    fused: Logprob
 
 
 class ScoredPlace(Answer):
@@ -176,8 +175,8 @@ class ScoredPlace(Answer):
 
     id: int
     token: str
-    pilot: float
-    fused: float
+    pilot: Logprob
+    fused: Logprob
     top_logprobs: list[ScoredTop] | None = Field(None, description="likeliest tokens of the fused model, best first")
 
 
@@ -187,8 +186,8 @@ class ScoredCompletion(Answer):
     index: int = Field(ge=0)
     tokens: list[ScoredPlace]
     token_count: int = Field(ge=1)
-    pilot: float = Field(description="log p^ of the completion: the sum over its tokens")
-    fused: float = Field(description="log p~ of the completion: the sum over its tokens")
+    pilot: Logprob = Field(description="log p^ of the completion: the sum over its tokens")
+    fused: Logprob = Field(description="log p~ of the completion: the sum over its tokens")
 
 
 class ScoreAnswer(Headed):
@@ -255,13 +254,3 @@ def as_json(answer: BaseModel) -> str:
     """A response body or chunk as it is sent, without characters that could be taken for the end of a line."""
     text = answer.model_dump_json(by_alias=True)
     return text if text.isascii() else text.translate(_LINE_ENDS)
-
-
-def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
-    return max(logprob, LOG_OF_ZERO)
-
-
-def error_event(envelope: dict[str, Any]) -> str:
-    """The event that ends a stream which breaks off."""
-    return f"data: {ErrorEnvelope.model_validate(envelope).model_dump_json()}\n\n"

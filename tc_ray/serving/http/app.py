@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -51,35 +51,25 @@ def create_app(registry: ModelRegistry, limits: ServingSection, key_digests: Seq
     if key_digests:
         app.add_middleware(BearerAuth, key_digests=key_digests)
     app.add_middleware(Observed, metrics=metrics)
-    _add_error_handlers(app)
+    for kind in (RequestError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _refuse)
     app.include_router(make_router(registry, limits, metrics))
     app.include_router(page)
     app.openapi = lambda: document(app, registry, limits, keys=bool(key_digests))  # type: ignore[method-assign]
     return app
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    """Every error of the framework in OpenAI's envelope."""
-
-    def answer(request: Request, error: RequestError) -> Response:
-        request.state.refused = error.code
-        return error.response()
-
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> Response:
-        return answer(request, error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return answer(request, from_validation(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        code = _CODES.get(error.status_code, "http_error")
-        response = answer(request, RequestError(f"{error.detail}.", status=error.status_code, code=code))
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return answer(request, RequestError("The server failed.", status=500, code="internal_error"))
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Any error of the application or the framework in OpenAI's envelope."""
+    headers: Mapping[str, str] = {}
+    if isinstance(error, RequestValidationError):
+        error = from_validation(error.errors())
+    elif isinstance(error, HTTPException):
+        headers, code = error.headers or {}, _CODES.get(error.status_code, "http_error")
+        error = RequestError(f"{error.detail}.", status=error.status_code, code=code)
+    elif not isinstance(error, RequestError):
+        error = RequestError("The server failed.", status=500, code="internal_error")
+    request.state.refused = error.code
+    response = error.response()
+    response.headers.update(headers)
+    return response

@@ -9,6 +9,7 @@ Used by the routes, one feed per request.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,11 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tc_ray.serving.engine.contract import Event, Failed, Piece
+from tc_ray.serving.engine.contract import Event, Piece
 from tc_ray.serving.engine.contract import Request as EngineRequest
 from tc_ray.serving.engine.engine import Submit
 from tc_ray.serving.errors import RequestError
-from tc_ray.serving.http.answers import as_json, error_event
+from tc_ray.serving.http.answers import as_json
 from tc_ray.serving.http.metrics import GONE
 
 Result = TypeVar("Result")
@@ -57,9 +58,8 @@ class Feed:
         """Each event with the index of its request, until all have ended. Raises RequestError for the first failure."""
         while self._unfinished:
             place, event = await self._events.get()
-            if isinstance(event, Failed):
-                retry_after_s = 1 if event.status in (429, 503) else None
-                raise RequestError(event.message, status=event.status, code=event.code, retry_after_s=retry_after_s)
+            if isinstance(event, RequestError):
+                raise event
             if not isinstance(event, Piece):
                 self._unfinished -= 1
             elif self._on_first_token is not None:
@@ -111,6 +111,10 @@ def json_response(answer: BaseModel, headers: Mapping[str, str] | None = None, s
     return Response(as_json(answer), status, headers, "application/json")
 
 
+def _error_event(error: RequestError) -> str:
+    return f"data: {json.dumps(error.envelope())}\n\n"
+
+
 class EventStream(Response):
     """The streamed response. Its generations are cancelled however it ends, even before it begins."""
 
@@ -146,11 +150,11 @@ class EventStream(Response):
                 yield f"data: {as_json(chunk)}\n\n"
         except RequestError as error:
             self._failed = error.code
-            yield error_event(error.envelope())
+            yield _error_event(error)
             return
         except Exception:  # the client must not take a part of the text for the whole
             logger.exception("a stream failed")
             self._failed = "internal_error"
-            yield error_event(RequestError("The server failed.", status=500, code=self._failed).envelope())
+            yield _error_event(RequestError("The server failed.", status=500, code=self._failed))
             return
         yield DONE

@@ -23,6 +23,8 @@ from tc_ray.serving.http.requests import (
 from tc_ray.serving.models.registry import ServedModel
 from tc_ray.serving.text.prompt import PlacedPrompt
 
+Body = CompletionRequest | ChatRequest | ScoreBody
+
 
 @dataclass(frozen=True)
 class Work:
@@ -63,7 +65,7 @@ class Scoring(Work):
     body: ScoreBody
 
 
-def places_of(body: CompletionRequest | ChatRequest | ScoreBody, limits: ServingSection) -> int:
+def places_of(body: Body, limits: ServingSection) -> int:
     """Places that a body needs in the engine. Raises RequestError where it passes the server's limits."""
     if isinstance(body, ScoreBody):
         completions = len(split_prompts(body.completion))
@@ -86,12 +88,12 @@ def places_of(body: CompletionRequest | ChatRequest | ScoreBody, limits: Serving
 
 def make_generation(
     served: ServedModel,
+    deadline_s: float,
+    *,
     body: CompletionRequest | ChatRequest,
     limits: ServingSection,
-    *,
     seed: int,
     owner: bytes,
-    deadline_s: float,
 ) -> Generation:
     """Encode the prompts of a body that is within the limits. Raises RequestError.
 
@@ -107,7 +109,7 @@ def make_generation(
     echoes: list[PlacedPrompt] = []
     if isinstance(body, CompletionRequest):
         given, default = split_prompts(body.prompt), DEFAULT_COMPLETION_TOKENS
-        prompts = [served.encoder.prompt(one, longest) for one in given]
+        prompts = [served.encoder.ids(one, longest) for one in given]
         if body.echo:
             echoes = [served.encoder.placed(one, ids) for one, ids in zip(given, prompts, strict=True)]
     else:
@@ -142,7 +144,7 @@ def make_generation(
     return Generation(served, requests, sum(map(len, prompts)), body, len(prompts), echoes)
 
 
-def make_scoring(served: ServedModel, body: ScoreBody, limits: ServingSection, *, deadline_s: float) -> Scoring:
+def make_scoring(served: ServedModel, deadline_s: float, *, body: ScoreBody, limits: ServingSection) -> Scoring:
     """Encode a /v1/score body that is within the limits. Raises RequestError.
 
     What is scored is the prompt's ids followed by the completion's, each tokenised by itself as in training. The Copilot
@@ -151,11 +153,11 @@ def make_scoring(served: ServedModel, body: ScoreBody, limits: ServingSection, *
     context = served.engine.context_tokens
     if context < 2:
         raise _no_position("model", "it has no position for a prompt")
-    prompt = served.encoder.prompt(body.prompt, min(context - 1, limits.max_prompt_tokens or context))
+    prompt = served.encoder.ids(body.prompt, min(context - 1, limits.max_prompt_tokens or context))
     requests = []
     for number, given in enumerate(split_prompts(body.completion)):
         name = f"completion[{number}]" if given is not body.completion else "completion"
-        ids = served.encoder.completion(given, context - len(prompt), name)
+        ids = served.encoder.ids(given, context - len(prompt), name, special=False)
         requests.append(ScoreRequest((*prompt, *ids), len(prompt), body.weight, body.top_logprobs or 0, deadline_s))
     return Scoring(served, requests, len(prompt), body)
 

@@ -11,16 +11,13 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.serving.engine.contract import Load
-
-if TYPE_CHECKING:
-    from tc_ray.serving.models.registry import ModelRegistry
+from tc_ray.serving.models.registry import ModelRegistry
 
 GONE = 499
 """Status in the metrics of a request whose client went away."""

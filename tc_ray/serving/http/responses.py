@@ -29,24 +29,21 @@ Step = tuple[int, "Part", answers.FinishReason | None]
 
 
 @dataclass(frozen=True)
-class PlacedToken:
-    """A token and where it begins in the choice's text, in characters."""
-
-    token: Token
-    offset: int
-
-
-@dataclass(frozen=True)
 class Part:
-    """More text of a choice and the tokens that came with it. tokens: empty where nothing is reported of them."""
+    """More text of a choice and the tokens that came with it.
+
+    tokens: empty where nothing is reported of them. offsets: where they begin in the choice's text, in characters.
+    """
 
     text: str
-    tokens: tuple[PlacedToken, ...] = ()
+    tokens: Sequence[Token] = ()
+    offsets: Sequence[int] = ()
 
     @staticmethod
     def joined(parts: Sequence[Part]) -> Part:
         """Successive parts as one."""
-        return Part("".join(part.text for part in parts), tuple(token for part in parts for token in part.tokens))
+        tokens = [token for part in parts for token in part.tokens]
+        return Part("".join(part.text for part in parts), tokens, [at for part in parts for at in part.offsets])
 
 
 class ChoiceText:
@@ -60,7 +57,7 @@ class ChoiceText:
     def echo(self, text: str, begins: Sequence[int], tokens: Sequence[Token]) -> Part:
         """The prompt, before any new text. begins: where each token begins. tokens: empty without log-probabilities."""
         self._length = len(text)
-        return Part(text, tuple(PlacedToken(token, at) for token, at in zip(tokens, begins, strict=False)))
+        return Part(text, tokens, begins if tokens else ())
 
     def piece(self, piece: Piece) -> Part | None:
         """The next part; None while there is no new text."""
@@ -73,16 +70,16 @@ class ChoiceText:
         return self._part("")
 
     def _part(self, text: str) -> Part:
-        begin, at, placed = self._length, 0, []
+        begin, at, offsets = self._length, 0, []
         for token in self._pending:
             own = self._texts.text(token.id)
             # A part of a character or of a stop string, and a special token, are not found: the place stays.
             found = text.find(own, at) if own else -1
             at = max(at, found)
-            placed.append(PlacedToken(token, begin + at))
+            offsets.append(begin + at)
             at += len(own) if found >= 0 else 0
-        self._length, self._pending = begin + len(text), []
-        return Part(text, tuple(placed))
+        tokens, self._length, self._pending = self._pending, begin + len(text), []
+        return Part(text, tokens, offsets)
 
 
 class ResponseBuilder(ABC):
@@ -202,7 +199,7 @@ class CompletionBuilder(ResponseBuilder):
     response_class = chunk_class = answers.Completion
 
     def _piece(self, index: int, part: Part, reason: answers.FinishReason | None) -> Any:
-        logprobs = completion_logprobs(part.tokens, self.texts) if self._names_tokens else None
+        logprobs = completion_logprobs(part, self.texts) if self._names_tokens else None
         copilot = self._explained(part)
         return answers.CompletionChoice(
             index=index, text=part.text, logprobs=logprobs, copilot=copilot, finish_reason=reason
@@ -241,38 +238,35 @@ def usage(prompt_tokens: int, completion_tokens: int = 0, cached_tokens: int = 0
     )
 
 
-def completion_logprobs(tokens: Sequence[PlacedToken], texts: TokenTexts) -> answers.CompletionLogprobs:
+def completion_logprobs(part: Part, texts: TokenTexts) -> answers.CompletionLogprobs:
     """Log-probabilities as /v1/completions reports them."""
-    tops: list[dict[str, float] | None] = []
-    for token in (placed.token for placed in tokens):
-        if token.logprob is None:
-            tops.append(None)
-            continue
-        top = {texts.text(id): answers.finite(logprob) for id, logprob in token.top}
-        tops.append({**top, texts.text(token.id): answers.finite(token.logprob)})
     return answers.CompletionLogprobs(
-        tokens=[texts.text(placed.token.id) for placed in tokens],
-        token_logprobs=[None if p.token.logprob is None else answers.finite(p.token.logprob) for p in tokens],
-        top_logprobs=tops,
-        text_offset=[placed.offset for placed in tokens],
+        tokens=[texts.text(token.id) for token in part.tokens],
+        token_logprobs=[token.logprob for token in part.tokens],
+        top_logprobs=[
+            None
+            if token.logprob is None
+            else {texts.text(id): logprob for id, logprob in (*token.top, (token.id, token.logprob))}
+            for token in part.tokens
+        ],
+        text_offset=list(part.offsets),
     )
 
 
-def chat_logprobs(tokens: Sequence[PlacedToken], texts: TokenTexts) -> answers.ChatLogprobs:
+def chat_logprobs(tokens: Sequence[Token], texts: TokenTexts) -> answers.ChatLogprobs:
     """Log-probabilities as /v1/chat/completions reports them."""
 
-    def fields(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": texts.text(token), "logprob": answers.finite(logprob), "bytes": list(texts.utf8(token))}
+    def fields(id: int, logprob: float | None) -> dict[str, Any]:
+        return {"token": texts.text(id), "logprob": logprob, "bytes": list(texts.utf8(id))}
 
     content = []
-    for token in (placed.token for placed in tokens):
-        own = -float("inf") if token.logprob is None else token.logprob
-        top = [answers.TokenLogprob(**fields(id, own if id == token.id else logprob)) for id, logprob in token.top]
-        content.append(answers.ChatTokenLogprob(**fields(token.id, own), top_logprobs=top))
+    for token in tokens:
+        top = [answers.TokenLogprob(**fields(*one)) for one in token.top]
+        content.append(answers.ChatTokenLogprob(**fields(token.id, token.logprob), top_logprobs=top))
     return answers.ChatLogprobs(content=content)
 
 
-def explained(tokens: Sequence[PlacedToken], texts: TokenTexts) -> answers.CopilotAnswer:
+def explained(tokens: Sequence[Token], texts: TokenTexts) -> answers.CopilotAnswer:
     """What the Copilot did at each generated token."""
     return answers.CopilotAnswer(
         tokens=[
@@ -283,7 +277,7 @@ def explained(tokens: Sequence[PlacedToken], texts: TokenTexts) -> answers.Copil
                 fused=token.explained.fused,
                 moved=token.explained.moved,
             )
-            for token in (placed.token for placed in tokens)
+            for token in tokens
             if token.explained is not None
         ]
     )
@@ -310,20 +304,15 @@ def _scored_completion(index: int, tokens: Sequence[ScoredToken], scoring: Scori
     texts = scoring.served.encoder.texts
 
     def place(token: ScoredToken) -> answers.ScoredPlace:
-        pairs = [(id, token.fused if id == token.id else logprob) for id, logprob in token.top]
-        top = [answers.ScoredTop(id=id, token=texts.text(id), fused=answers.finite(logprob)) for id, logprob in pairs]
-        return answers.ScoredPlace(
-            id=token.id,
-            token=texts.text(token.id),
-            pilot=answers.finite(token.pilot),
-            fused=answers.finite(token.fused),
-            top_logprobs=None if scoring.body.top_logprobs is None else top,
-        )
+        top = [answers.ScoredTop(id=id, token=texts.text(id), fused=logprob) for id, logprob in token.top]
+        named = None if scoring.body.top_logprobs is None else top
+        text = texts.text(token.id)
+        return answers.ScoredPlace(id=token.id, token=text, pilot=token.pilot, fused=token.fused, top_logprobs=named)
 
     return answers.ScoredCompletion(
         index=index,
         tokens=[place(token) for token in tokens],
         token_count=len(tokens),
-        pilot=answers.finite(sum(token.pilot for token in tokens)),
-        fused=answers.finite(sum(token.fused for token in tokens)),
+        pilot=sum(token.pilot for token in tokens),
+        fused=sum(token.fused for token in tokens),
     )

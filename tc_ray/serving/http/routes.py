@@ -34,7 +34,7 @@ from tc_ray.serving.http.answers import (
     State,
 )
 from tc_ray.serving.http.feed import EventStream, Feed, json_response, whole
-from tc_ray.serving.http.generate import Work, make_generation, make_scoring, places_of
+from tc_ray.serving.http.generate import Body, Work, make_generation, make_scoring, places_of
 from tc_ray.serving.http.json_route import JsonRoute
 from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.http.openapi import errors, generated
@@ -95,27 +95,25 @@ class _Service:
     _checked_s: float = field(default=-math.inf, init=False)
     _unhealthy: str | None = field(default=None, init=False)
 
-    def deadline_s(self, timeout_s: float) -> float:
-        """When a request fails, in `time.monotonic()`. timeout_s: what the client asks for."""
-        return time.monotonic() + min(timeout_s, self.limits.request_timeout_s)
-
     async def submit(
-        self, request: Request, name: str, places: int, make: Callable[[ServedModel], SomeWork]
+        self, request: Request, body: Body, timeout_s: float, make: Callable[[ServedModel, float], SomeWork]
     ) -> tuple[SomeWork, Feed]:
         """Hold places in a model's engine, encode in a worker thread, and submit. Raises RequestError.
 
-        places: most engine requests that `make` gives.
+        timeout_s: what the client asks for. make: the work from a model and the deadline, in `time.monotonic()`.
         """
+        deadline_s = time.monotonic() + min(timeout_s, self.limits.request_timeout_s)
+        places = places_of(body, self.limits)
         while True:
-            served = self.registry.find(name)
+            served = self.registry.find(body.model)
             request.state.model = served.name
             try:
                 with served.engine.reserve(places) as submit:
-                    work = await asyncio.to_thread(make, served)
+                    work = await asyncio.to_thread(make, served, deadline_s)
                     first_token = partial(self._first_token, request, served.name)
                     return work, Feed(submit, work.requests, first_token)
             except RequestError as error:
-                if error.code not in _STOPPED or self.registry.find(name) is served:
+                if error.code not in _STOPPED or self.registry.find(body.model) is served:
                     raise
                 # swapped since it was looked up
 
@@ -153,15 +151,10 @@ def _work_routes(service: _Service) -> APIRouter:
         timeout_s: float,
         resume: Resume | None,
     ) -> Response:
-        limits, deadline_s = service.limits, service.deadline_s(timeout_s)
         first_seed = next((one for one in (body.seed, seed) if one is not None), secrets.randbits(_SEED_BITS))
         key = getattr(request.state, "key", b"")
-        generation, feed = await service.submit(
-            request,
-            body.model,
-            places_of(body, limits),
-            lambda served: make_generation(served, body, limits, seed=first_seed, owner=key, deadline_s=deadline_s),
-        )
+        make = partial(make_generation, body=body, limits=service.limits, seed=first_seed, owner=key)
+        generation, feed = await service.submit(request, body, timeout_s, make)
         headers = {SEED_HEADER: str(first_seed), **_copilot_header(generation.served)}
         builder = builder_class(generation, resume)
         if body.stream:
@@ -196,13 +189,8 @@ def _work_routes(service: _Service) -> APIRouter:
     @router.post("/v1/score", response_model=ScoreAnswer)
     async def score(request: Request, body: ScoreBody, timeout_s: Timeout = default_timeout_s) -> Response:
         """Log-probabilities under Pilot and fused model."""
-        limits, deadline_s = service.limits, service.deadline_s(timeout_s)
-        scoring, feed = await service.submit(
-            request,
-            body.model,
-            places_of(body, limits),
-            lambda served: make_scoring(served, body, limits, deadline_s=deadline_s),
-        )
+        make = partial(make_scoring, body=body, limits=service.limits)
+        scoring, feed = await service.submit(request, body, timeout_s, make)
         return await whole(request, feed, score_response(scoring, feed), _copilot_header(scoring.served))
 
     return router

@@ -32,13 +32,8 @@ def find_export(folder: Path | str) -> Path:
     return export
 
 
-def model_name(export: Path) -> str:
-    """Name of the served model: the run folder's, which is the run's name by default."""
-    return (export.parent if export.name == "export" else export).name
-
-
 def named_models(given: Sequence[str | Path]) -> dict[str, Path]:
-    """Model name -> export folder, from `FOLDER` or `NAME=FOLDER` arguments.
+    """Model name -> export folder, from `FOLDER` or `NAME=FOLDER` arguments. Without a name it is the run folder's.
 
     Raises ServingError for no folder at all, an empty name and two models of one name, and as `find_export`.
     """
@@ -52,7 +47,7 @@ def named_models(given: Sequence[str | Path]) -> dict[str, Path]:
         elif not name.strip():
             raise ServingError(f"{argument}: NAME=FOLDER needs a name")
         export = find_export(folder)
-        name = name.strip() or model_name(export)
+        name = name.strip() or (export.parent if export.name == "export" else export).name
         if name in models:
             raise ServingError(f"two models are called {name!r}: {models[name]} and {export}; name one by NAME=FOLDER")
         models[name] = export

@@ -58,13 +58,24 @@ class PromptEncoder:
         self.texts = TokenTexts(copy.deepcopy(tokenizer))
         """Texts of single tokens. It has its own tokenizer, because the event loop must not wait for the lock."""
 
-    def prompt(self, given: str | Sequence[int], limit_tokens: int, param: str = "prompt") -> tuple[int, ...]:
-        """Token ids of a prompt, at least one. Raises RequestError naming `param`."""
-        return self._ids(given, limit_tokens, param, special=True)
+    def ids(
+        self, given: str | Sequence[int], limit_tokens: int, param: str = "prompt", *, special: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a text or of ids, at least one. Raises RequestError naming `param`.
 
-    def completion(self, given: str | Sequence[int], limit_tokens: int, param: str) -> tuple[int, ...]:
-        """Token ids of a text that follows a prompt: without a beginning-of-text token."""
-        return self._ids(given, limit_tokens, param, special=False)
+        special: begin with the tokenizer's beginning-of-text token, if it has one.
+        """
+        if isinstance(given, str):
+            ids = self._tokenised(given, limit_tokens, param, special)
+            if not ids:
+                raise invalid_value(param, "it has no tokens")
+        else:
+            ids = tuple(given)
+            if max(ids) >= self.vocab_size:
+                raise invalid_value(param, f"token ids must be below {self.vocab_size}")
+        if len(ids) > limit_tokens:
+            raise _too_long(param, len(ids), limit_tokens)
+        return ids
 
     def chat(self, messages: list[dict[str, str]], limit_tokens: int) -> tuple[int, ...]:
         """Token ids of a conversation, rendered by the model's chat template. Raises RequestError.
@@ -89,7 +100,7 @@ class PromptEncoder:
             except TemplateError as error:
                 raise invalid_value("messages", f"the model's chat template refuses them: {error}") from error
         # The template writes the special tokens itself.
-        ids = self._ids(text, limit_tokens, "messages", special=False)
+        ids = self.ids(text, limit_tokens, "messages", special=False)
         with self._lock:
             if not named_ids(contents, self._tokenizer):
                 return ids
@@ -122,19 +133,6 @@ class PromptEncoder:
             begins.append(min(first, end))
             end = max(end, last)
         return tuple(begins)
-
-    def _ids(self, given: str | Sequence[int], limit_tokens: int, param: str, *, special: bool) -> tuple[int, ...]:
-        if isinstance(given, str):
-            ids = self._tokenised(given, limit_tokens, param, special)
-            if not ids:
-                raise invalid_value(param, "it has no tokens")
-        else:
-            ids = tuple(given)
-            if max(ids) >= self.vocab_size:
-                raise invalid_value(param, f"token ids must be below {self.vocab_size}")
-        if len(ids) > limit_tokens:
-            raise _too_long(param, len(ids), limit_tokens)
-        return ids
 
     def _tokenised(self, text: str, limit_tokens: int, param: str, special: bool) -> tuple[int, ...]:
         probe = PROBE_CHARACTERS * (limit_tokens + PROBE_SLACK_TOKENS)

@@ -84,7 +84,7 @@ def decode(served: Any, bodies: list[dict[str, Any]], lam: float) -> list[str]:
     collectors = []
     for body in bodies:
         request = GenerationRequest(
-            prompt_ids=served.encoder.prompt(body["prompt"], 512, "prompt"),
+            prompt_ids=served.encoder.ids(body["prompt"], 512),
             max_new_tokens=body["max_tokens"],
             temperature=body["temperature"],
             seed=body["seed"],

@@ -18,7 +18,7 @@ from tc_ray.serving.deploy.launch import start_server
 from tc_ray.serving.deploy.memory import available_memory_bytes, check_memory
 from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import find_export, model_name, named_models
+from tc_ray.serving.models.exports import find_export, named_models
 from tests.support.command_line import tc_ray, tc_ray_process
 from tests.support.ports import free_port
 from tests.support.serving_samples import make_export
@@ -46,7 +46,6 @@ def start(*arguments: Path | str) -> None:
 
 def test_run_folder_or_export_folder(export: Path) -> None:
     assert find_export(export) == find_export(export.parent) == export
-    assert model_name(export) == "my-run"
 
 
 def test_several_models_by_name(export: Path) -> None:

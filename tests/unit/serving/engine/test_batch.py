@@ -11,6 +11,7 @@ from tc_ray.models.fusion import FusedModel, fuse
 from tc_ray.models.fusion.distribution import fuse_at
 from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
 from tc_ray.serving.engine.kv_rows import RowStore
+from tc_ray.serving.engine.prefill import Prefill
 from tests.support.family_samples import make_copilot, new_pilot, output_ids, quiet
 from tests.support.tiny_families import DECODER_ONLY, VOCAB
 
@@ -59,7 +60,7 @@ def run_together(model: FusedModel, prefill_tokens: int = 1000) -> list[tuple[li
     time = 0
     while len(tokens) < len(PROMPTS) or order:
         for number in (i for i, arrival in enumerate(ARRIVALS) if arrival == time):
-            prefill = batch.prefill(PROMPTS[number], LAMS[number])
+            prefill = Prefill(model, PROMPTS[number], LAMS[number])
             while not prefill.done:
                 assert prefill.advance(prefill_tokens) > 0
             needs[number] = batch.need(len(PROMPTS[number]), NEW, LAMS[number] != 0)
@@ -114,22 +115,21 @@ def test_a_prompt_computed_in_parts_is_the_same(family: str) -> None:
 
 def test_a_prompt_may_begin_with_anothers_prefix() -> None:
     model = fused_model("llama", output_ids=output_ids())
-    batch = FusedBatch(model)
-    first = batch.prefill(PROMPTS[1], 0.0)
+    first = Prefill(model, PROMPTS[1], 0.0)
     first.advance(100)
     prefix = first.prefix()
     assert prefix is not None and prefix.nbytes > 0
     for prompt, reused in ((PROMPTS[1][:20] + PROMPTS[0], 20), (PROMPTS[1], len(PROMPTS[1]) - 1), (PROMPTS[2], 0)):
-        again = batch.prefill(prompt, 0.7, prefix=prefix)
+        again = Prefill(model, prompt, 0.7, prefix=prefix)
         assert again.reused == reused
         assert again.advance(100) == len(prompt) - reused
-        plain = batch.prefill(prompt, 0.7)
+        plain = Prefill(model, prompt, 0.7)
         plain.advance(100)
         torch.testing.assert_close(again.fused.exp(), plain.fused.exp(), atol=1e-5, rtol=1e-4)
 
 
 def test_windows_keep_no_prefix() -> None:
-    prefill = FusedBatch(fused_model("gemma3")).prefill(PROMPTS[1], 0.0)
+    prefill = Prefill(fused_model("gemma3"), PROMPTS[1], 0.0)
     prefill.advance(100)
     assert prefill.prefix() is None
 

@@ -12,25 +12,31 @@ from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine.batch import FusedBatch
-from tc_ray.serving.engine.contract import Failed, Finished, GenerationRequest, ScoreRequest
+from tc_ray.serving.engine.contract import Finished, GenerationRequest, ScoreRequest
 from tc_ray.serving.engine.engine import FAILURES, Engine, Turns
 from tc_ray.serving.errors import RequestError
-from tests.support.serving_samples import LIMITS, Collector, offline
+from tests.support.serving_samples import LIMITS, Collector, failure, offline
+
+
+def generation_failed(kind: str) -> tuple[str, str, int]:
+    return f"Generation failed in the server ({kind}).", "generation_failed", 500
 
 
 def test_deadline(engine: Engine, prompt: tuple[int, ...]) -> None:
     collector = Collector(engine, GenerationRequest(prompt, 3000, deadline_s=time.monotonic() + 0.3))
     pieces, end = collector.all()
     assert pieces
-    assert end == Failed("The request was not done by its deadline.", "deadline_exceeded", 504)
-    assert Collector(engine, ScoreRequest(prompt, 1, deadline_s=time.monotonic() - 1)).all()[1] == end
+    assert failure(end) == ("The request was not done by its deadline.", "deadline_exceeded", 504)
+    late = Collector(engine, ScoreRequest(prompt, 1, deadline_s=time.monotonic() - 1))
+    assert failure(late.all()[1]) == failure(end)
 
 
 def test_a_failed_prompt_fails_alone(engine: Engine, prompt: tuple[int, ...]) -> None:
     beside = Collector(engine, GenerationRequest(prompt, 200))
     beside.next()
     pieces, end = Collector(engine, GenerationRequest((10**6,), 4)).all()
-    assert (pieces, end) == ([], Failed("Generation failed in the server (IndexError)."))
+    assert pieces == []
+    assert failure(end) == generation_failed("IndexError")
     assert isinstance(beside.all()[1], Finished)
 
 
@@ -49,7 +55,7 @@ def test_failed_step_ends_those_in_it_and_the_next_begin_anew(
     try:
         collectors = [Collector(engine, GenerationRequest(prompt, 3000)) for _ in range(2)]
         for collector in collectors:
-            assert collector.all()[1] == Failed("Generation failed in the server (RuntimeError).")
+            assert failure(collector.all()[1]) == generation_failed("RuntimeError")
         assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Finished)
         assert engine.unhealthy() is None
     finally:
@@ -72,12 +78,12 @@ def test_logits_that_are_not_finite_fail_their_own_request_and_the_health_check(
         alone.next(), corrected.next()
         with torch.no_grad():
             weight.fill_(value)
-        failed = Failed("Generation failed in the server (NotFiniteError).")
-        assert corrected.all()[1] == failed
-        assert Collector(engine, GenerationRequest(prompt, 4, lam=1.0)).all()[1] == failed
-        assert Collector(engine, ScoreRequest(prompt, 1, lam=1.0)).all()[1] == failed
+        failed = generation_failed("NotFiniteError")
+        assert failure(corrected.all()[1]) == failed
+        assert failure(Collector(engine, GenerationRequest(prompt, 4, lam=1.0)).all()[1]) == failed
+        assert failure(Collector(engine, ScoreRequest(prompt, 1, lam=1.0)).all()[1]) == failed
         assert isinstance(alone.all()[1], Finished)
-        assert engine.unhealthy() == failed.message
+        assert engine.unhealthy() == failed[0]
         with torch.no_grad():
             weight.copy_(before)
         assert engine.unhealthy() is None
@@ -100,7 +106,7 @@ def test_a_prompt_that_was_spoilt_once_spoils_no_later_request(
     try:
         with torch.no_grad():
             weight.fill_(float("nan"))
-        assert Collector(engine, asked).all()[1] == Failed("Generation failed in the server (NotFiniteError).")
+        assert failure(Collector(engine, asked).all()[1]) == generation_failed("NotFiniteError")
         with torch.no_grad():
             weight.copy_(before)
         assert isinstance(Collector(engine, asked).all()[1], Finished)
@@ -150,7 +156,7 @@ def test_an_engine_that_fails_time_after_time_is_unhealthy_though_requests_keep_
             waiting.next()
             assert engine.unhealthy() is None, failures
             go_on.set()
-            assert isinstance(waiting.all()[1], Failed)
+            assert isinstance(waiting.all()[1], RequestError)
             go_on.clear()
         waiting = Collector(engine, GenerationRequest(prompt, 4))
         waiting.next()
@@ -178,9 +184,9 @@ def test_close_lets_go_on_for_a_while_then_fails_the_rest(
         Collector(engine, GenerationRequest(prompt, 4))
     assert (refused.value.status, refused.value.code) == (503, "shutting_down")
     closing.join()
-    shut = Failed("The server is shutting down.", "shutting_down", 503)
-    assert long.all()[1] == shut
-    assert waiting.all()[1] == shut
+    shut = ("The server is shutting down.", "shutting_down", 503)
+    assert failure(long.all()[1]) == shut
+    assert failure(waiting.all()[1]) == shut
     assert engine.unhealthy() == "the engine has stopped"
 
 
@@ -193,7 +199,7 @@ def test_a_dead_engine_is_reported(export: Path, prompt: tuple[int, ...]) -> Non
     engine = Engine(dying, AutoTokenizer.from_pretrained(export / "pilot"))
     assert engine.unhealthy() is None
     dying.pilot.register_forward_pre_hook(deadly)
-    assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], Failed)
+    assert isinstance(Collector(engine, GenerationRequest(prompt, 4)).all()[1], RequestError)
     engine.close()
     assert engine.unhealthy() == "the engine has stopped"
     with pytest.raises(RequestError) as refused:
