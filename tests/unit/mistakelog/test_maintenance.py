@@ -181,7 +181,7 @@ def test_a_merge_of_128_mb_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.
         attempt=ledger.begin_attempt(0, 1),
     )
     base = random_records(120_000)
-    for number in range(1, 11):
+    for number in range(1, 7):
         writer.put(Records(**{**base.__dict__, "round": np.full(len(base), number, np.int64)}), number)
         writer.end_round(number)
     writer.close()
@@ -198,7 +198,7 @@ def test_a_merge_of_128_mb_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.
 
     usual = [commit() for _ in range(15)]
     files = ledger.state().files
-    ledger.report_checkpoint(10)
+    ledger.report_checkpoint(6)
     ledger.maintain_soon()
     answers, commits = [], []
     while ledger.state().files == files:
@@ -216,4 +216,4 @@ def test_a_merge_of_128_mb_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.
     assert max(answers) < 0.05
     assert statistics.median(commits) < 2 * statistics.median(usual)
     with MistakeLog(tmp_path) as log:
-        assert len(log.files) == 1 and sum(len(records) for _, records in log.pieces()) == 10 * len(base)
+        assert len(log.files) == 1 and sum(len(records) for _, records in log.pieces()) == 6 * len(base)
