@@ -1,5 +1,5 @@
 """Ray around a run: the session, whether the cluster can hold it, which failures a restart cures, signals.
 
-May import `config` and `text` only. Read `session.py` first. The asynchronous parts themselves are in `run/`, `pilot/` and
+May import: config, text. Read first: `session.py`. The asynchronous parts themselves are in `run/`, `pilot/` and
 `copilot/`.
 """

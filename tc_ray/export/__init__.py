@@ -1,5 +1,5 @@
-"""The exported folder beyond the fused model itself (`models.folder`): find, check and identify one, write a run's, join two.
+"""The folder of an exported run: find and check one (`check.py`), write a run's (`write.py`), join two models (`join.py`).
 
-May import config, models, evaluation (the report's numbers), files and text; serving, the job and the command line use it.
-Read `check` first; `write` is the last phase of a run, `join` the work of `tc-ray fuse`.
+May import: config, models, evaluation (the report's numbers), files, text. Read first: `check.py`. `write.py` is the
+last phase of a run, `join.py` the work of `tc-ray fuse`. The format of fusion.json is in `models/folder.py`.
 """

@@ -1,4 +1,5 @@
 """The Mistake Log as a person reads it: statistics, coloured samples, a report page, export. Needs no Ray.
 
-May import config, models and mistakelog. Start with `stats.collect`, which reads a log once; `terminal` and `report` show it.
+May import: config, models, mistakelog, files, text. Read first: `stats.py` (`collect` reads a log once);
+`terminal.py` and `report.py` show it.
 """

@@ -1,6 +1,7 @@
-"""One run from its recipe to the exported model, the check of its folder, its plan (`plan/`) and a later evaluation.
+"""One run from its recipe to the exported model, its plan (`plan/`), and a later evaluation (`evaluate.py`).
 
-May import every room but `cli` and `serving`. Read `job.py` first: the list of phases. `train.py` holds the asynchronous part.
-Where a stale run is taken over: `folder.py` (run folder: a kernel lock, free when its process has ended) and
-`mistakelog/table/lease.py` (`RunLease.take`: the log, from a holder that has stopped renewing). `job.py` takes both.
+May import every folder but cli and serving. Read first: `job.py`, the list of phases; `prepare.py`, `train.py` (the
+asynchronous part) and `evaluate.py` do their work. A stale run is taken over by `RunLease.take` in
+`mistakelog/table/lease.py`, which `job.py` calls: at once if its process on this machine is dead, after 60 s of
+silence if it is elsewhere.
 """

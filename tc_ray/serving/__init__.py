@@ -1,1 +1,7 @@
-"""The fused model behind an OpenAI-compatible HTTP endpoint on Ray Serve. Stands on models only; used by the cli."""
+"""The fused model behind an OpenAI-compatible HTTP endpoint on Ray Serve.
+
+Folders: deploy (start of the server), http (routes), text (prompts to tokens), models (exported runs), engine (the
+running batch), failover (streams that outlive a replica), page. May import: config, data/encode, export, models,
+text. Read first: `deploy/launch.py` for the start, `http/routes.py` for a request; it enters the batch in
+`engine/worker.py` (`Worker._join`).
+"""

@@ -1,4 +1,5 @@
 """A run's data folder: made once, checked, hashed, and read in batches by round.
 
-May import config, source and encode. Start with `prepare.prepare`; `batches.RoundOrder` says which rows a round trains on.
+May import: config, data/source, data/encode, models, files. Read first: `prepare.py`; `batches.py` (`RoundOrder`)
+says which rows a round trains on.
 """

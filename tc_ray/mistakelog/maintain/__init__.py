@@ -1,4 +1,5 @@
 """What keeps a log small and whole: vacuum, retention, compaction, quarantine, verification.
 
-Imports `mistakelog.rows`, `table` and `read`. Read first: `maintenance.py`, which decides what is due in a run.
+May import: config, mistakelog's rows, table and read. Read first: `maintenance.py`, which decides what is due in a
+run.
 """

@@ -1,4 +1,4 @@
 """Reading one version of a log, or following a log that grows.
 
-Imports `mistakelog.rows` and `mistakelog.table`. Read first: `reader.py`; `reader_lease.py` says how a version is held.
+May import: mistakelog's rows and table. Read first: `reader.py`; `reader_lease.py` says how a version is held.
 """

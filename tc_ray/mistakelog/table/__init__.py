@@ -1,5 +1,5 @@
 """The Delta table under the Mistake Log: files, commits, and who may commit.
 
-Imports `mistakelog.rows`. Read first: `store.py` (a commit, a snapshot); `lease.py` says how a dead run's log is taken over,
-`repair.py` what a power cut leaves.
+May import: config, mistakelog/rows, files, text. Read first: `store.py` (a commit, a snapshot); `data_file.py` writes
+a file, `lease.py` takes over a dead run's log, `repair.py` mends what a power cut leaves.
 """

@@ -1,7 +1,7 @@
 """The fused model: Pilot and Copilot decoding together, `p~ = p + lam f` (equation 8, algorithm 2).
 
-May import the rest of `models`, `config` and `files`. Modules from the bottom up: distribution, cache, feedback, core (one
-call), scoring, explain, generation, model. Read `core` first; the picture is lens_picture's.
+May import: the rest of models. Read first: `core.py` (one call of both models); then `scoring.py`, `explain.py`,
+`generation.py`, `model.py`. `lens_picture.py` draws the logit lens.
 """
 
 from tc_ray.models.fusion.distribution import fuse

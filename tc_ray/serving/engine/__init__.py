@@ -1,5 +1,5 @@
-"""The engine: continuous batching of one fused model in a thread, behind a small interface (contract.py).
+"""Continuous batching of one fused model in a thread, behind a small interface (`contract.py`).
 
-Imports config, models, serving/text and errors; nothing of HTTP or Ray.
-Read engine.py first; a request enters the batch in worker.py (`Worker._join`), one token is computed in batch.py.
+May import: config, models, serving's text and errors; nothing of HTTP or Ray. Read first: `engine.py`. A request
+enters the batch in `worker.py` (`Worker._join`); `batch.py` computes one token of each sequence.
 """

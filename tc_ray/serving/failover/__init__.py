@@ -1,5 +1,6 @@
-"""Failover: streams that outlive the replica which serves them. A plug-in of Ray Serve's proxy process.
+"""Streams that outlive the replica which serves them. A plug-in of Ray Serve's proxy process.
 
-It may import serving's errors, headers and latency; nothing of serving imports it. Serve loads it by the dotted name
-that `deploy/launch.py` puts into the environment. Read proxy.py first; progress.py joins a stream and its repeat.
+May import: config, serving's errors, headers and latency; nothing of serving imports it. Serve loads it by the dotted
+name that `deploy/launch.py` puts into the environment. Read first: `proxy.py`; `progress.py` continues a client's
+stream on another replica.
 """

@@ -1,4 +1,4 @@
 """The web page at `/`: static files (HTML, CSS, JavaScript) and the routes that send them.
 
-Imports nothing of the package. Read route.py first, then static/app.js.
+May import nothing of the package. Read first: `route.py`, then static/app.js.
 """

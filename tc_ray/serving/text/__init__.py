@@ -1,5 +1,5 @@
 """Text and token ids: prompts encoded, generated tokens decoded piece by piece, single tokens shown.
 
-Imports data/encode and errors; knows nothing of models, threads or HTTP.
-Read prompt.py first; incremental.py decodes a generation and finds its stop strings.
+May import: data/encode and serving's errors. Read first: `prompt.py`; `incremental.py` decodes a generation and finds
+its stop strings.
 """
