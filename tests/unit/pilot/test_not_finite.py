@@ -219,7 +219,7 @@ def test_padding_of_zero_3_is_no_weight(rank: int, spoilt: bool) -> None:
     if spoilt:
         parameter.ds_tensor[: min(1, held)] = float("nan")
     module = SimpleNamespace(named_parameters=lambda: [("weight", parameter)])
-    worker: Any = SimpleNamespace(engine=SimpleNamespace(module=module), device="cpu", world_size=1)
+    worker: Any = SimpleNamespace(engine=SimpleNamespace(module=module), _largest=float)  # one rank
     if spoilt and held:
         with pytest.raises(NotFiniteError, match=r"not finite \(weight\)"):
             Worker._check_weights(worker, "the Pilot", "do this")
