@@ -34,7 +34,7 @@ OTHER_KEY = "a-second-key"
 SECRET = "zebra quilt 81723"
 LONG_TOKENS = 19_000
 """So many tokens take far longer than the tests wait for the engine to be free."""
-FREE_WITHIN_S = 5.0
+FREE_WITHIN_S = 10.0
 BIG_BODY_BYTES = 200_000_000
 MAX_GROWTH_BYTES = 50_000_000
 
@@ -210,7 +210,7 @@ def test_stream_whose_client_leaves_is_stopped(server: Server, model: str, http:
     body = {"model": model, "prompt": PROMPT, "max_tokens": LONG_TOKENS, "temperature": 0, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
-        assert soon(lambda: in_progress() == 1, FREE_WITHIN_S)
+        assert soon(lambda: in_progress() == 1, 20)  # Ray exports metrics late on a busy machine
     assert soon(lambda: in_progress() == 0, FREE_WITHIN_S)
 
 
