@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -155,10 +156,9 @@ def prometheus() -> str:
 
 
 def metric(name: str) -> float:
-    """Sum of the samples of one metric of the server; they are up to 1.5 s old."""
+    """Sum of the samples of one metric of the server, NaN before the first; they are up to 1.5 s old."""
     lines = [line for line in prometheus().splitlines() if line.startswith(f"ray_{name}{{")]
-    assert lines, f"no sample of ray_{name}"
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines) if lines else math.nan
 
 
 def running_replicas() -> int:
