@@ -18,7 +18,8 @@ def test_a_full_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
     with served(app) as url, httpx.Client(base_url=url, timeout=60) as http:
         assert http.get("/ready").status_code == http.get("/health").status_code == 200
         with http.stream("POST", "/v1/completions", json=body) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept: an iterator that is dropped closes the connection
+            next(lines)
             full = http.get("/ready")
             assert (full.status_code, full.json()["reason"]) == (
                 503,
