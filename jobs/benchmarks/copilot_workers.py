@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,13 @@ def worker(rank: int, arguments: argparse.Namespace, model: str, meeting: str, o
     if arguments.device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if arguments.device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=arguments.workers)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=arguments.workers,
+        timeout=timedelta(seconds=60),  # a stalled collective is an error that names it, not a wait of half an hour
+    )
     torch.manual_seed(0)
     pilot = load_pilot(model, dtype=torch.float32, random_weights=bool(arguments.hidden))
     shape = pilot.config
