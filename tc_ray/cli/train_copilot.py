@@ -30,10 +30,6 @@ def train_copilot(
         Path | None,
         typer.Option(help="Folder to write, or to resume; default: copilot-from-log in the run folder."),
     ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Passes over all records; default: replay the run, steps_per_round steps a round."),
-    ] = None,
     version: Annotated[int | None, typer.Option(help="Table version; default: the latest.")] = None,
     storage_option: Annotated[
         list[str] | None,
@@ -65,7 +61,7 @@ def train_copilot(
     lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
     show = _Show()
     with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, show.bar:
-        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=show)
+        trained = train_from_log(mistakes, settings, target, show=show)
     say("\n".join(trained.lines()))
 
 

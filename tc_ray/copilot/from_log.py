@@ -23,7 +23,7 @@ from tc_ray.copilot import checkpoint
 from tc_ray.copilot.batch import batch_from_records
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner, StepResult, make_learner
-from tc_ray.copilot.stored import Epochs, Replay
+from tc_ray.copilot.stored import Replay
 from tc_ray.files import DamagedFileError, read_json_as, write_file, write_json
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.schema import LogMetadata
@@ -80,17 +80,14 @@ def train_from_log(
     config: RunConfig,
     out: Path,
     *,
-    epochs: int | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> TrainedCopilot:
-    """Train a Copilot on one version of a log.
+    """Train a Copilot on one version of a log: `steps_per_round` steps a round, as the live Copilot of a lock-step run.
 
     Args:
         mistakes: the log; rows of damaged files are left out.
         config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
         out: folder of checkpoints, metrics.jsonl and `final`; an existing one of the same training is resumed.
-        epochs: None replays the run: `steps_per_round` steps a round, drawn from the newest `buffer_rounds` rounds, as the
-            live Copilot of a lock-step run; N passes N times over all records in shuffled order.
         show: called after every step.
 
     Raises:
@@ -104,8 +101,8 @@ def train_from_log(
     base = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else pilot
     _check_tokenizer(pilot, mistakes)
     weights = _check_weights(config, pilot, base, mistakes)
-    _open_folder(out, config, mistakes, epochs, weights)
-    source = Replay(mistakes, config) if epochs is None else Epochs(mistakes, config, epochs)
+    _open_folder(out, config, mistakes, weights)
+    source = Replay(mistakes, config)
     torch.set_num_threads(config.resources.copilot_threads)
     learner = make_learner(config, pilot, base, _output_ids(config, mistakes), total_steps=source.total_steps)
     at = checkpoint.restore(learner, out / "checkpoints") or Position(0, 0, mistakes.version)
@@ -126,7 +123,7 @@ def train_from_log(
 
 def _train(
     learner: Learner,
-    source: Replay | Epochs,
+    source: Replay,
     config: RunConfig,
     out: Path,
     at: Position,
@@ -206,7 +203,6 @@ class _Source:
     log: str
     run: str
     version: int
-    epochs: int | None
     pilot_weights: str
     copilot_weights: str
 
@@ -226,11 +222,9 @@ def _check_weights(config: RunConfig, pilot: Path | str, base: Path | str, mista
     }
 
 
-def _open_folder(
-    out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None, weights: dict[str, str]
-) -> None:
+def _open_folder(out: Path, config: RunConfig, mistakes: MistakeLog, weights: dict[str, str]) -> None:
     """Make the folder, or compare one that exists with this training."""
-    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
+    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, **weights)
     source_file, saved = out / SOURCE_FILE, out / "config.yaml"
     if source_file.exists():
         try:

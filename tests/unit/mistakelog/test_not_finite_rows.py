@@ -12,7 +12,6 @@ import pytest
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.buffer import RoundBuffer
-from tc_ray.copilot.stored import Epochs
 from tc_ray.inspection.export import export_jsonl, export_parquet
 from tc_ray.inspection.report import report_page
 from tc_ray.inspection.samples import SampleNotFoundError, visits_of
@@ -140,10 +139,6 @@ def test_the_buffer_and_stored_batches_pass_over_them(log: Path) -> None:
     clean = RoundBuffer(100)
     clean.add("a", records.select(finite_rows(records)))
     assert_same(buffer.draw(50, (3,)), clean.draw(50, (3,)))
-    epochs = Epochs(mistakes, RunConfig.model_validate({"copilot": {"batch_size": 4}}), 1)
-    batches = [epochs.batch(step) for step in range(epochs.total_steps)]
-    assert sum(len(batch) for batch in batches if batch is not None) == len(records) - spoilt_rows()
-    assert epochs.left_out == spoilt_rows()
 
 
 def test_inspection_works_and_counts_them(log: Path, tmp_path: Path) -> None:
