@@ -22,11 +22,10 @@ class RoundBuffer:
 
     Args:
         rounds: how many of the most recent rounds to draw from. pooling: `log.pooling`, for a log that keeps layers.
-        max_seen: leave out records whose sample had been trained on more often than this; None keeps all.
     """
 
-    def __init__(self, rounds: int, max_seen: int | None = None, pooling: str = "mean") -> None:
-        self._rounds, self._max_seen, self._pooling = rounds, max_seen, pooling
+    def __init__(self, rounds: int, pooling: str = "mean") -> None:
+        self._rounds, self._pooling = rounds, pooling
         self._files: dict[str, Records] = {}
         self._index: np.ndarray | None = None
         self._names: list[str] = []
@@ -36,14 +35,12 @@ class RoundBuffer:
     @classmethod
     def of(cls, config: RunConfig) -> RoundBuffer:
         """An empty buffer as a run of this config has it."""
-        return cls(config.copilot.buffer_rounds, config.copilot.max_seen, config.log.pooling)
+        return cls(config.copilot.buffer_rounds, config.log.pooling)
 
     def add(self, name: str, records: Records) -> None:
         """Take the records of a data file whose numbers are all finite."""
         records, left_out = only_finite(pooled_records(records, self._pooling))
         self.left_out += left_out
-        if self._max_seen is not None:
-            records = records.select(np.flatnonzero(records.seen <= self._max_seen))
         if len(records):
             self._files[name] = records
             self._index = None

@@ -32,9 +32,7 @@ class Replay:
     def batch(self, step: int) -> Records | None:
         wanted = self.round(step)
         if self._at is None:
-            # with max_seen the window has no fixed start
-            window = self._config.copilot.buffer_rounds if self._config.copilot.max_seen is None else wanted
-            self._at = max(0, wanted - window)
+            self._at = max(0, wanted - self._config.copilot.buffer_rounds)
         while self._at < wanted:
             self._at += 1
             records = self._rounds.take(self._at)

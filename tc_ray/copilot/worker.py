@@ -100,7 +100,7 @@ class CopilotWorker:
             committed = self._follow(tail)
             due = min(committed * per_round, self.job.total_steps)
             if at.step < due and not len(self.buffer):
-                # every record so far was left out by log.sampling or copilot.max_seen: nothing to learn from
+                # every record so far was left out by log.sampling: nothing to learn from
                 at = self._position(due)
             if at.step >= due:
                 self._report(at, None)  # again and again: a restarted Ledger has forgotten it
@@ -162,8 +162,6 @@ class CopilotWorker:
 
         A Pilot that goes back to its checkpoint makes earlier rounds the newest: room is left for that.
         """
-        if self.config.copilot.max_seen is not None:  # then how far back the buffer reaches depends on the records
-            return 0
         return committed - self.config.copilot.buffer_rounds - self.config.pilot.checkpoint_every_rounds
 
     def _report_bad(self, bad: list[BadFileError]) -> None:

@@ -97,8 +97,6 @@ def _open_log(run: Run) -> None:
     LogStore.create(run.log, metadata)
     if run.lease is None:
         run.lease = RunLease.take(run.log, f"run {config.run.name}")
-    # rounds behind its position that a restarted Copilot reads again; with max_seen they depend on the records
-    read_again = config.copilot.buffer_rounds if config.copilot.max_seen is None else prepared.rounds
     run.ledger = start_ledger(
         run.log,
         metadata,
@@ -106,7 +104,7 @@ def _open_log(run: Run) -> None:
         run=config.run.name,
         lease=run.lease.number,
         settings=config.log,
-        buffer_rounds=read_again,
+        buffer_rounds=config.copilot.buffer_rounds,
     )
 
 

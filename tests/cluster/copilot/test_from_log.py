@@ -96,9 +96,7 @@ def test_a_cut_training_goes_on_to_the_same_result(run: RunConfig, tmp_path: Pat
         with pytest.raises(Cut):
             train_from_log(mistakes, run, tmp_path / "cut", show=cut)
         steps: list[int] = []
-        again = train_from_log(
-            mistakes, run, tmp_path / "cut", show=lambda progress: steps.append(progress.step)
-        )
+        again = train_from_log(mistakes, run, tmp_path / "cut", show=lambda progress: steps.append(progress.step))
     assert steps[0] == 5  # after the checkpoint at step 4
     assert_equal(again.folder, straight.folder)
     points = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.inspection.export import export_jsonl, export_parquet
 from tc_ray.inspection.report import report_page
