@@ -1,6 +1,6 @@
 """The Copilot's training buffer: records of the most recent rounds (paper A.3: 128), drawn uniformly.
 
-Invariant: every number of a record held is finite, and it has one state per position. A draw depends only on the rows held and the
+Invariant: records have one state per position. A draw depends only on the rows held and the
 step's seed, so every learner worker makes the same draw and takes its own part of it, and a restarted learner draws what the killed
 one would have. Filled by `worker` from the growing log, by `stored.Replay` from a stored one.
 """
@@ -11,7 +11,6 @@ import numpy as np
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.batch import pooled_records
-from tc_ray.mistakelog.rows.finite import only_finite
 from tc_ray.mistakelog.rows.records import Records
 
 _DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
@@ -29,8 +28,6 @@ class RoundBuffer:
         self._files: dict[str, Records] = {}
         self._index: np.ndarray | None = None
         self._names: list[str] = []
-        self.left_out = 0
-        """Records that held a NaN or an infinity: one would spoil every weight of the Copilot."""
 
     @classmethod
     def of(cls, config: RunConfig) -> RoundBuffer:
@@ -38,9 +35,8 @@ class RoundBuffer:
         return cls(config.copilot.buffer_rounds, config.log.pooling)
 
     def add(self, name: str, records: Records) -> None:
-        """Take the records of a data file whose numbers are all finite."""
-        records, left_out = only_finite(pooled_records(records, self._pooling))
-        self.left_out += left_out
+        """Take the records of a data file."""
+        records = pooled_records(records, self._pooling)
         if len(records):
             self._files[name] = records
             self._index = None

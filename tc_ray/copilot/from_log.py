@@ -59,7 +59,6 @@ class TrainedCopilot:
     uncorrected: float | None
     bad_files: int
     left_out_steps: int
-    left_out_records: int
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -69,9 +68,8 @@ class TrainedCopilot:
             lines.append(f"loss      {self.loss:.4f} over the last tenth{beside}")
         if self.bad_files:
             lines.append(f"damaged   {self.bad_files} file(s) of the log were not read: tc-ray log verify names them")
-        if self.left_out_steps or self.left_out_records:
-            counts = f"{self.left_out_records} records and {self.left_out_steps} steps"
-            lines.append(f"left out  {counts}: they held numbers that are not finite")
+        if self.left_out_steps:
+            lines.append(f"left out  {self.left_out_steps} steps: loss or gradient was not finite")
         return [*lines, f"fuse      tc-ray fuse --pilot PILOT --copilot {self.folder} --out FOLDER"]
 
 
@@ -117,7 +115,6 @@ def train_from_log(
         float(np.mean([result.error_size for result in last])) if last and config.copilot.loss == "rmse" else None,
         len(mistakes.bad_files),
         learner.left_out.count,
-        source.left_out,
     )
 
 

@@ -40,10 +40,6 @@ class Replay:
                 self._buffer.add(f"round-{self._at}", records)
         return draw(self._buffer, self._config, step) if len(self._buffer) else None
 
-    @property
-    def left_out(self) -> int:
-        return self._buffer.left_out
-
     def round(self, step: int) -> int:
         return step // self._per_round + 1
 

@@ -62,7 +62,7 @@ class CopilotWorker:
         self.buffer = RoundBuffer.of(job.config)
         self.version = -1
         """Of the table, as the buffer holds it."""
-        self.left_out = {"left_out_steps": 0.0, "left_out_records": 0.0}
+        self.left_out = 0
 
     def address(self) -> str:
         """host:port that the process group meets at."""
@@ -171,16 +171,11 @@ class CopilotWorker:
             self._event("damaged", f"log file {error}; training continues without its rows")
 
     def _report_left_out(self, at: Position, steps: int) -> None:
-        """Counts of what was not finite in this start; an event for the first of each."""
-        records = self.buffer.left_out
-        now = {"left_out_steps": float(steps), "left_out_records": float(records)}
-        for name, what in (
-            ("left_out_steps", "its loss or gradient is not finite, the update is left out"),
-            ("left_out_records", f"{records} records of the log hold numbers that are not finite, they are left out"),
-        ):
-            if now[name] and not self.left_out[name]:
-                self._event("not finite", f"Copilot step {at.step}: {what}; further ones are counted")
-        self.left_out = now
+        """Steps that were not finite in this start; an event for the first."""
+        if steps and not self.left_out:
+            what = "its loss or gradient is not finite, the update is left out; further ones are counted"
+            self._event("not finite", f"Copilot step {at.step}: {what}")
+        self.left_out = steps
 
     def _batch(self, step: int) -> CopilotBatch:
         """This rank's slice of the step's draw."""
@@ -197,7 +192,7 @@ class CopilotWorker:
                 "error_size": result.error_size,
                 "learning_rate": result.learning_rate,
                 "tokens": float(result.tokens),
-                **self.left_out,
+                "left_out_steps": float(self.left_out),
             }
             self.job.tracker.copilot.remote(at.round, at.step, metrics)
 

@@ -1,7 +1,7 @@
 """Which records hold only finite numbers, and which hold a NaN or an infinity.
 
 Invariant: checking clean records takes two passes over their arrays and no copy. The writer keeps records with a NaN or an
-infinity out of the log, the Copilot's buffer skips those that another writer left in a log, verification counts them.
+infinity out of the log, verification counts those that another writer left in one.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.inspection.export import export_jsonl, export_parquet
 from tc_ray.inspection.report import report_page
 from tc_ray.inspection.samples import SampleNotFoundError, visits_of
@@ -27,7 +26,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.pilot import record
 from tc_ray.run.evaluate import logged_error_size
 from tests.support.inspection_samples import make_examples, make_log
-from tests.support.mistakelog_samples import assert_same, random_records
+from tests.support.mistakelog_samples import random_records
 from tests.unit.pilot.test_record import ROUNDS, Run
 
 FIELDS = ("error_values", "error_rest", "token_loss", "rationale", "question")
@@ -126,18 +125,6 @@ def test_no_row_of_a_round_without_a_step_enters_the_log(tmp_path: Path) -> None
     counts = dropped_records(LogStore(run.config.log_location).commits())
     assert counts == {0: {spoilt: int((all_rows.round == spoilt).sum())}}
     assert run.metrics[-1]["not_finite_records"] in (0.0, float(counts[0][spoilt]))  # the thread may be behind
-
-
-def test_the_buffer_and_stored_batches_pass_over_them(log: Path) -> None:
-    """Fault 5: rows of another writer reach no batch of the Copilot, and are counted."""
-    mistakes = MistakeLog(log)
-    records, buffer = mistakes.records(), RoundBuffer(100)
-    buffer.add("a", records)
-    assert buffer.left_out == spoilt_rows() and len(buffer) == len(records) - spoilt_rows()
-    assert all_finite(buffer.draw(200, (1, 2)))
-    clean = RoundBuffer(100)
-    clean.add("a", records.select(finite_rows(records)))
-    assert_same(buffer.draw(50, (3,)), clean.draw(50, (3,)))
 
 
 def test_inspection_works_and_counts_them(log: Path, tmp_path: Path) -> None:
