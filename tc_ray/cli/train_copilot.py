@@ -13,7 +13,8 @@ from tc_ray.cli.command import say
 from tc_ray.cluster.signals import resumable
 
 if TYPE_CHECKING:
-    from tc_ray.copilot.from_log import Progress
+    from tc_ray.copilot.checkpoint import Position
+    from tc_ray.copilot.learner import StepResult
 
 LINE_SECONDS = 10.0
 
@@ -76,12 +77,11 @@ class _Show:
         self._task = self.bar.add_task("copilot", total=None)
         self._due = 0.0
 
-    def __call__(self, progress: Progress) -> None:
-        result = progress.result
+    def __call__(self, at: Position, total: int, result: StepResult | None) -> None:
         loss = "nothing to learn from" if result is None else f"loss {result.loss:.4f}" if result.taken else "left out"
-        text = f"copilot step {progress.step}/{progress.total_steps} | round {progress.round} | {loss}"
-        self.bar.update(self._task, description=text, completed=progress.step, total=progress.total_steps)
-        due = time.monotonic() > self._due or progress.step == progress.total_steps
+        text = f"copilot step {at.step}/{total} | round {at.round} | {loss}"
+        self.bar.update(self._task, description=text, completed=at.step, total=total)
+        due = time.monotonic() > self._due or at.step == total
         if self.bar.disable and due:
             self._due = time.monotonic() + LINE_SECONDS
             say(text, error=True)

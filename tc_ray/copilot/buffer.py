@@ -1,19 +1,15 @@
 """The Copilot's training buffer: records of the most recent rounds (paper A.3: 128), drawn uniformly.
 
-Invariant: records have one state per position. A draw depends only on the rows held and the
-step's seed, so every learner worker makes the same draw and takes its own part of it, and a restarted learner draws what the killed
-one would have. Filled by `worker` from the growing log, by `stored.Replay` from a stored one.
+Invariant: records have one state per position. A draw depends only on the rows held and the seed, not on the order of reading nor
+on how the rounds were cut into files. Filled by `worker` from the growing log, by `stored.Replay` from a stored one.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.batch import pooled_records
 from tc_ray.mistakelog.rows.records import Records
-
-_DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
 
 
 class RoundBuffer:
@@ -28,11 +24,6 @@ class RoundBuffer:
         self._files: dict[str, Records] = {}
         self._index: np.ndarray | None = None
         self._names: list[str] = []
-
-    @classmethod
-    def of(cls, config: RunConfig) -> RoundBuffer:
-        """An empty buffer as a run of this config has it."""
-        return cls(config.copilot.buffer_rounds, config.log.pooling)
 
     def add(self, name: str, records: Records) -> None:
         """Take the records of a data file."""
@@ -85,8 +76,3 @@ class RoundBuffer:
         if len(rounds) > self._rounds:
             oldest = rounds[-self._rounds]
             self._files = {name: r for name, r in self._files.items() if r.round.max() >= oldest}
-
-
-def draw(buffer: RoundBuffer, config: RunConfig, step: int) -> Records:
-    """The batch of a Copilot step, of all workers: it follows from the seed, the step and the rows held alone."""
-    return buffer.draw(config.copilot.batch_size, (config.run.seed, _DRAW, step))

@@ -7,7 +7,6 @@ does on the whole batch. Called by `worker` (a run) and `from_log` (a stored log
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 import warnings
@@ -139,7 +138,7 @@ class Learner:
         """Restore what `save` wrote. Its pickle is read as numbers only: no code in it runs.
 
         Raises:
-            ValueError: other weights than the configured Copilot has. NotFiniteError: a number is not finite.
+            ValueError: other weights than the configured Copilot has.
         """
         weights = load_file(folder / "trainable.safetensors", device=str(self.device))
         other = weights.keys() ^ self.parameters.keys()
@@ -149,13 +148,6 @@ class Learner:
                 f"{folder} holds other trainable weights than the configured Copilot ({min(other)}); use a new run.folder"
             )
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
-        averages = (
-            (f"{name} {number}", value)
-            for number, kept in state["optimizer"]["state"].items()
-            for name, value in kept.items()
-            if torch.is_tensor(value)
-        )
-        check_finite(itertools.chain(weights.items(), averages), f"the Copilot's checkpoint {folder}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
@@ -206,8 +198,25 @@ def make_learner(
     total_steps: int,
     world_size: int = 1,
 ) -> Learner:
-    """The learner of a run, on its device. output_ids: see `build_copilot`."""
-    copilot = build_copilot(config, pilot_path, base_path, output_ids)
+    """The learner of a run, on its device, with the same weights on every rank. output_ids: see `Copilot.from_decoder`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    torch.manual_seed(config.run.seed)
+    pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
+    base_config = AutoConfig.from_pretrained(base_path, trust_remote_code=False)
+    copilot = Copilot.from_decoder(
+        base_path,
+        choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
+        pilot=pilot,
+        output_ids=output_ids,
+        pattern=config.copilot.pattern,
+        producing_state=config.copilot.producing_state,
+        pooling=config.log.pooling,
+        tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
+        positions=config.log.positions,
+        tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
+        random_weights=config.model.random_weights,
+    )
     device = "cuda" if config.resources.gpus else "cpu"
     return Learner(copilot, config.copilot, total_steps=total_steps, device=device, world_size=world_size)
 
@@ -226,27 +235,3 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
         if module is not None:
             module.requires_grad_(True)
     return model
-
-
-def build_copilot(
-    config: RunConfig, pilot_path: Path | str, base_path: Path | str, output_ids: torch.Tensor | None
-) -> Copilot:
-    """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    torch.manual_seed(config.run.seed)
-    pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
-    base_config = AutoConfig.from_pretrained(base_path, trust_remote_code=False)
-    return Copilot.from_decoder(
-        base_path,
-        choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
-        pilot=pilot,
-        output_ids=output_ids,
-        pattern=config.copilot.pattern,
-        producing_state=config.copilot.producing_state,
-        pooling=config.log.pooling,
-        tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
-        positions=config.log.positions,
-        tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
-        random_weights=config.model.random_weights,
-    )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 
 from tc_ray.cli.main import app
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.from_log import Progress, StoredLogError, train_from_log
+from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.from_log import StoredLogError, train_from_log
 from tc_ray.mistakelog.maintain.compaction import compact_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.lease import LeaseHeldError
@@ -87,8 +89,8 @@ class Cut(Exception):
 
 
 def test_a_cut_training_goes_on_to_the_same_result(run: RunConfig, tmp_path: Path) -> None:
-    def cut(progress: Progress) -> None:
-        if progress.step == 7:
+    def cut(at: Position, *_: Any) -> None:
+        if at.step == 7:
             raise Cut
 
     with MistakeLog(run.log_location) as mistakes:
@@ -96,7 +98,7 @@ def test_a_cut_training_goes_on_to_the_same_result(run: RunConfig, tmp_path: Pat
         with pytest.raises(Cut):
             train_from_log(mistakes, run, tmp_path / "cut", show=cut)
         steps: list[int] = []
-        again = train_from_log(mistakes, run, tmp_path / "cut", show=lambda progress: steps.append(progress.step))
+        again = train_from_log(mistakes, run, tmp_path / "cut", show=lambda at, *_: steps.append(at.step))
     assert steps[0] == 5  # after the checkpoint at step 4
     assert_equal(again.folder, straight.folder)
     points = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]

@@ -55,7 +55,7 @@ def test_an_option_given_twice_is_refused(
 
 def test_every_command_looks_for_options_given_twice() -> None:
     assert all(isinstance(command, OnceCommand) for command in COMMANDS.values())
-    assert (("eval",), "--data") in SINGLE and len(SINGLE) > 30
+    assert (("eval",), "--data") in SINGLE and len(SINGLE) > 20
 
 
 def test_the_job_script_refuses_a_second_recipe() -> None:

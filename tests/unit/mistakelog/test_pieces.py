@@ -159,8 +159,9 @@ def test_replay_takes_each_round_whole(folder: Path) -> None:
         for start in (1, 6):
             source = Replay(log, config)
             for round in range(start, ROUNDS + 1):
-                drawn = source.batch(round - 1)
-                assert drawn is not None and set(drawn.round.tolist()) == {round}
+                assert source.rounds_for(round - 1) == round
+                drawn = source.buffer.draw(400, (1, round))
+                assert set(drawn.round.tolist()) == {round}
                 expected = set(everything.sample_id[everything.round == round].tolist())
                 assert set(drawn.sample_id.tolist()) == expected
                 at = int(drawn.sample_id[0])
