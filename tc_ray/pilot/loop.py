@@ -52,22 +52,6 @@ class PilotJob:
     """Hashes of the rows and base weights, which stand in each checkpoint."""
 
 
-@dataclass(frozen=True)
-class Round:
-    """What a round gave, over all ranks."""
-
-    number: int
-    loss: float
-    """Mean cross-entropy of its target tokens, nats."""
-    tokens: int
-    """Of prompts and completions."""
-    learning_rate: float
-    taken: bool
-    """False: loss or gradient was not finite, and no optimizer step was taken."""
-    skipped: int
-    """Records that `log.sampling` has left out in this attempt."""
-
-
 def train_worker(settings: dict[str, Any]) -> None:
     """Entry of a Ray Train worker; `settings["job"]` is a PilotJob."""
     import ray.train
@@ -86,11 +70,8 @@ class Worker:
         self.table = TrainTable(job.train_file)
         pilot = self.config.pilot
         self.order = RoundOrder(len(self.table), pilot.batch_size, pilot.epochs, self.config.run.seed)
-        if rank == 0:
-            self._wait_for("loading weights")
-        # any rank may be the one that compiles: each node has operators of its own
-        compiling = "compiling DeepSpeed's operator (first use, minutes)"
-        self.engine = build_engine(self.config, job.model_path, job.rounds, lambda: self._wait_for(compiling))
+        self._wait_for("loading weights (first use: compiling DeepSpeed's operator, minutes)")
+        self.engine = build_engine(self.config, job.model_path, job.rounds)
         self.device = self.engine.device
         self.recorder: Recorder | None = None
         self.postponed = False
@@ -107,14 +88,16 @@ class Worker:
         if self.config.log.enabled:
             self.recorder = self._begin_attempt(start)
         self._wait_for("")
-        started, tokens, checkpoint_due = time.monotonic(), 0, False
+        started, tokens, checkpoint_due = time.monotonic(), 0.0, False
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
-            done = self._round(number)
-            if self.recorder is not None:
-                self.recorder.end_round(number, left_out=not done.taken)
-            tokens += done.tokens
-            self._report(done, time.monotonic() - began, tokens / (time.monotonic() - started))
+            metrics = self._round(number)
+            tokens += metrics["tokens"]
+            seconds = time.monotonic() - began
+            metrics |= {"round_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+            metrics["mean_tokens_per_second"] = tokens / (time.monotonic() - started)
+            if self.rank == 0:
+                self.job.tracker.pilot.remote(number, metrics)
             if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
                 self._wait_for_copilot(number)
             last = number == self.job.rounds
@@ -164,8 +147,11 @@ class Worker:
 
     # -- a round --------------------------------------------------------------------------------------------------
 
-    def _round(self, number: int) -> Round:
-        """One optimizer step, left out on every rank if the loss or gradient of one is not finite (`LeftOut`)."""
+    def _round(self, number: int) -> dict[str, float]:
+        """One optimizer step, left out on every rank if the loss or gradient of one is not finite (`LeftOut`).
+
+        Returns the round's metrics: over all ranks, but for the writer's counts, which are of this one.
+        """
         rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
         rows = self.order.sample_rows(number)
         seed = np.random.SeedSequence([self.config.run.seed, number, self.rank])
@@ -181,7 +167,17 @@ class Worker:
         if self.left_out.add(taken, loss):
             text = f"round {number}: loss or gradient is not finite (loss {loss}); its update is left out"
             self._event("not finite", text)
-        return Round(number, loss, self.table.tokens(rows), rate, taken, int(all_skipped))
+        metrics = {
+            "loss": loss,
+            "tokens": float(self.table.tokens(rows)),
+            "learning_rate": rate,
+            "left_out_rounds": float(self.left_out.count),
+        }
+        if self.recorder is not None:
+            self.recorder.end_round(number, left_out=not taken)
+            metrics |= {f"log_{name}": value for name, value in self.recorder.metrics().items()}
+            metrics["log_skipped_records"] = all_skipped
+        return metrics
 
     def _forward_backward(self, number: int, rows: np.ndarray) -> torch.Tensor:
         """Gradients and records of this rank's micro-batches; returns the sum of their losses, each scaled for DeepSpeed."""
@@ -210,29 +206,11 @@ class Worker:
             loss_sum += loss.detach()
         return loss_sum
 
-    def _report(self, done: Round, seconds: float, mean_tokens_per_second: float) -> None:
-        if self.rank:
-            return
-        metrics = {
-            "loss": done.loss,
-            "tokens": float(done.tokens),
-            "learning_rate": done.learning_rate,
-            "round_seconds": seconds,
-            "tokens_per_second": done.tokens / seconds,
-            "mean_tokens_per_second": mean_tokens_per_second,
-            "left_out_rounds": float(self.left_out.count),
-        }
-        if self.recorder is not None:
-            # counts of this rank, but for the records that log.sampling left out on all of them
-            metrics |= {f"log_{name}": value for name, value in self.recorder.metrics().items()}
-            metrics["log_skipped_records"] = float(done.skipped)
-        self.job.tracker.pilot.remote(done.number, metrics)
-
     def _wait_for_copilot(self, number: int) -> None:
         while not self._log_is_complete(number):
             time.sleep(SPACE_POLL_SECONDS)
         self._barrier()
-        while _get(self.job.ledger.copilot_round.remote()) < number:
+        while self._answer("copilot_round") < number:
             time.sleep(LOCKSTEP_POLL_SECONDS)
 
     # -- a checkpoint ---------------------------------------------------------------------------------------------
@@ -289,7 +267,7 @@ class Worker:
 
         while True:
             try:
-                answer = _get(getattr(self.job.ledger, method).remote(*arguments))
+                answer = self._answer(method, *arguments)
             except ray.exceptions.RayTaskError as error:
                 if not may_pass(error.cause):
                     raise error.cause from error
@@ -298,6 +276,11 @@ class Worker:
             else:
                 self.postponed = False
                 return answer
+
+    def _answer(self, method: str, *arguments: int) -> Any:
+        import ray
+
+        return ray.get(getattr(self.job.ledger, method).remote(*arguments))
 
     def _report_postponed(self, what: str) -> None:
         """Once per outage."""
@@ -311,7 +294,8 @@ class Worker:
 
     def _wait_for(self, text: str) -> None:
         """What the status shows until the first round; an empty text: nothing is waited for."""
-        self.job.tracker.waiting.remote("pilot", text)
+        if self.rank == 0:
+            self.job.tracker.waiting.remote("pilot", text)
 
     def _largest(self, number: float) -> float:
         """The largest number of all ranks (collective)."""
@@ -336,9 +320,3 @@ def _own_part(parameter: torch.Tensor) -> torch.Tensor:
     zero: Any = parameter
     left = zero.ds_numel - zero.ds_zero_partition_rank * part.numel()
     return part[: max(0, left)]
-
-
-def _get(reference: Any) -> Any:
-    import ray
-
-    return ray.get(reference)

@@ -1,13 +1,13 @@
-"""From the Pilot's forward pass to the Mistake Log: rows are chosen, copied to the host once, and queued for the writer.
+"""From the Pilot's forward pass to the Mistake Log, and the log's metadata: rows are chosen, copied to the host once, and queued for the writer.
 
 Invariant: the records of a round are a pure function of the round, so a replayed round leaves the same ones. What the log does not
 keep (rows left out by `log.sampling`, padding, prompt positions) is dropped on the device, before the copy. Nothing here waits for
-the device, except `log.sampling: mistakes`. Called by `pilot.loop` between the forward and the backward pass.
+the device, except `log.sampling: mistakes`. Called by `pilot.loop` between the forward and the backward pass;
+the metadata by the job.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +15,16 @@ import numpy as np
 import torch
 
 from tc_ray.config.log import LogSection
+from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.rows.ragged import offsets_of
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
+from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.mistakelog.write.writer import RecordWriter
+from tc_ray.models.families import family_of
+from tc_ray.models.identity import tokenizer_hash
 from tc_ray.models.pilot.step import StepRecord
+from tc_ray.models.pilot.taps import UNPOOLED, log_pooling, tap_definition, tapped_layers
 
 
 class Recorder:
@@ -30,14 +35,11 @@ class Recorder:
         self._copy = HostCopy(device)
         self.skipped = 0
         """Records of this rank that `log.sampling` left out in this attempt."""
-        self._round_tokens = 0
-        self._unacknowledged: deque[tuple[int, int]] = deque()
-        """(round, its tokens) of rounds that have ended."""
-        self._acknowledged_tokens = 0
+        self._tokens = 0
 
     def record(self, step: StepRecord, batch: Mapping[str, np.ndarray], seen: np.ndarray, round: int) -> None:
         """Queue the records of one micro-batch of `round`; batch as of `TrainTable.batch`, seen: int16 [B]."""
-        self._round_tokens += int(batch["lengths"].sum())
+        self._tokens += int(batch["lengths"].sum())
         rows = chosen_rows(step, batch, self._log, seed=self._seed, round=round)
         if rows is not None:
             self.skipped += len(seen) - len(rows)
@@ -58,17 +60,13 @@ class Recorder:
 
     def end_round(self, round: int, *, left_out: bool = False) -> None:
         """All micro-batches of the round were recorded. left_out: it took no step, see `RecordWriter.end_round`."""
-        self._unacknowledged.append((round, self._round_tokens))
-        self._round_tokens = 0
         self.writer.end_round(round, left_out=left_out)
 
     def metrics(self) -> dict[str, float]:
-        """The writer's counts, and `bytes_per_token`: bytes of this rank's files per token of prompt and completion."""
+        """The writer's counts, and `bytes_per_token`: bytes of this rank's files per token that it has recorded."""
         stats = {name: float(value) for name, value in self.writer.stats().items()}
-        while self._unacknowledged and self._unacknowledged[0][0] <= stats["acknowledged_round"]:
-            self._acknowledged_tokens += self._unacknowledged.popleft()[1]
-        if self._acknowledged_tokens:
-            stats["bytes_per_token"] = stats["bytes"] / self._acknowledged_tokens
+        if stats["bytes"]:
+            stats["bytes_per_token"] = stats["bytes"] / self._tokens
         return stats
 
 
@@ -201,3 +199,49 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
+
+
+def log_metadata(
+    config: RunConfig, pilot_config: Any, tokenizer: Any, inputs: Mapping[str, str] | None = None
+) -> LogMetadata:
+    """Metadata of the log that a run of `config` writes; ValueError: see `check_log`.
+
+    pilot_config: the Pilot's transformers config. inputs: hashes of what the run starts from, by the metadata's names.
+    """
+    log, family = config.log, family_of(pilot_config)
+    layers, count = check_log(config, pilot_config), family.layer_count(pilot_config)
+    pooling = log_pooling(log.rationale, log.pooling)
+    most = pilot_config.vocab_size - 1
+    top_k = most if log.error == "dense" else min(log.top_k, most)
+    hashes: dict[str, Any] = dict(inputs or {})
+    return LogMetadata(
+        run=config.run.name,
+        pilot=config.model.pilot,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        vocab_size=pilot_config.vocab_size,
+        rationale_dim=pilot_config.hidden_size,
+        rationale_layers=1 if pooling != UNPOOLED else count if layers is None else len(layers),
+        pooling=pooling,
+        tap=tap_definition(pooling, layers),
+        positions=log.positions,
+        top_k=top_k,
+        question="states" if family.encoder_decoder else "ids",
+        layers="all" if layers is None else ",".join(map(str, layers)),
+        error=log.error,
+        **hashes,
+    )
+
+
+def check_log(config: RunConfig, pilot_config: Any) -> list[int] | None:
+    """The Pilot's decoder layers that `log` taps, from 0; None: all.
+
+    Raises:
+        ValueError: it has no such layers, or it is an encoder-decoder (states of target positions only) and `log.positions` is all.
+    """
+    log, family = config.log, family_of(pilot_config)
+    if family.encoder_decoder and log.positions != "target":
+        raise ValueError(
+            f"log.positions is {log.positions!r}, but {config.model.pilot} is an encoder-decoder: its decoder has states of "
+            "target positions only; set log.positions=target"
+        )
+    return tapped_layers(log.rationale, family.layer_count(pilot_config))

@@ -36,10 +36,9 @@ def fit_pilot(job: PilotJob, need: Need) -> None:
             cause = getattr(error, "controller_failure", error)
             if type(cause).__name__ == NO_ROOM:
                 continue
-            preempted = _preempted(error)
-            if not preempted and (failed >= job.config.pilot.max_failures or is_final(_first(error))):
+            if failed >= job.config.pilot.max_failures or is_final(_first(error)):
                 raise PilotError(f"the Pilot stopped: {_said(error)}") from error
-            failed += not preempted
+            failed += 1
             job.tracker.event.remote("restart", f"Pilot workers, after {_said(error)}")
         else:
             return
@@ -83,15 +82,6 @@ def _fit(job: PilotJob, need: Need) -> None:
 
             ray.kill(trainer.controller)
         raise
-
-
-def _preempted(error: Exception) -> bool:
-    """The cluster took a node back: that is not a failure."""
-    if type(error).__name__ == "PreemptionError":
-        return True
-    failures = getattr(error, "worker_failures", {}).values()
-    deaths = [getattr(failure, "health_check_failure", failure) for failure in failures]
-    return any(getattr(death, "preempted", False) for death in deaths)
 
 
 def _first(error: Exception) -> Exception:

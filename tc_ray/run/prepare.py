@@ -76,7 +76,7 @@ def _read_model(name: str, path: Any) -> tuple[Any, Any]:
 
 def _check_models(run: Run, model_config: Any, pilot_path: Any, base_path: Any) -> None:
     from tc_ray.models.pilot.load import check_folders
-    from tc_ray.pilot.log_metadata import check_log
+    from tc_ray.pilot.record import check_log
 
     try:
         check_folders(run.config, pilot_path, base_path)
@@ -90,7 +90,7 @@ def _open_log(run: Run) -> None:
     """Make or open the table, take its lease if it is new, and start its Ledger."""
     from tc_ray.mistakelog.commit.ledger_actor import start_ledger
     from tc_ray.mistakelog.table.store import LogStore
-    from tc_ray.pilot.log_metadata import log_metadata
+    from tc_ray.pilot.record import log_metadata
 
     config, prepared = run.config, run.prepared
     metadata = log_metadata(config, prepared.model_config, prepared.tokenizer, prepared.inputs)

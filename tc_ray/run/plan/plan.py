@@ -164,7 +164,7 @@ def _refusals(config: RunConfig) -> list[str]:
 def _check_models(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, refusals: list[str]) -> None:
     """As the job does. A folder on this machine that has a config alone can be planned with."""
     from tc_ray.models.pilot.load import check_folders
-    from tc_ray.pilot.log_metadata import check_log
+    from tc_ray.pilot.record import check_log
 
     try:
         check_folders(config, pilot.place, pilot.place if base is None else base.place)
