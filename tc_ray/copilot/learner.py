@@ -28,11 +28,11 @@ from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
-from tc_ray.models.finite import LeftOut, check_finite
 from tc_ray.models.identity import vocabulary_hash
 from tc_ray.models.losses import LOSSES, TokenLoss
 from tc_ray.models.pilot.load import load_pilot, lora_config
 from tc_ray.models.pilot.taps import tapped_layers
+from tc_ray.models.weights import LeftOut, check_finite
 
 
 @dataclass(frozen=True)

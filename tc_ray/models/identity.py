@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 _NO_CONTENT = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and by which version it was written."""
-_BLOCKS = 64
-_BLOCK_BYTES = 65536
 
 
 class ModelSourceError(RuntimeError):
@@ -54,24 +52,9 @@ def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     return _digest([*content, [_sha256(file) for file in sorted(folder.glob("*.bin"))]])
 
 
-def model_identity(path: Path | str) -> str:
-    """Name of a model's content, for logs and provenance: `hub:<id>`, or `<folder name>@<16 hex digits>`.
-
-    The digits hash config.json and, of every weight file, its length, its first block and 64 blocks of 64 KiB spread evenly
-    over it: a fingerprint that takes milliseconds at any size, not a proof against a forged file.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"hub:{path}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for weights in sorted(folder.glob("*.safetensors")):
-        size = weights.stat().st_size
-        digest.update(f"{weights.name}:{size}".encode())
-        with weights.open("rb") as file:
-            for block in range(_BLOCKS):
-                file.seek(block * max(size - _BLOCK_BYTES, 0) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK_BYTES))
-    return f"{folder.name}@{digest.hexdigest()[:16]}"
+def model_identity(folder: Path) -> str:
+    """Name of a model folder's content, for provenance: `<folder name>@<weights_hash>`."""
+    return f"{folder.name}@{weights_hash(folder)}"
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

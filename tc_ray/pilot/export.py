@@ -19,10 +19,9 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.prompts import serving_template
 from tc_ray.data.prepared.train_table import TrainTable
 from tc_ray.files import publish_folder
-from tc_ray.models.finite import check_finite
 from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.models.pilot.step import PilotStep
-from tc_ray.models.weights import ExportMismatchError
+from tc_ray.models.weights import ExportMismatchError, check_finite
 
 PROBE_ROWS = 4
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}

@@ -28,7 +28,7 @@ from tc_ray.mistakelog.commit.ledger_actor import submit_to
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.retry import may_pass
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tc_ray.models.finite import LeftOut, NotFiniteError, first_not_finite
+from tc_ray.models.weights import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
 from tc_ray.pilot.engine import build_engine, take_step
 from tc_ray.pilot.export import probe_rows, save_merged

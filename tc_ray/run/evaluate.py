@@ -118,12 +118,11 @@ def _prepare(config: RunConfig, data: Path, folder: Path) -> Path:
     from tc_ray.data.encode.encode import Encoder
     from tc_ray.data.prepared.prepare import prepare_test_file
     from tc_ray.data.source.sequences import ITEMS_FILE
-    from tc_ray.models.hub import embedding_rows
 
     pilot = config.run.path / "pilot" / "final"
     shape = AutoConfig.from_pretrained(pilot, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)
-    encoder = Encoder(config.data, tokenizer, config.run.seed, shape.is_encoder_decoder, embedding_rows(pilot, shape))
+    encoder = Encoder(config.data, tokenizer, config.run.seed, shape.is_encoder_decoder, shape.vocab_size)
     prepared = prepare_test_file(encoder, str(data), folder, items=config.run.path / "data" / ITEMS_FILE)
     for line in prepared.notes:
         print(visible(line), flush=True)

@@ -24,7 +24,7 @@ def prepare(run: Run) -> None:
     """
     from tc_ray.data.prepared.batches import RoundOrder
     from tc_ray.models.families import family_of
-    from tc_ray.models.hub import embedding_rows, resolve_model
+    from tc_ray.models.hub import resolve_model
 
     config, pilot = run.config, run.config.pilot
     pilot_path = resolve_model(config.model.pilot, config.model.cache)
@@ -35,8 +35,9 @@ def prepare(run: Run) -> None:
     recorded = recorded_inputs(config, run.folder, run.log)
     weights = base_weights(config, pilot_path, base_path)
     check_inputs(config, recorded, weights)
-    vocab_size = embedding_rows(pilot_path, model_config)
-    data, rows = prepare_rows(config, tokenizer, recorded, encoder_decoder=encoder_decoder, vocab_size=vocab_size)
+    data, rows = prepare_rows(
+        config, tokenizer, recorded, encoder_decoder=encoder_decoder, vocab_size=model_config.vocab_size
+    )
     _print(*data.describe())
     data.check_rounds(pilot.batch_size)
     if config.log.enabled and not data.rows["test"]:

@@ -21,8 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tc_ray.models.copilot.batch import CopilotBatch
 from tc_ray.models.copilot.config import CopilotConfig
-from tc_ray.models.copilot.decoder_only import DecoderOnlyStack
-from tc_ray.models.copilot.encoder_decoder import EncoderDecoderStack
+from tc_ray.models.copilot.stacks import DecoderOnlyStack, EncoderDecoderStack
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.taps import tap_definition
 from tc_ray.models.weights import HEADS, load_whole

@@ -14,8 +14,7 @@ from tc_ray.models.copilot.batch import CopilotBatch
 from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.copilot.model import Copilot
 from tc_ray.models.families import family_of
-from tc_ray.models.finite import NotFiniteError
-from tc_ray.models.weights import ExportMismatchError
+from tc_ray.models.weights import ExportMismatchError, NotFiniteError
 
 TOLERANCE = 1e-3
 """Largest difference of a predicted error, as a share of the largest one: fp32, products added in another order."""

@@ -207,7 +207,6 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
     if pilot is None:  # a note says why the model cannot be read
         return None
     from tc_ray.models.families import family_of
-    from tc_ray.models.hub import embedding_rows
 
     tokenizer = _tokenizer(config, pilot, notes, refusals)
     if tokenizer is None:
@@ -219,7 +218,7 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
             sample_rows=SAMPLE_ROWS,
             seed=config.run.seed,
             encoder_decoder=family_of(pilot.config).encoder_decoder,
-            vocab_size=embedding_rows(pilot.place, pilot.config),
+            vocab_size=pilot.config.vocab_size,
         )
     except DataError as error:
         notes.append("data size unknown")

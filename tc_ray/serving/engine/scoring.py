@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
+from tc_ray.models.weights import NotFiniteError
 from tc_ray.serving.engine.contract import Scored, ScoredToken, ScoreRequest
 
 _ROWS = 16

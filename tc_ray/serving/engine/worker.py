@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tc_ray.config.serving import ServingSection
-from tc_ray.models.finite import NotFiniteError
+from tc_ray.models.weights import NotFiniteError
 from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
 from tc_ray.serving.engine.contract import GenerationRequest, Load, Request, RequestHandle, Scored
 from tc_ray.serving.engine.prefill import Prefill, Prefixes

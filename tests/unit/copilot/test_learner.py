@@ -21,9 +21,9 @@ from tc_ray.copilot import checkpoint
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.finite import MOST_IN_A_ROW, NotFiniteError
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.models.pilot.step import PilotStep
+from tc_ray.models.weights import MOST_IN_A_ROW, NotFiniteError
 from tests.support.tiny_model import make_tiny_llama
 from tests.support.torn_files import torn, torn_forms
 

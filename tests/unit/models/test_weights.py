@@ -20,11 +20,10 @@ from tc_ray.export.check import ExportError, find_export
 from tc_ray.export.join import fuse_models
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.copilot.probe import check_answers
-from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.folder import FusionSettings
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import add_adapters, check_folders, load_pilot
-from tc_ray.models.weights import HEADS, WeightsError, load_whole
+from tc_ray.models.weights import HEADS, NotFiniteError, WeightsError, load_whole
 from tc_ray.run.plan.plan import make_plan
 from tests.support.tiny_families import FAMILIES, make_pilot
 from tests.unit.export.test_join import exported
