@@ -37,8 +37,7 @@ class Family(ABC):
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The decoder layers, in order; taps hook them."""
-        layers: Sequence[nn.Module] = getattr(self.decoder(model), self.layers_pattern)
-        return layers
+        return getattr(self.decoder(model), self.layers_pattern)
 
     @abstractmethod
     def layer_count(self, config: Any) -> int:
@@ -81,8 +80,7 @@ class DecoderOnly(Family):
         return fields
 
     def final_norm(self, decoder: Any) -> nn.Module:
-        norm: nn.Module = decoder.norm
-        return norm
+        return decoder.norm
 
     def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
         base = unwrapped(model)
@@ -106,8 +104,7 @@ class Mistral(DecoderOnly):
     """Mistral has one window for every layer, or none."""
 
     def window(self, config: Any, layer_type: str | None) -> int | None:
-        window: int | None = config.sliding_window
-        return window
+        return config.sliding_window
 
 
 class Gemma3(DecoderOnly):
@@ -135,16 +132,14 @@ class T5(Family):
         return _fields(config) | {"num_layers": 1, "num_decoder_layers": len(layers)}
 
     def final_norm(self, decoder: Any) -> nn.Module:
-        norm: nn.Module = decoder.final_layer_norm
-        return norm
+        return decoder.final_layer_norm
 
     def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
         base = unwrapped(model)
         # T5 1.0, whose head is its embedding; mT5 has no such setting
         if getattr(base.config, "scale_decoder_outputs", False):
             states = states * base.model_dim**-0.5
-        logits: torch.Tensor = base.lm_head(states)
-        return logits
+        return base.lm_head(states)
 
 
 FAMILIES: dict[str, Family] = {

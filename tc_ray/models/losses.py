@@ -95,8 +95,7 @@ class TokenLoss(ABC):
         """
         kind = states.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        total: torch.Tensor = _Sum.apply(self, states, weight, places, values, product)
-        return total
+        return _Sum.apply(self, states, weight, places, values, product)
 
     def value(self, total: float, tokens: float) -> float:
         """The step's loss from S and N over all ranks."""

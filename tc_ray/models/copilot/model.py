@@ -90,8 +90,7 @@ class Copilot(PreTrainedModel):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, in order."""
-        layers: nn.ModuleList = self.stack.block if self.encoder_decoder else self.stack.layers
-        return layers
+        return self.stack.block if self.encoder_decoder else self.stack.layers
 
     @torch.no_grad()
     def reset_new_weights(self) -> None:
@@ -195,32 +194,27 @@ class Copilot(PreTrainedModel):
         """W_in l for sparse errors: int64 [N, k+1], fp32 [N, k+1] -> [N, d_C]; no [N, V] tensor is made."""
         table = self.error_table
         summed = F.embedding_bag(ids, table, mode="sum", per_sample_weights=values.to(table.dtype))
-        rows: torch.Tensor = self.error_projection(summed)
-        return rows
+        return self.error_projection(summed)
 
     def embed_question(self, ids: torch.Tensor) -> torch.Tensor:
         """X~ [B, Q, d_P] of prompt tokens, int64 [B, Q] (decoder-only; an encoder-decoder's X~ is its encoder's output)."""
         assert self.question_embedding is not None
-        question: torch.Tensor = self.question_embedding(ids)
-        return question
+        return self.question_embedding(ids)
 
     def question_memory(self, question: torch.Tensor) -> torch.Tensor:
         """X~ [B, Q, d_P] -> [B, Q, d_C], as attended to."""
-        memory: torch.Tensor = self.memory_projection(self.question_norm(question.to(self.question_norm.weight.dtype)))
-        return memory
+        return self.memory_projection(self.question_norm(question.to(self.question_norm.weight.dtype)))
 
     def rationale_memory(self, rationale: torch.Tensor) -> torch.Tensor:
         """Pooled states [B, P, d_P] -> [B, P, d_C], as attended to."""
-        memory: torch.Tensor = self.memory_projection(self._normed(rationale))
-        return memory
+        return self.memory_projection(self._normed(rationale))
 
     def with_producing_state(self, rows: torch.Tensor, rationale: torch.Tensor) -> torch.Tensor:
         """Add the projected state [B, n, d_P] that predicts each row's token to rows [B, n, d_C], if configured."""
         return rows if self.state_projection is None else rows + self.state_projection(self._normed(rationale))
 
     def _normed(self, rationale: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.rationale_norm(rationale.to(self.rationale_norm.weight.dtype))
-        return normed
+        return self.rationale_norm(rationale.to(self.rationale_norm.weight.dtype))
 
     # -- the layers -----------------------------------------------------------------------------------------------
 
@@ -259,8 +253,7 @@ class Copilot(PreTrainedModel):
 
     def predict(self, states: torch.Tensor) -> torch.Tensor:
         """f = W_out state, no softmax: [.., d_C] of `decode` -> [.., A]."""
-        f: torch.Tensor = self.output(states)
-        return f
+        return self.output(states)
 
     def expand(self, f: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
         """[.., A] on the output tokens -> [.., V], zero elsewhere.

@@ -98,8 +98,7 @@ class DecoderOnlyStack(nn.Module):
             else:
                 mask = self._row_mask(rows, first_row, self._windows[index], seen)
                 rows = layer(rows, attention_mask=mask, position_embeddings=rotation, past_key_values=self_cache)
-        final: torch.Tensor = self.norm(rows)
-        return final
+        return self.norm(rows)
 
     def _row_mask(
         self, rows: torch.Tensor, first_row: int, window: int | None, real: torch.Tensor | None
@@ -161,10 +160,7 @@ def _attend_to_memory(
         key, value = cache.update(key, value, attention.layer_idx)
     cos, sin = rotation
     unrotated = torch.ones_like(cos), torch.zeros_like(sin)
-    out: torch.Tensor = layer(
-        rows, attention_mask=mask, position_embeddings=unrotated, past_key_values=_Given(key, value)
-    )
-    return out
+    return layer(rows, attention_mask=mask, position_embeddings=unrotated, past_key_values=_Given(key, value))
 
 
 class EncoderDecoderStack(nn.Module):
@@ -220,5 +216,4 @@ class EncoderDecoderStack(nn.Module):
                 past_key_values=memory_cache,
             )
             rows = block.layer[-1](rows)
-        final: torch.Tensor = self.dropout(self.final_layer_norm(rows))
-        return final
+        return self.dropout(self.final_layer_norm(rows))

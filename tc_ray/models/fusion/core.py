@@ -66,8 +66,7 @@ class RealisedFeedback:
         # an id past the Copilot's vocabulary is padding of the Pilot's: never chosen, and without a row in E
         known = (token < len(table))[:, None, None]
         chosen = table[token.clamp_max(len(table) - 1)][:, None] * known
-        row: torch.Tensor = self._copilot.error_projection(chosen - kept)
-        return row
+        return self._copilot.error_projection(chosen - kept)
 
 
 Feedback = OwnFeedback | RealisedFeedback
@@ -112,7 +111,6 @@ class FusedCore(PreTrainedModel):
         self.family = family_of(pilot)
         self.tap = LayerTap(self.family.layers(pilot), copilot.config.pooling, copilot.config.tap_layers)
         self._strategies = {name: kind(copilot) for name, kind in STRATEGIES.items()}
-        self._share_embedding()
         self.eval()
 
     @property
@@ -122,8 +120,7 @@ class FusedCore(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The Pilot's token embedding."""
-        embedding: nn.Module = self.pilot.get_input_embeddings()
-        return embedding
+        return self.pilot.get_input_embeddings()
 
     def new_cache(self) -> FusedCache | FusedEncoderDecoderCache:
         """An empty cache for one batch of sequences."""
@@ -132,17 +129,6 @@ class FusedCore(PreTrainedModel):
     def release(self) -> None:
         """Remove the tap from the Pilot, which others may still use. Do not call this model afterwards."""
         self.tap.close()
-
-    @torch.no_grad()
-    def _share_embedding(self) -> None:
-        """Keep one copy in memory of the embedding that both models hold, if the numbers are equal."""
-        own, table = self.copilot.question_embedding, self.family.embedding_table(self.pilot)
-        embedding = self.pilot.get_input_embeddings().weight
-        if own is None or table.data_ptr() != embedding.data_ptr() or own.weight.shape != embedding.shape:
-            return
-        alike = (own.weight.dtype, own.weight.device) == (embedding.dtype, embedding.device)
-        if alike and torch.equal(own.weight, embedding):
-            own.weight = embedding
 
     # -- one call -------------------------------------------------------------------------------------------------
 

@@ -125,8 +125,7 @@ class Explanation:
         for b, lam in enumerate(self.lam.tolist()):
             places = self.mask[b].nonzero()[:, 0].tolist()
             sequences.append({"lam": lam, "tokens": [self._token(b, i, text) for i in places]})
-        document: dict[str, Any] = finite({"space": self.space, "feedback": self.feedback, "sequences": sequences})
-        return document
+        return finite({"space": self.space, "feedback": self.feedback, "sequences": sequences})
 
     def _token(self, b: int, i: int, text: Callable[[int], str]) -> dict[str, Any]:
         [token] = _candidates(self.chosen, b, i, text)

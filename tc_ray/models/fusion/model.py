@@ -130,8 +130,7 @@ class FusedSeq2SeqLM(FusedModel):
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
         """The Pilot's encoder."""
-        encoder: nn.Module = self.pilot.get_encoder()
-        return encoder
+        return self.pilot.get_encoder()
 
     @torch.no_grad()
     def forward(

@@ -64,24 +64,6 @@ class Completions:
         """Bool [B, n]."""
         return torch.arange(self.tokens.shape[1], device=self.ids.device) < self.lengths[:, None]
 
-    @staticmethod
-    def aligned(
-        ids: torch.Tensor, attended: torch.Tensor, target_start: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Sequences padded on the right, with prompts of different lengths, shifted so that all completions begin together.
-
-        Args:
-            ids: int64 [B, S]. attended: bool [B, S]. target_start: int64 [B], first token of each completion.
-
-        Returns ids and mask [B, S'] and the column where completions begin.
-        """
-        start = int(target_start.max())
-        shift = start - target_start
-        width = int((shift + attended.sum(1)).max())
-        source = torch.arange(width, device=ids.device) - shift[:, None]
-        real = (source >= 0) & (source < attended.sum(1)[:, None])
-        return ids.gather(1, source.clamp(0, ids.shape[1] - 1)) * real, real, start
-
 
 class Rows(NamedTuple):
     """c neighbouring tokens of completions.
@@ -176,8 +158,7 @@ def _final_states(model: FusedCore, given: Completions) -> torch.Tensor:
         arguments["position_ids"] = (attended.long().cumsum(1) - 1).clamp_min(0)
     else:
         arguments |= {"encoder_hidden_states": given.question, "encoder_attention_mask": given.question_mask}
-    final: torch.Tensor = model.family.decoder(model.pilot)(**arguments).last_hidden_state
-    return final
+    return model.family.decoder(model.pilot)(**arguments).last_hidden_state
 
 
 def _pilot_parts(model: FusedCore, given: Completions, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
