@@ -84,8 +84,7 @@ def train_from_log(
     config = fitted(config, mistakes.metadata, str(mistakes.location))
     pilot = resolve_model(config.model.pilot, config.model.cache)
     base = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else pilot
-    _check_tokenizer(pilot, mistakes)
-    _open_folder(out, config, mistakes, _check_weights(config, pilot, base, mistakes))
+    _open_folder(out, config, mistakes, _check_models(config, pilot, base, mistakes))
     source = Replay(mistakes, config)
     total, every = source.rounds * config.copilot.steps_per_round, config.copilot.checkpoint_every_steps
     torch.set_num_threads(config.resources.copilot_threads)
@@ -141,7 +140,8 @@ def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
     return config
 
 
-def _check_tokenizer(pilot: Path | str, mistakes: MistakeLog) -> None:
+def _check_models(config: RunConfig, pilot: Path | str, base: Path | str, mistakes: MistakeLog) -> dict[str, str]:
+    """Hashes of the base weights; tokenizer and Pilot must be those that the log's run started from."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)
@@ -150,10 +150,6 @@ def _check_tokenizer(pilot: Path | str, mistakes: MistakeLog) -> None:
             f"{mistakes.location} was written with another tokenizer than that of model.pilot {pilot}: token ids would mean "
             "other tokens"
         )
-
-
-def _check_weights(config: RunConfig, pilot: Path | str, base: Path | str, mistakes: MistakeLog) -> dict[str, str]:
-    """Hashes of the base weights; the Pilot's must be those that the log's run started from."""
     random, wanted = config.model.random_weights, mistakes.metadata.pilot_weights
     own = weights_hash(pilot, random_weights=random)
     if wanted and own != wanted:

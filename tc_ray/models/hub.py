@@ -132,7 +132,7 @@ def _convert(gguf: Path, model: BuiltinModel, folder: Path) -> None:
     from tc_ray.models.weights import library_quiet
 
     # The GGUF reader draws a bar of its own on stderr; log handlers keep the true one.
-    with library_quiet(no_bar=True), contextlib.redirect_stderr(io.StringIO()):
+    with library_quiet(), contextlib.redirect_stderr(io.StringIO()):
         # float32: bfloat16 would round four of five weights of the 4-bit blocks (scale x integer + offset, both float16)
         pilot = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

@@ -95,7 +95,7 @@ def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), 
     """
     # other shapes are also refused here, by name, not by the library
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    with library_quiet(no_bar=options.get("device_map") == "meta"):  # nothing is read, so there is no progress to show
+    with library_quiet():
         model, found = kind.from_pretrained(path, **known, **options)
     _check_names(found, path, leave_out)
     check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), str(path))
@@ -113,14 +113,13 @@ def check_files(files: Iterable[Path]) -> None:
 
 
 @contextlib.contextmanager
-def library_quiet(*, no_bar: bool) -> Iterator[None]:
-    """Silence the library's table of missing and unused tensors: our error names them in one line."""
+def library_quiet() -> Iterator[None]:
+    """Silence the library's bar, and its table of missing and unused tensors: our error names them in one line."""
     from transformers.utils import logging
 
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    if no_bar:
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -30,11 +30,10 @@ def load_pilot(
     safetensors: bool | None = None,
     names_only: bool = False,
 ) -> Any:
-    """Load a language model, decoder-only or encoder-decoder, from a folder or hub id. Code that comes with it is never run.
+    """Load a language model from a folder or hub id. Code that comes with it is never run.
 
     Args:
-        random_weights: read only its config.
-        safetensors: True: weights in no other format; None: other formats if there is no such file.
+        random_weights: read only its config. safetensors: True: weights in no other format.
         names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
 
     Raises:
@@ -52,11 +51,7 @@ def load_pilot(
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
-    """Wrap with LoRA if `config.method` is lora; for full fine-tuning every weight stays trainable.
-
-    Raises:
-        ValueError: `lora.first_layer` leaves no layer, or is set for an encoder-decoder; or see `check_adapters`.
-    """
+    """Wrap with LoRA if `config.method` is lora. ValueError: `lora.first_layer` does not fit, or see `check_adapters`."""
     if config.method == "full":
         return model
     check_adapters(model, config)
@@ -111,13 +106,7 @@ def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> Non
 
 
 def check_adapters(model: nn.Module, pilot: PilotSection) -> None:
-    """Refuse adapters on a matrix that two modules of the model share (tied embedding and head).
-
-    Merging an adapter of one would change the other too, so the exported model would not be the trained one.
-
-    Raises:
-        ValueError: `pilot.lora.target_modules` names such a module.
-    """
+    """Raise ValueError for adapters on a matrix that two modules share (tied embedding and head): a merge would change both."""
     asked = (pilot.lora.target_modules or []) if pilot.method == "lora" else []
     users: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -127,6 +116,5 @@ def check_adapters(model: nn.Module, pilot: PilotSection) -> None:
         if len(modules) > 1 and hit:
             raise ValueError(
                 f"pilot.lora.target_modules names {', '.join(hit)}, but {' and '.join(modules)} are one and the same matrix in "
-                "this model: an adapter of one would change the other when it is merged for the export. Leave "
-                f"{' and '.join(hit)} out"
+                "this model, and an adapter of one would change the other: leave it out"
             )

@@ -44,12 +44,8 @@ class Measured(NamedTuple):
     record: StepRecord | None
 
 
-class _Pass(NamedTuple):
-    """final: [N, d] states of the target rows, after the final norm. rationale and question as in StepRecord."""
-
-    final: torch.Tensor
-    rationale: torch.Tensor | None
-    question: torch.Tensor | None
+_Pass = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""[N, d] states of the target rows after the final norm; rationale and question as in StepRecord."""
 
 
 class PilotStep(nn.Module):
@@ -102,18 +98,18 @@ class PilotStep(nn.Module):
         position = torch.arange(input_ids.shape[1] - 1, device=lengths.device)
         # position j predicts a target token if target_start - 1 <= j < length - 1
         rows = (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
-        passed = run(input_ids, lengths, target_start, rows)
+        final, rationale, question = run(input_ids, lengths, target_start, rows)
         targets = input_ids[:, 1:][rows]
-        log_probs = self._family.logits(self.model, passed.final).float().log_softmax(-1)
+        log_probs = self._family.logits(self.model, final).float().log_softmax(-1)
         token_loss = -log_probs.gather(1, targets[:, None])[:, 0]
-        if passed.rationale is None:
+        if rationale is None:
             return Measured(log_probs, targets, token_loss, None)
         with torch.no_grad():
             errors = full_errors(log_probs, targets) if self.dense else sparse_errors(log_probs, targets, self.top_k)
             # correct: the true token beats the best other token, which is the first of the sparse ones
             best = -errors.values[:, 1:].amin(1) if self.dense else -errors.values[:, 1]
             correct = 1.0 - errors.values[:, 0] >= best
-        record = StepRecord(errors, passed.rationale, token_loss.detach(), correct, passed.question)
+        record = StepRecord(errors, rationale, token_loss.detach(), correct, question)
         return Measured(log_probs, targets, token_loss, record)
 
     def _decoder_only(
@@ -121,7 +117,7 @@ class PilotStep(nn.Module):
     ) -> _Pass:
         # a causal model needs no mask for padding on the right
         final = self._decode(input_ids=input_ids)
-        return _Pass(final[:, :-1][rows], None if self._tap is None else self._tap.take(), None)
+        return final[:, :-1][rows], None if self._tap is None else self._tap.take(), None
 
     def _encoder_decoder(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
@@ -140,11 +136,11 @@ class PilotStep(nn.Module):
         # rows past a sequence's end are padding on the right: a causal decoder needs no mask for them
         final = self._decode(input_ids=fed, encoder_hidden_states=question, encoder_attention_mask=source_mask)
         if self._tap is None:
-            return _Pass(final[row_mask], None, None)
+            return final[row_mask], None, None
         taken = self._tap.take()
         rationale = taken.new_zeros(*input_ids.shape, *taken.shape[2:])
         rationale[:, :-1][rows] = taken[row_mask]
-        return _Pass(final[row_mask], rationale, question.detach().float())
+        return final[row_mask], rationale, question.detach().float()
 
     def _decode(self, **given: torch.Tensor) -> torch.Tensor:
         """States after the final norm of the decoder's one pass, which the tap records."""
