@@ -42,10 +42,7 @@ def probe_rows(table: TrainTable) -> list[Row]:
 def save_merged(
     engine: Any, config: RunConfig, model_path: Path | str, folder: Path, *, probe: Sequence[Row], rank: int
 ) -> None:
-    """Merge and write model and tokenizer to `folder` (collective; rank 0 writes, whole or not at all).
-
-    Weights are gathered parameter by parameter and merged in fp32 on a copy, so the trained model stays as it is; the
-    folder has the training dtype.
+    """Merge on a copy in fp32, and write model (in the training dtype) and tokenizer to `folder` (collective; rank 0 writes).
 
     Raises:
         ExportMismatchError: the folder, loaded anew, has other losses on `probe` than the trained model.
@@ -81,10 +78,7 @@ def save_merged(
 def check_export(
     merged: Any, folder: Path, trained: Sequence[float], dtype: str, probe: Sequence[Row], device: torch.device
 ) -> None:
-    """Load a folder anew: it must hold the merged model's weights, bit for bit, and give the losses of the one in training.
-
-    merged: what was written. trained: mean loss of each row of `probe` in nats, on `device`. Raises ExportMismatchError.
-    """
+    """Raise ExportMismatchError unless the folder, loaded anew, has the merged weights, bit for bit, and the trained losses."""
     written = load_pilot(folder, dtype=DTYPES[dtype], safetensors=True)
     found = dict(written.named_parameters(remove_duplicate=False))
     for name, wanted in merged.named_parameters(remove_duplicate=False):

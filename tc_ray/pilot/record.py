@@ -99,16 +99,11 @@ def to_records(
     rows: np.ndarray | None = None,
     copy: HostCopy | None = None,
 ) -> tuple[Records, Callable[[], object] | None]:
-    """Records of one micro-batch of B examples.
+    """Records of one micro-batch of B examples, and on CUDA a call that waits until the arrays from the device have their values.
 
     Args:
         batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]. seen: int [B].
-        log: its `positions` and `error` as the step had them. rows: int64, examples to keep, ascending; None: all.
-        copy: of the step's device; None: one for this call.
-
-    Returns:
-        The records, and on CUDA a call that waits until the arrays from the device (rationale, question, errors, losses) have
-        their values. All other arrays have theirs at once.
+        log: as the step had it. rows: int64, examples to keep, ascending; None: all. copy: of the step's device; None: a new one.
     """
     copy = copy or HostCopy(step.rationale.device)
     input_ids = batch["input_ids"]
@@ -204,10 +199,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 def log_metadata(
     config: RunConfig, pilot_config: Any, tokenizer: Any, inputs: Mapping[str, str] | None = None
 ) -> LogMetadata:
-    """Metadata of the log that a run of `config` writes; ValueError: see `check_log`.
-
-    pilot_config: the Pilot's transformers config. inputs: hashes of what the run starts from, by the metadata's names.
-    """
+    """Metadata of the log that a run of `config` writes; ValueError: see `check_log`. inputs: hashes of what it starts from."""
     log, family = config.log, family_of(pilot_config)
     layers, count = check_log(config, pilot_config), family.layer_count(pilot_config)
     pooling = log_pooling(log.rationale, log.pooling)
@@ -233,11 +225,7 @@ def log_metadata(
 
 
 def check_log(config: RunConfig, pilot_config: Any) -> list[int] | None:
-    """The Pilot's decoder layers that `log` taps, from 0; None: all.
-
-    Raises:
-        ValueError: it has no such layers, or it is an encoder-decoder (states of target positions only) and `log.positions` is all.
-    """
+    """The Pilot's decoder layers that `log` taps, from 0; None: all. ValueError: it has no such layers or positions."""
     log, family = config.log, family_of(pilot_config)
     if family.encoder_decoder and log.positions != "target":
         raise ValueError(

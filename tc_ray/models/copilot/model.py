@@ -1,11 +1,8 @@
 """The Copilot: rows of errors in, predicted errors f out, for both architectures (sections 3.1 and E.2).
 
-This module has what both share: error rows, memory, output. The layers between are a stack of the base's own
-(`decoder_only`, `encoder_decoder`). The memory is the question X~ and the rationale (the Pilot's pooled states h),
-concatenated over positions; row i sees all of X~ and the rationale up to the state that predicts token i.
-
-Invariant: training (`forward`, all rows at once) and decoding (`decode` with caches, one row at a time) run the same
-code, so they agree to rounding.
+The layers between are a stack of the base's own (`stacks`). The memory is the question X~ and the rationale (the Pilot's pooled
+states h), concatenated over positions; row i sees all of X~ and the rationale up to the state that predicts token i.
+Invariant: training (`forward`, all rows at once) and decoding (`decode` with caches, a row at a time) run the same code.
 """
 
 from __future__ import annotations
@@ -136,16 +133,12 @@ class Copilot(PreTrainedModel):
         """Copilot for `pilot`, initialised from chosen layers of a pretrained decoder, fp32.
 
         Args:
-            base: folder or hub id of a model of the Pilot's kind; width, heads and vocabulary may differ from the Pilot's.
-            layers: indices of its decoder layers, in order.
-            pilot: the Pilot, for its embedding table, widths and family.
+            base: folder or hub id of a model of the Pilot's kind, of any width. layers: of its decoder, in order.
             output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
-            random_weights: read only the base's config (tests, training from scratch).
-            pooling, tap_layers, config: fields of `CopilotConfig`.
+            random_weights: read only the base's config. pooling, tap_layers, config: fields of `CopilotConfig`.
 
         Raises:
-            ValueError: layers the base does not have, or a base of the other architecture. WeightsError, NotFiniteError: its
-                folder is not whole.
+            ValueError: see `check_base`. WeightsError, NotFiniteError: the base's folder is not whole.
         """
         base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         family, pilot_family = family_of(base_config), family_of(pilot)
@@ -233,10 +226,8 @@ class Copilot(PreTrainedModel):
 
         Args:
             rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
-            memory: [B, M_new, d_C] memory not yet in the cache (all of it without a cache).
-            visible: bool [B, n, M], which memory positions (cached and new) each row sees.
-            self_cache, memory_cache: keys and values of the layers over rows and over the memory; both grow in place. They
-                have transformers' `update(key, value, layer_idx)`.
+            memory: [B, M_new, d_C] memory not yet in the cache. visible: bool [B, n, M], positions (cached and new) a row sees.
+            self_cache, memory_cache: keys and values over rows and memory, with transformers' `update`; both grow in place.
             aligned: for one row each of sequences of different lengths, whose `first_row` cached rows are aligned to the
                 right (decoder-only). positions: int64 [B, 1], number of each row in its sequence. seen: bool
                 [B, first_row + 1], which cached rows, and this one, are real; None: all.
@@ -256,11 +247,7 @@ class Copilot(PreTrainedModel):
         return self.output(states)
 
     def expand(self, f: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
-        """[.., A] on the output tokens -> [.., V], zero elsewhere.
-
-        Args:
-            vocab_size: width of the logits that f is to be added to; ids beyond it are padding and dropped.
-        """
+        """[.., A] on the output tokens -> [.., V], zero elsewhere. vocab_size: of the logits; ids beyond it are padding."""
         width = self.config.vocab_size if vocab_size is None else vocab_size
         if self.is_full:
             return f[..., :width] if f.shape[-1] >= width else F.pad(f, (0, width - f.shape[-1]))

@@ -34,7 +34,6 @@ class OwnFeedback:
         self._matrix = torch.empty(0)
 
     def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """W_in f [B, 1, d_C]."""
         weights = (self._copilot.output.weight, self._copilot.error_projection.weight)
         # made again when weights were changed, swapped or moved; writes through `.data` are not noticed
         now = (*((weight._version, weight.data_ptr()) for weight in weights), state.device, state.dtype)
@@ -43,7 +42,6 @@ class OwnFeedback:
         return (state @ self._matrix.T)[:, None]
 
     def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """As kept: f does not depend on the chosen token."""
         return kept
 
 
@@ -54,14 +52,12 @@ class RealisedFeedback:
         self._copilot = copilot
 
     def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """E^T p^ [B, 1, d_C]."""
         table = self._copilot.error_table
         common = min(len(table), logits.shape[-1])
         expected = logits.float().softmax(-1)[:, :common].to(table.dtype) @ table[:common]
         return expected[:, None]
 
     def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """A (E[token] - E^T p^)."""
         table = self._copilot.error_table
         # an id past the Copilot's vocabulary is padding of the Pilot's: never chosen, and without a row in E
         known = (token < len(table))[:, None, None]
@@ -115,11 +111,9 @@ class FusedCore(PreTrainedModel):
 
     @property
     def strategy(self) -> Feedback:
-        """The strategy of `feedback`."""
         return self._strategies[self.feedback]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The Pilot's token embedding."""
         return self.pilot.get_input_embeddings()
 
     def new_cache(self) -> FusedCache | FusedEncoderDecoderCache:
@@ -146,12 +140,9 @@ class FusedCore(PreTrainedModel):
         return weights
 
     def opened(self, cache: Any, weights: torch.Tensor) -> tuple[Any, bool]:
-        """The cache of a call, a new one for None, and whether the Copilot runs in this call.
+        """The cache of a call, a new one for None, and whether the Copilot runs: once begun at lam 0 too, else it could not go on.
 
-        Once begun the Copilot reads every token, at lam 0 too: it could not continue otherwise.
-
-        Raises:
-            TypeError: another kind of cache. RuntimeError: the Copilot did not run from the first call on.
+        Raises TypeError for another kind of cache, RuntimeError if the Copilot did not run from the first call on.
         """
         cache = self.new_cache() if cache is None else cache
         if not isinstance(cache, self.cache_kind):
@@ -172,12 +163,8 @@ class FusedCore(PreTrainedModel):
     ) -> torch.Tensor:
         """f [B, n, V] of n positions, one Copilot row after the other: each reads what the row before it left.
 
-        Args:
-            logits: [B, n, V] of the Pilot for the last n positions of this call.
-            tokens: int64 [B, S] and rationale: fp32 [B, S, d_P] of this call's positions.
-            attended: bool [B, S], real (not padded) positions.
-
-        The memory grows with the rows; positions before the first row enter it at once.
+        logits: [B, n, V] of the Pilot for the last n positions of this call. tokens: int64 [B, S], rationale: fp32 [B, S, d_P] and
+        attended: bool [B, S] (no padding) of all its positions. Those before the first row enter the memory at once.
         """
         copilot, strategy = self.copilot, self.strategy
         memory = copilot.rationale_memory(rationale)
@@ -210,11 +197,7 @@ class FusedCore(PreTrainedModel):
 
 
 def check_fit(pilot_config: Any, copilot_config: CopilotConfig) -> None:
-    """Raise FusionError if a Pilot of this config does not give what the Copilot was trained on.
-
-    Vocabularies may differ in their padding: token ids are aligned. Callers that have the tokenizers (`tc-ray fuse`,
-    serving) also check that both models use the same one.
-    """
+    """Raise FusionError if a Pilot of this config does not give what the Copilot was trained on. Tokenizers: `export.check`."""
     tap, pooling, layers = copilot_config.tap, copilot_config.pooling, copilot_config.tap_layers
     expected = tap_definition(pooling, layers)
     if tap != expected:

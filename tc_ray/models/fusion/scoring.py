@@ -1,8 +1,7 @@
 """Given completions scored by Pilot and fused model, row by row as decoding would have seen them (equation 8).
 
-The Pilot makes one pass over the whole sequences. Its head, the Copilot's rows and the fusion run on a few positions at a
-time, so no tensor of size completion x V is made. The Copilot reads its own (or realised) errors, never the true ones. Used
-by `FusedModel.score`, for explanations by `FusedModel.generate`, and by the serving engine.
+The Pilot makes one pass over the whole sequences; its head, the Copilot's rows and the fusion run on a few positions at a time, so
+no tensor of size completion x V is made. Used by `FusedModel.score`, explanations and the serving engine.
 """
 
 from __future__ import annotations
@@ -94,8 +93,8 @@ def teacher_forced_rows(
     Args:
         corrections: run the Copilot even if every lam is 0. layers: give the Pilot's layers too.
         rows_at_a_time: most tokens given together; default: CHUNK_ELEMENTS of logits.
-        positions_at_a_time: split the Pilot's pass into parts of this many positions, with its cache (decoder-only, no
-            padding, no `layers`), and give empty rows after each part, so that the caller can do other work; default: one pass.
+        positions_at_a_time: split the Pilot's pass into parts of so many positions (decoder-only, no padding, no `layers`) and
+            give empty rows after each, so that the caller can do other work; default: one pass.
     """
     if given.ids.shape[1] <= given.start:
         return

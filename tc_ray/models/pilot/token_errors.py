@@ -27,12 +27,9 @@ class SparseErrors(NamedTuple):
 
 
 def sparse_errors(log_probs: torch.Tensor, targets: torch.Tensor, top_k: int) -> SparseErrors:
-    """Sparse errors from the Pilot's log-probabilities (section 2.2): `1 - p(true)`, `-p(id)` of the k largest others, and the rest.
+    """`1 - p(true)`, `-p(id)` of the k largest others (V - 1 at most), and the rest (section 2.2).
 
-    Args:
-        log_probs: fp32 [N, V], log softmax of the Pilot's logits.
-        targets: int64 [N], true tokens.
-        top_k: largest other probabilities kept; capped at V - 1.
+    log_probs: fp32 [N, V], log softmax of the Pilot's logits. targets: int64 [N], true tokens.
     """
     top_k = min(top_k, log_probs.shape[1] - 1)
     others, mass = _others(log_probs, targets)
