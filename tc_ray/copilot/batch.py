@@ -60,10 +60,8 @@ def batch_from_records(records: Records, rows: Sequence[int] | None = None) -> C
 def _padded(
     flat: np.ndarray, first: np.ndarray, lengths: np.ndarray, dtype: type[np.generic] | None = None
 ) -> np.ndarray:
-    """[B, longest, ...]: `lengths[b]` values of `flat` from `first[b]` on, then zeros.
-
-    Only the padding is zeroed, and slices have plain ints: for rows of 100 kB either would cost as much as the copy itself.
-    """
+    """[B, longest, ...]: `lengths[b]` values of `flat` from `first[b]` on, then zeros."""
+    # only the padding is zeroed, and slices have plain ints: for rows of 100 kB either would cost as much as the copy
     longest = int(lengths.max())
     padded = np.empty((len(lengths), longest, *flat.shape[1:]), dtype or flat.dtype)
     for row, start, length in zip(padded, first.tolist(), lengths.tolist(), strict=True):

@@ -49,12 +49,7 @@ class StepResult:
 
 
 class Learner:
-    """Trains a Copilot on batches.
-
-    Args:
-        copilot: the model, fp32. config: the run's copilot section. total_steps: length of the cosine schedule.
-        world_size: ranks that step together through torch.distributed; 1 needs no process group.
-    """
+    """Trains a Copilot, fp32, on batches. total_steps: of the cosine schedule. world_size: ranks that step together."""
 
     def __init__(
         self, copilot: Copilot, config: CopilotSection, *, total_steps: int, device: str = "cpu", world_size: int = 1
@@ -90,10 +85,7 @@ class Learner:
         )
 
     def step(self, batch: CopilotBatch) -> StepResult:
-        """One optimizer step on this rank's part of the batch (collective over ranks).
-
-        A step whose loss or gradient is not finite is left out, on all ranks: all see the same sums (`LeftOut`).
-        """
+        """One optimizer step on this rank's part of the batch (collective). A step that is not finite is left out on all ranks."""
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.zero_grad()
         sums = self.forward(batch.to(self.device))
@@ -121,10 +113,7 @@ class Learner:
         return StepResult(loss, math.sqrt(size / tokens), int(tokens), rate, taken)
 
     def save(self, folder: Path) -> None:
-        """Write trainable weights (safetensors), optimizer and schedule; the caller makes it atomic.
-
-        Raises NotFiniteError before anything is written.
-        """
+        """Write trainable weights, optimizer and schedule. Raises NotFiniteError before anything is written."""
         check_finite(self.parameters.items(), f"the Copilot after step {self.step_count}")
         save_file({n: p.detach().contiguous() for n, p in self.parameters.items()}, folder / "trainable.safetensors")
         state = {
@@ -135,11 +124,7 @@ class Learner:
         torch.save(state, folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Its pickle is read as numbers only: no code in it runs.
-
-        Raises:
-            ValueError: other weights than the configured Copilot has.
-        """
+        """Restore what `save` wrote; no code in it runs. ValueError: other weights than the configured Copilot has."""
         weights = load_file(folder / "trainable.safetensors", device=str(self.device))
         other = weights.keys() ^ self.parameters.keys()
         other |= {n for n in weights.keys() - other if weights[n].shape != self.parameters[n].shape}
@@ -222,7 +207,7 @@ def make_learner(
 
 
 def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
-    """The Copilot, with LoRA in its decoder layers if configured; modules that no pretrained decoder has are trained in full."""
+    """The Copilot, with LoRA in its decoder layers if configured; its new modules are trained in full."""
     copilot.freeze_embeddings()
     if config.method == "full":
         return copilot

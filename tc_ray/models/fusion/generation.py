@@ -1,7 +1,7 @@
 """`generate` with explanations and log-probabilities, and `score`: what the fused model adds to GenerationMixin.
 
-The library's decoding runs unchanged. The finished sequences are then recomputed in one teacher-forced pass, which sees what
-decoding saw (to rounding), so one path explains beams, several return sequences and all samplers.
+The library's decoding runs unchanged; the finished sequences are then recomputed in one teacher-forced pass, so one path explains
+beams, several return sequences and all samplers.
 """
 
 from __future__ import annotations
@@ -41,12 +41,9 @@ class FusedGeneration(FusedCore, GenerationMixin):
             logprobs: that output also has `.pilot_logprobs` and `.fused_logprobs`, fp32 [R, n] of R returned sequences (0
                 beyond a sequence's end), and `.completion_mask`, bool [R, n], the tokens up to the end.
 
-        Both describe the distributions p^ and p~ themselves, before temperature, top-k and penalties, and are recomputed over
-        the finished sequences in one pass of the Pilot (`score`): equal to what decoding saw, to rounding.
-
-        Raises:
-            ValueError: what fused decoding cannot do (use_cache=False, prefill_chunk_size, output_hidden_states,
-                output_attentions), or lam of another number than sequences.
+        Both describe p^ and p~ themselves, before temperature, top-k and penalties, and are recomputed over the finished
+        sequences in one pass of the Pilot: equal to what decoding saw, to rounding. Raises ValueError for what fused decoding
+        cannot do (use_cache=False, prefill_chunk_size, output_hidden_states, output_attentions).
         """
         asked = Explain() if explain is True else explain or None
         ends = Ends(stopping_criteria or ())
@@ -91,8 +88,7 @@ class FusedGeneration(FusedCore, GenerationMixin):
                 completion ends after its first end token (`generation_config.eos_token_id`).
             lam: one number or [B]; None takes `default_lam`.
 
-        Raises:
-            ValueError: arguments that contradict each other or the architecture.
+        Raises ValueError for arguments that contradict each other or the architecture.
         """
         device = self.get_input_embeddings().weight.device
         sequences = sequences.to(device)
@@ -158,9 +154,11 @@ class FusedGeneration(FusedCore, GenerationMixin):
     def _get_stopping_criteria(
         self, generation_config: Any, stopping_criteria: Any, *arguments: Any, **given: Any
     ) -> StoppingCriteriaList:
-        """All criteria of a generation, inside an `Ends` if one was given."""
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, *arguments, **given)
-        return stopping_criteria.watching(criteria) if isinstance(stopping_criteria, Ends) else criteria
+        if not isinstance(stopping_criteria, Ends):
+            return criteria
+        stopping_criteria[:] = criteria
+        return stopping_criteria
 
 
 class Ends(StoppingCriteriaList):
@@ -168,11 +166,6 @@ class Ends(StoppingCriteriaList):
 
     lengths: torch.Tensor | None = None
     """int64 [R], prompt included, of the sequences that have ended, 0 for the others."""
-
-    def watching(self, criteria: StoppingCriteriaList) -> Ends:
-        """Itself, with these criteria in place of its own."""
-        self[:] = criteria
-        return self
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **given: Any) -> torch.Tensor:
         """Bool [R], the sequences that end with their last token."""

@@ -1,7 +1,6 @@
 """The fused model: Pilot and Copilot as one language model of the Pilot's architecture, made by `join` or read from a folder.
 
-It is transformers' GenerationMixin: greedy, sampling, beams, streamers and stopping criteria are the library's own. Used by
-evaluation, serving and users.
+Greedy, sampling, beams, streamers and stopping criteria are transformers' own. Used by evaluation, serving and users.
 """
 
 from __future__ import annotations
@@ -84,13 +83,10 @@ class FusedCausalLM(FusedModel):
 
         Args:
             input_ids: int64 [B, S]: the prompt at first, then what follows. Left padding with `attention_mask`.
-            past_key_values: a FusedCache; a new one is made for a prompt.
             lam: weight of the correction, one number or [B]; None takes `default_lam`; 0 is the Pilot itself.
-            logits_to_keep: n. In the first call the Copilot's rows begin with the first of them, so the prompt ends there; in
-                later calls it is the number of tokens.
+            logits_to_keep: n. In the first call the Copilot's rows begin with the first of them, so the prompt ends there.
 
-        Raises:
-            TypeError: another kind of cache. RuntimeError: the Copilot did not run from the prompt on.
+        Errors: see `opened`.
         """
         weights = self.lambdas(lam, input_ids.shape[0], input_ids.device)
         cache, runs = self.opened(past_key_values, weights)
@@ -129,7 +125,6 @@ class FusedSeq2SeqLM(FusedModel):
     cache_kind = FusedEncoderDecoderCache
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
-        """The Pilot's encoder."""
         return self.pilot.get_encoder()
 
     @torch.no_grad()
@@ -152,11 +147,7 @@ class FusedSeq2SeqLM(FusedModel):
             input_ids: int64 [B, Q], the source; not needed with `encoder_outputs`. attention_mask: [B, Q] of the source.
             decoder_input_ids: int64 [B, S]: the start token (and any forced prefix) at first, then what follows. Each
                 position makes a row of the Copilot.
-            past_key_values: a FusedEncoderDecoderCache; a new one is made for a source.
-            lam: weight of the correction, one number or [B]; None takes `default_lam`; 0 is the Pilot itself.
-
-        Raises:
-            TypeError: another kind of cache. RuntimeError: the Copilot did not run from the start token on.
+            lam: as for a decoder-only model. Errors: see `opened`.
         """
         if encoder_outputs is None:
             encoder_outputs = self.pilot.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
@@ -183,8 +174,9 @@ class FusedSeq2SeqLM(FusedModel):
             if decoder_attention_mask is not None:
                 attended = decoder_attention_mask[:, -decoder_input_ids.shape[1] :].bool()
             if not state.rows:
-                real = torch.ones(question.shape[:2], dtype=torch.bool, device=question.device)
-                visible = real if attention_mask is None else attention_mask.bool()
+                visible = torch.ones(question.shape[:2], dtype=torch.bool, device=question.device)
+                if attention_mask is not None:
+                    visible = attention_mask.bool()
                 state.ask(self.copilot.question_memory(question), visible)
             f = self.corrections(logits, state, decoder_input_ids, rationale, attended)
             logits = fuse(logits, f, weights, self.space)
