@@ -46,7 +46,7 @@ def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     content: list[Any] = [{key: value for key, value in config.items() if key not in _NO_CONTENT}]
     if random_weights:
         return _digest([*content, "random"])
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))  # what the library loads: not consolidated.safetensors
     if files:
         return _digest([*content, sorted(tensor for file in files for tensor in _tensors(file))])
     return _digest([*content, [_sha256(file) for file in sorted(folder.glob("*.bin"))]])
