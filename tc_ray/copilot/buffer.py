@@ -1,7 +1,7 @@
 """The Copilot's training buffer: records of the most recent rounds (paper A.3: 128), drawn uniformly.
 
 Invariant: records have one state per position. A draw depends only on the rows held and the seed, not on the order of reading nor
-on how the rounds were cut into files. Filled by `worker` from the growing log, by `stored.Replay` from a stored one.
+on how the rounds were cut into files. Filled by `worker` from the growing log, by `from_log.Replay` from a stored one.
 """
 
 from __future__ import annotations

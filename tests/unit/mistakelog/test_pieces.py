@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.stored import Replay
+from tc_ray.copilot.from_log import Replay
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table import data_file as datafile
