@@ -28,8 +28,7 @@ def pooled_records(records: Records, pooling: str) -> Records:
 def batch_from_records(records: Records, rows: Sequence[int] | None = None) -> CopilotBatch:
     """Pad records with one state per position (`pooled_records`) into tensors. States stay bf16, as the log holds them.
 
-    Args:
-        rows: of `records`, in this order; None: all. Cheaper than `records.select(rows)` before: one copy, not two.
+    rows: of `records`, in this order; None: all. Cheaper than `records.select(rows)` before: one copy, not two.
     """
     if records.rationale_layers != 1:
         raise ValueError(

@@ -115,10 +115,8 @@ def train_from_log(
         config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
         out: folder of checkpoints, metrics.jsonl and `final`; an existing one of the same training is resumed.
         show: called after every step with the position, all steps and the result (None: nothing to learn from).
-
-    Raises:
-        StoredLogError: an empty log, another tokenizer, Pilot or base weights than the run's, or a folder of another
-            training. DamagedFileError: what the folder was trained from cannot be read.
+    Raises StoredLogError: an empty log, another tokenizer, Pilot or base weights than the run's, or a folder of another
+        training. DamagedFileError: what the folder was trained from cannot be read.
     """
     if not mistakes.files:
         raise StoredLogError(f"{mistakes.location}: the log holds no records (version {mistakes.version})")

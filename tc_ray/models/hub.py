@@ -55,9 +55,7 @@ def resolve_model(name: str, cache: Path | None = None) -> Path | str:
 
     A local model folder gives its absolute path. A builtin name gives its folder in `cache` (default `default_cache()`), made
     on the first call (93 MB are downloaded, 540 MB written). Any other `model` or `owner/model` is a hub id, returned as it is.
-
-    Raises:
-        ModelSourceError: a folder is absent or has no config.json; a builtin cannot be downloaded, or is other content.
+    Raises ModelSourceError: a folder is absent or has no config.json; a builtin cannot be downloaded, or is other content.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and name not in BUILTIN_MODELS:

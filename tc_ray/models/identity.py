@@ -32,9 +32,8 @@ class ModelSourceError(RuntimeError):
 def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     """16 hex digits over config and weights of a model, every byte of them. Raises ModelSourceError for a damaged file.
 
-    Args:
-        path: model folder; or a hub id, which is identified by its commit.
-        random_weights: the weights are made from the config and not read.
+    path: model folder; or a hub id, which is identified by its commit.
+    random_weights: the weights are made from the config and not read.
     """
     folder = Path(path)
     if not folder.is_dir():

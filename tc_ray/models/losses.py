@@ -31,9 +31,8 @@ LEAST_COLUMNS = 256
 class Outputs:
     """f = H W^T on the output tokens, and the derivatives made from it, a block of columns at a time.
 
-    Args:
-        states: [N, d]. weight: [A, d]. product: type of the products. wide: type in which blocks of f are given.
-        scale: factor of both derivatives (a power of two costs no digit).
+    states: [N, d]. weight: [A, d]. product: type of the products. wide: type in which blocks of f are given.
+    scale: factor of both derivatives (a power of two costs no digit).
     """
 
     def __init__(

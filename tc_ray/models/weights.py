@@ -54,8 +54,7 @@ class LeftOut:
     def add(self, finite: bool, loss: float) -> bool:
         """Count the next step; returns whether it is the first in a row that is left out.
 
-        Raises:
-            NotFiniteError: MOST_IN_A_ROW steps were left out in a row.
+        Raises NotFiniteError: MOST_IN_A_ROW steps were left out in a row.
         """
         if finite:
             self._in_a_row = 0
@@ -86,12 +85,9 @@ class ExportMismatchError(RuntimeError):
 def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), **options: Any) -> Any:
     """`kind.from_pretrained(path, **options)`, refused unless it is whole and finite. Code in a folder is never run.
 
-    Args:
-        leave_out: prefixes of names that the folder may hold beyond the model.
-        options: with `device_map="meta"` no weight is read: names and shapes are checked alone.
-
-    Raises:
-        WeightsError: missing or unexpected tensors, or of another shape. NotFiniteError: NaN or infinity in a tensor.
+    leave_out: prefixes of names that the folder may hold beyond the model.
+    options: with `device_map="meta"` no weight is read: names and shapes are checked alone.
+    Raises WeightsError: missing or unexpected tensors, or of another shape. NotFiniteError: NaN or infinity in a tensor.
     """
     # other shapes are also refused here, by name, not by the library
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}

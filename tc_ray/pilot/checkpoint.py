@@ -69,8 +69,7 @@ def mark_complete(
 def load_checkpoint(engine: Any, checkpoint: PilotCheckpoint, *, world_size: int, zero_stage: int) -> None:
     """Restore model, optimizer and scheduler (collective).
 
-    Raises:
-        ValueError: the checkpoint was made by another number of workers or another ZeRO stage.
+    Raises ValueError: the checkpoint was made by another number of workers or another ZeRO stage.
     """
     if (checkpoint.world_size, checkpoint.zero_stage) != (world_size, zero_stage):
         raise ValueError(

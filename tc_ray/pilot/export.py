@@ -44,9 +44,8 @@ def save_merged(
 ) -> None:
     """Merge on a copy in fp32, and write model (in the training dtype) and tokenizer to `folder` (collective; rank 0 writes).
 
-    Raises:
-        ExportMismatchError: the folder, loaded anew, has other losses on `probe` than the trained model.
-        NotFiniteError: a merged weight is not finite.
+    Raises ExportMismatchError: the folder, loaded anew, has other losses on `probe` than the trained model.
+    NotFiniteError: a merged weight is not finite.
     """
     import deepspeed
     from transformers import AutoTokenizer

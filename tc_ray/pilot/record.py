@@ -101,9 +101,8 @@ def to_records(
 ) -> tuple[Records, Callable[[], object] | None]:
     """Records of one micro-batch of B examples, and on CUDA a call that waits until the arrays from the device have their values.
 
-    Args:
-        batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]. seen: int [B].
-        log: as the step had it. rows: int64, examples to keep, ascending; None: all. copy: of the step's device; None: a new one.
+    batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]. seen: int [B].
+    log: as the step had it. rows: int64, examples to keep, ascending; None: all. copy: of the step's device; None: a new one.
     """
     copy = copy or HostCopy(step.rationale.device)
     input_ids = batch["input_ids"]

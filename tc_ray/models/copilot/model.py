@@ -136,9 +136,7 @@ class Copilot(PreTrainedModel):
             base: folder or hub id of a model of the Pilot's kind, of any width. layers: of its decoder, in order.
             output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
             random_weights: read only the base's config. pooling, tap_layers, config: fields of `CopilotConfig`.
-
-        Raises:
-            ValueError: see `check_base`. WeightsError, NotFiniteError: the base's folder is not whole.
+        Raises ValueError: see `check_base`. WeightsError, NotFiniteError: the base's folder is not whole.
         """
         base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         family, pilot_family = family_of(base_config), family_of(pilot)

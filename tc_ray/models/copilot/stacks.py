@@ -33,8 +33,7 @@ three are this project's reading of the table's alternatives."""
 def memory_layers(pattern: str, count: int) -> list[bool]:
     """For each of `count` layers, whether it attends to the memory.
 
-    Raises:
-        ValueError: an unknown pattern, or one that leaves no such layer: f would not depend on the Pilot's states.
+    Raises ValueError: an unknown pattern, or one that leaves no such layer: f would not depend on the Pilot's states.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"insertion pattern {pattern!r} is not one of {', '.join(PATTERNS)}")
@@ -104,8 +103,7 @@ class DecoderOnlyStack(nn.Module):
     ) -> torch.Tensor | None:
         """Causal mask over all rows up to these, or None if the attention function needs none.
 
-        Args:
-            real: bool [B, first_row + n], rows that are no padding; None: all.
+        real: bool [B, first_row + n], rows that are no padding; None: all.
         """
         count = rows.shape[1]
         total = first_row + count

@@ -59,8 +59,7 @@ class CopilotCache:
     def crop(self, tokens: int) -> None:
         """Take back the last `tokens` tokens, each of which made one row.
 
-        Raises:
-            ValueError: more tokens than rows: the prompt itself cannot be cropped.
+        Raises ValueError: more tokens than rows: the prompt itself cannot be cropped.
         """
         if tokens > max(self.rows - 1, 0) and self.rows:
             raise ValueError(f"cannot take back {tokens} tokens: the Copilot has {self.rows} rows, one for the prompt")

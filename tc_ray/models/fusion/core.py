@@ -76,12 +76,9 @@ chosen token, int64 [B], the next input row [B, 1, d_C]. Nothing of size V is ke
 class FusedCore(PreTrainedModel):
     """Pilot and Copilot, and one call of both.
 
-    Args:
-        pilot: language model. copilot: trained beside it or beside another model of its family.
-        lam: default lambda. space: `probability` or `logits`. feedback: `own` f or `realised` error as Copilot input.
-
-    Raises:
-        FusionError: the Pilot is not what the Copilot was trained on. ValueError: an unknown space or feedback, or lam not finite.
+    pilot: language model. copilot: trained beside it or beside another model of its family.
+    lam: default lambda. space: `probability` or `logits`. feedback: `own` f or `realised` error as Copilot input.
+    Raises FusionError: the Pilot is not what the Copilot was trained on. ValueError: an unknown space or feedback, or lam not finite.
     """
 
     main_input_name = "input_ids"

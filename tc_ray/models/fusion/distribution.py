@@ -21,9 +21,8 @@ _SAFE_TOTAL = 1e-3
 def fuse(logits: torch.Tensor, f: torch.Tensor, lam: torch.Tensor, space: str) -> torch.Tensor:
     """Logits of the fused distribution, fp32 [B, .., V].
 
-    Args:
-        logits: [B, .., V] Pilot. f: [B, .., V] Copilot. lam: fp32 [B].
-        space: `probability`: equation 8, clamped and renormalised; `logits`: logits + lam f.
+    logits: [B, .., V] Pilot. f: [B, .., V] Copilot. lam: fp32 [B].
+    space: `probability`: equation 8, clamped and renormalised; `logits`: logits + lam f.
 
     A sequence with lam 0 keeps the Pilot's logits unchanged. In probability space a row whose every p~ is 0 does too.
     """
@@ -36,8 +35,7 @@ def fuse(logits: torch.Tensor, f: torch.Tensor, lam: torch.Tensor, space: str) -
 def fuse_at(logits: torch.Tensor, f: torch.Tensor, places: torch.Tensor, lam: torch.Tensor, space: str) -> torch.Tensor:
     """`fuse` of a correction that is 0 except on a few tokens: the others only shift, so V is read twice, not six times.
 
-    Args:
-        logits: fp32 [B, V]. f: [B, A] at tokens `places`, int64 [A], each once. lam: fp32 [B]. space: as for `fuse`.
+    logits: fp32 [B, V]. f: [B, A] at tokens `places`, int64 [A], each once. lam: fp32 [B]. space: as for `fuse`.
     """
     weight = lam[:, None]
     if space == "logits":

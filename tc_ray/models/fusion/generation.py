@@ -87,7 +87,6 @@ class FusedGeneration(FusedCore, GenerationMixin):
             attention_mask: [B, S] of `sequences`, which then also marks where completions end, or [B, prompt_length]; then a
                 completion ends after its first end token (`generation_config.eos_token_id`).
             lam: one number or [B]; None takes `default_lam`.
-
         Raises ValueError for arguments that contradict each other or the architecture.
         """
         device = self.get_input_embeddings().weight.device

@@ -49,9 +49,8 @@ class FusedModel(FusedGeneration):
     ) -> FusedModel:
         """Load a folder written by `save_pretrained` or by the export of a run.
 
-        Raises:
-            NoFusedModelError: a part is missing; the message names it. ValueError: an unknown format.
-            FusionError: Pilot and Copilot do not fit each other. WeightsError, NotFiniteError: see `load_whole`.
+        Raises NoFusedModelError: a part is missing; the message names it. ValueError: an unknown format.
+        FusionError: Pilot and Copilot do not fit each other. WeightsError, NotFiniteError: see `load_whole`.
         """
         folder = Path(folder)
         layout.check_parts(folder)

@@ -32,13 +32,10 @@ def load_pilot(
 ) -> Any:
     """Load a language model from a folder or hub id. Code that comes with it is never run.
 
-    Args:
-        random_weights: read only its config. safetensors: True: weights in no other format.
-        names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
-
-    Raises:
-        UnknownFamilyError: a family without an adapter, refused before any weight is read.
-        OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
+    random_weights: read only its config. safetensors: True: weights in no other format.
+    names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
+    Raises UnknownFamilyError: a family without an adapter, refused before any weight is read.
+    OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -86,12 +83,9 @@ def lora_config(lora: LoraSection, family: Family, layers: int | None, **more: A
 def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:
     """Refuse, before a worker starts, what the workers would refuse when they load the run's models. Reads no weight.
 
-    Args:
-        pilot, base: as `resolve_model` gives them; a hub id is left to the workers, which download it.
-
-    Raises:
-        WeightsError: missing or unexpected tensors, or of another shape. ValueError: see `check_adapters`.
-        OSError: a folder has no weights at all.
+    pilot, base: as `resolve_model` gives them; a hub id is left to the workers, which download it.
+    Raises WeightsError: missing or unexpected tensors, or of another shape. ValueError: see `check_adapters`.
+    OSError: a folder has no weights at all.
     """
     from transformers import AutoModel
 

@@ -61,9 +61,8 @@ def pooled(states: torch.Tensor, pooling: str) -> torch.Tensor:
 class LayerTap:
     """Hidden states of one forward pass, pooled over layers (equation 6: the mean of `h_t,i,l` over `l`) or layer by layer.
 
-    Args:
-        layers: all decoder layers; their outputs are [batch, positions, width]. pooling: a name in POOLINGS, or UNPOOLED.
-        chosen: the layers to tap, ascending from 0; None: all.
+    layers: all decoder layers; their outputs are [batch, positions, width]. pooling: a name in POOLINGS, or UNPOOLED.
+    chosen: the layers to tap, ascending from 0; None: all.
     """
 
     def __init__(self, layers: Sequence[nn.Module], pooling: str = "mean", chosen: Sequence[int] | None = None) -> None:
