@@ -16,7 +16,6 @@ from tc_ray.files import read_json, write_json
 PILOT, COPILOT = "pilot", "copilot"
 """Folders of the two models; each loads with plain `from_pretrained`."""
 FUSION_FILE = "fusion.json"
-FORMAT = 1
 SPACES = ("probability", "logits")
 FEEDBACKS = ("own", "realised")
 
@@ -41,11 +40,9 @@ class FusionSettings:
 
     @staticmethod
     def read(folder: Path) -> FusionSettings:
-        """Read fusion.json. Raises ValueError that names the file and the field for an unknown format or a bad value."""
+        """Read fusion.json. Raises ValueError that names the file and the field for a bad value."""
         file = folder / FUSION_FILE
         settings: dict[str, Any] = read_json(file)
-        if settings.get("format") != FORMAT:
-            raise ValueError(f"{file}: format {settings.get('format')} is not known; this version reads {FORMAT}")
         try:
             return FusionSettings(*(settings.get(field.name) for field in fields(FusionSettings)))  # type: ignore[arg-type]
         except ValueError as error:
@@ -53,7 +50,7 @@ class FusionSettings:
 
     def write(self, folder: Path) -> None:
         """Write fusion.json."""
-        write_json(folder / FUSION_FILE, {"format": FORMAT, **asdict(self)})
+        write_json(folder / FUSION_FILE, asdict(self))
 
 
 def check_parts(folder: Path) -> None:

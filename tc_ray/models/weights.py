@@ -128,19 +128,15 @@ def _check_names(found: Mapping[str, Any], path: Path | str, leave_out: Collecti
     missing = sorted(found["missing_keys"])
     unexpected = sorted(key for key in found["unexpected_keys"] if not key.startswith(tuple(leave_out)))
     shapes = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
-    if missing:
-        raise WeightsError(
-            f"{path} lacks weights of its model: {_listed(missing)}. They would become random numbers: take a whole copy"
-        )
-    if unexpected:
-        raise WeightsError(
-            f"{path} holds weights that its model has no place for: {_listed(unexpected)}. They would be left out: is it "
-            "the folder of another model, or of adapters that are not merged?"
-        )
-    if shapes:
-        raise WeightsError(f"{path} holds weights of other shapes than its config.json says: {_listed(shapes)}")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    for names, fault, advice in (
+        (missing, "lacks weights of its model", ". They would become random numbers: take a whole copy"),
+        (
+            unexpected,
+            "holds weights that its model has no place for",
+            ": is it another model's, or of adapters not merged?",
+        ),
+        (shapes, "holds weights of other shapes than its config.json says", ""),
+    ):
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            raise WeightsError(f"{path} {fault}: {', '.join(names[:_NAMED])}{more}{advice}")

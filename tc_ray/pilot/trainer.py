@@ -33,13 +33,13 @@ def fit_pilot(job: PilotJob, need: Need) -> None:
         try:
             _fit(job, need)
         except TrainingFailedError as error:
-            cause = getattr(error, "controller_failure", error)
-            if type(cause).__name__ == NO_ROOM:
+            who, first = _first(error)
+            if type(first).__name__ == NO_ROOM:
                 continue
-            if failed >= job.config.pilot.max_failures or is_final(_first(error)):
-                raise PilotError(f"the Pilot stopped: {_said(error)}") from error
+            if failed >= job.config.pilot.max_failures or is_final(first):
+                raise PilotError(f"the Pilot stopped: {who}{short(first)}") from error
             failed += 1
-            job.tracker.event.remote("restart", f"Pilot workers, after {_said(error)}")
+            job.tracker.event.remote("restart", f"Pilot workers, after {who}{short(first)}")
         else:
             return
 
@@ -84,14 +84,10 @@ def _fit(job: PilotJob, need: Need) -> None:
         raise
 
 
-def _first(error: Exception) -> Exception:
+def _first(error: Exception) -> tuple[str, Exception]:
+    """Which worker failed first ("" for the controller), and its error."""
     failures = getattr(error, "worker_failures", None)
-    return first_final(failures)[1] if failures else getattr(error, "controller_failure", error)
-
-
-def _said(error: Exception) -> str:
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, first = first_final(failures)
-        return f"worker {rank}: {short(first)}"
-    return short(_first(error))
+    if not failures:
+        return "", getattr(error, "controller_failure", error)
+    rank, first = first_final(failures)
+    return f"worker {rank}: ", first

@@ -15,15 +15,10 @@ class CopilotConfig(PreTrainedConfig):
         decoder: `to_dict()` of the decoder family's config, with the Copilot's own number of layers.
         pilot_hidden_size: width d_P of the Pilot's states and embeddings.
         vocab_size: V, width of the Pilot's logits at training; another Pilot's is aligned by token id.
-        pattern: which layers of a decoder-only Copilot attend to the Pilot (table 18).
-        producing_state: add the state that produced p^_i to input row i.
-        pooling: how the rationale is pooled over the Pilot's layers (table 19).
-        tap_layers: the Pilot's decoder layers, from 0, that the rationale is pooled over; None: all.
-        tap: definition in words of the hidden states the Copilot was trained on.
-        positions: of the rationale it was trained on, `log.positions`: all, or target (those that predict a target token).
+        pattern: of layers that attend to the Pilot (table 18). producing_state: add the state that produced p^_i to input row i.
+        pooling, tap_layers, positions: of the rationale (table 19, `log`). tap: the same in words.
         output_size: A, tokens that f can be non-zero for; 0 is all of V.
-        tokenizer: `vocabulary_hash` of the tokenizer that its token ids come from; empty: unknown.
-        source: where the weights were initialised from (provenance).
+        tokenizer: `vocabulary_hash` of the tokenizer of its token ids; empty: unknown. source: of its first weights.
     """
 
     model_type = "tc_ray_copilot"

@@ -126,14 +126,10 @@ class Explanation:
         }
         if self.logit_lens is not None:
             lens = self.logit_lens
-            names = ("id", "probability", "chosen_probability", "chosen_rank")
-            columns = [
-                t[b, i].tolist() for t in (lens.ids, lens.probabilities, lens.chosen_probability, lens.chosen_rank)
-            ]
-            token["logit_lens"] = [
-                {"layer": layer, "text": text(values[0]), **dict(zip(names, values, strict=True))}
-                for layer, values in enumerate(zip(*columns, strict=True), start=1)
-            ]
+            columns = {"id": lens.ids, "probability": lens.probabilities}
+            columns |= {"chosen_probability": lens.chosen_probability, "chosen_rank": lens.chosen_rank}
+            layers = _entries(columns, b, i, text)
+            token["logit_lens"] = [{"layer": layer, **entry} for layer, entry in enumerate(layers, start=1)]
         return token
 
 
@@ -148,9 +144,13 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def _candidates(given: Candidates, b: int, i: int, text: Callable[[int], str]) -> list[dict[str, Any]]:
-    columns = [t[b, i].tolist() for t in (given.ids, given.pilot, given.fused, given.correction, given.shift)]
-    names = ("id", "pilot", "fused", "correction", "shift")
-    return [{"text": text(values[0]), **dict(zip(names, values, strict=True))} for values in zip(*columns, strict=True)]
+    columns = {"id": given.ids, "pilot": given.pilot, "fused": given.fused, "correction": given.correction}
+    return _entries(columns | {"shift": given.shift}, b, i, text)
+
+
+def _entries(columns: dict[str, torch.Tensor], b: int, i: int, text: Callable[[int], str]) -> list[dict[str, Any]]:
+    rows = zip(*(column[b, i].tolist() for column in columns.values()), strict=True)
+    return [{"text": text(row[0]), **dict(zip(columns, row, strict=True))} for row in rows]
 
 
 def explain_completions(model: FusedCore, given: Completions, asked: Explain) -> Explanation:

@@ -230,7 +230,7 @@ def test_lambdas_of_the_range_are_read(lam: float, whole: Path, tmp_path: Path) 
     assert FusionSettings.read(tmp_path).lam == lam
 
 
-@pytest.mark.parametrize("changes", [{"space": "logit"}, {"feedback": None}, {"format": 2}])
+@pytest.mark.parametrize("changes", [{"space": "logit"}, {"feedback": None}])
 def test_other_settings_of_the_folder_are_named(changes: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     """Fault 15, the rest of the file."""
     folder = tmp_path / "export"
