@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tc_ray.cli.command import OnceCommand, say
+from tc_ray.cli.command import say
 from tc_ray.files import write_file
 from tc_ray.text import byte_size
 
@@ -48,7 +48,7 @@ log = typer.Typer(
 )
 
 
-@log.command("stats", cls=OnceCommand)
+@log.command("stats")
 def stats(
     source: Log,
     rounds: Rounds = None,
@@ -69,7 +69,7 @@ def stats(
             print_view(stats_view(found, texts, top))
 
 
-@log.command("show", cls=OnceCommand)
+@log.command("show")
 def show(
     source: Log,
     sample: Annotated[int | None, typer.Argument(help="Sample id.")] = None,
@@ -112,7 +112,7 @@ def show(
             say(f"\n{texts.note}")
 
 
-@log.command("report", cls=OnceCommand)
+@log.command("report")
 def report(
     source: Log,
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
@@ -128,7 +128,7 @@ def report(
         say(f"{out}: {byte_size(out.stat().st_size)}, {texts.note}")
 
 
-@log.command("export", cls=OnceCommand)
+@log.command("export")
 def export(
     source: Log,
     out: Annotated[Path, typer.Option("--out", help="New file: .parquet (rows as they are) or .jsonl (readable).")],
@@ -164,7 +164,7 @@ def export(
         say(f"{result.not_finite:,} of them hold numbers that are not finite: null is written for each", error=True)
 
 
-@log.command("verify", cls=OnceCommand)
+@log.command("verify")
 def verify(
     source: Log,
     quarantine: Annotated[
@@ -180,7 +180,7 @@ def verify(
     _print(verify_log(_location(source, storage), quarantine=quarantine), as_json)
 
 
-@log.command("compact", cls=OnceCommand)
+@log.command("compact")
 def compact(
     source: Log,
     target_bytes: Annotated[int, typer.Option("--target-bytes", min=1, help="Size that files are merged up to.")] = 128
@@ -194,7 +194,7 @@ def compact(
     _print(compact_log(_location(source, storage), target_bytes=target_bytes), as_json)
 
 
-@log.command("vacuum", cls=OnceCommand)
+@log.command("vacuum")
 def vacuum(
     source: Log,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
