@@ -16,7 +16,7 @@ from tc_ray.cluster.session import cpus_needed, training_needs
 from tc_ray.config.load import require_secrets
 from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 from tc_ray.run.plan.data_estimate import DataEstimate, estimate
 from tc_ray.run.plan.model_sizes import ModelConfig, ModelSizes, find_models, model_sizes
 from tc_ray.run.state import JobError, check_resume

@@ -16,7 +16,7 @@ from tc_ray.cli.command import message
 from tc_ray.cli.status import status as show_status
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 from tc_ray.export.check import check_tokenizer, weight_bytes
 from tc_ray.inspection.source import find_log
 from tc_ray.mistakelog.read.reader import MistakeLog
