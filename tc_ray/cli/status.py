@@ -18,8 +18,15 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
 ) -> None:
     """Show both losses, rounds, log size and lag, tokens/s, restarts and ETA of a run."""
-    from tc_ray.tracking.progress import ProgressView, facts, silence, waiting_text
-    from tc_ray.tracking.statusfile import Status, read_status, silent_seconds
+    from tc_ray.tracking.statusfile import (
+        ProgressView,
+        Status,
+        facts,
+        read_status,
+        silence,
+        silent_seconds,
+        waiting_text,
+    )
 
     def read() -> Status:
         return {**read_status(run_folder), "silent_seconds": silent_seconds(run_folder)}
@@ -34,7 +41,7 @@ def status(
     now = read()
     lines = [(name, now[name]) for name in ("run", "phase", "state")]
     lines += [("waiting", waiting_text(now.get("waiting", {}))), *facts(now).items(), ("", silence(now))]
-    lines += [("folder", str(run_folder)), ("mlflow", (now["mlflow"] or {}).get("command"))]
+    lines += [("folder", str(run_folder)), ("mlflow", (now.get("mlflow") or {}).get("command"))]
     for name, value in lines:
         if value:
             say(f"{name:<13} {value}" if name else value)

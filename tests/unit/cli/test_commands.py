@@ -25,8 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def run_folder(tmp_path: Path) -> Path:
     """A run that really was tracked, still in training."""
     config = RunConfig.model_validate({"run": {"name": "trial", "folder": tmp_path}, "tracking": {"enabled": False}})
-    tracker = Tracker(config, tmp_path)
-    tracker.plan(rounds_total=20, copilot_steps_total=60)
+    tracker = Tracker(config, tmp_path, {"rounds_total": 20, "copilot_steps_total": 60})
     tracker.phase("train")
     for round in range(1, 6):
         tracker.pilot(round, {"loss": 3.0 - 0.5 * round, "tokens": 100})

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,7 @@ from tc_ray.config.yaml_file import ConfigError
 from tc_ray.inspection.source import find_log
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.http.auth import KEY_VARIABLE, configured_digests, digest
-from tc_ray.tracking.progress import ProgressView
-from tc_ray.tracking.statusfile import read_status
+from tc_ray.tracking.statusfile import ProgressView, read_status
 from tc_ray.tracking.tracker import Tracker
 from tests.support.inspection_samples import make_examples, make_log
 
@@ -65,11 +65,12 @@ def test_a_status_cannot_steer_the_terminal(
     assert "[red]" in shown, "shown as it is written, not as markup"
 
 
-def test_a_panel_cannot_steer_the_terminal(evil_run: Path) -> None:
+def test_a_live_line_cannot_steer_the_terminal(evil_run: Path) -> None:
     out = io.StringIO()
     view = ProgressView(Console(file=out, force_terminal=True, width=200, color_system=None))
-    view.show(read_status(evil_run))
-    view.close()
+    stop = threading.Event()
+    stop.set()
+    view.follow(lambda: read_status(evil_run), stop)
     shown = out.getvalue()
     assert "[red]" in shown and "\\x1b[2J" in shown
     assert "\x1b[2J" not in shown and not {"\x07", "\x9b", "\u202e", "\b"} & set(shown)

@@ -16,7 +16,7 @@ from tc_ray.config.redact import redact, redact_address, redact_options, redact_
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.run.plan.plan import make_plan
-from tc_ray.tracking.mlflow_writer import TrackingError, flat_params, mlflow_command
+from tc_ray.tracking.mlflow_writer import TrackingError, flat_params, mlflow_command, open_run
 from tc_ray.tracking.tracker import Tracker
 from tests.support.tiny_run import tiny_config
 
@@ -210,7 +210,7 @@ def test_tracking_error_shows_no_password(tmp_path: Path) -> None:
     """Fault 3: an address that cannot be used is named without its password."""
     config = tiny_config(tmp_path, tracking__enabled=True, tracking__uri=f"nonsense://user:{SECRET}@host/db")
     with pytest.raises(TrackingError) as caught:
-        Tracker(config, config.run.path)
+        open_run(config, config.run.path)
     assert SECRET not in str(caught.value) and "nonsense://***@host/db" in str(caught.value)
 
 
