@@ -25,7 +25,7 @@ def test_the_job_script_refuses_a_second_recipe() -> None:
 def test_an_override_and_a_storage_option_are_given_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pilot\.epochs replaces an earlier one"):
         load_config(None, ["pilot.epochs=1", "data.seed=1", "pilot.epochs=2"])
-    with pytest.raises(ValueError, match="--storage-option region is given twice"):
+    with pytest.raises(ValueError, match="--storage-option: give each KEY once"):
         find_log("s3://bucket/log", ["region=a", "key=b", "region=c"])
 
 
