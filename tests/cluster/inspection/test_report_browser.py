@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tc_ray.inspection.report import sample_page
+from tc_ray.inspection.report import report_page, sample_page
 from tc_ray.inspection.samples import find_visits
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
