@@ -1,9 +1,8 @@
-"""What all commands share: how they print, how they end when something goes wrong, and options that are given once.
+"""What all commands share: how they print and how they end when something goes wrong.
 
 Invariant: an error is one clear message on standard error and exit code 2, without a traceback (TC_RAY_DEBUG=1 shows it); a
 signal is one line and exit code 128 + its number. No message and no line of a logger shows a secret. Text from files, folders
 and requests is shown as characters, so that escape codes in a file name or a foreign run's status cannot steer the terminal.
-An option of one value that is given twice is refused by name; the parser alone would silently take the last one.
 Used by `tc_ray.cli` and the entry scripts.
 """
 
@@ -14,10 +13,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from tc_ray.cluster.signals import as_stopped, stop_signals
 from tc_ray.config.redact import redact
@@ -94,17 +92,3 @@ class _Record(logging.LogRecord):
 
     def getMessage(self) -> str:
         return redact(super().getMessage())
-
-
-class OnceCommand(TyperCommand):
-    """A command that refuses a second value for an option of one value."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer does, after the check. Raises UsageError."""
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        for option in given:
-            if isinstance(option, TyperOption) and not (option.multiple or option.is_flag or option.count):
-                times = sum(other is option for other in given)
-                if times > 1:
-                    ctx.fail(f"{option.opts[0]} is given {times} times and takes one value: give it once")
-        return super().parse_args(ctx, args)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tc_ray.cli.command import OnceCommand, say
+from tc_ray.cli.command import say
 from tc_ray.files import write_file
 from tc_ray.text import byte_size
 
@@ -48,7 +48,7 @@ log = typer.Typer(
 )
 
 
-@log.command("stats", cls=OnceCommand)
+@log.command("stats")
 def stats(
     source: Log,
     rounds: Rounds = None,
@@ -69,7 +69,7 @@ def stats(
             print_view(stats_view(found, texts, top))
 
 
-@log.command("show", cls=OnceCommand)
+@log.command("show")
 def show(
     source: Log,
     sample: Annotated[int | None, typer.Argument(help="Sample id.")] = None,
@@ -95,11 +95,11 @@ def show(
             assert worst is not None
             span = None if round is None else (round, round)
             found = collect(opened, span)
-            samples = find_visits(opened, [int(found.samples.ids[i]) for i in found.hardest(worst)], span)
+            samples = find_visits(opened, found.hardest(worst).sample_id.tolist(), span)
             if not samples:
                 raise ValueError(f"{source}: no row with target tokens" + (f" in round {round}" if round else ""))
         if html is not None:
-            from tc_ray.inspection.page import sample_page
+            from tc_ray.inspection.report import sample_page
 
             write_file(html, sample_page(opened.metadata, samples, texts))
             say(f"{html}: {len(samples)} sample{'s' * (len(samples) != 1)}, {texts.note}")
@@ -112,7 +112,7 @@ def show(
             say(f"\n{texts.note}")
 
 
-@log.command("report", cls=OnceCommand)
+@log.command("report")
 def report(
     source: Log,
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
@@ -121,50 +121,32 @@ def report(
     storage: Storage = None,
 ) -> None:
     """One self-contained HTML page: error heat map, loss and accuracy, confusions, calibration, samples."""
-    from tc_ray.inspection.report import write_report
+    from tc_ray.inspection.report import report_page
 
     with _opened(source, storage, tokenizer) as (opened, texts):
-        write_report(opened, texts, out, parse_rounds(rounds))
+        write_file(out, report_page(opened, texts, parse_rounds(rounds)))
         say(f"{out}: {byte_size(out.stat().st_size)}, {texts.note}")
 
 
-@log.command("export", cls=OnceCommand)
+@log.command("export")
 def export(
     source: Log,
-    out: Annotated[Path, typer.Option("--out", help="New file: .parquet (rows as they are) or .jsonl (readable).")],
+    out: Annotated[Path, typer.Option("--out", help="New file of JSON lines.")],
     rounds: Rounds = None,
-    columns: Annotated[
-        str | None,
-        typer.Option("--columns", metavar="A,B,...", help="Columns (parquet) or fields (jsonl); default: all."),
-    ] = None,
-    states: Annotated[bool, typer.Option("--states", help="jsonl: hidden states too, as lists of numbers.")] = False,
     tokenizer: Tokenizer = None,
     storage: Storage = None,
 ) -> None:
-    """Copy rows out of the log into a Parquet file, or as JSON lines."""
-    from tc_ray.inspection.export import export_jsonl, export_parquet
-    from tc_ray.inspection.tokens import find_tokenizer
+    """Copy rows out of the log as JSON lines, with texts. (Other programs read the log itself: it is a Delta table.)"""
+    from tc_ray.inspection.export import export_jsonl
 
-    if out.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"--out {out}: the name must end in .parquet (rows as they are) or .jsonl (readable)")
-    if out.suffix == ".parquet" and (tokenizer is not None or states):
-        raise ValueError("--tokenizer and --states are for .jsonl: a Parquet export holds ids and states as they are")
-    place = _place(source, storage)
-    opened = place.open()
-    chosen = [name.strip() for name in columns.split(",")] if columns else None
-    if out.suffix == ".parquet":
-        result = export_parquet(opened, out, parse_rounds(rounds), chosen)
-    else:
-        texts = find_tokenizer(opened.metadata, place.run_folder, tokenizer)
-        result = export_jsonl(opened, out, texts, parse_rounds(rounds), chosen, states=states)
+    with _opened(source, storage, tokenizer) as (opened, texts):
+        rows = export_jsonl(opened, out, texts, parse_rounds(rounds))
         if not texts.known:
             say(texts.note, error=True)
-    say(f"{out}: {result.rows:,} rows, {byte_size(result.bytes)}")
-    if result.not_finite:
-        say(f"{result.not_finite:,} of them hold numbers that are not finite: null is written for each", error=True)
+        say(f"{out}: {rows:,} rows, {byte_size(out.stat().st_size)}")
 
 
-@log.command("verify", cls=OnceCommand)
+@log.command("verify")
 def verify(
     source: Log,
     quarantine: Annotated[
@@ -180,7 +162,7 @@ def verify(
     _print(verify_log(_location(source, storage), quarantine=quarantine), as_json)
 
 
-@log.command("compact", cls=OnceCommand)
+@log.command("compact")
 def compact(
     source: Log,
     target_bytes: Annotated[int, typer.Option("--target-bytes", min=1, help="Size that files are merged up to.")] = 128
@@ -194,7 +176,7 @@ def compact(
     _print(compact_log(_location(source, storage), target_bytes=target_bytes), as_json)
 
 
-@log.command("vacuum", cls=OnceCommand)
+@log.command("vacuum")
 def vacuum(
     source: Log,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from tc_ray import __version__
-from tc_ray.cli.command import OnceCommand, end_stopped, run_command, say
+from tc_ray.cli.command import end_stopped, run_command, say
 from tc_ray.cli.eval import evaluate
 from tc_ray.cli.fuse import fuse
 from tc_ray.cli.init import init
@@ -39,13 +39,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("init", cls=OnceCommand)(init)
-app.command("train", cls=OnceCommand)(train)
-app.command("train-copilot", cls=OnceCommand)(train_copilot)
-app.command("eval", cls=OnceCommand)(evaluate)
-app.command("fuse", cls=OnceCommand)(fuse)
-app.command("serve", cls=OnceCommand)(serve)
-app.command("status", cls=OnceCommand)(status)
+app.command("init")(init)
+app.command("train")(train)
+app.command("train-copilot")(train_copilot)
+app.command("eval")(evaluate)
+app.command("fuse")(fuse)
+app.command("serve")(serve)
+app.command("status")(status)
 app.add_typer(log, name="log")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,28 +59,21 @@ def train_copilot(
     target.parent.mkdir(parents=True, exist_ok=True)
     # beside the folder, so that a folder which is refused is left as it was
     lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
-    show = _Show()
-    with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes, show.bar:
-        trained = train_from_log(mistakes, settings, target, show=show)
+    with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes:
+        trained = train_from_log(mistakes, settings, target, show=_Show())
     say("\n".join(trained.lines()))
 
 
 class _Show:
-    """A progress bar on a terminal; elsewhere a line on standard error, every LINE_SECONDS and at the end."""
+    """A line on standard error, every LINE_SECONDS and at the end."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(console=Console(stderr=True), disable=not sys.stderr.isatty())
-        self._task = self.bar.add_task("copilot", total=None)
         self._due = 0.0
 
     def __call__(self, at: Position, total: int, result: StepResult | None) -> None:
-        loss = "nothing to learn from" if result is None else f"loss {result.loss:.4f}" if result.taken else "left out"
-        text = f"copilot step {at.step}/{total} | round {at.round} | {loss}"
-        self.bar.update(self._task, description=text, completed=at.step, total=total)
-        due = time.monotonic() > self._due or at.step == total
-        if self.bar.disable and due:
+        if time.monotonic() > self._due or at.step == total:
             self._due = time.monotonic() + LINE_SECONDS
-            say(text, error=True)
+            loss = (
+                "nothing to learn from" if result is None else f"loss {result.loss:.4f}" if result.taken else "left out"
+            )
+            say(f"copilot step {at.step}/{total} | round {at.round} | {loss}", error=True)

@@ -1,7 +1,7 @@
 """The fields of the configuration as a table: dotted name, type, allowed values, default, meaning, may it change on resume.
 
 Invariant: all of it is read from the schema, so nothing is listed twice. Called by `config.load` (checks and messages),
-`config.reference` (docs/config.md) and `run.state` (what a resume may change), `tracking.mlflow_writer`.
+`jobs/config_page.py` (docs/config.md), `run.state` (what a resume may change) and `tracking.mlflow_writer`.
 """
 
 from __future__ import annotations

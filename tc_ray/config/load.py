@@ -18,18 +18,10 @@ from pydantic import ValidationError
 
 from tc_ray.config.data import EMBEDDED
 from tc_ray.config.fields import config_fields, names_in, types_at
-from tc_ray.config.redact import STRUCK_OUT, given_by_environment, redact_override, remember
-from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
+from tc_ray.config.redact import STRUCK_OUT, redact_override, remember
+from tc_ray.config.schema import RunConfig
 from tc_ray.config.serving import ServingSection
-from tc_ray.config.yaml_file import (
-    BeyondBoundsError,
-    ConfigError,
-    ConfigLoader,
-    KeyPath,
-    find_recipe,
-    read_sections,
-    text_of,
-)
+from tc_ray.config.yaml_file import ConfigError, ConfigLoader, KeyPath, find_recipe, read_sections, text_of
 from tc_ray.files import write_file
 
 _PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
@@ -53,7 +45,6 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     _apply_all(overrides, values, origins)
     config = _checked(values, origins, path)
     _drop_fallback_for_given_files(config, origins)
-    _leave_to_environment(config)
     remember(config.secrets())
     _place_paths(config, path)
     return config
@@ -71,11 +62,9 @@ def load_serving(
     origins: dict[KeyPath, str] = {}
     read = read_sections(path, origins) if path else {}
     values = {name: section for name, section in read.items() if name == SERVING or not names_in((str(name),))}
-    section = values.setdefault(SERVING, {})
-    for name, value in (fields or {}).items():
-        if isinstance(section, dict):
-            section[name] = value
-        origins[SERVING, name] = f"args.{name}"
+    origins |= {(SERVING, name): f"args.{name}" for name in fields or {}}
+    if isinstance(section := values.setdefault(SERVING, {}), dict):
+        section |= fields or {}
     for override in overrides:
         if not override.startswith(f"{SERVING}."):
             raise ConfigError(f"override {redact_override(override)!r}: a server takes {SERVING}.FIELD=VALUE only")
@@ -85,16 +74,9 @@ def load_serving(
 
 def _apply_all(overrides: Sequence[str], values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
     names = [override.partition("=")[0].strip() for override in overrides]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"override {twice[0]} is given {names.count(twice[0])} times: give it once")
-    for index, name in enumerate(names):
-        lost = next((earlier for earlier in names[:index] if earlier.startswith(f"{name}.")), None)
-        if lost:
-            raise ConfigError(
-                f"override {name} replaces all of {name}, and {lost} before it would be lost: give {lost} after it"
-            )
-    for override in overrides:
+    for index, (name, override) in enumerate(zip(names, overrides, strict=True)):
+        if any(earlier == name or earlier.startswith(f"{name}.") for earlier in names[:index]):
+            raise ConfigError(f"override {name} replaces an earlier one: give each field once")
         _apply(override, values, origins)
 
 
@@ -114,7 +96,7 @@ def require_secrets(config: RunConfig) -> None:
     if missing:
         raise ConfigError(
             f"{', '.join(missing)}: {STRUCK_OUT} stands in place of a secret; secrets are not saved with a run. Give the value "
-            f"again ({missing[0]}=...), or leave it to the environment"
+            f"again ({missing[0]}=...)"
         )
 
 
@@ -191,7 +173,7 @@ def _override_value(text: str, keys: KeyPath, shown: str) -> Any:
         return text
     try:
         return yaml.load(text, ConfigLoader) if text.strip() else ""
-    except (yaml.YAMLError, BeyondBoundsError):
+    except yaml.YAMLError:
         raise ConfigError(f"override {shown!r}: not a YAML value; quote what is text in it") from None
 
 
@@ -214,17 +196,11 @@ def _unknown_message(key: KeyPath, origins: dict[KeyPath, str]) -> str:
 
 
 def _nearest(key: KeyPath) -> list[str]:
-    """Up to three valid dotted names: close ones of the same section, else the same or a close name in any section."""
-    here, leaf = key[:-1], key[-1]
-    same_section = difflib.get_close_matches(leaf, names_in(here), n=2, cutoff=0.6)
-    if same_section:
-        return [".".join((*here, name)) for name in same_section]
-    paths = list(config_fields())
-    exact = [".".join(path) for path in paths if path[-1] == leaf]
-    if exact:
-        return exact[:3]
-    close = difflib.get_close_matches(leaf, {path[-1] for path in paths}, n=2, cutoff=0.7)
-    return [".".join(path) for name in close for path in paths if path[-1] == name][:3]
+    """Up to three valid dotted names: a close one of the same section, else those of the same name in any section."""
+    close = difflib.get_close_matches(key[-1], names_in(key[:-1]), n=2)
+    return [".".join((*key[:-1], name)) for name in close] or [
+        ".".join(path) for path in config_fields() if path[-1] == key[-1]
+    ][:3]
 
 
 def _validation_message(error: ValidationError, origins: dict[KeyPath, str], path: Path | None) -> str:
@@ -254,15 +230,6 @@ def _validation_message(error: ValidationError, origins: dict[KeyPath, str], pat
 def _shown(key: KeyPath, value: Any) -> str:
     """A refused value for a message, shown as an override of it is."""
     return redact_override(f"{'.'.join(key)}={value!r}").partition("=")[2]
-
-
-def _leave_to_environment(config: RunConfig) -> None:
-    """Drop struck-out secrets that the environment has, so that they are read from there."""
-    options = config.log.storage_options
-    for name in [name for name, value in options.items() if value == STRUCK_OUT and given_by_environment(name)]:
-        del options[name]
-    if STRUCK_OUT in (config.tracking.uri or "") and TRACKING_VARIABLE in os.environ:
-        config.tracking.uri = None
 
 
 def _origin(key: KeyPath, origins: dict[KeyPath, str]) -> str:

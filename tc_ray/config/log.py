@@ -20,7 +20,7 @@ class LogSection(Section):
         default_factory=dict,
         description="options of an object store as delta-rs names them (aws_endpoint_url, ...); missing ones come "
         "from the environment. Only values that are known to be harmless (region, endpoint, ...) are saved with the run; "
-        "the others are struck out, and a resume must be given them again, here or in the environment",
+        "the others are struck out, and a resume must be given them again",
     )
     rationale: Literal["pooled", "all"] | list[NonNegative] = Field(
         "pooled",

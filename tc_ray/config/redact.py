@@ -1,15 +1,13 @@
 """Secrets struck out of what a run writes, prints and hands on: addresses, storage options, overrides, messages.
 
 Invariant: the functions return `***` in place of each secret they know: the userinfo of a URI, credentials of a query string,
-values that are named like a secret, and values that this process got as one (`remember`, environment). Redacting twice changes
-nothing. Used by everything that writes a file of a run or a line for people. Imports nothing heavy.
+values that are named like a secret, and values that this process got as one (`remember`). Redacting twice changes nothing. Used by everything that writes a file of a run or a line for people. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from urllib.parse import quote, unquote
 
 STRUCK_OUT = "***"
@@ -20,14 +18,13 @@ PLAIN_OPTIONS = frozenset(
     account_name allow_http allow_invalid_certificates bucket bucket_name checksum_algorithm conditional_put
     connect_timeout container_name copy_if_not_exists default_region disable_tagging endpoint endpoint_url
     http1_only http2_only imdsv1_fallback locking_provider max_retries metadata_endpoint pool_idle_timeout
-    pool_max_idle_per_host proxy_excludes proxy_url region request_payer retry_timeout s3_allow_unsafe_rename
+    pool_max_idle_per_host proxy_excludes region request_payer retry_timeout s3_allow_unsafe_rename
     s3_express s3_force_path_style s3_locking_provider skip_signature storage_account_name timeout unsigned_payload
     use_emulator use_fabric_endpoint user_agent virtual_hosted_style_request
     """.split()  # noqa: SIM905 - a list of one name a line would be four times as long
 )
 """Storage options that are no secret, in lower case and without the store's prefix; every other value is struck out."""
 _STORES = ("aws_", "azure_", "google_", "gcs_")
-_STORE_VARIABLES = ("", "AWS_", "AZURE_", "AZURE_STORAGE_", "GOOGLE_", "GOOGLE_CLOUD_")
 
 # tokens of a tokenizer (eos_token, tokenizer.pad_token) and what is counted or measured of tokens (token_id, token_accuracy)
 _TEXT_TOKEN = (
@@ -41,7 +38,6 @@ _SECRET_NAME = (
 _USERINFO = re.compile(r"(://)[^\s/?#\"'<>`]*@")
 # a password may hold / ? # unencoded; what follows the digits distinguishes it from a port
 _ODD_USERINFO = re.compile(r"(://)(?![^\s/?#@:]*:\d+(?:[/?#\s]|$))[^\s/?#@:]*:[^\s\"'<>`]*@")
-_ENCODED_USERINFO = re.compile(r"(%3A%2F%2F)(?:(?!%2F)[^\s&\"'<>/])*?%40", re.IGNORECASE)
 _QUERY = re.compile(
     rf"([?&;](?:{_SECRET_NAME}|pwd|sig|signature|x-amz-signature|x-goog-signature|key|auth|awsaccesskeyid)=)"
     r"[^&#\s\"'<>`;]*",
@@ -55,7 +51,6 @@ _NAMED = re.compile(
 )
 _AUTHORIZATION = re.compile(r"(\b(?:bearer|authorization[\"']?\s*[:=]\s*[\"']?basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 
-_SECRET_VARIABLE = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|API_?KEYS?|(ACCESS|ACCOUNT|PRIVATE|SAS)_KEY(_ID)?)$")
 _SHORTEST = 8
 """Shorter values are not looked for in texts: they would strike out ordinary words."""
 _known: set[str] = set()
@@ -70,7 +65,7 @@ def remember(values: Iterable[str]) -> None:
 
 def redact(text: str) -> str:
     """A text for people (an error, an event, a line of a log) without the secrets in it."""
-    for value in sorted(_known | _secrets_of_environment(), key=len, reverse=True):
+    for value in sorted(_known, key=len, reverse=True):
         text = text.replace(value, STRUCK_OUT)
     text = redact_address(text)
     text = _AUTHORIZATION.sub(rf"\1{STRUCK_OUT}", text)
@@ -81,7 +76,6 @@ def redact_address(text: str) -> str:
     """A URI, or a text with URIs, without userinfo and query credentials; the result is the same on any machine."""
     text = _ODD_USERINFO.sub(rf"\1{STRUCK_OUT}@", text)
     text = _USERINFO.sub(rf"\1{STRUCK_OUT}@", text)
-    text = _ENCODED_USERINFO.sub(rf"\1{STRUCK_OUT}%40", text)
     return _QUERY.sub(rf"\1{STRUCK_OUT}", text)
 
 
@@ -105,19 +99,6 @@ def redact_override(text: str) -> str:
     return f"{name}={shown}"
 
 
-def redact_command(words: Sequence[str]) -> list[str]:
-    """`sys.argv` for provenance records."""
-    shown = []
-    for before, word in zip(["", *words], words, strict=False):
-        option = word.removeprefix("--storage-option=")
-        if before == "--storage-option" or option != word:
-            name, _, value = option.partition("=")
-            shown.append(f"{word[: len(word) - len(option)]}{name}={_redact_option(name, value)}")
-        else:
-            shown.append(redact_override(word))
-    return shown
-
-
 def secrets_of(options: Mapping[str, str], *addresses: str | None) -> set[str]:
     """The secrets in storage options and addresses: option values, userinfo, passwords, query credentials."""
     found = {value for name, value in options.items() if _redact_option(name, value) == STRUCK_OUT}
@@ -126,20 +107,11 @@ def secrets_of(options: Mapping[str, str], *addresses: str | None) -> set[str]:
     return found
 
 
-def given_by_environment(option: str) -> bool:
-    """Whether the environment has this storage option under a name that the stores' clients read."""
-    return any(f"{prefix}{option.upper()}" in os.environ for prefix in _STORE_VARIABLES)
-
-
 def _redact_option(name: str, value: str) -> str:
     plain = name.strip().lower()
     for store in _STORES:
         plain = plain.removeprefix(store)
-    if plain not in PLAIN_OPTIONS:
-        return STRUCK_OUT
-    shown = redact_address(value)
-    # a proxy's address may have no scheme
-    return f"{STRUCK_OUT}@{shown.rpartition('@')[2]}" if "@" in shown and "://" not in shown else shown
+    return redact_address(value) if plain in PLAIN_OPTIONS else STRUCK_OUT
 
 
 def _parts(address: str) -> set[str]:
@@ -151,15 +123,3 @@ def _parts(address: str) -> set[str]:
             found |= {info, info.partition(":")[2]}
     found |= {match[0].rpartition("=")[2] for match in _QUERY.finditer(address)}
     return found - {"", STRUCK_OUT}
-
-
-def _secrets_of_environment() -> set[str]:
-    found: set[str] = set()
-    for name, value in os.environ.items():
-        if _SECRET_VARIABLE.search(name.upper()):
-            found |= {value, *value.split(",")}
-        if "://" in value:
-            found |= _parts(value)
-    return {
-        form for value in found for form in (value, quote(value, safe=""), unquote(value)) if len(form) >= _SHORTEST
-    }

@@ -1,8 +1,7 @@
 """Config files: the recipes that come with the package, and a file's sections as they are written, with each key's place.
 
-Invariant: every refusal is a ConfigError that names the file and shows no secret. A file is refused before work on it grows
-beyond its length; so there are no aliases: ten lines of them can stand for 10^9 values. Called by `config.load` and, for a
-run's log, by `inspection.source`.
+Invariant: every refusal is a ConfigError that names the file and shows no secret. Called by `config.load` and, for a run's
+log, by `inspection.source`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,6 @@ from tc_ray.text import first_line
 KeyPath = tuple[str, ...]
 """Names of a field from the section down."""
 
-MAX_BYTES = 2**18
-MAX_VALUES = 10_000
-"""A whole config has about 200. PyYAML reads 20,000 a second, and long text 500 KB a second."""
-MAX_DEPTH = 50
-
-
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 """One YAML file a recipe; models/ has what they name; start/ is what `tc-ray init` copies."""
 
@@ -34,38 +27,8 @@ class ConfigError(ValueError):
     """The configuration cannot be used; the message says where and what to write instead."""
 
 
-class BeyondBoundsError(ValueError):
-    """The YAML is longer, or stands for more, than any config."""
-
-
 class ConfigLoader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but bounded, 1e-4 is a number, and a key given twice is an error."""
-
-    _values = 0
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Count values and depth; refuse aliases. Raises BeyondBoundsError."""
-        if self.check_event(yaml.AliasEvent):  # not named: the word may be a secret
-            line = self.peek_event().start_mark.line + 1
-            raise BeyondBoundsError(
-                f"line {line} holds an alias (`*name`): write out what it stands for, and quote text that begins with *"
-            )
-        self._values += 1
-        if self._values > MAX_VALUES:
-            raise BeyondBoundsError(f"it holds more than {MAX_VALUES} values, so it is no config of tc-ray")
-        if self._depth > MAX_DEPTH:
-            raise BeyondBoundsError("nested too deeply for a config")
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def increase_flow_level(self) -> None:
-        """Refuse early: PyYAML looks ahead from each bracket, which takes seconds for thousands of them."""
-        if self.flow_level > MAX_DEPTH:
-            raise BeyondBoundsError("nested too deeply for a config")
-        super().increase_flow_level()  # type: ignore[misc]
+    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there twice. Raises ConfigError."""
@@ -101,7 +64,7 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
     """The sections of a config file, unchecked. origins: takes the place (file and line) of each key.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML of sections, or holds more than a config can.
+        ConfigError: it cannot be read, or is no YAML of sections.
     """
     text = text_of(path)
     try:
@@ -118,8 +81,6 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
         raise
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from None
-    except BeyondBoundsError as error:
-        raise ConfigError(f"{path}: {error}") from None
     except (ValueError, TypeError) as error:  # a number of 5000 digits, an impossible date, a list as key
         raise ConfigError(f"{path}: holds an impossible value: {redact(first_line(error))}") from None
     # An empty section ("pilot:" with all fields commented out) means its defaults.
@@ -127,16 +88,11 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
 
 
 def text_of(path: Path) -> str:
-    """The text of a config file. Raises ConfigError where it cannot be read or is too long."""
+    """The text of a config file. Raises ConfigError where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        text = content.decode("utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"config file {path} is longer than {MAX_BYTES} bytes, so no config of tc-ray")
-    return text
 
 
 def _note_lines(node: yaml.MappingNode, above: KeyPath, path: Path, origins: dict[KeyPath, str]) -> None:

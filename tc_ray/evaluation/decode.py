@@ -115,9 +115,10 @@ def rank(
         "output_scores": True,
     }
     for batch, out in _generated(model, tokenizer, examples, batch_size, lam, trie, options):
-        items = trie.items(out.sequences[:, batch.begin :]).view(-1, width)
-        real = (items >= 0) & (out.sequences_scores.view(-1, width) > _NO_ITEM)
-        for i, found, is_real in zip(batch.rows, items.tolist(), real.tolist(), strict=True):
-            kept = (item for item, counts in zip(found, is_real, strict=True) if counts)
-            ranked[i] = list(dict.fromkeys(kept))[:beams]  # a beam can appear twice, the first is the better one
+        items = [trie.item(ids) for ids in out.sequences[:, batch.begin :].tolist()]
+        scored = list(zip(items, out.sequences_scores.tolist(), strict=True))
+        for place, i in enumerate(batch.rows):
+            found = scored[place * width : (place + 1) * width]
+            real = (item for item, score in found if item is not None and score > _NO_ITEM)
+            ranked[i] = list(dict.fromkeys(real))[:beams]  # a beam can appear twice, the first is the better one
     return ranked

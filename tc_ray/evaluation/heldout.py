@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from tc_ray.data.prepared.left_out import LeftOut, read_left_out
-from tc_ray.data.source.parquet import read_prepared
+from tc_ray.data.source.records import read_prepared
 
 _COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "prompt"]
 

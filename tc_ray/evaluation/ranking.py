@@ -36,16 +36,16 @@ def ndcg_at(k: int, place: int | None) -> float:
 
 
 class Ranking:
-    """Ranks the items of a run by beam search. labels: item id -> label, the completion that names it; vocab_size: V."""
+    """Ranks the items of a run by beam search. labels: item id -> label, the completion that names it."""
 
     right_name = f"Hit@{RIGHT_WITHIN}"
     score_name = f"NDCG@{RIGHT_WITHIN}"
 
-    def __init__(self, tokenizer: Any, config: FusionSection, labels: Mapping[str, str], vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, config: FusionSection, labels: Mapping[str, str]) -> None:
         self._tokenizer, self._config = tokenizer, config
         self._labels = sorted(labels.values())
         self._number = {label: number for number, label in enumerate(self._labels)}
-        self._trie = ItemTrie([completion_ids(label, tokenizer) for label in self._labels], vocab_size)
+        self._trie = ItemTrie([completion_ids(label, tokenizer) for label in self._labels])
 
     def outcome(self, model: Any, examples: Sequence[HeldOut], lam: float | None) -> Outcome:
         """Rankings and all measures of the configured cutoffs.
@@ -59,7 +59,7 @@ class Ranking:
             model,
             self._tokenizer,
             examples,
-            self._trie.to(model.device),
+            self._trie,
             beams=max(cutoffs) + max(map(len, histories), default=0),
             batch_size=self._config.eval_batch_size,
             lam=lam,

@@ -53,7 +53,7 @@ def evaluate_finished(
     rows = None if test_file else fusion.max_test_rows
     test, without_test = read_counted(test_file or folder / "data" / "test.parquet", rows)
     tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
-    metric = _metric(config, tokenizer, pilot.config.vocab_size)
+    metric = _metric(config, tokenizer)
 
     def report_progress(line: str) -> None:
         if tracker is not None:
@@ -76,9 +76,9 @@ def evaluate_finished(
     return evaluate(fused, metric, fusion, validation=validation, seen_error_size=seen_error_size, **common)
 
 
-def _metric(config: RunConfig, tokenizer: Any, vocab_size: int) -> Metric:
+def _metric(config: RunConfig, tokenizer: Any) -> Metric:
     """The metric of the config, with what it needs of the run's data."""
     if config.fusion.metric == "exact_match":
         return ExactMatch(tokenizer, config.fusion)
     labels = read_items(config.run.path / "data" / ITEMS_FILE)
-    return Ranking(tokenizer, config.fusion, labels, vocab_size)
+    return Ranking(tokenizer, config.fusion, labels)

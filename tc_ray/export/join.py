@@ -14,14 +14,7 @@ from typing import Any
 
 import torch
 
-from tc_ray.export.check import (
-    PROVENANCE_FILE,
-    TOKENIZER_FILE,
-    ExportError,
-    export_in,
-    read_part,
-    tokenizer_of,
-)
+from tc_ray.export.check import PROVENANCE_FILE, ExportError, export_in, read_part, tokenizer_of
 from tc_ray.export.write import write_provenance
 from tc_ray.files import FOLDER_MARKER, mark_whole, sync
 from tc_ray.models.copilot import Copilot, CopilotConfig
@@ -40,46 +33,29 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpac
 
 @dataclass(frozen=True)
 class Fusion:
-    """A fused folder. `lam_from`: where its lambda comes from, None if it was given."""
+    """A fused folder. run: that the Copilot was trained in, as far as it is known. `lam_from`: where its lambda comes from, None
+    if it was given."""
 
     folder: Path
     pilot: Path
     copilot: Path
-    beside: dict[str, Any]
+    run: str
     settings: FusionSettings
     lam_from: str | None
 
     def lines(self) -> list[str]:
         """What was made of what, and what to do next, for a terminal."""
-        known = {"run": "run {}", "pilot": "of {}"}
-        trained = " ".join(text.format(self.beside[key]) for key, text in known.items() if key in self.beside)
         lines = [
             f"pilot     {self.pilot}",
-            f"copilot   {self.copilot}, trained beside {trained or 'an unknown Pilot'}",
+            f"copilot   {self.copilot}, trained in {self.run}",
             f"lambda    {self.settings.lam:g} in {self.settings.space} space, {self.settings.feedback} feedback",
         ]
-        if self.settings.lam == 0:
-            lines.append(
-                "          0 is the Pilot alone: the Copilot does nothing until a request or the file says otherwise."
-            )
         if self.lam_from is not None:
             lines += [
-                f"          {self.lam_from}: not chosen on validation data of this Pilot, and `tc-ray eval` is for runs only.",
-                '          Compare a few values on rows of your own ("lambda" in a request to the server, lam= of generate) and',
-                f"          write the best into {self.folder / FUSION_FILE}.",
+                f"          {self.lam_from}: not chosen on validation data of this Pilot. Compare a few values on rows of your own",
+                f'          ("lambda" in a request, lam= of generate) and write the best into {self.folder / FUSION_FILE}.',
             ]
         return [*lines, f"fused     {self.folder}", f"serve     tc-ray serve {self.folder}"]
-
-
-@dataclass(frozen=True)
-class _Copilot:
-    """folder: config and weights. settings: of its export, if it is part of one. own_pilot: folder of the Pilot it was
-    trained beside, if there is one. beside: what is known of that Pilot's run."""
-
-    folder: Path
-    settings: FusionSettings | None
-    own_pilot: Path | None
-    beside: dict[str, Any]
 
 
 def fuse_models(
@@ -103,30 +79,25 @@ def fuse_models(
     out = out.expanduser().absolute()
     if out.exists() or out.is_symlink():
         raise ExportError(f"--out {out} exists; name a folder that does not")
-    pilot_folder, source = _find_pilot(pilot), _find_copilot(copilot)
-    files = {"pilot": _model_files(pilot_folder), "copilot": _model_files(source.folder)}
-    config = _check(pilot_folder, source)
+    pilot_folder, copilot_folder = _find_pilot(pilot), _find_copilot(copilot)
+    files = {"pilot": _model_files(pilot_folder), "copilot": _model_files(copilot_folder)}
+    config = _check(pilot_folder, copilot_folder)
     load_pilot(pilot_folder, dtype=torch.float32, safetensors=True, names_only=True)
-    Copilot.from_pretrained(source.folder, use_safetensors=True, device_map="meta")
+    Copilot.from_pretrained(copilot_folder, use_safetensors=True, device_map="meta")
     check_files(path for paths in files.values() for path in paths if path.suffix == ".safetensors")
-    if source.settings is not None:
-        settings = replace(source.settings, **asked)
-    lam_from = None if lam is not None else "the default" if source.settings is None else f"the {FUSION_FILE} it had"
+    export = export_in(copilot_folder.parent)
+    if export is not None:
+        settings = replace(FusionSettings.read(export), **asked)
+    lam_from = None if lam is not None else "the default" if export is None else f"the {FUSION_FILE} it had"
     made_of = {
-        "pilot": {"from": str(pilot_folder), "identity": model_identity(pilot_folder), **_run_of(pilot_folder)},
-        "copilot": {
-            "from": str(source.folder),
-            "identity": model_identity(source.folder),
-            "initialised_from": config.source,
-            "trained_beside": source.beside,
-        },
+        "pilot": _origin(pilot_folder),
+        "copilot": _origin(copilot_folder) | {"initialised_from": config.source},
         "fusion": asdict(settings) | {"lam_from": lam_from or "--lam"},
     }
     _write(out, files, settings, made_of)
-    return Fusion(out, pilot_folder, source.folder, source.beside, settings, lam_from)
-
-
-# -- the two models ---------------------------------------------------------------------------------------------------
+    known = _provenance(copilot_folder)
+    run = f"run {known['run']} beside {known['pilot']}" if "run" in known else "an unknown run"
+    return Fusion(out, pilot_folder, copilot_folder, run, settings, lam_from)
 
 
 def _find_pilot(name: str) -> Path:
@@ -139,69 +110,39 @@ def _find_pilot(name: str) -> Path:
     return folder
 
 
-def _find_copilot(given: Path) -> _Copilot:
+def _find_copilot(given: Path) -> Path:
     given = given.expanduser().absolute()
-    export = export_in(given) or (export_in(given.parent) if given.name == "copilot" else None)
+    export = export_in(given)
     if export is not None:
         check_parts(export)
-        settings, own = FusionSettings.read(export), export / "pilot"
-        fused = _provenance(export).get("copilot")  # of a folder made here: its Pilot is not the one of the training
-        beside = {"identity": model_identity(own), **_run_of(own)} if fused is None else fused["trained_beside"]
-        return _Copilot(export / "copilot", settings, own, beside)
-    if not given.is_dir():
-        raise ExportError(f"--copilot {given} is no folder; give an exported run, or copilot/final of a run")
-    if not (given / "config.json").is_file() or read_part(given / "config.json").get("model_type") != (
-        CopilotConfig.model_type
-    ):
+        return export / "copilot"
+    config = given / "config.json"
+    if not config.is_file() or read_part(config).get("model_type") != CopilotConfig.model_type:
         raise ExportError(f"--copilot {given} holds no Copilot; give an exported run, or copilot/final of a run")
-    own = given.parents[1] / "pilot" / "final"
-    if given.parts[-2:] == ("copilot", "final") and (own / "config.json").is_file():
-        return _Copilot(given, None, own, {"identity": model_identity(own), **_run_of(own)})
-    return _Copilot(given, None, None, {})
+    return given
 
 
-def _run_of(pilot: Path) -> dict[str, Any]:
-    """What is known of the run that made a Pilot: from its export, else from the run folder around `pilot/final`."""
-    known = _provenance(pilot.parent)
-    known = known["pilot"] if isinstance(known.get("pilot"), dict) else known  # of a folder made here
-    if known:
-        return {key: known[key] for key in ("run", "pilot", "rounds", "verdict") if key in known}
-    run_config = pilot.parents[1] / "config.yaml"
-    if pilot.parts[-2:] == ("pilot", "final") and run_config.is_file():
-        from tc_ray.config.load import load_saved_config
-
-        config = load_saved_config(run_config)
-        return {"run": config.run.name, "pilot": config.model.pilot}
-    return {}
-
-
-def _provenance(export: Path) -> dict[str, Any]:
-    file = export / PROVENANCE_FILE
+def _provenance(model: Path) -> dict[str, Any]:
+    """What the export around a model's folder says of itself."""
+    file = model.parent / PROVENANCE_FILE
     return read_part(file) if file.is_file() else {}
 
 
-# -- whether it fits --------------------------------------------------------------------------------------------------
+def _origin(model: Path) -> dict[str, Any]:
+    return {"from": str(model), "identity": model_identity(model), "provenance": _provenance(model)}
 
 
-def _check(pilot: Path, copilot: _Copilot) -> CopilotConfig:
+def _check(pilot: Path, copilot: Path) -> CopilotConfig:
     """Architecture, states, width, then tokenizers; returns the Copilot's config."""
     from transformers import AutoConfig
 
-    config: CopilotConfig = _read_config(CopilotConfig, copilot.folder)
+    config: CopilotConfig = _read_config(CopilotConfig, copilot)
     check_fit(_read_config(AutoConfig, pilot), config)
-    own, trained, beside = tokenizer_of(pilot), config.tokenizer, copilot.own_pilot
-    if own != trained and beside is not None and (beside / TOKENIZER_FILE).is_file():
-        # unknown, or recorded by a version of transformers that read the same files differently
-        trained = tokenizer_of(beside)
-    if not trained:
+    own = tokenizer_of(pilot)
+    if own != config.tokenizer:
         raise ExportError(
-            f"the Copilot in {copilot.folder} does not say which tokenizer it was trained with (config.json: tokenizer "
-            "is empty), and no Pilot of its own is beside it to compare: name the exported run it belongs to"
-        )
-    if own != trained:
-        raise ExportError(
-            f"the tokenizer of {pilot} ({own}) is not the one that the Copilot was trained with ({trained}): the same "
-            "ids would mean other tokens"
+            f"the tokenizer of {pilot} ({own}) is not the one that the Copilot was trained with "
+            f"({config.tokenizer or 'not named in its config.json'}): the same ids would mean other tokens"
         )
     return config
 
@@ -233,9 +174,6 @@ def _read_config(kind: Any, path: Path) -> Any:
         return kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise ExportError(f"{path} has no readable config: {first_line(error)}") from error
-
-
-# -- the folder -------------------------------------------------------------------------------------------------------
 
 
 def _write(out: Path, files: dict[str, list[Path]], settings: FusionSettings, made_of: dict[str, Any]) -> None:

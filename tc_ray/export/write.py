@@ -13,7 +13,7 @@ from typing import Any
 
 import tc_ray
 from tc_ray.config.load import save_config
-from tc_ray.config.redact import redact_command
+from tc_ray.config.redact import redact_override
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
 from tc_ray.export.check import PROVENANCE_FILE
@@ -48,7 +48,7 @@ def write_provenance(folder: Path, made_of: dict[str, Any], packages: Sequence[s
         "tc_ray": tc_ray.__version__,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
-        "command": redact_command(sys.argv),
+        "command": [redact_override(word) for word in sys.argv],
     }
     write_json(folder / PROVENANCE_FILE, made_of | made_by)
 

@@ -1,7 +1,8 @@
-"""Charts of the report as inline SVG, drawn by matplotlib.
+"""The colours of errors, and the charts of the report as inline SVG, drawn by matplotlib.
 
-Invariant: colours are the page's CSS variables, so one drawing serves light pages, dark pages and paper; and no chart uses
-colour alone: lines differ in dashes, points in shape, and the heat maps' scale runs from light to dark.
+Invariant: lightness runs one way along the scale of errors, so it reads in grey and with every kind of colour blindness, and
+text on it has a contrast of at least 4.5 to 1. The charts' colours are the page's CSS variables, so one drawing serves light
+pages, dark pages and paper; lines differ in dashes, points in shape. The scale is used in the terminal and in pages.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from tc_ray.inspection.colours import LEVELS, level
 from tc_ray.inspection.tallies import Confidence
 from tc_ray.mistakelog.rows.ragged import Array
 
@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOG_FROM = 10.0
-"""Values that span more than this factor get a logarithmic axis."""
+LEVELS = 20
+"""Level 0 (error below 1/20) is no colour."""
+# from small to large errors: darker on light pages, lighter on dark ones
+_LIGHT = ((255, 247, 230), (254, 217, 142), (246, 140, 50), (196, 58, 20), (110, 14, 22))
+_DARK = ((44, 30, 24), (96, 44, 22), (176, 72, 24), (240, 142, 52), (255, 224, 150))
+
 _VARIABLES = ("ink", "soft", "grid", "one", "two", "panel", *(f"e{shade}" for shade in range(LEVELS)))
 # colours that stand for the page's variables until the SVG is written
 _COLOUR = {name: f"#fe00{place:02x}" for place, name in enumerate(_VARIABLES)}
@@ -57,51 +61,44 @@ _SETTINGS = {
 }
 
 
+def level(error: float) -> int:
+    """0..LEVELS-1 of an error between 0 and 1."""
+    return min(max(int(error * LEVELS), 0), LEVELS - 1)
+
+
+def scale(dark: bool = False) -> list[tuple[str, str]]:
+    """Background and text colour of each level, as #rrggbb."""
+    anchors = np.array(_DARK if dark else _LIGHT)
+    at = np.linspace(0, len(anchors) - 1, LEVELS)
+    rgb = np.stack([np.interp(at, range(len(anchors)), channel) for channel in anchors.T], 1)
+    luminance = (rgb / 255) ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    return [
+        (f"#{bytes(colour).hex()}", "#000000" if bright else "#ffffff")
+        for colour, bright in zip(rgb.round().astype(np.uint8), luminance > 0.18, strict=True)
+    ]
+
+
 def line_chart(
-    title: str,
-    lines: Sequence[tuple[str, Array]],
-    spans: Sequence[tuple[int, int]],
-    *,
-    percent: bool = False,
-    epochs: Sequence[tuple[int, int]] = (),
+    title: str, lines: Sequence[tuple[str, Array]], spans: Sequence[tuple[int, int]], *, percent: bool = False
 ) -> Markup:
     """At most two lines over bins of rounds.
 
     Args:
         lines: names and values; NaN: no value there.
         spans: first and last round of each bin.
-        percent: values are shares, shown from 0% to 100%. Other values that span more than a factor LOG_FROM get a
-            logarithmic axis, which the title then says.
-        epochs: (epoch, its first round): dotted lines.
+        percent: values are shares, shown from 0% to 100%.
     """
-    values = np.concatenate([line for _, line in lines])
-    finite = values[np.isfinite(values)]
-    logarithmic = not percent and len(finite) > 0 and finite.min() > 0 and finite.max() / finite.min() > LOG_FROM
     with _figure(5.4, 2.9) as figure:
         axes = figure.subplots()
-        axes.set_title(f"{title}, logarithmic axis" if logarithmic else title)
+        axes.set_title(title)
         middle = [(low + high) / 2 for low, high in spans]
         for style, (name, line) in zip(_STYLES, lines, strict=False):
-            dots = {} if len(spans) == 1 else {"marker": ""}
-            axes.plot(middle, line, label=name, **{**style, **dots})
-        if logarithmic:
-            axes.set_yscale("log", subs=(2, 5))
-            axes.yaxis.set_minor_formatter("{x:g}")
-            axes.yaxis.set_major_formatter("{x:g}")
-        else:
-            axes.set_ylim(0, 1.02 if percent else None)
-            if percent:
-                axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+            axes.plot(middle, line, label=name, **{**style, **({} if len(spans) == 1 else {"marker": ""})})
+        axes.set_ylim(0, 1.02 if percent else None)
+        if percent:
+            axes.yaxis.set_major_formatter(_percent)
         axes.grid(visible=True)
         _round_axis(axes, spans)
-        if epochs:
-            top = axes.secondary_xaxis("top")
-            top.set_xticks([first for _, first in epochs], [str(epoch) for epoch, _ in epochs])
-            top.set_xlabel("epoch", loc="left", fontsize=8)
-            top.tick_params(length=0)
-            top.spines["top"].set_visible(False)
-            for _, first in epochs:
-                axes.axvline(first, color=_COLOUR["soft"], linestyle=":", linewidth=1)
         if len(lines) > 1:
             axes.legend()
         return _svg(figure, title)
@@ -114,32 +111,18 @@ def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, wid
         values: [bins, rows], each 0..high; NaN: no data.
         width: answer tokens per row. high: share that has the strongest colour.
     """
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
+    from matplotlib.colors import ListedColormap
 
-    bins, rows = values.shape
-    edges = [spans[0][0] - 0.5, *(last + 0.5 for _, last in spans)]
-    cells: list[list[tuple[float, float]]] = [[] for _ in range(LEVELS)]
-    for row in range(rows):
-        shades = [level(float(value) / high) if np.isfinite(value) else -1 for value in values[:, row]]
-        first = 0
-        for column in range(1, bins + 1):
-            if column == bins or shades[column] != shades[first]:  # neighbours of one colour are one piece
-                if shades[first] >= 0:
-                    left, right = edges[first], edges[column]
-                    up, down = row * width + 0.5, (row + 1) * width + 0.5
-                    cells[shades[first]] += [(left, up), (right, up), (right, down), (left, down), (left, up)]
-                first = column
+    rows = values.shape[1]
+    across = [spans[0][0] - 0.5, *(last + 0.5 for _, last in spans)]
+    down = width * np.arange(rows + 1) + 0.5
+    colours = ListedColormap([_COLOUR[f"e{shade}"] for shade in range(LEVELS)])
     with _figure(10.6, 1.1 + min(4.6, max(0.9, 0.22 * rows))) as figure:
         axes = figure.subplots()
         axes.set_title(title)
         axes.set_facecolor(_COLOUR["panel"])
-        for shade, corners in enumerate(cells):
-            if corners:
-                codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * (len(corners) // 5)
-                patch = PathPatch(Path(corners, codes), facecolor=_COLOUR[f"e{shade}"], linewidth=0, antialiased=False)
-                axes.add_patch(patch)
-        axes.set_ylim(rows * width + 0.5, 0.5)
+        axes.pcolormesh(across, down, np.ma.masked_invalid(values.T), cmap=colours, vmin=0, vmax=high)
+        axes.set_ylim(down[-1], down[0])
         axes.locator_params(axis="y", integer=True, min_n_ticks=1)
         axes.set_ylabel("place in the answer")
         _round_axis(axes, spans)
@@ -147,35 +130,33 @@ def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, wid
 
 
 def reliability_chart(confidence: Confidence, names: Sequence[str]) -> Markup:
-    """Probability of the first choice against how often it was right, and how many tokens had that probability.
+    """Probability of the first choice against how often it was right.
 
     names: of the two groups of `confidence`; one without tokens is left out.
     """
-    with _figure(5.4, 5.2) as figure:
-        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    with _figure(5.4, 4.4) as figure:
+        axes = figure.subplots()
         axes.set_title("Accuracy of the first choice")
         axes.plot([0, 1], [0, 1], color=_COLOUR["soft"], linestyle=":", linewidth=1)
         axes.text(0.02, 0.94, "above the diagonal: under-confident", color=_COLOUR["soft"], fontsize=8)
         axes.text(0.98, 0.03, "below: over-confident", color=_COLOUR["soft"], fontsize=8, ha="right")
         for group, (style, name) in enumerate(zip(_STYLES, names, strict=True)):
             used = np.flatnonzero(confidence.tokens[group])
-            if not len(used):
-                continue
-            tokens = confidence.tokens[group, used]
-            p, accuracy = confidence.probability[group, used] / tokens, confidence.correct[group, used] / tokens
-            axes.plot(p, accuracy, label=name, **style)
-            slot = 1 / confidence.tokens.shape[1]
-            left = slot * (used + 0.08 + 0.44 * group)
-            below.bar(left, tokens, 0.4 * slot, align="edge", color=style["color"], alpha=0.7)
+            if len(used):
+                tokens = confidence.tokens[group, used]
+                p, right = confidence.probability[group, used] / tokens, confidence.correct[group, used] / tokens
+                axes.plot(p, right, label=name, **style)
         axes.set_ylim(-0.02, 1.02)
-        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         axes.grid(visible=True)
         axes.legend(loc="center left")
-        below.set_yscale("log")
-        below.set_ylabel("tokens\n(log scale)")
-        below.set_xlabel("probability of the first choice")
-        below.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+        axes.set_xlabel("probability of the first choice")
+        axes.xaxis.set_major_formatter(_percent)
+        axes.yaxis.set_major_formatter(_percent)
         return _svg(figure, "Reliability of the Pilot's probabilities")
+
+
+def _percent(share: float, _: Any) -> str:
+    return f"{100 * share:g}%"
 
 
 def _round_axis(axes: Axes, spans: Sequence[tuple[int, int]]) -> None:
@@ -202,10 +183,8 @@ def _svg(figure: Figure, name: str) -> Markup:
     with rc_context({"svg.hashsalt": name}):  # ids that follow from the chart: no two charts of a page share one
         figure.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = written.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    head, text = text[text.index("<svg") :].split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head).replace("<svg", f'<svg role="img" aria-label="{name}"')
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", f"{head}>{text}")
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--{_VARIABLES[int(found[1], 16)]})", text)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1))
+    return Markup(re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--{_VARIABLES[int(found[1], 16)]})", text))

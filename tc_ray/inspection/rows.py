@@ -16,51 +16,38 @@ import pyarrow.compute as pc
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.ragged import Array, flat_column, lengths_of, offsets_of
 from tc_ray.mistakelog.rows.schema import LogMetadata, LogSchemaError
-from tc_ray.mistakelog.table.data_file import BadFileError
 
-_SCALARS = ("round", "rank", "attempt", "sample_id", "seen", "target_start")
+_SCALARS = ("round", "sample_id", "seen", "target_start")
 COLUMNS = [*_SCALARS, "input_ids", "error_ids", "error_values", "token_loss", "token_correct"]
-"""Columns read for statistics: all but the hidden states."""
+"""Columns that are read: all but the hidden states."""
 UNKNOWN = -1
 """Id of a token that the log does not hold."""
-_BLOCK_VALUES = 1 << 22
-_ROWS = 4096
+_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows with T target tokens in all; row i owns `target_offsets[i]:target_offsets[i+1]` of the T."""
+    """N rows with T target tokens in all; row i owns `target_offsets[i]:target_offsets[i+1]` of the T.
+
+    round, sample_id int64 [N]; seen int16 [N], how often the Pilot had trained on the sample before; target_start int32 [N];
+    input_ids int32 [sum S], cut by seq_offsets int64 [N+1]; truth int32 [T], the true token; error float32 [T], 1 - p(truth);
+    others int32 [T, m], the likeliest tokens besides the true one, likeliest first (UNKNOWN where the log lists fewer), and
+    p_others float32 [T, m], their probabilities; loss float32 [T], nats; correct bool [T], the true token was ranked first.
+    """
 
     round: Array
-    """int64 [N]."""
-    rank: Array
-    attempt: Array
     sample_id: Array
-    """int64 [N]."""
     seen: Array
-    """int16 [N], how often the Pilot had trained on the sample before."""
     target_start: Array
-    """int32 [N]."""
     input_ids: Array
-    """int32 [sum S]."""
     seq_offsets: Array
-    """int64 [N+1] into `input_ids`."""
     target_offsets: Array
-    """int64 [N+1]."""
     truth: Array
-    """int32 [T], the true token."""
     error: Array
-    """float32 [T], 1 - p(truth)."""
     others: Array
-    """int32 [T, m], the likeliest tokens besides the true one, likeliest first; UNKNOWN where the log lists fewer."""
     p_others: Array
-    """float32 [T, m], their probabilities; 0 where the log lists fewer."""
     loss: Array
-    """float32 [T], nats."""
     correct: Array
-    """bool [T], the true token was ranked first."""
-    finite: Array
-    """bool [N], no error and no loss of the row is NaN or infinite."""
 
     def __len__(self) -> int:
         return len(self.round)
@@ -95,80 +82,73 @@ class Rows:
 def stream(
     log: MistakeLog, rounds: tuple[int, int] | None = None, *, others: int = 1, samples: Sequence[int] | None = None
 ) -> Iterator[Rows]:
-    """Rows of the log, some thousands at a time, file by file in the order of rounds.
+    """Rows of the log, some hundreds at a time, file by file in the order of rounds.
 
-    A file that is not what was committed, or whose rows contradict themselves, is left out whole and added to
-    `log.bad_files`. Rows with a NaN or an infinity are left out and counted in `log.not_finite`.
+    A file that is not what was committed is left out whole and added to `log.bad_files`. Rows with a NaN or an infinity are
+    left out and counted in `log.not_finite`.
 
     Args:
         rounds: first and last round, both included; None: all.
         others: tokens besides the true one that are listed for each target token (m).
         samples: only these sample ids; None: all.
-    """
-    wanted = None if samples is None else pa.array(np.asarray(samples, np.int64))
-    for file, table in log.tables(rounds, COLUMNS):
-        if wanted is not None:
-            table = table.filter(pc.is_in(table["sample_id"], value_set=wanted))
-        try:
-            parts, left_out = [], 0
-            for first in range(0, table.num_rows, _ROWS):
-                piece = table.slice(first, _ROWS)
-                part = decode(piece, log.metadata, others=others)
-                if not part.finite.all():
-                    left_out += int((~part.finite).sum())
-                    part = decode(piece.filter(pa.array(part.finite)), log.metadata, others=others)
-                if len(part) and (part.round.min() < file.round_min or part.round.max() > file.round_max):
-                    raise LogSchemaError(f"rows of rounds outside {file.round_min} to {file.round_max}")
-                parts.append(part)
-        except LogSchemaError as error:
-            if file.name not in {bad.name for bad in log.bad_files}:
-                log.bad_files.append(BadFileError(file.name, str(error)))
-            continue
-        if left_out:  # the largest count, because another reading may have asked for fewer rounds
-            log.not_finite[file.name] = max(left_out, log.not_finite.get(file.name, 0))
-        yield from (part for part in parts if len(part))
-
-
-def decode(table: pa.Table, metadata: LogMetadata, *, others: int = 1) -> Rows:
-    """Rows of a table that has `COLUMNS`.
 
     Raises:
-        LogSchemaError: a list does not fit its row.
+        LogSchemaError: rows of a file contradict themselves.
     """
-    scalars = {name: _scalar(table, name) for name in _SCALARS}
-    start = scalars["target_start"]
+    for file, table in log.tables(rounds, COLUMNS):
+        if samples is not None:
+            table = table.filter(pc.is_in(table["sample_id"], value_set=pa.array(samples, pa.int64())))
+        finite = _finite(table)
+        if not finite.all():  # the largest count, because another reading may have asked for fewer rounds
+            log.not_finite[file.name] = max(int((~finite).sum()), log.not_finite.get(file.name, 0))
+            table = table.filter(pa.array(finite))
+        for first in range(0, table.num_rows, _ROWS):
+            try:
+                yield _decode(table.slice(first, _ROWS), log.metadata, others)
+            except LogSchemaError as error:
+                raise LogSchemaError(f"{file.name}: {error}") from None
+
+
+def _finite(table: pa.Table) -> Array:
+    """bool [N]: no error and no loss of the row is NaN or infinite."""
+    fine = np.ones(table.num_rows, bool)
+    for name in ("error_values", "token_loss"):
+        values, offsets = flat_column(table[name])
+        bad = offsets_of(~np.isfinite(values))
+        fine &= bad[offsets[1:]] == bad[offsets[:-1]]
+    return fine
+
+
+def _decode(table: pa.Table, metadata: LogMetadata, others: int) -> Rows:
+    scalars = {name: np.asarray(table[name].to_numpy()) for name in _SCALARS}
     input_ids, seq_offsets = flat_column(table["input_ids"])
     loss, target_offsets = flat_column(table["token_loss"])
     correct, correct_offsets = flat_column(table["token_correct"])
     values, value_offsets = flat_column(table["error_values"])
     lengths = lengths_of(seq_offsets)
-    _check_ids(input_ids, "input_ids", metadata)
-    if len(start) and start.min() < 0:
-        raise LogSchemaError(f"target_start {start.min()}")
-    targets = lengths_of(target_offsets)
-    if not (np.array_equal(lengths - start, targets) and np.array_equal(target_offsets, correct_offsets)):
-        raise LogSchemaError("token_loss, token_correct and input_ids[target_start:] of a row differ in length")
-    place = np.arange(len(input_ids)) - np.repeat(seq_offsets[:-1], lengths)
-    truth = input_ids[place >= np.repeat(start, lengths)]
     dense = metadata.error == "dense"
     width = metadata.vocab_size if dense else metadata.top_k + 1
+    fits = np.array_equal(lengths - scalars["target_start"], lengths_of(target_offsets))
+    if not (fits and np.array_equal(target_offsets, correct_offsets)):
+        raise LogSchemaError("token_loss, token_correct and input_ids[target_start:] of a row differ in length")
     if not np.array_equal(value_offsets, target_offsets * width):
         raise LogSchemaError(f"error_values of a row are not {width} for each target token")
-    errors = values.reshape(len(loss), width)
-    bad = offsets_of(~(np.isfinite(errors).all(1) & np.isfinite(loss)))
-    if dense:
-        error = errors[np.arange(len(truth)), truth]
-        ids, probabilities = _largest(errors, others, truth=truth)
-    else:
-        listed, id_offsets = flat_column(table["error_ids"])
-        if not np.array_equal(id_offsets, value_offsets):
-            raise LogSchemaError("error_ids and error_values of a row differ in length")
-        listed = listed.reshape(errors.shape)
-        if len(loss) and not np.array_equal(listed[:, 0], truth):
-            raise LogSchemaError("error_ids of a row do not begin with its true tokens")
-        _check_ids(listed, "error_ids", metadata)
-        error = errors[:, :1].flatten()  # a copy: a view would keep the whole table
-        ids, probabilities = _largest(errors[:, 1:], others, ids=listed[:, 1:])
+    place = np.arange(len(input_ids)) - np.repeat(seq_offsets[:-1], lengths)
+    truth = input_ids[place >= np.repeat(scalars["target_start"], lengths)]
+    errors = values.reshape(len(loss), width).copy()
+    listed = None if dense else flat_column(table["error_ids"])[0].reshape(errors.shape)
+    if listed is not None and not np.array_equal(listed[:, 0], truth):
+        raise LogSchemaError("error_ids of a row do not begin with its true tokens")
+    every = np.arange(len(truth))
+    best = truth if listed is None else np.zeros_like(truth)
+    error = errors[every, best]
+    ids = np.full((len(truth), others), UNKNOWN, np.int32)
+    probabilities = np.zeros((len(truth), others), np.float32)
+    for rank in range(min(others, width - 1)):  # errors of other tokens are -p
+        errors[every, best] = np.inf
+        best = errors.argmin(1)
+        ids[:, rank] = best if listed is None else listed[every, best]
+        probabilities[:, rank] = -errors[every, best]
     return Rows(
         **scalars,
         input_ids=input_ids,
@@ -180,38 +160,4 @@ def decode(table: pa.Table, metadata: LogMetadata, *, others: int = 1) -> Rows:
         p_others=probabilities,
         loss=loss,
         correct=correct,
-        finite=bad[target_offsets[1:]] == bad[target_offsets[:-1]],
     )
-
-
-def _check_ids(ids: Array, name: str, metadata: LogMetadata) -> None:
-    if ids.size and not 0 <= ids.min() <= ids.max() < metadata.vocab_size:
-        raise LogSchemaError(f"{name} outside 0..{metadata.vocab_size - 1}")
-
-
-def _largest(values: Array, count: int, *, ids: Array | None = None, truth: Array | None = None) -> tuple[Array, Array]:
-    """Ids and probabilities [T, count] of the largest -values [T, m].
-
-    ids: [T, m], default: the columns' numbers. truth: [T], a column that does not count.
-    """
-    tokens, width = values.shape
-    found = np.full((tokens, count), UNKNOWN, np.int32)
-    probabilities = np.zeros((tokens, count), np.float32)
-    kept = min(count, width if truth is None else width - 1)
-    block = max(1, _BLOCK_VALUES // max(width, 1))
-    for first in range(0, tokens if kept > 0 else 0, block):
-        part = slice(first, first + block)
-        p = -values[part]
-        if truth is not None:
-            p[np.arange(len(p)), truth[part]] = -np.inf
-        best = np.argpartition(-p, kept - 1, axis=1)[:, :kept]
-        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(p, best, 1), axis=1, kind="stable"), 1)
-        found[part, :kept] = best if ids is None else np.take_along_axis(ids[part], best, 1)
-        probabilities[part, :kept] = np.take_along_axis(p, best, 1)
-    return found, probabilities
-
-
-def _scalar(table: pa.Table, name: str) -> Array:
-    if table[name].null_count:
-        raise LogSchemaError(f"column {name}: {table[name].null_count} null values")
-    return np.asarray(table[name].to_numpy())

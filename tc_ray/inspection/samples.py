@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from tc_ray.inspection.colours import level
+from tc_ray.inspection.charts import level
 from tc_ray.inspection.rows import UNKNOWN, Rows, stream
-from tc_ray.inspection.tallies import SampleTable
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.ragged import Array
@@ -29,29 +28,16 @@ class SampleNotFoundError(LookupError):
 
 
 @dataclass(frozen=True)
-class Token:
-    """A target token as it is shown: its text, the level of its error, what was ranked first instead, and its numbers."""
-
-    text: str
-    shade: int
-    instead: str | None
-    """None: the true token was ranked first."""
-    title: str
-
-
-@dataclass(frozen=True)
 class Visit:
-    """One sample in one round. Arrays over its n target tokens: see `Rows`."""
+    """One sample in one round. prompt: int32, the ids before the first target token. Arrays over its n target tokens: see `Rows`."""
 
     sample_id: int
     round: int
     seen: int
     prompt: Array
-    """int32, the ids before the first target token."""
     truth: Array
     error: Array
     others: Array
-    """int32 [n, m]."""
     p_others: Array
     loss: Array
     correct: Array
@@ -64,8 +50,12 @@ class Visit:
     @property
     def result(self) -> str:
         """Mean loss and mistakes."""
-        loss = float(self.loss.mean()) if len(self.loss) else 0.0
-        return f"loss {loss:.3f}, {self.wrong} of {len(self.truth)} tokens missed"
+        return f"loss {self.mean_loss:.3f}, {self.wrong} of {len(self.truth)} tokens missed"
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats per target token; 0 without any."""
+        return float(self.loss.mean(dtype=np.float64)) if len(self.loss) else 0.0
 
     @property
     def wrong(self) -> int:
@@ -76,26 +66,24 @@ class Visit:
         """Probability of the true token; from the loss, which keeps the digits of small ones."""
         return math.exp(-float(self.loss[place]))
 
-    def predicted(self, place: int) -> int:
-        """The token ranked first at a place of the answer."""
-        return int(self.truth[place] if self.correct[place] else self.others[place, 0])
+    def likely(self, place: int) -> list[tuple[int, float]]:
+        """Id and probability of the likeliest tokens besides the true one."""
+        listed = zip(self.others[place].tolist(), self.p_others[place].tolist(), strict=True)
+        return [(token, p) for token, p in listed if token != UNKNOWN]
 
-    def likely(self, place: int, texts: TokenTexts) -> list[tuple[str, str]]:
-        """Text and probability of the likeliest tokens besides the true one."""
-        listed = zip(self.others[place], self.p_others[place], strict=True)
-        return [(texts.quoted(int(token)), percent(p)) for token, p in listed if token != UNKNOWN]
-
-    def tokens(self, texts: TokenTexts, most: int | None = None) -> Iterator[Token]:
-        """The answer token by token, at most `most` of them; bare ids are set apart by blanks."""
+    def tokens(self, texts: TokenTexts, most: int | None = None) -> Iterator[tuple[str, int, str | None, str]]:
+        """The answer token by token, at most `most` of them: its text (bare ids are set apart by blanks), the level of its
+        error, what was ranked first instead (None: it was), and its numbers in words.
+        """
         for place, token in enumerate(self.truth[:most].tolist()):
-            others = " | ".join(f"{text} {p}" for text, p in self.likely(place, texts))
-            yield Token(
-                text=texts.flowing(token) + ("" if texts.known else " "),
-                shade=level(float(self.error[place])),
-                instead=None if self.correct[place] else texts.quoted(self.predicted(place)),
-                title=f"token {place + 1}: true {texts.quoted(token)} {percent(self.p_true(place))}, "
-                f"loss {float(self.loss[place]):.2f} nats; others: {others or 'none in the log'}",
+            others = " | ".join(f"{texts.quoted(other)} {percent(p)}" for other, p in self.likely(place))
+            title = (
+                f"token {place + 1}: true {texts.quoted(token)} {percent(self.p_true(place))}, "
+                f"loss {float(self.loss[place]):.2f} nats; others: {others or 'none in the log'}"
             )
+            instead = None if self.correct[place] else texts.quoted(int(self.others[place, 0]))
+            text = texts.flowing(token) + ("" if texts.known else " ")
+            yield text, level(float(self.error[place])), instead, title
 
 
 def percent(share: float) -> str:
@@ -120,12 +108,10 @@ def find_visits(
         rounds: first and last round, both included; None: all.
     """
     found: dict[int, list[Visit]] = {int(sample): [] for sample in samples}
-    if not found:
-        return found
-    for rows in stream(log, rounds, others=OTHERS, samples=list(found)):
-        for i in range(len(rows)):
-            visit = _visit(rows, i)
-            found[visit.sample_id].append(visit)
+    if found:
+        for rows in stream(log, rounds, others=OTHERS, samples=list(found)):
+            for visit in visits_in(rows):
+                found[visit.sample_id].append(visit)
     for visits in found.values():
         visits.sort(key=lambda visit: visit.round)
     return found
@@ -151,6 +137,16 @@ def visits_of(log: MistakeLog, sample: int, round: int | None = None) -> list[Vi
     return chosen
 
 
+def visits_in(rows: Rows) -> Iterator[Visit]:
+    """Each row as a visit. Its arrays are copies: views would keep the whole file in memory."""
+    for i in range(len(rows)):
+        part = slice(int(rows.target_offsets[i]), int(rows.target_offsets[i + 1]))
+        start = int(rows.seq_offsets[i])
+        prompt = rows.input_ids[start : start + int(rows.target_start[i])].copy()
+        arrays = {n: getattr(rows, n)[part].copy() for n in ("truth", "error", "others", "p_others", "loss", "correct")}
+        yield Visit(int(rows.sample_id[i]), int(rows.round[i]), int(rows.seen[i]), prompt, **arrays)
+
+
 def thinned(many: Sequence[_T], most: int) -> list[_T]:
     """At most `most` of them, evenly spread, the first and the last among them."""
     if len(many) <= most:
@@ -158,26 +154,11 @@ def thinned(many: Sequence[_T], most: int) -> list[_T]:
     return [many[round(i * (len(many) - 1) / (most - 1))] for i in range(most)]
 
 
-def across_epochs(samples: SampleTable, each: int = 3) -> list[tuple[str, int]]:
-    """Samples that show what repeated training does: (what they show, place in the table), each sample once.
-
-    Learned: the loss fell most. Got worse: it rose most. Still hard: it was largest at the last visit.
-    """
-    repeated = np.flatnonzero(samples.visits > 1)
-    fell = (samples.first_loss - samples.last_loss)[repeated]
-    last = samples.last_loss[repeated]
-    chosen: list[tuple[str, int]] = []
-    for label, score in (("learned", fell), ("got worse", -fell), ("still hard", last)):
-        taken = {place for _, place in chosen}
-        order = [int(repeated[i]) for i in np.argsort(-score, kind="stable") if score[i] > 0]
-        chosen += [(label, place) for place in order if place not in taken][:each]
-    return chosen
-
-
-def _visit(rows: Rows, i: int) -> Visit:
-    part = slice(int(rows.target_offsets[i]), int(rows.target_offsets[i + 1]))
-    start = int(rows.seq_offsets[i])
-    # copies: views would keep the whole file in memory
-    prompt = rows.input_ids[start : start + int(rows.target_start[i])].copy()
-    arrays = {n: getattr(rows, n)[part].copy() for n in ("truth", "error", "others", "p_others", "loss", "correct")}
-    return Visit(int(rows.sample_id[i]), int(rows.round[i]), int(rows.seen[i]), prompt, **arrays)
+def across_epochs(samples: Any, each: int) -> list[tuple[str, int]]:
+    """(what it shows, sample id) of `each` samples whose loss fell most over repeated visits, and of those where it rose most."""
+    repeated = samples[samples.visits > 1]
+    fell = repeated.first_loss - repeated.last_loss
+    order = np.argsort(-fell, kind="stable")
+    learned, worse = order[:each], order[::-1][:each]
+    shown = [("learned", i) for i in learned if fell[i] > 0] + [("got worse", i) for i in worse if fell[i] < 0]
+    return [(label, int(repeated.sample_id[i])) for label, i in shown]

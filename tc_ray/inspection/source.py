@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tc_ray.config.yaml_file import read_sections
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.text import visible
 
 CONFIG_FILE = "config.yaml"
-LOG_FOLDER = "log"
 TABLE_FOLDER = "_delta_log"
 
 
@@ -35,7 +33,7 @@ class LogPlace:
     options: dict[str, str] = field(default_factory=dict)
     """Storage options of an object store, as the caller gave them."""
     note: str = ""
-    """For the user: which options of the folder were not used, and how to give them."""
+    """For the user: that options of the folder were not used, and how to give them."""
 
     def open(self) -> MistakeLog:
         """The log at its latest version.
@@ -55,9 +53,13 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
 
     Raises:
         LogNotFoundError: nothing there. ConfigError: a config.yaml that cannot be read. ValueError: an option that is not
-            KEY=VALUE.
+            KEY=VALUE, or a key given twice.
     """
-    given = _options(options)
+    if any("=" not in pair for pair in options):
+        raise ValueError("--storage-option: expected KEY=VALUE")  # what was given may be the secret itself
+    given = dict(pair.split("=", 1) for pair in options)
+    if len(given) < len(options):
+        raise ValueError("--storage-option: give each KEY once")
     if "://" in source:
         return LogPlace(source, None, given)
     folder = Path(source).expanduser()
@@ -66,41 +68,19 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
     if (folder / TABLE_FOLDER).is_dir():
         parent = folder.absolute().parent
         return LogPlace(str(folder), parent if (parent / CONFIG_FILE).is_file() else None, given)
-    section = _log_section(folder / CONFIG_FILE)
+    # unchecked, because another version of tc-ray may have other fields
+    config = folder / CONFIG_FILE
+    section = read_sections(config).get("log") if config.is_file() else None
+    section = section if isinstance(section, dict) else {}
     path = section.get("path")
-    place = str(path) if path else str(folder / LOG_FOLDER)
+    place = str(path or folder / "log")
     if "://" not in place and not (Path(place).expanduser() / TABLE_FOLDER).is_dir():
         what = f"log.path of its {CONFIG_FILE} is {place}, and no log is there" if path else "no Mistake Log in it"
         raise LogNotFoundError(f"{source}: {what}; give a run folder, a log's folder or its URI")
-    return LogPlace(place, folder, given, _unused(folder, section, given) if "://" in place else "")
-
-
-def _unused(folder: Path, section: dict[str, Any], given: dict[str, str]) -> str:
-    """A note on storage options that only the run itself uses; empty without any."""
-    stored = section.get("storage_options")
-    names = [str(key) for key in stored if str(key) not in given] if isinstance(stored, dict) else []
-    if not names:
-        return ""
-    return visible(
-        f"log.storage_options of {folder / CONFIG_FILE} are not used ({', '.join(names)}): your credentials would go wherever "
-        f"that file says. If you trust it, give them: --storage-option {names[0]}=..."
-    )
-
-
-def _options(pairs: Sequence[str]) -> dict[str, str]:
-    wrong = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
-    if wrong:
-        raise ValueError("--storage-option: expected KEY=VALUE")  # what was given may be the secret itself
-    options = dict(pair.split("=", 1) for pair in pairs)
-    twice = [name for name in options if sum(pair.startswith(f"{name}=") for pair in pairs) > 1]
-    if twice:
-        raise ValueError(f"--storage-option {twice[0]} is given twice: give it once")
-    return options
-
-
-def _log_section(path: Path) -> dict[str, Any]:
-    """The `log` section of a run's config, unchecked, because another version of tc-ray may have other fields."""
-    if not path.is_file():
-        return {}
-    section = read_sections(path).get("log")
-    return section if isinstance(section, dict) else {}
+    note = ""
+    if "://" in place and section.get("storage_options") and not given:
+        note = (
+            f"log.storage_options of {visible(str(config))} are not used: your credentials would go wherever that file says. "
+            "If you trust it, give them with --storage-option"
+        )
+    return LogPlace(place, folder, given, note)

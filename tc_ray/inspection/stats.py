@@ -6,14 +6,14 @@ Invariant: every number comes with the number of rows or tokens it was taken ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tc_ray.inspection.rows import Rows, stream
-from tc_ray.inspection.tallies import Confidence, Examples, PositionMap, SampleTable, TokenTable, Totals
+from tc_ray.inspection.tallies import Confidence, PositionMap, TokenTable, Totals, examples_of, samples_of
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.ragged import Array
@@ -21,33 +21,16 @@ from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.mistakelog.table.commits import dropped_records
 from tc_ray.mistakelog.table.store import LogStore
 
-MAX_BINS = 120
+MAX_BINS = 100
+VISITED = ("first visit", "seen before")
+"""The groups of `Confidence`."""
 _LATEST = np.iinfo(np.int64).max
-_SAMPLE_FIELDS = ("visits", "tokens", "wrong", "first_round", "first_loss", "last_round", "last_loss")
 
 
-@dataclass(frozen=True)
-class RoundBins:
-    """The rounds first..last cut into bins of `width` rounds (the last one may be shorter)."""
-
-    first: int
-    last: int
-    width: int
-
-    @classmethod
-    def over(cls, first: int, last: int, most: int = MAX_BINS) -> RoundBins:
-        """At most `most` bins of a span of rounds."""
-        return cls(first, last, -(-(last - first + 1) // most))
-
-    def index(self, rounds: Array) -> Array:
-        """int64, the bin of each round."""
-        return (rounds - self.first) // self.width
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """First and last round of each bin."""
-        starts = range(self.first, self.last + 1, self.width)
-        return [(start, min(start + self.width - 1, self.last)) for start in starts]
+def round_spans(first: int, last: int, most: int) -> list[tuple[int, int]]:
+    """The rounds first..last cut into at most `most` spans of one width (the last one may be shorter): first and last round."""
+    width = -(-(last - first + 1) // most)
+    return [(start, min(start + width - 1, last)) for start in range(first, last + 1, width)]
 
 
 @dataclass(frozen=True)
@@ -68,15 +51,13 @@ class LogStats:
     last_round: int
     by_round: Totals
     """Entry i: round first_round + i."""
-    by_bin: Totals
-    """Entry i: span i of `bins`."""
     by_seen: Totals
     """Entry i: samples that the Pilot had trained on i times before."""
-    seen_from: Array
-    """int64, the first round with such a sample, -1: none."""
-    samples: SampleTable
+    samples: Any
+    """See `tallies.samples_of`."""
     tokens: TokenTable
-    bins: RoundBins
+    spans: list[tuple[int, int]]
+    """First and last round of the bins of `positions`."""
     positions: PositionMap
     confidence: Confidence
 
@@ -85,29 +66,14 @@ class LogStats:
         """Examples in the log."""
         return int(self.by_round.rows.sum())
 
-    @property
-    def rounds_with_rows(self) -> int:
-        """Rounds that have at least one row."""
-        return int((self.by_round.rows > 0).sum())
+    def over(self, spans: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        """`Totals.line` of spans of rounds."""
+        first = self.first_round
+        return [self.by_round.line(slice(low - first, high - first + 1)) for low, high in spans]
 
-    @property
-    def most_seen(self) -> int:
-        """Most times that a sample had been trained on before; 0: each was visited once."""
-        return len(self.seen_from) - 1
-
-    def parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The first and the last tenth of the rounds (at least one round each), as `Totals.line` with their rounds."""
-        rounds = self.last_round - self.first_round + 1
-        tenth = max(1, rounds // 10)
-        first, last = slice(0, tenth), slice(rounds - tenth, rounds)
-        return (
-            {"rounds": [self.first_round, self.first_round + tenth - 1], **self.by_round.line(first)},
-            {"rounds": [self.last_round - tenth + 1, self.last_round], **self.by_round.line(last)},
-        )
-
-    def hardest(self, count: int) -> Array:
-        """Places in `samples` of the largest mean loss per target token, over all visits; ties by sample id."""
-        return np.argsort(-self.samples.mean_loss, kind="stable")[:count]
+    def hardest(self, count: int) -> Any:
+        """The samples of the largest mean loss per target token, over all visits; ties by sample id."""
+        return self.samples[np.argsort(-self.samples.mean_loss, kind="stable")[:count]]
 
     def missed(self, count: int) -> Array:
         """Tokens most often not ranked first, most often first."""
@@ -116,7 +82,7 @@ class LogStats:
 
     def to_dict(self, texts: TokenTexts, top: int) -> dict[str, Any]:
         """All of it for programs; `top`: tokens and samples listed."""
-        first, last = self.parts() if self.rows else (None, None)
+        tokens, hardest = self.tokens, self.hardest(top)
         return {
             "run": self.metadata.run,
             "pilot": self.metadata.pilot,
@@ -126,47 +92,37 @@ class LogStats:
             "bad_files": self.bad_files,
             "not_finite_rows": self.not_finite,
             "dropped_rows": self.dropped,
-            "rounds": {"first": self.first_round, "last": self.last_round, "with_rows": self.rounds_with_rows},
+            "rounds": {"first": self.first_round, "last": self.last_round},
             "samples": len(self.samples),
             "tokenizer": texts.note,
             **self.by_round.line(slice(None)),
-            "first_rounds": first,
-            "last_rounds": last,
             "by_seen": [{"seen": int(seen), **self.by_seen.line([seen])} for seen in np.flatnonzero(self.by_seen.rows)],
             "by_round": [
                 {"round": self.first_round + int(i), **self.by_round.line([i])}
                 for i in np.flatnonzero(self.by_round.rows)
             ],
-            "tokens_missed": [self._missed_token(int(token), texts) for token in self.missed(top)],
-            "pairs_short_by_at_most": self.tokens.uncounted,
-            "hardest_samples": [
+            "tokens_missed": [
                 {
-                    "sample_id": int(self.samples.ids[i]),
-                    "loss": float(self.samples.mean_loss[i]),
-                    **{name: getattr(self.samples, name)[i].item() for name in _SAMPLE_FIELDS},
+                    "token": token,
+                    "text": texts.raw(token),
+                    "true": int(tokens.true[token]),
+                    "missed": int(tokens.missed[token]),
+                    "instead": [
+                        {"token": other, "text": texts.raw(other), "times": times}
+                        for other, times in tokens.instead_of(token, 5)
+                    ],
                 }
-                for i in self.hardest(top)
+                for token in self.missed(top).tolist()
             ],
+            "hardest_samples": [dict(zip(hardest.dtype.names, line, strict=True)) for line in hardest.tolist()],
             "calibration": {
-                name: {
+                name.replace(" ", "_"): {
                     "tokens": int(self.confidence.tokens[group].sum()),
                     "expected_calibration_error": self.confidence.gap(group),
                     "probability_minus_accuracy": self.confidence.bias(group),
                 }
-                for group, name in enumerate(("first_visit", "seen_before"))
+                for group, name in enumerate(VISITED)
             },
-        }
-
-    def _missed_token(self, token: int, texts: TokenTexts) -> dict[str, Any]:
-        return {
-            "token": token,
-            "text": texts.raw(token),
-            "true": int(self.tokens.true[token]),
-            "missed": int(self.tokens.missed[token]),
-            "instead": [
-                {"token": predicted, "text": texts.raw(predicted), "times": times}
-                for predicted, times in self.tokens.instead_of(token, 5)
-            ],
         }
 
 
@@ -176,20 +132,18 @@ def collect(log: MistakeLog, rounds: tuple[int, int] | None = None) -> LogStats:
     chosen = [file for file in log.files if file.round_min <= high and file.round_max >= low]
     first = max(low, min((file.round_min for file in chosen), default=low))
     last = max(first, min(high, max((file.round_max for file in chosen), default=first)))
-    bins = RoundBins.over(first, last)
-    tokens, confidence, positions = TokenTable(log.metadata.vocab_size), Confidence(), PositionMap(len(bins.spans))
+    spans = round_spans(first, last, MAX_BINS)
+    width = spans[0][1] - first + 1
+    tokens, confidence, positions = TokenTable(log.metadata.vocab_size), Confidence(), PositionMap(len(spans))
 
     def pieces() -> Iterator[Rows]:
         for rows in stream(log, rounds):
             tokens.add(rows)
-            positions.add(bins.index(rows.round), rows)
+            positions.add((rows.round - first) // width, rows)
             confidence.add(rows)
             yield rows
 
-    examples = Examples.of(pieces())
-    seen_from = np.full(int(examples.seen.max(initial=0)) + 1, _LATEST)
-    np.minimum.at(seen_from, examples.seen, examples.round)
-    seen_from[seen_from == _LATEST] = -1
+    examples = examples_of(pieces())
     return LogStats(
         metadata=log.metadata,
         version=log.version,
@@ -200,13 +154,11 @@ def collect(log: MistakeLog, rounds: tuple[int, int] | None = None) -> LogStats:
         dropped=_dropped(log, first, last),
         first_round=first,
         last_round=last,
-        by_round=Totals.of(examples, examples.round - first, last - first + 1),
-        by_bin=Totals.of(examples, bins.index(examples.round), len(bins.spans)),
-        by_seen=Totals.of(examples, examples.seen, len(seen_from)),
-        seen_from=seen_from,
-        samples=SampleTable.of(examples),
+        by_round=Totals(examples, examples["round"] - first, last - first + 1),
+        by_seen=Totals(examples, examples["seen"], int(examples["seen"].max(initial=0)) + 1),
+        samples=samples_of(examples),
         tokens=tokens,
-        bins=bins,
+        spans=spans,
         positions=positions,
         confidence=confidence,
     )

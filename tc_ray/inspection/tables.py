@@ -1,6 +1,6 @@
 """The statistics as tables of text, which the terminal and the report both show.
 
-Invariant: cells are raw text; whoever prints them escapes them for the place they are put in (`page.render`, `text.visible`).
+Invariant: cells are raw text; whoever prints them escapes them for the place they are put in (`report.render`, `text.visible`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from typing import Any
 import numpy as np
 
 from tc_ray.inspection.samples import percent, thinned
-from tc_ray.inspection.stats import LogStats, RoundBins
-from tc_ray.inspection.tallies import Totals
+from tc_ray.inspection.stats import VISITED, LogStats, round_spans
 from tc_ray.inspection.tokens import TokenTexts
 
 SEEN_LINES = 16
-VISITED = ("first visit", "seen before")
-"""The groups of `Confidence`."""
 _MEANS = ("rows", "target tokens", "loss (nats)", "error", "tokens missed", "rows with a mistake")
 
 
@@ -29,16 +26,14 @@ class Table:
     title: str
     head: Sequence[str]
     rows: list[list[str]]
-    note: str = ""
     texts: tuple[int, ...] = (0,)
 
 
 def facts(stats: LogStats, texts: TokenTexts) -> list[tuple[str, str]]:
     """What the log is: (name, value)."""
     meta = stats.metadata
-    missing = stats.last_round - stats.first_round + 1 - stats.rounds_with_rows
     kept = f"all {meta.vocab_size:,}" if meta.error == "dense" else f"the {meta.top_k} likeliest other tokens"
-    rows = f"{stats.rows:,} rows of {len(stats.samples):,} samples, {stats.by_round.tokens.sum():,} target tokens"
+    rows = f"{stats.rows:,} rows of {len(stats.samples):,} samples, {int(stats.by_round.tokens.sum()):,} target tokens"
     optional = [
         (len(stats.bad_files), "not read", f" bad files, not counted here: {', '.join(stats.bad_files[:5])}"),
         (stats.not_finite, "left out", " rows hold numbers that are not finite, not counted here"),
@@ -50,7 +45,7 @@ def facts(stats: LogStats, texts: TokenTexts) -> list[tuple[str, str]]:
         ("table", f"version {stats.version}, {stats.files:,} files, {stats.bytes:,} bytes"),
         *((name, f"{count:,}{text}") for count, name, text in optional if count),
         ("examples", rows if stats.rows else "none"),
-        ("rounds", f"{stats.first_round:,} to {stats.last_round:,}" + f", {missing:,} without rows" * bool(missing)),
+        ("rounds", f"{stats.first_round:,} to {stats.last_round:,}"),
         ("errors kept", f"{kept}, besides the true one, for each target token"),
         ("hidden states", f"{meta.tap}; {meta.rationale_layers} x {meta.rationale_dim} numbers per position"),
         ("token texts", texts.note),
@@ -59,11 +54,9 @@ def facts(stats: LogStats, texts: TokenTexts) -> list[tuple[str, str]]:
 
 def by_round(stats: LogStats, most: int) -> Table:
     """Means over at most `most` spans of rounds."""
-    first = stats.first_round
-    rows = [
-        [f"{low}-{high}" if high > low else str(low), *_means(stats.by_round, slice(low - first, high - first + 1))]
-        for low, high in RoundBins.over(first, stats.last_round, most).spans
-    ]
+    spans = round_spans(stats.first_round, stats.last_round, most)
+    names = [f"{low}-{high}" if high > low else str(low) for low, high in spans]
+    rows = [[name, *_means(line)] for name, line in zip(names, stats.over(spans), strict=True)]
     title = "Mistakes by round (loss and error per target token; error: 1 - p(true token))"
     return Table(title, ("rounds", *_MEANS), rows)
 
@@ -72,9 +65,8 @@ def by_seen(stats: LogStats) -> Table:
     """Means over samples that the Pilot had trained on equally often before."""
     seen = thinned(np.flatnonzero(stats.by_seen.rows).tolist(), SEEN_LINES)
     names = {0: "first visit", 1: "once"}
-    rows = [[names.get(times, f"{times} times"), *_means(stats.by_seen, [times])] for times in seen]
-    note = "each sample was visited once in these rounds" if stats.most_seen == 0 else ""
-    return Table("How errors fall as samples repeat", ("trained on before", *_MEANS), rows, note)
+    rows = [[names.get(times, f"{times} times"), *_means(stats.by_seen.line([times]))] for times in seen]
+    return Table("How errors fall as samples repeat", ("trained on before", *_MEANS), rows)
 
 
 def calibration(stats: LogStats) -> Table:
@@ -96,35 +88,26 @@ def calibration(stats: LogStats) -> Table:
 def missed_tokens(stats: LogStats, texts: TokenTexts, top: int) -> Table:
     """Tokens most often not ranked first, and what was predicted instead."""
     rows = []
-    for token in map(int, stats.missed(top)):
+    for token in stats.missed(top).tolist():
         missed, true = int(stats.tokens.missed[token]), int(stats.tokens.true[token])
         instead = "  ".join(f"{texts.quoted(t)} ({times:,})" for t, times in stats.tokens.instead_of(token, 4))
         rows.append([texts.quoted(token), f"{missed:,}", f"{true:,}", percent(missed / true), instead])
     head = ("token", "missed", "of", "share", "predicted instead (times)")
-    short = stats.tokens.uncounted
-    note = f"too many different pairs: each count may be too low by up to {short:,}" if short else ""
-    return Table("Tokens most often missed", head, rows, note, texts=(0, 4))
+    return Table("Tokens most often missed", head, rows, texts=(0, 4))
 
 
 def hardest_samples(stats: LogStats, top: int) -> Table:
     """Samples of the largest mean loss over all visits."""
     head = ("sample", "loss (nats)", "visits", "missed", "of tokens", "first loss", "last loss", "last round")
-    columns = ("visits", "wrong", "tokens", "first_loss", "last_loss", "last_round")
-    found = stats.samples
+    names = ["sample_id", "mean_loss", "visits", "wrong", "tokens", "first_loss", "last_loss", "last_round"]
     rows = [
-        [
-            str(found.ids[i]),
-            f"{found.mean_loss[i]:.3f}",
-            *(f"{getattr(found, name)[i]:{'.3f' if name.endswith('loss') else ','}}" for name in columns),
-        ]
-        for i in stats.hardest(top)
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in line]
+        for line in stats.hardest(top)[names].tolist()
     ]
-    note = "tc-ray log show LOG SAMPLE shows one of them, token by token"
-    return Table("Hardest samples (mean loss per target token over all visits)", head, rows, note, texts=())
+    return Table("Hardest samples (mean loss per target token over all visits)", head, rows, texts=())
 
 
-def _means(totals: Totals, keys: Any) -> list[str]:
-    line = totals.line(keys)
+def _means(line: dict[str, Any]) -> list[str]:
     shares = [line[name] for name in ("error", "wrong_share", "rows_with_mistake_share")]
     return [
         f"{line['rows']:,}",

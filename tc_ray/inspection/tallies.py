@@ -1,13 +1,12 @@
 """Sums over rows that arrive a few at a time: by round, by sample, by token, by position, by confidence.
 
-Invariant: a sum does not depend on how the rows were cut into pieces. `Examples` keeps one short entry per row, from which
+Invariant: a sum does not depend on how the rows were cut into pieces. `examples_of` keeps one short entry per row, from which
 rounds and samples are summed at the end; tokens, positions and confidence are summed as rows arrive. Used by `stats.collect`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,80 +14,46 @@ import numpy as np
 from tc_ray.inspection.rows import UNKNOWN, Rows
 from tc_ray.mistakelog.rows.ragged import Array, lengths_of
 
-MAX_POSITIONS = 64
-MAX_PAIRS = 2_000_000
+MAX_POSITIONS = 32
 CONFIDENCE_BINS = 20
+_EXAMPLE = np.dtype(
+    [
+        *((name, np.int64) for name in ("round", "sample_id", "seen", "tokens", "wrong")),
+        ("loss", float),
+        ("error", float),
+    ]
+)
 
 
-@dataclass(frozen=True)
-class Examples:
-    """One entry per row of the log; arrays [N], 56 bytes in all."""
-
-    round: Array
-    sample_id: Array
-    seen: Array
-    """int64, how often the Pilot had trained on the sample before."""
-    tokens: Array
-    """int64, target tokens."""
-    loss: Array
-    """float64, sum of nats over them."""
-    error: Array
-    """float64, sum of 1 - p(truth) over them."""
-    wrong: Array
-    """int64, those not ranked first."""
-
-    @classmethod
-    def of(cls, pieces: Iterable[Rows]) -> Examples:
-        """Entries of all rows, in the order of the pieces."""
-        parts = [
-            (
-                rows.round.copy(),  # a view would keep the column of its whole file
-                rows.sample_id.copy(),
-                np.maximum(rows.seen, 0).astype(np.int64),
-                lengths_of(rows.target_offsets),
-                rows.sums(rows.loss),
-                rows.sums(rows.error),
-                rows.sums(~rows.correct).astype(np.int64),
-            )
-            for rows in pieces
-        ]
-        whole, real = np.zeros(0, np.int64), np.zeros(0)
-        empty = (whole, whole, whole, whole, real, real, whole)
-        return cls(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
+def examples_of(pieces: Iterable[Rows]) -> Array:
+    """One entry of 56 bytes per row, in the order of the pieces: `seen`, its target `tokens`, and sums over these: `wrong`
+    (not ranked first), `loss` (nats), `error` (1 - p(truth)).
+    """
+    parts = [np.zeros(0, _EXAMPLE)]
+    for rows in pieces:
+        part = np.zeros(len(rows), _EXAMPLE)
+        part["round"], part["sample_id"], part["seen"] = rows.round, rows.sample_id, np.maximum(rows.seen, 0)
+        part["tokens"], part["wrong"] = lengths_of(rows.target_offsets), rows.sums(~rows.correct)
+        part["loss"], part["error"] = rows.sums(rows.loss), rows.sums(rows.error)
+        parts.append(part)
+    return np.concatenate(parts)
 
 
-@dataclass(frozen=True)
 class Totals:
-    """Sums over rows with the same key (a round, a number of earlier visits); arrays [keys]."""
+    """Sums of the examples that share a key (a round, a number of earlier visits); arrays [count].
 
-    rows: Array
-    """int64, examples."""
-    tokens: Array
-    """int64, target tokens."""
-    loss: Array
-    """Sum of nats."""
-    error: Array
-    """Sum of 1 - p(truth)."""
-    wrong: Array
-    """int64, target tokens not ranked first."""
-    mistaken: Array
-    """int64, examples with at least one of those."""
+    rows: examples. mistaken: those with a token not ranked first. tokens, wrong, loss, error: see `examples_of`.
+    """
 
-    @classmethod
-    def of(cls, examples: Examples, keys: Array, count: int) -> Totals:
-        """Sums of the examples that share a key; `keys` [N], each in 0..count-1."""
-
-        def total(values: Array) -> Array:
-            return np.bincount(keys, values, count).astype(values.dtype)
-
-        found = examples
-        mistaken = (found.wrong > 0).astype(np.int64)
-        rows = np.bincount(keys, minlength=count)
-        return cls(
-            rows, total(found.tokens), total(found.loss), total(found.error), total(found.wrong), total(mistaken)
+    def __init__(self, examples: Array, keys: Array, count: int) -> None:
+        """keys: [N], each in 0..count-1."""
+        self.rows = np.bincount(keys, minlength=count)
+        self.mistaken = np.bincount(keys, examples["wrong"] > 0, count)
+        self.tokens, self.wrong, self.loss, self.error = (
+            np.bincount(keys, examples[name], count) for name in ("tokens", "wrong", "loss", "error")
         )
 
-    def line(self, keys: Any) -> dict[str, float | int | None]:
+    def line(self, keys: Any) -> dict[str, Any]:
         """Counts and means over some keys; means are None without rows."""
         rows, tokens = int(self.rows[keys].sum()), int(self.tokens[keys].sum())
 
@@ -107,58 +72,31 @@ class Totals:
         }
 
 
-@dataclass(frozen=True)
-class SampleTable:
-    """What became of each sample: one entry per sample id, in order of `ids`; losses in nats."""
+def samples_of(examples: Array) -> Any:
+    """What became of each sample with target tokens: a record array in order of `sample_id`, losses in nats per target token.
 
-    ids: Array
-    visits: Array
-    tokens: Array
-    wrong: Array
-    first_round: Array
-    first_loss: Array
-    """Mean per target token at the first visit."""
-    last_round: Array
-    last_loss: Array
-    mean_loss: Array
-    """Per target token over all visits."""
-
-    @classmethod
-    def of(cls, examples: Examples) -> SampleTable:
-        """Rows without target tokens are left out."""
-        order = np.lexsort((examples.round, examples.sample_id))
-        order = order[examples.tokens[order] > 0]
-        ids, first, sample, visits = np.unique(
-            examples.sample_id[order], return_index=True, return_inverse=True, return_counts=True
-        )
-
-        def total(values: Array) -> Array:
-            return np.bincount(sample, values[order], len(ids)).astype(values.dtype)
-
-        first, last = order[first], order[first + visits - 1]
-        tokens, rounds, loss = total(examples.tokens), examples.round, examples.loss / np.maximum(examples.tokens, 1)
-        wrong, mean = total(examples.wrong), total(examples.loss) / tokens
-        return cls(ids, visits, tokens, wrong, rounds[first], loss[first], rounds[last], loss[last], mean)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    Fields: sample_id, mean_loss (over all visits), visits, wrong, tokens, first_loss, last_loss, first_round, last_round.
+    """
+    used = examples[examples["tokens"] > 0]
+    used = used[np.lexsort((used["round"], used["sample_id"]))]
+    ids, first, sample, visits = np.unique(
+        used["sample_id"], return_index=True, return_inverse=True, return_counts=True
+    )
+    loss, wrong, tokens = (np.bincount(sample, used[name], len(ids)) for name in ("loss", "wrong", "tokens"))
+    fields = {"sample_id": ids, "mean_loss": loss / tokens, "visits": visits}
+    fields |= {"wrong": wrong.astype(np.int64), "tokens": tokens.astype(np.int64)}
+    for name, part in (("first", used[first]), ("last", used[first + visits - 1])):
+        fields |= {f"{name}_loss": part["loss"] / part["tokens"], f"{name}_round": part["round"]}
+    return np.rec.fromarrays(list(fields.values()), names=list(fields))  # type: ignore[call-overload]
 
 
 class TokenTable:
-    """How often each token was true, was missed, and which other token was predicted in its place.
+    """How often each token was true, was missed, and which other token was predicted in its place."""
 
-    Args:
-        vocab_size: V.
-        max_pairs: (truth, predicted) pairs kept; beyond it the rarer half is dropped, and a count of the others can then be
-            too low by up to `uncounted`.
-    """
-
-    def __init__(self, vocab_size: int, max_pairs: int = MAX_PAIRS) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self.true = np.zeros(vocab_size, np.int64)
         self.missed = np.zeros(vocab_size, np.int64)
-        self.uncounted = 0
-        self._max_pairs = max_pairs
-        self._keys = np.zeros(0, np.int64)
+        self._pairs = np.zeros(0, np.int64)
         self._counts = np.zeros(0, np.int64)
 
     def add(self, rows: Rows) -> None:
@@ -167,21 +105,15 @@ class TokenTable:
         self.true += np.bincount(rows.truth, minlength=len(self.true))
         self.missed += np.bincount(rows.truth[wrong], minlength=len(self.true))
         known = wrong & (predicted != UNKNOWN)
-        pairs = (rows.truth[known].astype(np.int64) << 32) | predicted[known]
-        keys, counts = np.unique(pairs, return_counts=True)
-        joined, where = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
-        self._counts = np.bincount(where, np.concatenate([self._counts, counts]), len(joined)).astype(np.int64)
-        self._keys = joined
-        if len(joined) > self._max_pairs:
-            kept = np.sort(np.argsort(-self._counts, kind="stable")[: self._max_pairs // 2])
-            self.uncounted += int(np.delete(self._counts, kept).max())
-            self._keys, self._counts = self._keys[kept], self._counts[kept]
+        pairs, counts = np.unique((rows.truth[known].astype(np.int64) << 32) | predicted[known], return_counts=True)
+        self._pairs, where = np.unique(np.concatenate([self._pairs, pairs]), return_inverse=True)
+        self._counts = np.bincount(where, np.concatenate([self._counts, counts])).astype(np.int64)
 
     def instead_of(self, truth: int, count: int | None = None) -> list[tuple[int, int]]:
         """(predicted, times) in place of `truth`, most often first."""
-        first, last = np.searchsorted(self._keys, [truth << 32, (truth + 1) << 32])
+        first, last = np.searchsorted(self._pairs, [truth << 32, (truth + 1) << 32])
         order = first + np.argsort(-self._counts[first:last], kind="stable")[:count]
-        return [(int(self._keys[i] & 0xFFFFFFFF), int(self._counts[i])) for i in order]
+        return [(int(self._pairs[i] & 0xFFFFFFFF), int(self._counts[i])) for i in order]
 
 
 class PositionMap:
@@ -190,33 +122,26 @@ class PositionMap:
     def __init__(self, bins: int) -> None:
         self.width = 1
         """Answer positions per column."""
-        self._sums = np.zeros((3, bins, MAX_POSITIONS))
-        # first_wrong: answers whose first token not ranked first stands here
-        self.tokens, self.error, self.first_wrong = self._sums
+        self._sums = np.zeros((2, bins, MAX_POSITIONS))
+        self.tokens, self.error = self._sums
 
     def add(self, bins: Array, rows: Rows) -> None:
         """Add rows; `bins` [N]."""
-        position, row = rows.position, rows.row
-        if len(position) == 0:
-            return
-        while position.max() >= MAX_POSITIONS * self.width:
+        position = rows.position
+        while position.max(initial=0) >= MAX_POSITIONS * self.width:
             half = MAX_POSITIONS // 2
-            self._sums[:, :, :half] = self._sums.reshape(3, -1, half, 2).sum(3)
+            self._sums[:, :, :half] = self._sums.reshape(2, -1, half, 2).sum(3)
             self._sums[:, :, half:] = 0
             self.width *= 2
-        cell = (bins[row], position // self.width)
+        cell = (bins[rows.row], position // self.width)
         np.add.at(self.tokens, cell, 1)
         np.add.at(self.error, cell, rows.error.astype(np.float64))
-        wrong = np.flatnonzero(~rows.correct)
-        _, at = np.unique(row[wrong], return_index=True)
-        first = wrong[at]
-        np.add.at(self.first_wrong, (bins[row[first]], position[first] // self.width), 1)
 
-    @property
-    def used(self) -> int:
-        """Columns up to the longest answer."""
-        filled = np.flatnonzero(self.tokens.any(0))
-        return int(filled[-1]) + 1 if len(filled) else 0
+    def means(self) -> Array:
+        """Mean error, NaN without a token; columns up to the longest answer."""
+        used = int(np.flatnonzero(self.tokens.any(0)).max(initial=-1)) + 1
+        with np.errstate(invalid="ignore"):
+            return self.error[:, :used] / self.tokens[:, :used]
 
 
 class Confidence:
@@ -226,9 +151,7 @@ class Confidence:
     """
 
     def __init__(self) -> None:
-        self.tokens = np.zeros((2, CONFIDENCE_BINS), np.int64)
-        self.probability = np.zeros((2, CONFIDENCE_BINS), np.float64)
-        self.correct = np.zeros((2, CONFIDENCE_BINS), np.int64)
+        self.tokens, self.probability, self.correct = np.zeros((3, 2, CONFIDENCE_BINS))
 
     def add(self, rows: Rows) -> None:
         """Add the target tokens of rows."""
@@ -238,14 +161,14 @@ class Confidence:
         cell = (group, np.minimum((probability * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1))
         np.add.at(self.tokens, cell, 1)
         np.add.at(self.probability, cell, probability)
-        np.add.at(self.correct, cell, rows.correct[known].astype(np.int64))
+        np.add.at(self.correct, cell, rows.correct[known])
 
     def gap(self, group: int) -> float | None:
         """Expected calibration error: mean |accuracy - probability| over bins, weighted by tokens; None without tokens."""
-        total = int(self.tokens[group].sum())
-        return float(np.abs(self.correct[group] - self.probability[group]).sum()) / total if total else None
+        total = self.tokens[group].sum()
+        return float(np.abs(self.correct[group] - self.probability[group]).sum() / total) if total else None
 
     def bias(self, group: int) -> float | None:
         """Mean probability minus accuracy: above 0 is over-confident."""
-        total = int(self.tokens[group].sum())
-        return float((self.probability[group] - self.correct[group]).sum()) / total if total else None
+        total = self.tokens[group].sum()
+        return float((self.probability[group] - self.correct[group]).sum() / total) if total else None

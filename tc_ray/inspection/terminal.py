@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import rich.table
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from tc_ray.inspection import tables
-from tc_ray.inspection.colours import scale
-from tc_ray.inspection.samples import Visit, percent
+from tc_ray.inspection.charts import scale
+from tc_ray.inspection.samples import Visit
 from tc_ray.inspection.stats import LogStats
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.text import visible
@@ -38,11 +37,10 @@ def stats_view(stats: LogStats, texts: TokenTexts, top: int) -> RenderableType:
         tables.missed_tokens(stats, texts, top),
         tables.hardest_samples(stats, top),
     ]
-    return Group(facts, *map(table_view, shown))
+    return Group(facts, *map(_table_view, shown))
 
 
-def table_view(table: tables.Table) -> Group:
-    """A table under its title."""
+def _table_view(table: tables.Table) -> Group:
     view = rich.table.Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for place, name in enumerate(table.head):
         text = place in table.texts
@@ -50,19 +48,27 @@ def table_view(table: tables.Table) -> Group:
     for row in table.rows:
         view.add_row(*map(Text, row))
     # the title apart: rich would fold a title of its own to the width of the table
-    return Group(Text(f"\n{table.title}", style="bold"), view, *([Text(table.note, style="dim")] if table.note else []))
+    return Group(Text(f"\n{table.title}", style="bold"), view)
 
 
 def sample_view(visits: Sequence[Visit], texts: TokenTexts) -> RenderableType:
-    """One sample: its prompt once, then its answer as the Pilot saw it in each of the rounds."""
-    first = visits[0]
+    """One sample: its prompt once, then its answer as the Pilot saw it in each of the rounds, each token on the colour of its
+    error.
+    """
+    first, colours = visits[0], scale()
     prompt = Text(visible(texts.sequence(first.prompt.tolist())).rstrip("\n"), style="dim")
     views: list[RenderableType] = [Text(f"sample {first.sample_id}", style="bold"), prompt]
     for visit in visits:
-        headline = f"\nround {visit.round} ({visit.when}): {visit.result}"
-        views += [Text(headline, style="bold"), _answer(visit, texts)]
-    if len(visits) == 1 and first.wrong:
-        views.append(table_view(_wrong_tokens(first, texts)))
+        views.append(Text(f"\nround {visit.round} ({visit.when}): {visit.result}", style="bold"))
+        line = Text()
+        for text, shade, instead, _ in visit.tokens(texts):
+            back, fore = colours[shade]
+            line.append(text.rstrip("\n"), f"{fore} on {back}" if shade else "")
+            if instead is not None:
+                line.append(f"«{instead}»", "italic bold")
+            line.append("\n" * text.endswith("\n"))
+        line.rstrip()
+        views.append(line)
     return Group(*views)
 
 
@@ -82,29 +88,3 @@ def print_view(view: RenderableType) -> None:
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     console.print(view)
-
-
-def _answer(visit: Visit, texts: TokenTexts) -> Text:
-    """The true tokens, each on the colour of its error; after one that was not ranked first, the one that was."""
-    colours = scale()
-    line = Text()
-    for token in visit.tokens(texts):
-        back, fore = colours[token.shade]
-        text = token.text.rstrip("\n")
-        line.append(text, f"{fore} on {back}" if token.shade else "")
-        if token.instead is not None:
-            line.append(f"«{token.instead}»", "italic bold")
-        line.append(token.text[len(text) :])
-    line.rstrip()
-    return line
-
-
-def _wrong_tokens(visit: Visit, texts: TokenTexts) -> tables.Table:
-    rows = []
-    for place in map(int, np.flatnonzero(~visit.correct)):
-        likely = visit.likely(place, texts) or [("?", "-")]
-        numbers = [percent(visit.p_true(place)), f"{float(visit.loss[place]):.2f}"]
-        also = "  ".join(f"{text} {p}" for text, p in likely[1:])
-        rows.append([str(place + 1), texts.quoted(int(visit.truth[place])), *numbers, *likely[0], also])
-    head = ("place", "true", "p(true)", "loss", "predicted", "p", "also likely")
-    return tables.Table("Tokens not ranked first", head, rows, texts=(1, 4, 6))

@@ -44,7 +44,7 @@ class TokenTexts:
         self._cache: dict[int, str] = {}
 
     def raw(self, token: int) -> str:
-        """The characters of a token; bytes that are not a whole character as `\\xNN`; `#id` without a tokenizer."""
+        """The characters of a token; `#id` where they are no whole character, or without a tokenizer."""
         text = self._cache.get(token)
         if text is None:
             text = self._cache[token] = self._text(token)
@@ -69,18 +69,14 @@ class TokenTexts:
         return str(self._tokenizer.decode(known, clean_up_tokenization_spaces=False))
 
     def _text(self, token: int) -> str:
-        if self._tokenizer is None or not 0 <= token < self._size:
+        piece = self._tokenizer.convert_ids_to_tokens(token) if self._tokenizer and 0 <= token < self._size else None
+        if self._tokenizer is None or piece is None:
             return f"#{token}"
         text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        piece = self._tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
-            return f"#{token}"
         if _REPLACEMENT in text and _REPLACEMENT not in piece:
-            return _byte_text(piece)
+            return f"#{token}"
         # SentencePiece drops the blank of the first piece
-        if piece.startswith(_BLANK_PIECE) and not text.startswith(" "):
-            text = " " + text
-        return text
+        return f" {text}" if piece.startswith(_BLANK_PIECE) and not text.startswith(" ") else text
 
 
 def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given: str | None = None) -> TokenTexts:
@@ -94,28 +90,25 @@ def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given:
     Raises:
         TokenizerError: the given one cannot be read or has another hash.
     """
-    if given is not None:
-        try:
-            tokenizer = _load(given, local_only=False)
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"--tokenizer {given}: no tokenizer can be read there ({first_line(error)})") from None
-        found = tokenizer_hash(tokenizer)
-        if found != metadata.tokenizer_hash:
-            raise TokenizerError(
-                f"--tokenizer {given}: its hash is {found}, but the log's tokens come from {metadata.tokenizer_hash} (Pilot "
-                f"{metadata.pilot}); its texts would be wrong"
-            )
-        return TokenTexts(tokenizer, f"tokenizer of {given}")
     folders = [] if run_folder is None else [run_folder / "pilot" / "final", run_folder / "export" / "pilot"]
+    own = [*(str(folder) for folder in folders if (folder / "tokenizer_config.json").is_file()), metadata.pilot]
     others = []
-    for place in (*(f for f in folders if (f / "tokenizer_config.json").is_file()), metadata.pilot):
+    for place in own if given is None else [given]:
         try:
-            tokenizer = _load(str(place), local_only=True)
-        except (OSError, ValueError):
+            tokenizer = _load(place, local_only=given is None)
+        except (OSError, ValueError) as error:
+            if given is not None:
+                why = first_line(error)
+                raise TokenizerError(f"--tokenizer {given}: no tokenizer can be read there ({why})") from None
             continue
         if tokenizer_hash(tokenizer) == metadata.tokenizer_hash:
             return TokenTexts(tokenizer, f"tokenizer of {place}")
-        others.append(str(place))
+        others.append(place)
+    if given is not None:
+        raise TokenizerError(
+            f"--tokenizer {given}: it is not the one of the log's tokens (Pilot {metadata.pilot}, hash "
+            f"{metadata.tokenizer_hash}); its texts would be wrong"
+        )
     why = f"the tokenizers of {', '.join(others)} differ" if others else "none is on this machine"
     return TokenTexts(
         None,
@@ -132,13 +125,3 @@ def _load(place: str, local_only: bool) -> PreTrainedTokenizerBase:
         raise OSError(f"there is no folder {place}")
     name = str(folder) if folder.is_dir() else str(default_cache() / place) if place in BUILTIN_MODELS else place
     return AutoTokenizer.from_pretrained(name, local_files_only=local_only, trust_remote_code=False)
-
-
-def _byte_text(piece: str) -> str:
-    """A byte-level piece with its bytes as escapes; other pieces as they are."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    if not all(character in byte_of for character in piece):
-        return piece
-    return "".join(f"\\x{byte:02x}" if byte > 126 else chr(byte) for byte in map(byte_of.__getitem__, piece))

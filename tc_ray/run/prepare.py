@@ -58,8 +58,8 @@ def open_run(run: Run) -> None:
     if run.config.log.enabled:
         _open_log(run)
     save_config(run.config, run.folder / "config.yaml")
-    run.tracker = start_tracker(run.config, run.folder)
-    run.tracker.plan.remote(run.prepared.rounds, run.copilot_steps)
+    plan = {"rounds_total": run.prepared.rounds, "copilot_steps_total": run.copilot_steps}
+    run.tracker = start_tracker(run.config, run.folder, plan)
 
 
 def _read_model(name: str, path: Any) -> tuple[Any, Any]:

@@ -61,7 +61,7 @@ def _watch_log(run: Run, end: threading.Event) -> None:
 def _show(run: Run, end: threading.Event) -> None:
     import ray
 
-    from tc_ray.tracking.progress import ProgressView
+    from tc_ray.tracking.statusfile import ProgressView
 
     def status() -> Any:
         if run.tracker is None:

@@ -1,7 +1,8 @@
 """The one writer of MLflow: opens or continues a run, then sends metrics.jsonl from a background thread.
 
-Invariant: after `open_run` callers never wait for MLflow and never see its errors, which are counted and passed to `on_error`.
-Points that could not be sent are sent when MLflow answers again, each once; metrics.jsonl has them. Used by `tracker.Tracker`.
+Invariant: after `open_run` callers never wait for MLflow and never see its errors, which are counted; the first is passed to
+`on_error`. Points that could not be sent are sent when MLflow answers again, each once; metrics.jsonl has them. Used by
+`tracker.Tracker`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import logging
 import os
 import re
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -25,7 +26,7 @@ from mlflow.exceptions import MlflowException
 from tc_ray.config.fields import public_values
 from tc_ray.config.redact import redact, redact_address
 from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
-from tc_ray.files import DamagedFileError, read_json_as, write_json
+from tc_ray.files import DamagedFileError, read_json, write_json
 from tc_ray.text import first_line
 from tc_ray.tracking.points import Point, read_lines
 
@@ -35,14 +36,20 @@ BATCH_METRICS = 1000
 BATCH_PARAMS = 100
 BATCH_POINTS = 200
 SEND_SECONDS = 1.0
-RECOVERED_SECONDS = 60.0
-"""MLflow counts as recovered when nothing has failed for this long."""
 
 log = logging.getLogger(__name__)
 
 
 class TrackingError(RuntimeError):
     """MLflow cannot be used with this configuration."""
+
+
+@dataclass(frozen=True)
+class MlflowRun:
+    """An open MLflow run, and the tracking URI of its store."""
+
+    uri: str
+    run_id: str
 
 
 def resolve_uri(config: RunConfig) -> str:
@@ -65,7 +72,77 @@ def flat_params(config: RunConfig) -> dict[str, str]:
     return {k: v if len(v) <= PARAM_CHARACTERS else v[:cut] + "..." for k, v in texts.items()}
 
 
-def to_mlflow(point: Point) -> list[Metric]:
+class MlflowWriter:
+    """A thread in front of one MLflow run: each second it sends what metrics.jsonl has gained, then what was asked for.
+
+    Args:
+        run: from `open_run`.
+        points: the run's metrics.jsonl; points of an earlier start that MLflow lacks are sent too.
+        on_error: called from the thread with one line when MLflow fails for the first time.
+    """
+
+    def __init__(self, run: MlflowRun, points: Path, on_error: Callable[[str], None]) -> None:
+        self.run = run
+        self.errors = 0
+        self._client = MlflowClient(tracking_uri=run.uri)
+        self._points, self._on_error = points, on_error
+        self._sent = 0
+        """Bytes of the file that MLflow has."""
+        self._unsure = points.stat().st_size
+        """MLflow may have points before this byte, so it is asked: an earlier start, or a call that failed, sent them."""
+        self._asked: deque[tuple[str, tuple[Any, ...]]] = deque()
+        self._end, self._ended_as, self._is_complete = threading.Event(), "", False
+        self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
+        self._thread.start()
+
+    def ask(self, method: str, *args: Any) -> None:
+        """Queue a call of MlflowClient about this run, for instance `log_text`. It is tried once."""
+        self._asked.append((method, args))
+
+    def finish(self, mlflow_status: str, timeout_s: float) -> bool:
+        """Send the rest, set the run's status, stop the thread. False: not done within timeout_s, or MLflow fails."""
+        self._ended_as = mlflow_status
+        self._end.set()
+        self._thread.join(timeout_s)
+        return self._is_complete
+
+    def _work(self) -> None:
+        ending = False
+        while not ending:
+            ending = self._end.wait(SEND_SECONDS)
+            errors = self.errors
+            self._attempt(self._send_points)
+            while self._asked:
+                method, args = self._asked.popleft()
+                self._attempt(getattr(self._client, method), self.run.run_id, *args)
+        self._attempt(self._client.set_terminated, self.run.run_id, self._ended_as)
+        self._is_complete = self.errors == errors
+
+    def _send_points(self) -> None:
+        present: dict[str, set[tuple[int, int]]] = {}
+        run_id, lines = self.run.run_id, read_lines(self._points, self._sent)
+        while some := list(itertools.islice(lines, BATCH_POINTS)):
+            metrics = [metric for _, point in some if point is not None for metric in _to_mlflow(point)]
+            if self._sent < self._unsure:
+                for key in {metric.key for metric in metrics} - set(present):
+                    present[key] = {(m.step, m.timestamp) for m in self._client.get_metric_history(run_id, key)}
+                metrics = [m for m in metrics if (m.step, m.timestamp) not in present[m.key]]
+            for first in range(0, len(metrics), BATCH_METRICS):
+                self._client.log_batch(run_id, metrics=metrics[first : first + BATCH_METRICS])
+            self._sent = some[-1][0]
+
+    def _attempt(self, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            call(*args)
+        except Exception as error:  # noqa: BLE001 - tracking must not end a run, whatever the store raises
+            self.errors += 1
+            self._unsure = self._points.stat().st_size
+            if self.errors == 1:
+                why = redact(first_line(error))
+                self._on_error(f"MLflow fails, the run continues and sends the missing points when it answers: {why}")
+
+
+def _to_mlflow(point: Point) -> list[Metric]:
     """The MLflow metrics of one point: key `kind/name`, step = round. Events and starts have none.
 
     What MLflow allows in no name becomes `_` (Hit@10: Hit_10), since it refuses the whole batch for one name.
@@ -78,113 +155,23 @@ def to_mlflow(point: Point) -> list[Metric]:
     ]
 
 
-class MlflowWriter:
-    """A thread in front of one MLflow run: each second it sends what metrics.jsonl has gained, then what was asked for.
-
-    Args:
-        run_id: from `open_run`.
-        uri: tracking URI of that run.
-        points: the run's metrics.jsonl; points of an earlier start that MLflow lacks are sent too.
-        on_error: called from the thread with one line when MLflow fails and one when it has recovered, not for each failed
-            call.
-    """
-
-    def __init__(self, run_id: str, uri: str, points: Path, on_error: Callable[[str], None]) -> None:
-        self.run_id = run_id
-        self.uri = uri
-        self.errors = 0
-        self._client = MlflowClient(tracking_uri=uri)
-        self._points, self._on_error = points, on_error
-        self._sent = 0
-        """Bytes of the file that MLflow has."""
-        self._unsure = self._size()
-        """MLflow may have points before this byte, so it is asked: an earlier start, or a call that failed, sent them."""
-        self._failing, self._failed_at = False, 0.0
-        self._asked: deque[Callable[[], None]] = deque()
-        self._last: Callable[[], None] | None = None
-        self._end, self._is_complete = threading.Event(), False
-        self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
-        self._thread.start()
-
-    def set_tag(self, key: str, value: str) -> None:
-        """Queue a tag of the run."""
-        self._asked.append(lambda: self._client.set_tag(self.run_id, key, value))
-
-    def log_text(self, text: str, name: str) -> None:
-        """Queue a text artifact."""
-        self._asked.append(lambda: self._client.log_text(self.run_id, text, name))
-
-    def log_path(self, path: Path, name: str | None) -> None:
-        """Queue a file (into artifact folder `name`) or a folder (as artifact folder `name`)."""
-        log_it = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        self._asked.append(lambda: log_it(self.run_id, str(path), name))
-
-    def finish(self, mlflow_status: str, timeout_s: float) -> bool:
-        """Send the rest, set the run's status, stop the thread. False: not done within timeout_s, or MLflow fails."""
-        self._last = lambda: self._client.set_terminated(self.run_id, mlflow_status)
-        self._end.set()
-        self._thread.join(timeout_s)
-        return self._is_complete
-
-    def _work(self) -> None:
-        ending = False
-        while not ending:
-            ending = self._end.wait(SEND_SECONDS)
-            errors = self.errors
-            if self._size() > self._sent:
-                self._attempt(self._send_points)
-            while self._asked:
-                self._attempt(self._asked.popleft())
-        if self._last is not None:
-            self._attempt(self._last)
-        self._is_complete = self.errors == errors
-
-    def _size(self) -> int:
-        return self._points.stat().st_size if self._points.exists() else 0
-
-    def _send_points(self) -> None:
-        present: dict[str, set[tuple[int, int]]] = {}
-        lines = read_lines(self._points, self._sent)
-        while some := list(itertools.islice(lines, BATCH_POINTS)):
-            metrics = [metric for _, point in some if point is not None for metric in to_mlflow(point)]
-            if self._sent < self._unsure:
-                for key in {metric.key for metric in metrics} - set(present):
-                    present[key] = {(m.step, m.timestamp) for m in self._client.get_metric_history(self.run_id, key)}
-                metrics = [m for m in metrics if (m.step, m.timestamp) not in present[m.key]]
-            for first in range(0, len(metrics), BATCH_METRICS):
-                self._client.log_batch(self.run_id, metrics=metrics[first : first + BATCH_METRICS])
-            self._sent = some[-1][0]
-
-    def _attempt(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001 - tracking must not end a run, whatever the store raises
-            self.errors += 1
-            self._failed_at, self._unsure = time.monotonic(), self._size()
-            if not self._failing:
-                self._failing = True
-                log.warning("MLflow: %s", redact(str(error)))
-                self._on_error(f"MLflow fails, the run continues without it: {redact(first_line(error))}")
-        else:
-            # not at the first success: a store that can be read but not written alternates
-            if self._failing and time.monotonic() - self._failed_at > RECOVERED_SECONDS:
-                self._failing = False
-                self._on_error("MLflow answers again and gets the missing points")
-
-
-def open_run(config: RunConfig, folder: Path, uri: str) -> str:
-    """Continue the MLflow run named in the run folder's mlflow.json, or start one. Returns the MLflow run id.
+def open_run(config: RunConfig, folder: Path) -> MlflowRun:
+    """Continue the MLflow run named in the run folder's mlflow.json, or start one.
 
     MLflow refuses a changed param, so it keeps its first value and the new one goes into a tag `changed.<key>`. Raises
     TrackingError if the tracking URI is unknown, unreachable or not writable.
     """
+    uri = resolve_uri(config)
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # a new database logs each of its migrations
     # a wrong address is reported within seconds; by default MLflow retries for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     try:
-        _check_database(uri)
+        if uri.startswith("sqlite:///"):  # MLflow would try for minutes to make a database that cannot be written
+            path = Path(uri.removeprefix("sqlite:///"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         client = MlflowClient(tracking_uri=uri)
         run_id = _known_run(client, folder, uri) or _new_run(client, config, folder, uri)
         known = client.get_run(run_id).data.params
@@ -201,36 +188,27 @@ def open_run(config: RunConfig, folder: Path, uri: str) -> str:
             "or switch MLflow off with tracking.enabled=false"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_ID_FILE, asdict(_RunId(run_id, redact_address(uri), config.tracking.experiment)))
-    return run_id
-
-
-@dataclass(frozen=True)
-class _RunId:
-    """Content of RUN_ID_FILE."""
-
-    run_id: str
-    uri: str
-    experiment: str
+    write_json(folder / RUN_ID_FILE, asdict(MlflowRun(redact_address(uri), run_id)))
+    return MlflowRun(uri, run_id)
 
 
 def _known_run(client: MlflowClient, folder: Path, uri: str) -> str | None:
+    """The run that mlflow.json names, if it is in this store: to another one the whole run is copied from metrics.jsonl."""
     try:
-        known = read_json_as(folder / RUN_ID_FILE, _RunId)
+        known = read_json(folder / RUN_ID_FILE)
+        if known.get("uri") != redact_address(uri):
+            return None
+        run = client.get_run(known["run_id"])
+        return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
     except FileNotFoundError:
         return None
     except DamagedFileError as error:
         log.warning("%s: a new MLflow run is opened, with all points of this run", error)
         return None
-    if known.uri != redact_address(uri):
-        return None  # another store: the whole run is copied there from metrics.jsonl
-    try:
-        run = client.get_run(known.run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
-    return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
 
 
 def _new_run(client: MlflowClient, config: RunConfig, folder: Path, uri: str) -> str:
@@ -239,24 +217,10 @@ def _new_run(client: MlflowClient, config: RunConfig, folder: Path, uri: str) ->
     if experiment is None:
         # without it, a local store puts artifacts under the working directory of the writing process
         location = f"file://{config.run.path.parent / 'mlartifacts'}" if uri.startswith("sqlite") else None
-        try:
-            experiment_id = client.create_experiment(name, artifact_location=location)
-        except MlflowException:
-            experiment = client.get_experiment_by_name(name)  # another run made it in the meantime
-            if experiment is None:
-                raise
-    if experiment is not None:
-        if experiment.lifecycle_stage != "active":
-            raise TrackingError(f"experiment {name!r} is deleted there; restore it or set tracking.experiment")
+        experiment_id = client.create_experiment(name, artifact_location=location)
+    elif experiment.lifecycle_stage != "active":
+        raise TrackingError(f"experiment {name!r} is deleted there; restore it or set tracking.experiment")
+    else:
         experiment_id = experiment.experiment_id
     tags = {"tc_ray.folder": str(folder)}
     return str(client.create_run(experiment_id, run_name=config.run.name, tags=tags).info.run_id)
-
-
-def _check_database(uri: str) -> None:
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise TrackingError(f"{path} is not writable")
-        path.touch()

@@ -1,43 +1,34 @@
-"""metrics.jsonl: every point a run has measured, one JSON object per line, append only.
+"""metrics.jsonl: every point a run has measured, one JSON object per line, append only; and losses.png, drawn from it.
 
 Invariant: for one kind and metric the axis (Pilot: round; Copilot: its own step) only grows, over restarts of workers and of
 the whole run: a replayed round or step is dropped. MLflow is filled from this file. Damaged lines (a power cut, a full disk)
-are skipped and reported; they stop nothing. Written by `tracker.Tracker`, read by `plot.draw_losses` and `tc-ray status`.
+are skipped and reported; they stop nothing. Written by `tracker.Tracker`, read by `tc-ray status` too.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+import numpy as np
+
+from tc_ray.files import write_file
 
 METRICS_FILE = "metrics.jsonl"
+LOSSES_FILE = "losses.png"
 RESTART = "restart"
 """Kind of the events that are counted as restarts."""
+EVENTS_SHOWN = 40
 log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
 """One line: `kind` ("start", "pilot", "copilot", "log", "evaluation" or "event"), `time` (unix seconds), `round` (Pilot
 round known at that time), for "copilot" also `step`, and `metrics` (name -> number or null for NaN) or, for an event,
 `event` and `text`."""
-
-
-class _Line(BaseModel):
-    """What readers rely on in a line."""
-
-    model_config = ConfigDict(strict=True)
-    kind: str
-    time: FiniteFloat
-    round: int = 0
-    step: int = 0
-    metrics: dict[str, FiniteFloat | None] = {}
-    event: str = ""
-    text: str = ""
 
 
 def read_points(path: Path) -> Iterator[Point]:
@@ -71,11 +62,10 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, Point | None]]
 def _parsed(line: bytes) -> Point | None:
     try:
         point = json.loads(line)
-        _Line.model_validate(point)
-    except (ValueError, RecursionError, ValidationError):
+        needed = {"event": ("time", "event", "text"), "start": ("time",)}.get(point["kind"], ("time", "metrics"))
+        return point if all(name in point for name in needed) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    known = {"event": ("event", "text"), "start": ()}.get(point["kind"], ("metrics",))
-    return point if all(name in point for name in known) else None
 
 
 def _skipped(damaged: list[int]) -> str:
@@ -88,14 +78,17 @@ class PointFile:
     Args:
         path: the file; created with its folder. A cut-off last line is removed.
 
-    damage: says how many lines of an earlier start were skipped; empty if none. restarts: events of that kind in the file.
+    started: time of the first point, or None. damage: says how many lines of an earlier start were skipped; empty if none.
+    events: the newest EVENTS_SHOWN, alike ones as one with a `count`; restarts are the last to leave. restarts: their number.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._highest: dict[tuple[str, str], int] = {}
+        self.started: float | None = None
+        self.events: list[dict[str, Any]] = []
         self.restarts = 0
+        self._highest: dict[tuple[str, str], int] = {}
         self._last: dict[str, Point] = {}
         damaged = []
         end = 0
@@ -105,56 +98,72 @@ class PointFile:
             else:
                 self._remember(found)
         self.damage = _skipped(damaged) if damaged else ""
-        self.is_resumed = bool(self._last)
         self._file = path.open("ab")
         self._file.truncate(end)
 
-    def append(self, kind: str, point: Point, axis: int | None = None) -> Point | None:
-        """Write one point. Returns it as written, or None if nothing in it is new.
+    def append(self, kind: str, point: Point, axis: int | None = None) -> None:
+        """Write what is new in one point.
 
         Args:
-            point: its keys besides `kind`; `metrics` are made plain numbers.
+            point: its keys besides `kind`.
             axis: position on the axis that the metrics of this kind grow along; None: always written.
         """
         point = {"kind": kind, **point}
-        if "metrics" in point:
-            metrics = plain_numbers(point["metrics"])
-            if axis is not None:
-                metrics = {k: v for k, v in metrics.items() if axis > self._highest.get((kind, k), -1)}
-                if not metrics:
-                    return None
+        if axis is not None:
+            metrics = {k: v for k, v in point["metrics"].items() if axis > self._highest.get((kind, k), -1)}
+            if not metrics:
+                return
             point["metrics"] = metrics
         self._file.write(json.dumps(point, allow_nan=False).encode() + b"\n")
         self._file.flush()
         self._remember(point)
-        return point
 
     def latest(self, kind: str) -> dict[str, Any]:
-        """`round`, `step` and `metrics` of the newest point of a kind, as far as it has them."""
-        point = self._last.get(kind, {})
-        return {name: point[name] for name in ("round", "step", "metrics") if name in point}
-
-    def close(self) -> None:
-        """Close the file; `append` fails after it."""
-        self._file.close()
+        """The newest point of a kind, without its kind and time; empty if there is none."""
+        return {name: value for name, value in self._last.get(kind, {}).items() if name not in ("kind", "time")}
 
     def _remember(self, point: Point) -> None:
         kind = point["kind"]
+        if self.started is None:
+            self.started = point["time"]
         axis = point.get("step" if kind == "copilot" else "round", 0)
         for name in point.get("metrics", ()):
-            key = (kind, name)
-            self._highest[key] = max(axis, self._highest.get(key, -1))
-        self.restarts += kind == "event" and point["event"] == RESTART
+            self._highest[kind, name] = max(axis, self._highest.get((kind, name), -1))
         self._last[kind] = point
+        if kind != "event":
+            return
+        self.restarts += point["event"] == RESTART
+        shown = {"time": point["time"], "kind": point["event"], "text": point["text"], "count": 1}
+        for event in self.events:
+            if (event["kind"], event["text"]) == (shown["kind"], shown["text"]):
+                event["count"] += 1
+                return
+        self.events.append(shown)
+        if len(self.events) > EVENTS_SHOWN:
+            del self.events[next((i for i, event in enumerate(self.events) if event["kind"] != RESTART), 0)]
 
 
-def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Python, numpy and torch scalars as JSON numbers, None for NaN and infinities. TypeError names what is no number."""
-    plain: dict[str, float | None] = {}
-    for name, value in metrics.items():
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"metric {name!r} is not a number: {value!r}") from None
-        plain[name] = number if math.isfinite(number) else None
-    return plain
+def draw_losses(metrics: Path, picture: Path) -> None:
+    """Draw the Pilot's loss by round and the Copilot's by step, each with its running mean. Works while a run goes on."""
+    from matplotlib.figure import Figure  # instead of pyplot: no global state, no display needed
+
+    figure = Figure(figsize=(9, 3.6), dpi=130, layout="constrained")
+    points = list(read_points(metrics))
+    for axes, (kind, axis, colour) in zip(
+        figure.subplots(1, 2), (("pilot", "round", "#1f5fa8"), ("copilot", "step", "#c8541b")), strict=True
+    ):
+        found = [(p[axis], p["metrics"].get("loss")) for p in points if p["kind"] == kind]
+        at = [place for place, loss in found if loss is not None]
+        loss = np.array([loss for _, loss in found if loss is not None])
+        axes.plot(at, loss, color=colour, alpha=0.3, linewidth=0.8)
+        if at:
+            window = np.ones(2 * (len(at) // 50) + 1)
+            mean = np.convolve(loss, window, "same") / np.convolve(np.ones(len(at)), window, "same")
+            axes.plot(at, mean, color=colour, linewidth=1.8)
+            axes.set_ylim(bottom=0)
+        axes.set_title(f"{kind.capitalize()} loss", loc="left", fontsize=11)
+        axes.set_xlabel(axis)
+        axes.grid(axis="y", alpha=0.2)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_file(picture, drawn.getvalue())

@@ -1,99 +1,39 @@
-"""status.json: what a run is doing now, replaced atomically and at most once a second.
+"""status.json, what a run is doing now, as its readers see it: `read_status`, and `ProgressView` that shows it in lines.
 
-Invariant: a reader always sees a whole document. The last change is written even if no other follows. While the run lives
-the file is never much older than HEARTBEAT_SECONDS, so an old one belongs to a dead run. The file only shows what a run does:
-an error in writing or reading it stops nothing.
-Written by `tracker.Tracker`, read by `tc-ray status` and the progress view, without Ray.
+Invariant: a reader always sees a whole document. While the run lives the file is never much older than STATUS_SECONDS, so an
+old one belongs to a dead run. Texts are shown as characters and cannot steer the terminal. Written by `tracker.Tracker`;
+`tc-ray train` follows the Tracker with the view, `tc-ray status --follow` the run folder, without Ray.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, FiniteFloat
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
-from tc_ray.files import DamagedFileError, disk_time, finite, read_json, typed, write_json
-from tc_ray.tracking.points import RESTART
+from tc_ray.files import DamagedFileError, disk_time, read_json
+from tc_ray.text import byte_size, visible
 
 STATUS_FILE = "status.json"
-HEARTBEAT_SECONDS = 15.0
-EVENTS_SHOWN = 20
+STATUS_SECONDS = 2.0
+"""Between two writes."""
+STALE_SECONDS = 60.0
+"""A running run whose status is older than this is called dead."""
+LINE_SECONDS = 10.0
+REFRESH_SECONDS = 1.0
 Status = dict[str, Any]
 """Keys: see `tracker.Tracker.status`."""
+_NEEDED = {"run", "state", "phase", "started", "updated", "plan", "pilot", "copilot", "log", "events", "restarts"}
 
 
 class NoRunError(FileNotFoundError):
     """The folder holds no run; the message names it and says what is missing."""
-
-
-log = logging.getLogger(__name__)
-
-_Time = Annotated[float, Field(ge=0, le=1e11)]
-
-
-class _Part(BaseModel):
-    round: int | None = None
-    step: int | None = None
-    metrics: dict[str, FiniteFloat | None] = {}
-
-
-class _Plan(BaseModel):
-    rounds_total: int | None = None
-    copilot_steps_total: int | None = None
-
-
-class _Event(BaseModel):
-    time: _Time
-    kind: str
-    text: str
-    count: int = 1
-
-
-class _MLflow(BaseModel):
-    command: str | None = None
-
-
-class _Document(BaseModel):
-    """What readers rely on in a status.json; it may hold more."""
-
-    run: str
-    state: str
-    phase: str
-    started: _Time
-    updated: _Time
-    plan: _Plan
-    pilot: _Part
-    copilot: _Part
-    log: _Part
-    tokens_per_second: FiniteFloat | None
-    rounds_per_minute: FiniteFloat | None
-    eta_seconds: FiniteFloat | None
-    restarts: int
-    events: list[_Event]
-    processes: dict[str, int]
-    evaluation: dict[str, Any]
-    mlflow: _MLflow | None
-
-
-def add_event(events: list[dict[str, Any]], time: float, kind: str, text: str) -> None:
-    """Add an event to those of a status, or raise the `count` of one with the same kind and text (except restarts).
-
-    The newest EVENTS_SHOWN restarts and as many other events stay, so that others never push out restarts.
-    """
-    alike = [event for event in events if (event["kind"] == RESTART) == (kind == RESTART)]
-    if kind != RESTART:
-        for event in alike:
-            if (event["kind"], event["text"]) == (kind, text):
-                event["count"] = event.get("count", 1) + 1
-                return
-    if len(alike) >= EVENTS_SHOWN:
-        events.remove(alike[0])
-    events.append({"time": time, "kind": kind, "text": text})
 
 
 def read_status(folder: Path) -> Status:
@@ -102,10 +42,10 @@ def read_status(folder: Path) -> Status:
     Raises:
         NoRunError: there is no such folder, or no run has started in it. DamagedFileError: status.json holds no status.
     """
-    path = folder / STATUS_FILE
     try:
-        status: Status = finite(read_json(path))
-        typed(status, _Document, path)
+        status = read_json(folder / STATUS_FILE)
+        if missing := sorted(_NEEDED - set(status)):
+            raise DamagedFileError(f"{folder / STATUS_FILE} is damaged: it lacks {', '.join(missing)}")
     except FileNotFoundError:
         why = "no run has started in it (no status.json)" if folder.is_dir() else "there is no such folder"
         raise NoRunError(f"{folder}: {why}") from None
@@ -125,49 +65,114 @@ def silent_seconds(folder: Path) -> float:
     return now - (folder / STATUS_FILE).stat().st_mtime
 
 
-class StatusFile:
-    """Throttled writer of status.json.
+class ProgressView:
+    """Shows status dicts: on a terminal one line that changes in place, elsewhere a line when one is due; each event once.
 
     Args:
-        folder: run folder.
-        make: returns the document; called at write time, from any thread.
-        interval_s: least time between two writes for changes.
+        console: where to; default standard output.
+        line_seconds: least time between two plain lines of one phase.
     """
 
-    def __init__(self, folder: Path, make: Callable[[], Status], interval_s: float = 1.0) -> None:
-        self._path = folder / STATUS_FILE
-        self._make = make
-        self._interval_s = interval_s
-        self._lock = threading.Lock()
-        self._changed, self._closed = threading.Event(), threading.Event()
-        self._failing = False
-        threading.Thread(target=self._work, name="status-file", daemon=True).start()
+    def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS) -> None:
+        self._console = console or Console()
+        self._line_seconds = line_seconds
+        self._live = Live(console=self._console, auto_refresh=False)
+        self._shown: tuple[str, float] = ("", float("-inf"))
+        self._last_event = 0.0
 
-    def touch(self) -> None:
-        """Something changed: it is written within the interval."""
-        self._changed.set()
+    def show(self, status: Status) -> None:
+        """Show one status."""
+        for event in status["events"]:
+            if event["time"] > self._last_event:
+                self._last_event = event["time"]
+                self._print(f"[{event['kind']}] {event['text']}")
+        if self._console.is_terminal:
+            self._live.start()
+            self._live.update(Text(visible(line(status))), refresh=True)
+            return
+        key = f"{status['phase']}/{status['state']}/{waiting_text(status.get('waiting', {}))}"
+        if key != self._shown[0] or time.monotonic() - self._shown[1] >= self._line_seconds:
+            self._shown = (key, time.monotonic())
+            self._print(line(status))
 
-    def write(self) -> None:
-        """Write now."""
-        with self._lock:
-            try:
-                write_json(self._path, finite(self._make()), indent=1)
-                self._failing = False
-            except OSError as error:
-                if not self._failing:
-                    log.warning("%s cannot be written (%s); trying again at each change", self._path, error)
-                self._failing = True
+    def follow(self, source: Callable[[], Status | None], stop: threading.Event) -> None:
+        """Show what `source` returns (None: nothing now) about once a second, until the run has ended or `stop` is set, and
+        then once more.
+        """
+        try:
+            while True:
+                stopping = stop.is_set()
+                status = source()
+                if status is not None:
+                    self.show(status)
+                if stopping or (status is not None and status["state"] != "running"):
+                    return
+                stop.wait(REFRESH_SECONDS)
+        finally:
+            self._live.stop()
 
-    def close(self) -> None:
-        """Write for the last time."""
-        self._closed.set()
-        self._changed.set()
-        self.write()
+    def _print(self, text: str) -> None:
+        self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
-    def _work(self) -> None:
-        while not self._closed.is_set():
-            self._changed.wait(HEARTBEAT_SECONDS)
-            self._changed.clear()
-            if not self._closed.is_set():
-                self.write()
-            self._closed.wait(self._interval_s)
+
+def line(status: Status) -> str:
+    """One plain line: phase, rounds, losses, lag, speed, ETA."""
+    waiting = waiting_text(status.get("waiting", {}))
+    parts = [f"{clock(status['updated'] - status['started'])} {status['phase']}{': ' if waiting else ''}{waiting}"]
+    parts += [f"{name} {value}" for name, value in facts(status).items()]
+    return " | ".join(filter(None, [*parts, silence(status)]))
+
+
+def waiting_text(waiting: Mapping[str, Mapping[str, Any]]) -> str:
+    """The status's `waiting` as one line, for instance "pilot loading weights; copilot waiting for room: ..."."""
+    return "; ".join(f"{who} {wait['text']}" for who, wait in waiting.items())
+
+
+def silence(status: Status) -> str:
+    """What to say of a run that has not written its status for long; else empty.
+
+    A reader of the folder adds `silent_seconds`; a status from the Tracker itself is never old.
+    """
+    age_s = status.get("silent_seconds", 0.0)
+    if status["state"] != "running" or age_s < STALE_SECONDS:
+        return ""
+    return f"no sign of life for {clock(age_s)}: it was killed; `tc-ray train` with the same recipe resumes it"
+
+
+def facts(status: Status) -> dict[str, str]:
+    """The numbers to show, as text by name, without those that the run has not got."""
+    plan, pilot, copilot = status["plan"], status["pilot"], status["copilot"]
+    log, of_pilot = status["log"].get("metrics", {}), pilot.get("metrics", {})
+    stored = (
+        _text(log.get("bytes"), of=byte_size),
+        _text(of_pilot.get("log_bytes_per_token"), "{} per token", byte_size),
+    )
+    tokens, rounds = status.get("tokens_per_second"), status.get("rounds_per_minute")
+    found = {
+        "round": _of(pilot.get("round"), plan.get("rounds_total")),
+        "pilot loss": _text(of_pilot.get("loss"), "{:.4f}"),
+        "copilot step": _of(copilot.get("step"), plan.get("copilot_steps_total")),
+        "copilot loss": _text(copilot.get("metrics", {}).get("loss"), "{:.4f}"),
+        "lag": _text(log.get("lag_rounds"), "{:.0f} rounds"),
+        "log": ", ".join(filter(None, stored)),
+        "speed": ", ".join(filter(None, (_text(tokens, "{:.0f} tokens/s"), _text(rounds, "{:.1f} rounds/min")))),
+        "restarts": str(status["restarts"] or ""),
+        "eta": _text(status.get("eta_seconds"), of=clock),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, whole = divmod(max(0, int(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{whole:02}" if minutes >= 60 else f"{minutes}:{whole:02}"
+
+
+def _of(now: float | None, total: float | None) -> str:
+    if now is None:
+        return ""
+    return f"{now}/{total}" if total else str(now)
+
+
+def _text(value: float | None, pattern: str = "{}", of: Callable[[float], object] = float) -> str:
+    return "" if value is None else pattern.format(of(value))

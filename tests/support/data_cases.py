@@ -95,13 +95,6 @@ def chats(odd: list[dict[str, str]]) -> Callable[[], list[Any]]:
     return lambda: [*good[:7], {"messages": odd}, *good[7:]]
 
 
-def bad_utf8_column() -> pa.Array:
-    """64 texts, the sixth of them not UTF-8: what a broken writer leaves, which pyarrow reads without checking."""
-    texts = [row["completion"].encode() for row in SUMS]
-    texts[5] = b"a\xff"
-    return pa.array(texts, pa.binary()).view(pa.string())
-
-
 def strict_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = STRICT_TEMPLATE
@@ -119,14 +112,14 @@ CASES = [
         "template_raises",
         one_file(chats([USER, USER, SAYS])),
         (48, 6, 6),
-        bad=((8, "messages", "the chat template refuses it: Roles must alternate"),),
+        bad=((8, "", "cannot be encoded: TemplateError: Roles must alternate"),),
         config=CHAT,
     ),
     Case(
         "system_refused",
         one_file(chats([{"role": "system", "content": "s"}, USER, SAYS])),
         (48, 6, 6),
-        bad=((8, "messages", "the chat template refuses it: System role not supported"),),
+        bad=((8, "", "cannot be encoded: TemplateError: System role not supported"),),
         config=CHAT,
     ),
     Case(
@@ -148,51 +141,12 @@ CASES = [
         bad=((4, "", "not UTF-8 at byte 15"),),
     ),
     Case(
-        "latin1_list",
-        text(json.dumps([*SUMS, {"prompt": "caf@", "completion": "x"}]).encode().replace(b"@", b"\xe9"), "t.json"),
-        ROWS,
-        bad=((65, "prompt", "not valid Unicode"),),
-    ),
-    Case(
         "long_integer",
         one_file(with_odd('{"prompt": "p", "completion": "c", "answer": ' + "7" * 5000 + "}")),
         ROWS,
-        bad=((4, "answer", "a number of 5000 digits"),),
+        bad=((4, "", "cannot be read: Exceeds the limit"),),
     ),
-    Case(
-        "long_integer_in_list",
-        text("[" + ", ".join([*map(json.dumps, SUMS), '{"prompt": ' + "7" * 5000 + ', "completion": "c"}]']), "t.json"),
-        ROWS,
-        bad=((65, "prompt", "a number of 5000 digits"),),
-    ),
-    Case(
-        "long_integer_unread",
-        one_file(with_odd('{"prompt": "p", "completion": "c", "id": ' + "7" * 5000 + "}")),
-        (53, 6, 6),
-    ),
-    Case(
-        "huge_float",
-        one_file(with_odd('{"prompt": "p", "completion": "c", "answer": 1e999}')),
-        ROWS,
-        bad=((4, "answer", "not a finite number"),),
-    ),
-    Case("too_deep", one_file(with_odd("[" * 100_000)), ROWS, bad=((4, "", "nested too deeply"),)),
-    Case(
-        "parquet_badutf8",
-        parquet(prompt=[row["prompt"] for row in SUMS], completion=bad_utf8_column()),
-        (51, 6, 6),
-        bad=((6, "completion", "not valid UTF-8 at byte 2"),),
-    ),
-    Case(
-        "parquet_date_too_far",
-        parquet(
-            prompt=[row["prompt"] for row in SUMS],
-            completion=[row["completion"] for row in SUMS],
-            answer=pa.array([2**60 if i == 9 else None for i in range(64)], pa.timestamp("ms")),
-        ),
-        (51, 6, 6),
-        bad=((10, "answer", "cannot be read"),),
-    ),
+    Case("too_deep", one_file(with_odd("[" * 100_000)), ROWS, bad=((4, "", "cannot be read"),)),
     Case(
         "empty_completions",
         one_file(lambda: [*SUMS, {"prompt": "e", "completion": ""}]),
@@ -280,7 +234,7 @@ CASES = [
         "eval_file",
         folder_of({"train.jsonl": SUMS, "eval.jsonl": HELD}),
         (58, 20, 6),
-        said=("validation rows by their names: eval.jsonl",),
+        said=("validation rows by their names (data.parts=all_train trains on them): eval.jsonl",),
     ),
     Case(
         "split_dirs",
@@ -292,7 +246,7 @@ CASES = [
         "gsm_test",
         folder_of({"gsm.jsonl": SUMS, "gsm_test.jsonl": HELD}),
         (58, 6, 20),
-        said=("test rows by their names: gsm_test",),
+        said=("trains on them): gsm_test",),
     ),
     Case(
         "other_words",
@@ -305,7 +259,7 @@ CASES = [
     Case(
         "only_held_out_beside_csv",
         folder_of({"train.csv": ["prompt,completion", "p,c"], "test.jsonl": SUMS}),
-        refused=("is held out by its name (test.jsonl)", "not read: train.csv; convert them"),
+        refused=("file of train rows, only test.jsonl, train.csv; convert",),
     ),
     Case(
         "three_parts",
@@ -321,7 +275,7 @@ CASES = [
     Case(
         "only_held_out",
         folder_of({"test.jsonl": SUMS}),
-        refused=("every data file in", "test.jsonl", "data.parts=all_train"),
+        refused=("only test.jsonl", "data.parts=all_train"),
     ),
     Case(
         "two_words", folder_of({"train_test.jsonl": SUMS}), refused=("train_test.jsonl", "words of test and train rows")
@@ -344,7 +298,7 @@ CASES = [
     Case(
         "saved_by_datasets",
         folder_of({"data-00000-of-00001.arrow": ["x"], "state.json": ["{}"], "dataset_info.json": ["{}"]}),
-        refused=("holds no .json, .jsonl or .parquet file", "data-00000-of-00001.arrow"),
+        refused=("holds no .json, .jsonl or .parquet (or .jsonl.gz) file", "data-00000-of-00001.arrow"),
     ),
     # -- values, and what is not read
     Case(
@@ -365,28 +319,9 @@ CASES = [
         "nan_prompt", one_file(with_odd('{"prompt": NaN, "completion": "c"}')), ROWS, bad=((4, "prompt", "is missing"),)
     ),
     Case(
-        "double",
-        one_file(lambda: [f'{{"prompt":"a{i}","prompt":"b{i}","completion":"c"}}' for i in range(60)]),
-        (48, 6, 6),
-        said=("a key stands twice in one object; the last one counts: 60 rows",),
-    ),
-    Case(
-        "history",
-        one_file(lambda: [{**row, "system": "pirate", "history": [["hi", "ahoy"]]} for row in SUMS]),
-        ROWS,
-        said=("the field system is not read: 64 rows", "the field history is not read: 64 rows"),
-    ),
-    Case(
         "multiturn",
         one_file(lambda: [{"messages": [USER, SAYS, {**USER, "content": f"u{i}"}, SAYS]} for i in range(60)]),
         (48, 6, 6),
-        said=("only the last one is trained on: 60 rows",),
-    ),
-    Case(
-        "eos_inside",
-        one_file(lambda: [{"prompt": f"a{i}", "completion": "x<eos>y"} for i in range(60)]),
-        (48, 6, 6),
-        said=("the name of a special token stands in the text, and is encoded as text: 60 rows",),
     ),
     Case("bom_crlf", text("\ufeff" + "\r\n\r\n".join(map(json.dumps, SUMS)), "t.jsonl"), ROWS),
     Case(

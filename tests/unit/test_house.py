@@ -109,7 +109,6 @@ ROOMS = {
         "config",
         "copilot",
         "data.encode",
-        "data.prepared",
         "data.source",
         "models",
         "models.copilot",

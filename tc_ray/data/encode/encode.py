@@ -7,7 +7,6 @@ with its place, whatever exception it causes. Called by `prepare`, which needs R
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,11 +18,9 @@ import pyarrow.compute as pc
 
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode.prompts import readable_prompt
-from tc_ray.data.encode.special_text import SpecialTextError, named_ids
 from tc_ray.data.encode.split import prompt_key
 from tc_ray.data.encode.tokenize import encode
-from tc_ray.data.source.errors import DataError
-from tc_ray.data.source.records import BadRow, Record, quarantined
+from tc_ray.data.source.records import BadRow, DataError, Record, quarantined
 from tc_ray.data.source.shapes import Example, to_example
 from tc_ray.text import first_line
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK_ROWS = 1024
-NAMED_TOKEN = "the name of a special token stands in the text, and is encoded as text"
 _TEXTS = ("kind", "prompt", "completion", "answer", "key", "unit", "field", "problem", "fix", "raw")
 _SCHEMA = pa.schema(
     [
@@ -40,32 +36,24 @@ _SCHEMA = pa.schema(
         ("target_start", pa.int32()),
         ("was_cut", pa.bool_()),
         *((name, pa.string()) for name in _TEXTS),
-        ("notes", pa.list_(pa.string())),
-        ("named_id", pa.int32()),
     ]
 )
-"""kind: row (encoded), long (prompt over the cut-off), bad (quarantined). named_id: the largest id of a special token whose
-name stands in the texts, null without one."""
+"""kind: row (encoded), long (prompt over the cut-off), bad (quarantined)."""
 
 
 @dataclass
 class Encoded:
-    """Rows of one source: `rows` as in _SCHEMA with kind `row`, in file order; counts and bad rows of the rest.
-
-    notes: what was read otherwise than a user may expect, each with the number of rows and the first of them.
-    """
+    """Rows of one source: `rows` as in _SCHEMA with kind `row`, in file order; counts and bad rows of the rest."""
 
     rows: pa.Table
     too_long: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def largest_id(self) -> int:
-        """The largest token id in use or named in the texts; -1 without rows."""
-        ids = self.rows["input_ids"].combine_chunks().flatten()
-        found = [pc.max(values).as_py() for values in (ids, self.rows["named_id"])]
-        return max((value for value in found if value is not None), default=-1)
+        """The largest token id in use; -1 without rows."""
+        found = pc.max(self.rows["input_ids"].combine_chunks().flatten()).as_py()
+        return -1 if found is None else int(found)
 
     @property
     def cut_completions(self) -> int:
@@ -120,7 +108,10 @@ class Encoder:
         try:
             found = self._row(record, held_out)
         except Exception as error:  # noqa: BLE001 - one record never ends a run; where all fail, they are too many bad ones
-            found = _refused(record, error)
+            fix = (
+                "correct the record or leave it out; what the chat template refuses may be read by data.template=plain"
+            )
+            found = BadRow("", f"cannot be encoded: {_named(error)}", fix)
         if isinstance(found, BadRow):
             return {"kind": "bad", **quarantined(record, found)}
         return {"place": record.place, "unit": record.unit, **found}
@@ -137,7 +128,6 @@ class Encoder:
         if example.completion is not None and len(tokens.input_ids) == tokens.target_start + 1 and not tokens.was_cut:
             return BadRow("completion", "has no tokens", "fill it in or leave the record out")
         prompt = readable_prompt(example.turns)
-        named = named_ids([*(turn.content for turn in example.turns), example.completion or ""], self.tokenizer)
         return {
             "kind": "row",
             "prompt": prompt,
@@ -147,8 +137,6 @@ class Encoder:
             "target_start": tokens.target_start,
             "was_cut": tokens.was_cut,
             "key": prompt_key(prompt, self.seed),
-            "notes": [*example.notes, *([NAMED_TOKEN] if named else [])],
-            "named_id": max(named, default=None),
         }
 
 
@@ -177,7 +165,7 @@ def encode_files(
     of_kind = {kind: table.filter(pc.equal(table["kind"], kind)) for kind in ("row", "long", "bad")}
     shown = ("unit", "place", "field", "problem", "fix", "raw")
     bad = [{"file": str(files[row["file"]]), **{n: row[n] for n in shown}} for row in of_kind["bad"].to_pylist()]
-    return Encoded(of_kind["row"].combine_chunks(), of_kind["long"].num_rows, bad, _notes(of_kind["row"], files))
+    return Encoded(of_kind["row"].combine_chunks(), of_kind["long"].num_rows, bad)
 
 
 def _in_ray(encode_one: Callable[[Path], pa.Table], files: Sequence[Path]) -> list[pa.Table]:
@@ -205,18 +193,6 @@ def _encode_file(path: Path, encoder: Encoder, read: Callable[[Path], Iterable[R
         raise DataError(f"{path}: cannot be read: {_named(error)}") from error
 
 
-def _notes(rows: pa.Table, files: Sequence[Path]) -> list[str]:
-    """Each different note of the rows, with its number of rows and its first place."""
-    noted = rows.filter(pc.greater(pc.list_value_length(rows["notes"]), 0)).select(["notes", "file", "unit", "place"])
-    counts: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for row in noted.to_pylist():
-        for note in row["notes"]:
-            counts[note] += 1
-            first.setdefault(note, f"{files[row['file']]}, {row['unit']} {row['place']}")
-    return [f"{note}: {count} rows, the first is {first[note]}" for note, count in counts.items()]
-
-
 def _with_pattern(example: Example, pattern: str) -> Example | BadRow:
     """The example with the part of its completion that data.completion_pattern takes."""
     found = re.search(pattern, example.completion or "")
@@ -228,20 +204,6 @@ def _with_pattern(example: Example, pattern: str) -> Example | BadRow:
         problem = f"data.completion_pattern {pattern!r} takes no text of it"
         return BadRow("completion", problem, "correct the pattern (its last group must hold text) or the row")
     return replace(example, completion=text)
-
-
-def _refused(record: Record, error: Exception) -> BadRow:
-    """The record as a bad row because of an exception that it caused."""
-    from jinja2 import TemplateError
-
-    has_messages = isinstance(record.value, dict) and record.value.get("messages") is not None
-    field = "messages" if has_messages else ""
-    if isinstance(error, TemplateError):
-        problem = f"the chat template refuses it: {first_line(error)}"
-        return BadRow(field, problem, "change the record to what the template takes, or set data.template=plain")
-    if isinstance(error, SpecialTextError):
-        return BadRow(field, str(error), "take it out of the text, or use a model with a fast tokenizer")
-    return BadRow(field, f"cannot be encoded: {_named(error)}", "correct the record or leave it out")
 
 
 def _named(error: Exception) -> str:

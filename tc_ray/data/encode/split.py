@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 
 
 def prompt_key(prompt: str, seed: int) -> str:

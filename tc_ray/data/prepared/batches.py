@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 
 
 class RoundOrder:

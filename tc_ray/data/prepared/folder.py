@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.source.embedded import generated_set
-from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.find import PARTS
+from tc_ray.data.source.records import DataError
 from tc_ray.files import DamagedFileError, read_json, sync_tree, typed, write_json
 
 FORMAT = 3

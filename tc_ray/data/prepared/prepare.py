@@ -25,9 +25,8 @@ from tc_ray.data.prepared import folder as data_folder
 from tc_ray.data.prepared.folder import QUARANTINE, RECORD, SCHEMA, PreparedData
 from tc_ray.data.prepared.left_out import LeftOut, with_left_out
 from tc_ray.data.source.embedded import for_fallback, generated_set, write_generated_set
-from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.find import PARTS, find_sources, part_files
-from tc_ray.data.source.records import iter_records
+from tc_ray.data.source.records import DataError, iter_records
 from tc_ray.data.source.sequences import ITEMS_FILE, SequenceReader, label_items, read_items, scan, write_items
 from tc_ray.text import visible
 
@@ -107,7 +106,6 @@ def _encode(
         }
         bad = _quarantine({part: (rows.bad, rows.records) for part, rows in encoded.items()}, encoder, folder)
     encoder.check_id(max(rows.largest_id for rows in encoded.values()))
-    notes += [f"data.{part}: {note}" for part, rows in encoded.items() for note in rows.notes]
     return encoded, bad
 
 

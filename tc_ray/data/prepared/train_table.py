@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tc_ray.data.prepared.batches import collate
-from tc_ray.data.source.errors import DataError
-from tc_ray.data.source.parquet import read_prepared
+from tc_ray.data.source.records import DataError, read_prepared
 
 
 class TrainTable:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tc_ray.config.data import EMBEDDED, DataSection, SequencesSection
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 
 # Short enough for a 135M model to learn part of it in minutes on a CPU, hard enough to leave mistakes to learn from.
 DEFAULT_OPTIONS: dict[str, dict[str, int | float | str | bool]] = {

@@ -18,9 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tc_ray.config.data import SequencesSection
-from tc_ray.data.source.errors import DataError
-from tc_ray.data.source.parquet import read_prepared
-from tc_ray.data.source.records import BadRow, Record, iter_lines, not_utf8, quarantined
+from tc_ray.data.source.records import BadRow, DataError, Record, iter_lines, not_utf8, quarantined, read_prepared
 
 ITEMS_FILE = "items.parquet"
 """The items of a run and their labels, in its data folder."""

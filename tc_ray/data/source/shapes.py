@@ -7,17 +7,12 @@ blanks and line ends included. Pure functions, called by `encode`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tc_ray.data.source.records import ONE_OBJECT, BadRow, DoubledKeys, LongInteger
+from tc_ray.data.source.records import ONE_OBJECT, BadRow
 
 ROLES = ("system", "user", "assistant")
-DOUBLED_KEY = "a key stands twice in one object; the last one counts"
-EARLIER_TURNS = "earlier assistant turns belong to the prompt, only the last one is trained on"
-NOT_READ = ("system", "history", "tools")
-"""Fields of other tools' records that change the prompt, and that are not read."""
 _SHOWN_FIELDS = 10
 _WHOLE = 2.0**53
 """From here on not every whole number is a float."""
@@ -34,15 +29,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """The prompt (`turns`), the text to learn (`completion`), and the answer that counts as right (`answer`).
-
-    notes: what the user should know about a record that is used.
-    """
+    """The prompt (`turns`), the text to learn (`completion`), and the answer that counts as right (`answer`)."""
 
     turns: tuple[Turn, ...]
     completion: str | None
     answer: str | None
-    notes: tuple[str, ...] = ()
 
 
 class _Refused(Exception):
@@ -63,22 +54,9 @@ def to_example(value: Any, *, held_out: bool) -> Example | BadRow:
         answer = _answer(value)
         if completion is None and answer is None:
             raise _Refused("answer", "neither a completion nor an answer", "give one of them, else nothing to measure")
-        return Example(turns, completion, answer, tuple(_notes(value, turns)))
+        return Example(turns, completion, answer)
     except _Refused as refused:
         return refused.bad
-
-
-def _notes(value: dict[str, Any], turns: tuple[Turn, ...]) -> Iterator[str]:
-    messages = _get(value, "messages") or []
-    if any(isinstance(found, DoubledKeys) for found in (value, *messages)):
-        yield DOUBLED_KEY
-    if any(turn.role == "assistant" for turn in turns):
-        yield EARLIER_TURNS
-    for name in NOT_READ:
-        if _get(value, name):
-            yield f"the field {name} is not read"
-    if any(message.get("tool_calls") for message in messages):
-        yield "the field tool_calls is not read"
 
 
 def _get(value: dict[str, Any], field: str) -> Any:
@@ -156,8 +134,6 @@ def _answer(value: dict[str, Any]) -> str | None:
         return None
     if isinstance(answer, bool):
         return str(answer).lower()
-    if isinstance(answer, float) and math.isinf(answer):
-        raise _Refused("answer", "is not a finite number", "write it as text or a number")
     if isinstance(answer, float) and answer.is_integer() and abs(answer) < _WHOLE:
         return str(int(answer))  # pandas writes whole numbers as floats where one is absent
     if isinstance(answer, (int, float)):
@@ -169,8 +145,6 @@ def _answer(value: dict[str, Any]) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, LongInteger):
-        return f"a number of {value.digits} digits"
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}

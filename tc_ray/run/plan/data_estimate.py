@@ -6,6 +6,7 @@ data is generated into a temporary folder, so nothing is left on disk. Called by
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 from collections.abc import Iterable
@@ -13,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tc_ray.config.data import EMBEDDED, DataSection
+from tc_ray.config.data import DataSection
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.encode.split import row_count
 from tc_ray.data.source.embedded import for_fallback, write_generated_set
-from tc_ray.data.source.errors import DataError
-from tc_ray.data.source.find import find_sources, is_absent
-from tc_ray.data.source.records import Record, iter_records
+from tc_ray.data.source.find import find_sources
+from tc_ray.data.source.records import DataError, Record, iter_records
 from tc_ray.data.source.sequences import SequenceReader, label_items, scan
 
 if TYPE_CHECKING:
@@ -39,27 +39,7 @@ class DataEstimate:
     mean_target_tokens: float
     target_ids: int
     sampled: int
-    bad: int = 0
-    """Records of the sample that the run would leave out as bad."""
-    records: int = 0
-    """Size of the sample, bad ones included."""
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """`records` drawn from `total`, and the settings to read them with. held_out: sizes that are still cut from them."""
-
-    records: list[Record]
-    total: int
-    config: DataSection
-    held_out: list[float]
-    notes: tuple[str, ...] = ()
-
-
-def is_embedded(config: DataSection) -> bool:
-    """Whether the run will use the embedded data set: by its config, or as the fallback for absent files."""
-    return config.train == EMBEDDED or (config.fallback == EMBEDDED and is_absent(config))
+    notes: tuple[str, ...]
 
 
 def estimate(
@@ -74,69 +54,47 @@ def estimate(
     """Rows and mean lengths of the training data.
 
     Raises:
-        DataError: the files are absent, cannot be read or hold no usable row, their part is not clear, the embedded task is
-            unknown, or a row of the sample has a token that a model of `vocab_size` tokens does not embed.
+        DataError: the files are absent or cannot be read, too many records of the sample are bad, their part is not clear, the
+            embedded task is unknown, or a row of the sample has a token that a model of `vocab_size` tokens does not embed.
     """
     encoder = Encoder(config, tokenizer, seed, encoder_decoder, vocab_size)
     encoder.check()
-    draw = _draw_sequences if config.format == "sequences" else _draw_examples
     with tempfile.TemporaryDirectory() as folder:
-        sample = draw(config, Path(folder), sample_rows, seed)
-    lengths, targets, ids, bad = [], [], set(), 0
-    first_bad = ""
-    encoder = replace(encoder, config=sample.config)
-    for record in sample.records:
-        row = encoder.row(record, held_out=False)
-        if row["kind"] == "row":
-            encoder.check_id(max([*row["input_ids"], row["named_id"] or -1]))
-            lengths.append(len(row["input_ids"]))
-            targets.append(len(row["input_ids"]) - row["target_start"])
-            ids.update(row["input_ids"][row["target_start"] :])
-        if row["kind"] == "bad":
-            bad += 1
-            field = f", field {row['field']}" if row["field"] else ""
-            first_bad = (
-                first_bad or f"; the first bad one: {row['unit']} {row['place']}{field}: {row['problem']}; {row['fix']}"
-            )
-    if not lengths:
-        long = len(sample.records) - bad
-        raise DataError(
-            f"of {len(sample.records)} records {bad} are bad, {long} have a prompt longer than data.cutoff_tokens{first_bad}"
+        found = find_sources(config)
+        files = found.files["train"]
+        if not files:
+            files = [write_generated_set(config, Path(folder), seed)]
+            encoder = replace(encoder, config=for_fallback(config))
+        records, total = _sample(_records(config, files, seed), sample_rows, seed)
+    rows = [encoder.row(record, held_out=False) for record in records]
+    good, bad = ([row for row in rows if row["kind"] == kind] for kind in ("row", "bad"))
+    if not good or len(bad) > math.ceil(config.max_bad_fraction * len(rows)):
+        text = (
+            f"of {len(rows)} records {len(bad)} are bad, {len(rows) - len(bad) - len(good)} have a prompt longer than "
         )
-    readable = round(sample.total * len(lengths) / len(sample.records))
-    rows = readable - sum(max(1, row_count(size, readable)) for size in sample.held_out)
-    if config.max_train_rows is not None:
-        rows = min(rows, config.max_train_rows)
-    count = len(lengths)
-    means = sum(lengths) / count, sum(targets) / count
-    return DataEstimate(max(0, rows), *means, len(ids), count, bad=bad, records=len(sample.records), notes=sample.notes)
+        first = "; the first bad one: {unit} {place}: {field} {problem}; {fix}".format(**bad[0]) if bad else ""
+        raise DataError(f"{text}data.cutoff_tokens{first}")
+    encoder.check_id(max(max(row["input_ids"]) for row in good))
+    readable = round(total * len(good) / len(rows))
+    cuts = {"validation": config.validation_size, "test": config.test_size} if config.format == "examples" else {}
+    held_out = [max(1, row_count(size, readable)) for part, size in cuts.items() if size and not found.files[part]]
+    targets = [row["input_ids"][row["target_start"] :] for row in good]
+    return DataEstimate(
+        rows=min(max(0, readable - sum(held_out)), config.max_train_rows or readable),
+        mean_tokens=sum(len(row["input_ids"]) for row in good) / len(good),
+        mean_target_tokens=sum(map(len, targets)) / len(good),
+        target_ids=len(set().union(*targets)),
+        sampled=len(good),
+        notes=tuple(found.notes),
+    )
 
 
-def _draw_examples(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
-    if is_embedded(config):
-        # the length of a generated set is known, and a part of it has the same mean
-        part = config.model_copy(update={"embedded_rows": min(config.embedded_rows, size)})
-        records = list(iter_records(write_generated_set(part, folder, seed)))
-        cuts = [config.validation_size, config.test_size]
-        return _Sample(records, config.embedded_rows, for_fallback(config), [cut for cut in cuts if cut])
-    found = find_sources(config)
-    records, total = _sample((record for file in found.files["train"] for record in iter_records(file)), size, seed)
-    own = ((config.validation_size, "validation"), (config.test_size, "test"))
-    cuts = [cut for cut, part in own if cut and not found.files[part]]
-    return _Sample(records, total, config, cuts, tuple(found.notes))
-
-
-def _draw_sequences(config: DataSection, folder: Path, size: int, seed: int) -> _Sample:
-    notes: tuple[str, ...] = ()
-    if is_embedded(config):
-        files = [write_generated_set(config, folder, seed)]
-    else:
-        sources = find_sources(config)
-        files, notes = sources.files["train"], tuple(sources.notes)
+def _records(config: DataSection, files: list[Path], seed: int) -> Iterable[Record]:
+    if config.format == "examples":
+        return (record for file in files for record in iter_records(file))
     found = scan(files)
     read = SequenceReader("train", label_items(found.items, seed), found.left_out, config.sequences)
-    records, total = _sample((record for file in files for record in read(file)), size, seed)
-    return _Sample(records, total, config, [], notes)  # training rows only: nothing is cut from them
+    return (record for file in files for record in read(file))
 
 
 def _sample(records: Iterable[Record], size: int, seed: int) -> tuple[list[Record], int]:

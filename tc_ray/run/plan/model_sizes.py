@@ -23,7 +23,6 @@ HUB_SECONDS = 4.0
 class ModelConfig:
     """A model whose config can be read here. place: folder or hub id. local_only: the hub does not answer."""
 
-    name: str
     place: Path | str
     local_only: bool
     config: Any
@@ -71,12 +70,8 @@ def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -
     place = resolve_model(name, folder)
     local_only = isinstance(place, str) and not _hub_answers(name)
     try:
-        return ModelConfig(
-            name,
-            place,
-            local_only,
-            AutoConfig.from_pretrained(place, local_files_only=local_only, trust_remote_code=False),
-        )
+        read = AutoConfig.from_pretrained(place, local_files_only=local_only, trust_remote_code=False)
+        return ModelConfig(place, local_only, read)
     except (OSError, ValueError) as error:
         # the rest of the plan is still useful
         reason = "the hub does not answer, and the model is not in the cache" if local_only else first_line(error, 160)
@@ -149,9 +144,7 @@ def _has_own_head(model: ModelConfig) -> bool:
     return False in (saved.get("tie_word_embeddings"), saved.get("scale_decoder_outputs"))
 
 
-def _copilot_sizes(
-    config: RunConfig, pilot_config: Any, base_config: Any, data: DataEstimate | None
-) -> dict[str, int | None]:
+def _copilot_sizes(config: RunConfig, pilot_config: Any, base_config: Any, data: DataEstimate | None) -> dict[str, int]:
     from tc_ray.copilot.learner import with_adapters
     from tc_ray.models.copilot import Copilot, CopilotConfig
     from tc_ray.models.copilot.model import check_base, choose_layers
@@ -171,11 +164,9 @@ def _copilot_sizes(
             output_size=0 if config.copilot.output_tokens == "all" or data is None else data.target_ids,
         )
     )
-    total = sum(p.numel() for p in copilot.parameters())
-    trained = sum(p.numel() for p in with_adapters(copilot, config.copilot).parameters() if p.requires_grad)
-    return {
-        "copilot": total if known else None,
-        "copilot_trainable": trained if known else None,
-        "copilot_hidden_size": base_config.hidden_size,
-        "copilot_layers": len(layers),
-    }
+    sizes = {"copilot_hidden_size": base_config.hidden_size, "copilot_layers": len(layers)}
+    if known:
+        sizes["copilot"] = sum(p.numel() for p in copilot.parameters())
+        adapted = with_adapters(copilot, config.copilot)
+        sizes["copilot_trainable"] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return sizes

@@ -7,24 +7,20 @@ note says why. What the run would refuse, here and now, is in `refusals`, or rai
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tc_ray.cluster.session import cpus_needed, training_needs
-from tc_ray.config.load import load_saved_config, require_secrets
+from tc_ray.config.load import require_secrets
 from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.source.errors import DataError
-from tc_ray.run.plan.data_estimate import DataEstimate, estimate, is_embedded
+from tc_ray.data.source.records import DataError
+from tc_ray.run.plan.data_estimate import DataEstimate, estimate
 from tc_ray.run.plan.model_sizes import ModelConfig, ModelSizes, find_models, model_sizes
 from tc_ray.run.state import JobError, check_resume
 from tc_ray.text import byte_size, first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SAMPLE_ROWS = 400
 _ROW_BYTES = 64
@@ -49,17 +45,12 @@ class Plan:
     refusals: list[str]
 
     def __str__(self) -> str:
-        return "\n".join(redact(f"{label:<10} {text}".rstrip()) for label, text in self._lines())
-
-    def _lines(self) -> list[tuple[str, str]]:
-        """Label and text; a line without a label continues the one above."""
         config, data, run, resources = self.config, self.data, self.config.run, self.config.resources
         address = os.environ.get("RAY_ADDRESS")
         where = (
             f"joins the cluster at {address}" if address else f"a local one is started ({os.cpu_count()} cores here)"
         )
         gpus = f" and {sum(need.count for need in training_needs(config))} GPUs" if resources.gpus else ""
-        source = "the embedded data set" if is_embedded(config.data) else config.data.train
         rows = f"{_known(data, 'rows')} training rows, mean {_known(data, 'mean_tokens', '.0f')} tokens"
         split = f"{resources.pilot_workers} worker(s) x {config.pilot.micro_batch_size} x {config.accumulation_steps}"
         lines = [
@@ -68,7 +59,7 @@ class Plan:
             ("pilot", f"{config.model.pilot}: {_known(self.sizes, 'pilot')} parameters"),
             ("", f"{_method(config.pilot)}, {_known(self.sizes, 'pilot_trainable')} trained"),
             *self._copilot(),
-            ("data", source),
+            ("data", config.data.train),
             ("", f"{rows}, {_known(data, 'mean_target_tokens', '.0f')} of them targets"),
             ("batch", f"{config.pilot.batch_size} examples per round = {split} accumulation step(s)"),
             ("rounds", f"{_known(self, 'rounds')} ({config.pilot.epochs} epoch(s))"),
@@ -83,7 +74,7 @@ class Plan:
             ]
         for label, texts in (("note", self.notes), ("refused", self.refusals)):
             lines += zip([label, *[""] * len(texts)], texts, strict=False)
-        return lines
+        return "\n".join(redact(f"{label:<10} {text}".rstrip()) for label, text in lines)
 
     def _copilot(self) -> list[tuple[str, str]]:
         config, copilot, sizes = self.config, self.config.copilot, self.sizes
@@ -126,7 +117,7 @@ def make_plan(config: RunConfig) -> Plan:
             config, sizes, mean_tokens=data.mean_tokens, mean_targets=data.mean_target_tokens
         )
         if config.log.sampling == "mistakes":
-            notes.append("how many records have a mistake shows in the run: the bytes are predicted with every record")
+            notes.append("the log's bytes are predicted with every record")
     total = per_round * rounds if per_round is not None and rounds is not None else None
     free = shutil.disk_usage(next(p for p in (config.run.path, *config.run.path.parents) if p.exists())).free
     if total is not None and total > free:
@@ -134,10 +125,6 @@ def make_plan(config: RunConfig) -> Plan:
             "the predicted log does not fit on the disk: free space, lower pilot.epochs or log.top_k, or set log.positions=target"
         )
     steps = rounds * config.copilot.steps_per_round if rounds is not None and config.log.enabled else None
-    if os.environ.get("RAY_ADDRESS"):
-        notes.append(
-            "whether the cluster can hold the run is known when it is joined: a cluster that is too small is refused then"
-        )
     return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes, refusals)
 
 
@@ -200,67 +187,30 @@ def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: fl
 
 
 def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusals: list[str]) -> DataEstimate | None:
-    """As an earlier start with the same settings prepared it, else estimated."""
-    prepared = _prepared(config)
-    if prepared is not None:
-        return prepared
     if pilot is None:  # a note says why the model cannot be read
         return None
+    from transformers import AutoTokenizer
+
     from tc_ray.models.families import family_of
 
-    tokenizer = _tokenizer(config, pilot, notes, refusals)
-    if tokenizer is None:
-        return None
     try:
         found = estimate(
             config.data,
-            tokenizer,
+            AutoTokenizer.from_pretrained(pilot.place, local_files_only=pilot.local_only, trust_remote_code=False),
             sample_rows=SAMPLE_ROWS,
             seed=config.run.seed,
             encoder_decoder=family_of(pilot.config).encoder_decoder,
             vocab_size=pilot.config.vocab_size,
         )
     except DataError as error:
-        notes.append("data size unknown")
         refusals.append(f"data.train {config.data.train} on this machine: {error}")
-        return None
-    notes += found.notes
-    whole = found.records < SAMPLE_ROWS  # then the sample is all there is
-    if found.bad > math.ceil(config.data.max_bad_fraction * found.records):
-        text = f"{found.bad} of {found.records} records {'' if whole else 'in the sample '}of data.train are bad, more than "
-        (refusals if whole else notes).append(f"{text}data.max_bad_fraction {config.data.max_bad_fraction:g} allows")
-    notes.append(f"rows and lengths are estimated from {found.sampled} rows; the run measures them")
-    return found
-
-
-def _prepared(config: RunConfig) -> DataEstimate | None:
-    folder = config.run.path
-    if not (folder / "data" / "data.json").is_file() or not (folder / "config.yaml").is_file():
-        return None
-    earlier = load_saved_config(folder / "config.yaml")
-    if (earlier.data, earlier.model.pilot, earlier.run.seed) != (config.data, config.model.pilot, config.run.seed):
-        return None
-    import numpy as np
-
-    from tc_ray.data.prepared.train_table import TrainTable
-
-    table = TrainTable(folder / "data" / "train.parquet")
-    count, rows = len(table), np.arange(len(table))
-    tokens, targets = table.tokens(rows) / count, table.target_tokens(rows) / count
-    return DataEstimate(count, tokens, targets, len(table.target_ids()), count)
-
-
-def _tokenizer(
-    config: RunConfig, pilot: ModelConfig, notes: list[str], refusals: list[str]
-) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(pilot.place, local_files_only=pilot.local_only, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        notes.append("data size unknown")
         refusals.append(f"the tokenizer of {config.model.pilot} cannot be read here ({first_line(error, 160)})")
-        return None
+    else:
+        notes += [*found.notes, f"rows and lengths are estimated from {found.sampled} rows; the run measures them"]
+        return found
+    notes.append("data size unknown")
+    return None
 
 
 def _rounds(config: RunConfig, data: DataEstimate | None, notes: list[str], refusals: list[str]) -> int | None:

@@ -1,61 +1,19 @@
-"""Options of one value are given once; what `train-copilot` prints beside its loss is of the same kind."""
+"""Overrides and storage options are given once; what `train-copilot` prints beside its loss is of the same kind."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.main import get_command
 
-from tc_ray.cli.command import OnceCommand, run_command
-from tc_ray.cli.main import app
 from tc_ray.config.load import load_config
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.copilot.from_log import TrainedCopilot
 from tc_ray.inspection.source import find_log
 
 ROOT = Path(__file__).parents[3]
-
-
-def commands(group: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*above, name))
-        else:
-            yield (*above, name), command
-
-
-COMMANDS = dict(commands(get_command(app)))
-SINGLE = [
-    (path, option.opts[0])
-    for path, command in COMMANDS.items()
-    for option in command.params
-    if option.param_type_name == "option" and not option.is_flag and not option.multiple and option.name != "help"
-]
-
-
-@pytest.mark.parametrize(
-    ("path", "option"), SINGLE, ids=lambda value: " ".join(value) if isinstance(value, tuple) else value
-)
-def test_an_option_given_twice_is_refused(
-    path: tuple[str, ...], option: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Fault 14: `tc-ray eval --data a --data b` silently took the last."""
-    arguments = [*path, "x", option, "1", f"{option}=2"]
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda: app(arguments))
-    assert ended.value.code == 2
-    shown = " ".join(capsys.readouterr().err.split())
-    assert option in shown and "2 times" in shown, shown
-
-
-def test_every_command_looks_for_options_given_twice() -> None:
-    assert all(isinstance(command, OnceCommand) for command in COMMANDS.values())
-    assert (("eval",), "--data") in SINGLE and len(SINGLE) > 20
 
 
 def test_the_job_script_refuses_a_second_recipe() -> None:
@@ -65,9 +23,9 @@ def test_the_job_script_refuses_a_second_recipe() -> None:
 
 
 def test_an_override_and_a_storage_option_are_given_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pilot\.epochs is given 2 times"):
+    with pytest.raises(ConfigError, match=r"pilot\.epochs replaces an earlier one"):
         load_config(None, ["pilot.epochs=1", "data.seed=1", "pilot.epochs=2"])
-    with pytest.raises(ValueError, match="--storage-option region is given twice"):
+    with pytest.raises(ValueError, match="--storage-option: give each KEY once"):
         find_log("s3://bucket/log", ["region=a", "key=b", "region=c"])
 
 

@@ -17,7 +17,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import group as copilot_group
 from tc_ray.copilot.group import CopilotError, CopilotGroup
 from tc_ray.copilot.worker import CopilotJob
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 from tc_ray.mistakelog.table.errors import WriterError
 from tc_ray.pilot import trainer
 from tc_ray.pilot.loop import PilotJob

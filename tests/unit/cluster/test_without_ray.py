@@ -47,8 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a status, metrics and a log of its own."""
     folder = tmp_path_factory.mktemp("run")
     config = RunConfig.model_validate({"run": {"name": "trial", "folder": folder}, "tracking": {"enabled": False}})
-    tracker = Tracker(config, folder)
-    tracker.plan(rounds_total=2, copilot_steps_total=2)
+    tracker = Tracker(config, folder, {"rounds_total": 2, "copilot_steps_total": 2})
     tracker.pilot(1, {"loss": 3.0, "tokens": 100})
     tracker.finish("done")
     make_tokenizer().save_pretrained(folder / "pilot" / "final")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jobs.config_page import page
 from tc_ray.config.fields import config_fields
-from tc_ray.config.reference import page
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tc_ray.config.reference > docs/config.md"
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m jobs.config_page > docs/config.md"
 
 
 def test_every_field_has_a_row() -> None:

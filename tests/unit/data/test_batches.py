@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tc_ray.data.prepared.batches import RoundOrder, collate
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 
 
 @pytest.mark.parametrize(("rows", "batch", "epochs"), [(10, 4, 3), (16, 4, 2), (7, 7, 3), (5, 4, 9), (100, 16, 1)])

@@ -6,7 +6,6 @@ Ray's tasks are replaced by a loop in this process; tests/cluster/data/test_prep
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tc_ray.data.encode import encode as encode_module
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 from tests.support.data_cases import CASES, HELD, SUMS, Case, lines, strict_tokenizer
 from tests.support.tiny_model import make_tokenizer
 
@@ -180,18 +179,3 @@ def test_a_folder_as_test_data_gives_its_test_files(tmp_path: Path) -> None:
         Encoder(section(tmp_path / "d"), make_tokenizer(), 1), str(tmp_path / "d"), tmp_path / "eval"
     )
     assert found.rows["test"] == 20 and any("train.jsonl" in note for note in found.notes)
-
-
-def test_names_that_no_one_can_read_and_links_do_not_vanish(tmp_path: Path) -> None:
-    """Fault 19: other ways for a file to be left out without a word, or to end the run with an exception."""
-    folder = tmp_path / "d"
-    lines(folder / "a.jsonl", SUMS)
-    (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
-    (tmp_path / "other").mkdir()
-    (folder / "more").symlink_to(tmp_path / "other")
-    (folder / "_hidden.jsonl").write_text("{}")
-    prepared = prepare(Encoder(section(folder), make_tokenizer(), 1), tmp_path / "out")
-    assert any("_hidden.jsonl, gone.jsonl, more" in line for line in prepared.describe())
-    (folder / os.fsdecode(b"b\xff.jsonl")).write_text("{}")
-    with pytest.raises(DataError, match=r"b\\udcff\.jsonl: the name is not valid UTF-8"):
-        prepare(Encoder(section(folder), make_tokenizer(), 1), tmp_path / "out")

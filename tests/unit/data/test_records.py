@@ -18,8 +18,7 @@ from tc_ray.data.encode.prompts import render_prompt
 from tc_ray.data.encode.split import cut, prompt_key
 from tc_ray.data.encode.tokenize import encode
 from tc_ray.data.source.embedded import write_embedded
-from tc_ray.data.source.errors import DataError
-from tc_ray.data.source.records import BadRow, iter_records
+from tc_ray.data.source.records import BadRow, DataError, iter_records
 from tc_ray.data.source.shapes import Example, Turn, to_example
 from tc_ray.evaluation.numbers import evaluate_expression
 
@@ -58,7 +57,7 @@ def test_json_array_and_lines_in_one_suffix(tmp_path: Path) -> None:
     lines.write_text('{"a": 1}\n{"a": 2}\n')
     assert [record.value for record in iter_records(array)] == [record.value for record in iter_records(lines)]
     array.write_text('[{"a": 1},\n {"a" 2}]')
-    with pytest.raises(DataError, match=r"a\.json, line 2, column 7"):
+    with pytest.raises(DataError, match=r"a\.json: not JSON .*line 2 column 7"):
         list(iter_records(array))
 
 

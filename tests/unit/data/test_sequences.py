@@ -16,8 +16,8 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.encode.tokenize import completion_ids, encode, prompt_ids
 from tc_ray.data.source.embedded import FOLLOW, SUCCESSORS, write_generated
-from tc_ray.data.source.errors import DataError
 from tc_ray.data.source.find import find_sources
+from tc_ray.data.source.records import DataError
 from tc_ray.data.source.sequences import SequenceReader, label_items, read_items, scan, write_items
 from tc_ray.data.source.shapes import Example, Turn
 from tc_ray.run.plan.data_estimate import estimate
@@ -110,7 +110,7 @@ def test_only_text_files_hold_sequences(tmp_path: Path) -> None:
     found = find_sources(DataSection(train=str(tmp_path), format="sequences"))
     assert found.files["train"] == [text] and "x.jsonl" in found.notes[0]
     assert find_sources(DataSection(train=str(tmp_path))).files["train"] == [lines]
-    with pytest.raises(DataError, match=r"unknown kind of file; convert it to one of \.txt"):
+    with pytest.raises(DataError, match=r"unknown kind of file; convert it to \.txt"):
         find_sources(DataSection(train=str(lines), format="sequences"))
     (tmp_path / "test.txt").write_text("u a b c")
     with pytest.raises(DataError, match=r"holds test\.txt beside .* the last items of each user"):

@@ -13,7 +13,7 @@ from tc_ray.config.data import DataSection
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
-from tc_ray.data.source.errors import DataError
+from tc_ray.data.source.records import DataError
 from tc_ray.run.plan.plan import make_plan
 from tests.support.data_cases import SUMS, lines
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer
@@ -22,12 +22,9 @@ ROWS = [{"prompt": f"<tool>{i}", "completion": "x"} for i in range(60)]
 REFUSED = r"token '<tool>' has the id 258, but the model embeds 258 tokens .*resize_token_embeddings"
 
 
-def grown_tokenizer(*, special: bool) -> Any:
+def grown_tokenizer() -> Any:
     tokenizer = make_tokenizer()
-    if special:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
-    else:
-        tokenizer.add_tokens(["<tool>"])
+    tokenizer.add_tokens(["<tool>"])
     return tokenizer
 
 
@@ -35,10 +32,9 @@ def section(folder: Path, rows: list[dict[str, str]]) -> DataSection:
     return DataSection(train=str(lines(folder / "t.jsonl", rows)), template="plain", plain_template="{prompt}>")
 
 
-@pytest.mark.parametrize("special", [True, False])
-def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_path: Path, special: bool) -> None:
+def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_path: Path) -> None:
     """Fault 20: it ended in an IndexError in the worker, which Ray Train tried again and again."""
-    tokenizer, config = grown_tokenizer(special=special), section(tmp_path, ROWS)
+    tokenizer, config = grown_tokenizer(), section(tmp_path, ROWS)
     with pytest.raises(DataError, match=REFUSED):
         prepare(Encoder(config, tokenizer, 1, vocab_size=258), tmp_path / "out")
     with pytest.raises(DataError, match=REFUSED):
@@ -55,7 +51,7 @@ def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_
 def test_in_test_rows_too(tmp_path: Path) -> None:
     config = section(tmp_path, SUMS).model_copy(update={"test": str(lines(tmp_path / "x.jsonl", ROWS))})
     with pytest.raises(DataError, match=REFUSED):
-        prepare(Encoder(config, grown_tokenizer(special=False), 1, vocab_size=258), tmp_path / "out")
+        prepare(Encoder(config, grown_tokenizer(), 1, vocab_size=258), tmp_path / "out")
 
 
 @pytest.mark.parametrize("role", ["eos_token", "pad_token"])

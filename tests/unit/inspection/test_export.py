@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from tc_ray.inspection.export import FIELDS, ExportError, export_jsonl, export_parquet
+from tc_ray.inspection.export import ExportError, export_jsonl
 from tc_ray.inspection.source import LogNotFoundError, find_log
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
-from tc_ray.mistakelog.rows.records import Records
-from tc_ray.mistakelog.rows.schema import LogMetadata
-from tests.support.inspection_samples import DIM, make_examples, make_log
-from tests.support.mistakelog_samples import assert_same
+from tests.support.inspection_samples import make_examples, make_log
 from tests.support.tiny_model import make_tokenizer
 
 EXAMPLES = make_examples(samples=5, epochs=3)
@@ -27,38 +22,17 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> MistakeLog:
     return MistakeLog(make_log(tmp_path / "log", EXAMPLES, dense=request.param == "dense"))
 
 
-def test_parquet_files_hold_the_rows_and_can_be_read_alone(log: MistakeLog, tmp_path: Path) -> None:
-    out = tmp_path / "rows.parquet"
-    done = export_parquet(log, out)
-    assert (done.rows, done.bytes) == (len(EXAMPLES), out.stat().st_size)
-    table = pq.read_table(out)
-    assert_same(Records.from_arrow(table), log.records())
-    assert (
-        LogMetadata.from_configuration(
-            {key.decode(): value.decode() for key, value in table.schema.metadata.items()}, "here"
-        )
-        == log.metadata
-    )
-
-
-def test_one_parquet_file_of_some_rounds_and_columns(log: MistakeLog, tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "some.parquet"
-    export_parquet(log, out, (2, 4), ["sample_id", "token_loss"])
-    table = pq.read_table(out)
-    assert table.column_names == ["sample_id", "token_loss"]
-    assert table["sample_id"].to_pylist() == [e.sample for e in EXAMPLES if 2 <= e.round <= 4]
-    assert export_parquet(log, tmp_path / "none.parquet", (900, 901)).rows == 0
-    assert pq.read_table(tmp_path / "none.parquet").num_rows == 0
-
-
 def test_json_lines_hold_the_rows(log: MistakeLog, tmp_path: Path) -> None:
     texts = TokenTexts(make_tokenizer(), "")
     out = tmp_path / "rows.jsonl"
-    export_jsonl(log, out, texts)
+    assert export_jsonl(log, out, texts) == len(EXAMPLES)
+    assert export_jsonl(log, tmp_path / "deep" / "some.jsonl", texts, (2, 4)) == sum(
+        2 <= e.round <= 4 for e in EXAMPLES
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == len(EXAMPLES)
     for line, example in zip(lines, EXAMPLES, strict=True):
-        assert set(line) == set(FIELDS) - {"states", "states_first"}
+        assert line["run"] == log.metadata.run and line["target_start"] == len(example.prompt)
         assert (line["round"], line["sample_id"], line["seen"]) == (example.round, example.sample, example.seen)
         assert line["input_ids"] == example.prompt + example.answer
         assert line["prompt"] == texts.sequence(example.prompt) and line["answer"] == texts.sequence(example.answer)
@@ -74,36 +48,15 @@ def test_json_lines_hold_the_rows(log: MistakeLog, tmp_path: Path) -> None:
             assert [o["p"] for o in token["instead"]] == sorted((o["p"] for o in token["instead"]), reverse=True)
 
 
-def test_states_as_numbers(log: MistakeLog, tmp_path: Path) -> None:
-    texts, out = TokenTexts(None, ""), tmp_path / "rows.jsonl"
-    with pytest.raises(ExportError, match="give --states too"):
-        export_jsonl(log, out, texts, None, ["states"])
-    export_jsonl(log, out, texts, None, ["sample_id", "states", "states_first"], states=True)
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    records = log.records()
-    for i, line in enumerate(lines):
-        bits = records.rationale[records.rationale_offsets[i] : records.rationale_offsets[i + 1]]
-        values = (bits.astype(np.uint32) << 16).view(np.float32)
-        assert line["states"] == values.tolist() and len(line["states"][0][0]) == DIM
-        length = int(np.diff(records.seq_offsets)[i])
-        assert line["states_first"] + len(line["states"]) == length - 1
-
-
 def test_nothing_is_replaced_and_nothing_half_is_left(log: MistakeLog, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     out.write_text("mine")
     with pytest.raises(ExportError, match="exists already"):
         export_jsonl(log, out, TokenTexts(None, ""))
-    with pytest.raises(ExportError, match="--columns: hat is none of run"):
-        export_parquet(log, tmp_path / "a", None, ["hat"])
     broken = tmp_path / "log" / log.files[1].name
     broken.write_bytes(b"PAR1")
-    for export in (
-        lambda: export_parquet(log, tmp_path / "b"),
-        lambda: export_jsonl(log, tmp_path / "c", TokenTexts(None, "")),
-    ):
-        with pytest.raises(ExportError, match=r"1 files of the log are damaged .* nothing was exported"):
-            export()
+    with pytest.raises(ExportError, match=r"1 files of the log are damaged .* nothing was exported"):
+        export_jsonl(log, tmp_path / "b", TokenTexts(None, ""))
     assert out.read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "rows.jsonl"]
 

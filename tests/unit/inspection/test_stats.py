@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +11,12 @@ import pytest
 
 from tc_ray.inspection.rows import stream
 from tc_ray.inspection.samples import SampleNotFoundError, across_epochs, find_visits, percent, thinned, visits_of
-from tc_ray.inspection.stats import LogStats, RoundBins, collect
-from tc_ray.inspection.tallies import Examples, PositionMap, SampleTable, TokenTable
+from tc_ray.inspection.stats import LogStats, collect, round_spans
+from tc_ray.inspection.tallies import PositionMap
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
+from tc_ray.mistakelog.rows.schema import LogSchemaError
 from tc_ray.mistakelog.table.store import LogStore
 from tests.support.inspection_samples import Example, make_examples, make_log
 from tests.support.mistakelog_samples import metadata
@@ -75,14 +74,9 @@ def test_totals_by_round_and_by_earlier_visits(log: MistakeLog) -> None:
         check_line(stats.by_round.line([round_ - 1]), [e for e in EXAMPLES if e.round == round_])
     for seen in range(4):
         check_line(stats.by_seen.line([seen]), [e for e in EXAMPLES if e.seen == seen])
-        assert stats.seen_from[seen] == min(e.round for e in EXAMPLES if e.seen == seen)
-    assert stats.most_seen == 3
-    first, last = stats.parts()
-    check_line(
-        {k: v for k, v in first.items() if k != "rounds"}, [e for e in EXAMPLES if e.round <= first["rounds"][1]]
-    )
-    check_line({k: v for k, v in last.items() if k != "rounds"}, [e for e in EXAMPLES if e.round >= last["rounds"][0]])
-    assert first["loss"] > last["loss"]
+    first, last = stats.over([(1, 3), (4, stats.last_round)])
+    check_line(first, [e for e in EXAMPLES if e.round <= 3])
+    check_line(last, [e for e in EXAMPLES if e.round > 3])
 
 
 def check_line(line: dict[str, float | int | None], examples: list[Example]) -> None:
@@ -116,9 +110,9 @@ def test_missed_tokens_and_what_was_predicted_instead(log: MistakeLog) -> None:
 def test_samples_and_the_hardest_of_them(log: MistakeLog) -> None:
     stats = collect(log)
     mean = {s: np.concatenate([e.loss for e in EXAMPLES if e.sample == s]).mean() for s in range(9)}
-    order = [int(stats.samples.ids[i]) for i in stats.hardest(9)]
+    order = stats.hardest(9).sample_id.tolist()
     assert order == sorted(mean, key=lambda s: -mean[s])
-    for place, sample in enumerate(stats.samples.ids):
+    for place, sample in enumerate(stats.samples.sample_id):
         mine = [e for e in EXAMPLES if e.sample == sample]
         assert stats.samples.visits[place] == 4
         assert stats.samples.first_round[place] == mine[0].round
@@ -130,7 +124,7 @@ def test_samples_and_the_hardest_of_them(log: MistakeLog) -> None:
 
 def test_places_in_the_answer(log: MistakeLog) -> None:
     stats = collect(log)
-    assert stats.bins.width == 1
+    assert stats.spans == [(round, round) for round in range(1, stats.last_round + 1)]
     for example in EXAMPLES:
         column = example.round - 1
         same = [e for e in EXAMPLES if e.round == example.round]
@@ -140,8 +134,6 @@ def test_places_in_the_answer(log: MistakeLog) -> None:
             assert stats.positions.error[column, place] == pytest.approx(
                 sum(1 - np.exp(-e.loss[place]) for e in there), rel=1e-5
             )
-            first = sum(1 for e in there if not e.correct[place] and e.correct[:place].all())
-            assert stats.positions.first_wrong[column, place] == first
 
 
 def test_calibration(log: MistakeLog) -> None:
@@ -200,33 +192,10 @@ def other_truth(rows: Records) -> None:
     rows.error_ids[:, 0] = (rows.error_ids[:, 0] + 1) % 50
 
 
-def token_outside(rows: Records) -> None:
-    rows.input_ids[0] = 50
-
-
-def listed_outside(rows: Records) -> None:
-    rows.error_ids[0, 2] = -3
-
-
-def other_round(rows: Records) -> None:
-    rows.round[0] = 1
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (other_truth, "true tokens"),
-        (token_outside, "input_ids outside 0..49"),
-        (listed_outside, "error_ids outside 0..49"),
-        (other_round, "rounds outside 4 to 6"),
-    ],
-)
-def test_a_whole_file_that_contradicts_itself_is_left_out(
-    tmp_path: Path, spoil: Callable[[Records], None], reason: str
-) -> None:
-    stats = collect(MistakeLog(make_log(tmp_path / "log", EXAMPLES, spoil=spoil)))
-    assert len(stats.bad_files) == 1 and reason in stats.bad_files[0]
-    check_line(stats.by_round.line(slice(None)), [e for e in EXAMPLES if not 4 <= e.round <= 6])
+def test_a_file_that_contradicts_itself_is_named(tmp_path: Path) -> None:
+    log = MistakeLog(make_log(tmp_path / "log", EXAMPLES, spoil=other_truth))
+    with pytest.raises(LogSchemaError, match=rf"{log.files[1].name}: .* true tokens"):
+        collect(log)
 
 
 def test_visits_to_a_sample(log: MistakeLog) -> None:
@@ -235,7 +204,8 @@ def test_visits_to_a_sample(log: MistakeLog) -> None:
     assert [s.round for s in visits] == [e.round for e in mine]
     for visit, example in zip(visits, mine, strict=True):
         assert visit.prompt.tolist() == example.prompt and visit.truth.tolist() == example.answer
-        assert [visit.predicted(i) for i in range(len(example.answer))] == predicted(example)
+        heard = np.where(visit.correct, visit.truth, visit.others[:, 0])
+        assert heard.tolist() == predicted(example)
         assert all(v.base is None for v in vars(visit).values() if isinstance(v, np.ndarray)), "keeps a file in memory"
         assert visit.wrong == (~example.correct).sum()
         assert visit.p_true(0) == pytest.approx(example.p[0, example.answer[0]], rel=1e-4)
@@ -247,17 +217,18 @@ def test_visits_to_a_sample(log: MistakeLog) -> None:
     assert find_visits(log, []) == {}
 
 
-def test_across_epochs_names_each_sample_once() -> None:
-    none = SampleTable.of(Examples.of([]))
-    table = dataclasses.replace(
-        none,
-        ids=np.arange(5),
-        visits=np.array([3, 3, 3, 1, 2]),
-        first_loss=np.array([5.0, 1.0, 3.0, 9.0, 0.2]),
-        last_loss=np.array([0.1, 2.5, 2.9, 9.0, 0.2]),
-    )
-    assert across_epochs(table, each=1) == [("learned", 0), ("got worse", 1), ("still hard", 2)]
-    assert across_epochs(none) == []
+def test_across_epochs_are_the_largest_changes() -> None:
+    names = ("sample_id", "visits", "first_loss", "last_loss")
+    columns = [
+        np.arange(5),
+        np.array([3, 3, 3, 1, 2]),
+        np.array([5.0, 1, 3, 9, 0.2]),
+        np.array([0.1, 2.5, 2.9, 9, 0.2]),
+    ]
+    table = np.rec.fromarrays(columns, names=names)  # type: ignore[call-overload]
+    assert across_epochs(table, 1) == [("learned", 0), ("got worse", 1)]
+    assert across_epochs(table, 3) == [("learned", 0), ("learned", 2), ("got worse", 1)]
+    assert across_epochs(table[:0], 3) == []
 
 
 def test_longer_answers_share_columns() -> None:
@@ -273,42 +244,17 @@ def test_longer_answers_share_columns() -> None:
     found = PositionMap(1)
     for example in (short, long, short):
         found.add(np.zeros(1, int), Rows(example))  # type: ignore[arg-type]
-    assert (found.width, found.used) == (4, 50)
-    assert found.tokens[0, :2].tolist() == [10, 4] and found.tokens.sum() == 206
-    assert found.first_wrong[0, 0] == 3 and found.first_wrong.sum() == 3
-
-
-def test_too_many_pairs_keep_the_frequent_ones_and_say_so() -> None:
-    rng = np.random.default_rng(0)
-    exact: Counter[tuple[int, int]] = Counter()
-    table = TokenTable(1000, max_pairs=200)
-    for _ in range(20):
-        truth, heard = np.minimum(rng.geometric(0.05, (2, 400)), 999)
-
-        class Rows:
-            correct = np.zeros(400, bool)
-            predicted = heard
-
-        Rows.truth = truth  # type: ignore[attr-defined]
-        table.add(Rows())  # type: ignore[arg-type]
-        exact.update(zip(truth.tolist(), heard.tolist(), strict=True))
-    assert table.uncounted > 0
-    for truth in range(1000):
-        for heard, times in table.instead_of(truth):
-            assert exact[truth, heard] - table.uncounted <= times <= exact[truth, heard]
-    (truth, heard), _ = exact.most_common(1)[0]
-    assert table.instead_of(truth, 1)[0][0] == heard
+    assert (found.width, found.means().shape) == (8, (1, 25))
+    assert found.tokens[0, :2].tolist() == [14, 8] and found.tokens.sum() == 206
 
 
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 120), (5, 125), (1, 3597), (0, 10**6)])
-def test_round_bins_cover_each_round_once(first: int, last: int) -> None:
-    bins = RoundBins.over(first, last)
-    spans = bins.spans
+def test_spans_cover_each_round_once(first: int, last: int) -> None:
+    spans = round_spans(first, last, 120)
     assert len(spans) <= 120
     assert spans[0][0] == first and spans[-1][1] == last
     assert all(b[0] == a[1] + 1 for a, b in itertools.pairwise(spans))
-    for low, high in spans:
-        assert bins.index(np.array([low, high])).tolist() == [spans.index((low, high))] * 2
+    assert {high - low for low, high in spans[:-1]} <= {spans[0][1] - spans[0][0]}
 
 
 def test_thinned_keeps_both_ends() -> None:
@@ -330,4 +276,4 @@ def test_an_empty_log_has_statistics(tmp_path: Path) -> None:
     stats = collect(MistakeLog(tmp_path))
     assert isinstance(stats, LogStats) and stats.rows == 0
     document = stats.to_dict(TokenTexts(None, ""), 3)
-    assert document["rows"] == 0 and document["first_rounds"] is None and document["hardest_samples"] == []
+    assert document["rows"] == 0 and document["loss"] is None and document["hardest_samples"] == []

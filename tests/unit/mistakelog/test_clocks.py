@@ -17,8 +17,7 @@ from tc_ray.mistakelog.table.lease import STALE_SECONDS, LeaseHeldError, RunLeas
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.pilot import engine
-from tc_ray.tracking.progress import silence
-from tc_ray.tracking.statusfile import silent_seconds
+from tc_ray.tracking.statusfile import silence, silent_seconds
 from tests.support.mistakelog_samples import metadata
 from tests.unit.mistakelog.test_compaction import written
 

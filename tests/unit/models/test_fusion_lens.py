@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tc_ray.models.fusion import Explain, Explanation, FusedModel, draw_logit_lens
 from tc_ray.models.fusion.explain import token_text
-from tc_ray.models.fusion.lens_picture import _Words
+from tc_ray.models.fusion.lens_picture import words_of
 from tests.support.family_layers import final_norm
 from tests.support.family_reference import pilot_pass
 from tests.support.family_samples import left_padded, make_copilot, new_pilot, prompts, quiet, reference_model
@@ -102,7 +102,7 @@ def test_cells_say_what_the_explanation_says() -> None:
     rows = [lens.ids[0, :n, layer] for layer in range(4)] + [
         top.ids[0, :n, 0] for top in (told.pilot_top, told.fused_top)
     ]
-    words = _Words(make_tokenizer(), {int(token) for row in rows for token in row} | set(told.tokens[0].tolist()))
+    words = words_of(make_tokenizer(), {int(token) for row in rows for token in row} | set(told.tokens[0].tolist()))
     cells = {text.get_position(): text for text in panel.texts}
     assert len(cells) == 6 * n
     bold = 0
@@ -138,11 +138,18 @@ def test_colours_are_probabilities() -> None:
         assert image.to_rgba(p)[0] == pytest.approx(1 - p * (1 - darkest), abs=0.01)
 
 
-def test_part_of_a_sequence_and_of_a_deep_model() -> None:
+def test_part_of_a_sequence() -> None:
     told = explained()
-    panel = figure(sequence=2, first=3, count=4, max_layers=2).axes[0]
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["layer 2", "layer 4", "Pilot", "fused"]
-    words = _Words(make_tokenizer(), told.tokens[2].tolist())
+    panel = figure(sequence=2, first=3, count=4).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [
+        "layer 1",
+        "layer 2",
+        "layer 3",
+        "layer 4",
+        "Pilot",
+        "fused",
+    ]
+    words = words_of(make_tokenizer(), told.tokens[2].tolist())
     assert [label.get_text() for label in panel.get_xticklabels()] == [words[t] for t in told.tokens[2, 3:7].tolist()]
 
 
@@ -173,7 +180,7 @@ def test_words_that_nobody_could_read() -> None:
     base = 258
     [blank] = tokenizer.encode(" ")
     [byte, _] = tokenizer.encode("\u00e8")
-    words = _Words(tokenizer, {blank, byte, base, base + 1, base + 2, base + 3, base + 4, 500})
+    words = words_of(tokenizer, {blank, byte, base, base + 1, base + 2, base + 3, base + 4, 500})
     assert words[blank] == "\u2423"
     assert words[byte] == f"#{byte}"
     assert words[base] == "\u2423tab\u21e5and\u21b5"

@@ -16,8 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tc_ray.config.load import load_config, save_config
+from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.data.encode.encode import Encoder
+from tc_ray.data.source.records import iter_records
 from tc_ray.models.families import UnknownFamilyError
 from tc_ray.models.identity import ModelSourceError
 from tc_ray.models.pilot.load import load_pilot
@@ -53,18 +55,19 @@ def test_heads_of_encoder_decoders_are_counted_as_they_are_saved(data: Path, tmp
     assert sum(p.numel() for p in load_pilot(tmp_path / "own", dtype=torch.float32).parameters()) == tied + 258 * 32
 
 
-def write_prepared(config: RunConfig, input_ids: list[list[int]], target_start: list[int]) -> None:
-    """The run folder of a run of `config` after its data phase, as far as a plan reads it."""
+def write_prepared(config: RunConfig, data: Path, encoder_decoder: bool) -> None:
+    """The training rows of a run of `config`, as far as a Copilot's output reads them."""
     folder = config.run.path / "data"
     folder.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.pilot)
+    encoder = Encoder(config.data, tokenizer, config.run.seed, encoder_decoder)
+    rows = [encoder.row(record, held_out=False) for record in iter_records(data)]
     columns = {
-        "sample_id": pa.array(range(len(input_ids)), pa.int64()),
-        "input_ids": pa.array(input_ids, pa.list_(pa.int32())),
-        "target_start": pa.array(target_start, pa.int32()),
+        "sample_id": pa.array(range(len(rows)), pa.int64()),
+        "input_ids": pa.array([row["input_ids"] for row in rows], pa.list_(pa.int32())),
+        "target_start": pa.array([row["target_start"] for row in rows], pa.int32()),
     }
     pq.write_table(pa.table(columns), folder / "train.parquet")
-    (folder / "data.json").write_text("{}")
-    save_config(config, config.run.path / "config.yaml")
 
 
 def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_sizes_are_those_of_the_models_that_are_trained(
         copilot={"layers": None, "method": method, "lora": {"rank": 2}} | copilot,
         log={"positions": "all" if decoder_only else "target"},
     )
-    write_prepared(config, [[1, 2, 3] * 5, [4] * 7 + [9] * 8], [12, 7])
+    write_prepared(config, data, not decoder_only)
     sizes = make_plan(config).sizes
     assert sizes is not None and sizes.encoder_decoder is not decoder_only
     pilot = add_adapters(load_pilot(pilot_folder, dtype=torch.float32), config.pilot)
@@ -138,6 +141,7 @@ def test_the_sample_obeys_pattern_cutoff_and_bad_rows(tiny: Path, tmp_path: Path
     section = config_of(tiny, str(file), tmp_path / "run").data
     section.completion_pattern = r"x = [^\n]*"
     section.cutoff_tokens = 64
+    section.max_bad_fraction = 0.5
     found = estimate(section, AutoTokenizer.from_pretrained(tiny), sample_rows=100, seed=0)
     assert found is not None
     assert found.rows == 60 - 8 - 8
@@ -161,25 +165,15 @@ def test_a_sample_of_many_rows_is_near_the_whole(tiny: Path, tmp_path: Path) -> 
 def test_embedded_data_and_fallback(tiny: Path, tmp_path: Path) -> None:
     embedded = {"embedded_rows": 1000, "validation_size": 100, "test_size": 100}
     plan = make_plan(config_of(tiny, "embedded", tmp_path / "run", data=embedded))
-    assert plan.data is not None and plan.data.rows == 800 and "the embedded data set" in str(plan)
+    assert plan.data is not None and plan.data.rows == 800 and "data       embedded" in str(plan)
     absent = make_plan(
         config_of(tiny, str(tmp_path / "no.jsonl"), tmp_path / "run", data=embedded | {"fallback": "embedded"})
     )
-    assert absent.data == plan.data
+    assert absent.data is not None and absent.data.rows == 800
+    assert "is absent: using the embedded data set" in str(absent)
     unknown = make_plan(config_of(tiny, str(tmp_path / "no.jsonl"), tmp_path / "run"))
     assert unknown.data is None and unknown.log_bytes is None
     assert "refused    data.train" in str(unknown) and "unknown training rows" in str(unknown)
-
-
-def test_what_is_prepared_is_counted_not_estimated(tiny: Path, data: Path, tmp_path: Path) -> None:
-    config = config_of(tiny, str(data), tmp_path / "run")
-    write_prepared(config, [[1, 2, 3], [4] * 5], [1, 2])
-    found = make_plan(config).data
-    assert found is not None and (found.rows, found.mean_tokens, found.mean_target_tokens) == (2, 4.0, 2.5)
-    assert "2 training rows cannot fill a round" in str(make_plan(config))
-    config.data.cutoff_tokens = 100  # other settings: what was prepared does not count
-    found = make_plan(config).data
-    assert found is not None and found.sampled == ROWS
 
 
 def test_what_no_run_could_start_with_is_refused(tiny: Path, data: Path, tmp_path: Path) -> None:

@@ -37,14 +37,12 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
     few = write(tmp_path / "few.jsonl", [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(12)])
     assert f"cannot fill a round of pilot.batch_size {BATCH}" in refusals(few)
     bad = [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(60)] + [{"prompt": 5}, {"prompt": "3+4"}]
-    assert "2 of 62 records of data.train are bad, more than data.max_bad_fraction 0.01" in refusals(
-        write(tmp_path / "bad.jsonl", bad)
-    )
+    assert "of 62 records 2 are bad" in refusals(write(tmp_path / "bad.jsonl", bad))
     assert refusals(tmp_path / "bad.jsonl", data={"max_bad_fraction": 0.1}) == ""
     assert "absent.jsonl on this machine: " in refusals(tmp_path / "absent.jsonl")
     assert "absent.jsonl; correct the path" in refusals(tmp_path / "absent.jsonl")
     chats = write(tmp_path / "chats.jsonl", [{"conversations": []}] * 3)
-    assert "3 are bad" in refusals(chats) and "line 1: has the fields conversations; give messages" in refusals(chats)
+    assert "3 are bad" in refusals(chats) and "line 1:  has the fields conversations; give messages" in refusals(chats)
     assert "no test rows to measure with" in refusals(data={"test_size": 0})
     assert refusals(data={"test_size": 0}, log={"enabled": False}) == ""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

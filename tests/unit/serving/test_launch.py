@@ -167,7 +167,7 @@ def test_version_follows_the_content(export: Path) -> None:
         (["EXPORT", "serving.max_token=5"], "unknown key serving.max_token; did you mean serving.max_tokens"),
         (["EXPORT", "serving.replicas=2", "serving.max_replicas=1"], "max_replicas 1 is less than replicas 2"),
         (["EXPORT", "serving.drain_s=5"], "drain_s 5 is shorter than request_timeout_s 600"),
-        (["EXPORT", "serving.port=1"], "override serving.port is given 2 times"),
+        (["EXPORT", "serving.port=1"], "override serving.port replaces an earlier one"),
         (["EXPORT", "--host", "0.0.0.0"], "no API key is set"),
         (["EXPORT", "serving.key_file=absent"], "key file absent cannot be read"),
         (["EXPORT", "serving.cache_bytes=1000000000000000"], "not enough memory"),

@@ -10,9 +10,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from tc_ray.inspection.colours import contrast
 from tc_ray.serving.http.auth import BearerAuth, digest
 from tc_ray.serving.page.route import MEDIA_TYPES, router
+from tests.support.colours import contrast
 
 STATIC = files("tc_ray.serving.page").joinpath("static")
 TEXTS = {name: STATIC.joinpath(name).read_text("utf-8") for name in MEDIA_TYPES}

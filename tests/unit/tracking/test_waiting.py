@@ -1,24 +1,18 @@
-"""What a run waits for, in the progress line, the status and MLflow; and the status of a run that is stopped."""
+"""What a run waits for, in the progress line and the status; and the status of a run that is stopped."""
 
 from __future__ import annotations
 
 import io
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 from rich.console import Console
 
 from tc_ray.cli.status import status
 from tc_ray.config.schema import RunConfig
-from tc_ray.tracking.mlflow_writer import resolve_uri
-from tc_ray.tracking.progress import ProgressView
-from tc_ray.tracking.statusfile import read_status
-from tc_ray.tracking.tracker import WAITING_TAG, Tracker
-from tests.support.mlflow_store import new_store
+from tc_ray.tracking.statusfile import ProgressView, read_status
+from tc_ray.tracking.tracker import Tracker
 
 COMPILING = "compiling DeepSpeed's operator (first use, minutes)"
 
@@ -32,7 +26,6 @@ def shown(tracker: Tracker, is_terminal: bool = False) -> str:
     out = io.StringIO()
     view = ProgressView(Console(file=out, force_terminal=is_terminal, width=120))
     view.show(tracker.status())
-    view.close()
     return out.getvalue()
 
 
@@ -66,22 +59,6 @@ def test_a_line_is_printed_when_what_is_waited_for_changes(tmp_path: Path) -> No
         f"pilot {COMPILING}",
         "",
     ]
-
-
-def test_mlflow_has_it_as_a_tag(tmp_path: Path) -> None:
-    """Fault 22."""
-    new_store(tmp_path)
-    config = RunConfig.model_validate({"run": {"name": "trial", "folder": tmp_path / "trial"}})
-    tracker = Tracker(config, config.run.path)
-    tracker.waiting("pilot", COMPILING)
-    client = MlflowClient(tracking_uri=resolve_uri(config))
-    run_id = json.loads((config.run.path / "mlflow.json").read_text())["run_id"]
-    until = time.monotonic() + 10
-    while WAITING_TAG not in client.get_run(run_id).data.tags and time.monotonic() < until:
-        time.sleep(0.1)
-    assert client.get_run(run_id).data.tags[WAITING_TAG] == f"pilot {COMPILING}"
-    tracker.finish("failed")
-    assert client.get_run(run_id).data.tags[WAITING_TAG] == ""
 
 
 def test_a_stopped_run_has_its_status_before_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

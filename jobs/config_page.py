@@ -1,4 +1,4 @@
-"""The page docs/config.md, made from the schema: `python -m tc_ray.config.reference > docs/config.md`.
+"""The page docs/config.md, made from the schema: `python -m jobs.config_page > docs/config.md`.
 
 A test compares the page with what this makes, so the two cannot drift apart.
 """
@@ -14,7 +14,7 @@ from tc_ray.config.schema import RunConfig
 _INTRODUCTION = """# Configuration
 
 For those who write a recipe or change one: every setting, its default, what it may be, and what it means. The page is
-made from `tc_ray/config/` by `python -m tc_ray.config.reference > docs/config.md`; do not edit it by hand.
+made from `tc_ray/config/` by `python -m jobs.config_page > docs/config.md`; do not edit it by hand.
 
 A recipe is a YAML file of sections, each with some of the fields below. A field that it leaves out has the default. Any
 field can be set on the command line after the recipe, once each:
