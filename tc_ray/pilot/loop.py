@@ -111,8 +111,6 @@ class Worker:
             if self.rank == 0:
                 self._committed("finish_pilot", self.job.rounds)
 
-    # -- start ----------------------------------------------------------------------------------------------------
-
     def _restore(self) -> int:
         """Load the newest whole checkpoint; returns its round, 0 without one."""
         found, damaged = find_checkpoints(self.checkpoints)
@@ -144,8 +142,6 @@ class Worker:
             start_round=watermark,
         )
         return Recorder(writer, log, seed=self.config.run.seed, device=self.device)
-
-    # -- a round --------------------------------------------------------------------------------------------------
 
     def _round(self, number: int) -> dict[str, float]:
         """One optimizer step, left out on every rank if the loss or gradient of one is not finite (`LeftOut`).
@@ -213,8 +209,6 @@ class Worker:
         while self._answer("copilot_round") < number:
             time.sleep(LOCKSTEP_POLL_SECONDS)
 
-    # -- a checkpoint ---------------------------------------------------------------------------------------------
-
     def _checkpoint(self, number: int, *, wait: bool) -> bool:
         """Log first, then weights, then the marker: a marker promises both.
 
@@ -258,8 +252,6 @@ class Worker:
         name = first_not_finite(trained)
         if self._largest(float(name is not None)):
             raise NotFiniteError(f"{what} holds weights that are not finite ({name or 'on another rank'}); {advice}")
-
-    # -- the others -----------------------------------------------------------------------------------------------
 
     def _committed(self, method: str, *arguments: int) -> Any:
         """Answer of a Ledger call that writes to the log: without it the run cannot go on, so it waits for a full disk."""

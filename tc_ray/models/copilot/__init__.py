@@ -5,7 +5,7 @@ May import: models/pilot and the single-file modules of models. Read first: `mod
 """
 
 from tc_ray.models.copilot.batch import CopilotBatch
-from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.copilot.model import Copilot
+from tc_ray.models.copilot.stacks import CopilotConfig
 
 __all__ = ["Copilot", "CopilotBatch", "CopilotConfig"]

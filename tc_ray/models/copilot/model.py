@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tc_ray.models.copilot.batch import CopilotBatch
-from tc_ray.models.copilot.config import CopilotConfig
-from tc_ray.models.copilot.stacks import DecoderOnlyStack, EncoderDecoderStack
+from tc_ray.models.copilot.stacks import CopilotConfig, DecoderOnlyStack, EncoderDecoderStack
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.taps import tap_definition
 from tc_ray.models.weights import HEADS, load_whole
@@ -172,8 +171,6 @@ class Copilot(PreTrainedModel):
             copilot.error_embedding.weight.data[:common].copy_(own[:common])
         return copilot
 
-    # -- input rows and memory ------------------------------------------------------------------------------------
-
     @property
     def error_table(self) -> torch.Tensor:
         """E in W_in = A E^T, [V, d_C]."""
@@ -206,8 +203,6 @@ class Copilot(PreTrainedModel):
 
     def _normed(self, rationale: torch.Tensor) -> torch.Tensor:
         return self.rationale_norm(rationale.to(self.rationale_norm.weight.dtype))
-
-    # -- the layers -----------------------------------------------------------------------------------------------
 
     def decode(
         self,

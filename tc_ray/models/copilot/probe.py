@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from tc_ray.models.copilot.batch import CopilotBatch
-from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.copilot.model import Copilot
+from tc_ray.models.copilot.stacks import CopilotConfig
 from tc_ray.models.families import family_of
 from tc_ray.models.weights import ExportMismatchError, NotFiniteError
 

@@ -1,4 +1,4 @@
-"""Layers of a Copilot (section 3.1, appendix E.2), taken from a pretrained decoder and run as they are.
+"""The shape of a Copilot, and its layers (section 3.1, appendix E.2), taken from a pretrained decoder and run as they are.
 
 Decoder-only: self-attention layers see the error rows. The others (insertion patterns, table 18) attend to the memory with the same
 projections: the layer's own forward runs with the memory's keys and values and without rotation. So norms, softcaps, grouped heads
@@ -11,13 +11,13 @@ relative position bias over row numbers. Its cross-attention reads the memory in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig
 
-from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.families import family_of
 
 PATTERNS: dict[str, Callable[[int, int], bool]] = {
@@ -28,6 +28,40 @@ PATTERNS: dict[str, Callable[[int, int], bool]] = {
 }
 """(layer counted from 0, number of layers) -> the layer attends to the memory (table 18). `alternate` is the paper's best; the other
 three are this project's reading of the table's alternatives."""
+
+
+class CopilotConfig(PreTrainedConfig):
+    """Shape of a Copilot.
+
+    Args:
+        decoder: `to_dict()` of the decoder family's config, with the Copilot's own number of layers.
+        pilot_hidden_size: width d_P of the Pilot's states and embeddings.
+        vocab_size: V, width of the Pilot's logits at training; another Pilot's is aligned by token id.
+        pattern: of layers that attend to the Pilot (table 18). producing_state: add the state that produced p^_i to input row i.
+        pooling, tap_layers, positions: of the rationale (table 19, `log`). tap: the same in words.
+        output_size: A, tokens that f can be non-zero for; 0 is all of V.
+        tokenizer: `vocabulary_hash` of the tokenizer of its token ids; empty: unknown. source: of its first weights.
+    """
+
+    model_type = "tc_ray_copilot"
+
+    decoder: dict[str, Any] = field(default_factory=dict)
+    pilot_hidden_size: int = 0
+    vocab_size: int = 0
+    pattern: str = "alternate"
+    producing_state: bool = True
+    pooling: str = "mean"
+    tap_layers: list[int] | None = None
+    tap: str = ""
+    positions: str = "all"
+    output_size: int = 0
+    tokenizer: str = ""
+    source: str = ""
+
+    def decoder_config(self) -> PreTrainedConfig:
+        """The family's own config object."""
+        fields = dict(self.decoder)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def memory_layers(pattern: str, count: int) -> list[bool]:

@@ -121,8 +121,6 @@ class FusedCore(PreTrainedModel):
         """Remove the tap from the Pilot, which others may still use. Do not call this model afterwards."""
         self.tap.close()
 
-    # -- one call -------------------------------------------------------------------------------------------------
-
     def lambdas(self, lam: float | torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
         """lam as fp32 [batch]; ValueError for a number that is not finite, or a tensor of another shape."""
         if isinstance(lam, float) and not math.isfinite(lam):  # a tensor is not read: that would wait for the device
