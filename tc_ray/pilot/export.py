@@ -17,13 +17,13 @@ import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.prompts import serving_template
-from tc_ray.data.prepared.train_table import TrainTable
 from tc_ray.files import publish_folder
 from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.weights import ExportMismatchError, check_finite
 
 PROBE_ROWS = 4
+"""The first rows of a run, which its export is checked with."""
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
 """Difference of a row's mean loss that is allowed, as a share of that loss (of 1, if the loss is less).
 
@@ -32,11 +32,6 @@ small changes of large weights are lost: 0.105 was measured (SmolLM2-135M, LoRA 
 falls fastest), 0.015 later. The merge by itself is checked in fp32, because bf16 would hide an error of that size."""
 Row = Mapping[str, np.ndarray]
 """A batch of one row, see `TrainTable.batch`."""
-
-
-def probe_rows(table: TrainTable) -> list[Row]:
-    """The first rows of a run, which its export is checked with."""
-    return [table.batch(np.array([row])) for row in range(min(PROBE_ROWS, len(table)))]
 
 
 def save_merged(

@@ -31,7 +31,7 @@ from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.weights import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
 from tc_ray.pilot.engine import build_engine, take_step
-from tc_ray.pilot.export import probe_rows, save_merged
+from tc_ray.pilot.export import PROBE_ROWS, save_merged
 from tc_ray.pilot.record import Recorder
 
 LOCKSTEP_POLL_SECONDS = 0.05
@@ -104,7 +104,8 @@ class Worker:
             checkpoint_due |= last or number % self.config.pilot.checkpoint_every_rounds == 0
             if checkpoint_due:
                 checkpoint_due = not self._checkpoint(number, wait=last)
-        final, probe = self.checkpoints.with_name("final"), probe_rows(self.table)
+        final = self.checkpoints.with_name("final")
+        probe = [self.table.batch(np.array([row])) for row in range(min(PROBE_ROWS, len(self.table)))]
         save_merged(self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank)
         if self.recorder is not None:
             self.recorder.writer.close()

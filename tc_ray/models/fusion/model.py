@@ -17,7 +17,7 @@ from tc_ray.models import folder as layout
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.families import family_of
 from tc_ray.models.fusion.cache import FusedCache, FusedEncoderDecoderCache
-from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.fusion.core import fuse
 from tc_ray.models.fusion.generation import FusedGeneration
 from tc_ray.models.pilot.load import load_pilot
 

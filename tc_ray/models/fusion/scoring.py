@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tc_ray.models.fusion.cache import CopilotCache
-from tc_ray.models.fusion.core import FusedCore
-from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.fusion.core import FusedCore, fuse
 from tc_ray.models.pilot.taps import UNPOOLED, LayerTap
 
 CHUNK_ELEMENTS = 2**22

@@ -6,13 +6,10 @@ reading a weight (`check_folders`). Called by the driver, the workers, export an
 
 from __future__ import annotations
 
-from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import LoraSection, PilotSection
@@ -48,10 +45,9 @@ def load_pilot(
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
-    """Wrap with LoRA if `config.method` is lora. ValueError: `lora.first_layer` does not fit, or see `check_adapters`."""
+    """Wrap with LoRA if `config.method` is lora. ValueError: `lora.first_layer` does not fit."""
     if config.method == "full":
         return model
-    check_adapters(model, config)
     from peft import get_peft_model
 
     family, lora = family_of(model), config.lora
@@ -81,34 +77,14 @@ def lora_config(lora: LoraSection, family: Family, layers: int | None, **more: A
 
 
 def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:
-    """Refuse, before a worker starts, what the workers would refuse when they load the run's models. Reads no weight.
+    """Refuse, before a worker starts, folders that the workers would refuse to load. Reads no weight; hub ids are left to them.
 
-    pilot, base: as `resolve_model` gives them; a hub id is left to the workers, which download it.
-    Raises WeightsError: missing or unexpected tensors, or of another shape. ValueError: see `check_adapters`.
-    OSError: a folder has no weights at all.
+    Raises WeightsError: missing or unexpected tensors, or of another shape. OSError: a folder has no weights at all.
     """
     from transformers import AutoModel
 
-    if not isinstance(pilot, Path):
+    if config.model.random_weights or not isinstance(pilot, Path):
         return
-    random_weights = config.model.random_weights
-    with torch.device("meta") if random_weights else nullcontext():
-        model = load_pilot(pilot, dtype=torch.float32, random_weights=random_weights, names_only=True)
-    check_adapters(model, config.pilot)
-    if config.log.enabled and isinstance(base, Path) and base != pilot and not random_weights:
+    load_pilot(pilot, dtype=torch.float32, names_only=True)
+    if config.log.enabled and isinstance(base, Path) and base != pilot:
         load_whole(AutoModel, base, leave_out=HEADS, device_map="meta")
-
-
-def check_adapters(model: nn.Module, pilot: PilotSection) -> None:
-    """Raise ValueError for adapters on a matrix that two modules share (tied embedding and head): a merge would change both."""
-    asked = (pilot.lora.target_modules or []) if pilot.method == "lora" else []
-    users: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users[id(parameter)].append(name.rpartition(".")[0])
-    for modules in users.values():
-        hit = [target for target in asked if any(f".{module}".endswith(f".{target}") for module in modules)]
-        if len(modules) > 1 and hit:
-            raise ValueError(
-                f"pilot.lora.target_modules names {', '.join(hit)}, but {' and '.join(modules)} are one and the same matrix in "
-                "this model, and an adapter of one would change the other: leave it out"
-            )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.fusion.core import fuse
 from tc_ray.models.fusion.model import FusedModel
 from tc_ray.serving.engine.kv_rows import RowCache, RowLayer, RowStore
 from tc_ray.serving.engine.prefill import Prefill
