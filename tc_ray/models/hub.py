@@ -133,10 +133,7 @@ def _convert(gguf: Path, model: BuiltinModel, folder: Path) -> None:
     with library_quiet(), contextlib.redirect_stderr(io.StringIO()):
         # float32: bfloat16 would round four of five weights of the 4-bit blocks (scale x integer + offset, both float16)
         pilot = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         tokenizer.model_max_length = pilot.config.max_position_embeddings

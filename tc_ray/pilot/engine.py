@@ -69,8 +69,7 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         trainable, lr=config.pilot.learning_rate, weight_decay=config.pilot.weight_decay, betas=(0.9, 0.999)
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio),
+        optimizer, lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio)
     )
     with stale_build_locks_removed():
         engine, *_ = deepspeed.initialize(

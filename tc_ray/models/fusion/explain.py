@@ -178,12 +178,7 @@ def explain_completions(model: FusedCore, given: Completions, asked: Explain) ->
     for name in ("pilot_logprobs", "fused_logprobs"):
         joined[name] = joined[name].masked_fill(~mask, 0)
     return Explanation(
-        tokens=given.tokens.cpu(),
-        mask=mask,
-        lam=given.lam.cpu(),
-        space=model.space,
-        feedback=model.feedback,
-        **joined,
+        tokens=given.tokens.cpu(), mask=mask, lam=given.lam.cpu(), space=model.space, feedback=model.feedback, **joined
     )
 
 
