@@ -1,8 +1,7 @@
 """The Copilot's learner: steps on its loss (equation 7) with AdamW and a cosine schedule. Plain torch, no Ray.
 
-Invariant: with W workers each rank sees its slice of the same draw. DistributedDataParallel adds gradients over ranks while the
-backward pass runs; the loss's sums and token counts are added before the loss makes its value of them. So W workers do what one
-does on the whole batch. Called by `worker` (a run) and `from_log` (a stored log).
+Invariant: W ranks, each with its slice of a draw, do what one does on the whole batch: DistributedDataParallel adds gradients over
+ranks, and the loss's sums and token counts are added before the loss makes its value of them. Stepped by `training.train`.
 """
 
 from __future__ import annotations
@@ -126,11 +125,9 @@ class Learner:
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote; no code in it runs. ValueError: other weights than the configured Copilot has."""
         weights = load_file(folder / "trainable.safetensors", device=str(self.device))
-        other = weights.keys() ^ self.parameters.keys()
-        other |= {n for n in weights.keys() - other if weights[n].shape != self.parameters[n].shape}
-        if other:
+        if weights.keys() != self.parameters.keys():
             raise ValueError(
-                f"{folder} holds other trainable weights than the configured Copilot ({min(other)}); use a new run.folder"
+                f"{folder} holds other trainable weights than the configured Copilot; use a new run.folder"
             )
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
         with torch.no_grad():

@@ -7,11 +7,9 @@ any worker starts, by the log's metadata, by exports and by serving.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,14 +111,12 @@ def _tensors(file: Path) -> list[tuple[str, str, str, str]]:
         return list(threads.map(described, weights.keys()))  # hashing releases the interpreter's lock
 
 
-@contextlib.contextmanager
-def _opened(file: Path, framework: str) -> Iterator[Any]:
+def _opened(file: Path, framework: str) -> Any:
     """safetensors' own reader, which compares header and length."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework) as weights:
-            yield weights
+        return safe_open(file, framework)
     except SafetensorError as error:
         raise ModelSourceError(f"{file} is damaged ({first_line(error)}); fetch the model again") from error
 

@@ -81,10 +81,9 @@ class TokenLoss(ABC):
         Args:
             states: [N, d] final states h, already scaled, so that f = h W^T. weight: [A, d], W_out.
             places: int64 [N, k+1], row of W_out of each listed token, the true token first; -1: not an output token.
-            values: fp32 [N, k+1], l of the listed tokens. A token listed twice has the sum of its values.
+            values: fp32 [N, k+1], l of the listed tokens, each listed once.
 
-        Products of [N, A] size run in autocast's type where autocast is on, else in that of the states; sums and
-        gradients are kept in float32 (float64 for float64 states).
+        Products of [N, A] size run in autocast's type where that is on; sums and gradients are kept in float32.
         """
         kind = states.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
@@ -197,7 +196,7 @@ class Divergence(TokenLoss):
     in_float64 = True
 
     def measure(self, outputs: Outputs, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        places, errors = _merged(places, values.double())
+        errors = values.double()
         above_one = errors.expm1()
         z_errors = self.vocab_size + above_one.sum(1)
         log_z = torch.full_like(z_errors, self._log_of_others(len(outputs.weight)))
@@ -224,7 +223,7 @@ def _summing_dtype(states: torch.Tensor) -> torch.dtype:
 
 
 def _add_listed(block: torch.Tensor, first: int, places: torch.Tensor, values: torch.Tensor) -> None:
-    """block[n, places[n, j] - first] += values[n, j] for the places within the block; those listed twice add up."""
+    """block[n, places[n, j] - first] += values[n, j] for the places within the block."""
     at, inside = _within(block, first, places)
     block.scatter_add_(1, at, torch.where(inside, values, 0.0).to(block.dtype))
 
@@ -239,18 +238,3 @@ def _within(block: torch.Tensor, first: int, places: torch.Tensor) -> tuple[torc
     at = places - first
     inside = (places >= 0) & (at >= 0) & (at < block.shape[1])
     return torch.where(inside, at, 0), inside
-
-
-def _merged(places: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same l with each output token listed once per row: places and values [N, k+1], filled up with (-1, 0).
-
-    Entries at -1 stay apart, since nothing says whether two of them are the same token.
-    """
-    ordered, order = places.sort(1)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]) | (ordered[:, 1:] < 0)
-    run = starts.cumsum(1) - 1
-    return (
-        torch.full_like(places, -1).scatter_(1, run, ordered),
-        torch.zeros_like(values).scatter_add_(1, run, values.gather(1, order)),
-    )

@@ -36,22 +36,6 @@ def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) ->
     return 0.5 * (1.0 + math.cos(math.pi * (round_index - warmup) / max(1, rounds - warmup)))
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration for this run."""
-    pilot = config.pilot
-    return {
-        "train_batch_size": pilot.batch_size,
-        "train_micro_batch_size_per_gpu": pilot.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps,
-        "gradient_clipping": pilot.max_grad_norm,
-        "zero_optimization": {"stage": pilot.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": pilot.dtype == "bf16"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-
-
 def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     """Load the Pilot and wrap its training forward (`PilotStep`) in a DeepSpeed engine; the same weights on every rank."""
     import deepspeed
@@ -71,13 +55,24 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio)
     )
+    settings = {
+        "train_batch_size": config.pilot.batch_size,
+        "train_micro_batch_size_per_gpu": config.pilot.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_clipping": config.pilot.max_grad_norm,
+        "zero_optimization": {"stage": config.pilot.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.pilot.dtype == "bf16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
     with stale_build_locks_removed():
         engine, *_ = deepspeed.initialize(
             model=step,
             model_parameters=trainable,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(config),
+            config=settings,
             dist_init_required=False,
         )
     return engine

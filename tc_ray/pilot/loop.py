@@ -211,10 +211,9 @@ class Worker:
             time.sleep(LOCKSTEP_POLL_SECONDS)
 
     def _checkpoint(self, number: int, *, wait: bool) -> bool:
-        """Log first, then weights, then the marker: a marker promises both.
+        """Log first, then weights, then the marker: a marker promises both. wait: until the log can be written.
 
-        wait: until the log can be written, whatever `log.full_policy` says. Returns False on every rank if the log cannot be
-        written on one of them; then nothing was done.
+        Returns False on every rank if the log cannot be written on one of them; then nothing was done.
         """
         while not self._log_is_complete(number):
             self._report_postponed(f"the checkpoint of round {number} is postponed")
@@ -276,7 +275,6 @@ class Worker:
         return ray.get(getattr(self.job.ledger, method).remote(*arguments))
 
     def _report_postponed(self, what: str) -> None:
-        """Once per outage."""
         if not self.postponed:
             self._event("postponed", f"{what}: the log at {self.config.log_location} cannot be written now")
         self.postponed = True
@@ -291,7 +289,6 @@ class Worker:
             self.job.tracker.waiting.remote("pilot", text)
 
     def _largest(self, number: float) -> float:
-        """The largest number of all ranks (collective)."""
         largest = torch.tensor(float(number), dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)

@@ -73,10 +73,7 @@ class Recorder:
 def chosen_rows(
     step: StepRecord, batch: Mapping[str, np.ndarray], log: LogSection, *, seed: int, round: int
 ) -> np.ndarray | None:
-    """int64 rows of the batch that `log.sampling` keeps, ascending; None: all.
-
-    `mistakes` reads two numbers per target token from the device, which waits for the forward pass.
-    """
+    """int64 rows of the batch that `log.sampling` keeps, ascending; None: all. `mistakes` waits for the forward pass."""
     if log.sampling == "fraction":
         rounds = np.full(len(batch["sample_id"]), round)
         return np.flatnonzero(in_fraction(log.sampling_fraction, seed, rounds, batch["sample_id"]))
@@ -153,10 +150,7 @@ def _at(states: torch.Tensor, mask: np.ndarray, copy: HostCopy) -> torch.Tensor:
 
 
 class HostCopy:
-    """Copies tensors of one device to the host without stopping the device.
-
-    On CUDA a side stream copies into pinned memory while the backward pass runs. On the CPU the tensors' own memory is used.
-    """
+    """Copies tensors to the host without stopping the device: on CUDA into pinned memory, beside the backward pass."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -168,10 +162,7 @@ class HostCopy:
         return tensor if self._stream is None else tensor.pin_memory().to(self._device, non_blocking=True)
 
     def arrays(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, np.ndarray], Callable[[], object] | None]:
-        """Host arrays of the tensors, and a call that waits until they have their values; on the CPU None: they have them.
-
-        bfloat16 comes as its bits, uint16.
-        """
+        """Host arrays (bfloat16 as its bits, uint16), and a call that waits until they have their values; None: they have them."""
         if self._stream is None:
             return {name: _numpy(tensor) for name, tensor in tensors.items()}, None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -1,9 +1,8 @@
 """The Pilot's Ray Train job: a TorchTrainer whose workers run `pilot.loop`, started anew when a worker dies.
 
-Invariant: each start is a Ray Train run of its own that never retries. So restarts are counted here, with and without a log, and
-an error that would come again (`failures.is_final`) ends the Pilot at once. The workers find out from the run folder, whose checkpoints
-are complete or absent, at which round they resume. Ray Train's own checkpoint book-keeping is not used: `report` is a barrier
-of about two seconds, and its snapshot file is written in place (measured on ray 2.60). Called by `tc_ray.run.job`.
+Invariant: each start is a Ray Train run of its own that never retries: restarts are counted here, and an error that would come again
+(`failures.is_final`) ends the Pilot at once. Workers resume by the run folder. Ray Train's own book-keeping of checkpoints is not
+used: `report` is a barrier of about two seconds, and its snapshot file is written in place (ray 2.60). Called by `tc_ray.run.job`.
 """
 
 from __future__ import annotations

@@ -92,11 +92,7 @@ class FusedGeneration(FusedCore, GenerationMixin):
         device = self.get_input_embeddings().weight.device
         sequences = sequences.to(device)
         if (source is not None) != self.family.encoder_decoder:
-            raise ValueError(
-                "an encoder-decoder needs `source`, the ids its encoder reads"
-                if source is None
-                else "a decoder-only model has no source: the prompt is part of `sequences`"
-            )
+            raise ValueError("an encoder-decoder needs `source`, a decoder-only model has no source")
         if not 1 <= prompt_length <= sequences.shape[1]:
             raise ValueError(
                 f"completions begin at column {prompt_length}: it must be from 1 to {sequences.shape[1]}, the sequences' length"
@@ -161,10 +157,11 @@ class FusedGeneration(FusedCore, GenerationMixin):
 
 
 class Ends(StoppingCriteriaList):
-    """Criteria that record where each sequence ends: ids do not show it if the padding token can also be generated."""
+    """Criteria that record where each sequence ends: ids do not show it if the padding token can also be generated.
+
+    lengths: int64 [R], prompt included, of the sequences that have ended, 0 for the others."""
 
     lengths: torch.Tensor | None = None
-    """int64 [R], prompt included, of the sequences that have ended, 0 for the others."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **given: Any) -> torch.Tensor:
         """Bool [R], the sequences that end with their last token."""

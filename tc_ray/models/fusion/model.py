@@ -21,8 +21,6 @@ from tc_ray.models.fusion.core import fuse
 from tc_ray.models.fusion.generation import FusedGeneration
 from tc_ray.models.pilot.load import load_pilot
 
-_DECODER_ONLY_ARGUMENTS = ("lam", "logits_to_keep")
-
 
 class FusedModel(FusedGeneration):
     """Pilot + Copilot as one language model; make one with `join` or `from_pretrained`."""
@@ -189,7 +187,7 @@ class FusedSeq2SeqLM(FusedModel):
         self, inputs_tensor: Any, model_kwargs: dict[str, Any], *arguments: Any
     ) -> dict[str, Any]:
         """Arguments of the decoder only are kept from the encoder."""
-        kept = {name: model_kwargs.pop(name) for name in _DECODER_ONLY_ARGUMENTS if name in model_kwargs}
+        kept = {name: model_kwargs.pop(name) for name in ("lam", "logits_to_keep") if name in model_kwargs}
         prepared: dict[str, Any] = super()._prepare_encoder_decoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, *arguments
         )

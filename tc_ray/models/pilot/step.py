@@ -35,10 +35,8 @@ class SparseErrors(NamedTuple):
 class StepRecord(NamedTuple):
     """What one micro-batch leaves for the Mistake Log; N target tokens in batch order.
 
-    errors: sparse l. token_loss: fp32 [N]. token_correct: bool [N].
-    rationale: fp32 [B, S, d] pooled hidden states, or [B, S, layers, d] unpooled in the model's dtype; the state that predicts
-    token j + 1 of the sequence is at position j.
-    question: fp32 [B, Q, d] encoder output; None if X~ follows from the token ids (decoder-only).
+    token_loss: fp32 [N]. token_correct: bool [N]. rationale: fp32 [B, S, d] pooled hidden states, or [B, S, layers, d] unpooled in
+    the model's dtype; position j predicts token j + 1. question: fp32 [B, Q, d] encoder output; None if decoder-only.
     """
 
     errors: SparseErrors
@@ -65,11 +63,8 @@ _Pass = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 class PilotStep(nn.Module):
     """The Pilot's training forward.
 
-    Args:
-        model: language model or its peft wrapper.
-        top_k: probabilities kept per token in the record.
-        record: False skips taps and errors (plain fine-tuning). dense: errors of all V tokens; top_k is ignored.
-        pooling: how states are pooled over layers, or `taps.UNPOOLED`. layers: those tapped, ascending from 0; None: all.
+    top_k: probabilities kept per token. record: False skips taps and errors. dense: errors of all V tokens; top_k is ignored.
+    pooling: how states are pooled over layers, or `taps.UNPOOLED`. layers: those tapped, ascending from 0; None: all.
     """
 
     def __init__(
@@ -93,10 +88,8 @@ class PilotStep(nn.Module):
     ) -> tuple[torch.Tensor, StepRecord | None]:
         """Summed cross-entropy of the completion tokens times `loss_scale`, and the record.
 
-        Args:
-            input_ids: int64 [B, S], right padded: prompt and completion (encoder-decoder: source and target).
-            lengths: int64 [B]. target_start: int64 [B]; targets are input_ids[b, target_start[b]:lengths[b]].
-            loss_scale: 1 / target tokens of the whole round, so that any split of a round gives the same gradient.
+        input_ids: int64 [B, S], right padded: prompt and completion (encoder-decoder: source and target). lengths: int64 [B].
+        target_start: int64 [B]; targets are input_ids[b, target_start[b]:lengths[b]]. loss_scale: 1 / target tokens of the round.
         """
         measured = self.measure(input_ids, lengths, target_start)
         return measured.token_loss.sum() * loss_scale, measured.record
