@@ -13,10 +13,7 @@ from tc_ray.mistakelog.rows.records import Records
 
 
 class RoundBuffer:
-    """Records by data file, limited to the newest rounds.
-
-    rounds: how many of the most recent rounds to draw from. pooling: `log.pooling`, for a log that keeps layers.
-    """
+    """Records by data file, of the newest `rounds` rounds. pooling: `log.pooling`, for a log that keeps layers."""
 
     def __init__(self, rounds: int, pooling: str = "mean") -> None:
         self._rounds, self._pooling = rounds, pooling

@@ -40,10 +40,7 @@ def save(learner: Learner, root: Path, position: Position) -> Path:
 
 
 def restore(learner: Learner, root: Path) -> tuple[Position | None, list[str]]:
-    """Load the newest whole checkpoint into the learner (errors: `Learner.load`); None when there is none.
-
-    Also the faults of newer ones that are damaged.
-    """
+    """Load the newest whole checkpoint into the learner, if there is one. Also the faults of newer ones that are damaged."""
     whole, damaged = find_whole(root, "step", Position)
     if not whole:
         return None, damaged

@@ -110,11 +110,9 @@ def train_from_log(
 ) -> TrainedCopilot:
     """Train a Copilot on one version of a log: `steps_per_round` steps a round, as the live Copilot of a lock-step run.
 
-    Args:
-        mistakes: the log; rows of damaged files are left out.
-        config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
-        out: folder of checkpoints, metrics.jsonl and `final`; an existing one of the same training is resumed.
-        show: called after every step with the position, all steps and the result (None: nothing to learn from).
+    config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
+    out: folder of checkpoints, metrics.jsonl and `final`; an existing one of the same training is resumed.
+    show: called after every step with the position, all steps and the result (None: nothing to learn from).
     Raises StoredLogError: an empty log, another tokenizer, Pilot or base weights than the run's, or a folder of another
         training. DamagedFileError: what the folder was trained from cannot be read.
     """

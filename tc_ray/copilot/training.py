@@ -50,11 +50,9 @@ def train(
 ) -> Position:
     """Train from the newest whole checkpoint in `folder` to the last step, then export to `folder/final` (rank 0).
 
-    Args:
-        rounds: of the run, `copilot.steps_per_round` steps each.
-        report: called on every rank after each step, and with None while there is nothing to do.
-        restored: called once, before the first step, with the faults of damaged checkpoints that were passed over.
-        inputs: kept in every checkpoint.
+    rounds: of the run, `copilot.steps_per_round` steps each. inputs: kept in every checkpoint.
+    report: called on every rank after each step, and with None while there is nothing to do.
+    restored: called once, before the first step, with the faults of damaged checkpoints that were passed over.
     """
     per_round, size = config.copilot.steps_per_round, config.copilot.batch_size
     total, part = rounds * per_round, size // learner.world_size

@@ -128,10 +128,7 @@ class CopilotWorker:
         return version, committed
 
     def _first_round(self, committed: int) -> int:
-        """Files that end before this round are not read: however far the Copilot is behind, the buffer takes the newest.
-
-        A Pilot that goes back to its checkpoint makes earlier rounds the newest: room is left for that.
-        """
+        """Files that end before this round are not read: the buffer takes the newest, and the Pilot may go back a checkpoint."""
         return committed - self.config.copilot.buffer_rounds - self.config.pilot.checkpoint_every_rounds
 
     def _restored(self, at: Position, damaged: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Where a model comes from: a local folder, a hub id, or the builtin name that the package registry serves (SmolLM2, converted once).
 
-Invariant: a builtin folder that is returned is complete. It is made in a temporary folder beside its place, synced, marked and only then renamed; a lock lets one process of this machine do the work. Called by the driver before any worker
-starts, by the workers (who then find a builtin folder made) and by the export.
+Invariant: a builtin folder that is returned is complete: made beside its place, synced, marked and only then renamed. A lock lets one
+process of this machine do the work; the driver does it before any worker starts.
 """
 
 from __future__ import annotations

@@ -78,11 +78,9 @@ class TokenLoss(ABC):
     ) -> torch.Tensor:
         """S, the loss summed over tokens: a float64 scalar, differentiable once in states and weight.
 
-        Args:
-            states: [N, d] final states h, already scaled, so that f = h W^T. weight: [A, d], W_out.
-            places: int64 [N, k+1], row of W_out of each listed token, the true token first; -1: not an output token.
-            values: fp32 [N, k+1], l of the listed tokens, each listed once.
-
+        states: [N, d] final states h, already scaled, so that f = h W^T. weight: [A, d], W_out.
+        places: int64 [N, k+1], row of W_out of each listed token, the true token first; -1: not an output token.
+        values: fp32 [N, k+1], l of the listed tokens, each listed once.
         Products of [N, A] size run in autocast's type where that is on; sums and gradients are kept in float32.
         """
         kind = states.device.type

@@ -1,8 +1,8 @@
 """Model folders are loaded whole and finite, or refused; steps with numbers that are not finite are counted.
 
-Invariant: a missing tensor is never made up. The library fills missing tensors with random numbers and ignores unknown ones,
-with a warning; here both are refused by name. Names are known without reading a weight (`device_map="meta"`). Weights with a NaN or
-an infinity are neither stored as complete nor loaded. Used by every loader, by training, checkpoints and exports.
+Invariant: a missing tensor is never made up. The library fills missing tensors with random numbers and ignores unknown ones; here
+both are refused by name, without reading a weight where `device_map="meta"`. Weights with a NaN or an infinity are neither stored as
+complete nor loaded.
 """
 
 from __future__ import annotations

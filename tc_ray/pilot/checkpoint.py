@@ -1,9 +1,8 @@
 """Pilot checkpoints: DeepSpeed's files plus one marker that makes a checkpoint count.
 
-Invariant: `complete.json` is written last, atomically, after every rank's files are on disk and the log is committed
-up to the same round. A folder without it, or with a damaged marker or a damaged file that the marker names, is never loaded. The marker
-holds the watermark (the round) from which the run resumes: data position, learning rate and random state follow from it. Called by
-`pilot.loop`.
+Invariant: `complete.json` is written last, atomically, after every rank's files are on disk and the log is committed up to the same
+round. A folder without it, or damaged, is never loaded. The marker holds the round from which the run resumes: data position,
+learning rate and random state follow from it. Called by `pilot.loop`.
 """
 
 from __future__ import annotations

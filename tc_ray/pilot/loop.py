@@ -145,10 +145,7 @@ class Worker:
         return Recorder(writer, log, seed=self.config.run.seed, device=self.device)
 
     def _round(self, number: int) -> dict[str, float]:
-        """One optimizer step, left out on every rank if the loss or gradient of one is not finite (`LeftOut`).
-
-        Returns the round's metrics: over all ranks, but for the writer's counts, which are of this one.
-        """
+        """One optimizer step, left out on every rank if that of one is not finite. Returns metrics; the writer's are this rank's."""
         rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
         rows = self.order.sample_rows(number)
         seed = np.random.SeedSequence([self.config.run.seed, number, self.rank])
@@ -300,10 +297,7 @@ class Worker:
 
 
 def _own_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a parameter: all, or under ZeRO-3 its part without the padding that makes parts equally long.
-
-    DeepSpeed never writes the padding, so it holds whatever was in memory before, NaN too.
-    """
+    """What this rank holds of a parameter: under ZeRO-3 its part without the padding, in which NaN may stand."""
     part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter

@@ -131,10 +131,9 @@ class Copilot(PreTrainedModel):
     ) -> Copilot:
         """Copilot for `pilot`, initialised from chosen layers of a pretrained decoder, fp32.
 
-        Args:
-            base: folder or hub id of a model of the Pilot's kind, of any width. layers: of its decoder, in order.
-            output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
-            random_weights: read only the base's config. pooling, tap_layers, config: fields of `CopilotConfig`.
+        base: folder or hub id of a model of the Pilot's kind, of any width. layers: of its decoder, in order.
+        output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
+        random_weights: read only the base's config. pooling, tap_layers, config: fields of `CopilotConfig`.
         Raises ValueError: see `check_base`. WeightsError, NotFiniteError: the base's folder is not whole.
         """
         base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -217,13 +216,11 @@ class Copilot(PreTrainedModel):
     ) -> torch.Tensor:
         """Final states [B, n, d_C] of input rows; `predict` maps them to f.
 
-        Args:
-            rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
-            memory: [B, M_new, d_C] memory not yet in the cache. visible: bool [B, n, M], positions (cached and new) a row sees.
-            self_cache, memory_cache: keys and values over rows and memory, with transformers' `update`; both grow in place.
-            aligned: for one row each of sequences of different lengths, whose `first_row` cached rows are aligned to the
-                right (decoder-only). positions: int64 [B, 1], number of each row in its sequence. seen: bool
-                [B, first_row + 1], which cached rows, and this one, are real; None: all.
+        rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
+        memory: [B, M_new, d_C] memory not yet in the cache. visible: bool [B, n, M], positions (cached and new) a row sees.
+        self_cache, memory_cache: keys and values over rows and memory, with transformers' `update`; both grow in place.
+        aligned: for one row each of sequences whose `first_row` cached rows are aligned to the right (decoder-only). positions:
+        int64 [B, 1], number of each row. seen: bool [B, first_row + 1], which cached rows, and this one, are real; None: all.
         """
         states: torch.Tensor = self.stack(
             rows, memory, visible, first_row=first_row, self_cache=self_cache, memory_cache=memory_cache, **aligned

@@ -1,7 +1,6 @@
 """Try a Copilot on a synthetic batch: an exported one must be the trained one, a loaded one must predict sane errors.
 
-Invariant: the batch follows from the Copilot's config alone, so it needs no log and is the same on every machine. Called by
-the learner before it publishes a folder, and by serving before it uses a Copilot.
+Invariant: the batch follows from the Copilot's config alone. Called by the learner before it publishes a folder, and by serving.
 """
 
 from __future__ import annotations

@@ -135,10 +135,7 @@ class DecoderOnlyStack(nn.Module):
     def _row_mask(
         self, rows: torch.Tensor, first_row: int, window: int | None, real: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Causal mask over all rows up to these, or None if the attention function needs none.
-
-        real: bool [B, first_row + n], rows that are no padding; None: all.
-        """
+        """Causal mask over all rows up to these, or None if none is needed. real: bool [B, first_row + n], no padding; None: all."""
         count = rows.shape[1]
         total = first_row + count
         if window is not None and window >= total:

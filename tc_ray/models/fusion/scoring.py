@@ -89,11 +89,10 @@ def teacher_forced_rows(
 ) -> Iterator[Rows]:
     """What decoding saw at each token of the completions, in order.
 
-    Args:
-        corrections: run the Copilot even if every lam is 0. layers: give the Pilot's layers too.
-        rows_at_a_time: most tokens given together; default: CHUNK_ELEMENTS of logits.
-        positions_at_a_time: split the Pilot's pass into parts of so many positions (decoder-only, no padding, no `layers`) and
-            give empty rows after each, so that the caller can do other work; default: one pass.
+    corrections: run the Copilot even if every lam is 0. layers: give the Pilot's layers too.
+    rows_at_a_time: most tokens given together; default: CHUNK_ELEMENTS of logits.
+    positions_at_a_time: split the Pilot's pass into parts of so many positions (decoder-only, no padding, no `layers`) and give
+    empty rows after each, so that the caller can do other work; default: one pass.
     """
     if given.ids.shape[1] <= given.start:
         return

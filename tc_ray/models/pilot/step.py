@@ -1,7 +1,7 @@
 """The Pilot's training forward: one pass gives the loss, the record and the logits of the target tokens only.
 
-Token-level errors are l = onehot(truth) - softmax(logits) (paper section 2.2). A sparse error of one target token has k + 1 entries:
-the true token, then the other tokens with the k largest probabilities, each exact. A full error lists all V tokens.
+Errors are l = onehot(truth) - softmax(logits) (paper section 2.2). A sparse one has k + 1 entries: the true token, then the others
+with the k largest probabilities, each exact. A full one lists all V tokens.
 Invariant: no second forward. The vocabulary projection runs on the rows that predict a target token, never on the prompt.
 Called by the Pilot's engine, its export, the evaluation and the tests' single-process reference.
 """
