@@ -137,7 +137,7 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Copy rows out of the log as JSON lines, with texts. (Other programs read the log itself: it is a Delta table.)"""
-    from tc_ray.inspection.export import export_jsonl
+    from tc_ray.inspection.samples import export_jsonl
 
     with _opened(source, storage, tokenizer) as (opened, texts):
         rows = export_jsonl(opened, out, texts, parse_rounds(rounds))

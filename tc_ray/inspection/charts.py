@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from tc_ray.inspection.tallies import Confidence
 from tc_ray.mistakelog.rows.ragged import Array
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from tc_ray.inspection.stats import Confidence
 
 LEVELS = 20
 """Level 0 (error below 1/20) is no colour."""
@@ -138,8 +139,6 @@ def reliability_chart(confidence: Confidence, names: Sequence[str]) -> Markup:
         axes = figure.subplots()
         axes.set_title("Accuracy of the first choice")
         axes.plot([0, 1], [0, 1], color=_COLOUR["soft"], linestyle=":", linewidth=1)
-        axes.text(0.02, 0.94, "above the diagonal: under-confident", color=_COLOUR["soft"], fontsize=8)
-        axes.text(0.98, 0.03, "below: over-confident", color=_COLOUR["soft"], fontsize=8, ha="right")
         for group, (style, name) in enumerate(zip(_STYLES, names, strict=True)):
             used = np.flatnonzero(confidence.tokens[group])
             if len(used):

@@ -1,17 +1,22 @@
-"""Single samples as the Pilot saw them: every visit to a sample, and which samples show what training does.
+"""Single samples as the Pilot saw them: every visit to a sample, which samples show what training does, and JSON lines of all.
 
-Invariant: a visit is one row of the log. Used by `tc-ray log show` and by the report.
+Invariant: a visit is one row of the log. An exported file is complete: it is written beside its name and renamed at the end,
+and nothing that exists is replaced. Used by `tc-ray log show` and `export`, and by the report.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from tc_ray.files import sync
 from tc_ray.inspection.charts import level
 from tc_ray.inspection.rows import UNKNOWN, Rows, stream
 from tc_ray.inspection.tokens import TokenTexts
@@ -25,6 +30,10 @@ OTHERS = 3
 
 class SampleNotFoundError(LookupError):
     """The log has no row of the sample; the message says what it has."""
+
+
+class ExportError(ValueError):
+    """The export cannot be made as asked; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,10 @@ class Visit:
     correct: Array
 
     @property
-    def when(self) -> str:
-        """How often the Pilot had trained on the sample before."""
-        return "first visit" if self.seen == 0 else f"trained on {self.seen} time{'s' * (self.seen > 1)} before"
-
-    @property
     def result(self) -> str:
-        """Mean loss and mistakes."""
-        return f"loss {self.mean_loss:.3f}, {self.wrong} of {len(self.truth)} tokens missed"
+        """How often the Pilot had trained on the sample before; mean loss and mistakes."""
+        when = f"trained on {self.seen} time{'s' * (self.seen > 1)} before" if self.seen else "first visit"
+        return f"{when}: loss {self.mean_loss:.3f}, {self.wrong} of {len(self.truth)} tokens missed"
 
     @property
     def mean_loss(self) -> float:
@@ -87,16 +92,8 @@ class Visit:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with few digits: 0.03%, 4.2%, 99.98%; 0% and 100% only where it is exactly that."""
-    value = 100.0 * float(share)
-    if value in (0.0, 100.0):
-        return f"{value:.0f}%"
-    if 0 < value < 0.01:
-        return "<0.01%"
-    if 99.99 < value < 100:
-        return ">99.99%"
-    digits = 2 if value < 1 or 99 < value < 100 else 1
-    return f"{value:.{digits}f}%"
+    """A share as a percentage of at most four digits: 0.03%, 4.2%, 99.98%."""
+    return f"{100.0 * float(share):.4g}%"
 
 
 def find_visits(
@@ -162,3 +159,66 @@ def across_epochs(samples: Any, each: int) -> list[tuple[str, int]]:
     learned, worse = order[:each], order[::-1][:each]
     shown = [("learned", i) for i in learned if fell[i] > 0] + [("got worse", i) for i in worse if fell[i] < 0]
     return [(label, int(repeated.sample_id[i])) for label, i in shown]
+
+
+def export_jsonl(log: MistakeLog, out: Path, texts: TokenTexts, rounds: tuple[int, int] | None = None) -> int:
+    """One JSON object per row, see `as_line`; returns their number. Rows with a NaN or an infinity are left out, and counted in
+    `log.not_finite`.
+
+    Args:
+        rounds: first and last round, both included; None: all.
+
+    Raises:
+        ExportError: `out` exists, or a file of the log is damaged: an export that lacks rows would look whole.
+    """
+    if out.exists():
+        raise ExportError(f"{out} exists already: choose another name, or remove it")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    written = 0
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for rows in stream(log, rounds, others=OTHERS):
+                written += len(rows)
+                for visit in visits_in(rows):
+                    line = {"run": log.metadata.run, **as_line(visit, texts)}
+                    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        if log.bad_files:
+            names = ", ".join(str(bad) for bad in log.bad_files[:3])
+            raise ExportError(
+                f"{len(log.bad_files)} files of the log are damaged ({names}): nothing was exported; "
+                "tc-ray log verify --quarantine takes them out of the log"
+            )
+        sync(temporary)
+        temporary.rename(out)
+        sync(out.absolute().parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return written
+
+
+def as_line(visit: Visit, texts: TokenTexts) -> dict[str, Any]:
+    """A visit as JSON values. tokens: one object per target token; `instead`: the likeliest others."""
+    return {
+        "round": visit.round,
+        "sample_id": visit.sample_id,
+        "seen": visit.seen,
+        "loss": visit.mean_loss,
+        "wrong": visit.wrong,
+        "prompt": texts.sequence(visit.prompt.tolist()),
+        "answer": texts.sequence(visit.truth.tolist()),
+        "input_ids": [*visit.prompt.tolist(), *visit.truth.tolist()],
+        "target_start": len(visit.prompt),
+        "tokens": [
+            {
+                "id": token,
+                "text": texts.raw(token),
+                "p": visit.p_true(place),
+                "error": float(visit.error[place]),
+                "loss": float(visit.loss[place]),
+                "correct": bool(visit.correct[place]),
+                "instead": [{"id": other, "text": texts.raw(other), "p": p} for other, p in visit.likely(place)],
+            }
+            for place, token in enumerate(visit.truth.tolist())
+        ],
+    }

@@ -73,14 +73,11 @@ def calibration(stats: LogStats) -> Table:
     """Probability of the Pilot's first choice against how often it was right."""
     rows = []
     for group, name in enumerate(VISITED):
-        gap, bias = stats.confidence.gap(group), stats.confidence.bias(group)
-        if gap is None or bias is None:
-            continue
-        tokens = int(stats.confidence.tokens[group].sum())
-        accuracy = float(stats.confidence.correct[group].sum()) / tokens
-        verdict = f"{'over' if bias > 0 else 'under'} by {100 * abs(bias):.1f} points"
-        line = [f"{tokens:,}", percent(accuracy + bias), percent(accuracy), verdict, f"{100 * gap:.1f} points"]
-        rows.append([name, *line])
+        if found := stats.confidence.summary(group):
+            accuracy, bias = found["accuracy"], found["bias"]
+            verdict = f"{'over' if bias > 0 else 'under'} by {100 * abs(bias):.1f} points"
+            line = [f"{found['tokens']:,}", percent(accuracy + bias), percent(accuracy), verdict]
+            rows.append([name, *line, f"{100 * found['gap']:.1f} points"])
     head = ("samples", "target tokens", "mean probability", "accuracy", "confidence", "mean gap (ECE)")
     return Table("Calibration of the Pilot (its first choice)", head, rows)
 

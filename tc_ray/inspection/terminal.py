@@ -59,7 +59,7 @@ def sample_view(visits: Sequence[Visit], texts: TokenTexts) -> RenderableType:
     prompt = Text(visible(texts.sequence(first.prompt.tolist())).rstrip("\n"), style="dim")
     views: list[RenderableType] = [Text(f"sample {first.sample_id}", style="bold"), prompt]
     for visit in visits:
-        views.append(Text(f"\nround {visit.round} ({visit.when}): {visit.result}", style="bold"))
+        views.append(Text(f"\nround {visit.round}, {visit.result}", style="bold"))
         line = Text()
         for text, shade, instead, _ in visit.tokens(texts):
             back, fore = colours[shade]

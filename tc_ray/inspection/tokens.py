@@ -45,10 +45,9 @@ class TokenTexts:
 
     def raw(self, token: int) -> str:
         """The characters of a token; `#id` where they are no whole character, or without a tokenizer."""
-        text = self._cache.get(token)
-        if text is None:
-            text = self._cache[token] = self._text(token)
-        return text
+        if token not in self._cache:
+            self._cache[token] = self._text(token)
+        return self._cache[token]
 
     def quoted(self, token: int) -> str:
         """One line for tables, with visible blanks and line ends. An unknown token (-1) is a question mark."""
@@ -92,29 +91,20 @@ def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given:
     """
     folders = [] if run_folder is None else [run_folder / "pilot" / "final", run_folder / "export" / "pilot"]
     own = [*(str(folder) for folder in folders if (folder / "tokenizer_config.json").is_file()), metadata.pilot]
-    others = []
+    why = []
     for place in own if given is None else [given]:
         try:
             tokenizer = _load(place, local_only=given is None)
         except (OSError, ValueError) as error:
-            if given is not None:
-                why = first_line(error)
-                raise TokenizerError(f"--tokenizer {given}: no tokenizer can be read there ({why})") from None
+            why.append(f"no tokenizer can be read at {place} ({first_line(error)})")
             continue
         if tokenizer_hash(tokenizer) == metadata.tokenizer_hash:
             return TokenTexts(tokenizer, f"tokenizer of {place}")
-        others.append(place)
+        why.append(f"that of {place} is another, whose texts would be wrong")
+    text = f"the tokenizer of {metadata.pilot} (hash {metadata.tokenizer_hash}) was not found: {'; '.join(why)}"
     if given is not None:
-        raise TokenizerError(
-            f"--tokenizer {given}: it is not the one of the log's tokens (Pilot {metadata.pilot}, hash "
-            f"{metadata.tokenizer_hash}); its texts would be wrong"
-        )
-    why = f"the tokenizers of {', '.join(others)} differ" if others else "none is on this machine"
-    return TokenTexts(
-        None,
-        f"token ids are shown: the tokenizer of {metadata.pilot} (hash {metadata.tokenizer_hash}) was not found, {why}; "
-        "name it with --tokenizer",
-    )
+        raise TokenizerError(f"--tokenizer {given}: {text}")
+    return TokenTexts(None, f"token ids are shown: {text}; name it with --tokenizer")
 
 
 def _load(place: str, local_only: bool) -> PreTrainedTokenizerBase:

@@ -66,10 +66,9 @@ def mlflow_command(uri: str) -> str:
 
 
 def flat_params(config: RunConfig) -> dict[str, str]:
-    """The config as dotted keys; values longer than PARAM_CHARACTERS are cut and end in '...'."""
+    """The config as dotted keys; values are cut to PARAM_CHARACTERS."""
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in public_values(config).items()}
-    cut = PARAM_CHARACTERS - len("...")
-    return {k: v if len(v) <= PARAM_CHARACTERS else v[:cut] + "..." for k, v in texts.items()}
+    return {k: v[:PARAM_CHARACTERS] for k, v in texts.items()}
 
 
 class MlflowWriter:
@@ -218,8 +217,6 @@ def _new_run(client: MlflowClient, config: RunConfig, folder: Path, uri: str) ->
         # without it, a local store puts artifacts under the working directory of the writing process
         location = f"file://{config.run.path.parent / 'mlartifacts'}" if uri.startswith("sqlite") else None
         experiment_id = client.create_experiment(name, artifact_location=location)
-    elif experiment.lifecycle_stage != "active":
-        raise TrackingError(f"experiment {name!r} is deleted there; restore it or set tracking.experiment")
     else:
         experiment_id = experiment.experiment_id
     tags = {"tc_ray.folder": str(folder)}

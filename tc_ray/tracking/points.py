@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ LOSSES_FILE = "losses.png"
 RESTART = "restart"
 """Kind of the events that are counted as restarts."""
 EVENTS_SHOWN = 40
-log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
 """One line: `kind` ("start", "pilot", "copilot", "log", "evaluation" or "event"), `time` (unix seconds), `round` (Pilot
@@ -32,15 +30,8 @@ round known at that time), for "copilot" also `step`, and `metrics` (name -> num
 
 
 def read_points(path: Path) -> Iterator[Point]:
-    """The points of a metrics.jsonl, none of an absent one. Damaged lines are skipped; a warning at the end counts them."""
-    damaged = []
-    for number, (_, point) in enumerate(read_lines(path), start=1):
-        if point is None:
-            damaged.append(number)
-        else:
-            yield point
-    if damaged:
-        log.warning("%s: %s", path, _skipped(damaged))
+    """The points of a metrics.jsonl, none of an absent one. Damaged lines are skipped: see `PointFile.damage`."""
+    return (point for _, point in read_lines(path) if point is not None)
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, Point | None]]:
@@ -68,10 +59,6 @@ def _parsed(line: bytes) -> Point | None:
         return None
 
 
-def _skipped(damaged: list[int]) -> str:
-    return f"{len(damaged)} damaged lines were skipped, the first is line {damaged[0]}"
-
-
 class PointFile:
     """Append-only writer of metrics.jsonl that drops points which are there already.
 
@@ -97,7 +84,8 @@ class PointFile:
                 damaged.append(number)
             else:
                 self._remember(found)
-        self.damage = _skipped(damaged) if damaged else ""
+        text = f"{len(damaged)} damaged lines were skipped, the first is line"
+        self.damage = f"{text} {damaged[0]}" if damaged else ""
         self._file = path.open("ab")
         self._file.truncate(end)
 

@@ -44,15 +44,11 @@ def read_status(folder: Path) -> Status:
     """
     try:
         status = read_json(folder / STATUS_FILE)
-        if missing := sorted(_NEEDED - set(status)):
-            raise DamagedFileError(f"{folder / STATUS_FILE} is damaged: it lacks {', '.join(missing)}")
     except FileNotFoundError:
         why = "no run has started in it (no status.json)" if folder.is_dir() else "there is no such folder"
         raise NoRunError(f"{folder}: {why}") from None
-    except DamagedFileError as error:
-        raise DamagedFileError(
-            f"{error}. The file only shows what the run does: `tc-ray train` with the same recipe resumes and writes it anew"
-        ) from None
+    if missing := sorted(_NEEDED - set(status)):
+        raise DamagedFileError(f"{folder / STATUS_FILE} is damaged: it lacks {', '.join(missing)}")
     return status
 
 
@@ -143,19 +139,16 @@ def facts(status: Status) -> dict[str, str]:
     """The numbers to show, as text by name, without those that the run has not got."""
     plan, pilot, copilot = status["plan"], status["pilot"], status["copilot"]
     log, of_pilot = status["log"].get("metrics", {}), pilot.get("metrics", {})
-    stored = (
-        _text(log.get("bytes"), of=byte_size),
-        _text(of_pilot.get("log_bytes_per_token"), "{} per token", byte_size),
-    )
-    tokens, rounds = status.get("tokens_per_second"), status.get("rounds_per_minute")
     found = {
         "round": _of(pilot.get("round"), plan.get("rounds_total")),
         "pilot loss": _text(of_pilot.get("loss"), "{:.4f}"),
         "copilot step": _of(copilot.get("step"), plan.get("copilot_steps_total")),
         "copilot loss": _text(copilot.get("metrics", {}).get("loss"), "{:.4f}"),
         "lag": _text(log.get("lag_rounds"), "{:.0f} rounds"),
-        "log": ", ".join(filter(None, stored)),
-        "speed": ", ".join(filter(None, (_text(tokens, "{:.0f} tokens/s"), _text(rounds, "{:.1f} rounds/min")))),
+        "log": _text(log.get("bytes"), of=byte_size),
+        "per token": _text(of_pilot.get("log_bytes_per_token"), of=byte_size),
+        "tokens/s": _text(status.get("tokens_per_second"), "{:.0f}"),
+        "rounds/min": _text(status.get("rounds_per_minute"), "{:.1f}"),
         "restarts": str(status["restarts"] or ""),
         "eta": _text(status.get("eta_seconds"), of=clock),
     }

@@ -294,15 +294,9 @@ def start_tracker(config: RunConfig, folder: Path, plan: dict[str, int] | None =
 
 
 def _plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Python, numpy and torch scalars as JSON numbers, None for NaN and infinities. TypeError names what is no number."""
-    plain: dict[str, float | None] = {}
-    for name, value in metrics.items():
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"metric {name!r} is not a number: {value!r}") from None
-        plain[name] = number if math.isfinite(number) else None
-    return plain
+    """Python, numpy and torch scalars as JSON numbers, None for NaN and infinities."""
+    numbers = {name: math.nan if value is None else float(value) for name, value in metrics.items()}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
 def _numbers(prefix: str, tree: Mapping[str, Any]) -> Any:

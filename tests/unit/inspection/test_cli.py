@@ -52,7 +52,7 @@ def test_show_a_sample_the_worst_and_a_page(run: Path, tmp_path: Path) -> None:
     shown = tc_ray_process("log", "show", run, "3")
     rounds = [e.round for e in EXAMPLES if e.sample == 3]
     assert shown.returncode == 0, shown.stderr
-    assert all(f"round {number} (" in shown.stdout for number in rounds)
+    assert all(f"round {number}, " in shown.stdout for number in rounds)
     assert "\x1b" not in shown.stdout, "a pipe gets no colours"
     out = tmp_path / "worst.html"
     made = tc_ray_log("show", run, "--worst", "2", "--html", out)
@@ -80,7 +80,7 @@ def test_mistakes_of_the_user_end_in_one_line_and_code_2(run: Path, tmp_path: Pa
         (("show", run), "name a sample"),
         (("show", run, "99"), "samples are 0 to 5"),
         (("stats", run, "--rounds", "9:2"), "expected A:B"),
-        (("stats", run, "--tokenizer", tmp_path), "no tokenizer can be read there"),
+        (("stats", run, "--tokenizer", tmp_path), "no tokenizer can be read at"),
     ):
         result = tc_ray_log(*arguments)
         assert result.returncode == 2, arguments

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tc_ray.inspection.export import ExportError, export_jsonl
+from tc_ray.inspection.samples import ExportError, export_jsonl
 from tc_ray.inspection.source import LogNotFoundError, find_log
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog

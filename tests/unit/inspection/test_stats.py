@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from tc_ray.inspection.rows import stream
-from tc_ray.inspection.samples import SampleNotFoundError, across_epochs, find_visits, percent, thinned, visits_of
-from tc_ray.inspection.stats import LogStats, collect, round_spans
-from tc_ray.inspection.tallies import PositionMap
+from tc_ray.inspection.samples import SampleNotFoundError, across_epochs, find_visits, thinned, visits_of
+from tc_ray.inspection.stats import LogStats, PositionMap, collect, round_spans
 from tc_ray.inspection.tokens import TokenTexts
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
@@ -147,8 +146,10 @@ def test_calibration(log: MistakeLog) -> None:
             inside = (p >= bin_ / 20) & (p < (bin_ + 1) / 20)
             assert found.tokens[group, bin_] == inside.sum()
             gap += abs(p[inside].sum() - right[inside].sum())
-        assert found.gap(group) == pytest.approx(gap / len(p), rel=1e-4)
-        assert found.bias(group) == pytest.approx(p.mean() - right.mean(), rel=1e-3, abs=1e-6)
+        summary = found.summary(group)
+        assert summary["gap"] == pytest.approx(gap / len(p), rel=1e-4)
+        assert summary["accuracy"] == pytest.approx(right.mean()) and summary["tokens"] == len(p)
+        assert summary["bias"] == pytest.approx(p.mean() - right.mean(), rel=1e-3, abs=1e-6)
 
 
 def test_a_span_of_rounds(log: MistakeLog) -> None:
@@ -261,14 +262,6 @@ def test_thinned_keeps_both_ends() -> None:
     many = list(range(100))
     assert thinned(many, 12)[0] == 0 and thinned(many, 12)[-1] == 99 and len(thinned(many, 12)) == 12
     assert thinned(many[:5], 12) == many[:5]
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0, "0%"), (1, "100%"), (0.99996, ">99.99%"), (1e-6, "<0.01%"), (0.421, "42.1%"), (0.0042, "0.42%")],
-)
-def test_percent_is_honest_at_the_ends(share: float, text: str) -> None:
-    assert percent(share) == text
 
 
 def test_an_empty_log_has_statistics(tmp_path: Path) -> None:

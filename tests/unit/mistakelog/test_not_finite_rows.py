@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tc_ray.inspection.export import export_jsonl
 from tc_ray.inspection.report import report_page
-from tc_ray.inspection.samples import SampleNotFoundError, visits_of
+from tc_ray.inspection.samples import SampleNotFoundError, export_jsonl, visits_of
 from tc_ray.inspection.stats import collect
 from tc_ray.inspection.terminal import stats_view
 from tc_ray.inspection.tokens import TokenTexts
@@ -138,7 +137,7 @@ def test_inspection_works_and_counts_them(log: Path, tmp_path: Path) -> None:
     console.print(stats_view(stats, texts, 5))
     assert f"{spoilt_rows()} rows hold numbers that are not finite" in console.export_text()
     document = json.loads(json.dumps(stats.to_dict(texts, 5), allow_nan=False))
-    assert document["not_finite_rows"] == spoilt_rows()
+    assert document["not_finite"] == spoilt_rows()
     assert f"{spoilt_rows()} rows hold numbers that are not finite" in report_page(MistakeLog(log), texts)
     for sample in range(6):
         assert all(np.isfinite(visit.loss).all() for visit in visits_of(mistakes, sample))

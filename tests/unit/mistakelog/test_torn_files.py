@@ -285,7 +285,7 @@ def test_an_evaluation_is_valid_json_whatever_was_measured(tmp_path: Path) -> No
 
 WRITERS = {
     "files.py",
-    "inspection/export.py",  # large files, synced before the rename
+    "inspection/samples.py",  # large files, synced before the rename
     "export/join.py",  # renames a folder that is synced and marked, never in place of another
     "run/inputs.py",  # moves what was prepared, and synced, aside
 }

@@ -62,16 +62,15 @@ def test_cut_off_last_line_is_removed_and_not_read(tmp_path: Path) -> None:
     assert [p["round"] for p in read_points(path)] == [1, 2]
 
 
-def test_a_damaged_line_is_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_line_is_passed_over_and_named(tmp_path: Path) -> None:
     """Fault 7: one torn line of metrics.jsonl ended every later start of the run."""
     path = tmp_path / "metrics.jsonl"
     damaged = ["nonsense", "", "null", "[]", "{}", "\0" * 9, '{"kind": "pilot", "time": 1}', "[" * 99_999]
     good = [json.dumps({"kind": "pilot", **pilot_point(round, loss=1.0)}) for round in (1, 2)]
     path.write_text("\n".join([good[0], *damaged, good[1], ""]))
     assert [p["round"] for p in read_points(path)] == [1, 2]
-    assert f"metrics.jsonl: {len(damaged)} damaged lines were skipped, the first is line 2" in caplog.text
     again = PointFile(path)
-    assert again.damage.startswith(f"{len(damaged)} damaged lines")
+    assert again.damage == f"{len(damaged)} damaged lines were skipped, the first is line 2"
     again.append("pilot", pilot_point(3, loss=2.0), axis=3)
     assert [p["round"] for p in read_points(path)] == [1, 2, 3]
 
@@ -105,5 +104,5 @@ def test_a_loss_that_is_not_a_number_reaches_status_and_file(tmp_path: Path) -> 
     assert tracker.status()["pilot"]["metrics"] == {"loss": None, "tokens": 8.0}
     (point,) = (point for point in read_points(tmp_path / "metrics.jsonl") if point["kind"] == "pilot")
     assert point["metrics"] == {"loss": None, "tokens": 8.0}
-    with pytest.raises(TypeError, match="'loss'"):
+    with pytest.raises(ValueError, match="low"):
         tracker.pilot(2, {"loss": "low"})

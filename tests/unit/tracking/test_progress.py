@@ -56,7 +56,7 @@ def test_line_tells_what_there_is(tracker: Tracker) -> None:
     tracker.pilot(1, {"loss": 2.5, "log_bytes_per_token": 1234.5})
     tracker.log({"lag_rounds": 4, "bytes": 56_000})
     shown.show(tracker.status())
-    assert "round 1/10 | pilot loss 2.5000 | lag 4 rounds | log 56.0 KB, 1.2 KB per token" in out.getvalue()
+    assert "round 1/10 | pilot loss 2.5000 | lag 4 rounds | log 56.0 KB | per token 1.2 KB" in out.getvalue()
     assert "copilot" not in out.getvalue() and "None" not in out.getvalue()
 
 

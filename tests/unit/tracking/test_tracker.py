@@ -157,7 +157,7 @@ def test_calls_do_not_wait_for_mlflow(tmp_path: Path) -> None:
 
 def test_long_params_are_cut_and_all_fields_are_there(tmp_path: Path) -> None:
     params = flat_params(make_config(tmp_path, data={"system": "x" * 900}))
-    assert len(params["data.system"]) == 500 and params["data.system"].endswith("...")
+    assert len(params["data.system"]) == 500
     assert params["pilot.lora.rank"] == "16" and params["fusion.lam_grid"].startswith("[0.0")
 
 
