@@ -24,7 +24,7 @@ from tc_ray.copilot.batch import batch_from_records
 from tc_ray.copilot.buffer import RoundBuffer, draw
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import Learner, StepResult, make_learner
-from tc_ray.data.prepared.train_table import TrainTable
+from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.mistakelog.read.reader import LogTail
 from tc_ray.mistakelog.table.data_file import BadFileError
 from tc_ray.mistakelog.table.retry import retry

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from tc_ray.data.prepared.left_out import LeftOut, read_left_out
+from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.data.source.records import read_prepared
 
 _COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "prompt"]
@@ -32,7 +30,7 @@ class HeldOut:
 
 def read_counted(file: Path, limit: int | None = None) -> tuple[list[HeldOut], LeftOut]:
     """`read_held_out`, and how many of the given rows are missing from it."""
-    return read_held_out(file, limit), read_left_out(file).measured(pq.read_metadata(file).num_rows, limit)
+    return read_held_out(file, limit), LeftOut.read(file, limit)
 
 
 def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tc_ray.config.fusion import FusionSection
-from tc_ray.data.prepared.left_out import LeftOut
+from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.heldout import HeldOut
 from tc_ray.evaluation.metric import Metric, Outcome
 from tc_ray.evaluation.report import Report
-from tc_ray.evaluation.selection import Choice, Comparison, choose
+from tc_ray.evaluation.statistics import Choice, Comparison, choose
 from tc_ray.evaluation.teacher_forced import TeacherForced, teacher_forced
 from tc_ray.models.folder import SPACES
 
@@ -30,7 +30,6 @@ def evaluate(
     data: str,
     validation: Sequence[HeldOut] = (),
     no_copilot: str | None = None,
-    seen_error_size: float | None = None,
     left_out: Mapping[str, LeftOut] | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -39,7 +38,6 @@ def evaluate(
     Args:
         model: a FusedModel; or a Pilot, which is measured as lambda 0 would be. no_copilot: why it is one, for the report.
         data: what the test rows are, for the report.
-        seen_error_size: mean squared logged error of the last rounds, for the report.
         left_out: rows missing from "validation" and "test", for the report.
     """
     spaces = SPACES if config.space == "choose" else (config.space,)
@@ -88,8 +86,6 @@ def evaluate(
         validation=[
             _tried(choice, outcome, tried[pilot_choice], forced.get(choice)) for choice, outcome in tried.items()
         ],
-        seen_error_size=seen_error_size,
-        heldout_error_size=forced[pilot_choice].squared_error if forced else None,
         left_out=dict(left_out or {}),
         validation_rows=len(validation),
         examples=[

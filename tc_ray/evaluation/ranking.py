@@ -48,23 +48,17 @@ class Ranking:
         self._trie = ItemTrie([completion_ids(label, tokenizer) for label in self._labels])
 
     def outcome(self, model: Any, examples: Sequence[HeldOut], lam: float | None) -> Outcome:
-        """Rankings and all measures of the configured cutoffs.
-
-        With `history: excluded`, items of a row's own prompt leave the ranking and the others move up; the search is widened
-        by the longest history, so that enough remain.
-        """
-        histories = [self._history(e) for e in examples]
+        """Rankings and all measures of the configured cutoffs."""
         cutoffs = self._config.ranking.cutoffs
         ranked = rank(
             model,
             self._tokenizer,
             examples,
             self._trie,
-            beams=max(cutoffs) + max(map(len, histories), default=0),
+            beams=max(cutoffs),
             batch_size=self._config.eval_batch_size,
             lam=lam,
         )
-        ranked = [[item for item in items if item not in out] for items, out in zip(ranked, histories, strict=True)]
         places = [_place(items, self._number[e.answer]) for items, e in zip(ranked, examples, strict=True)]
         columns = {f"Hit@{k}": [hit_at(k, place) for place in places] for k in cutoffs}
         columns |= {f"NDCG@{k}": [ndcg_at(k, place) for place in places] for k in cutoffs}
@@ -88,12 +82,6 @@ class Ranking:
             means = float(one[:, i].mean()), float(other[:, i].mean())
             found.append(Measure(name, means[0], of_pilot, means[1], of_fused, means[1] - means[0], of_difference))
         return found
-
-    def _history(self, example: HeldOut) -> set[int]:
-        """Items that must not be ranked for this row."""
-        if self._config.ranking.history == "allowed":
-            return set()
-        return {self._number[label] for label in example.prompt.split()}
 
 
 def _place(items: Sequence[int], wanted: int) -> int | None:

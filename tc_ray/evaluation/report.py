@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tc_ray.data.prepared.left_out import LeftOut
+from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.metric import Measure
-from tc_ray.evaluation.selection import Comparison
+from tc_ray.evaluation.statistics import Comparison
 from tc_ray.evaluation.teacher_forced import TeacherForced
 from tc_ray.files import finite, write_file, write_json
 
@@ -46,8 +46,6 @@ class Report:
     score_name: str = "accuracy"
     measures: list[Measure] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
-    seen_error_size: float | None = None
-    heldout_error_size: float | None = None
     examples: list[dict[str, str]] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     validation_rows: int = 0
@@ -155,12 +153,6 @@ class Report:
         parts = ["# Evaluation", "", self.verdict, "", "```", *self.lines()[:-1], "```", ""]
         if self.validation:
             parts += ["## Choice of lambda on validation data", "", *self._sweep_lines(), ""]
-        if self.seen_error_size is not None and self.heldout_error_size is not None:
-            sizes = (
-                f"Mean squared error of the Pilot: {self.seen_error_size:.4f} in the last rounds of the log, "
-                f"{self.heldout_error_size:.4f} on validation data. If that of the log is far smaller, expect no gain."
-            )
-            parts += [sizes, ""]
         if self.examples:
             parts += ["## Changed answers", ""]
             for example in self.examples:

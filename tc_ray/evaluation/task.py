@@ -23,7 +23,6 @@ def evaluate_finished(
     tracker: Any,
     *,
     test_file: Path | None = None,
-    seen_error_size: float | None = None,
     no_copilot: str | None = None,
 ) -> Report:
     """Load `pilot/final` and `copilot/final`, choose lambda on the validation rows and measure the test rows.
@@ -32,7 +31,6 @@ def evaluate_finished(
         source: what the test rows are, for the report.
         tracker: Tracker actor that is given progress, or None.
         test_file: prepared test.parquet, measured whole; default the run's own, up to `fusion.max_test_rows`.
-        seen_error_size: mean squared logged error of the log's last rounds, for the report.
         no_copilot: why there is no Copilot; the Pilot is then measured alone.
     """
     import torch
@@ -73,7 +71,7 @@ def evaluate_finished(
     )
     copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
     fused = FusedModel.join(pilot, copilot, feedback=fusion.feedback).to(device)
-    return evaluate(fused, metric, fusion, validation=validation, seen_error_size=seen_error_size, **common)
+    return evaluate(fused, metric, fusion, validation=validation, **common)
 
 
 def _metric(config: RunConfig, tokenizer: Any) -> Metric:

@@ -17,7 +17,7 @@ import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.prompts import serving_template
-from tc_ray.data.prepared.train_table import TrainTable
+from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.files import publish_folder
 from tc_ray.models.finite import check_finite
 from tc_ray.models.pilot.load import DTYPES, load_pilot

@@ -50,7 +50,7 @@ ROOMS = {
     },
     "data": set(),
     "data.encode": {"config", "data.source"},
-    "data.prepared": {"config", "data.encode", "data.source", "models"},
+    "data.prepared": {"config", "data.encode", "data.source"},
     "data.source": {"config"},
     "evaluation": {
         "config",

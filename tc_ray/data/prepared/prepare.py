@@ -1,7 +1,7 @@
 """Prepare a run's data folder: read, quarantine, split, tokenise, write Parquet.
 
-Invariant: a folder that `prepare` was stopped in counts as none (see `folder`). Every bad record of a source is in the
-quarantine file once, and a source with too many of them stops the run before its rows are used. Called by the driver; Ray must
+Invariant: every bad record of a source is in the quarantine file once, and a source with too many of them stops the run
+before its rows are used. Called by the driver; Ray must
 be running.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ import pyarrow.parquet as pq
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode.encode import Encoded, Encoder, encode_files
 from tc_ray.data.encode.split import cut
-from tc_ray.data.prepared import folder as data_folder
-from tc_ray.data.prepared.folder import QUARANTINE, RECORD, SCHEMA, PreparedData
-from tc_ray.data.prepared.left_out import LeftOut, with_left_out
+from tc_ray.data.prepared.folder import LEFT_OUT, QUARANTINE, SCHEMA, LeftOut, PreparedData, save
 from tc_ray.data.source.embedded import for_fallback, generated_set, write_generated_set
 from tc_ray.data.source.find import PARTS, find_sources, part_files
 from tc_ray.data.source.records import DataError, iter_records
@@ -45,10 +43,8 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
     encoder.check()
     config = encoder.config
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
     found = find_sources(config)
     sources, notes = found.files, found.notes
-    of = data_folder.fingerprint(encoder, sources)
     source = ", ".join(map(str, sources["train"])) or generated_set(config)
     if not sources["train"]:
         sources["train"] = [write_generated_set(config, folder, encoder.seed)]
@@ -57,17 +53,8 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
             encoder = replace(encoder, config=for_fallback(config))
     encoded, bad = _encode(sources, encoder, folder, folder / ITEMS_FILE, notes)
     prepared = _write(folder, source, _parts(config, encoded, notes), encoded, bad, notes)
-    data_folder.save(prepared, of)
+    save(prepared)
     return prepared
-
-
-def prepared_before(encoder: Encoder, folder: Path) -> PreparedData | None:
-    """What the folder holds, if `prepare` has made it from the same inputs; None: prepare it. Raises as `prepare` does."""
-    encoder.check()
-    earlier = data_folder.load(folder, data_folder.fingerprint(encoder, find_sources(encoder.config).files))
-    if earlier:
-        encoder.check_id(earlier.largest_id)
-    return earlier
 
 
 def prepare_test_file(encoder: Encoder, source: str, target: Path, *, items: Path | None = None) -> PreparedData:
@@ -221,25 +208,18 @@ def _write(
     notes: list[str],
 ) -> PreparedData:
     """Write the Parquet files, each with what is left out of it, and describe them."""
-    lengths: dict[str, list[int]] = {part: [] for part in PARTS}
-    starts = dict.fromkeys(PARTS, 0)
     for part, table in parts.items():
-        of = encoded[part if part in encoded else "train"]
-        left_out = LeftOut(of.too_long, len(of.bad), before_split=part not in encoded)
-        pq.write_table(with_left_out(table, left_out), folder / f"{part}.parquet")
-        lengths[part] = pc.list_value_length(table["input_ids"]).to_pylist()
-        starts[part] = sum(table["target_start"].to_pylist())
+        own = encoded.get(part)
+        left_out = asdict(LeftOut(own.too_long, len(own.bad)) if own else LeftOut())
+        named = table.replace_schema_metadata({LEFT_OUT: json.dumps(left_out).encode()})
+        pq.write_table(named, folder / f"{part}.parquet")
     return PreparedData(
         folder=folder,
         source=source,
-        rows={part: len(found) for part, found in lengths.items()},
-        tokens={part: sum(found) for part, found in lengths.items()},
-        target_tokens={part: sum(found) - starts[part] for part, found in lengths.items()},
-        longest={part: max(found, default=0) for part, found in lengths.items()},
+        rows={part: parts[part].num_rows if part in parts else 0 for part in PARTS},
         quarantined=bad,
         too_long=sum(rows.too_long for rows in encoded.values()),
         cut_completions=sum(rows.cut_completions for rows in encoded.values()),
         records={part: rows.records for part, rows in encoded.items()},
-        largest_id=max(rows.largest_id for rows in encoded.values()),
         notes=notes,
     )

@@ -97,7 +97,7 @@ def test_text_is_trained_on_exactly_as_it_is_written(tmp_path: Path) -> None:
 
 def test_the_training_table_refuses_rows_without_a_target(tmp_path: Path) -> None:
     """Fault 17: the loop divides the loss of a round by its target tokens."""
-    from tc_ray.data.prepared.train_table import TrainTable
+    from tc_ray.data.prepared.batches import TrainTable
 
     rows = [
         {"sample_id": 0, "input_ids": [5, 6], "target_start": 1},
