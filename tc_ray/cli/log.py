@@ -197,11 +197,7 @@ def vacuum(
 
 
 def parse_rounds(text: str | None) -> tuple[int, int] | None:
-    """First and last round of A:B, A:, :B or A.
-
-    Raises:
-        ValueError: it is none of these, or the first is after the last.
-    """
+    """First and last round of A:B, A:, :B or A. Raises ValueError: it is none of these, or the first is after the last."""
     if text is None:
         return None
     first, colon, last = text.partition(":")

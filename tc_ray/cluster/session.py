@@ -7,13 +7,11 @@ the run is refused before anything is started in it. Called by `run.job` and `ru
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity
-from tc_ray.cluster.signals import Stopped, take_signals
+from tc_ray.cluster.signals import take_signals
 from tc_ray.config.schema import RunConfig
 from tc_ray.text import visible
 
@@ -69,32 +67,18 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     try:
         # workers report errors through their results; their prints stay in Ray's session folder
         if address:
-            _init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False)
         else:
             cores = os.cpu_count() or 1
             count = max(cores, int(-(-cpus_needed(config) // 1)))
             if count > cores:
                 text = f"ray: the run asks for {count} CPUs, this machine has {cores}: processes will share cores"
                 print(visible(text), flush=True)
-            _init(address="local", num_cpus=count, log_to_driver=False, logging_level="warning")
+            ray.init(address="local", num_cpus=count, log_to_driver=False, logging_level="warning")
+        take_signals()  # Ray has set its own handlers
         yield
     finally:
         ray.shutdown()
-
-
-def _init(**options: Any) -> None:
-    """Start or join Ray; a signal in between ends the command as it does at any other time."""
-    import ray
-
-    try:
-        ray.init(**options)
-    except SystemExit as end:
-        # while it starts, Ray itself handles SIGTERM: it exits with the signal's number
-        if end.code == signal.SIGTERM:
-            raise Stopped(signal.SIGTERM) from None
-        raise
-    finally:
-        take_signals()
 
 
 def check_room(config: RunConfig) -> None:

@@ -36,8 +36,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
         path: file, name of a recipe that comes with tc-ray, or None for the defaults.
         overrides: `section.field=value`, each field once.
 
-    Raises:
-        ConfigError: the file or an override cannot be used; the message names file, line and field.
+    Raises ConfigError: the file or an override cannot be used; the message names file, line and field.
     """
     path = None if path is None else find_recipe(Path(path))
     origins: dict[KeyPath, str] = {}

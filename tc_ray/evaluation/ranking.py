@@ -14,8 +14,7 @@ import numpy as np
 
 from tc_ray.config.fusion import FusionSection
 from tc_ray.data.encode.tokenize import completion_ids
-from tc_ray.evaluation.decode import rank
-from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.decode import HeldOut, rank
 from tc_ray.evaluation.item_trie import ItemTrie
 from tc_ray.evaluation.metric import Measure, Outcome
 from tc_ray.evaluation.statistics import bootstrap_intervals, wilson_interval

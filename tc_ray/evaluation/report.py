@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.metric import Measure
 from tc_ray.evaluation.statistics import Comparison
@@ -150,28 +152,13 @@ class Report:
 
     def markdown(self) -> str:
         """The report as Markdown: verdict, tables, validation sweep, examples."""
-        parts = ["# Evaluation", "", self.verdict, "", "```", *self.lines()[:-1], "```", ""]
-        if self.validation:
-            parts += ["## Choice of lambda on validation data", "", *self._sweep_lines(), ""]
-        if self.examples:
-            parts += ["## Changed answers", ""]
-            for example in self.examples:
-                parts += [f"**{example['prompt'].strip()[-300:]}**", "", f"- answer: {example['answer']}"]
-                parts += [f"- Pilot: `{example['pilot']}`", f"- fused: `{example['fused']}`", ""]
-        return "\n".join(parts)
-
-    def _sweep_lines(self) -> list[str]:
-        one_name = self.score_name == self.right_name
-        names = [self.right_name] if one_name else [self.score_name, self.right_name]
-        lines = [f"| space | lambda | {' | '.join(names)} | wins | losses | NLL |", "|---" * (5 + len(names)) + "|"]
-        for row in self.validation:
-            values = (
-                [f"{100 * row['right']:.1f}%"] if one_name else [f"{100 * row[key]:.2f}%" for key in ("score", "right")]
-            )
-            cells = [row["space"], f"{row['lam']:g}", *values]
-            cells += [str(row["wins"]), str(row["losses"]), f"{row['nll']:.4f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-        return lines
+        names = {"score": self.score_name, "right": self.right_name}
+        if self.score_name == self.right_name:
+            del names["score"]
+        loader = PackageLoader("tc_ray.evaluation", "static")
+        # Markdown: nothing is to be escaped as HTML
+        templates = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined, autoescape=False)
+        return templates.get_template("report.md").render(report=self, names=names)
 
     def save(self, folder: Path, stem: str = "evaluation") -> None:
         """Write `<stem>.json` (null for what is not finite) and `<stem>.md`."""

@@ -52,7 +52,7 @@ def launch_evaluation(config: RunConfig, source: str, tracker: Any = None, **opt
     """
     import ray
 
-    from tc_ray.evaluation.task import evaluate_finished
+    from tc_ray.evaluation.procedure import evaluate_finished
 
     need = evaluation_need(config)
     if tracker is None:
@@ -70,8 +70,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
     Args:
         data: JSON, JSONL or Parquet file; None takes the run's own test rows.
 
-    Raises:
-        NotFinishedError: parts of the run are missing. DataError: `data` cannot be read.
+    Raises NotFinishedError: parts of the run are missing. DataError: `data` cannot be read.
     """
     folder = folder.expanduser().absolute()
     missing = [part for part in NEEDED if not (folder / part).is_file()]
@@ -97,14 +96,13 @@ def _prepare(config: RunConfig, data: Path, folder: Path) -> Path:
 
     from tc_ray.data.encode.encode import Encoder
     from tc_ray.data.prepared.prepare import prepare_test_file
-    from tc_ray.data.source.sequences import ITEMS_FILE
     from tc_ray.models.hub import embedding_rows
 
     pilot = config.run.path / "pilot" / "final"
     shape = AutoConfig.from_pretrained(pilot, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)
     encoder = Encoder(config.data, tokenizer, config.run.seed, shape.is_encoder_decoder, embedding_rows(pilot, shape))
-    prepared = prepare_test_file(encoder, str(data), folder, items=config.run.path / "data" / ITEMS_FILE)
+    prepared = prepare_test_file(encoder, str(data), folder)
     for line in prepared.notes:
         print(visible(line), flush=True)
     return prepared.file("test")

@@ -31,8 +31,7 @@ class FolderLock:
     Args:
         what: the run, for the error of a second one. name: of the lock's file.
 
-    Raises:
-        LeaseHeldError: names the holder's host, process and start.
+    Raises LeaseHeldError: names the holder's host, process and start.
     """
 
     def __init__(self, folder: Path, what: str, name: str = NAME) -> None:
@@ -62,7 +61,7 @@ class FolderLock:
 def _holder(path: Path) -> str:
     try:
         return str(Holder.from_json(path.read_bytes()))
-    except (ValueError, KeyError, TypeError):  # it is writing its name, or could not
+    except (ValueError, KeyError, TypeError, AttributeError):  # it is writing its name, or could not
         return "another run"
 
 

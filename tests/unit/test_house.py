@@ -97,7 +97,6 @@ ROOMS = {
         "evaluation",
         "export",
         "mistakelog.commit",
-        "mistakelog.read",
         "mistakelog.table",
         "models",
         "models.pilot",

@@ -19,13 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tc_ray.config.data import DataSection
-from tc_ray.data.encode.encode import Encoded, Encoder, encode_files
-from tc_ray.data.encode.split import cut
+from tc_ray.data.encode.encode import Encoded, Encoder, cut, encode_files
 from tc_ray.data.prepared.folder import LEFT_OUT, QUARANTINE, SCHEMA, LeftOut, PreparedData, save
 from tc_ray.data.source.embedded import for_fallback, generated_set, write_generated_set
 from tc_ray.data.source.find import PARTS, find_sources, part_files
 from tc_ray.data.source.records import DataError, iter_records
-from tc_ray.data.source.sequences import ITEMS_FILE, SequenceReader, label_items, read_items, scan, write_items
+from tc_ray.data.source.sequences import ITEMS_FILE, SequenceReader, label_items, scan, write_items
 from tc_ray.text import visible
 
 _SHOWN_BAD_ROWS = 5
@@ -51,26 +50,24 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
         if config.format == "examples" and for_fallback(config) != config:
             notes.append("data.completion_pattern is meant for the absent files and left out")
             encoder = replace(encoder, config=for_fallback(config))
-    encoded, bad = _encode(sources, encoder, folder, folder / ITEMS_FILE, notes)
+    encoded, bad = _encode(sources, encoder, folder, notes)
     prepared = _write(folder, source, _parts(config, encoded, notes), encoded, bad, notes)
     save(prepared)
     return prepared
 
 
-def prepare_test_file(encoder: Encoder, source: str, target: Path, *, items: Path | None = None) -> PreparedData:
+def prepare_test_file(encoder: Encoder, source: str, target: Path) -> PreparedData:
     """Tokenise another test file (or folder) into `target`/test.parquet, for the evaluation of a finished run.
 
-    Args:
-        items: the run's items.parquet, whose labels other sequences are read with; needed with format: sequences.
-
-    Raises:
-        DataError: as `prepare` does.
+    Raises DataError: as `prepare` does, or the run is one of item sequences.
     """
+    if encoder.config.format == "sequences":
+        raise DataError("a run of item sequences is measured on its own users only: leave out --data")
     encoder.check()
     target.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     files = part_files(source, "test", encoder.config, notes)
-    encoded, bad = _encode({"test": files}, encoder, target, items, notes)
+    encoded, bad = _encode({"test": files}, encoder, target, notes)
     table = _finish(encoded["test"].rows)
     if not table.num_rows:
         raise DataError(f"{source}: no test row is left: {_arithmetic(encoded['test'])}")
@@ -78,13 +75,11 @@ def prepare_test_file(encoder: Encoder, source: str, target: Path, *, items: Pat
 
 
 def _encode(
-    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, items: Path | None, notes: list[str]
+    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, notes: list[str]
 ) -> tuple[dict[str, Encoded], int]:
     """Rows of the parts that have files of their own (the others are cut from train later), and the number of bad records."""
     if encoder.config.format == "sequences":
-        if items is None:
-            raise DataError("item sequences can only be measured with the items.parquet of the run")
-        encoded, bad = _encode_sequences(sources, encoder, folder, items, notes)
+        encoded, bad = _encode_sequences(sources["train"], encoder, folder, notes)
     else:
         encoded = {
             part: encode_files(files, encoder, iter_records, held_out=part != "train")
@@ -97,26 +92,19 @@ def _encode(
 
 
 def _encode_sequences(
-    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, items: Path, notes: list[str]
+    files: Sequence[Path], encoder: Encoder, folder: Path, notes: list[str]
 ) -> tuple[dict[str, Encoded], int]:
-    """Training sequences give rows of all parts, leave-one-out, and labels of their items, which are written to `items`.
-
-    Test sequences give test rows alone, with the labels that an earlier run has written to `items`.
-    """
-    parts = PARTS if "train" in sources else ("test",)
-    files = sources[parts[0]]
-    known = None if "train" in sources else read_items(items)
-    found = scan(files, known)
-    bad = _quarantine({parts[0]: (found.bad, found.records)}, encoder, folder)
-    labels = known or label_items(found.items, encoder.seed)
-    if known is None:
-        write_items(labels, items)
-        notes.append(
-            f"{found.users} users, {len(labels)} items with random numbers of {len(next(iter(labels.values()), ''))} "
-            f"digits (in {items.name}); of each user the last item is a test row, the one before it a validation row"
-        )
+    """Rows of all parts, leave-one-out, and the labels of the items, which are written to items.parquet."""
+    found = scan(files)
+    bad = _quarantine({"train": (found.bad, found.records)}, encoder, folder)
+    labels = label_items(found.items, encoder.seed)
+    write_items(labels, folder / ITEMS_FILE)
+    notes.append(
+        f"{found.users} users, {len(labels)} items with random numbers of {len(next(iter(labels.values()), ''))} digits (in "
+        f"{ITEMS_FILE}); of each user the last item is a test row, the one before it a validation row"
+    )
     encoded = {}
-    for part in parts:
+    for part in PARTS:
         read = SequenceReader(part, labels, found.left_out, encoder.config.sequences)
         encoded[part] = encode_files(files, encoder, read, held_out=part != "train")
         if part != "train":
@@ -127,8 +115,7 @@ def _encode_sequences(
 def _quarantine(bad: Mapping[str, tuple[list[dict[str, Any]], int]], encoder: Encoder, folder: Path) -> int:
     """Write the bad rows of all sources; returns their number.
 
-    Raises:
-        DataError: a source has too many of them among its records.
+    Raises DataError: a source has too many of them among its records.
     """
     target = folder / QUARANTINE
     with target.open("w", encoding="utf-8") as file:

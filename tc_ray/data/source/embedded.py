@@ -59,8 +59,7 @@ def _options(config: DataSection) -> dict[str, int | float | str | bool]:
 def write_embedded(config: DataSection, path: Path, seed: int) -> None:
     """Write `config.embedded_rows` lines of JSON (prompt, completion, answer) to `path`.
 
-    Raises:
-        DataError: the task or an option is unknown.
+    Raises DataError: the task or an option is unknown.
     """
     import reasoning_gym
 

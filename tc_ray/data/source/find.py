@@ -48,8 +48,7 @@ def find_sources(config: DataSection) -> Sources:
     validation rows if it holds eval, validation, valid, val or dev (evalset, ...): see `data.parts`. data.test and
     data.validation override this.
 
-    Raises:
-        DataError: files are absent, of no known kind, or named so that their part is not clear.
+    Raises DataError: files are absent, of no known kind, or named so that their part is not clear.
     """
     sources = Sources({part: [] for part in PARTS}, [])
     if config.train != EMBEDDED:

@@ -193,19 +193,10 @@ def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokeniz
         prepare(Encoder(sequence_section(train=str(path), max_bad_fraction=0), tokenizer, 1), out)
 
 
-def test_other_sequences_are_read_with_the_items_of_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = sequence_section(train=str(write_users(tmp_path / "s.txt")), max_bad_fraction=0.5)
-    prepared = prepare(Encoder(config, tokenizer, 1), tmp_path / "out")
-    labels = read_items(prepared.folder / "items.parquet")
-    other = tmp_path / "other.txt"
-    other.write_text("a i3 i1 i2\nb i3 strange i2\n")
-    items = prepared.folder / "items.parquet"
-    found = prepare_test_file(Encoder(config, tokenizer, 1), str(other), tmp_path / "eval", items=items)
-    (row,) = pq.read_table(found.file("test")).to_pylist()
-    assert (row["prompt"], row["answer"]) == (f"{labels['i3']} {labels['i1']}", labels["i2"])
-    assert found.quarantined == 1 and "item strange" in (found.folder / "quarantine.jsonl").read_text()
-    with pytest.raises(DataError, match=r"items\.parquet of the run"):
-        prepare_test_file(Encoder(config, tokenizer, 1), str(other), tmp_path / "eval")
+def test_other_sequences_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = sequence_section(train=str(write_users(tmp_path / "s.txt")))
+    with pytest.raises(DataError, match="measured on its own users only"):
+        prepare_test_file(Encoder(config, tokenizer, 1), config.train, tmp_path / "eval")
 
 
 def test_absent_sequences_fall_back_to_a_generated_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -10,7 +10,7 @@ from tc_ray.config.data import DataSection
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import LeftOut, PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
-from tc_ray.evaluation.heldout import read_counted
+from tc_ray.evaluation.decode import read_counted
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.statistics import Comparison
 from tests.support.data_cases import SUMS, lines

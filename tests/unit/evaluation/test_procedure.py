@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from tc_ray.config.fusion import FusionSection
-from tc_ray.evaluation.decode import complete
-from tc_ray.evaluation.heldout import HeldOut, read_held_out
+from tc_ray.evaluation.decode import HeldOut, complete, read_held_out
 from tc_ray.evaluation.metric import ExactMatch
 from tc_ray.evaluation.procedure import evaluate
 from tc_ray.evaluation.report import Report

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer
 
 from tc_ray.config.fusion import FusionSection, RankingSection
 from tc_ray.data.encode.tokenize import completion_ids
-from tc_ray.evaluation.decode import rank
-from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.decode import HeldOut, rank
 from tc_ray.evaluation.item_trie import ItemTrie, ItemTrieProcessor
 from tc_ray.evaluation.metric import Outcome
 from tc_ray.evaluation.procedure import evaluate
