@@ -80,7 +80,7 @@ def test_times_and_replicas() -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("max_tokens=1.5", "serving.max_tokens is 1.5, allowed: a whole number above 0"),
+        ("max_tokens=1.5", "serving.max_tokens is 1.5: it should be a valid integer"),
         ("max_running=0", "above 0"),
         ("max_waiting=-1", "at least 0"),
         ("port=70000", "at least 1 at most 65535"),
@@ -116,7 +116,7 @@ def test_builder_makes_the_deployment(run: Path, monkeypatch: pytest.MonkeyPatch
         ),
         (
             {"runs": ["RUN"], "max_tokens": "five"},
-            "args.max_tokens: serving.max_tokens is 'five', allowed: a whole number",
+            "args.max_tokens: serving.max_tokens is 'five': it should be a valid integer",
         ),
         ({"runs": ["RUN"], "port": 80}, "args.port: the http_options"),
     ],
