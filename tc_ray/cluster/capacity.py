@@ -85,8 +85,6 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
 
 def fits(nodes: Sequence[Mapping[str, float]], needs: Sequence[Need]) -> bool:
     """Whether empty nodes hold all bundles at the same time, each on one node. Exact for one or two needs."""
-    if len(needs) > 2:
-        raise ValueError("fits takes two kinds of bundles at most")
     first, *others = needs
     # most[n]: bundles of the other need that fit beside n of the first
     most = [0] + [-1] * first.count
@@ -111,18 +109,13 @@ def _times(node: Mapping[str, float], bundle: Bundle) -> int:
 def can_grow() -> bool:
     """Whether an autoscaler can start nodes for this cluster. Ray must run.
 
-    Ray has no public API for it, so three places are read: a cluster config of the platform, the report of autoscaler v1, and
-    the node types of autoscaler v2. An unknown answer counts as yes: a wait is reported, but a refusal would be final.
+    Ray has no public API for it, so two places are read: the report of autoscaler v1 and the node types of autoscaler v2. An unknown answer counts as yes: a wait is reported, but a refusal would be final.
     """
     try:
-        from ray._private.state import state
         from ray._private.worker import global_worker
         from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
         gcs = global_worker.gcs_client
-        cluster = state.get_cluster_config()
-        if cluster is not None and cluster.node_group_configs:
-            return True
         end = time.monotonic() + REPORT_SECONDS
         while report := gcs.internal_kv_get(
             b"__autoscaling_status", None

@@ -87,12 +87,8 @@ def check_room(config: RunConfig) -> None:
 
     alone = [Need("task that prepares data", 1, {"CPU": 1.0}, ())]
     check_capacity(training_needs(config), alone + ([evaluation_need(config)] if config.log.enabled else []))
-    first = ray.remote(num_cpus=1)(_nothing).remote()
+    first = ray.remote(num_cpus=1)(lambda: None).remote()  # while it is pending, an autoscaler adds nodes
     while not ray.wait([first], timeout=SAY_SECONDS)[0]:
         free = amounts(ray.available_resources())
         text = f"ray: waiting for 1 CPU to prepare the data; free now: {free} (Ctrl-C ends the wait)"
         print(visible(text), flush=True)
-
-
-def _nothing() -> None:
-    """A task of one CPU; while it is pending, an autoscaler adds nodes."""

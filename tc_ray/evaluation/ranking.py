@@ -58,7 +58,8 @@ class Ranking:
             batch_size=self._config.eval_batch_size,
             lam=lam,
         )
-        places = [_place(items, self._number[e.answer]) for items, e in zip(ranked, examples, strict=True)]
+        wanted = [self._number[e.answer] for e in examples]
+        places = [items.index(item) + 1 if item in items else None for items, item in zip(ranked, wanted, strict=True)]
         columns = {f"Hit@{k}": [hit_at(k, place) for place in places] for k in cutoffs}
         columns |= {f"NDCG@{k}": [ndcg_at(k, place) for place in places] for k in cutoffs}
         return Outcome(
@@ -81,8 +82,3 @@ class Ranking:
             means = float(one[:, i].mean()), float(other[:, i].mean())
             found.append(Measure(name, means[0], of_pilot, means[1], of_fused, means[1] - means[0], of_difference))
         return found
-
-
-def _place(items: Sequence[int], wanted: int) -> int | None:
-    """Place of an item in a ranking, from 1."""
-    return items.index(wanted) + 1 if wanted in items else None

@@ -87,13 +87,9 @@ class Report:
             )
         if self.lam == 0:
             return "The Copilot does not help: no lambda beat the Pilot on validation data. The exported default is lambda 0."
-        if not self.helps and self.measures:
-            return f"The Copilot does not help: with lambda {self.lam:g}, {self.gain.text}. The exported default is lambda 0."
         if not self.helps:
-            return (
-                f"The Copilot does not help: lambda {self.lam:g} won {c.wins} and lost {c.losses} of {c.rows} test rows. "
-                "The exported default is lambda 0."
-            )
+            how = self.gain.text if self.measures else f"it won {c.wins} and lost {c.losses} of {c.rows} test rows"
+            return f"The Copilot does not help: with lambda {self.lam:g}, {how}. The exported default is lambda 0."
         if self.gain.shown:
             return f"The Copilot helps: {self.gain.text}."
         return f"No gain is shown: {self.gain.text} can be chance."
@@ -140,12 +136,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready."""
         fields = asdict(self)
-        fields["comparison"] |= {
-            "p_value": self.comparison.p_value,
-            "pilot_interval": self.comparison.pilot_interval,
-            "fused_interval": self.comparison.fused_interval,
-            "difference_interval": self.comparison.difference_interval,
-        }
+        derived = ("p_value", "pilot_interval", "fused_interval", "difference_interval")
+        fields["comparison"] |= {name: getattr(self.comparison, name) for name in derived}
         # by name, so that the tracker logs each number as a metric; MLflow refuses names with an @
         fields["measures"] = {m.pop("name").lower().replace("@", "_at_"): m for m in fields["measures"]}
         return fields | {"helps": self.helps, "exported_lam": self.exported_lam, "verdict": self.verdict}

@@ -30,6 +30,8 @@ from tc_ray.run.train import copilot_is_done, finish_copilot, pilot_is_done, sta
 
 END_SECONDS = 20.0
 """Time for a stopped run to end its workers, after its status is written."""
+LOG_POLL_SECONDS = 1.0
+MAINTENANCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def _work(run: Run) -> JobResult:
     """All phases in order. At their end, also by an error or a signal, the status is written and workers and threads end."""
     import ray
 
+    from tc_ray.tracking.mlflow_writer import mlflow_command, resolve_uri
+
     end, status, shown = threading.Event(), "failed", PHASES[0].status
     watchers = start_watchers(run, end)
     try:
@@ -131,7 +135,8 @@ def _work(run: Run) -> JobResult:
                     shown = phase.status
                     run.tracker.phase.remote(shown)
                 phase.work(run)
-            result = JobResult(run.folder, run.export, run.report, _mlflow_command(run.config))
+            mlflow = mlflow_command(resolve_uri(run.config)) if run.config.tracking.enabled else None
+            result = JobResult(run.folder, run.export, run.report, mlflow)
             if run.no_copilot is not None:
                 raise NoCopilotError(run.no_copilot, result)
         status = "done"
@@ -152,16 +157,6 @@ def _work(run: Run) -> JobResult:
             run.copilot.stop()
         for thread in watchers:
             thread.join(10)
-
-
-def _mlflow_command(config: RunConfig) -> str | None:
-    from tc_ray.tracking.mlflow_writer import mlflow_command, resolve_uri
-
-    return mlflow_command(resolve_uri(config)) if config.tracking.enabled else None
-
-
-LOG_POLL_SECONDS = 1.0
-MAINTENANCE_SECONDS = 5.0
 
 
 def start_watchers(run: Run, end: threading.Event) -> list[threading.Thread]:

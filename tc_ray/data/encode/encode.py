@@ -196,10 +196,7 @@ def _encode_file(path: Path, encoder: Encoder, read: Callable[[Path], Iterable[R
 def _with_pattern(example: Example, pattern: str) -> Example | BadRow:
     """The example with the part of its completion that data.completion_pattern takes."""
     found = re.search(pattern, example.completion or "")
-    if found is None:
-        problem = f"does not match data.completion_pattern {pattern!r}"
-        return BadRow("completion", problem, "correct the pattern or the row")
-    text = found.group(found.re.groups)
+    text = found and found.group(found.re.groups)
     if not text or not text.strip():
         problem = f"data.completion_pattern {pattern!r} takes no text of it"
         return BadRow("completion", problem, "correct the pattern (its last group must hold text) or the row")

@@ -106,10 +106,9 @@ class PreparedData:
         lines.append(", ".join(f"{self.rows[part]} {part} rows" for part in PARTS))
         if self.quarantined:
             lines.append(f"left out as bad: {self.quarantined} rows, listed in {self.folder / QUARANTINE}")
-        if self.too_long:
-            lines.append(f"left out because the prompt is longer than data.cutoff_tokens: {self.too_long} rows")
-        if self.cut_completions:
-            lines.append(f"completions cut at data.cutoff_tokens: {self.cut_completions}")
+        if self.too_long or self.cut_completions:
+            left_out = f"left out because the prompt is longer than data.cutoff_tokens: {self.too_long} rows"
+            lines.append(f"{left_out}; completions cut there: {self.cut_completions}")
         return lines
 
 

@@ -231,7 +231,7 @@ def test_validation_rows_are_needed(fused: FusedModel) -> None:
 def test_lambda_that_loses_on_test_is_not_exported(tmp_path: Path) -> None:
     report = Report("rows", "probability", 0.5, "own", Comparison.of([True, True], [True, False]), None, None)
     assert report.exported_lam == 0.0
-    assert "lambda 0.5 won 0 and lost 1 of 2 test rows" in report.verdict
+    assert "lambda 0.5, it won 0 and lost 1 of 2 test rows" in report.verdict
     report.save(tmp_path)
     saved = json.loads((tmp_path / "evaluation.json").read_text())
     assert (saved["exported_lam"], saved["lam"], saved["comparison"]["losses"]) == (0.0, 0.5, 1)
