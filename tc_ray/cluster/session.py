@@ -7,11 +7,12 @@ the run is refused before anything is started in it. Called by `run.job` and `ru
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity
-from tc_ray.cluster.signals import take_signals
+from tc_ray.cluster.signals import Stopped, take_signals
 from tc_ray.config.schema import RunConfig
 from tc_ray.text import visible
 
@@ -40,8 +41,7 @@ def evaluation_need(config: RunConfig) -> Need:
 
 def training_needs(config: RunConfig) -> list[Need]:
     """What runs at the same time in training."""
-    copilot = copilot_need(config)
-    return [pilot_need(config), *([copilot] if copilot is not None else [])]
+    return [need for need in (pilot_need(config), copilot_need(config)) if need is not None]
 
 
 def _bundle(config: RunConfig, cpus: float) -> dict[str, float]:
@@ -77,6 +77,10 @@ def ray_session(config: RunConfig) -> Iterator[None]:
             ray.init(address="local", num_cpus=count, log_to_driver=False, logging_level="warning")
         take_signals()  # Ray has set its own handlers
         yield
+    except SystemExit as end:
+        if end.code == signal.SIGTERM:  # while it starts, Ray itself handles the signal: it exits with its number
+            raise Stopped(signal.SIGTERM) from None
+        raise
     finally:
         ray.shutdown()
 

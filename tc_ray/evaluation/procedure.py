@@ -157,15 +157,11 @@ def evaluate_finished(
             tracker.waiting.remote("evaluation", "")
             tracker.event.remote("evaluate", line)
 
-    common: dict[str, Any] = {
-        "test": test,
-        "data": source,
-        "on_progress": report_progress,
-        "left_out": {"test": without_test},
-    }
+    left_out = {"test": without_test}
+    common: dict[str, Any] = {"test": test, "data": source, "on_progress": report_progress, "left_out": left_out}
     if no_copilot is not None:
         return evaluate(pilot.to(device), metric, fusion, no_copilot=no_copilot, **common)
-    validation, common["left_out"]["validation"] = read_counted(
+    validation, left_out["validation"] = read_counted(
         folder / "data" / "validation.parquet", fusion.max_validation_rows
     )
     copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)

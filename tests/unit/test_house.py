@@ -93,7 +93,6 @@ ROOMS = {
         "copilot",
         "data.encode",
         "data.prepared",
-        "data.source",
         "evaluation",
         "export",
         "mistakelog.commit",

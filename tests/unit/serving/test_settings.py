@@ -81,11 +81,11 @@ def test_times_and_replicas() -> None:
     ("setting", "words"),
     [
         ("max_tokens=1.5", "serving.max_tokens is 1.5: it should be a valid integer"),
-        ("max_running=0", "above 0"),
-        ("max_waiting=-1", "at least 0"),
-        ("port=70000", "at least 1 at most 65535"),
-        ("max_body_bytes=20000000", "at most 16777216"),
-        ("gpu=1.5", "true or false"),
+        ("max_running=0", "greater than 0"),
+        ("max_waiting=-1", "greater than or equal to 0"),
+        ("port=70000", "less than or equal to 65535"),
+        ("max_body_bytes=20000000", "less than or equal to 16777216"),
+        ("gpu=1.5", "valid boolean"),
         ("request_timeout_s=.nan", "finite"),
     ],
 )
