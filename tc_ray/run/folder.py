@@ -61,7 +61,7 @@ class FolderLock:
 def _holder(path: Path) -> str:
     try:
         return str(Holder.from_json(path.read_bytes()))
-    except (ValueError, KeyError, TypeError, AttributeError):  # it is writing its name, or could not
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it is writing its name, or could not
         return "another run"
 
 
