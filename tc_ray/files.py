@@ -67,9 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except IsADirectoryError:
         raise DamagedFileError(f"{path} is a folder where a file should be") from None
-    except RecursionError:
-        raise DamagedFileError(f"{path} is damaged: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: not valid JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise DamagedFileError(f"{path} is damaged: it holds no JSON object")

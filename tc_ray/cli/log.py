@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,21 +198,14 @@ def vacuum(
 
 
 def parse_rounds(text: str | None) -> tuple[int, int] | None:
-    """First and last round of A:B, A:, :B or A.
-
-    Raises:
-        ValueError: it is none of these, or the first is after the last.
-    """
+    """First and last round of A:B, A:, :B or A. Raises ValueError: it is none of these, or the first is after the last."""
     if text is None:
         return None
-    first, colon, last = text.partition(":")
-    try:
-        low = int(first) if first else 0
-        high = (int(last) if last else 2**62) if colon else low
-        if (not first and not last) or low < 0 or low > high:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--rounds {text!r}: expected A:B with A at most B, for instance 10:20, 10: or :20") from None
+    found = re.fullmatch(r"(\d+)?(:)?(\d+)?", text)
+    first, colon, last = found.groups() if found else (None, None, None)
+    low, high = int(first or 0), int(last or (2**62 if colon else first or 0))
+    if (first is None and last is None) or low > high or (last and not colon):
+        raise ValueError(f"--rounds {text!r}: expected A:B with A at most B, for instance 10:20, 10: or :20")
     return low, high
 
 

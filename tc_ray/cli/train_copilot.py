@@ -30,7 +30,6 @@ def train_copilot(
         Path | None,
         typer.Option(help="Folder to write, or to resume; default: copilot-from-log in the run folder."),
     ] = None,
-    version: Annotated[int | None, typer.Option(help="Table version; default: the latest.")] = None,
     storage_option: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Option of the log's object store; may be given again."),
@@ -59,7 +58,7 @@ def train_copilot(
     target.parent.mkdir(parents=True, exist_ok=True)
     # beside the folder, so that a folder which is refused is left as it was
     lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
-    with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes:
+    with lock, resumable(target), MistakeLog(place.uri, storage_options=place.options) as mistakes:
         trained = train_from_log(mistakes, settings, target, show=_Show())
     say("\n".join(trained.lines()))
 

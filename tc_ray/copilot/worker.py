@@ -22,7 +22,7 @@ from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.learner import StepResult, make_learner
 from tc_ray.copilot.training import train
-from tc_ray.data.prepared.train_table import TrainTable
+from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.mistakelog.read.reader import LogTail
 from tc_ray.mistakelog.table.retry import retry
 

@@ -92,8 +92,8 @@ class Visit:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage of at most four digits: 0.03%, 4.2%, 99.98%."""
-    return f"{100.0 * float(share):.4g}%"
+    """A share as a percentage of three digits, or four near 100%: 0.03%, 42.1%, 99.98%."""
+    return f"{100.0 * float(share):.{4 if share > 0.99 else 3}g}%"
 
 
 def find_visits(

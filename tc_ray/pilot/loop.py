@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.prepared.batches import RoundOrder
-from tc_ray.data.prepared.train_table import TrainTable
+from tc_ray.data.prepared.batches import RoundOrder, TrainTable
 from tc_ray.mistakelog.commit.ledger_actor import submit_to
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.retry import may_pass

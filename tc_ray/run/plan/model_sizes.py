@@ -99,8 +99,7 @@ def model_sizes(
 ) -> ModelSizes:
     """Sizes of the Pilot `found` and a Copilot from `base` (None: unknown, or there is no Copilot).
 
-    Raises:
-        UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
+    Raises UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM

@@ -66,7 +66,8 @@ class Plan:
         ]
         if config.log.enabled:
             steps = f"{_known(self, 'copilot_steps')} Copilot steps of {config.copilot.batch_size} records"
-            per_round, whole, free = map(_bytes, (self.log_bytes_per_round, self.log_bytes, self.free_bytes))
+            sizes = (self.log_bytes_per_round, self.log_bytes, self.free_bytes)
+            per_round, whole, free = ("unknown" if size is None else byte_size(size) for size in sizes)
             compressed = " before compression" if config.log.compression != "none" else ""
             lines += [
                 ("", f"{steps}, {config.copilot.steps_per_round} per round"),
@@ -236,7 +237,3 @@ def _known(of: object | None, name: str, pattern: str = ",") -> str:
     """A number of the plan, or "unknown"."""
     value = getattr(of, name, None)
     return "unknown" if value is None else format(value, pattern)
-
-
-def _bytes(value: int | None) -> str:
-    return "unknown" if value is None else byte_size(value)

@@ -9,7 +9,7 @@ import pytest
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.sequences import read_items
-from tc_ray.evaluation.heldout import read_held_out
+from tc_ray.evaluation.decode import read_held_out
 from tc_ray.run.evaluate import evaluate_run
 from tc_ray.run.job import JobResult
 from tests.support.local_ray import local_ray

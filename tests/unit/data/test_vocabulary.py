@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from tc_ray.config.data import DataSection
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import Encoder
-from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.records import DataError
 from tc_ray.run.plan.plan import make_plan
 from tests.support.data_cases import SUMS, lines
@@ -42,8 +42,6 @@ def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_
     assert prepare(Encoder(config, tokenizer, 1, vocab_size=300), tmp_path / "out").rows["train"] == 48, (
         "padding is fine"
     )
-    with pytest.raises(DataError, match=REFUSED):  # another model with the same tokenizer: the rows could be reused
-        prepared_before(Encoder(config, tokenizer, 1, vocab_size=258), tmp_path / "out")
     unused = section(tmp_path, SUMS)
     assert prepare(Encoder(unused, tokenizer, 1, vocab_size=258), tmp_path / "out2").rows["train"] == 52
 

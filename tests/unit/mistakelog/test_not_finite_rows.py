@@ -20,10 +20,8 @@ from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.finite import all_finite, finite_rows, only_finite
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.commits import dropped_records
-from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.pilot import record
-from tc_ray.run.evaluate import logged_error_size
 from tests.support.inspection_samples import make_examples, make_log
 from tests.support.mistakelog_samples import random_records
 from tests.unit.pilot.test_record import ROUNDS, Run
@@ -147,8 +145,6 @@ def test_inspection_works_and_counts_them(log: Path, tmp_path: Path) -> None:
     exported = MistakeLog(log)
     assert export_jsonl(exported, tmp_path / "rows.jsonl", texts) == len(EXAMPLES) - spoilt_rows()
     assert sum(exported.not_finite.values()) == spoilt_rows()
-    size = logged_error_size(Location(str(log)))
-    assert size is not None and np.isfinite(size)
 
 
 def test_a_log_of_nothing_else_is_told(tmp_path: Path) -> None:
