@@ -19,13 +19,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tc_ray.config.log import LogSection
-from tc_ray.mistakelog.commit.fencing import fenced_files, trimmed
+from tc_ray.mistakelog.maintain.compaction import write_copy
 from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.maintain.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.table.commits import dropped_records
@@ -200,12 +201,6 @@ class Ledger:
                     if not left:
                         raise
                     self._load()
-                except LedgerError:
-                    # refused on knowledge that another Ledger has made old?
-                    known = self._store.version
-                    self._load()
-                    if not left or self._store.version == known:
-                        raise
 
     def begin_attempt(self, watermark: int, writers: int) -> int:
         """Start a new attempt: drop every round after `watermark` and refuse older attempts from now on.
@@ -234,11 +229,14 @@ class Ledger:
                     f"round {min(self._covered)}; start from an older checkpoint or a new run folder"
                 )
             new = self._state.attempt + 1
-            remove = fenced_files(self._store.files(), watermark)
+            remove = [file for file in self._store.files() if file.round_max > watermark]
             add = []
             for file in [file for file in remove if file.round_min <= watermark]:
+                # a name of its own: another process that believes to fence may have committed a copy too
+                stem, unique = file.name.removesuffix(".parquet"), uuid.uuid4().hex[:12]
+                name = f"{stem}-cut{watermark}-a{new}-{unique}.parquet"
                 try:
-                    add.append(trimmed(self._store, file, watermark, new))
+                    add.append(write_copy(self._store, [file], name, watermark=watermark))
                 except BadFileError as error:
                     self._set_aside(error)
                     remove.remove(file)

@@ -27,7 +27,7 @@ from deltalake.exceptions import DeltaError
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.maintain.compaction import merge, merge_plan
 from tc_ray.mistakelog.maintain.quarantine import set_aside
-from tc_ray.mistakelog.maintain.retention import Standing, retire
+from tc_ray.mistakelog.maintain.retention import retire
 from tc_ray.mistakelog.maintain.vacuum import Vacuum, look, remove
 from tc_ray.mistakelog.table.data_file import BadFileError, DataFile
 from tc_ray.mistakelog.table.errors import CommitConflictError
@@ -88,7 +88,7 @@ class Maintenance:
     ) -> None:
         self._store, self._settings, self._buffer_rounds = store, settings, buffer_rounds
         self._turn, self._clock = turn, clock
-        self._vacuum_due = self._staged_due = self._clock()
+        self._vacuum_due = self._clock()
         self._disk: Vacuum | None = None
         self._said: dict[str, float] = {}
 
@@ -119,20 +119,16 @@ class Maintenance:
         if self._clock() < self._vacuum_due:
             return
         settings = self._settings
-        staged = self._clock() >= self._staged_due
         with self._turn() as position:
             done.vacuum = self._disk = look(
                 self._store,
                 orphan_seconds=settings.orphan_seconds,
                 grace_seconds=settings.vacuum_grace_seconds,
                 live_attempt=position.attempt,
-                staged=staged,
             )
         remove(self._store.location, done.vacuum)
         if done.vacuum.removed:
             log.info("%s", done.vacuum.lines()[0])
-        if staged:  # none is old enough sooner, and the list of commits grows as long as the run
-            self._staged_due = self._clock() + settings.orphan_seconds
         shortest, longest = _VACUUM_SECONDS
         self._vacuum_due = self._clock() + min(max(settings.vacuum_grace_seconds / 4, shortest), longest)
 
@@ -142,25 +138,31 @@ class Maintenance:
         return self._disk.disk_bytes + sum(file.bytes for file in files if file.name not in self._disk.seen)
 
     def _retire(self, done: Maintained, position: Position) -> None:
-        settings = self._settings
-        if self._disk is None or (settings.keep_rounds is None and settings.max_bytes is None):
+        settings, limit = self._settings, self._settings.max_bytes
+        if self._disk is None or (settings.keep_rounds is None and limit is None):
             return
         files = self._store.files()
-        standing = Standing(
+        done.retired = retire(
+            files,
             safe_round=position.safe_round,
             copilot_round=position.copilot_round,
             buffer_rounds=self._buffer_rounds,
-            recent_bytes=self._disk.recent_bytes,
-            headroom_bytes=settings.file_bytes,
-            disk_bytes=self._disk_bytes(files),
+            keep_rounds=settings.keep_rounds,
+            max_bytes=limit,
+            reserved_bytes=self._disk.recent_bytes + settings.file_bytes,
         )
-        answer = retire(files, standing, keep_rounds=settings.keep_rounds, max_bytes=settings.max_bytes)
-        if answer.files:
-            note = {"kind": "retire", "up_to_round": max(file.round_max for file in answer.files)}
-            self._store.commit(remove=answer.files, numbers=position.numbers, note=note)
-            done.retired = answer.files
-        if answer.unmet is not None:
-            self._say(answer.unmet.split(":")[0], answer.unmet)
+        on_disk = self._disk_bytes(files)
+        if done.retired:
+            note = {"kind": "retire", "up_to_round": max(file.round_max for file in done.retired)}
+            self._store.commit(remove=done.retired, numbers=position.numbers, note=note)
+        if limit is not None and on_disk > limit:
+            copilot = "" if position.copilot_round is None else f"the Copilot is at round {position.copilot_round}, "
+            self._say(
+                "max_bytes",
+                f"log.max_bytes {limit:,}, but {on_disk:,} bytes are on the disk: rounds that the Copilot or a restart may read "
+                f"stay ({copilot}the last checkpoint at round {position.safe_round}), and files that left the log wait for "
+                "log.vacuum_grace_seconds or for readers of older versions",
+            )
 
     def _next_merge(self, position: Position) -> list[StoredFile]:
         """The oldest group of files that is worth merging; empty: none."""
@@ -187,7 +189,7 @@ class Maintenance:
                 yield position.numbers
 
         try:
-            done.merge = merge(self._store, group, turn, compression=self._settings.compression)
+            done.merge = merge(self._store, group, turn)
             done.merged = group
         except BadFileError as error:
             done.bad.append(error)

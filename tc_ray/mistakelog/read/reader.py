@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tc_ray.mistakelog.read.read_ahead import read_ahead
-from tc_ray.mistakelog.read.reader_lease import ReaderLease, held, hold
+from tc_ray.mistakelog.read.reader_lease import ReaderLease, held
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.schema import ROW_SCHEMA, LogMetadata
 from tc_ray.mistakelog.table.data_file import BadFileError
@@ -55,23 +55,14 @@ class LogTail:
 
     Args:
         location: of the table.
-        run: refuse the log of another run; None: any.
         storage_options: of an object store.
 
     Raises:
         LogSchemaError: no Mistake Log there, or another schema version.
     """
 
-    def __init__(
-        self,
-        location: str | Path | Location,
-        run: str | None = None,
-        *,
-        storage_options: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, location: str | Path | Location, *, storage_options: Mapping[str, str] | None = None) -> None:
         self._store = LogStore(location, storage_options=storage_options)
-        if run is not None and run != self._store.metadata.run:
-            raise ValueError(f"{location} is the log of run {self._store.metadata.run!r}, not {run!r}")
         self._known: set[str] = set()
         self._lease = held(self._store)
 
@@ -172,12 +163,14 @@ class MistakeLog:
         """
         import ray.data
 
-        read = _DatasetRead(self, rounds, None if columns is None else list(columns))
         chosen = _in_rounds(self._files, rounds)
         if not chosen:
             return ray.data.from_arrow(_schema(columns).empty_table())
-        names = ray.data.from_items([{"name": file.name} for file in chosen], override_num_blocks=len(chosen))
-        return names.map_batches(read, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+        # rows are read later: this object may be closed by then
+        lease = ReaderLease(self.location, self.version)
+        read = _DatasetRead(self._store, chosen, rounds, columns, lease=lease)
+        items = ray.data.from_items([{"file": at} for at in range(len(chosen))], override_num_blocks=len(chosen))
+        return items.map_batches(read, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
 
     def arrow(self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows as an Arrow table.
@@ -261,33 +254,19 @@ class MistakeLog:
 class _DatasetRead:
     """Reads one file in a Ray task. The object on the driver holds the version; a task gets what it needs to read."""
 
-    def __init__(self, log: MistakeLog, rounds: tuple[int, int] | None, columns: list[str] | None) -> None:
-        self._rounds, self._columns = rounds, columns
-        self._store: LogStore | None = log._store
-        self._files = {file.name: file for file in log.files}
-        self._lease: ReaderLease | None = hold(
-            log.location, log.version
-        )  # rows are read later: the log may be closed by then
+    def __init__(self, store: LogStore, files: list[StoredFile], *asked: Any, lease: ReaderLease | None = None) -> None:
+        self._store, self._files, self._asked, self._lease = store, files, asked, lease
 
-    def __getstate__(self) -> dict[str, Any]:
-        assert self._store is not None
-        return {
-            "place": (self._store.location, self._store.version),
-            "files": self._files,
-            "asked": (self._rounds, self._columns),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lease, self._files = None, state["files"]
-        self._store = LogStore(*state["place"])
-        self._rounds, self._columns = state["asked"]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _dataset_read, (self._store.location, self._store.version, self._files, self._asked)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        assert self._store is not None
-        names: Iterable[str] = batch.column("name").to_pylist()
-        return pa.concat_tables(
-            [_read_rounds(self._store, self._files[name], self._rounds, self._columns) for name in names]
-        )
+        files = [self._files[at] for at in batch.column("file").to_pylist()]
+        return pa.concat_tables([_read_rounds(self._store, file, *self._asked) for file in files])
+
+
+def _dataset_read(location: Location, version: int, files: list[StoredFile], asked: tuple[Any, ...]) -> _DatasetRead:
+    return _DatasetRead(LogStore(location, version), files, *asked)
 
 
 def _schema(columns: Sequence[str] | None) -> pa.Schema:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -216,18 +216,15 @@ class BadFileError(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What a file's commit says about it; None: not checked."""
+class Committed(NamedTuple):
+    """What a file's commit says about it."""
 
-    size: int | None = None
-    crc32: int | None = None
-    rows: int | None = None
+    size: int
+    crc32: int
+    rows: int
 
 
-def read_file(
-    location: Location, name: str, columns: list[str] | None = None, committed: Committed = Committed()
-) -> pa.Table:
+def read_file(location: Location, name: str, committed: Committed, columns: list[str] | None = None) -> pa.Table:
     """Rows of one data file with the types of `ROW_SCHEMA`. The file is checked against its commit before it is parsed.
 
     Args:
@@ -244,7 +241,7 @@ def read_file(
         return file.read(columns=schema.names, use_threads=False).select(schema.names).cast(schema)
 
 
-def read_pieces(location: Location, name: str, committed: Committed = Committed(), *, rows: int) -> Iterator[pa.Table]:
+def read_pieces(location: Location, name: str, committed: Committed, *, rows: int) -> Iterator[pa.Table]:
     """As `read_file` with all columns, but some rows at a time. Nothing is parsed before the whole file was checked.
 
     A piece is about `_PIECE_BYTES`, which stay in the processor's cache: parsing to pieces takes a half to two thirds of the time
@@ -257,8 +254,6 @@ def read_pieces(location: Location, name: str, committed: Committed = Committed(
     with _parsing(name):
         file = _parquet(name, content, ROW_SCHEMA, committed.rows)
         fitting = file.metadata.num_rows * _PIECE_BYTES // content.size // rows * rows
-        if committed.crc32 is None:
-            fitting = file.metadata.num_rows  # unchecked: no row is delivered unless all of them can be parsed
         pieces = file.iter_batches(max(rows, fitting), columns=ROW_SCHEMA.names, use_threads=False)
     while True:
         with _parsing(name):
@@ -283,22 +278,18 @@ def compression_of(location: Location, name: str) -> Compression:
 def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
     """Content of a file, checked against its commit."""
     try:
-        found = location.size(name)
-        if found is None:
-            raise BadFileError(name, "missing")
-        if committed.size is not None and found != committed.size:
+        found = location.size(name)  # an empty file cannot be mapped
+        if found is not None and found != committed.size:
             raise BadFileError(name, f"{found} bytes, committed with {committed.size}")
-        if found == 0:
-            raise BadFileError(name, "empty")
         content = location.buffer(name)
     except FileNotFoundError:
         raise BadFileError(name, "missing") from None
-    if committed.crc32 is not None and crc32_of(content) != committed.crc32:
+    if crc32_of(content) != committed.crc32:
         raise BadFileError(name, "its bytes differ from those committed (CRC-32)")
     return content
 
 
-def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None) -> pq.ParquetFile:
+def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int) -> pq.ParquetFile:
     """The opened file, with the columns of `schema` and as many rows as were committed."""
     file = pq.ParquetFile(pa.BufferReader(content))
     version = (file.metadata.metadata or {}).get(f"{PREFIX}schema_version".encode())
@@ -306,7 +297,7 @@ def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None)
         raise BadFileError(
             name, f"Mistake Log schema version {version.decode()}, but this tc-ray reads version {SCHEMA_VERSION}"
         )
-    if rows is not None and file.metadata.num_rows != rows:
+    if file.metadata.num_rows != rows:
         raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
     absent = [column for column in schema.names if column not in file.schema_arrow.names]
     if absent:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# how delta-rs names them
-_SPACE_ERRORS = ("os error 28", "os error 122")
+# how delta-rs and object stores name them
+_SPACE_ERRORS = ("os error 28", "os error 122", "no space left", "disk quota exceeded")
 
 
 class CommitConflictError(RuntimeError):
@@ -65,7 +65,9 @@ def full_disk_named(location: object) -> Iterator[None]:
 
 def is_full_disk(error: OSError) -> bool:
     """The disk, or a quota on it, is full; delta-rs says so only in the text."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in _SPACE_ERRORS)
+    if error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(text in str(error).lower() for text in _SPACE_ERRORS)
 
 
 class WriterError(RuntimeError):

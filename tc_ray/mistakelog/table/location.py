@@ -9,7 +9,6 @@ package that touches a file by name does so here.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -66,7 +65,7 @@ class Location:
 
     def __init__(self, uri: str | Path | Location, options: Mapping[str, str] | None = None) -> None:
         if isinstance(uri, Location):
-            options = options or uri.options
+            uri, options = uri.uri, options or uri.options
         self.options: dict[str, str] = dict(options or {})
         self.local: Path | None = None
         text = str(uri)
@@ -117,12 +116,10 @@ class Location:
         """Make the folder and its parents, durably; an object store needs none."""
         if self.local is None or self.local.is_dir():
             return
-        above = next(p for p in self.local.parents if p.is_dir())
+        made = [folder for folder in (self.local, *self.local.parents) if not folder.is_dir()]
         self.local.mkdir(parents=True, exist_ok=True)
-        for folder in (self.local, *self.local.parents):
+        for folder in (*made, made[-1].parent):
             sync(folder)
-            if folder == above:
-                break
 
     def read(self, name: str) -> bytes:
         """The whole content of a file.
@@ -147,8 +144,9 @@ class Location:
     def write(self, name: str, data: bytes) -> None:
         """Write or replace a small file, atomically and durably."""
         if self.local is None:
-            with self.open_output(name) as file:
-                file.write(data)
+            output = self.open_output(name)
+            output.write(data)
+            output.close()  # without it, as after an error, the object never appears
             return
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,19 +185,19 @@ class Location:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None: it is not there."""
-        if self.local is not None:
-            self.path(name)
-        info = self.filesystem.get_file_info(name)
-        return info.size if info.type == pafs.FileType.File else None
+        info = self._info(name)
+        return None if info is None else info.size
 
     def modified(self, name: str) -> float | None:
         """When a file was last written or touched, in unix seconds by the clock of the disk or store; None: it is not there."""
+        info = self._info(name)
+        return None if info is None else (info.mtime_ns or 0) / 1e9
+
+    def _info(self, name: str) -> pafs.FileInfo | None:
         if self.local is not None:
-            with contextlib.suppress(FileNotFoundError):
-                return self.path(name).stat().st_mtime
-            return None
+            self.path(name)
         info = self.filesystem.get_file_info(name)
-        return (info.mtime_ns or 0) / 1e9 if info.type == pafs.FileType.File else None
+        return info if info.type == pafs.FileType.File else None
 
     def now(self) -> float:
         """Now, by the clock that stamps the files (of a file server or a store), which may differ from this machine's.
@@ -237,10 +235,3 @@ class _ObjectOutput:
 
     def close(self) -> None:
         self._stream.close()
-
-    def __enter__(self) -> _ObjectOutput:  # noqa: PYI034 - Self needs Python 3.11
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,7 @@ class StoredFile:
     """Lowest rank in it; files of the record writer hold one."""
     attempt: int
     """Lowest attempt in it; files of the record writer hold one."""
-    crc32: int | None = None
-    """None: not in the commits that are left, or committed by another tool."""
+    crc32: int
 
     @property
     def committed(self) -> Committed:
@@ -211,33 +210,26 @@ class LogStore:
         return self._commits.commits(self.version)
 
     def fates(self) -> dict[str, Fate]:
-        """CRC-32 and version of removal of every file committed up to this version, without those of `forget`."""
+        """CRC-32 and version of removal of every file committed up to this version."""
         return self._commits.fates(self.version)
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Drop what is known of files that are no longer there."""
-        self._commits.forget(names)
 
     def files(self) -> list[StoredFile]:
         """Data files at this version, by round, then name.
 
         Raises:
-            LogSchemaError: a file was committed without the statistics that a log needs.
+            LogSchemaError: a file was not committed by tc-ray.
         """
-        return self._files_of(self._table)
+        return self.files_at(self.version)
 
     def files_at(self, version: int) -> list[StoredFile]:
         """Data files at another version; this store stays at its own."""
-        if version == self.version:
-            return self.files()
-        return self._files_of(open_table(self.location, version))
-
-    def _files_of(self, table: DeltaTable) -> list[StoredFile]:
-        fates = self._commits.fates(int(table.version()))
+        table = self._table if version == self.version else open_table(self.location, version)
+        fates = self._commits.fates(version)
         files = []
         for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
             check_data_name(self.location, row["path"])
-            fate = fates.get(row["path"], Fate(None))
+            fate = fates.get(row["path"])
+            crc32: Any = None if fate is None else fate.crc32
             found = StoredFile(
                 name=row["path"],
                 rows=row["num_records"],
@@ -247,20 +239,20 @@ class LogStore:
                 round_max=row.get("max.round"),
                 rank=row.get("min.rank"),
                 attempt=row.get("min.attempt"),
-                crc32=fate.crc32,
+                crc32=crc32,
             )
-            missing = [key for key, value in asdict(found).items() if value is None and key != "crc32"]
+            missing = [key for key, value in asdict(found).items() if value is None]
             if missing:
                 raise LogSchemaError(
-                    f"{self.location}/{found.name}: committed without statistics of {', '.join(missing)}: "
-                    "not by tc-ray; `DELETE` or `restore` it away with any Delta tool"
+                    f"{self.location}/{found.name}: committed without {', '.join(missing)}: not by tc-ray; `restore` an "
+                    "earlier version with any Delta tool"
                 )
             files.append(found)
         return sorted(files, key=lambda file: (file.round_min, file.name))
 
     def read(self, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
         """Rows of a file, checked before they are parsed; see `read_file`."""
-        return read_file(self.location, file.name, columns, file.committed)
+        return read_file(self.location, file.name, file.committed, columns)
 
     def read_pieces(self, file: StoredFile, rows: int) -> Iterator[pa.Table]:
         """Rows of a file, some at a time, after the whole file was checked; see `data_file.read_pieces`."""

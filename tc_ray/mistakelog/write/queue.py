@@ -1,8 +1,7 @@
 """What waits for the record writer's thread, and the exact count of what was dropped instead.
 
-Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The queue stays small:
-micro-batches are limited by the writer, and ends of rounds without rows between them become one. Not thread-safe: the writer
-shares it under its lock.
+Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The writer limits the
+micro-batches. Not thread-safe: the writer shares it under its lock.
 """
 
 from __future__ import annotations
@@ -54,13 +53,9 @@ class WriteQueue:
         self._entries.append(batch)
         self.depth += 1
 
-    def end_round(self, cut: Cut, *, merge: bool) -> None:
-        """Append the end of a round; `merge`: into the one before it, if no rows came between."""
-        last = self._entries[-1] if self._entries else None
-        if merge and isinstance(last, Cut):
-            self._entries[-1] = Cut(cut.round, cut.force or last.force)
-        else:
-            self._entries.append(cut)
+    def end_round(self, cut: Cut) -> None:
+        """Append the end of a round."""
+        self._entries.append(cut)
 
     def pop(self) -> Batch | Cut | None:
         """The oldest entry; None: empty."""

@@ -23,16 +23,12 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, DataFile, Finished, file_name
 from tc_ray.mistakelog.table.errors import FencedError, WriterError
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, RetryClock, may_pass
+from tc_ray.mistakelog.table.retry import retry
 from tc_ray.mistakelog.write.open_file import OpenFile
 from tc_ray.mistakelog.write.queue import Batch, Cut, WriteQueue
 
 log = logging.getLogger(__name__)
 
-_CONSEQUENCE = {
-    "block": "the Pilot waits for it when the queue is full",
-    "drop": "micro-batches that find the queue full are dropped and counted",
-}
 T = TypeVar("T")
 
 
@@ -72,7 +68,8 @@ class RecordWriter:
         self._closing = False
         self._acknowledged = start_round
         self._file_total_bytes = 0
-        self._retries = RetryClock(f"log writer of rank {rank}")
+        self._full_since: float | None = None
+        self._full_seconds = 0.0
         # the caller's side
         self._ended = start_round
         self._records = 0
@@ -152,8 +149,7 @@ class RecordWriter:
         self._ended = round
 
     def _queue_cut(self, cut: Cut) -> None:
-        # while the log cannot be written rounds go on ending, and the queue must not grow by that
-        self._queue.end_round(cut, merge=self._retries.open)
+        self._queue.end_round(cut)
         self._changed.notify_all()
 
     def flush(self, round: int, timeout: float | None = None) -> bool:
@@ -180,7 +176,9 @@ class RecordWriter:
             self._queue_cut(Cut(self._ended, force=True))
             self._changed.wait_for(
                 lambda: (
-                    self._acknowledged >= round or self._error is not None or (not self._blocks and self._retries.open)
+                    self._acknowledged >= round
+                    or self._error is not None
+                    or (not self._blocks and self._full_since is not None)
                 ),
                 timeout,
             )
@@ -212,13 +210,14 @@ class RecordWriter:
         log could not be written), queue_depth (micro-batches waiting now), acknowledged_round (last one acknowledged).
         """
         with self._changed:
+            full = time.monotonic() - self._full_since if self._full_since is not None else 0.0
             return {
                 "records": self._records,
                 "dropped_records": self._queue.dropped,
                 "not_finite_records": self._queue.not_finite,
                 "bytes": self._file_total_bytes,
                 "blocked_seconds": self._blocked_seconds,
-                "full_seconds": self._retries.seconds,
+                "full_seconds": self._full_seconds + full,
                 "queue_depth": self._queue.depth,
                 "acknowledged_round": self._acknowledged,
             }
@@ -312,20 +311,16 @@ class RecordWriter:
 
     def _until_written(self, act: Callable[[], T]) -> T:
         """What `act` returns; it is repeated until the disk or store takes it."""
-        pause = FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                result = act()
-            except OSError as error:
-                if not may_pass(error):
-                    raise
-                self._file.withdraw()
-                with self._changed:
-                    self._retries.begin(error, _CONSEQUENCE[self._settings.full_policy], self._queue.dropped)
-                    self._changed.notify_all()
-                time.sleep(pause)
-                pause = min(2 * pause, LAST_PAUSE_SECONDS)
-            else:
-                with self._changed:
-                    self._retries.end(self._queue.dropped)
-                return result
+        result = retry(act, f"log writer of rank {self.rank}", self._failed)
+        with self._changed:
+            if self._full_since is not None:
+                self._full_seconds += time.monotonic() - self._full_since
+                self._full_since = None
+        return result
+
+    def _failed(self) -> None:
+        self._file.withdraw()
+        with self._changed:
+            if self._full_since is None:
+                self._full_since = time.monotonic()
+            self._changed.notify_all()

@@ -44,7 +44,7 @@ def test_what_passes_is_waited_for_and_said_once(
 
     assert retry(act, "Copilot 0") == "there"
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
-    assert caplog.text.count("Copilot 0: the log cannot be read (no answer)") == 1
+    assert caplog.text.count("Copilot 0: the log is out of reach (no answer)") == 1
     errors.append(PermissionError(errno.EACCES, "x"))
     with pytest.raises(PermissionError):
         retry(act, "Copilot 0")
