@@ -64,11 +64,11 @@ class Location:
     """
 
     def __init__(self, uri: str | Path | Location, options: Mapping[str, str] | None = None) -> None:
+        text = uri.uri if isinstance(uri, Location) else str(uri)
         if isinstance(uri, Location):
-            uri, options = uri.uri, options or uri.options
+            options = options or uri.options
         self.options: dict[str, str] = dict(options or {})
         self.local: Path | None = None
-        text = str(uri)
         if "://" in text and not text.startswith("file://"):
             self.uri: str = text.rstrip("/")
         else:

@@ -1,7 +1,7 @@
 """What waits for the record writer's thread, and the exact count of what was dropped instead.
 
-Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The writer limits the
-micro-batches. Not thread-safe: the writer shares it under its lock.
+Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The queue stays small: the
+writer limits the micro-batches. Not thread-safe: the writer shares it under its lock.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class WriteQueue:
         self.depth += 1
 
     def end_round(self, cut: Cut) -> None:
-        """Append the end of a round."""
+        """Append the end of a round, or let it take the place of the one before if no rows came between."""
+        if self._entries and isinstance(last := self._entries[-1], Cut):
+            cut = Cut(cut.round, cut.force or last.force)
+            self._entries.pop()
         self._entries.append(cut)
 
     def pop(self) -> Batch | Cut | None:
