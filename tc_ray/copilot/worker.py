@@ -27,7 +27,7 @@ from tc_ray.copilot.learner import Learner, StepResult, make_learner
 from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.mistakelog.read.reader import LogTail
 from tc_ray.mistakelog.table.data_file import BadFileError
-from tc_ray.mistakelog.table.retry import retry
+from tc_ray.mistakelog.table.errors import retry
 from tc_ray.models.copilot import CopilotBatch
 
 IDLE_SECONDS = 0.1

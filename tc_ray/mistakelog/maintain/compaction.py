@@ -4,8 +4,8 @@ Invariant: a merge is one commit that removes the parts and adds the whole, mark
 against its CRC-32 before its rows are copied, so damage is found and never gets a fresh checksum. A merge is optimistic: the file
 is written without a lock, while other commits go on, and committed only if all its parts are still in the table.
 Only rounds that no restart of the Pilot takes back are merged, so that fencing seldom cuts a merged file. What is merged
-grows at least twofold, so a row is copied at most log2(target / smallest file) times. Called by maintenance. Why not
-`DeltaTable.optimize.compact`: see docs/decisions.md.
+grows at least twofold, so a row is copied at most log2(target / smallest file) times. Why not `DeltaTable.optimize.compact`: see
+docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ def write_copy(
         watermark: leave out the rounds after it.
 
     Raises:
-        BadFileError: a file of the group is not what was committed; nothing was written.
-        OSError: no space; nothing was written.
+        BadFileError, OSError: a file of the group is damaged, or there is no space; nothing was written.
     """
     part: ParquetPart | None = None
     try:

@@ -2,8 +2,7 @@
 
 Invariant: at each moment a damaged file is in the table, or in the list `_tc_ray/quarantine/quarantine.jsonl`, or both. First the
 line is written, then one commit removes the file from the table, then the file is moved. A crash in between leaves a file that
-vacuum removes, or a line that a repetition does not write again. Called by the Ledger for what a reader found, by maintenance and
-by `tc-ray log verify`.
+vacuum removes, or a line that a repetition does not write again.
 """
 
 from __future__ import annotations
@@ -43,18 +42,12 @@ class Quarantined:
 
 
 def set_aside(store: LogStore, bad: Sequence[BadFileError], *, numbers: Mapping[str, int]) -> list[Quarantined]:
-    """Take damaged files out of the table and move them aside.
+    """Take damaged files out of the table and move them aside. Returns what was taken out.
 
     Args:
         store: at the newest version.
         bad: as found; files that are no longer in the table are skipped.
-        numbers: as for `LogStore.commit`.
-
-    Returns:
-        What was taken out.
-
-    Raises:
-        CommitConflictError, LeaseLostError, LogFullError: see `LogStore.commit`.
+        numbers: of the commit; errors too are those of `LogStore.commit`.
     """
     store.confirm()  # before anything is written: the list may belong to a new owner of the log
     files = {file.name: file for file in store.files()}
@@ -69,11 +62,7 @@ def set_aside(store: LogStore, bad: Sequence[BadFileError], *, numbers: Mapping[
     known = {line.name for line in before}
     lines = [*before, *(line for line in taken if line.name not in known)]
     store.location.write(_LIST, "".join(json.dumps(line.__dict__) + "\n" for line in lines).encode())
-    store.commit(
-        remove=[file for file, _ in found],
-        numbers=numbers,
-        note={"kind": "quarantine", "reasons": {error.name: error.reason for _, error in found}},
-    )
+    store.commit(remove=[file for file, _ in found], numbers=numbers, note={"kind": "quarantine"})
     for line in taken:
         _move(store.location, line.name)
         log.warning("%s: taken out of the log: %s", store.location, line)

@@ -12,7 +12,7 @@ lease, it removes only what left the table with K or before: no version from K o
 vacuum sees the second lease, it keeps V's files. If it sees neither, the reader chose its version after vacuum listed the leases,
 so V >= N and its files are kept. Commits may follow between `look` and `remove`: they never add a file that has left.
 
-Why not `DeltaTable.vacuum(keep_versions=...)`: see docs/decisions.md. Called by maintenance and by `tc-ray log vacuum`.
+Why not `DeltaTable.vacuum(keep_versions=...)`: see docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def look(store: LogStore, *, orphan_seconds: float, grace_seconds: float, live_a
         grace_seconds: how long files that left the table stay.
         live_attempt: of the run at work: its uncommitted files stay; None: no run is at work.
 
-    Raises:
-        CommitConflictError, LeaseLostError: another process has committed.
+    Raises CommitConflictError or LeaseLostError if another process has committed.
     """
     place = store.location
     entries = place.list(recursive=False)
@@ -126,7 +125,6 @@ def vacuum_log(location: str | Path | Location, *, orphan_seconds: float, grace_
     Raises:
         LeaseHeldError: a run, or another command, is at work on the log.
         LogFullError: the disk is full, and nothing here can be removed.
-        LogSchemaError: no Mistake Log there.
     """
     place = Location(location)
 

@@ -3,7 +3,6 @@
 Checks of each file of a version: it is there with the committed size and CRC-32; it is Parquet with this log's columns and the
 committed number of rows; its rows keep the invariants of `Records`, belong to this run and are in the committed rounds; their
 numbers are finite. Over all files: each (round, sample_id) is there once. A damaged file is reported and the rest still checked.
-Called by `tc-ray log verify`.
 """
 
 from __future__ import annotations
@@ -71,12 +70,7 @@ class Verification:
 
 
 def check_file(store: LogStore, file: StoredFile) -> tuple[pa.Table, int]:
-    """Rows of one file after all checks, and how many of them hold a NaN or an infinity.
-
-    Raises:
-        BadFileError: the first thing that is wrong with it.
-        OSError: the location cannot be read just now.
-    """
+    """Rows of one file after all checks, and how many of them hold a NaN or an infinity. Raises BadFileError."""
     rows = store.read(file)  # size, CRC-32, Parquet, columns, number of rows
     if not rows.num_rows:
         return rows, 0
@@ -122,11 +116,7 @@ def verify_log(location: str | Path | Location, *, quarantine: bool = False) -> 
     """Check a log, also one that a run is writing.
 
     Args:
-        quarantine: take damaged files out of the log (only while no run writes it).
-
-    Raises:
-        LeaseHeldError: `quarantine`, and a run or another command is at work on the log.
-        LogSchemaError: no Mistake Log there.
+        quarantine: take damaged files out of the log. Raises LeaseHeldError if a run, or another command, is at work on it.
     """
     place = Location(location)
     if not quarantine:

@@ -39,9 +39,7 @@ class ReaderLease:
     """One reader's hold on one version, released by `release` or with the object.
 
     Args:
-        location: of the table.
-        version: of the table.
-        onwards: and all later ones, because the holder is choosing one.
+        onwards: and all later versions, because the holder is choosing one.
     """
 
     def __init__(self, location: Location, version: int, onwards: bool = False) -> None:
@@ -94,7 +92,7 @@ class ReaderLease:
                 log.debug("%s: a reader's lease could not be renewed just now: %s", self._location, error)
 
     def release(self) -> None:
-        """Release the lease; a second call does nothing."""
+        """A second call does nothing."""
         with self._lock:
             self._finish()
 
@@ -141,11 +139,7 @@ class HeldVersion:
 
 
 def held_versions(location: Location, now: float) -> list[HeldVersion]:
-    """Versions that living readers hold; the leases of dead ones are removed.
-
-    Args:
-        now: unix seconds by the clock of the disk or store (`Location.now`).
-    """
+    """Versions that living readers hold; the leases of dead ones are removed. now: see `Location.now`."""
     held = []
     for entry in location.list(_FOLDER, recursive=False):
         try:

@@ -1,7 +1,6 @@
 """What the table's commits hold beside Delta's own actions: CRC-32 of files, coverage, dropped records, notes.
 
-Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once. Used by the store (CRC-32 of
-a snapshot's files), the Ledger (drop counts) and vacuum (the version with which a file left the table).
+Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ class Commit:
     """Added files and bare coverage."""
     removed: list[str] = field(default_factory=list)
     """Files that left the table."""
-    numbers: dict[str, int] = field(default_factory=dict)
     note: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,8 +97,6 @@ def parse_commit(version: int, content: bytes) -> Commit:
             commit.note.update(ours)
         elif (gone := action.get("remove")) is not None:
             commit.removed.append(gone["path"])
-        elif (number := action.get("txn")) is not None:
-            commit.numbers[number["appId"]] = number["version"]
     return commit
 
 

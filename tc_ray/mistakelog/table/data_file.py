@@ -1,9 +1,7 @@
 """One Parquet data file: written under a temporary name, made durable, renamed into the table's folder, read with a check.
 
 Invariant: a file under its final name is complete and on the disk (in an object store: uploaded). It belongs to the table
-only once the Ledger has committed it. Readers follow the table's file list, so they see neither temporary nor uncommitted
-files. The CRC-32 is computed from the bytes as they are handed to the disk. Used by the record writer, compaction, fencing
-and the store.
+only once the Ledger has committed it. The CRC-32 is computed from the bytes as they are handed to the disk.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ class DataFile:
     sequence: int
     """Number of this commit of the rank in the attempt, from 0; -1: a copy that replaces other files."""
     crc32: int = 0
-    """Of the file's bytes; readers check it each time. 0 without a file."""
+    """Of the file's bytes; 0 without a file."""
     dropped: dict[int, int] = field(default_factory=dict)
     """Records of the covered rounds that are not in the log: round -> count."""
 
@@ -63,8 +61,7 @@ def file_name(round_min: int, rank: int, attempt: int, sequence: int) -> str:
     return f"rounds-{round_min:08d}-rank{rank}-a{attempt}-{sequence:06d}.parquet"
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """The bytes of a finished file."""
 
     size: int
@@ -72,10 +69,7 @@ class Finished:
 
 
 class _Output:
-    """The file or upload that Arrow writes into. Counts the bytes and computes their CRC-32 on the way.
-
-    An object appears in its store when the upload is complete.
-    """
+    """The file or upload that Arrow writes into. Counts the bytes and computes their CRC-32 on the way."""
 
     closed = False  # Arrow asks
 
@@ -87,7 +81,7 @@ class _Output:
         self._syncs: list[Future[None]] = []
 
     def write(self, data: bytes) -> int:
-        """Called by Arrow, with a page or a header."""
+        """With a page or a header."""
         written = self._file.write(data)
         while written < len(data):  # a file may take a part
             written += self._file.write(memoryview(data)[written:])
@@ -96,10 +90,10 @@ class _Output:
         return written
 
     def flush(self) -> None:
-        """Called by Arrow: nothing is buffered here."""
+        """Nothing is buffered here."""
 
     def close(self) -> None:
-        """Called by Arrow; `complete` ends the file."""
+        """`complete` ends the file."""
 
     def sync_so_far(self) -> None:
         """Bring what is written to the disk, in a thread: little is left to wait for at the end of the file."""
@@ -127,9 +121,7 @@ class ParquetPart:
     """A data file being written.
 
     Args:
-        location: of the table.
         name: of the finished file. A local file has `TEMPORARY_SUFFIX` added until then.
-        compression: of the Parquet pages.
         metadata: key-value metadata of the file, so that it can be read by itself.
     """
 
@@ -145,14 +137,7 @@ class ParquetPart:
         self.rows = 0
 
     def write(self, table: pa.Table, size: int | None = None) -> None:
-        """Add rows.
-
-        Args:
-            size: bytes in memory, if the caller knows them.
-
-        Raises:
-            OSError: the disk or store does not take them; call `abort` then.
-        """
+        """Add rows of `size` bytes in memory. Raises OSError if the disk or store does not take them; call `abort` then."""
         self._waiting.append(table)
         self._waiting_bytes += table.get_total_buffer_size() if size is None else size
         self.rows += table.num_rows
@@ -178,11 +163,7 @@ class ParquetPart:
         return self._output
 
     def finish(self) -> Finished:
-        """Complete the file, bring it to the disk and give it its final name.
-
-        Raises:
-            OSError: the disk or store does not take it; call `abort` then.
-        """
+        """Complete the file, bring it to the disk and give it its final name. Raises OSError as `write` does."""
         output = self._write_row_group()
         self._writer.close()
         finished = output.complete()
@@ -191,18 +172,16 @@ class ParquetPart:
         return finished
 
     def abort(self) -> None:
-        """Throw the unfinished file away."""
-        self._waiting, self._waiting_bytes = [], 0
-        if self._output is None:
-            return
-        try:
-            if self._writer is not None:  # None: not even the header could be written
-                with contextlib.suppress(OSError):  # closing writes the footer, which a full disk does not take
-                    self._writer.close()
-        finally:
-            self._output.abandon()
-        if self._location.local is not None:
-            self._location.delete(self._temporary)
+        """Throw the unfinished file away, under both of its names: a rename may have come before the failure."""
+        with contextlib.suppress(Exception):  # closing writes the footer, which a full disk does not take either
+            if self._writer is not None:
+                self._writer.close()
+        if self._output is not None:
+            with contextlib.suppress(OSError):
+                self._output.abandon()
+        for name in {self._temporary, self.name}:
+            with contextlib.suppress(OSError):
+                self._location.delete(name)
 
 
 class BadFileError(ValueError):

@@ -9,7 +9,7 @@ Invariants:
 - Every commit of the holder is based on a version that has its number (`LogStore`), so a holder that was taken for dead and
   wakes up cannot commit. The thread that touches the file checks the table too; a lost lease is lost for good.
 
-Taken by the driver of a run and by commands that change a log. `ProcessId` also serves readers' leases and the run folder's lock.
+`ProcessId` also serves readers' leases and the run folder's lock.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ProcessId:
 
     @classmethod
     def this(cls) -> ProcessId:
-        """The running process."""
+        """This one."""
         return cls(socket.gethostname(), os.getpid(), _boot(), _born(os.getpid()))
 
     def is_running(self) -> bool | None:
@@ -101,7 +101,7 @@ class Holder:
         return cls(ProcessId.this(), datetime.now(timezone.utc).isoformat(timespec="seconds"), what)
 
     def to_json(self) -> bytes:
-        """Content of the lease's file."""
+        """As bytes for a file."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
@@ -131,11 +131,7 @@ class RunLease:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Read from the table whether the lease is still held; if it cannot be read, what was known holds.
-
-        Raises:
-            LeaseLostError: it is not, for good.
-        """
+        """Read from the table whether the lease is still held; if it cannot be read, what was known holds. Raises LeaseLostError."""
         if not self.lost:
             try:
                 if LogStore(self.location).number(LEASE_NUMBER) != self.number:
@@ -175,11 +171,10 @@ class RunLease:
                 location.write(_file(mine), Holder.this(what).to_json())
             try:
                 store.commit(numbers={LEASE_NUMBER: mine}, note={"kind": "lease", "what": what})
-            except CommitConflictError:
+            except BaseException as error:
                 location.delete(_file(mine))
-                continue
-            except BaseException:
-                location.delete(_file(mine))
+                if isinstance(error, CommitConflictError):
+                    continue
                 raise
             for entry in location.list("_tc_ray", recursive=False):  # of dead holders, and of those that died above
                 if entry.name.startswith("_tc_ray/lease-") and entry.name != _file(mine):
@@ -219,14 +214,10 @@ def _holder(location: Location, number: int | None) -> str | None:
     if running is None:
         with full_disk_named(location):
             now = location.now()
-        touched = location.modified(_file(number))
-        if touched is None:
-            return None
-        silent = now - touched
+        silent = now - (location.modified(_file(number)) or 0.0)
     if running is False or silent > STALE_SECONDS:
         log.warning("%s: the lease of a dead process is taken over (%s)", location, holder)
         return None
-    seen = (
-        "" if running else f", last sign of life {max(0.0, silent):.0f} s ago (taken over after {STALE_SECONDS:.0f} s)"
-    )
-    return f"{holder}{seen}"
+    if running:
+        return str(holder)
+    return f"{holder}, last sign of life {max(0.0, silent):.0f} s ago (taken over after {STALE_SECONDS:.0f} s)"

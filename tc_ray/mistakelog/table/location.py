@@ -1,10 +1,9 @@
 """Where a log is: a local folder or a prefix of an object store (s3://, gs://, az://), behind one small interface.
 
 Invariants: a name is either absent or complete. Locally `write` renames a synced file into place; an object appears when its
-upload ends, so a writer that dies leaves nothing. No name leads out of the location, by itself or over a symbolic link: names
-come from tables that others may have made. Ages are measured with one clock, that of the disk or store (`now`, `modified`).
-Options are those of delta-rs, which also reads the environment: table and files go through the same client. Everything in this
-package that touches a file by name does so here.
+upload ends. No name leads out of the location, by itself or over a symbolic link: names come from tables that others may have
+made. Ages are measured with one clock, that of the disk or store (`now`, `modified`). Options are those of delta-rs, which also
+reads the environment. Everything in this package that touches a file by name does so here.
 """
 
 from __future__ import annotations
@@ -96,11 +95,7 @@ class Location:
         return self._filesystem
 
     def path(self, name: str) -> Path:
-        """Where a file of a local location is.
-
-        Raises:
-            OutsideError: not below it.
-        """
+        """Where a file of a local location is. Raises OutsideError if that is not below it."""
         assert self.local is not None, "objects have no path"
         path, root = self.local / name, os.path.realpath(self.local)
         if os.path.commonpath([root, os.path.realpath(path)]) != root:
@@ -122,11 +117,7 @@ class Location:
             sync(folder)
 
     def read(self, name: str) -> bytes:
-        """The whole content of a file.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
+        """The whole content of a file. Raises FileNotFoundError."""
         if self.local is not None:
             return self.path(name).read_bytes()
         with self.filesystem.open_input_file(name) as file:
@@ -153,11 +144,7 @@ class Location:
         write_file(path, data)
 
     def touch(self, name: str) -> None:
-        """Set a file's modification time to now; needs no free space locally.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
+        """Set a file's modification time to now; needs no free space locally. Raises FileNotFoundError."""
         if self.local is not None:
             os.utime(self.path(name))
         else:
@@ -189,7 +176,7 @@ class Location:
         return None if info is None else info.size
 
     def modified(self, name: str) -> float | None:
-        """When a file was last written or touched, in unix seconds by the clock of the disk or store; None: it is not there."""
+        """When a file was last written or touched, as `Entry.modified`; None: it is not there."""
         info = self._info(name)
         return None if info is None else (info.mtime_ns or 0) / 1e9
 
@@ -200,11 +187,7 @@ class Location:
         return info if info.type == pafs.FileType.File else None
 
     def now(self) -> float:
-        """Now, by the clock that stamps the files (of a file server or a store), which may differ from this machine's.
-
-        Raises:
-            OSError: nothing may be written there.
-        """
+        """Now, by the clock that stamps the files. Raises OSError if nothing may be written there."""
         if self.local is not None:
             return disk_time(self.local)
         self.write(_CLOCK, b"only its time counts")

@@ -3,12 +3,10 @@
 delta-rs writes its files but does not sync them. Invariants:
 
 - The store syncs each commit before anything is acknowledged or built upon it (`renew_commits`). A file whose sync may have
-  failed is never synced again: after a failed write-back the system may mark pages as clean, so that the next sync succeeds
-  while the disk holds zeros. Instead the commit's bytes, which the cache still holds, are written to a new file, which is
-  synced and renamed over the old one.
+  failed is never synced again: the system may have marked its pages as clean while the disk holds zeros. Instead the commit's
+  bytes, which the cache still holds, are written to a new file, which is synced and renamed over the old one.
 - So a power cut can tear only the newest commit, which was never acknowledged, and a checkpoint that another tool made, which
-  only summarises commits. Both are moved aside, not deleted. A torn commit with whole commits after it is damage that no
-  crash makes: it is refused by name.
+  only summarises commits. Both are moved aside. A torn commit with whole commits after it is damage that no crash makes.
 
 Called by the store and by the holder of the run's lease; torn checkpoints are moved aside by whoever cannot open the table.
 Object stores have no torn files.
@@ -80,8 +78,7 @@ def open_table(location: Location, version: int | None = None) -> DeltaTable:
 def renew_commits(location: Location, versions: Iterable[int]) -> None:
     """Write commits anew, oldest first, and sync them with their names.
 
-    Raises:
-        OSError: the disk does not take a commit, or what is read back is no commit: it is lost, and was never acknowledged.
+    Raises OSError if the disk does not take a commit, or what is read back is no commit: it is lost, and was never acknowledged.
     """
     if location.local is None:
         return
@@ -105,10 +102,7 @@ def write_checkpoint(location: Location, table: DeltaTable) -> None:
     """Summarise the commits up to the table's version in one Parquet file of Delta's own, so that opening stays quick.
 
     A local checkpoint is made beside the table, from copies of the commits since the last one, and gets its name only when it
-    is on the disk: a torn checkpoint makes a table unopenable, a missing one costs nothing.
-
-    Raises:
-        OSError, DeltaError: it was not made; the table is as it was.
+    is on the disk. Raises OSError or DeltaError if it was not made; the table is as it was.
     """
     if location.local is None:
         table.create_checkpoint()
@@ -136,13 +130,9 @@ def write_checkpoint(location: Location, table: DeltaTable) -> None:
 
 
 def repair(location: Location) -> str | None:
-    """Move the newest commit aside if it is torn. For the holder of the lease.
+    """Move the newest commit aside if it is torn, for the holder of the lease. Returns what was moved, in words.
 
-    Returns:
-        What was moved, in words; nearly always None.
-
-    Raises:
-        LogSchemaError: a commit is damaged and later ones are whole.
+    Raises LogSchemaError if a commit is damaged and later ones are whole.
     """
     torn = _torn_commit(location)
     return None if torn is None else _move(location, torn)

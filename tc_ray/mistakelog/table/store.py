@@ -1,10 +1,9 @@
 """The Delta table under the Mistake Log: create, open, commit finished files, list them at a version.
 
 Invariants: a commit is one Delta transaction, so its added files, its removed files and its numbers (application transactions)
-become visible together or not at all. When `commit` returns, it is on the disk and not only in a cache. A commit is the version
-right after the one that the committer has read, or it fails; delta-rs by default moves it behind the commits of others. So what
-was checked at the version read, the lease above all, holds for the commit. Only the holder of the run's lease commits; readers
-take snapshots.
+become visible together or not at all. When `commit` returns, it is on the disk. A commit is the version right after the one that
+the committer has read, or it fails (delta-rs by default moves it behind the commits of others). So what was checked at the version
+read, the lease above all, holds for the commit. Only the holder of the run's lease commits.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,7 @@ class LogStore:
     """A Mistake Log's Delta table.
 
     Args:
-        location: of the table.
         version: pin this version; default: the newest, moved on by `refresh` and `commit`.
-        storage_options: of an object store.
         lease: number of the run's lease, for its holder: every commit carries it, and none is made if the table has another.
             None: nobody else is at work on the log, or nothing is committed.
 
@@ -80,11 +77,10 @@ class LogStore:
         self,
         location: str | Path | Location,
         version: int | None = None,
-        storage_options: Mapping[str, str] | None = None,
         *,
         lease: int | None = None,
     ) -> None:
-        self.location = Location(location, storage_options)
+        self.location = Location(location)
         if not is_table(self.location):
             raise LogSchemaError(f"{self.location}: no Mistake Log here (no Delta table)")
         self._table = open_table(self.location, version)
@@ -96,18 +92,13 @@ class LogStore:
         """What holds for every row; it never changes."""
 
     @classmethod
-    def create(
-        cls,
-        location: str | Path | Location,
-        metadata: LogMetadata,
-        storage_options: Mapping[str, str] | None = None,
-    ) -> LogStore:
+    def create(cls, location: str | Path | Location, metadata: LogMetadata) -> LogStore:
         """Open the table, which is made first if it is not there.
 
         Raises:
             LogSchemaError: the table there was made with other metadata; the message lists the differences.
         """
-        place = Location(location, storage_options)
+        place = Location(location)
         repair(place)  # a power cut while the table was made leaves an empty first commit
         if not is_table(place):
             place.make()
@@ -134,7 +125,7 @@ class LogStore:
 
     @property
     def version(self) -> int:
-        """Table version that this store is at."""
+        """That this store is at."""
         return int(self._table.version())
 
     def refresh(self, version: int | None = None) -> None:
@@ -162,8 +153,7 @@ class LogStore:
         """Check, before something beside the table is changed, that this store is at the newest version and has the lease there.
 
         Raises:
-            CommitConflictError: another committer has changed the table since.
-            LeaseLostError: and it has taken the lease.
+            CommitConflictError, LeaseLostError: another committer has changed the table since, or taken the lease.
         """
         self._look_at_lease()
         if not self.is_newest():
@@ -184,11 +174,7 @@ class LogStore:
     def settle(self) -> None:
         """Bring the commits up to this version to the disk, before anything in them is acknowledged or built upon.
 
-        For a committer that called `repair` before this store was opened.
-
-        Raises:
-            LogFullError: no space (some systems report it only now).
-            OSError: the disk does not take them.
+        For a committer that called `repair` before this store was opened. Raises OSError if the disk does not take them.
         """
         if self.version > self.durable:
             with full_disk_named(self.location):
@@ -206,7 +192,7 @@ class LogStore:
         return self._table.transaction_version(name)
 
     def commits(self) -> list[Commit]:
-        """All commits up to this version, oldest first, read anew."""
+        """Up to this version, oldest first, read anew."""
         return self._commits.commits(self.version)
 
     def fates(self) -> dict[str, Fate]:
@@ -251,11 +237,11 @@ class LogStore:
         return sorted(files, key=lambda file: (file.round_min, file.name))
 
     def read(self, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
-        """Rows of a file, checked before they are parsed; see `read_file`."""
+        """See `read_file`."""
         return read_file(self.location, file.name, file.committed, columns)
 
     def read_pieces(self, file: StoredFile, rows: int) -> Iterator[pa.Table]:
-        """Rows of a file, some at a time, after the whole file was checked; see `data_file.read_pieces`."""
+        """See `data_file.read_pieces`."""
         return read_pieces(self.location, file.name, file.committed, rows=rows)
 
     def commit(
@@ -268,15 +254,12 @@ class LogStore:
         note: Mapping[str, Any] | None = None,
         data_change: bool = True,
     ) -> int:
-        """Add and remove files and set numbers, all in one table version, the one after `version`.
+        """Add and remove files and set numbers, all in one table version, the one after `version`, which is returned.
 
         Args:
             covered: coverage without a file (rounds without rows), kept in the commit for its drop counts.
             note: JSON values, kept with the commit.
             data_change: False: the same rows in other files (compaction).
-
-        Returns:
-            The new table version.
 
         Raises:
             CommitConflictError: another committer changed the table since this store last read it.
@@ -289,39 +272,27 @@ class LogStore:
         actions += [
             RemoveAction(file.name, data_change, now_ms, size=file.bytes, partition_values={}) for file in remove
         ]
-        files = [asdict(file) for file in (*add, *covered)]
-        properties = self._properties(numbers, {"tc_ray": {"files": files, **(note or {})}})
-        self._change(
-            lambda: self._table.create_write_transaction(
-                actions,
-                mode="append",
-                schema=self._table.schema(),
-                commit_properties=properties,
-                # the checkpoint is made below, and synced
-                post_commithook_properties=PostCommitHookProperties(
-                    create_checkpoint=False, cleanup_expired_logs=False
-                ),
-            )
-        )
-        if self.version % _CHECKPOINT_COMMITS == 0:
-            self._checkpoint()
-        return self.version
-
-    def _properties(self, numbers: Mapping[str, int], metadata: dict[str, Any] | None) -> CommitProperties:
         signed = dict(numbers) if self._lease is None else {**numbers, LEASE_NUMBER: self._lease}
-        return CommitProperties(
-            custom_metadata=metadata,
+        properties = CommitProperties(
+            custom_metadata={"tc_ray": {"files": [asdict(file) for file in (*add, *covered)], **(note or {})}},
             app_transactions=[Transaction(name, value) for name, value in signed.items()],
             max_commit_retries=0,  # a retry would move the commit behind others that this store has not read
         )
-
-    def _change(self, change: Callable[[], object]) -> None:
         self._look_at_lease()
         self.settle()  # never more than one commit is not on the disk
         known = self.version
         try:
             with full_disk_named(self.location):
-                change()
+                self._table.create_write_transaction(
+                    actions,
+                    mode="append",
+                    schema=self._table.schema(),
+                    commit_properties=properties,
+                    # the checkpoint is made below, and synced
+                    post_commithook_properties=PostCommitHookProperties(
+                        create_checkpoint=False, cleanup_expired_logs=False
+                    ),
+                )
         except CommitFailedError as error:
             raise self._overtaken(str(error)) from error
         # the table object does not see its own transaction before this
@@ -329,14 +300,13 @@ class LogStore:
         self.settle()
         if self.version != known + 1:
             raise self._overtaken(f"another process has committed version {self.version}")
-
-    def _checkpoint(self) -> None:
-        """See `write_checkpoint`. A failure costs nothing."""
-        try:
-            write_checkpoint(self.location, self._table)
-        except (OSError, DeltaError, ValueError) as error:
-            # the commit itself is made; the next checkpoint summarises these commits too
-            log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
+        if self.version % _CHECKPOINT_COMMITS == 0:
+            try:
+                write_checkpoint(self.location, self._table)
+            except (OSError, DeltaError, ValueError) as error:
+                # the commit itself is made; the next checkpoint summarises these commits too
+                log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
+        return self.version
 
     def _add_action(self, file: DataFile, now_ms: int, data_change: bool) -> AddAction:
         if file.name is None:

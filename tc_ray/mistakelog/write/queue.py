@@ -15,8 +15,6 @@ from tc_ray.mistakelog.rows.records import Records
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch."""
-
     round: int
     records: Records
     wait: Callable[[], object] | None = None
@@ -37,7 +35,8 @@ class WriteQueue:
     def __init__(self) -> None:
         self._entries: deque[Batch | Cut] = deque()
         self._drops: dict[int, int] = {}
-        self._left_out: set[int] = set()
+        self.left_out: set[int] = set()
+        """Rounds that took no step: their records will not be in the log."""
         self.depth = 0
         """Micro-batches waiting."""
         self.dropped = 0
@@ -49,7 +48,6 @@ class WriteQueue:
         return bool(self._entries)
 
     def push(self, batch: Batch) -> None:
-        """Append a micro-batch."""
         self._entries.append(batch)
         self.depth += 1
 
@@ -67,11 +65,6 @@ class WriteQueue:
             self.depth -= 1
         return entry
 
-    def clear(self) -> None:
-        """Forget everything that waits, uncounted: the writer has failed."""
-        self._entries.clear()
-        self.depth = 0
-
     def drop(self, round: int, count: int, *, not_finite: bool = False) -> None:
         """Count records that will not be in the log."""
         if count:
@@ -79,15 +72,11 @@ class WriteQueue:
             self.dropped += count
             self.not_finite += count if not_finite else 0
 
-    def leave_out(self, round: int) -> None:
-        """The records of this round will not be in the log: it took no step."""
-        self._left_out.add(round)
-
     def without_left_out(self, batches: Iterable[Batch]) -> list[Batch]:
         """The batches that have rows, of rounds that are not left out; the records of the others are counted as dropped."""
         kept = []
         for batch in batches:
-            if batch.round in self._left_out:
+            if batch.round in self.left_out:
                 self.drop(batch.round, len(batch.records), not_finite=True)
             elif len(batch.records):
                 kept.append(batch)

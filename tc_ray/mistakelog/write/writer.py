@@ -4,7 +4,7 @@ Invariant: a data file holds whole rounds of one rank, in order, and no NaN or i
 complete and on disk; `flush` returns True only after the Ledger acknowledged. Every record that was put is in the log or
 counted as dropped in the commit that covers its round. The step waits for the disk only when the queue is full, until half is
 free or a file is cut, or not at all (`log.full_policy: drop`); both are counted. In memory are at most the queue, the round that
-has not ended, and the rows of the open file (`file_bytes` and one round). Called by the Pilot: `put`, `end_round`, `flush`.
+has not ended, and the rows of the open file (`file_bytes` and one round).
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.rows.finite import only_finite
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, DataFile, Finished, file_name
-from tc_ray.mistakelog.table.errors import FencedError, WriterError
+from tc_ray.mistakelog.table.errors import FencedError, WriterError, retry
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import retry
 from tc_ray.mistakelog.write.open_file import OpenFile
 from tc_ray.mistakelog.write.queue import Batch, Cut, WriteQueue
 
@@ -36,12 +35,9 @@ class RecordWriter:
     """Writes the records of one rank in one attempt.
 
     Args:
-        location: of the Delta table.
         submit: hands a finished file to the Ledger and returns the table version; called in the writer thread.
         settings: `flush_rounds`, `file_bytes`, `queue_rounds`, `full_policy` and `compression` count. The queue holds the
             micro-batches of one round more. The thread repeats a write that failed for want of space, under both policies.
-        run: value of the `run` column.
-        rank: of this Pilot worker.
         attempt: as returned by `Ledger.begin_attempt`.
         start_round: last round already in the log for this attempt: the watermark given to `begin_attempt`.
     """
@@ -105,7 +101,7 @@ class RecordWriter:
         Returns:
             False if the records were dropped, because the queue is full (`drop`).
 
-        Raises:
+        Raises (as the other methods do):
             ValueError: the records are of another round, rank or attempt, or of a round already ended.
             FencedError, WriterError: the writer thread has stopped.
         """
@@ -134,17 +130,13 @@ class RecordWriter:
 
         Args:
             left_out: the round took no step, because its loss or gradient was not finite; its records are dropped and counted.
-
-        Raises:
-            ValueError: not the round after the last one.
-            FencedError, WriterError: the writer thread has stopped.
         """
         if round != self._ended + 1:
             raise ValueError(f"end of round {round}, but round {self._ended} was the last to end")
         with self._changed:
             self._check_usable()
             if left_out:
-                self._queue.leave_out(round)
+                self._queue.left_out.add(round)
             self._queue_cut(Cut(round, force=False))
         self._ended = round
 
@@ -162,10 +154,6 @@ class RecordWriter:
         Returns:
             Whether it has. False: not within `timeout`, or (`drop`) the log cannot be written just now. Then no checkpoint may
             be made of this round; training can go on, and a later `flush` covers it.
-
-        Raises:
-            ValueError: `round` has not ended.
-            FencedError, WriterError: the writer thread has stopped.
         """
         if round > self._ended:
             raise ValueError(f"flush of round {round}, but the last ended round is {self._ended}")
@@ -186,13 +174,7 @@ class RecordWriter:
             return self._acknowledged >= round
 
     def close(self) -> None:
-        """Commit all ended rounds, drop the records of a round that has not ended, stop the thread.
-
-        Waits, under both policies, until the log can be written.
-
-        Raises:
-            FencedError, WriterError: the writer thread had stopped with an error.
-        """
+        """Commit all ended rounds, as soon as the log can be written; drop the records of a round that has not ended; stop."""
         with self._changed:
             if self._error is None and not self._closing:
                 self._queue_cut(Cut(self._ended, force=True))
@@ -249,7 +231,6 @@ class RecordWriter:
             log.exception("the log writer of rank %d stops", self.rank)
             with self._changed:
                 self._error = error
-                self._queue.clear()
                 self._changed.notify_all()
         finally:
             self._file.withdraw()

@@ -240,7 +240,7 @@ TORN = {
 @pytest.mark.parametrize("which", ["checkpoint", "pointer", "both", "gone"])
 def test_a_torn_checkpoint_keeps_nobody_from_reading(folder: Path, which: str, how: str) -> None:
     """Fault 4, kind: as another tool, which does not sync either, leaves one. A reader, too, opens the table."""
-    LogStore(folder)._checkpoint()
+    repair_module.write_checkpoint(Location(folder), LogStore(folder)._table)
     (checkpoint,) = folder.glob("_delta_log/*.checkpoint.parquet")
     pointer = folder / "_delta_log" / "_last_checkpoint"
     if which == "gone":

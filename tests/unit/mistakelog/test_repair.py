@@ -12,7 +12,7 @@ from tc_ray.mistakelog.rows.schema import LogSchemaError
 from tc_ray.mistakelog.table.commits import commit_name
 from tc_ray.mistakelog.table.data_file import DataFile
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.repair import TORN_FOLDER, repair
+from tc_ray.mistakelog.table.repair import TORN_FOLDER, repair, write_checkpoint
 from tc_ray.mistakelog.table.store import LogStore
 from tests.support.mistakelog_samples import metadata
 from tests.unit.mistakelog.test_ledger import written
@@ -56,7 +56,7 @@ def test_damage_before_whole_commits_is_refused_by_name(folder: Path) -> None:
 
 
 def test_torn_checkpoints_of_the_table_are_done_without(folder: Path) -> None:
-    LogStore(folder)._checkpoint()
+    write_checkpoint(Location(folder), LogStore(folder)._table)
     (checkpoint,) = folder.glob("_delta_log/*.checkpoint.parquet")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-20])
     assert Ledger(folder, writers=1, run="test").state().round == 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tc_ray.mistakelog.maintain.retention import retire
+from tc_ray.config.log import LogSection
+from tc_ray.mistakelog.maintain.maintenance import Position, retire
 from tc_ray.mistakelog.table.store import StoredFile
 
 
@@ -26,15 +27,9 @@ def retired(
     max_bytes: int | None = None,
     reserved_bytes: int = 0,
 ) -> list[StoredFile]:
-    return retire(
-        files,
-        safe_round=safe_round,
-        copilot_round=copilot_round,
-        buffer_rounds=buffer_rounds,
-        keep_rounds=keep_rounds,
-        max_bytes=max_bytes,
-        reserved_bytes=reserved_bytes,
-    )
+    position = Position({}, safe_round, copilot_round, attempt=1)
+    limits = LogSection(keep_rounds=keep_rounds, max_bytes=max_bytes)
+    return retire(files, position, limits, buffer_rounds, reserved_bytes)
 
 
 def rounds(files: list[StoredFile]) -> list[int]:

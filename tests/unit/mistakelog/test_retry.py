@@ -10,10 +10,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
-from tc_ray.mistakelog.table import retry as retry_module
-from tc_ray.mistakelog.table.errors import LogFullError
+from tc_ray.mistakelog.table import errors as retry_module
+from tc_ray.mistakelog.table.errors import LogFullError, may_pass, retry
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import may_pass, retry
 from tc_ray.mistakelog.table.store import LogStore
 from tests.unit.mistakelog.test_compaction import ROWS, written
 

@@ -65,8 +65,8 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    monkeypatch.setattr("tc_ray.mistakelog.table.retry._FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("tc_ray.mistakelog.table.retry._LAST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("tc_ray.mistakelog.table.errors._FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("tc_ray.mistakelog.table.errors._LAST_PAUSE_SECONDS", 0.05)
     return Disk(monkeypatch)
 
 
@@ -106,7 +106,7 @@ def data_files(folder: Path) -> set[str]:
 
 
 def test_block_waits_and_loses_nothing(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "tc_ray.mistakelog.table.retry")
+    caplog.set_level(logging.INFO, "tc_ray.mistakelog.table.errors")
     pilot = Pilot(tmp_path)
     pilot.train()
     assert pilot.writer.flush(1)
