@@ -117,9 +117,7 @@ def write_copy(
 
 
 def merge(
-    store: LogStore,
-    group: Sequence[StoredFile],
-    turn: Callable[[], AbstractContextManager[Mapping[str, int]]],
+    store: LogStore, group: Sequence[StoredFile], turn: Callable[[], AbstractContextManager[Mapping[str, int]]]
 ) -> DataFile:
     """Replace a group by one file of the same rows.
 
@@ -130,17 +128,15 @@ def merge(
     Raises:
         BadFileError, OSError: see `write_copy`.
         CommitConflictError: a file of the group has left the table, or another process committed; the merged file is removed.
-        LeaseLostError: another process has taken the log over; the merged file is removed.
     """
     first, last = min(file.round_min for file in group), max(file.round_max for file in group)
     name = f"rounds-{first:08d}-{last:08d}-merged-{uuid.uuid4().hex[:12]}.parquet"
     merged = write_copy(store, group, name)
     try:
         with turn() as numbers:
-            there = {file.name for file in store.files()}
-            left = [file.name for file in group if file.name not in there]
+            left = {file.name for file in group} - {file.name for file in store.files()}
             if left:
-                raise CommitConflictError(f"{store.location}: {left[0]} left the table while it was merged")
+                raise CommitConflictError(f"{store.location}: {min(left)} left the table while it was merged")
             store.commit(add=[merged], remove=group, numbers=numbers, note={"kind": "merge"}, data_change=False)
     except BaseException as error:
         with contextlib.suppress(OSError, DeltaError):

@@ -87,6 +87,8 @@ def retire(
 
 @dataclass
 class Maintained:
+    """What one call did."""
+
     merged: list[StoredFile] = field(default_factory=list)
     """Files that became one."""
     merge: DataFile | None = None

@@ -1,7 +1,7 @@
 """Leases of readers: which versions of a log are being read, so that vacuum leaves their files alone.
 
-Invariant: a version held here is in `held_versions` from the return of `ReaderLease` or `move` until its holder releases it, or is dead
-and its file was not touched for `FRESH_SECONDS`. A reader that is choosing a version first holds the one that it knows and all
+Invariant: a version held here is in `held_versions` from `ReaderLease` or `move` on until its holder releases it, or is dead and its file
+was not touched for `FRESH_SECONDS`. A reader that is choosing a version first holds the one that it knows and all
 later ones ("onwards"): until it has a lease on its choice, no file of these versions is removed, however long it takes.
 
 A lease is a file `_tc_ray/readers/ID.json`; one thread of a process renews all of its leases. A reader that may not write there (a
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 FRESH_SECONDS = 60.0
 _RENEW_SECONDS = 15.0
 _FOLDER = "_tc_ray/readers"
-
 
 _leases: weakref.WeakSet[ReaderLease] = weakref.WeakSet()
 _lock = threading.Lock()

@@ -35,7 +35,6 @@ _CHECKPOINT_COMMITS = 100
 # the commit files hold the CRC-32s: they stay as long as the table does
 _TABLE_SETTINGS = {"delta.logRetentionDuration": "interval 36500 days"}
 
-
 log = logging.getLogger(__name__)
 
 

@@ -15,6 +15,8 @@ from tc_ray.mistakelog.rows.records import Records
 
 @dataclass(frozen=True)
 class Batch:
+    """A micro-batch."""
+
     round: int
     records: Records
     wait: Callable[[], object] | None = None
