@@ -24,7 +24,7 @@ from tc_ray.copilot.learner import StepResult, make_learner
 from tc_ray.copilot.training import train
 from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.mistakelog.read.reader import LogTail
-from tc_ray.mistakelog.table.retry import retry
+from tc_ray.mistakelog.table.errors import retry
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder, TrainTable
 from tc_ray.mistakelog.commit.ledger_actor import submit_to
+from tc_ray.mistakelog.table.errors import may_pass
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import may_pass
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.weights import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files

@@ -11,8 +11,7 @@ import numpy as np
 from tc_ray.mistakelog.rows.ragged import Array
 from tc_ray.mistakelog.rows.records import Records
 
-_INFINITY, _MINUS_INFINITY = 0x7F80, 0xFF80
-"""bf16 bits; larger absolute values are NaN."""
+_INFINITY, _MINUS_INFINITY = 0x7F80, 0xFF80  # bf16 bits; larger absolute values are NaN
 
 
 def all_finite(records: Records) -> bool:

@@ -20,11 +20,11 @@ from tc_ray.cli.main import app
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.from_log import StoredLogError, train_from_log
-from tc_ray.mistakelog.maintain.compaction import compact_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.lease import LeaseHeldError
 from tc_ray.run.folder import FolderLock
 from tc_ray.run.job import run_job
+from tests.support.mistakelog_samples import merge_all
 from tests.support.tiny_model import make_tiny_llama
 from tests.support.tiny_run import tiny_config
 
@@ -77,7 +77,7 @@ def test_files_of_other_lengths_make_no_difference(run: RunConfig, tmp_path: Pat
 
     copy = tmp_path / "log"
     shutil.copytree(run.log_location, copy)
-    compact_log(copy, 2**30)
+    merge_all(copy)
     with MistakeLog(copy) as mistakes:
         assert len(mistakes.files) == 1
         trained = train_from_log(mistakes, run, tmp_path / "again")

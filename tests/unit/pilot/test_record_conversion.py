@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tc_ray.config.log import LogSection
-from tc_ray.mistakelog.rows.dense import listed_errors, vocabulary_order
+from tc_ray.mistakelog.rows.ragged import listed_errors, vocabulary_order
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
 from tc_ray.mistakelog.rows.schema import LogSchemaError
