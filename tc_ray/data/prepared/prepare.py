@@ -41,8 +41,8 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
     """
     encoder.check()
     config = encoder.config
-    folder.mkdir(parents=True, exist_ok=True)
     found = find_sources(config)
+    folder.mkdir(parents=True, exist_ok=True)
     sources, notes = found.files, found.notes
     source = ", ".join(map(str, sources["train"])) or generated_set(config)
     if not sources["train"]:
