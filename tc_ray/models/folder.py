@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.config.section import check_lam
-from tc_ray.files import read_json, write_json
+from tc_ray.files import DamagedFileError, read_json, write_json
 
 PILOT, COPILOT = "pilot", "copilot"
 """Folders of the two models; each loads with plain `from_pretrained`."""
@@ -40,13 +40,13 @@ class FusionSettings:
 
     @staticmethod
     def read(folder: Path) -> FusionSettings:
-        """Read fusion.json. Raises ValueError that names the file and the field for a bad value."""
+        """Read fusion.json. Raises DamagedFileError that names the file and the field for a bad value."""
         file = folder / FUSION_FILE
         settings: dict[str, Any] = read_json(file)
         try:
             return FusionSettings(*(settings.get(field.name) for field in fields(FusionSettings)))  # type: ignore[arg-type]
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise DamagedFileError(f"{file}: {error}") from None
 
     def write(self, folder: Path) -> None:
         """Write fusion.json."""
