@@ -95,8 +95,6 @@ class Finished:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0
-    """Prompt tokens whose keys and values were reused."""
 
 
 @dataclass(frozen=True)

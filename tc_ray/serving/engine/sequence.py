@@ -131,11 +131,6 @@ class Sequence:
         self._text = IncrementalText(tokenizer, self.request.prompt_ids, self.request.stops)
         self._end_ids = end_ids
         self._count = 0
-        self._cached = 0
-
-    def start(self, prefill: Prefill) -> None:
-        """Its prompt is being computed."""
-        self.prefill, self._cached = prefill, prefill.reused
 
     def append(self, chosen: int, pilot: torch.Tensor, fused: torch.Tensor) -> bool:
         """Append the chosen token and send it to the client. Returns whether it was the last one.
@@ -156,7 +151,7 @@ class Sequence:
             text += self._text.finish()
         self.handle.send(Piece(text, (described(self.request, chosen, pilot, fused),)))
         if reason is not None:
-            self.handle.end(Finished(reason, len(self.request.prompt_ids), self._count, self._cached))
+            self.handle.end(Finished(reason, len(self.request.prompt_ids), self._count))
         return reason is not None
 
 

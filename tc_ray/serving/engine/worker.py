@@ -140,7 +140,7 @@ class Worker:
         ids, owner = sequence.request.prompt_ids, sequence.request.owner
         prefill = Prefill(self._model, ids, sequence.lam, self._prefixes.longest(ids, owner))
         self._count(cached_tokens=prefill.reused)
-        sequence.start(prefill)
+        sequence.prefill = prefill
         return prefill
 
     def _join(self, sequence: Sequence, prefill: Prefill) -> bool:

@@ -4,9 +4,6 @@ When a replica dies, Serve ends its responses without an error. The failover pro
 stream is repeated there with the same seed and continued after the last chunk that the client has; a response that had not
 begun is made again. What cannot be saved ends in an error event or an error body. It also removes headers that clients must
 not set, and puts Serve's plain-text errors into OpenAI's envelope.
-
-Bodies are passed on as they arrive, and a copy is kept for the repeat. The app alone decides whether a body is too long or
-too slow.
 Invariant: a stream that has begun ends with `data: [DONE]` or an error event, unless the client has left.
 Loaded by Ray Serve through the name that `deploy/launch.py` puts into the environment; nothing of serving imports this.
 """
@@ -14,17 +11,18 @@ Loaded by Ray Serve through the name that `deploy/launch.py` puts into the envir
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.config.serving import MAX_BODY_BYTES
 from tc_ray.serving import headers
+from tc_ray.serving.body import read_body, replayed
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.failover.progress import DivergedError, StreamProgress
 from tc_ray.serving.latency import prepare_process
@@ -43,8 +41,9 @@ _NOT_FROM_CLIENTS = {
     b"x-request-disconnect-disabled",
     b"serve-multiplexed-model-id",
     b"x-session-id",
+    # Serve decodes it and writes it into its log
+    b"x-request-id",
 }
-
 MAX_RESUMES = 3
 """Of one stream. A request that kills each replica it reaches must not kill them all."""
 RESUME_WITHIN_S = 60.0
@@ -63,7 +62,7 @@ def middlewares() -> list[Middleware]:
 class FailoverProxy:
     """See the module. It keeps each body until its request has ended, to send it again.
 
-    max_body_bytes: a longer body is not read to its end, because the app refuses it. max_held_bytes: of all requests.
+    max_body_bytes: of one body, at least the app's own bound. max_held_bytes: of all requests.
     """
 
     def __init__(
@@ -78,70 +77,36 @@ class FailoverProxy:
         if scope["type"] != "http" or scope["path"] == "/-/healthz":
             await self._app(scope, receive, send)
             return
-        if scope["path"].startswith("/-/"):
-            # Serve's list of routes and the like: not part of this API, and Serve asks for no key.
-            await send_error(send, RequestError("Not Found.", status=404))
-            return
-        body = _Body(self, receive)
+        held = 0
+
+        def hold(count: int) -> None:
+            nonlocal held
+            held += count
+            self.held_bytes += count
+            if self.held_bytes > self.max_held_bytes:
+                message = "The server is receiving too many large bodies."
+                raise RequestError(message, status=503, code="unavailable", retry_after_s=1)
+
         try:
-            await _Relay(self._app, scope, body, send).run()
+            if scope["path"].startswith("/-/"):  # Serve's list of routes and the like, for which it asks for no key
+                raise RequestError("Not Found.", status=404)
+            body = await read_body(receive, self.max_body_bytes, hold=hold)
+            if body is not None:
+                await _Relay(self._app, scope, body, receive, send).run()
+        except RequestError as error:
+            await send_error(send, error.with_traceback(None))  # whose frames hold the body
         finally:
-            self.held_bytes -= body.size
-
-
-class _Body:
-    """A request body as it arrives, kept so that another replica can be sent it from the beginning.
-
-    gone: the client has left. too_many: the proxy holds too much to take this body too; the replica sees the same as for
-    a client that has left.
-    """
-
-    def __init__(self, proxy: FailoverProxy, receive: Receive) -> None:
-        self._proxy, self._receive = proxy, receive
-        self._content = bytearray()
-        self._whole = False
-        self.gone = self.too_many = False
-
-    @property
-    def size(self) -> int:
-        """Bytes held."""
-        return len(self._content)
-
-    def replay(self) -> Receive:
-        """A `receive` for one attempt: what has arrived so far, then what the client sends."""
-        place, ended = 0, False
-
-        async def receive() -> Message:
-            nonlocal place, ended
-            while place == self.size and not (self._whole or self.gone):
-                await self._read()
-            if ended and not self.gone:
-                self.gone = (await self._receive())["type"] == "http.disconnect"
-            if self.gone:
-                return {"type": "http.disconnect"}
-            part, place, ended = bytes(self._content[place:]), self.size, self._whole
-            return {"type": "http.request", "body": part, "more_body": not ended}
-
-        return receive
-
-    async def _read(self) -> None:
-        """Take in the next part of the body."""
-        if self.size > self._proxy.max_body_bytes:
-            await asyncio.Event().wait()  # the app refuses it, which cancels this
-        message = await self._receive()
-        part = message.get("body", b"")
-        self._content += part
-        self._proxy.held_bytes += len(part)
-        self._whole = not message.get("more_body", False)
-        self.too_many = self._proxy.held_bytes > self._proxy.max_held_bytes
-        self.gone = self.too_many or message["type"] == "http.disconnect"
+            self.held_bytes -= held
 
 
 class _Relay:
     """One request, over as many replicas as it takes."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, body: _Body, send: Send) -> None:
-        self._app, self._scope, self._body, self._client_send = app, scope, body, send
+    def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        self._app, self._scope, self._body = app, scope, body
+        self._client_receive, self._client_send = receive, send
+        self._gone = False
+        """The client has left."""
         self._stream: StreamProgress | None = None
         """Set once the client has the head of a stream."""
         self._identity: dict[bytes, bytes] = {}
@@ -153,11 +118,7 @@ class _Relay:
         again = False
         while True:
             attempt = await self._attempt()
-            if attempt.complete:
-                return
-            if self._body.too_many:
-                await self._give_up(_too_many_bodies())
-            if self._body.gone:
+            if attempt.complete or self._gone:
                 return
             if self._stream is None:
                 if again or attempt.refusal is not None:
@@ -184,12 +145,17 @@ class _Relay:
         event = f"data: {json.dumps(error.envelope())}\n\n".encode()
         await self._client_send({"type": "http.response.body", "body": event, "more_body": False})
 
+    async def _receive(self) -> Message:
+        message = await self._client_receive()
+        self._gone = self._gone or message["type"] == "http.disconnect"
+        return message
+
     async def _attempt(self) -> _Attempt:
         attempt = _Attempt(self._client_send, self._stream, self._identity)
         # A scope of its own: Serve's middleware adds to the list of headers.
         scope = {**self._scope, "headers": self._headers()}
         try:
-            await self._app(scope, self._body.replay(), attempt.send)
+            await self._app(scope, replayed(self._body, self._receive), attempt.send)
         except Exception:  # whatever it was, the client gets an error; the proxy's log has the traceback
             logger.exception("a request failed in Ray Serve's proxy")
         self._stream = attempt.stream
@@ -198,7 +164,8 @@ class _Relay:
         return attempt
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
-        headers = [(name, value) for name, value in self._scope["headers"] if _is_clients(name, value)]
+        given = self._scope["headers"]
+        headers = [(name, value) for name, value in given if name.replace(b"_", b"-") not in _NOT_FROM_CLIENTS]
         if self._stream is not None:
             resume = self._stream.resume_header()
             headers += [(RESUME_HEADER, resume)] if resume else []
@@ -223,13 +190,14 @@ class _Attempt:
         self._start: Message | None = None
         """Head of a response. It is sent with the first part of the body."""
         self._refused = bytearray()
-        self._mode: Callable[[Message], Awaitable[None]] = self._wait
+        self._mode: Callable[[Message], Awaitable[None]] | None = None
+        """What is done with the parts of the body; None: nothing."""
 
     async def send(self, message: Message) -> None:
         """Take one message of the replica."""
         if message["type"] == "http.response.start":
             await self._begin(message)
-        elif message["type"] == "http.response.body" and not self.complete:
+        elif self._mode is not None and not self.complete:
             await self._mode(message)
 
     async def _begin(self, start: Message) -> None:
@@ -251,18 +219,12 @@ class _Attempt:
         else:
             self._mode = self._whole
 
-    async def _wait(self, _: Message) -> None:
-        raise RuntimeError("a response body came before its head")
-
     def _refuse(self, reason: str) -> None:
         """Ignore the rest of a stream that does not continue the one begun."""
-        self._mode = self._ignore
+        self._mode = None
         self.refusal = RequestError(
             f"The replica of this stream ended, and {reason}. Send it again.", status=500, code="replica_ended"
         )
-
-    async def _ignore(self, _: Message) -> None:
-        """Drop a part of a refused stream."""
 
     async def _pass_on(self, message: Message) -> None:
         """Pass on the events of a stream, and its end only after `[DONE]` or an error event."""
@@ -294,17 +256,9 @@ class _Attempt:
             self.refusal = _refusal(self._start, bytes(self._refused))
 
 
-def _is_clients(name: bytes, value: bytes) -> bool:
-    if name == b"x-request-id":
-        # Serve decodes it and writes it into its log
-        return len(value) <= 128 and value.replace(b"-", b"").replace(b"_", b"").isalnum()
-    return name.replace(b"_", b"-") not in _NOT_FROM_CLIENTS
-
-
 def _marked(start: Message) -> Message:
-    """A response's head with FAILOVER_HEADER, and without the second copy of the request id, which Serve adds."""
-    headers = dict.fromkeys((*start["headers"], FAILOVER_HEADER))
-    return {**start, "headers": list(headers)}
+    """A response's head with FAILOVER_HEADER."""
+    return {**start, "headers": [*start["headers"], FAILOVER_HEADER]}
 
 
 def _replica_ended() -> RequestError:
@@ -321,21 +275,13 @@ def _refusal(start: Message, body: bytes) -> RequestError:
     status, headers = start["status"], dict(start["headers"])
     after = headers.get(b"retry-after", b"")
     retry_after_s = int(after) if after.isdigit() else (1 if status in (429, 503) else None)
-    error: Any = None
     if headers.get(b"content-type", b"").startswith(b"application/json"):
-        try:
-            error = json.loads(body).get("error")
-        except (ValueError, AttributeError):
-            error = None
-    if isinstance(error, dict):
-        return RequestError(
-            str(error.get("message")), status=status, code=error.get("code"), retry_after_s=retry_after_s
-        )
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            error = json.loads(body)["error"]
+            return RequestError(error["message"], status=status, code=error["code"], retry_after_s=retry_after_s)
     if status == 404:
         # Serve knows no application at this path: it is not there yet, or no longer.
-        return RequestError(
-            "The server is starting or shutting down.", status=503, code="not_ready", retry_after_s=retry_after_s or 5
-        )
+        return RequestError("The server is starting or shutting down.", status=503, code="not_ready", retry_after_s=5)
     texts = {
         408: ("The request took longer than the server allows.", "deadline_exceeded"),
         429: ("The server has too many requests.", "queue_full"),
@@ -343,12 +289,6 @@ def _refusal(start: Message, body: bytes) -> RequestError:
     }
     message, code = texts.get(status, ("The server failed.", "internal_error"))
     return RequestError(message, status=status, code=code, retry_after_s=retry_after_s)
-
-
-def _too_many_bodies() -> RequestError:
-    return RequestError(
-        "The server is receiving too many large bodies.", status=503, code="unavailable", retry_after_s=1
-    )
 
 
 async def send_error(send: Send, error: RequestError) -> None:

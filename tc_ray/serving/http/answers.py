@@ -2,7 +2,6 @@
 
 Invariants: every body and every chunk that the server sends is one of these. The failover proxy reads the order of fields: of a
 choice, the index comes first and the text before log-probabilities. JSON has no infinity: the log of 0 is -9999.0.
-Made by responses.py and routes.py; FastAPI documents them.
 """
 
 from __future__ import annotations
@@ -24,19 +23,12 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class PromptTokensDetails(Answer):
-    """How many of the prompt's tokens were reused."""
-
-    cached_tokens: int = Field(ge=0, description="prompt tokens that were computed for an earlier request")
-
-
 class Usage(Answer):
     """Token counts. completion_tokens counts what was generated, the end token and stop strings included."""
 
     prompt_tokens: int = Field(ge=0)
     completion_tokens: int = Field(ge=0)
     total_tokens: int = Field(ge=0)
-    prompt_tokens_details: PromptTokensDetails
 
 
 class ExplainedToken(Answer):
@@ -61,7 +53,6 @@ class CompletionLogprobs(Answer):
     tokens: list[str]
     token_logprobs: list[Logprob | None] = Field(description="null for the first token of an echoed prompt")
     top_logprobs: list[dict[str, Logprob] | None] = Field(description="the likeliest tokens and the chosen one")
-    text_offset: list[int] = Field(description="where each token begins in the choice's text, in characters")
 
 
 class TokenLogprob(Answer):
@@ -225,7 +216,7 @@ class ModelList(Answer):
 
 
 class State(Answer):
-    """GET /health and GET /ready. `reason` states what is wrong when the status is 503."""
+    """GET /health. `reason` states what is wrong when the status is 503."""
 
     status: Literal["ok", "unavailable"]
     reason: str | None = None
@@ -246,11 +237,6 @@ class ErrorEnvelope(Answer):
     error: ErrorDetail
 
 
-# Some readers of event streams, such as httpx' `iter_lines`, cut lines there. In JSON they stand in strings only.
-_LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
-
-
 def as_json(answer: BaseModel) -> str:
-    """A response body or chunk as it is sent, without characters that could be taken for the end of a line."""
-    text = answer.model_dump_json(by_alias=True)
-    return text if text.isascii() else text.translate(_LINE_ENDS)
+    """A response body or chunk as it is sent. ASCII: some clients end a line of a stream at other Unicode line ends too."""
+    return answer.model_dump_json(by_alias=True, ensure_ascii=True)

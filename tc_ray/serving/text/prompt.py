@@ -1,7 +1,7 @@
 """Prompts of requests as token ids, checked against what the model can take, and where each token stands in the text.
 
 Invariant: the tokenizer here is not shared with the engine's thread, because two threads must not use a fast tokenizer at
-once; a lock guards it. A text that is too long is refused before it is tokenised to its end. Used by http/generate.py.
+once; a lock guards it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.text.incremental import IncrementalText
 from tc_ray.serving.text.token_texts import TokenTexts
 
-PROBE_CHARACTERS = 8
-"""Characters per token in the part of a long text that is tokenised first; few texts have more."""
-PROBE_SLACK_TOKENS = 16
-"""At most this many tokens at the end of that part differ from those of the whole text."""
-
 
 @dataclass(frozen=True)
 class PlacedPrompt:
-    """A prompt as text, and where each of its tokens begins in it, in characters."""
+    """A prompt as text, as `decoded` from its tokens, and where each of them begins in that, in characters."""
 
     text: str
+    decoded: str
     begins: tuple[int, ...]
 
     def first_after(self, marker: str, param: str) -> int:
@@ -35,14 +31,14 @@ class PlacedPrompt:
 
         Returns the number of tokens where nothing follows. Raises RequestError where the prompt lacks the marker.
         """
-        found = self.text.rfind(marker)
+        found = self.decoded.rfind(marker)
         if found < 0:
             raise RequestError(
                 f"Field `{param}`: the prompt does not contain this text.", param=param, code="score_after_not_found"
             )
         border = found + len(marker)
         for index, begin in enumerate(self.begins):
-            end = self.begins[index + 1] if index + 1 < len(self.begins) else len(self.text)
+            end = self.begins[index + 1] if index + 1 < len(self.begins) else len(self.decoded)
             if begin >= border or end > border:
                 return index
         return len(self.begins)
@@ -66,7 +62,8 @@ class PromptEncoder:
         special: begin with the tokenizer's beginning-of-text token, if it has one.
         """
         if isinstance(given, str):
-            ids = self._tokenised(given, limit_tokens, param, special)
+            with self._lock:
+                ids = tuple(self._tokenizer(given, add_special_tokens=special)["input_ids"])
             if not ids:
                 raise invalid_value(param, "it has no tokens")
         else:
@@ -114,39 +111,19 @@ class PromptEncoder:
 
     def placed(self, given: str | Sequence[int], ids: Sequence[int]) -> PlacedPrompt:
         """A prompt that was encoded to `ids`, as the text that an echo shows."""
-        if isinstance(given, str):
-            return PlacedPrompt(given, self._begins(given))
         with self._lock:
             decoder = IncrementalText(self._tokenizer, special=True)
             text, begins = "", []
             for token in ids:
                 begins.append(len(text))
                 text += decoder.push([token])
-            return PlacedPrompt(text + decoder.finish(), tuple(begins))
-
-    def _begins(self, text: str) -> tuple[int, ...]:
-        with self._lock:
-            spans = self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        begins, end = [], 0
-        for first, last in spans:
-            # A blank that the tokenizer leaves out of a token's span belongs to the token; bytes of one character share a place.
-            begins.append(min(first, end))
-            end = max(end, last)
-        return tuple(begins)
-
-    def _tokenised(self, text: str, limit_tokens: int, param: str, special: bool) -> tuple[int, ...]:
-        probe = PROBE_CHARACTERS * (limit_tokens + PROBE_SLACK_TOKENS)
-        with self._lock:
-            if len(text) > probe:
-                begun = len(self._tokenizer(text[:probe], add_special_tokens=special)["input_ids"])
-                if begun > limit_tokens + PROBE_SLACK_TOKENS:
-                    raise _too_long(param, begun, limit_tokens, "more than ")
-            return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+            text += decoder.finish()
+        return PlacedPrompt(given if isinstance(given, str) else text, text, tuple(begins))
 
 
-def _too_long(param: str, tokens: int, limit_tokens: int, least: str = "") -> RequestError:
+def _too_long(param: str, tokens: int, limit_tokens: int) -> RequestError:
     return RequestError(
-        f"Field `{param}`: {least}{tokens} tokens are too many; the limit here is {limit_tokens}.",
+        f"Field `{param}`: {tokens} tokens are too many; the limit here is {limit_tokens}.",
         param=param,
         code="context_length_exceeded",
     )
