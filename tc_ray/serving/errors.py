@@ -26,9 +26,8 @@ class ServingError(RuntimeError):
 class RequestError(Exception):
     """A request is refused or failed.
 
-    Args:
-        message: one sentence for the client. status: HTTP status. param: the field at fault, as the client wrote it.
-        code: a stable word for programs. retry_after_s: value of the Retry-After header, in seconds.
+    message: one sentence for the client. param: the field at fault, as the client wrote it. code: a stable word for programs.
+    retry_after_s: value of the Retry-After header, in seconds.
     """
 
     message: str

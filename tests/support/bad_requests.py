@@ -44,7 +44,6 @@ NUMBER_FIELDS = {
     "temperature": ["-0.1", "2.1"],
     "top_p": ["0", "-1", "1.0001"],
 }
-NUMBER_FIELDS |= {"presence_penalty": ["2.1", "-2.1"], "frequency_penalty": ["1e9", "-1e9"]}
 GENERATION_COUNTS = {"n": ["0", "9", "1000000"], "max_tokens": ["-5", "65", "1000000"], "top_k": ["0"], "seed": []}
 ROUTE_COUNTS: dict[str, dict[str, list[str]]] = {
     COMPLETIONS: {**GENERATION_COUNTS, "logprobs": ["6", "1000000"]},
@@ -75,6 +74,7 @@ UNSUPPORTED += [
     "lam",
     "lambda",
     "best_of",
+    "presence_penalty",
     "\\u0000",
     "\\ud800",
     "x" * 100_000,

@@ -32,10 +32,7 @@ def build(args: dict[str, Any]) -> Any:
 
     args: `runs`, a list of run folders, exports or NAME=FOLDER; `config`, a file whose `serving` section counts instead of
     the run's own; and fields of the section (docs/config.md). The cluster can be reached from elsewhere, so an API key is
-    needed (TC_RAY_API_KEY, or `key_file`), or `allow_open: true`.
-
-    Raises:
-        ServingError, ExportError, ConfigError: no exported model in a folder, a setting that cannot be, or no API key.
+    needed (TC_RAY_API_KEY, or `key_file`), or `allow_open: true`. Raises as `command_settings`.
     """
     settings = application_settings(args)
     for export in settings.models.values():

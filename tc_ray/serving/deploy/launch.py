@@ -7,7 +7,6 @@ requests in progress are finished before the proxy goes.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -23,15 +22,12 @@ from typing import Any
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.export.check import check_tokenizer, weight_bytes
-from tc_ray.serving.deploy.keys import KEY_VARIABLE
 from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.headers import FAILOVER_HEADER
+from tc_ray.serving.wire import FAILOVER_HEADER
 from tc_ray.text import first_line, visible
 
 APPLICATION = "tc-ray"
-_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
-"""Name and namespace of Ray Serve's controller actor."""
 PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Serve's proxy process calls the function of this name for its middlewares."""
 FAILOVER_PROXY = "tc_ray.serving.failover.proxy.middlewares"
@@ -51,11 +47,6 @@ class Server:
     settings: ReplicaSettings
     _started_ray: bool
     _reloads: int = 0
-
-    @property
-    def models(self) -> list[str]:
-        """Names of its models."""
-        return list(self.settings.models)
 
     def reload(self) -> None:
         """Have every replica read its Copilots' folders again and swap what has changed, in the background."""
@@ -81,16 +72,6 @@ class Server:
         if self._started_ray:
             ray.shutdown()
 
-    def example(self) -> str:
-        """A curl command that works as it is."""
-        key = f' \\\n  -H "Authorization: Bearer ${KEY_VARIABLE}"' if self.settings.key_digests else ""
-        question = {"role": "user", "content": "What is 12 + 30?"}
-        body = {"model": self.models[0], "messages": [question], "temperature": 0}
-        return (
-            f"curl {self.url}/v1/chat/completions{key} \\\n  -H 'Content-Type: application/json' \\\n  -d "
-            f"'{json.dumps(body)}'"
-        )
-
 
 def check_port(host: str, port: int) -> None:
     """Raise ServingError where `port` of `host` cannot be listened on."""
@@ -110,10 +91,7 @@ def start_server(settings: ReplicaSettings, say: Say = lambda _: None) -> Server
     """Serve exported models and return once they answer.
 
     Uses the Ray that this process is connected to, else joins RAY_ADDRESS, else starts a local one. say: shows progress.
-
-    Raises:
-        ServingError: Copilot of another tokenizer, port taken, a cluster that serves already, or a model
-            that does not load.
+    Raises ServingError: Copilot of another tokenizer, port taken, a cluster that serves already, a model that does not load.
     """
     serving = settings.serving
     check_port(serving.host, serving.port)
@@ -191,7 +169,7 @@ def _deploy(settings: ReplicaSettings, say: Say) -> None:
     from tc_ray.serving.deploy.deployment import QUIET
 
     try:
-        ray.get_actor(_CONTROLLER[0], namespace=_CONTROLLER[1])
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
         pass
     else:
@@ -248,7 +226,7 @@ def _deployment_failure() -> str | None:
 
 
 def serve_until_stopped(settings: ReplicaSettings) -> None:
-    """Serve until Ctrl-C or SIGTERM; RELOAD_SIGNAL swaps Copilots. Prints progress, then the address and an example.
+    """Serve until Ctrl-C or SIGTERM; RELOAD_SIGNAL swaps Copilots. Prints progress, then the address.
 
     Must be called in the main thread, which is the one that receives signals.
     """
@@ -262,7 +240,7 @@ def serve_until_stopped(settings: ReplicaSettings) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, RELOAD_SIGNAL)
     before = {number: signal.signal(number, lambda got, _: signals.put(got)) for number in numbers}
     try:
-        say(f"ready: {', '.join(server.models)} at {server.url}\n\n{server.example()}\n")
+        say(f"ready: {', '.join(settings.models)} at {server.url}")
         say(f"Ctrl-C ends it. `kill -USR1 {os.getpid()}` loads Copilots that have changed.")
         while signals.get() == RELOAD_SIGNAL:
             server.reload()

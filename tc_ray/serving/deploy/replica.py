@@ -20,9 +20,8 @@ from tc_ray.export.check import copilot_version, find_export
 from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.engine.engine import Turns
 from tc_ray.serving.http.app import create_app
-from tc_ray.serving.latency import prepare_process
-from tc_ray.serving.models.loading import LoadedRun
-from tc_ray.serving.models.registry import ModelRegistry
+from tc_ray.serving.models.registry import LoadedRun, ModelRegistry
+from tc_ray.serving.wire import prepare_process
 
 logger = logging.getLogger("tc_ray.serving")
 

@@ -54,11 +54,9 @@ class Turns:
 
 
 class Engine:
-    """Generates and scores with one fused model.
+    """Generates and scores with one fused model, which must be decoder-only.
 
-    Args:
-        model: a decoder-only FusedModel. tokenizer: used by the engine's thread alone.
-        limits: what it holds at once. turn: shared by engines of one process (and needed by those of one Pilot).
+    tokenizer: used by the engine's thread alone. turn: shared by engines of one process (and needed by those of one Pilot).
     """
 
     def __init__(
@@ -79,14 +77,11 @@ class Engine:
         """Longest sequence, prompt and new tokens together, that the model has positions for."""
         return int(self.model.config.max_position_embeddings)
 
-    # -- called from any thread -----------------------------------------------------------------------------------
-
     def submit(self, requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
         """Queue requests, all or none. `deliver` gets the index of a request and its events, in the engine's thread.
 
-        Raises:
-            RequestError: 429 when too few places are free, 503 when the engine is closing or dead, 400 for more requests than
-                there are places and for one that can never fit.
+        Raises RequestError: 429 when too few places are free, 503 when the engine is closing or dead, 400 for more requests
+        than there are places and for one that can never fit.
         """
         most = self.limits.max_running + self.limits.max_waiting
         if len(requests) > most:
@@ -154,8 +149,6 @@ class Engine:
             self._changed.notify_all()
         self._thread.join(timeout=30)
 
-    # -- queue ----------------------------------------------------------------------------------------------------
-
     def _accept(self, requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
         """Queue requests for which there are places. The caller holds the lock."""
 
@@ -187,8 +180,6 @@ class Engine:
 
     def _busy(self) -> bool:
         return bool(self._waiting or len(self._worker))
-
-    # -- the thread -----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # not every system allows it

@@ -3,7 +3,7 @@
 A repeat has the same seed, id and time, so its chunks are the same. Rounding differs from batch to batch, so a tie between
 two tokens can still be decided differently.
 Invariant: `take` returns whole events that the client does not have, and only after the repeat has reproduced those that
-it has: texts of two generations are never joined. Used by proxy.py, once per stream.
+it has: texts of two generations are never joined.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ class DivergedError(Exception):
 
 
 class StreamProgress:
-    """Follows the events of one stream, and of its repeats.
-
-    Attributes: id, created: of the first chunk, None before it. ended: `[DONE]` or an error event has come.
-    """
+    """Follows one stream and its repeats. ended: `[DONE]` or an error event has come."""
 
     def __init__(self) -> None:
         self.id: str | None = None

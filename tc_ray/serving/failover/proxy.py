@@ -21,18 +21,17 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.config.serving import MAX_BODY_BYTES
-from tc_ray.serving import headers
-from tc_ray.serving.body import read_body, replayed
+from tc_ray.serving import wire
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.failover.progress import DivergedError, StreamProgress
-from tc_ray.serving.latency import prepare_process
+from tc_ray.serving.wire import prepare_process, read_body, replayed
 
 MAX_HELD_BYTES = 2**28
 """Of all bodies that one proxy holds. Past it a request is answered with 503: a client needs no key to send a body."""
-RESUME_HEADER = headers.RESUME_HEADER.lower().encode()
-SEED_HEADER = headers.SEED_HEADER.lower().encode()
-COPILOT_HEADER = headers.COPILOT_HEADER.lower().encode()
-FAILOVER_HEADER = (headers.FAILOVER_HEADER.lower().encode(), b"1")
+RESUME_HEADER = wire.RESUME_HEADER.lower().encode()
+SEED_HEADER = wire.SEED_HEADER.lower().encode()
+COPILOT_HEADER = wire.COPILOT_HEADER.lower().encode()
+FAILOVER_HEADER = (wire.FAILOVER_HEADER.lower().encode(), b"1")
 _NOT_FROM_CLIENTS = {
     RESUME_HEADER,
     SEED_HEADER,
@@ -100,7 +99,7 @@ class FailoverProxy:
 
 
 class _Relay:
-    """One request, over as many replicas as it takes."""
+    """One request, over as many replicas as it takes. Each response is passed on to the client as far as it is valid."""
 
     def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._body = app, scope, body
@@ -113,55 +112,51 @@ class _Relay:
         """Seed and Copilot version of the first response."""
 
     async def run(self) -> None:
-        """Send the request until it is answered."""
+        """Send the request until it is answered. Raises RequestError where the client has got nothing."""
         resumes, until = 0, time.monotonic() + RESUME_WITHIN_S
         again = False
         while True:
-            attempt = await self._attempt()
-            if attempt.complete or self._gone:
+            await self._attempt()
+            refusal = self._refusal
+            if self._complete or self._gone:
                 return
             if self._stream is None:
-                if again or attempt.refusal is not None:
-                    await self._give_up(attempt.refusal or _replica_ended())
-                    return
+                if again or refusal is not None:
+                    raise refusal or _replica_ended()
                 again = True
                 logger.info("a replica ended before it answered; the request is sent to another")
                 continue
-            refusal = attempt.refusal
             if refusal is None:
                 resumes, until = resumes + 1, time.monotonic() + RESUME_WITHIN_S
                 logger.info("the replica of a stream ended; another one repeats it (repeat %d)", resumes)
             waitable = refusal is None or (refusal.status in (429, 503) and time.monotonic() < until)
             if resumes > MAX_RESUMES or not waitable:
-                await self._give_up(refusal or _replica_ended())
+                event = f"data: {json.dumps((refusal or _replica_ended()).envelope())}\n\n".encode()
+                await self._client_send({"type": "http.response.body", "body": event, "more_body": False})
                 return
             if refusal is not None:
                 await asyncio.sleep(min(float(refusal.retry_after_s or 1), MAX_WAIT_S))
 
-    async def _give_up(self, error: RequestError) -> None:
-        if self._stream is None:
-            await send_error(self._client_send, error)
-            return
-        event = f"data: {json.dumps(error.envelope())}\n\n".encode()
-        await self._client_send({"type": "http.response.body", "body": event, "more_body": False})
-
-    async def _receive(self) -> Message:
-        message = await self._client_receive()
-        self._gone = self._gone or message["type"] == "http.disconnect"
-        return message
-
-    async def _attempt(self) -> _Attempt:
-        attempt = _Attempt(self._client_send, self._stream, self._identity)
+    async def _attempt(self) -> None:
+        """Send the request to one replica."""
+        self._resumed = self._stream is not None
+        self._complete = False
+        """The client has the whole response."""
+        self._refusal: RequestError | None = None
+        """An error of the replica or of Serve that needs another form."""
+        self._start: Message | None = None
+        """Head of a response. It is sent with the first part of the body."""
+        self._refused = bytearray()
+        self._mode: Callable[[Message], Awaitable[None]] | None = None
+        """What is done with the parts of the body; None: nothing."""
         # A scope of its own: Serve's middleware adds to the list of headers.
         scope = {**self._scope, "headers": self._headers()}
         try:
-            await self._app(scope, replayed(self._body, self._receive), attempt.send)
+            await self._app(scope, replayed(self._body, self._receive), self._send)
         except Exception:  # whatever it was, the client gets an error; the proxy's log has the traceback
             logger.exception("a request failed in Ray Serve's proxy")
-        self._stream = attempt.stream
-        if self._stream is not None and not attempt.complete:
+        if self._stream is not None and not self._complete:
             self._stream.repeat()
-        return attempt
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         given = self._scope["headers"]
@@ -172,32 +167,16 @@ class _Relay:
             headers += [(SEED_HEADER, self._identity[SEED_HEADER])] if SEED_HEADER in self._identity else []
         return headers
 
+    async def _receive(self) -> Message:
+        message = await self._client_receive()
+        self._gone = self._gone or message["type"] == "http.disconnect"
+        return message
 
-class _Attempt:
-    """One response of one replica, passed on to the client as far as it is valid.
-
-    complete: the client has all of it. refusal: an error of the replica or of Serve that needs another form.
-    stream: the stream that the client has begun to read, if it is one.
-    """
-
-    def __init__(self, send: Send, stream: StreamProgress | None, identity: dict[bytes, bytes]) -> None:
-        self._send_to_client = send
-        self.stream = stream
-        self.complete = False
-        self.refusal: RequestError | None = None
-        self._identity = identity
-        self._resumed = stream is not None
-        self._start: Message | None = None
-        """Head of a response. It is sent with the first part of the body."""
-        self._refused = bytearray()
-        self._mode: Callable[[Message], Awaitable[None]] | None = None
-        """What is done with the parts of the body; None: nothing."""
-
-    async def send(self, message: Message) -> None:
+    async def _send(self, message: Message) -> None:
         """Take one message of the replica."""
         if message["type"] == "http.response.start":
             await self._begin(message)
-        elif self._mode is not None and not self.complete:
+        elif self._mode is not None and not self._complete:
             await self._mode(message)
 
     async def _begin(self, start: Message) -> None:
@@ -208,8 +187,8 @@ class _Attempt:
             named = {name: headers[name] for name in (SEED_HEADER, COPILOT_HEADER) if name in headers}
             if not self._resumed:
                 self._identity.update(named)
-                self.stream = StreamProgress()
-                await self._send_to_client(_marked(start))
+                self._stream = StreamProgress()
+                await self._client_send(_marked(start))
             elif named.get(COPILOT_HEADER) != self._identity.get(COPILOT_HEADER):
                 self._refuse("the other replicas have another Copilot by now")
                 return
@@ -222,38 +201,38 @@ class _Attempt:
     def _refuse(self, reason: str) -> None:
         """Ignore the rest of a stream that does not continue the one begun."""
         self._mode = None
-        self.refusal = RequestError(
+        self._refusal = RequestError(
             f"The replica of this stream ended, and {reason}. Send it again.", status=500, code="replica_ended"
         )
 
     async def _pass_on(self, message: Message) -> None:
         """Pass on the events of a stream, and its end only after `[DONE]` or an error event."""
-        assert self.stream is not None
+        assert self._stream is not None
         try:
-            events = self.stream.take(message.get("body", b""))
+            events = self._stream.take(message.get("body", b""))
         except DivergedError:
             self._refuse("its repeat by another replica came out otherwise")
             return
-        if self.stream.ended:
-            self.complete = True
-            await self._send_to_client({"type": "http.response.body", "body": events, "more_body": False})
+        if self._stream.ended:
+            self._complete = True
+            await self._client_send({"type": "http.response.body", "body": events, "more_body": False})
         elif events:
-            await self._send_to_client({"type": "http.response.body", "body": events, "more_body": True})
+            await self._client_send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def _whole(self, message: Message) -> None:
         """Pass on a body that is no stream, its head with the first part."""
         if self._start is not None:
-            await self._send_to_client(_marked(self._start))
+            await self._client_send(_marked(self._start))
             self._start = None
-        await self._send_to_client(message)
-        self.complete = not message.get("more_body", False)
+        await self._client_send(message)
+        self._complete = not message.get("more_body", False)
 
     async def _collect(self, message: Message) -> None:
         """Collect the body of an error that needs another form."""
         self._refused += message.get("body", b"")
         if not message.get("more_body", False):
             assert self._start is not None
-            self.refusal = _refusal(self._start, bytes(self._refused))
+            self._refusal = _refusal(self._start, bytes(self._refused))
 
 
 def _marked(start: Message) -> Message:

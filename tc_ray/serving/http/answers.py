@@ -32,7 +32,7 @@ class Usage(Answer):
 
 
 class ExplainedToken(Answer):
-    """What the correction did at one token; probabilities of the distributions before penalties and temperature."""
+    """What the correction did at one token; probabilities of the distributions before temperature."""
 
     token: str
     pilot_token: str = Field(description="likeliest token of the Pilot at this place")
@@ -48,7 +48,7 @@ class CopilotAnswer(Answer):
 
 
 class CompletionLogprobs(Answer):
-    """log p~ of each token, before penalties and temperature. A token that is no whole character is `bytes:\\xf0\\x9f`."""
+    """log p~ of each token, before temperature. A token that is no whole character is `bytes:\\xf0\\x9f`."""
 
     tokens: list[str]
     token_logprobs: list[Logprob | None] = Field(description="null for the first token of an echoed prompt")
@@ -56,22 +56,16 @@ class CompletionLogprobs(Answer):
 
 
 class TokenLogprob(Answer):
-    """One token and log p~ of it."""
-
     token: str
     logprob: Logprob
     bytes: list[int] | None
 
 
 class ChatTokenLogprob(TokenLogprob):
-    """One token of a message."""
-
     top_logprobs: list[TokenLogprob]
 
 
 class ChatLogprobs(Answer):
-    """log p~ of each token, before penalties and temperature."""
-
     content: list[ChatTokenLogprob]
     refusal: None = None
 
@@ -103,16 +97,12 @@ class Completion(Headed):
 
 
 class ChatAnswer(Answer):
-    """The assistant's message."""
-
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
 class ChatChoice(Answer):
-    """A choice of a chat completion."""
-
     index: int = Field(ge=0)
     message: ChatAnswer
     logprobs: ChatLogprobs | None = None
@@ -121,23 +111,17 @@ class ChatChoice(Answer):
 
 
 class ChatCompletion(Headed):
-    """Response of /v1/chat/completions."""
-
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
 
 
 class ChatDelta(Answer):
-    """What a chunk adds to the assistant's message."""
-
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(Answer):
-    """A piece of one choice."""
-
     index: int = Field(ge=0)
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
@@ -146,16 +130,12 @@ class ChatChunkChoice(Answer):
 
 
 class ChatChunk(Headed):
-    """A chunk of a chat completion's stream."""
-
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 
 
 class ScoredTop(Answer):
-    """One of the likeliest tokens at a place."""
-
     id: int
     token: str
     fused: Logprob
@@ -182,8 +162,6 @@ class ScoredCompletion(Answer):
 
 
 class ScoreAnswer(Headed):
-    """Response of /v1/score."""
-
     object: Literal["score"] = "score"
     lam: float = Field(serialization_alias="lambda", description="weight of the correction that was used")
     completions: list[ScoredCompletion]
@@ -198,8 +176,6 @@ class CopilotCard(Answer):
 
 
 class ModelCard(Answer):
-    """One served model."""
-
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -209,8 +185,6 @@ class ModelCard(Answer):
 
 
 class ModelList(Answer):
-    """GET /v1/models."""
-
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
@@ -223,8 +197,6 @@ class State(Answer):
 
 
 class ErrorDetail(Answer):
-    """What went wrong."""
-
     message: str
     type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
     param: str | None = Field(description="the field at fault, as the client wrote it")

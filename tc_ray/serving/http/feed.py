@@ -30,10 +30,6 @@ Submit = Callable[[Sequence[EngineRequest], Callable[[int, Event], None]], list[
 logger = logging.getLogger(__name__)
 
 
-class ClientGone(Exception):
-    """The client has closed its connection."""
-
-
 class Feed:
     """Submits engine requests and receives their events in the event loop that made it.
 
@@ -69,8 +65,8 @@ class Feed:
             handle.cancel()
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled when the client closes its connection. Raises ClientGone."""
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`, which is cancelled when the client closes its connection; None then."""
 
     async def disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -80,9 +76,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> R
     watching = asyncio.ensure_future(disconnect())
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        return working.result() if working.done() else None
     finally:
         for task in (working, watching):
             task.cancel()
@@ -94,10 +88,9 @@ async def whole(
 ) -> Response:
     """A response that is sent when it is complete."""
     try:
-        return json_response(await _unless_gone(request.receive, answer), headers)
-    except ClientGone:
-        request.state.gone = True
-        return Response(status_code=GONE)
+        found = await _unless_gone(request.receive, answer)
+        request.state.gone = found is None
+        return Response(status_code=GONE) if found is None else json_response(found, headers)
     finally:
         feed.cancel()
 
@@ -122,19 +115,20 @@ class EventStream(Response):
         """Send the stream; stop when the client leaves."""
         state = scope.setdefault("state", {})
         try:
-            await _unless_gone(receive, self._send(send))
-        except (ClientGone, OSError):
+            state["gone"] = await _unless_gone(receive, self._send(send)) is None
+        except OSError:
             state["gone"] = True
         finally:
             self._feed.cancel()
             if self._failed is not None:
                 state["refused"] = self._failed
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send) -> bool:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for line in self._events():
             await send({"type": "http.response.body", "body": line.encode("utf-8"), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return True
 
     async def _events(self) -> AsyncIterator[str]:
         try:

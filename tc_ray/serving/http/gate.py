@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.config.serving import ServingSection
-from tc_ray.serving.body import BODY_TIMEOUT_S, read_body, replayed
 from tc_ray.serving.errors import RequestError, queue_full
 from tc_ray.serving.http.metrics import GONE, Metrics
 from tc_ray.serving.models.registry import ModelRegistry
+from tc_ray.serving.wire import BODY_TIMEOUT_S, read_body, replayed
 
 ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/models", "/health"})
 

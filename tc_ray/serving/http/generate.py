@@ -117,8 +117,6 @@ def make_generation(
             seed=seed + i,
             stops=body.stops,
             lam=body.weight,
-            presence_penalty=body.presence_penalty or 0.0,
-            frequency_penalty=body.frequency_penalty or 0.0,
             logprobs=body.named_tokens,
             explain=body.explains,
             owner=owner,

@@ -16,8 +16,6 @@ from tc_ray.serving.errors import contradiction
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 200
 MAX_TOP_LOGPROBS = 20
-MAX_SCORED = 64
-"""Completions of one /v1/score request."""
 MAX_MESSAGES = 1024
 MIN_TEMPERATURE = 0.01
 """A smaller one is greedy decoding: the scaled logits would leave the range of a float."""
@@ -56,8 +54,8 @@ Prompt = Annotated[Annotated[NonEmptyText, Tag("(text)")] | Annotated[Ids, Tag("
 Prompts = Annotated[
     Annotated[NonEmptyText, Tag("(text)")]
     | Annotated[Ids, Tag("(ids)")]
-    | Annotated[list[NonEmptyText], Field(max_length=MAX_SCORED, fail_fast=True), Tag("(texts)")]
-    | Annotated[list[Ids], Field(max_length=MAX_SCORED, fail_fast=True), Tag("(id lists)")],
+    | Annotated[list[NonEmptyText], Field(fail_fast=True), Tag("(texts)")]
+    | Annotated[list[Ids], Field(fail_fast=True), Tag("(id lists)")],
     Discriminator(_kind_of_prompt),
 ]
 
@@ -81,8 +79,6 @@ class CopilotWeight(Body):
 
 
 class CopilotOptions(CopilotWeight):
-    """Extension object `copilot`."""
-
     explain: bool | None = Field(
         None,
         description="report for each token what the Pilot would have chosen and how far the Copilot moved the distribution",
@@ -90,8 +86,6 @@ class CopilotOptions(CopilotWeight):
 
 
 class CompletionCopilotOptions(CopilotOptions):
-    """Extension object `copilot` of completions."""
-
     score_after: StopText | None = Field(
         None,
         description="with `echo` and `logprobs`: the Copilot begins after the last occurrence of this text in the prompt, "
@@ -100,8 +94,6 @@ class CompletionCopilotOptions(CopilotOptions):
 
 
 class StreamOptions(Body):
-    """What a stream carries besides text."""
-
     include_usage: bool | None = Field(None, description="one more chunk with the token counts before [DONE]")
 
 
@@ -133,10 +125,6 @@ class GenerationFields(Weighted):
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="choice i draws from seed + i; drawn by the server if absent"
     )
-    presence_penalty: float | None = Field(
-        None, ge=-2, le=2, description="subtracted from the logits of tokens generated before"
-    )
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="the same, once an occurrence")
     n: int | None = Field(None, ge=1, description="choices of each prompt")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with `stream`: true")
@@ -207,8 +195,6 @@ class CompletionRequest(GenerationFields):
 
 
 class TextPart(Body):
-    """One part of a message's content."""
-
     type: Literal["text"]
     text: str
 
@@ -220,8 +206,6 @@ Content = Annotated[
 
 
 class ChatMessage(Body):
-    """One turn of a conversation."""
-
     role: Literal["system", "user", "assistant"]
     content: Content
 

@@ -20,7 +20,6 @@ from starlette.responses import Response
 from tc_ray.config.section import MAX_LAM
 from tc_ray.config.serving import ServingSection
 from tc_ray.serving.errors import RequestError
-from tc_ray.serving.headers import COPILOT_HEADER, RESUME_HEADER, SEED_HEADER
 from tc_ray.serving.http.answers import (
     ChatCompletion,
     Completion,
@@ -36,6 +35,7 @@ from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.http.requests import MAX_STOP_CHARACTERS, ChatRequest, CompletionRequest, Resume, ScoreBody
 from tc_ray.serving.http.responses import ChatBuilder, CompletionBuilder, ResponseBuilder, score_response
 from tc_ray.serving.models.registry import ModelRegistry, ServedModel
+from tc_ray.serving.wire import COPILOT_HEADER, RESUME_HEADER, SEED_HEADER
 
 _STOPPED = frozenset({"worker_stopped", "shutting_down"})
 SomeWork = TypeVar("SomeWork", bound=Work)

@@ -14,8 +14,7 @@ from typing import Any
 
 from tc_ray.data.encode.special_text import SpecialTextError, encode_rendered, named_ids
 from tc_ray.serving.errors import RequestError, invalid_value
-from tc_ray.serving.text.incremental import IncrementalText
-from tc_ray.serving.text.token_texts import TokenTexts
+from tc_ray.serving.text.incremental import IncrementalText, TokenTexts
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.inspection.source import find_log
-from tc_ray.serving.deploy.keys import KEY_VARIABLE, configured_digests, digest
+from tc_ray.serving.deploy.settings import KEY_VARIABLE, configured_digests, digest
 from tc_ray.serving.errors import ServingError
 from tc_ray.tracking.statusfile import ProgressView, read_status
 from tc_ray.tracking.tracker import Tracker

@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tc_ray.config.serving import ServingSection
-from tc_ray.serving.deploy.keys import KEY_VARIABLE, configured_digests, digest, require_key_for
+from tc_ray.serving.deploy.settings import KEY_VARIABLE, configured_digests, digest, require_key_for
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.http.gate import Gate
 from tc_ray.serving.http.metrics import Metrics

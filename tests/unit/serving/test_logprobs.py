@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.text.token_texts import TokenTexts
+from tc_ray.serving.text.incremental import TokenTexts
 from tests.support.serving_client import CHAT, COMPLETION, SCORE, events, post
 
 CLOSE = 2e-4

@@ -134,17 +134,6 @@ def test_long_texts_are_scored_in_parts_and_one_at_a_time(
             torch.testing.assert_close(given, getattr(expected, f"{name}_logprobs")[0], atol=1e-4, rtol=1e-4)
 
 
-def test_penalties_make_repeats_unlikely(engine: Engine, prompt: tuple[int, ...]) -> None:
-    def repeats(**penalties: float) -> int:
-        collector = Collector(engine, GenerationRequest(prompt, 60, **penalties))  # type: ignore[arg-type]
-        collector.all()
-        return 60 - len({token.id for token in collector.tokens})
-
-    assert repeats(presence_penalty=100.0) == 0
-    assert repeats(frequency_penalty=100.0) == 0
-    assert repeats() > 0
-
-
 def test_stop_string(engine: Engine, prompt: tuple[int, ...]) -> None:
     full = Collector(engine, GenerationRequest(prompt, 60)).text()
     stop = full[len(full) // 2 : len(full) // 2 + 3]

@@ -1,15 +1,32 @@
-"""Request bodies, bounded in size and time. Read by the app's gate (http/) and by the failover proxy."""
+"""What replicas and the failover proxy share: names of headers, bounded request bodies, short pauses of their event loops.
+
+Invariant: the failover proxy removes RESUME and SEED from what clients send, so a replica that is reached through it can
+trust them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 from collections.abc import Callable
 
 from starlette.types import Message, Receive
 
 from tc_ray.serving.errors import RequestError
 
+RESUME_HEADER = "X-TC-Ray-Resume"
+"""Request: id and time of the stream that this request repeats."""
+SEED_HEADER = "X-TC-Ray-Seed"
+"""Request and response: seed of the sampling."""
+COPILOT_HEADER = "X-TC-Ray-Copilot"
+"""Response: version of the Copilot that made it."""
+FAILOVER_HEADER = "X-TC-Ray-Failover"
+"""Response: it went through the failover proxy. `deploy/launch.py` warns where it is missing."""
 BODY_TIMEOUT_S = 30.0
+SWITCH_S = 0.0005
+"""The interpreter's lock changes hands after so long, not after 5 ms: a request passes through the event loops a dozen
+times, and each time would wait that long for another thread (the engine's, or Serve's router)."""
 
 
 async def read_body(
@@ -49,3 +66,14 @@ def replayed(body: bytes, receive: Receive) -> Receive:
         return first.pop() if first else await receive()
 
     return replay
+
+
+def prepare_process() -> None:
+    """Shorten the turns of threads, and exempt all present objects from the garbage collector.
+
+    Modules are never freed, and scanning those of Ray or torch stops every thread for 50 to 150 ms, every few seconds under
+    load. Objects that are made later, models too, are collected as usual.
+    """
+    sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()
