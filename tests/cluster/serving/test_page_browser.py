@@ -221,7 +221,7 @@ def test_with_a_key_the_page_asks_for_it_and_keeps_it_in_the_tab_only(export: Pa
         fill(browser, "max-tokens", "10")
         answer(browser)
         body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 10, "temperature": 0}
-        told = asked(server, "/v1/chat/completions", {**body, "lambda": 0}, KEY)
+        told = asked(server, "/v1/chat/completions", {**body, "copilot": {"lambda": 0}}, KEY)
         assert column(browser, "pilot") == told["choices"][0]["message"]["content"]
         assert browser.evaluate("localStorage.length") == 0 and browser.evaluate("document.cookie") == ""
         assert all("key" not in address for address in browser.requests)
