@@ -163,13 +163,10 @@ class FusedBatch:
         pilot = out.logits[:, -1].float()
         if not self._lam:
             return Step(pilot, pilot)
-        if len(self._lam) == len(self) and self._copilot_of == list(range(len(self))):
+        if self._copilot_of == list(range(len(self))):
             return Step(pilot, self._corrected(pilot, last, states))
-        places: list[int] = [0] * len(self._lam)
-        for row, place in enumerate(self._copilot_of):
-            if place is not None:
-                places[place] = row
-        chosen = torch.tensor(places, device=self._device)
+        rows = [self._copilot_of.index(place) for place in range(len(self._lam))]
+        chosen = torch.tensor(rows, device=self._device)
         corrected = self._corrected(pilot[chosen], last[chosen], states[chosen])
         return Step(pilot, pilot.index_copy(0, chosen, corrected))
 

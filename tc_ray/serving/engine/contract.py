@@ -53,11 +53,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Explained:
-    """What the correction did at one token: probabilities before and after it, of distributions before temperature.
-
-    pilot_id: likeliest token of the Pilot. pilot, fused: p^ and p~ of the chosen token. moved: total variation distance of
-    p^ and p~, 0 to 1.
-    """
+    """What the correction did at one token. pilot_id: likeliest token of the Pilot. pilot, fused: p^ and p~ of the chosen token,
+    before temperature. moved: total variation distance of p^ and p~, 0 to 1."""
 
     pilot_id: int
     pilot: float

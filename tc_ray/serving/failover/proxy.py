@@ -27,7 +27,7 @@ from tc_ray.serving.failover.progress import DivergedError, StreamProgress
 from tc_ray.serving.wire import prepare_process, read_body, replayed
 
 MAX_HELD_BYTES = 2**28
-"""Of all bodies that one proxy holds. Past it a request is answered with 503: a client needs no key to send a body."""
+"""Of all bodies that one proxy holds, for which no key is needed."""
 RESUME_HEADER = wire.RESUME_HEADER.lower().encode()
 SEED_HEADER = wire.SEED_HEADER.lower().encode()
 COPILOT_HEADER = wire.COPILOT_HEADER.lower().encode()
@@ -262,7 +262,6 @@ def _refusal(start: Message, body: bytes) -> RequestError:
         # Serve knows no application at this path: it is not there yet, or no longer.
         return RequestError("The server is starting or shutting down.", status=503, code="not_ready", retry_after_s=5)
     texts = {
-        408: ("The request took longer than the server allows.", "deadline_exceeded"),
         429: ("The server has too many requests.", "queue_full"),
         503: ("No replica of the server can take the request now.", "unavailable"),
     }

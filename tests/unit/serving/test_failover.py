@@ -228,7 +228,6 @@ def test_answer_that_had_not_begun_is_made_anew_once(first: App) -> None:
         (503, 503, "unavailable"),
         (429, 429, "queue_full"),
         (404, 503, "not_ready"),
-        (408, 408, "deadline_exceeded"),
         (500, 500, "internal_error"),
     ],
 )
