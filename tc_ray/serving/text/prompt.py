@@ -17,6 +17,12 @@ from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.text.incremental import IncrementalText, TokenTexts
 
 
+PROBE_CHARACTERS = 8
+"""Characters per token in the part of a long text that is tokenised first; few texts have more."""
+PROBE_SLACK_TOKENS = 16
+"""At most this many tokens at the end of that part differ from those of the whole text."""
+
+
 @dataclass(frozen=True)
 class PlacedPrompt:
     """A prompt as text, as `decoded` from its tokens, and where each of them begins in that, in characters."""
@@ -61,8 +67,7 @@ class PromptEncoder:
         special: begin with the tokenizer's beginning-of-text token, if it has one.
         """
         if isinstance(given, str):
-            with self._lock:
-                ids = tuple(self._tokenizer(given, add_special_tokens=special)["input_ids"])
+            ids = self._tokenised(given, limit_tokens, param, special)
             if not ids:
                 raise invalid_value(param, "it has no tokens")
         else:
@@ -119,10 +124,19 @@ class PromptEncoder:
             text += decoder.finish()
         return PlacedPrompt(given if isinstance(given, str) else text, text, tuple(begins))
 
+    def _tokenised(self, text: str, limit_tokens: int, param: str, special: bool) -> tuple[int, ...]:
+        probe = PROBE_CHARACTERS * (limit_tokens + PROBE_SLACK_TOKENS)
+        with self._lock:
+            if len(text) > probe:
+                begun = len(self._tokenizer(text[:probe], add_special_tokens=special)["input_ids"])
+                if begun > limit_tokens + PROBE_SLACK_TOKENS:
+                    raise _too_long(param, begun, limit_tokens, "more than ")
+            return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
-def _too_long(param: str, tokens: int, limit_tokens: int) -> RequestError:
+
+def _too_long(param: str, tokens: int, limit_tokens: int, least: str = "") -> RequestError:
     return RequestError(
-        f"Field `{param}`: {tokens} tokens are too many; the limit here is {limit_tokens}.",
+        f"Field `{param}`: {least}{tokens} tokens are too many; the limit here is {limit_tokens}.",
         param=param,
         code="context_length_exceeded",
     )
