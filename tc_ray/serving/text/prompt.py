@@ -16,7 +16,6 @@ from tc_ray.data.encode.special_text import SpecialTextError, encode_rendered, n
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.text.incremental import IncrementalText, TokenTexts
 
-
 PROBE_CHARACTERS = 8
 """Characters per token in the part of a long text that is tokenised first; few texts have more."""
 PROBE_SLACK_TOKENS = 16
