@@ -6,7 +6,12 @@ A test compares the page with what this makes, so the two cannot drift apart.
 from __future__ import annotations
 
 import sys
+import types
 from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
 
 from tc_ray.config.fields import ConfigField, config_fields
 from tc_ray.config.schema import RunConfig
@@ -55,8 +60,57 @@ def page() -> str:
 
 def _row(field: ConfigField) -> str:
     on_resume = "may change" if field.may_change else ""
-    cells = (f"`{field.path}`", f"`{field.default}`", field.allowed, on_resume, field.description)
+    cells = (f"`{field.path}`", f"`{default(field)}`", allowed(field), on_resume, field.info.description or "")
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def default(field: ConfigField) -> str:
+    """Its default as one line of YAML."""
+    value = field.info.get_default(call_default_factory=True)
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    return yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6).split("\n")[0]
+
+
+def allowed(field: ConfigField) -> str:
+    """Values it takes, as text."""
+    return _allowed(field.info.annotation, field.info.metadata)
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    types.NoneType: "null",
+}
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _allowed(annotation: Any, metadata: Any = ()) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _allowed(arguments[0], arguments[1:])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_allowed(argument) for argument in arguments))
+    if origin is Literal:
+        return ", ".join(str(argument) for argument in arguments)
+    if origin is list:
+        return f"a list of {_allowed(arguments[0])}"
+    if origin is dict:
+        values = "text (true, false and numbers in quotes)" if arguments[1] is str else "values"
+        return f"a mapping of names to {values}"
+    return _NAMES.get(annotation, str(annotation)) + "".join(map(_bounds, metadata))
+
+
+def _bounds(item: Any) -> str:
+    if getattr(item, "metadata", None):  # a pydantic Field inside Annotated
+        return "".join(map(_bounds, item.metadata))
+    found = [
+        f" {word} {getattr(item, name):.12g}" for name, word in _BOUNDS.items() if getattr(item, name, None) is not None
+    ]
+    pattern = getattr(item, "pattern", None)
+    return " and".join(found) + (f" matching `{pattern}`" if pattern else "")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Folders: run (one run, phase by phase, and the takeover of a stale one), config, data, models (the paper's equations),
 pilot (trains), mistakelog (a record is written in `mistakelog/write`), copilot (learns from the log), evaluation
-(lambda is chosen in `selection.py`), export, serving (a request enters the batch in `serving/engine`), inspection,
+(lambda is chosen in `statistics.py`), export, serving (a request enters the batch in `serving/engine`), inspection,
 tracking, cluster (the Ray session), cli. Read first: `run/job.py`, the story of a run. Importing this package imports
 neither torch nor ray: the four names of `__all__` are loaded when they are first used.
 """

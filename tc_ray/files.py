@@ -67,9 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except IsADirectoryError:
         raise DamagedFileError(f"{path} is a folder where a file should be") from None
-    except RecursionError:
-        raise DamagedFileError(f"{path} is damaged: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: not valid JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise DamagedFileError(f"{path} is damaged: it holds no JSON object")
@@ -105,12 +103,13 @@ def finite(document: Any) -> Any:
     return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
-def publish_folder(temporary: Path, folder: Path) -> None:
+def publish_folder(temporary: Path, folder: Path, **more: Any) -> None:
     """Give a folder that was written under another name its final one: sync it, mark it as whole, rename it.
 
     It replaces an older folder of that name. A crash leaves the old folder, the new one, or neither; then `temporary` is whole.
+    more: other keys of the marker.
     """
-    mark_whole(temporary)
+    mark_whole(temporary, **more)
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(temporary, folder)
@@ -132,6 +131,45 @@ def is_whole(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def find_whole(root: Path, prefix: str, kind: type[_Kind]) -> tuple[list[_Kind], list[str]]:
+    """The whole folders `root/PREFIX-NUMBER`, oldest first, each as `kind` from `folder` and the keys of its marker.
+
+    Also the faults of damaged ones that are newer than all of these. A folder without a marker is still being written.
+    """
+    whole: list[_Kind] = []
+    damaged: list[str] = []
+    for folder in _numbered(root, prefix):
+        marker = folder / FOLDER_MARKER
+        try:
+            found = typed(read_json(marker) | {"folder": str(folder)}, kind, marker)
+            if not is_whole(folder):
+                raise DamagedFileError(
+                    f"{folder} is damaged: it lacks files or parts of files that its {marker.name} names"
+                )
+        except (DamagedFileError, OSError) as error:
+            damaged.append(str(error))
+        else:
+            whole.append(found)
+            damaged = []
+    return whole, damaged
+
+
+def remove_before(folder: Path) -> None:
+    """Remove the marked folders beside `folder`, PREFIX-NUMBER, with a smaller number."""
+    for old in _numbered(folder.parent, folder.name.partition("-")[0]):
+        if old == folder:
+            return
+        (old / FOLDER_MARKER).unlink()  # first, so that a half-removed folder does not count
+        shutil.rmtree(old)
+
+
+def _numbered(root: Path, prefix: str) -> list[Path]:
+    """By number, because a seventh digit sorts before six."""
+    folders = [marker.parent for marker in root.glob(f"{prefix}-*/{FOLDER_MARKER}")]
+    numbered = [folder for folder in folders if folder.name[len(prefix) + 1 :].isdecimal()]
+    return sorted(numbered, key=lambda folder: int(folder.name[len(prefix) + 1 :]))
 
 
 def sync(path: Path) -> None:

@@ -46,8 +46,7 @@ from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.pilot.engine import pilot_step
-from tc_ray.pilot.log_metadata import log_metadata
-from tc_ray.pilot.record import Recorder
+from tc_ray.pilot.record import Recorder, log_metadata
 
 WARM_UP_PAIRS = 2
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -43,9 +44,7 @@ Rounds = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-log = typer.Typer(
-    no_args_is_help=True, help="Inspect a Mistake Log: stats, show, report, export, verify, compact, vacuum."
-)
+log = typer.Typer(no_args_is_help=True, help="Inspect a Mistake Log: stats, show, report, export, verify, vacuum.")
 
 
 @log.command("stats")
@@ -153,65 +152,44 @@ def verify(
         bool,
         typer.Option("--quarantine", help="Remove bad files from the table and keep them in a folder of their own."),
     ] = False,
-    as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
     """Check every file of the log against its commit: size, rows, CRC-32, schema. Exit code 1: something is wrong."""
     from tc_ray.mistakelog.maintain.verify import verify_log
 
-    _print(verify_log(_location(source, storage), quarantine=quarantine), as_json)
-
-
-@log.command("compact")
-def compact(
-    source: Log,
-    target_bytes: Annotated[int, typer.Option("--target-bytes", min=1, help="Size that files are merged up to.")] = 128
-    << 20,
-    as_json: AsJson = False,
-    storage: Storage = None,
-) -> None:
-    """Merge the small files of a log that no run writes to. Exit code 1: some are damaged and were left as they are."""
-    from tc_ray.mistakelog.maintain.compaction import compact_log
-
-    _print(compact_log(_location(source, storage), target_bytes=target_bytes), as_json)
+    result = verify_log(_location(source, storage), quarantine=quarantine)
+    say("\n".join(result.lines()))
+    if not result.good:
+        raise typer.Exit(EXIT_FINDINGS)
 
 
 @log.command("vacuum")
 def vacuum(
     source: Log,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
     grace_seconds: Annotated[
         float, typer.Option("--grace-seconds", min=0, help="Files that left the log less than this long ago stay.")
     ] = 600.0,
     orphan_seconds: Annotated[
         float, typer.Option("--orphan-seconds", min=0, help="Files never committed and younger than this stay.")
     ] = 3600.0,
-    as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
     """Delete files that no version in use needs."""
     from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 
     location = _location(source, storage)
-    _print(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds, dry_run=dry_run), as_json)
+    say("\n".join(vacuum_log(location, orphan_seconds=orphan_seconds, grace_seconds=grace_seconds).lines()))
 
 
 def parse_rounds(text: str | None) -> tuple[int, int] | None:
-    """First and last round of A:B, A:, :B or A.
-
-    Raises:
-        ValueError: it is none of these, or the first is after the last.
-    """
+    """First and last round of A:B, A:, :B or A. Raises ValueError: it is none of these, or the first is after the last."""
     if text is None:
         return None
-    first, colon, last = text.partition(":")
-    try:
-        low = int(first) if first else 0
-        high = (int(last) if last else 2**62) if colon else low
-        if (not first and not last) or low < 0 or low > high:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--rounds {text!r}: expected A:B with A at most B, for instance 10:20, 10: or :20") from None
+    found = re.fullmatch(r"(\d+)?(:)?(\d+)?", text)
+    first, colon, last = found.groups() if found else (None, None, None)
+    low, high = int(first or 0), int(last or (2**62 if colon else first or 0))
+    if (first is None and last is None) or low > high or (last and not colon):
+        raise ValueError(f"--rounds {text!r}: expected A:B with A at most B, for instance 10:20, 10: or :20")
     return low, high
 
 
@@ -248,11 +226,4 @@ def _opened(source: str, storage: list[str] | None, tokenizer: str | None) -> It
             "`tc-ray log verify` says what is wrong with them",
             error=True,
         )
-        raise typer.Exit(EXIT_FINDINGS)
-
-
-def _print(result: Any, as_json: bool) -> None:
-    """Print a result of maintenance; one that found faults ends the command with EXIT_FINDINGS."""
-    say(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))
-    if not getattr(result, "good", True):
         raise typer.Exit(EXIT_FINDINGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -10,15 +9,12 @@ from typer.core import TyperGroup
 
 from tc_ray import __version__
 from tc_ray.cli.command import end_stopped, run_command, say
-from tc_ray.cli.eval import evaluate
-from tc_ray.cli.fuse import fuse
 from tc_ray.cli.init import init
 from tc_ray.cli.log import log
-from tc_ray.cli.serve import serve
+from tc_ray.cli.models import evaluate, fuse, serve
 from tc_ray.cli.status import status
 from tc_ray.cli.train import train
 from tc_ray.cli.train_copilot import train_copilot
-from tc_ray.config.redact import redact
 
 
 class _Commands(TyperGroup):
@@ -66,22 +62,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors become one message and exit code 2."""
-    run_command(_run)
-
-
-def _run() -> None:
-    try:
-        code = app(standalone_mode=False)
-    except Exception as error:
-        if not isinstance(getattr(error, "exit_code", None), int) or not hasattr(error, "message"):
-            raise
-        # unknown words on the command line: shown as typer does, with secrets struck out
-        from typer.rich_utils import rich_format_error
-
-        error.message = redact(str(error.message))
-        rich_format_error(error)  # type: ignore[arg-type]
-        sys.exit(error.exit_code)  # type: ignore[attr-defined]
-    sys.exit(code if isinstance(code, int) else 0)
+    run_command(app)
 
 
 if __name__ == "__main__":

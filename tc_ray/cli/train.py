@@ -73,12 +73,11 @@ def summary(result: JobResult) -> list[str]:
     lines = ["", *result.report.lines(), ""]
     lines += [f"report    {result.folder / 'evaluation.md'}", f"losses    {result.folder / 'losses.png'}"]
     if result.report.no_copilot is not None:
-        lines.append(f"exported  {result.export} (pilot/ alone)")
-    elif json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder"):
-        lines.append(f"exported  {result.export} (pilot/ loads with plain AutoModelForSeq2SeqLM)")
-    else:
-        lines += [
-            f"exported  {result.export} (pilot/ loads with plain AutoModelForCausalLM)",
-            f"serve     tc-ray serve {result.folder}",
-        ]
+        return [*lines, f"exported  {result.export} (pilot/ alone)"]
+    seq2seq = json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder")
+    lines.append(
+        f"exported  {result.export} (pilot/ loads with plain AutoModelFor{'Seq2SeqLM' if seq2seq else 'CausalLM'})"
+    )
+    if not seq2seq:
+        lines.append(f"serve     tc-ray serve {result.folder}")
     return lines + ([f"mlflow    {result.mlflow_command}"] if result.mlflow_command else [])

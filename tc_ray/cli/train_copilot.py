@@ -12,7 +12,8 @@ from tc_ray.cli.command import say
 from tc_ray.cluster.signals import resumable
 
 if TYPE_CHECKING:
-    from tc_ray.copilot.from_log import Progress
+    from tc_ray.copilot.checkpoint import Position
+    from tc_ray.copilot.learner import StepResult
 
 LINE_SECONDS = 10.0
 
@@ -29,11 +30,6 @@ def train_copilot(
         Path | None,
         typer.Option(help="Folder to write, or to resume; default: copilot-from-log in the run folder."),
     ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Passes over all records; default: replay the run, steps_per_round steps a round."),
-    ] = None,
-    version: Annotated[int | None, typer.Option(help="Table version; default: the latest.")] = None,
     storage_option: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Option of the log's object store; may be given again."),
@@ -62,8 +58,8 @@ def train_copilot(
     target.parent.mkdir(parents=True, exist_ok=True)
     # beside the folder, so that a folder which is refused is left as it was
     lock = FolderLock(target.parent, f"train-copilot into {target.name}", name=f".{target.name}.lock")
-    with lock, resumable(target), MistakeLog(place.uri, version, place.options) as mistakes:
-        trained = train_from_log(mistakes, settings, target, epochs=epochs, show=_Show())
+    with lock, resumable(target), MistakeLog(place.uri, storage_options=place.options) as mistakes:
+        trained = train_from_log(mistakes, settings, target, show=_Show())
     say("\n".join(trained.lines()))
 
 
@@ -73,11 +69,10 @@ class _Show:
     def __init__(self) -> None:
         self._due = 0.0
 
-    def __call__(self, progress: Progress) -> None:
-        if time.monotonic() > self._due or progress.step == progress.total_steps:
+    def __call__(self, at: Position, total: int, result: StepResult | None) -> None:
+        if time.monotonic() > self._due or at.step == total:
             self._due = time.monotonic() + LINE_SECONDS
-            result = progress.result
             loss = (
                 "nothing to learn from" if result is None else f"loss {result.loss:.4f}" if result.taken else "left out"
             )
-            say(f"copilot step {progress.step}/{progress.total_steps} | round {progress.round} | {loss}", error=True)
+            say(f"copilot step {at.step}/{total} | round {at.round} | {loss}", error=True)

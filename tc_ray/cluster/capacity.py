@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 SAY_SECONDS = 30.0
@@ -85,8 +85,6 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
 
 def fits(nodes: Sequence[Mapping[str, float]], needs: Sequence[Need]) -> bool:
     """Whether empty nodes hold all bundles at the same time, each on one node. Exact for one or two needs."""
-    if len(needs) > 2:
-        raise ValueError("fits takes two kinds of bundles at most")
     first, *others = needs
     # most[n]: bundles of the other need that fit beside n of the first
     most = [0] + [-1] * first.count
@@ -111,36 +109,26 @@ def _times(node: Mapping[str, float], bundle: Bundle) -> int:
 def can_grow() -> bool:
     """Whether an autoscaler can start nodes for this cluster. Ray must run.
 
-    Ray has no public API for it, so three places are read: a cluster config of the platform, the report of autoscaler v1, and
-    the node types of autoscaler v2. An unknown answer counts as yes: a wait is reported, but a refusal would be final.
+    Ray has no public API for it, so two places are read: the report of autoscaler v1 and the node types of autoscaler v2. An unknown answer counts as yes: a wait is reported, but a refusal would be final.
     """
     try:
-        from ray._private.state import state
         from ray._private.worker import global_worker
         from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
         gcs = global_worker.gcs_client
-        cluster = state.get_cluster_config()
-        if cluster is not None and cluster.node_group_configs:
-            return True
-        report = _first_report(lambda: gcs.internal_kv_get(b"__autoscaling_status", None))
+        end = time.monotonic() + REPORT_SECONDS
+        while report := gcs.internal_kv_get(
+            b"__autoscaling_status", None
+        ):  # of v1; in Ray's first seconds it names no node
+            if b"autoscaler_report" in report or time.monotonic() > end:
+                break
+            time.sleep(0.2)
         status = GetClusterStatusReply()
         status.ParseFromString(gcs.get_cluster_status())
         types = [node.ray_node_type_name for node in status.cluster_resource_state.node_states]
         return starts_nodes(report, types if status.HasField("autoscaling_state") else [])
     except Exception:  # noqa: BLE001 - another version of Ray, or Ray Client: any error means unknown
         return True
-
-
-def _first_report(ask: Callable[[], bytes | None]) -> bytes | None:
-    """The report of autoscaler v1, which does not name the nodes in the first seconds of a Ray; None: there is no v1."""
-    end = time.monotonic() + REPORT_SECONDS
-    while time.monotonic() < end:
-        report = ask()
-        if report is None or "autoscaler_report" in json.loads(report):
-            return report
-        time.sleep(0.2)
-    raise TimeoutError("no report of the autoscaler")
 
 
 def starts_nodes(report: bytes | None, node_types: Iterable[str]) -> bool:

@@ -10,7 +10,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity
 from tc_ray.cluster.signals import Stopped, take_signals
@@ -42,8 +41,7 @@ def evaluation_need(config: RunConfig) -> Need:
 
 def training_needs(config: RunConfig) -> list[Need]:
     """What runs at the same time in training."""
-    copilot = copilot_need(config)
-    return [pilot_need(config), *([copilot] if copilot is not None else [])]
+    return [need for need in (pilot_need(config), copilot_need(config)) if need is not None]
 
 
 def _bundle(config: RunConfig, cpus: float) -> dict[str, float]:
@@ -69,32 +67,22 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     try:
         # workers report errors through their results; their prints stay in Ray's session folder
         if address:
-            _init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False)
         else:
             cores = os.cpu_count() or 1
             count = max(cores, int(-(-cpus_needed(config) // 1)))
             if count > cores:
                 text = f"ray: the run asks for {count} CPUs, this machine has {cores}: processes will share cores"
                 print(visible(text), flush=True)
-            _init(address="local", num_cpus=count, log_to_driver=False, logging_level="warning")
+            ray.init(address="local", num_cpus=count, log_to_driver=False, logging_level="warning")
+        take_signals()  # Ray has set its own handlers
         yield
-    finally:
-        ray.shutdown()
-
-
-def _init(**options: Any) -> None:
-    """Start or join Ray; a signal in between ends the command as it does at any other time."""
-    import ray
-
-    try:
-        ray.init(**options)
     except SystemExit as end:
-        # while it starts, Ray itself handles SIGTERM: it exits with the signal's number
-        if end.code == signal.SIGTERM:
+        if end.code == signal.SIGTERM:  # while it starts, Ray itself handles the signal: it exits with its number
             raise Stopped(signal.SIGTERM) from None
         raise
     finally:
-        take_signals()
+        ray.shutdown()
 
 
 def check_room(config: RunConfig) -> None:
@@ -103,12 +91,8 @@ def check_room(config: RunConfig) -> None:
 
     alone = [Need("task that prepares data", 1, {"CPU": 1.0}, ())]
     check_capacity(training_needs(config), alone + ([evaluation_need(config)] if config.log.enabled else []))
-    first = ray.remote(num_cpus=1)(_nothing).remote()
+    first = ray.remote(num_cpus=1)(lambda: None).remote()  # while it is pending, an autoscaler adds nodes
     while not ray.wait([first], timeout=SAY_SECONDS)[0]:
         free = amounts(ray.available_resources())
         text = f"ray: waiting for 1 CPU to prepare the data; free now: {free} (Ctrl-C ends the wait)"
         print(visible(text), flush=True)
-
-
-def _nothing() -> None:
-    """A task of one CPU; while it is pending, an autoscaler adds nodes."""

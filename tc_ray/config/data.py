@@ -43,17 +43,15 @@ class DataSection(Section):
         description="what to use, with a message, when a recipe's files of train are absent; null: absent files are an "
         "error. Files named on the command line must exist, unless fallback is named there too",
     )
-    parts: Literal["by_name", "all_train"] = Field(
-        "by_name",
-        description="files of a folder whose name, or the name of a folder in it, has the word test (testset, heldout), or "
-        "eval, validation, valid, val or dev (evalset, ...): by_name: they are test and validation rows; all_train: they "
-        "are training rows like the others",
+    validation: str | None = Field(
+        None,
+        description="file or folder; default: files of a folder train whose name, or the name of a folder in it, has the word eval, "
+        "validation, valid, val or dev (evalset, ...), else cut from train",
     )
-    validation: str | None = Field(None, description="file or folder; default: by_name in train, else cut from train")
     validation_size: float = Field(
         0.1, gt=0, description="rows cut from train for validation: a fraction below 1, else a count"
     )
-    test: str | None = Field(None, description="file or folder; default: by_name in train, else cut from train")
+    test: str | None = Field(None, description="as validation, by the words test, testset, heldout")
     test_size: float = Field(0.1, ge=0, description="rows cut from train when test is null: fraction or count")
     max_train_rows: Positive | None = Field(None, description="use only the first N training rows after the cut")
     template: Literal["chat", "plain"] = Field("chat", description="tokenizer's chat template, or plain_template")

@@ -1,4 +1,4 @@
-"""The fields of the configuration as a table: dotted name, type, allowed values, default, meaning, may it change on resume.
+"""The fields of the configuration as a table: dotted name, type, default, meaning, may it change on resume.
 
 Invariant: all of it is read from the schema, so nothing is listed twice. Called by `config.load` (checks and messages),
 `jobs/config_page.py` (docs/config.md), `run.state` (what a resume may change) and `tracking.mlflow_writer`.
@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, reduce
 from operator import getitem
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -30,23 +28,6 @@ class ConfigField:
     path: str
     info: FieldInfo
     may_change: bool
-
-    @property
-    def description(self) -> str:
-        """Its meaning."""
-        return self.info.description or ""
-
-    @property
-    def allowed(self) -> str:
-        """Values it takes, as text."""
-        return _allowed(self.info.annotation, self.info.metadata)
-
-    @property
-    def default(self) -> str:
-        """Its default as one line of YAML."""
-        value = self.info.get_default(call_default_factory=True)
-        style = '"' if isinstance(value, str) and "\n" in value else None
-        return yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6).split("\n")[0]
 
 
 @cache
@@ -92,40 +73,3 @@ def _members(annotation: Any) -> set[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return {kind for member in get_args(annotation) for kind in _members(member)}
     return {annotation}
-
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    Path: "a path",
-    types.NoneType: "null",
-}
-_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-
-
-def _allowed(annotation: Any, metadata: Any = ()) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _allowed(arguments[0], arguments[1:])
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_allowed(argument) for argument in arguments))
-    if origin is Literal:
-        return ", ".join(str(argument) for argument in arguments)
-    if origin is list:
-        return f"a list of {_allowed(arguments[0])}"
-    if origin is dict:
-        values = "text (true, false and numbers in quotes)" if arguments[1] is str else "values"
-        return f"a mapping of names to {values}"
-    return _NAMES.get(annotation, str(annotation)) + "".join(map(_bounds, metadata))
-
-
-def _bounds(item: Any) -> str:
-    if getattr(item, "metadata", None):  # a pydantic Field inside Annotated
-        return "".join(map(_bounds, item.metadata))
-    found = [
-        f" {word} {getattr(item, name):.12g}" for name, word in _BOUNDS.items() if getattr(item, name, None) is not None
-    ]
-    pattern = getattr(item, "pattern", None)
-    return " and".join(found) + (f" matching `{pattern}`" if pattern else "")

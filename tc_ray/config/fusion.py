@@ -16,11 +16,6 @@ class RankingSection(Section):
         default_factory=lambda: [5, 10, 20, 100],
         description="the K of Hit@K and NDCG@K; 10 must be among them, the largest is the number of beams",
     )
-    history: Literal["allowed", "excluded"] = Field(
-        "allowed",
-        description="items that occur in a row's own prompt: ranked like any other, or left out (usual where users do not "
-        "take an item twice)",
-    )
 
     @model_validator(mode="after")
     def _ten_is_there(self) -> RankingSection:

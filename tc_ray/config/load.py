@@ -36,8 +36,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
         path: file, name of a recipe that comes with tc-ray, or None for the defaults.
         overrides: `section.field=value`, each field once.
 
-    Raises:
-        ConfigError: the file or an override cannot be used; the message names file, line and field.
+    Raises ConfigError: the file or an override cannot be used; the message names file, line and field.
     """
     path = None if path is None else find_recipe(Path(path))
     origins: dict[KeyPath, str] = {}
@@ -218,13 +217,10 @@ def _validation_message(error: ValidationError, origins: dict[KeyPath, str], pat
                 text += ", ".join(names_in(location))
             lines.append(f"{where}: {prefix}{text}")
             continue
-        field = fields[known]
-        finite = "finite: " if problem["type"] == "finite_number" else ""
-        lines.append(
-            f"{_origin(known, origins)}: {field.path} is {_shown(known, problem['input'])}, "
-            f"allowed: {finite}{field.allowed} ({field.description})"
-        )
-    return "\n".join(dict.fromkeys(lines))  # each member of a union gives an error
+        field, text = fields[known], text.replace("Input should", "it should")
+        shown = f"{_origin(known, origins)}: {field.path} is {_shown(known, problem['input'])}"
+        lines.append(f"{shown}: {text} ({field.info.description})")
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _shown(key: KeyPath, value: Any) -> str:

@@ -91,9 +91,6 @@ class CopilotSection(Section):
     batch_size: Positive = Field(16, description="records per Copilot step, over all learner workers")
     steps_per_round: Positive = Field(3, description="Copilot steps for each Pilot round")
     buffer_rounds: Positive = Field(128, description="most recent rounds that a batch is drawn from (paper A.3)")
-    max_seen: NonNegative | None = Field(
-        None, description="use only records whose sample was trained on at most this often before; null: all"
-    )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="type of computing; weights and optimizer stay fp32")
     schedule: Literal["async", "lockstep"] = Field(
         "async", description="lockstep: the Pilot waits for the Copilot after each round (a test mode)"

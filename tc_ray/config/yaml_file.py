@@ -63,8 +63,7 @@ def find_recipe(path: Path) -> Path:
 def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict[str, Any]:
     """The sections of a config file, unchecked. origins: takes the place (file and line) of each key.
 
-    Raises:
-        ConfigError: it cannot be read, or is no YAML of sections.
+    Raises ConfigError: it cannot be read, or is no YAML of sections.
     """
     text = text_of(path)
     try:

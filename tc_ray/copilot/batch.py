@@ -15,10 +15,7 @@ from tc_ray.models.pilot.taps import pooled
 
 
 def pooled_records(records: Records, pooling: str) -> Records:
-    """The records with one state per position; those of a log that keeps layers are pooled as `LayerTap` does it.
-
-    They are rounded to bfloat16, as in a pooled log: for a Pilot in bfloat16 the two are the same, bit for bit.
-    """
+    """The records with one state per position, in bfloat16: layers are pooled as `LayerTap` does it (same bits for a bf16 Pilot)."""
     if records.rationale_layers == 1:
         return records
     states = pooled(_bfloat16(records.rationale), pooling).to(torch.bfloat16)
@@ -26,11 +23,7 @@ def pooled_records(records: Records, pooling: str) -> Records:
 
 
 def batch_from_records(records: Records, rows: Sequence[int] | None = None) -> CopilotBatch:
-    """Pad records with one state per position (`pooled_records`) into tensors. States stay bf16, as the log holds them.
-
-    Args:
-        rows: of `records`, in this order; None: all. Cheaper than `records.select(rows)` before: one copy, not two.
-    """
+    """Pad records with one state per position (`pooled_records`) into tensors. rows: of them, in this order; None: all."""
     if records.rationale_layers != 1:
         raise ValueError(
             f"the Copilot reads one state per position, these records hold {records.rationale_layers} layers"
@@ -60,10 +53,8 @@ def batch_from_records(records: Records, rows: Sequence[int] | None = None) -> C
 def _padded(
     flat: np.ndarray, first: np.ndarray, lengths: np.ndarray, dtype: type[np.generic] | None = None
 ) -> np.ndarray:
-    """[B, longest, ...]: `lengths[b]` values of `flat` from `first[b]` on, then zeros.
-
-    Only the padding is zeroed, and slices have plain ints: for rows of 100 kB either would cost as much as the copy itself.
-    """
+    """[B, longest, ...]: `lengths[b]` values of `flat` from `first[b]` on, then zeros."""
+    # only the padding is zeroed, and slices have plain ints: for rows of 100 kB either would cost as much as the copy
     longest = int(lengths.max())
     padded = np.empty((len(lengths), longest, *flat.shape[1:]), dtype or flat.dtype)
     for row, start, length in zip(padded, first.tolist(), lengths.tolist(), strict=True):

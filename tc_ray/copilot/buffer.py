@@ -1,49 +1,29 @@
 """The Copilot's training buffer: records of the most recent rounds (paper A.3: 128), drawn uniformly.
 
-Invariant: every number of a record held is finite, and it has one state per position. A draw depends only on the rows held and the
-step's seed, so every learner worker makes the same draw and takes its own part of it, and a restarted learner draws what the killed
-one would have. Filled by `worker` from the growing log, by `stored.Replay` from a stored one.
+Invariant: records have one state per position. A draw depends only on the rows held and the seed, not on the order of reading nor
+on how the rounds were cut into files. Filled by `worker` from the growing log, by `from_log.Replay` from a stored one.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.batch import pooled_records
-from tc_ray.mistakelog.rows.finite import only_finite
 from tc_ray.mistakelog.rows.records import Records
-
-_DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
 
 
 class RoundBuffer:
-    """Records by data file, limited to the newest rounds.
+    """Records by data file, of the newest `rounds` rounds. pooling: `log.pooling`, for a log that keeps layers."""
 
-    Args:
-        rounds: how many of the most recent rounds to draw from. pooling: `log.pooling`, for a log that keeps layers.
-        max_seen: leave out records whose sample had been trained on more often than this; None keeps all.
-    """
-
-    def __init__(self, rounds: int, max_seen: int | None = None, pooling: str = "mean") -> None:
-        self._rounds, self._max_seen, self._pooling = rounds, max_seen, pooling
+    def __init__(self, rounds: int, pooling: str = "mean") -> None:
+        self._rounds, self._pooling = rounds, pooling
         self._files: dict[str, Records] = {}
         self._index: np.ndarray | None = None
         self._names: list[str] = []
-        self.left_out = 0
-        """Records that held a NaN or an infinity: one would spoil every weight of the Copilot."""
-
-    @classmethod
-    def of(cls, config: RunConfig) -> RoundBuffer:
-        """An empty buffer as a run of this config has it."""
-        return cls(config.copilot.buffer_rounds, config.copilot.max_seen, config.log.pooling)
 
     def add(self, name: str, records: Records) -> None:
-        """Take the records of a data file whose numbers are all finite."""
-        records, left_out = only_finite(pooled_records(records, self._pooling))
-        self.left_out += left_out
-        if self._max_seen is not None:
-            records = records.select(np.flatnonzero(records.seen <= self._max_seen))
+        """Take the records of a data file."""
+        records = pooled_records(records, self._pooling)
         if len(records):
             self._files[name] = records
             self._index = None
@@ -92,8 +72,3 @@ class RoundBuffer:
         if len(rounds) > self._rounds:
             oldest = rounds[-self._rounds]
             self._files = {name: r for name, r in self._files.items() if r.round.max() >= oldest}
-
-
-def draw(buffer: RoundBuffer, config: RunConfig, step: int) -> Records:
-    """The batch of a Copilot step, of all workers: it follows from the seed, the step and the rows held alone."""
-    return buffer.draw(config.copilot.batch_size, (config.run.seed, _DRAW, step))

@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from tc_ray.config.load import load_saved_config, save_config
+from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot import checkpoint
-from tc_ray.copilot.batch import batch_from_records
+from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
-from tc_ray.copilot.learner import Learner, StepResult, make_learner
-from tc_ray.copilot.stored import Epochs, Replay
-from tc_ray.files import DamagedFileError, read_json_as, write_file, write_json
+from tc_ray.copilot.learner import StepResult, make_learner
+from tc_ray.copilot.training import train
+from tc_ray.files import read_json, write_file, write_json
 from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.schema import LogMetadata
+from tc_ray.mistakelog.table.store import StoredFile
 from tc_ray.models.hub import resolve_model
 from tc_ray.models.identity import tokenizer_hash, weights_hash
-
-SOURCE_FILE = "source.json"
 
 
 class StoredLogError(ValueError):
@@ -38,20 +38,9 @@ class StoredLogError(ValueError):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Shown after every step."""
-
-    step: int
-    total_steps: int
-    round: int
-    result: StepResult | None
-    """None: nothing to learn from at this step."""
-
-
-@dataclass(frozen=True)
 class TrainedCopilot:
     """The outcome. loss: of `copilot.loss`; uncorrected: the same loss of f = 0, None where it is not known (kl,
-    cross_entropy). Both are means over the last tenth of the steps taken in this start."""
+    cross_entropy). Both are means over the last tenth of the steps."""
 
     folder: Path
     steps: int
@@ -59,7 +48,6 @@ class TrainedCopilot:
     uncorrected: float | None
     bad_files: int
     left_out_steps: int
-    left_out_records: int
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -69,10 +57,48 @@ class TrainedCopilot:
             lines.append(f"loss      {self.loss:.4f} over the last tenth{beside}")
         if self.bad_files:
             lines.append(f"damaged   {self.bad_files} file(s) of the log were not read: tc-ray log verify names them")
-        if self.left_out_steps or self.left_out_records:
-            counts = f"{self.left_out_records} records and {self.left_out_steps} steps"
-            lines.append(f"left out  {counts}: they held numbers that are not finite")
+        if self.left_out_steps:
+            lines.append(f"left out  {self.left_out_steps} steps: loss or gradient was not finite")
         return [*lines, f"fuse      tc-ray fuse --pilot PILOT --copilot {self.folder} --out FOLDER"]
+
+
+class Replay:
+    """The feed (`training.Feed`) of a stored log: at each step the newest `buffer_rounds` rounds up to that of the step.
+
+    What a step draws from follows from the log's version, the settings and the step's number. In memory: these rounds and a file.
+    """
+
+    def __init__(self, mistakes: MistakeLog, config: RunConfig) -> None:
+        self._mistakes, self._settings = mistakes, config.copilot
+        self.buffer = RoundBuffer(config.copilot.buffer_rounds, config.log.pooling)
+        self.version = mistakes.version
+        self.rounds = max(file.round_max for file in mistakes.files)
+        self._pieces: Iterator[tuple[StoredFile, Records]] | None = None
+        self._next: tuple[StoredFile, Records] | None = None
+        self._ahead: dict[int, list[Records]] = {}
+        """Records that were read before their round came, by round: each data file is read once."""
+        self._at = 0
+        """Last round in the buffer."""
+
+    def rounds_for(self, step: int) -> int:
+        """Fill the buffer up to the round of a step, and return it. Steps are asked for in order."""
+        wanted = step // self._settings.steps_per_round + 1
+        if self._pieces is None:
+            self._at = max(0, wanted - self._settings.buffer_rounds)
+            self._pieces = self._mistakes.pieces((self._at + 1, self.rounds))
+            self._next = next(self._pieces, None)
+        while self._at < wanted:
+            self._at += 1
+            while self._next is not None and self._next[0].round_min <= self._at:
+                self._sort_in(self._next[1])
+                self._next = next(self._pieces, None)
+            for number, records in enumerate(self._ahead.pop(self._at, [])):
+                self.buffer.add(f"{self._at}-{number}", records)
+        return wanted
+
+    def _sort_in(self, records: Records) -> None:
+        for found in np.unique(records.round[records.round >= self._at]).tolist():
+            self._ahead.setdefault(found, []).append(records.select(np.flatnonzero(records.round == found)))
 
 
 def train_from_log(
@@ -80,90 +106,53 @@ def train_from_log(
     config: RunConfig,
     out: Path,
     *,
-    epochs: int | None = None,
-    show: Callable[[Progress], None] = lambda progress: None,
+    show: Callable[[Position, int, StepResult | None], None] = lambda at, total, result: None,
 ) -> TrainedCopilot:
-    """Train a Copilot on one version of a log.
+    """Train a Copilot on one version of a log: `steps_per_round` steps a round, as the live Copilot of a lock-step run.
 
-    Args:
-        mistakes: the log; rows of damaged files are left out.
-        config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
-        out: folder of checkpoints, metrics.jsonl and `final`; an existing one of the same training is resumed.
-        epochs: None replays the run: `steps_per_round` steps a round, drawn from the newest `buffer_rounds` rounds, as the
-            live Copilot of a lock-step run; N passes N times over all records in shuffled order.
-        show: called after every step.
-
-    Raises:
-        StoredLogError: an empty log, another tokenizer, Pilot or base weights than the run's, or a folder of another
-            training.
+    config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
+    out: folder of checkpoints, metrics.jsonl and `final`; an existing one of the same training is resumed.
+    show: called after every step with the position, all steps and the result (None: nothing to learn from).
+    Raises StoredLogError: an empty log, another tokenizer, Pilot or base weights than the run's, or a folder of another
+        training. DamagedFileError: what the folder was trained from cannot be read.
     """
     if not mistakes.files:
         raise StoredLogError(f"{mistakes.location}: the log holds no records (version {mistakes.version})")
     config = fitted(config, mistakes.metadata, str(mistakes.location))
     pilot = resolve_model(config.model.pilot, config.model.cache)
     base = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else pilot
-    _check_tokenizer(pilot, mistakes)
-    weights = _check_weights(config, pilot, base, mistakes)
-    _open_folder(out, config, mistakes, epochs, weights)
-    source = Replay(mistakes, config) if epochs is None else Epochs(mistakes, config, epochs)
+    _open_folder(out, config, mistakes, _check_models(config, pilot, base, mistakes))
+    source = Replay(mistakes, config)
+    total, every = source.rounds * config.copilot.steps_per_round, config.copilot.checkpoint_every_steps
     torch.set_num_threads(config.resources.copilot_threads)
-    learner = make_learner(config, pilot, base, _output_ids(config, mistakes), total_steps=source.total_steps)
-    at = checkpoint.restore(learner, out / "checkpoints") or Position(0, 0, mistakes.version)
-    taken = _train(learner, source, config, out, at, mistakes.version, show)
-    learner.export(out / "final")
-    last = taken[-max(1, len(taken) // 10) :]
+    learner = make_learner(config, pilot, base, _output_ids(config, mistakes), total_steps=total)
+    metrics = out / "metrics.jsonl"
+    points: list[dict[str, Any]] = []
+
+    def restored(at: Position, damaged: list[str]) -> None:
+        # steps after the checkpoint are taken again
+        lines = metrics.read_text().splitlines() if at.step else []
+        points.extend(point for point in map(json.loads, lines) if point["step"] <= at.step)
+
+    def report(at: Position, result: StepResult | None) -> None:
+        if result is not None and result.taken:
+            point = {"step": at.step, "round": at.round, "time": time.time()}
+            points.append(point | {"loss": result.loss, "error_size": result.error_size})
+        if at.step % every == 0 or at.step == total:  # whole, before each checkpoint
+            write_file(metrics, "".join(json.dumps(point) + "\n" for point in points))
+        show(at, total, result)
+
+    train(learner, source, config, out, rounds=source.rounds, report=report, restored=restored)
+    last = points[-max(1, len(points) // 10) :]
     return TrainedCopilot(
         out / "final",
-        source.total_steps,
-        float(np.mean([result.loss for result in last])) if last else None,
+        total,
+        float(np.mean([point["loss"] for point in last])) if last else None,
         # the root mean square of the logged errors is what the RMSE of f = 0 is; of the other losses it is no value at all
-        float(np.mean([result.error_size for result in last])) if last and config.copilot.loss == "rmse" else None,
+        float(np.mean([point["error_size"] for point in last])) if last and config.copilot.loss == "rmse" else None,
         len(mistakes.bad_files),
         learner.left_out.count,
-        source.left_out,
     )
-
-
-def _train(
-    learner: Learner,
-    source: Replay | Epochs,
-    config: RunConfig,
-    out: Path,
-    at: Position,
-    version: int,
-    show: Callable[[Progress], None],
-) -> list[StepResult]:
-    taken: list[StepResult] = []
-    metrics = out / "metrics.jsonl"
-    _cut_metrics(metrics, at.step)
-    with metrics.open("a") as points:
-        for step in range(at.step, source.total_steps):
-            records = source.batch(step)
-            result = learner.step(batch_from_records(records)) if records is not None else None
-            if result is not None and result.taken:
-                taken.append(result)
-                point = {"step": step + 1, "round": source.round(step), "time": time.time()}
-                points.write(json.dumps(point | {"loss": result.loss, "error_size": result.error_size}) + "\n")
-            if (step + 1) % config.copilot.checkpoint_every_steps == 0 or step + 1 == source.total_steps:
-                points.flush()
-                checkpoint.save(learner, out / "checkpoints", Position(step + 1, source.round(step), version))
-            show(Progress(step + 1, source.total_steps, source.round(step), result))
-    return taken
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Forget points after the checkpoint, whose steps are taken again, and lines that are no points (a power cut)."""
-    if path.is_file():
-        lines = path.read_bytes().splitlines(keepends=True)
-        write_file(path, b"".join(line for line in lines if line.endswith(b"\n") and 0 < _step_of(line) <= step))
-
-
-def _step_of(line: bytes) -> int:
-    """Step of a line of metrics.jsonl; 0 where it holds no point."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return 0
 
 
 def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
@@ -188,7 +177,8 @@ def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
     return config
 
 
-def _check_tokenizer(pilot: Path | str, mistakes: MistakeLog) -> None:
+def _check_models(config: RunConfig, pilot: Path | str, base: Path | str, mistakes: MistakeLog) -> dict[str, str]:
+    """Hashes of the base weights; tokenizer and Pilot must be those that the log's run started from."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)
@@ -197,22 +187,6 @@ def _check_tokenizer(pilot: Path | str, mistakes: MistakeLog) -> None:
             f"{mistakes.location} was written with another tokenizer than that of model.pilot {pilot}: token ids would mean "
             "other tokens"
         )
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Content of SOURCE_FILE: what was trained from."""
-
-    log: str
-    run: str
-    version: int
-    epochs: int | None
-    pilot_weights: str
-    copilot_weights: str
-
-
-def _check_weights(config: RunConfig, pilot: Path | str, base: Path | str, mistakes: MistakeLog) -> dict[str, str]:
-    """Hashes of the base weights; the Pilot's must be those that the log's run started from."""
     random, wanted = config.model.random_weights, mistakes.metadata.pilot_weights
     own = weights_hash(pilot, random_weights=random)
     if wanted and own != wanted:
@@ -226,36 +200,31 @@ def _check_weights(config: RunConfig, pilot: Path | str, base: Path | str, mista
     }
 
 
-def _open_folder(
-    out: Path, config: RunConfig, mistakes: MistakeLog, epochs: int | None, weights: dict[str, str]
-) -> None:
+def _open_folder(out: Path, config: RunConfig, mistakes: MistakeLog, weights: dict[str, str]) -> None:
     """Make the folder, or compare one that exists with this training."""
-    source = _Source(str(mistakes.location), mistakes.metadata.run, mistakes.version, epochs, **weights)
-    source_file, saved = out / SOURCE_FILE, out / "config.yaml"
-    if source_file.exists():
-        try:
-            earlier = read_json_as(source_file, _Source)
-        except DamagedFileError as error:
-            raise StoredLogError(f"{error}: what {out} was trained from is not known; name another --out") from None
-        now = asdict(source)
-        changed = [f"{key}: {was!r} -> {now[key]!r}" for key, was in asdict(earlier).items() if was != now[key]]
-        before = load_saved_config(saved)
-        if before.run.seed != config.run.seed:
-            changed.append(f"run.seed: {before.run.seed} -> {config.run.seed}")
-        if before.copilot.model_dump() != config.copilot.model_dump() or before.model != config.model:
-            changed.append("the sections copilot or model of the config")
+    now: dict[str, Any] = {
+        "log": str(mistakes.location),
+        "run": mistakes.metadata.run,
+        "version": mistakes.version,
+        **weights,
+        "run.seed": config.run.seed,
+        **{f"copilot.{name}": value for name, value in config.copilot.model_dump(mode="json").items()},
+        **{f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()},
+    }
+    source = out / "source.json"
+    if source.exists():
+        was = read_json(source)
+        changed = [f"{name}: {was.get(name)!r} -> {value!r}" for name, value in now.items() if was.get(name) != value]
         if changed:
             raise StoredLogError(
-                f"{out} holds another training ({'; '.join(changed)}). Use another --out, or the same log, version and "
+                f"{out} holds another training, as its {source.name} says ({'; '.join(changed)}). Use another --out, or the same log, version and "
                 "settings to resume it."
             )
-        return
-    # the config is written first: alone, it is what a start that ended between the two has left
-    if out.exists() and any(file.name != saved.name and not file.name.startswith(".") for file in out.iterdir()):
+    elif out.exists() and any(not file.name.startswith(".") for file in out.iterdir()):
         raise StoredLogError(f"--out {out} is not empty and holds no training from a log; name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    save_config(config, saved)
-    write_json(source_file, asdict(source))
+    write_json(source, now)
+    save_config(config, out / "config.yaml")
 
 
 def _output_ids(config: RunConfig, mistakes: MistakeLog) -> torch.Tensor | None:

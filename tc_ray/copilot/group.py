@@ -39,11 +39,7 @@ class CopilotGroup:
         self.restarts = 0
 
     def start(self) -> None:
-        """Reserve the bundles (before the Pilot takes the rest) and start the learners.
-
-        Waits without limit, and reports it, while others use the cluster or it grows: a cluster that can never hold the group
-        was refused before (`cluster.session`).
-        """
+        """Reserve the bundles, before the Pilot takes the rest, and start the learners. Waits, and reports it, for room."""
         self._placement = placement_group([dict(self._need.bundle)] * self._need.count, strategy="PACK")
         pause = 1.0
         while not self._placement.wait(pause):

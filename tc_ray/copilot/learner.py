@@ -1,13 +1,11 @@
 """The Copilot's learner: steps on its loss (equation 7) with AdamW and a cosine schedule. Plain torch, no Ray.
 
-Invariant: with W workers each rank sees its slice of the same draw. DistributedDataParallel adds gradients over ranks while the
-backward pass runs; the loss's sums and token counts are added before the loss makes its value of them. So W workers do what one
-does on the whole batch. Called by `worker` (a run) and `from_log` (a stored log).
+Invariant: W ranks, each with its slice of a draw, do what one does on the whole batch: DistributedDataParallel adds gradients over
+ranks, and the loss's sums and token counts are added before the loss makes its value of them. Stepped by `training.train`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 import warnings
@@ -29,11 +27,11 @@ from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
-from tc_ray.models.finite import LeftOut, check_finite
 from tc_ray.models.identity import vocabulary_hash
 from tc_ray.models.losses import LOSSES, TokenLoss
 from tc_ray.models.pilot.load import load_pilot, lora_config
 from tc_ray.models.pilot.taps import tapped_layers
+from tc_ray.models.weights import LeftOut, check_finite
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,7 @@ class StepResult:
 
 
 class Learner:
-    """Trains a Copilot on batches.
-
-    Args:
-        copilot: the model, fp32. config: the run's copilot section. total_steps: length of the cosine schedule.
-        world_size: ranks that step together through torch.distributed; 1 needs no process group.
-    """
+    """Trains a Copilot, fp32, on batches. total_steps: of the cosine schedule. world_size: ranks that step together."""
 
     def __init__(
         self, copilot: Copilot, config: CopilotSection, *, total_steps: int, device: str = "cpu", world_size: int = 1
@@ -91,10 +84,7 @@ class Learner:
         )
 
     def step(self, batch: CopilotBatch) -> StepResult:
-        """One optimizer step on this rank's part of the batch (collective over ranks).
-
-        A step whose loss or gradient is not finite is left out, on all ranks: all see the same sums (`LeftOut`).
-        """
+        """One optimizer step on this rank's part of the batch (collective). A step that is not finite is left out on all ranks."""
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.zero_grad()
         sums = self.forward(batch.to(self.device))
@@ -122,10 +112,7 @@ class Learner:
         return StepResult(loss, math.sqrt(size / tokens), int(tokens), rate, taken)
 
     def save(self, folder: Path) -> None:
-        """Write trainable weights (safetensors), optimizer and schedule; the caller makes it atomic.
-
-        Raises NotFiniteError before anything is written.
-        """
+        """Write trainable weights, optimizer and schedule. Raises NotFiniteError before anything is written."""
         check_finite(self.parameters.items(), f"the Copilot after step {self.step_count}")
         save_file({n: p.detach().contiguous() for n, p in self.parameters.items()}, folder / "trainable.safetensors")
         state = {
@@ -136,26 +123,13 @@ class Learner:
         torch.save(state, folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Its pickle is read as numbers only: no code in it runs.
-
-        Raises:
-            ValueError: other weights than the configured Copilot has. NotFiniteError: a number is not finite.
-        """
+        """Restore what `save` wrote; no code in it runs. ValueError: other weights than the configured Copilot has."""
         weights = load_file(folder / "trainable.safetensors", device=str(self.device))
-        other = weights.keys() ^ self.parameters.keys()
-        other |= {n for n in weights.keys() - other if weights[n].shape != self.parameters[n].shape}
-        if other:
+        if weights.keys() != self.parameters.keys():
             raise ValueError(
-                f"{folder} holds other trainable weights than the configured Copilot ({min(other)}); use a new run.folder"
+                f"{folder} holds other trainable weights than the configured Copilot; use a new run.folder"
             )
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
-        averages = (
-            (f"{name} {number}", value)
-            for number, kept in state["optimizer"]["state"].items()
-            for name, value in kept.items()
-            if torch.is_tensor(value)
-        )
-        check_finite(itertools.chain(weights.items(), averages), f"the Copilot's checkpoint {folder}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
@@ -206,38 +180,13 @@ def make_learner(
     total_steps: int,
     world_size: int = 1,
 ) -> Learner:
-    """The learner of a run, on its device. output_ids: see `build_copilot`."""
-    copilot = build_copilot(config, pilot_path, base_path, output_ids)
-    device = "cuda" if config.resources.gpus else "cpu"
-    return Learner(copilot, config.copilot, total_steps=total_steps, device=device, world_size=world_size)
-
-
-def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
-    """The Copilot, with LoRA in its decoder layers if configured; modules that no pretrained decoder has are trained in full."""
-    copilot.freeze_embeddings()
-    if config.method == "full":
-        return copilot
-    from peft import get_peft_model
-
-    family = family_of(copilot.config.decoder_config())
-    model = get_peft_model(copilot, lora_config(config.lora, family, len(copilot.layers)))
-    for name in NEW_MODULES:
-        module = getattr(copilot, name)
-        if module is not None:
-            module.requires_grad_(True)
-    return model
-
-
-def build_copilot(
-    config: RunConfig, pilot_path: Path | str, base_path: Path | str, output_ids: torch.Tensor | None
-) -> Copilot:
-    """The Copilot a run starts from; the same weights on every rank. output_ids: tokens it can correct; None: all."""
+    """The learner of a run, on its device, with the same weights on every rank. output_ids: see `Copilot.from_decoder`."""
     from transformers import AutoConfig, AutoTokenizer
 
     torch.manual_seed(config.run.seed)
     pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
     base_config = AutoConfig.from_pretrained(base_path, trust_remote_code=False)
-    return Copilot.from_decoder(
+    copilot = Copilot.from_decoder(
         base_path,
         choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
         pilot=pilot,
@@ -250,3 +199,21 @@ def build_copilot(
         tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
         random_weights=config.model.random_weights,
     )
+    device = "cuda" if config.resources.gpus else "cpu"
+    return Learner(copilot, config.copilot, total_steps=total_steps, device=device, world_size=world_size)
+
+
+def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
+    """The Copilot, with LoRA in its decoder layers if configured; its new modules are trained in full."""
+    copilot.freeze_embeddings()
+    if config.method == "full":
+        return copilot
+    from peft import get_peft_model
+
+    family = family_of(copilot.config.decoder_config())
+    model = get_peft_model(copilot, lora_config(config.lora, family, len(copilot.layers)))
+    for name in NEW_MODULES:
+        module = getattr(copilot, name)
+        if module is not None:
+            module.requires_grad_(True)
+    return model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,18 +18,13 @@ import torch
 import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot import checkpoint
-from tc_ray.copilot.batch import batch_from_records
-from tc_ray.copilot.buffer import RoundBuffer, draw
+from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
-from tc_ray.copilot.learner import Learner, StepResult, make_learner
-from tc_ray.data.prepared.train_table import TrainTable
+from tc_ray.copilot.learner import StepResult, make_learner
+from tc_ray.copilot.training import train
+from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.mistakelog.read.reader import LogTail
-from tc_ray.mistakelog.table.data_file import BadFileError
-from tc_ray.mistakelog.table.retry import retry
-from tc_ray.models.copilot import CopilotBatch
-
-IDLE_SECONDS = 0.1
+from tc_ray.mistakelog.table.errors import retry
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,8 @@ class CopilotWorker:
     def __init__(self, job: CopilotJob, rank: int, world_size: int) -> None:
         torch.set_num_threads(job.config.resources.copilot_threads)
         self.job, self.config, self.rank, self.world_size = job, job.config, rank, world_size
-        self.folder = job.config.run.path / "copilot"
-        self.buffer = RoundBuffer.of(job.config)
+        self.buffer = RoundBuffer(job.config.copilot.buffer_rounds, job.config.log.pooling)
         self.version = -1
-        """Of the table, as the buffer holds it."""
-        self.left_out = {"left_out_steps": 0.0, "left_out_records": 0.0}
 
     def address(self) -> str:
         """host:port that the process group meets at."""
@@ -83,7 +74,7 @@ class CopilotWorker:
         """Train until every step of the run is done, then export to `copilot/final` (rank 0)."""
         self.job.tracker.process.remote(f"copilot-{self.rank}", os.getpid())
         self._wait_for("loading weights")
-        learner = make_learner(
+        self.learner = make_learner(
             self.config,
             self.job.pilot_path,
             self.job.base_path,
@@ -91,55 +82,34 @@ class CopilotWorker:
             total_steps=self.job.total_steps,
             world_size=self.world_size,
         )
-        at = self._restore(learner)
         location, options = self.config.log_location, self.config.log.storage_options
-        tail = retry(lambda: LogTail(location, storage_options=options), f"Copilot {self.rank}")
-        self._wait_for("")
-        per_round = self.config.copilot.steps_per_round
-        while at.step < self.job.total_steps:
-            committed = self._follow(tail)
-            due = min(committed * per_round, self.job.total_steps)
-            if at.step < due and not len(self.buffer):
-                # every record so far was left out by log.sampling or copilot.max_seen: nothing to learn from
-                at = self._position(due)
-            if at.step >= due:
-                self._report(at, None)  # again and again: a restarted Ledger has forgotten it
-                time.sleep(IDLE_SECONDS)
-                continue
-            result = learner.step(self._batch(at.step))
-            at = self._position(at.step + 1)
-            self._report_left_out(at, learner.left_out.count)
-            self._report(at, result)
-            if at.step % self.config.copilot.checkpoint_every_steps == 0 or at.step == self.job.total_steps:
-                self._save(learner, at)
-        if self.rank == 0:
-            learner.export(self.folder / "final")
-        return at
+        self.tail = retry(lambda: LogTail(location, storage_options=options), f"Copilot {self.rank}")
+        return train(
+            self.learner,
+            self,
+            self.config,
+            self.config.run.path / "copilot",
+            rounds=self.job.rounds,
+            report=self._report,
+            restored=self._restored,
+            inputs=self.job.inputs,
+            rank=self.rank,
+        )
 
-    def _position(self, step: int) -> Position:
-        round = step // self.config.copilot.steps_per_round
-        return Position(step, round, self.version, dict(self.job.inputs))
-
-    def _restore(self, learner: Learner) -> Position:
-        """Load the newest whole checkpoint, if there is one."""
-        found = checkpoint.restore(learner, self.folder / "checkpoints", lambda text: self._event("checkpoint", text))
-        at = found or Position(0, 0, -1)
-        self._report(at, None)
-        if at.step:
-            self._event("resume", f"Copilot resumes after step {at.step}")
-        return at
-
-    def _follow(self, tail: LogTail) -> int:
-        """Bring the buffer to the newest table version, the same on every rank; returns the round committed in it."""
+    def rounds_for(self, step: int) -> int:
+        """Bring the buffer to the newest table version, the same on every rank; the round committed in it."""
         version, committed = self._log_position()
         if version > self.version:
-            poll = partial(tail.poll, version, min_round=self._first_round(committed))
+            poll = partial(self.tail.poll, version, min_round=self._first_round(committed))
             update = retry(poll, f"Copilot {self.rank}")
             for name in update.removed:
                 self.buffer.remove(name)
             for name, records in update.new:
                 self.buffer.add(name, records)
-            self._report_bad(update.bad)
+            for error in update.bad if not self.rank else []:
+                # the Ledger takes damaged files out of the log
+                self.job.ledger.quarantine.remote(error.name, error.reason)
+                self._event("damaged", f"log file {error}; training continues without its rows")
             self.version = version
         return committed
 
@@ -158,56 +128,35 @@ class CopilotWorker:
         return version, committed
 
     def _first_round(self, committed: int) -> int:
-        """Files that end before this round are not read: however far the Copilot is behind, the buffer takes the newest.
-
-        A Pilot that goes back to its checkpoint makes earlier rounds the newest: room is left for that.
-        """
-        if self.config.copilot.max_seen is not None:  # then how far back the buffer reaches depends on the records
-            return 0
+        """Files that end before this round are not read: the buffer takes the newest, and the Pilot may go back a checkpoint."""
         return committed - self.config.copilot.buffer_rounds - self.config.pilot.checkpoint_every_rounds
 
-    def _report_bad(self, bad: list[BadFileError]) -> None:
-        """Rank 0 names damaged files to the Ledger, which takes them out of the log, and to the user."""
-        for error in bad if not self.rank else []:
-            self.job.ledger.quarantine.remote(error.name, error.reason)
-            self._event("damaged", f"log file {error}; training continues without its rows")
-
-    def _report_left_out(self, at: Position, steps: int) -> None:
-        """Counts of what was not finite in this start; an event for the first of each."""
-        records = self.buffer.left_out
-        now = {"left_out_steps": float(steps), "left_out_records": float(records)}
-        for name, what in (
-            ("left_out_steps", "its loss or gradient is not finite, the update is left out"),
-            ("left_out_records", f"{records} records of the log hold numbers that are not finite, they are left out"),
-        ):
-            if now[name] and not self.left_out[name]:
-                self._event("not finite", f"Copilot step {at.step}: {what}; further ones are counted")
-        self.left_out = now
-
-    def _batch(self, step: int) -> CopilotBatch:
-        """This rank's slice of the step's draw."""
-        part = self.config.copilot.batch_size // self.world_size
-        return batch_from_records(draw(self.buffer, self.config, step), range(self.rank * part, (self.rank + 1) * part))
+    def _restored(self, at: Position, damaged: list[str]) -> None:
+        if damaged:
+            self._event("checkpoint", f"{'; '.join(damaged)}. The checkpoint before is used, if there is one")
+        if at.step:
+            self._event("resume", f"Copilot resumes after step {at.step}")
+        self._wait_for("")
+        self._report(at, None)
 
     def _report(self, at: Position, result: StepResult | None) -> None:
         if self.rank:
             return
         self.job.ledger.report_copilot.remote(at.round, at.step)
-        if result is not None:
-            metrics = {
-                "loss": result.loss,
-                "error_size": result.error_size,
-                "learning_rate": result.learning_rate,
-                "tokens": float(result.tokens),
-                **self.left_out,
-            }
-            self.job.tracker.copilot.remote(at.round, at.step, metrics)
-
-    def _save(self, learner: Learner, at: Position) -> None:
-        if self.rank == 0:
-            checkpoint.save(learner, self.folder / "checkpoints", at)
-        if self.world_size > 1:
-            dist.barrier()
+        if result is None:
+            return
+        left_out = self.learner.left_out.count
+        if not result.taken and left_out == 1:
+            what = "its loss or gradient is not finite, the update is left out; further ones are counted"
+            self._event("not finite", f"Copilot step {at.step}: {what}")
+        metrics = {
+            "loss": result.loss,
+            "error_size": result.error_size,
+            "learning_rate": result.learning_rate,
+            "tokens": float(result.tokens),
+            "left_out_steps": float(left_out),
+        }
+        self.job.tracker.copilot.remote(at.round, at.step, metrics)
 
     def _event(self, kind: str, text: str) -> None:
         if self.rank == 0:

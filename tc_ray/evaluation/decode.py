@@ -8,14 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList
 
-from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.data.prepared.folder import LeftOut
+from tc_ray.data.source.records import read_prepared
 from tc_ray.evaluation.item_trie import ItemTrie, ItemTrieProcessor
+
+_COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "prompt"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out example. answer: a completion is compared with it. input_ids[target_start:]: the gold tokens. prompt: the
+    prompt's text, without the template."""
+
+    sample_id: int
+    input_ids: list[int]
+    target_start: int
+    answer: str
+    prompt: str
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt as the model gets it at inference."""
+        return self.input_ids[: self.target_start]
+
+
+def read_counted(file: Path, limit: int | None = None) -> tuple[list[HeldOut], LeftOut]:
+    """`read_held_out`, and how many of the given rows are missing from it."""
+    return read_held_out(file, limit), LeftOut.read(file, limit)
+
+
+def read_held_out(file: Path, limit: int | None = None) -> list[HeldOut]:
+    """Rows of a prepared Parquet file; a row without `answer` is scored against its completion.
+
+    Raises ValueError: a row has neither. DamagedFileError: the file is no whole Parquet file of prepared rows.
+    """
+    rows = read_prepared(file, _COLUMNS).slice(0, limit).to_pylist()
+    examples = []
+    for number, row in enumerate(rows):
+        answer = row["answer"] if row["answer"] is not None else row["completion"]
+        if answer is None:
+            raise ValueError(
+                f"{file} row {number}: neither `answer` nor `completion`; there is nothing to score against"
+            )
+        examples.append(HeldOut(row["sample_id"], row["input_ids"], row["target_start"], answer, row["prompt"]))
+    return examples
+
 
 _NO_ITEM = -1.0e8
 """A score below marks an unused beam: the library starts those at -1e9, and a clamped p~ gives -inf."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tc_ray.config.fusion import FusionSection
-from tc_ray.evaluation.decode import complete
-from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.decode import HeldOut, complete
 from tc_ray.evaluation.scoring import matches
 from tc_ray.evaluation.statistics import Interval
 

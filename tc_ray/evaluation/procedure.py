@@ -1,20 +1,25 @@
 """Evaluate a fused model: choose lambda on validation data, apply it once to the test data, report.
 
-`evaluate` is the whole procedure on a loaded model, for any metric. Called by `task`.
+`evaluate` is the whole procedure on a loaded model, for any metric. `evaluate_finished` is the body of the Ray task of
+`run.evaluate`: it loads the models of a run's folder; if the Copilot failed for good, the Pilot is measured alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tc_ray.config.fusion import FusionSection
-from tc_ray.data.prepared.left_out import LeftOut
-from tc_ray.evaluation.heldout import HeldOut
-from tc_ray.evaluation.metric import Metric, Outcome
+from tc_ray.config.schema import RunConfig
+from tc_ray.data.prepared.folder import LeftOut
+from tc_ray.data.source.sequences import ITEMS_FILE, read_items
+from tc_ray.evaluation.decode import HeldOut, read_counted
+from tc_ray.evaluation.metric import ExactMatch, Metric, Outcome
+from tc_ray.evaluation.ranking import Ranking
 from tc_ray.evaluation.report import Report
-from tc_ray.evaluation.selection import Choice, Comparison, choose
+from tc_ray.evaluation.statistics import Choice, Comparison, choose
 from tc_ray.evaluation.teacher_forced import TeacherForced, teacher_forced
 from tc_ray.models.folder import SPACES
 
@@ -30,7 +35,6 @@ def evaluate(
     data: str,
     validation: Sequence[HeldOut] = (),
     no_copilot: str | None = None,
-    seen_error_size: float | None = None,
     left_out: Mapping[str, LeftOut] | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -39,7 +43,6 @@ def evaluate(
     Args:
         model: a FusedModel; or a Pilot, which is measured as lambda 0 would be. no_copilot: why it is one, for the report.
         data: what the test rows are, for the report.
-        seen_error_size: mean squared logged error of the last rounds, for the report.
         left_out: rows missing from "validation" and "test", for the report.
     """
     spaces = SPACES if config.space == "choose" else (config.space,)
@@ -88,8 +91,6 @@ def evaluate(
         validation=[
             _tried(choice, outcome, tried[pilot_choice], forced.get(choice)) for choice, outcome in tried.items()
         ],
-        seen_error_size=seen_error_size,
-        heldout_error_size=forced[pilot_choice].squared_error if forced else None,
         left_out=dict(left_out or {}),
         validation_rows=len(validation),
         examples=[
@@ -113,3 +114,64 @@ def _tried(choice: Choice, outcome: Outcome, pilot: Outcome, forced: TeacherForc
         "nll": forced.nll if forced else math.nan,
         "error_ratio": forced.error_ratio if forced else math.nan,
     }
+
+
+def evaluate_finished(
+    config: RunConfig,
+    source: str,
+    tracker: Any,
+    *,
+    test_file: Path | None = None,
+    no_copilot: str | None = None,
+) -> Report:
+    """Load `pilot/final` and `copilot/final`, choose lambda on the validation rows and measure the test rows.
+
+    Args:
+        source: what the test rows are, for the report.
+        tracker: Tracker actor that is given progress, or None.
+        test_file: prepared test.parquet, measured whole; default the run's own, up to `fusion.max_test_rows`.
+        no_copilot: why there is no Copilot; the Pilot is then measured alone.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from tc_ray.models.copilot import Copilot
+    from tc_ray.models.fusion import FusedModel
+    from tc_ray.models.pilot.load import DTYPES, load_pilot
+
+    folder, resources, fusion = config.run.path, config.resources, config.fusion
+    threads = resources.pilot_threads * resources.pilot_workers + resources.copilot_threads * resources.copilot_workers
+    torch.set_num_threads(max(1, threads))
+    device = "cuda" if resources.gpus else "cpu"
+    dtype = DTYPES[config.pilot.dtype]  # the Copilot learned from states of this precision
+    if tracker is not None:
+        tracker.waiting.remote("evaluation", "loading weights")
+    pilot = load_pilot(folder / "pilot" / "final", dtype=dtype)
+    rows = None if test_file else fusion.max_test_rows
+    test, without_test = read_counted(test_file or folder / "data" / "test.parquet", rows)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
+    metric = _metric(config, tokenizer)
+
+    def report_progress(line: str) -> None:
+        if tracker is not None:
+            tracker.waiting.remote("evaluation", "")
+            tracker.event.remote("evaluate", line)
+
+    left_out = {"test": without_test}
+    common: dict[str, Any] = {"test": test, "data": source, "on_progress": report_progress, "left_out": left_out}
+    if no_copilot is not None:
+        return evaluate(pilot.to(device), metric, fusion, no_copilot=no_copilot, **common)
+    validation, left_out["validation"] = read_counted(
+        folder / "data" / "validation.parquet", fusion.max_validation_rows
+    )
+    copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=dtype)
+    fused = FusedModel.join(pilot, copilot, feedback=fusion.feedback).to(device)
+    return evaluate(fused, metric, fusion, validation=validation, **common)
+
+
+def _metric(config: RunConfig, tokenizer: Any) -> Metric:
+    """The metric of the config, with what it needs of the run's data."""
+    if config.fusion.metric == "exact_match":
+        return ExactMatch(tokenizer, config.fusion)
+    labels = read_items(config.run.path / "data" / ITEMS_FILE)
+    return Ranking(tokenizer, config.fusion, labels)

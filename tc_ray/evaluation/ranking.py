@@ -14,8 +14,7 @@ import numpy as np
 
 from tc_ray.config.fusion import FusionSection
 from tc_ray.data.encode.tokenize import completion_ids
-from tc_ray.evaluation.decode import rank
-from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.decode import HeldOut, rank
 from tc_ray.evaluation.item_trie import ItemTrie
 from tc_ray.evaluation.metric import Measure, Outcome
 from tc_ray.evaluation.statistics import bootstrap_intervals, wilson_interval
@@ -48,24 +47,19 @@ class Ranking:
         self._trie = ItemTrie([completion_ids(label, tokenizer) for label in self._labels])
 
     def outcome(self, model: Any, examples: Sequence[HeldOut], lam: float | None) -> Outcome:
-        """Rankings and all measures of the configured cutoffs.
-
-        With `history: excluded`, items of a row's own prompt leave the ranking and the others move up; the search is widened
-        by the longest history, so that enough remain.
-        """
-        histories = [self._history(e) for e in examples]
+        """Rankings and all measures of the configured cutoffs."""
         cutoffs = self._config.ranking.cutoffs
         ranked = rank(
             model,
             self._tokenizer,
             examples,
             self._trie,
-            beams=max(cutoffs) + max(map(len, histories), default=0),
+            beams=max(cutoffs),
             batch_size=self._config.eval_batch_size,
             lam=lam,
         )
-        ranked = [[item for item in items if item not in out] for items, out in zip(ranked, histories, strict=True)]
-        places = [_place(items, self._number[e.answer]) for items, e in zip(ranked, examples, strict=True)]
+        wanted = [self._number[e.answer] for e in examples]
+        places = [items.index(item) + 1 if item in items else None for items, item in zip(ranked, wanted, strict=True)]
         columns = {f"Hit@{k}": [hit_at(k, place) for place in places] for k in cutoffs}
         columns |= {f"NDCG@{k}": [ndcg_at(k, place) for place in places] for k in cutoffs}
         return Outcome(
@@ -88,14 +82,3 @@ class Ranking:
             means = float(one[:, i].mean()), float(other[:, i].mean())
             found.append(Measure(name, means[0], of_pilot, means[1], of_fused, means[1] - means[0], of_difference))
         return found
-
-    def _history(self, example: HeldOut) -> set[int]:
-        """Items that must not be ranked for this row."""
-        if self._config.ranking.history == "allowed":
-            return set()
-        return {self._number[label] for label in example.prompt.split()}
-
-
-def _place(items: Sequence[int], wanted: int) -> int | None:
-    """Place of an item in a ranking, from 1."""
-    return items.index(wanted) + 1 if wanted in items else None

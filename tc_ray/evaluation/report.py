@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tc_ray.data.prepared.left_out import LeftOut
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.metric import Measure
-from tc_ray.evaluation.selection import Comparison
+from tc_ray.evaluation.statistics import Comparison
 from tc_ray.evaluation.teacher_forced import TeacherForced
 from tc_ray.files import finite, write_file, write_json
 
@@ -46,8 +48,6 @@ class Report:
     score_name: str = "accuracy"
     measures: list[Measure] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
-    seen_error_size: float | None = None
-    heldout_error_size: float | None = None
     examples: list[dict[str, str]] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     validation_rows: int = 0
@@ -87,13 +87,9 @@ class Report:
             )
         if self.lam == 0:
             return "The Copilot does not help: no lambda beat the Pilot on validation data. The exported default is lambda 0."
-        if not self.helps and self.measures:
-            return f"The Copilot does not help: with lambda {self.lam:g}, {self.gain.text}. The exported default is lambda 0."
         if not self.helps:
-            return (
-                f"The Copilot does not help: lambda {self.lam:g} won {c.wins} and lost {c.losses} of {c.rows} test rows. "
-                "The exported default is lambda 0."
-            )
+            how = self.gain.text if self.measures else f"it won {c.wins} and lost {c.losses} of {c.rows} test rows"
+            return f"The Copilot does not help: with lambda {self.lam:g}, {how}. The exported default is lambda 0."
         if self.gain.shown:
             return f"The Copilot helps: {self.gain.text}."
         return f"No gain is shown: {self.gain.text} can be chance."
@@ -140,46 +136,21 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready."""
         fields = asdict(self)
-        fields["comparison"] |= {
-            "p_value": self.comparison.p_value,
-            "pilot_interval": self.comparison.pilot_interval,
-            "fused_interval": self.comparison.fused_interval,
-            "difference_interval": self.comparison.difference_interval,
-        }
+        derived = ("p_value", "pilot_interval", "fused_interval", "difference_interval")
+        fields["comparison"] |= {name: getattr(self.comparison, name) for name in derived}
         # by name, so that the tracker logs each number as a metric; MLflow refuses names with an @
         fields["measures"] = {m.pop("name").lower().replace("@", "_at_"): m for m in fields["measures"]}
         return fields | {"helps": self.helps, "exported_lam": self.exported_lam, "verdict": self.verdict}
 
     def markdown(self) -> str:
         """The report as Markdown: verdict, tables, validation sweep, examples."""
-        parts = ["# Evaluation", "", self.verdict, "", "```", *self.lines()[:-1], "```", ""]
-        if self.validation:
-            parts += ["## Choice of lambda on validation data", "", *self._sweep_lines(), ""]
-        if self.seen_error_size is not None and self.heldout_error_size is not None:
-            sizes = (
-                f"Mean squared error of the Pilot: {self.seen_error_size:.4f} in the last rounds of the log, "
-                f"{self.heldout_error_size:.4f} on validation data. If that of the log is far smaller, expect no gain."
-            )
-            parts += [sizes, ""]
-        if self.examples:
-            parts += ["## Changed answers", ""]
-            for example in self.examples:
-                parts += [f"**{example['prompt'].strip()[-300:]}**", "", f"- answer: {example['answer']}"]
-                parts += [f"- Pilot: `{example['pilot']}`", f"- fused: `{example['fused']}`", ""]
-        return "\n".join(parts)
-
-    def _sweep_lines(self) -> list[str]:
-        one_name = self.score_name == self.right_name
-        names = [self.right_name] if one_name else [self.score_name, self.right_name]
-        lines = [f"| space | lambda | {' | '.join(names)} | wins | losses | NLL |", "|---" * (5 + len(names)) + "|"]
-        for row in self.validation:
-            values = (
-                [f"{100 * row['right']:.1f}%"] if one_name else [f"{100 * row[key]:.2f}%" for key in ("score", "right")]
-            )
-            cells = [row["space"], f"{row['lam']:g}", *values]
-            cells += [str(row["wins"]), str(row["losses"]), f"{row['nll']:.4f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-        return lines
+        names = {"score": self.score_name, "right": self.right_name}
+        if self.score_name == self.right_name:
+            del names["score"]
+        loader = PackageLoader("tc_ray.evaluation", "static")
+        # Markdown: nothing is to be escaped as HTML
+        templates = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined, autoescape=False)
+        return templates.get_template("report.md").render(report=self, names=names)
 
     def save(self, folder: Path, stem: str = "evaluation") -> None:
         """Write `<stem>.json` (null for what is not finite) and `<stem>.md`."""

@@ -1,4 +1,4 @@
-"""Uncertainty of accuracies and other means, and of the difference between two models on the same rows.
+"""Uncertainty of accuracies and other means, and of the difference between two models on the same rows; choosing lambda.
 
 Counts: exact or score methods, which also hold for small counts. Other measures: the bootstrap over rows. Called by metrics
 and report. `wins` are rows that only the second model has right, `losses` rows that only the first has right.
@@ -7,7 +7,8 @@ and report. `wins` are rows that only the second model has right, `losses` rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,6 @@ Z_95 = 1.959963984540054
 
 def wilson_interval(successes: int, rows: int) -> Interval:
     """Wilson score interval (low, high) of a proportion, as fractions; (0, 1) for no rows."""
-    if not 0 <= successes <= rows:
-        raise ValueError(f"successes {successes} must lie between 0 and rows {rows}")
     if rows == 0:
         return 0.0, 1.0
     share, z = successes / rows, Z_95
@@ -37,8 +36,6 @@ def wilson_interval(successes: int, rows: int) -> Interval:
 
 def mcnemar_p(wins: int, losses: int) -> float:
     """Exact two-sided McNemar p value: chance of so uneven a split if wins and losses were equally likely."""
-    if wins < 0 or losses < 0:
-        raise ValueError(f"wins {wins} and losses {losses} must not be negative")
     changed = wins + losses
     tail = sum(math.comb(changed, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**changed)
@@ -50,8 +47,6 @@ def paired_difference_interval(wins: int, losses: int, rows: int) -> Interval:
     Tango 1998, Statistics in Medicine 17: the differences that a score test would not reject. At difference 0 it agrees with
     McNemar's test without continuity correction, and it holds for small wins + losses.
     """
-    if wins < 0 or losses < 0 or rows < 1 or wins + losses > rows:
-        raise ValueError(f"wins {wins} and losses {losses} must not exceed rows {rows}, and rows must be positive")
     estimate = (wins - losses) / rows
 
     def statistic(difference: float) -> float:
@@ -90,3 +85,61 @@ def _root(falling: Callable[[float], float], low: float, high: float) -> float:
         else:
             high = middle
     return (low + high) / 2
+
+
+Choice = tuple[str, float]
+"""(fusion space, lam). lam 0 is the Pilot itself, whatever the space."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Fused against Pilot on the same rows. wins: only fused is right; losses: only the Pilot is."""
+
+    rows: int
+    pilot_correct: int
+    fused_correct: int
+    wins: int
+    losses: int
+
+    @classmethod
+    def of(cls, pilot: Sequence[bool], fused: Sequence[bool]) -> Comparison:
+        """From correctness, row by row."""
+        pairs = list(zip(pilot, fused, strict=True))
+        return cls(
+            rows=len(pairs),
+            pilot_correct=sum(pilot),
+            fused_correct=sum(fused),
+            wins=sum(f and not p for p, f in pairs),
+            losses=sum(p and not f for p, f in pairs),
+        )
+
+    @property
+    def p_value(self) -> float:
+        """Exact McNemar."""
+        return mcnemar_p(self.wins, self.losses)
+
+    @property
+    def pilot_interval(self) -> Interval:
+        """95% Wilson interval of the Pilot's accuracy."""
+        return wilson_interval(self.pilot_correct, self.rows)
+
+    @property
+    def fused_interval(self) -> Interval:
+        """95% Wilson interval of the fused model's accuracy."""
+        return wilson_interval(self.fused_correct, self.rows)
+
+    @property
+    def difference_interval(self) -> Interval:
+        """95% interval of the accuracy difference, paired."""
+        return paired_difference_interval(self.wins, self.losses, self.rows)
+
+
+def choose(scores: Mapping[Choice, Sequence[float]], nll: Mapping[Choice, float]) -> Choice:
+    """The choice with the highest mean score on validation rows; a tie goes to the lower teacher-forced NLL.
+
+    lam 0 is among the choices and wins every tie, because a correction must prove itself.
+    """
+    total = {choice: math.fsum(row_scores) for choice, row_scores in scores.items()}  # exact: ties are ties
+    pilot = next(choice for choice in scores if choice[1] == 0)
+    best = max(scores, key=lambda choice: (total[choice], -nll.get(choice, 0.0)))
+    return best if total[best] > total[pilot] else pilot

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.decode import HeldOut
 from tc_ray.models.copilot import CopilotBatch
 from tc_ray.models.fusion import FusedModel, fuse
 from tc_ray.models.pilot.step import PilotStep

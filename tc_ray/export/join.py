@@ -71,7 +71,7 @@ def fuse_models(
     Raises:
         ExportError: a part is missing or damaged, the tokenizers differ, or `out` exists. FusionError: other hidden
         states, another architecture or width. UnknownFamilyError, ModelSourceError: the Pilot is no usable model.
-        WeightsError, NotFiniteError: a tensor is missing or not finite. FusionSettingsError: lam, space or feedback.
+        WeightsError, NotFiniteError: a tensor is missing or not finite. ValueError: lam, space or feedback.
     """
     given = {"lam": lam, "space": space, "feedback": feedback}
     asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import platform
 import shutil
 import sys
@@ -33,7 +32,8 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for part in (PILOT, COPILOT) if report.no_copilot is None else (PILOT,):
-        _copy(run / part / "final", temporary / part)
+        # its marker stays behind: that of the export names all files
+        shutil.copytree(run / part / "final", temporary / part, ignore=shutil.ignore_patterns(FOLDER_MARKER))
     FusionSettings(report.exported_lam, report.space, report.feedback).write(temporary)
     save_config(config, temporary / "config.yaml")
     of_run = {"run": config.run.name, "pilot": config.model.pilot, "rounds": rounds, "verdict": report.verdict}
@@ -51,12 +51,3 @@ def write_provenance(folder: Path, made_of: dict[str, Any], packages: Sequence[s
         "command": [redact_override(word) for word in sys.argv],
     }
     write_json(folder / PROVENANCE_FILE, made_of | made_by)
-
-
-def _copy(final: Path, copy: Path) -> None:
-    """The files of a trained model, byte for byte: they were compared with the trained model when they were written."""
-    # its marker stays behind: that of the export names all files
-    shutil.copytree(final, copy, ignore=shutil.ignore_patterns(FOLDER_MARKER))
-    for file in copy.iterdir():
-        if not filecmp.cmp(final / file.name, file, shallow=False):
-            raise OSError(f"{file} differs from {final / file.name}, of which it is a copy; start the run again")

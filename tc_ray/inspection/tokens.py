@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tc_ray.mistakelog.rows.schema import LogMetadata
-from tc_ray.models.builtin import BUILTIN_MODELS, default_cache
+from tc_ray.models.hub import BUILTIN_MODELS, default_cache
 from tc_ray.models.identity import tokenizer_hash
 from tc_ray.text import first_line, visible
 

@@ -7,7 +7,6 @@ Invariant: a model of an unlisted family is refused by name, never handled as an
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,14 +20,18 @@ class UnknownFamilyError(ValueError):
 
 
 @dataclass(frozen=True)
-class Family(ABC):
-    """Adapter of one model family. model_type: `config.model_type` of its language models."""
+class Family:
+    """Adapter of one model family; this one fits Llama and what is laid out like it: `layers`, `norm`, `rotary_emb`, `lm_head`."""
 
     model_type: str
-    encoder_decoder: ClassVar[bool]
-    lora_targets: ClassVar[tuple[str, ...]]
+    """`config.model_type` of its language models."""
+    encoder_decoder: ClassVar[bool] = False
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
     """Attention and feed-forward projections, by module name."""
-    layers_pattern: ClassVar[str]
+    layers_pattern: ClassVar[str] = "layers"
     """Name of the list that holds the decoder's layers."""
 
     def decoder(self, model: nn.Module) -> Any:
@@ -37,24 +40,29 @@ class Family(ABC):
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The decoder layers, in order; taps hook them."""
-        layers: Sequence[nn.Module] = getattr(self.decoder(model), self.layers_pattern)
-        return layers
+        return getattr(self.decoder(model), self.layers_pattern)
 
-    @abstractmethod
     def layer_count(self, config: Any) -> int:
         """Decoder layers of a model with this config."""
+        return int(config.num_hidden_layers)
 
-    @abstractmethod
     def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
         """`config.to_dict()` of a decoder that has only these layers of the model with `config`."""
+        fields = _fields(config) | {"num_hidden_layers": len(layers)}
+        if fields.get("layer_types"):
+            fields["layer_types"] = [fields["layer_types"][index] for index in layers]
+        return fields
 
-    @abstractmethod
     def final_norm(self, decoder: Any) -> nn.Module:
         """The norm between the last layer and the head."""
+        return decoder.norm
 
-    @abstractmethod
     def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """Logits [.., V] of final decoder states [.., d], as the model's own head gives them."""
+        base = unwrapped(model)
+        logits = base.lm_head(states)
+        cap = getattr(base.config, "final_logit_softcapping", None)  # Gemma 2
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def embedding_table(self, model: nn.Module) -> torch.Tensor:
         """Token embedding [V, d] as the layers see it, detached (Gemma multiplies it by sqrt(d))."""
@@ -63,61 +71,31 @@ class Family(ABC):
         scale = getattr(embedding, "scalar_embed_scale", 1.0)
         return table if scale == 1.0 else table * torch.tensor(scale, dtype=table.dtype, device=table.device)
 
-
-class DecoderOnly(Family):
-    """Llama and what is laid out like it: `layers`, `norm`, `rotary_emb`, `lm_head`."""
-
-    encoder_decoder = False
-    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    layers_pattern = "layers"
-
-    def layer_count(self, config: Any) -> int:
-        return int(config.num_hidden_layers)
-
-    def with_layers(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
-        fields = _fields(config) | {"num_hidden_layers": len(layers)}
-        if fields.get("layer_types"):
-            fields["layer_types"] = [fields["layer_types"][index] for index in layers]
-        return fields
-
-    def final_norm(self, decoder: Any) -> nn.Module:
-        norm: nn.Module = decoder.norm
-        return norm
-
-    def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        base = unwrapped(model)
-        logits: torch.Tensor = base.lm_head(states)
-        cap = getattr(base.config, "final_logit_softcapping", None)  # Gemma 2
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
     def rotation(
         self, rotary: Any, rows: torch.Tensor, positions: torch.Tensor, layer_type: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) of RoPE at `positions` [1, n] for a layer of `layer_type`."""
-        cos, sin = rotary(rows, positions)
-        return cos, sin
+        """(cos, sin) of RoPE at `positions` [1, n] for a layer of `layer_type` (decoder-only)."""
+        return rotary(rows, positions)
 
     def window(self, config: Any, layer_type: str | None) -> int | None:
-        """How many rows back, itself included, a layer of `layer_type` sees; None: all."""
+        """How many rows back, itself included, a layer of `layer_type` sees; None: all (decoder-only)."""
         return config.sliding_window if layer_type == "sliding_attention" else None
 
 
-class Mistral(DecoderOnly):
+class Mistral(Family):
     """Mistral has one window for every layer, or none."""
 
     def window(self, config: Any, layer_type: str | None) -> int | None:
-        window: int | None = config.sliding_window
-        return window
+        return config.sliding_window
 
 
-class Gemma3(DecoderOnly):
+class Gemma3(Family):
     """Gemma 3 has one RoPE for its local and one for its global layers."""
 
     def rotation(
         self, rotary: Any, rows: torch.Tensor, positions: torch.Tensor, layer_type: str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = rotary(rows, positions, layer_type)
-        return cos, sin
+        return rotary(rows, positions, layer_type)
 
 
 class T5(Family):
@@ -135,22 +113,20 @@ class T5(Family):
         return _fields(config) | {"num_layers": 1, "num_decoder_layers": len(layers)}
 
     def final_norm(self, decoder: Any) -> nn.Module:
-        norm: nn.Module = decoder.final_layer_norm
-        return norm
+        return decoder.final_layer_norm
 
     def logits(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
         base = unwrapped(model)
         # T5 1.0, whose head is its embedding; mT5 has no such setting
         if getattr(base.config, "scale_decoder_outputs", False):
             states = states * base.model_dim**-0.5
-        logits: torch.Tensor = base.lm_head(states)
-        return logits
+        return base.lm_head(states)
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(DecoderOnly(name) for name in ("llama", "qwen2", "qwen3", "gemma2")),
+        *(Family(name) for name in ("llama", "qwen2", "qwen3", "gemma2")),
         Mistral("mistral"),
         Gemma3("gemma3_text"),
         *(T5(name) for name in ("t5", "mt5")),

@@ -16,7 +16,6 @@ from tc_ray.files import read_json, write_json
 PILOT, COPILOT = "pilot", "copilot"
 """Folders of the two models; each loads with plain `from_pretrained`."""
 FUSION_FILE = "fusion.json"
-FORMAT = 1
 SPACES = ("probability", "logits")
 FEEDBACKS = ("own", "realised")
 
@@ -25,44 +24,33 @@ class NoFusedModelError(FileNotFoundError):
     """The folder is not an exported fused model, or parts of it are missing."""
 
 
-class FusionSettingsError(ValueError):
-    """A field of the fusion settings has a value that it cannot have; the message names it."""
-
-
 @dataclass(frozen=True)
 class FusionSettings:
-    """Default lambda, fusion space and feedback of an exported model (equation 8). Raises FusionSettingsError."""
+    """Default lambda, fusion space and feedback of an exported model (equation 8). Raises ValueError that names the field."""
 
     lam: float
     space: str
     feedback: str
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "lam", check_lam(self.lam, "lam"))
-        except ValueError as error:
-            raise FusionSettingsError(str(error)) from None
+        object.__setattr__(self, "lam", check_lam(self.lam, "lam"))
         for name, choices in (("space", SPACES), ("feedback", FEEDBACKS)):
             if getattr(self, name) not in choices:
-                raise FusionSettingsError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(choices)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(choices)}")
 
     @staticmethod
     def read(folder: Path) -> FusionSettings:
-        """Read fusion.json. Raises FusionSettingsError that names the file and the field for an unknown format or a bad value."""
+        """Read fusion.json. Raises ValueError that names the file and the field for a bad value."""
         file = folder / FUSION_FILE
         settings: dict[str, Any] = read_json(file)
-        if settings.get("format") != FORMAT:
-            raise FusionSettingsError(
-                f"{file}: format {settings.get('format')} is not known; this version reads {FORMAT}"
-            )
         try:
             return FusionSettings(*(settings.get(field.name) for field in fields(FusionSettings)))  # type: ignore[arg-type]
-        except FusionSettingsError as error:
-            raise FusionSettingsError(f"{file}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
     def write(self, folder: Path) -> None:
         """Write fusion.json."""
-        write_json(folder / FUSION_FILE, {"format": FORMAT, **asdict(self)})
+        write_json(folder / FUSION_FILE, asdict(self))
 
 
 def check_parts(folder: Path) -> None:

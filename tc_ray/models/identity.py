@@ -7,11 +7,9 @@ any worker starts, by the log's metadata, by exports and by serving.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
 
 _NO_CONTENT = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where and by which version it was written."""
-_BLOCKS = 64
-_BLOCK_BYTES = 65536
 
 
 class ModelSourceError(RuntimeError):
@@ -34,9 +30,8 @@ class ModelSourceError(RuntimeError):
 def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     """16 hex digits over config and weights of a model, every byte of them. Raises ModelSourceError for a damaged file.
 
-    Args:
-        path: model folder; or a hub id, which is identified by its commit.
-        random_weights: the weights are made from the config and not read.
+    path: model folder; or a hub id, which is identified by its commit.
+    random_weights: the weights are made from the config and not read.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -48,29 +43,25 @@ def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     content: list[Any] = [{key: value for key, value in config.items() if key not in _NO_CONTENT}]
     if random_weights:
         return _digest([*content, "random"])
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))  # what the library loads: not consolidated.safetensors
     if files:
         return _digest([*content, sorted(tensor for file in files for tensor in _tensors(file))])
     return _digest([*content, [_sha256(file) for file in sorted(folder.glob("*.bin"))]])
 
 
-def model_identity(path: Path | str) -> str:
-    """Name of a model's content, for logs and provenance: `hub:<id>`, or `<folder name>@<16 hex digits>`.
+def model_identity(folder: Path) -> str:
+    """Name of a model folder's content, for provenance: `<folder name>@<16 hex digits>`, in milliseconds at any size.
 
-    The digits hash config.json and, of every weight file, its length, its first block and 64 blocks of 64 KiB spread evenly
-    over it: a fingerprint that takes milliseconds at any size, not a proof against a forged file.
+    The digits are a fingerprint: config.json and, of each weight file, its length and 64 blocks of 64 KiB spread evenly over it.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"hub:{path}"
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for weights in sorted(folder.glob("*.safetensors")):
         size = weights.stat().st_size
         digest.update(f"{weights.name}:{size}".encode())
         with weights.open("rb") as file:
-            for block in range(_BLOCKS):
-                file.seek(block * max(size - _BLOCK_BYTES, 0) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK_BYTES))
+            for block in range(64):
+                file.seek(block * max(size - 65536, 0) // 63)
+                digest.update(file.read(65536))
     return f"{folder.name}@{digest.hexdigest()[:16]}"
 
 
@@ -120,14 +111,12 @@ def _tensors(file: Path) -> list[tuple[str, str, str, str]]:
         return list(threads.map(described, weights.keys()))  # hashing releases the interpreter's lock
 
 
-@contextlib.contextmanager
-def _opened(file: Path, framework: str) -> Iterator[Any]:
+def _opened(file: Path, framework: str) -> Any:
     """safetensors' own reader, which compares header and length."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework) as weights:
-            yield weights
+        return safe_open(file, framework)
     except SafetensorError as error:
         raise ModelSourceError(f"{file} is damaged ({first_line(error)}); fetch the model again") from error
 

@@ -1,8 +1,7 @@
 """The Copilot's losses between predicted errors f and logged errors l (equation 7, table 20).
 
-f [N, V] is W_out h on the output tokens and 0 on every other token; l [N, V] is sparse. Every loss is a function of these two
-vectors over the whole V, so its value does not depend on whether f is computed on A tokens or on all of them. A true token
-outside the output counts: it is an error that f cannot reduce (rmse), or a logit that stays 0 (kl, cross_entropy).
+f [N, V] is W_out h on the output tokens and 0 on every other token; l [N, V] is sparse. Every loss is a function of both over the
+whole V. A true token outside the output counts: f cannot reduce it (rmse), or it is a logit that stays 0 (kl, cross_entropy).
 
 | `copilot.loss` | sum over tokens S | the step's loss |
 | --- | --- | --- |
@@ -25,17 +24,15 @@ from typing import Any
 import torch
 
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-"""Numbers in a block of f and the rows of W it comes from: few enough for a CPU's caches; on a GPU, enough to hide the start
-of a product."""
+"""Numbers in a block of f and the rows of W it comes from: a CPU's caches hold it; on a GPU it hides the start of a product."""
 LEAST_COLUMNS = 256
 
 
 class Outputs:
     """f = H W^T on the output tokens, and the derivatives made from it, a block of columns at a time.
 
-    Args:
-        states: [N, d]. weight: [A, d]. product: type of the products. wide: type in which blocks of f are given.
-        scale: factor of both derivatives (a power of two costs no digit).
+    states: [N, d]. weight: [A, d]. product: type of the products. wide: type in which blocks of f are given.
+    scale: factor of both derivatives (a power of two costs no digit).
     """
 
     def __init__(
@@ -63,19 +60,15 @@ class Outputs:
 
 
 class TokenLoss(ABC):
-    """A loss between f and l, summed over target tokens, and how sums over micro-batches and ranks make one loss.
+    """A loss between f and l, summed over target tokens, and how sums over ranks make one loss.
 
-    With S and N summed over all ranks, `value(S, N)` is the step's loss and `gradient_factor(S, N)` its derivative by S:
-    gradients of S, added over ranks and multiplied by it, are the gradient of the loss of the undivided batch.
-
-    Args:
-        vocab_size: V; rmse does not depend on it.
+    With S and N summed over all ranks, `value(S, N)` is the step's loss and `gradient_factor(S, N)` its derivative by S, by which
+    gradients of S, added over ranks, are multiplied. scale: factor that `measure` leaves out of the derivatives. in_float64: whether
+    blocks of f are float64. vocab_size: V; rmse does not depend on it.
     """
 
     scale = 1.0
-    """Factor that `measure` leaves out of the derivatives."""
     in_float64 = False
-    """Whether blocks of f are float64."""
 
     def __init__(self, vocab_size: int = 0) -> None:
         self.vocab_size = vocab_size
@@ -85,18 +78,14 @@ class TokenLoss(ABC):
     ) -> torch.Tensor:
         """S, the loss summed over tokens: a float64 scalar, differentiable once in states and weight.
 
-        Args:
-            states: [N, d] final states h, already scaled, so that f = h W^T. weight: [A, d], W_out.
-            places: int64 [N, k+1], row of W_out of each listed token, the true token first; -1: not an output token.
-            values: fp32 [N, k+1], l of the listed tokens. A token listed twice has the sum of its values.
-
-        Products of [N, A] size run in autocast's type where autocast is on, else in that of the states; sums and
-        gradients are kept in float32 (float64 for float64 states).
+        states: [N, d] final states h, already scaled, so that f = h W^T. weight: [A, d], W_out.
+        places: int64 [N, k+1], row of W_out of each listed token, the true token first; -1: not an output token.
+        values: fp32 [N, k+1], l of the listed tokens, each listed once.
+        Products of [N, A] size run in autocast's type where that is on; sums and gradients are kept in float32.
         """
         kind = states.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        total: torch.Tensor = _Sum.apply(self, states, weight, places, values, product)
-        return total
+        return _Sum.apply(self, states, weight, places, values, product)
 
     def value(self, total: float, tokens: float) -> float:
         """The step's loss from S and N over all ranks."""
@@ -149,22 +138,19 @@ class _Sum(torch.autograd.Function):
 class RootMeanSquare(TokenLoss):
     """sqrt(S / N), S = sum over tokens and vocabulary of (f - l)^2 (equation 7).
 
-    The root is taken once, over the whole batch and all ranks: a root per token pulls f to zero (docs/decisions.md). A token
-    outside the output has f = 0: its l^2 counts and nothing can be learned from it.
+    The root is taken once, over the whole batch and all ranks: a root per token pulls f to zero (docs/decisions.md).
     """
 
     scale = 2.0
 
     def value(self, total: float, tokens: float) -> float:
-        """sqrt(S / N)."""
         return math.sqrt(total / tokens)
 
     def gradient_factor(self, total: float, tokens: float) -> float:
-        """d sqrt(S / N) / dS = 1 / (2 sqrt(S N))."""
         return 0.5 / math.sqrt(max(total, 1e-30) * tokens)
 
     def measure(self, outputs: Outputs, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """dS/df = 2 (f - l). The residual is formed at the listed entries, so nothing cancels however small it gets."""
+        # dS/df = 2 (f - l), formed at the listed entries: nothing cancels however small it gets
         total = values.masked_fill(places >= 0, 0.0).double().square().sum()
         for first, residual in outputs.blocks():
             _add_listed(residual, first, places, -values)
@@ -177,12 +163,10 @@ class RootMeanSquare(TokenLoss):
 class CrossEntropy(TokenLoss):
     """Mean over tokens of -log softmax(f)[true token], the true token being the first listed; l is not used otherwise.
 
-    A true token outside the output has logit 0: the loss is log Z_f, which f can still lower by lowering its outputs.
     This loss and the next go twice over the blocks of f, once for Z_f and once for the derivative, and hold none.
     """
 
     def measure(self, outputs: Outputs, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """dS/df = softmax(f) - onehot(true token)."""
         truth = places[:, :1]
         log_z = torch.full_like(outputs.states[:, 0], self._log_of_others(len(outputs.weight)), dtype=outputs.wide)
         true_logit = torch.zeros_like(log_z)
@@ -204,15 +188,13 @@ class Divergence(TokenLoss):
         KL = sum_j q_j l_j - log Z_l - sum_j q_j f_j + log Z_f
         sum_j q_j f_j = (sum_A f + sum_listed (exp(l) - 1) f) / Z_l
 
-    A true token outside the output keeps its q and has f = 0. l is in [-1, 1], so q is nearly uniform, KL is of the size
-    |f - l|^2 / 2V and a difference of numbers near log V: blocks of f are float64.
+    l is in [-1, 1], so KL is of the size |f - l|^2 / 2V and a difference of numbers near log V: blocks of f are float64.
     """
 
     in_float64 = True
 
     def measure(self, outputs: Outputs, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """dS/df = softmax(f) - softmax(l)."""
-        places, errors = _merged(places, values.double())
+        errors = values.double()
         above_one = errors.expm1()
         z_errors = self.vocab_size + above_one.sum(1)
         log_z = torch.full_like(z_errors, self._log_of_others(len(outputs.weight)))
@@ -239,7 +221,7 @@ def _summing_dtype(states: torch.Tensor) -> torch.dtype:
 
 
 def _add_listed(block: torch.Tensor, first: int, places: torch.Tensor, values: torch.Tensor) -> None:
-    """block[n, places[n, j] - first] += values[n, j] for the places within the block; those listed twice add up."""
+    """block[n, places[n, j] - first] += values[n, j] for the places within the block."""
     at, inside = _within(block, first, places)
     block.scatter_add_(1, at, torch.where(inside, values, 0.0).to(block.dtype))
 
@@ -254,18 +236,3 @@ def _within(block: torch.Tensor, first: int, places: torch.Tensor) -> tuple[torc
     at = places - first
     inside = (places >= 0) & (at >= 0) & (at < block.shape[1])
     return torch.where(inside, at, 0), inside
-
-
-def _merged(places: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same l with each output token listed once per row: places and values [N, k+1], filled up with (-1, 0).
-
-    Entries at -1 stay apart, since nothing says whether two of them are the same token.
-    """
-    ordered, order = places.sort(1)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]) | (ordered[:, 1:] < 0)
-    run = starts.cumsum(1) - 1
-    return (
-        torch.full_like(places, -1).scatter_(1, run, ordered),
-        torch.zeros_like(values).scatter_add_(1, run, values.gather(1, order)),
-    )

@@ -1,21 +1,18 @@
 """Pilot checkpoints: DeepSpeed's files plus one marker that makes a checkpoint count.
 
-Invariant: `complete.json` is written last, atomically, after every rank's files are on disk and the log is committed
-up to the same round. A folder without it, or with a damaged marker or a damaged file that the marker names, is never loaded. The marker
-holds the watermark (the round) from which the run resumes: data position, learning rate and random state follow from it. Called by
-`pilot.loop`.
+Invariant: `complete.json` is written last, atomically, after every rank's files are on disk and the log is committed up to the same
+round. A folder without it, or damaged, is never loaded. The marker holds the round from which the run resumes: data position,
+learning rate and random state follow from it. Called by `pilot.loop`.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tc_ray.files import FOLDER_MARKER as MARKER
-from tc_ray.files import DamagedFileError, is_whole, mark_whole, read_json, sync, sync_tree, typed
+from tc_ray.files import find_whole, mark_whole, remove_before, sync, sync_tree
 
 _TAG = "state"
 
@@ -40,27 +37,7 @@ def latest_checkpoint(root: Path) -> PilotCheckpoint | None:
 
 def find_checkpoints(root: Path) -> tuple[list[PilotCheckpoint], list[str]]:
     """The complete checkpoints under `root`, oldest first, and the faults of damaged ones that are newer than all of them."""
-    whole, damaged = [], []
-    # by number, because a seventh digit sorts before six
-    for folder in sorted(_marked(root), key=_number):
-        try:
-            found = typed(read_json(folder / MARKER) | {"folder": str(folder)}, PilotCheckpoint, folder / MARKER)
-            if not is_whole(folder):
-                raise DamagedFileError(f"{folder} is damaged: it lacks files or parts of files that its {MARKER} names")
-        except (DamagedFileError, OSError) as error:
-            damaged.append(str(error))
-        else:
-            whole.append(found)
-            damaged = []
-    return whole, damaged
-
-
-def _marked(root: Path) -> list[Path]:
-    return [marker.parent for marker in root.glob(f"round-*/{MARKER}") if marker.parent.name[6:].isdecimal()]
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name[6:])
+    return find_whole(root, "round", PilotCheckpoint)
 
 
 def save_files(engine: Any, root: Path, round_number: int) -> Path:
@@ -84,16 +61,14 @@ def mark_complete(
     mark_whole(folder, round=round_number, world_size=world_size, zero_stage=zero_stage, inputs=dict(inputs or {}))
     sync(folder.parent)
     kept = find_checkpoints(folder.parent)[0][-keep:]
-    for old in [other for other in _marked(folder.parent) if kept and _number(other) < _number(kept[0].folder)]:
-        (old / MARKER).unlink()  # first, so that a half-removed checkpoint does not count
-        shutil.rmtree(old)
+    if kept:
+        remove_before(kept[0].folder)
 
 
 def load_checkpoint(engine: Any, checkpoint: PilotCheckpoint, *, world_size: int, zero_stage: int) -> None:
     """Restore model, optimizer and scheduler (collective).
 
-    Raises:
-        ValueError: the checkpoint was made by another number of workers or another ZeRO stage.
+    Raises ValueError: the checkpoint was made by another number of workers or another ZeRO stage.
     """
     if (checkpoint.world_size, checkpoint.zero_stage) != (world_size, zero_stage):
         raise ValueError(

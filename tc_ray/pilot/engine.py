@@ -6,19 +6,26 @@ would have to be compiled.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.files import disk_time
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import log_pooling, tapped_layers
-from tc_ray.pilot.build_lock import stale_build_locks_removed
+
+LOOK_SECONDS = 1.0
+log = logging.getLogger(__name__)
 
 
 def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) -> float:
@@ -29,29 +36,8 @@ def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) ->
     return 0.5 * (1.0 + math.cos(math.pi * (round_index - warmup) / max(1, rounds - warmup)))
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration for this run."""
-    pilot = config.pilot
-    return {
-        "train_batch_size": pilot.batch_size,
-        "train_micro_batch_size_per_gpu": pilot.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps,
-        "gradient_clipping": pilot.max_grad_norm,
-        "zero_optimization": {"stage": pilot.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": pilot.dtype == "bf16"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-
-
-def build_engine(
-    config: RunConfig, model_path: Path | str, rounds: int, on_build: Callable[[], None] = lambda: None
-) -> Any:
-    """Load the Pilot and wrap its training forward (`PilotStep`) in a DeepSpeed engine; the same weights on every rank.
-
-    on_build: called from another thread when an operator of DeepSpeed is being compiled, which takes minutes.
-    """
+def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
+    """Load the Pilot and wrap its training forward (`PilotStep`) in a DeepSpeed engine; the same weights on every rank."""
     import deepspeed
 
     torch.manual_seed(config.run.seed)
@@ -67,16 +53,26 @@ def build_engine(
         trainable, lr=config.pilot.learning_rate, weight_decay=config.pilot.weight_decay, betas=(0.9, 0.999)
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio),
+        optimizer, lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio)
     )
-    with stale_build_locks_removed(on_build):
+    settings = {
+        "train_batch_size": config.pilot.batch_size,
+        "train_micro_batch_size_per_gpu": config.pilot.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_clipping": config.pilot.max_grad_norm,
+        "zero_optimization": {"stage": config.pilot.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.pilot.dtype == "bf16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    with stale_build_locks_removed():
         engine, *_ = deepspeed.initialize(
             model=step,
             model_parameters=trainable,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(config),
+            config=settings,
             dist_init_required=False,
         )
     return engine
@@ -122,3 +118,49 @@ def pilot_step(model: Any, config: RunConfig) -> PilotStep:
         layers=tapped_layers(log.rationale, len(family.layers(model))),
         dense=log.error == "dense",
     )
+
+
+@contextlib.contextmanager
+def stale_build_locks_removed() -> Iterator[None]:
+    """Remove locks of compiled operators whose owner is dead, now and while the enclosed start runs.
+
+    torch takes such a lock each time it loads DeepSpeed's shared-memory operator. A worker killed in that second leaves it, and every
+    later start would wait for it for ever (pytorch#189245). Owners in other containers or on other machines cannot be seen: give
+    each that shares the folder an own TORCH_EXTENSIONS_DIR.
+    """
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_SECONDS):
+            clear_stale_build_locks()
+
+    clear_stale_build_locks()
+    threading.Thread(target=look, name="build-locks", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def clear_stale_build_locks() -> list[Path]:
+    """Remove locks that no process of this machine has open, and return them. An owner has its lock open while it lives."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    removed = []
+    for lock in root.glob("**/lock") if Path("/proc/self/fd").is_dir() else ():
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # its owner has just finished, or is another user
+            # an owner that has just created the file may not show it in /proc yet
+            if not is_open(lock) and disk_time(lock.parent) - lock.stat().st_mtime > LOOK_SECONDS:
+                lock.unlink()
+                removed.append(lock)
+                log.warning("%s removed: a killed process left it", lock)
+    return removed
+
+
+def is_open(file: Path) -> bool:
+    """Whether a process of this machine has the file open."""
+    wanted = str(file.resolve())
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.readlink(entry) == wanted:
+                return True
+    return False

@@ -17,40 +17,29 @@ import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.prompts import serving_template
-from tc_ray.data.prepared.train_table import TrainTable
 from tc_ray.files import publish_folder
-from tc_ray.models.finite import check_finite
 from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.models.pilot.step import PilotStep
-from tc_ray.models.weights import ExportMismatchError
+from tc_ray.models.weights import ExportMismatchError, check_finite
 
 PROBE_ROWS = 4
+"""The first rows of a run, which its export is checked with."""
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
 """Difference of a row's mean loss that is allowed, as a share of that loss (of 1, if the loss is less).
 
-fp32: products are added in another order. bf16: a merged weight is rounded once, to 8 bits, while training adds two products, so
-small changes of large weights are lost: 0.105 was measured (SmolLM2-135M, LoRA of rank 16, in the rounds in which the loss
-falls fastest), 0.015 later. The merge by itself is checked in fp32, because bf16 would hide an error of that size."""
+bf16: a merged weight is rounded once, to 8 bits, while training adds two products: 0.105 was measured where the loss falls fastest,
+0.015 later (SmolLM2-135M, LoRA of rank 16). The merge is checked in fp32, because bf16 would hide an error of that size."""
 Row = Mapping[str, np.ndarray]
 """A batch of one row, see `TrainTable.batch`."""
-
-
-def probe_rows(table: TrainTable) -> list[Row]:
-    """The first rows of a run, which its export is checked with."""
-    return [table.batch(np.array([row])) for row in range(min(PROBE_ROWS, len(table)))]
 
 
 def save_merged(
     engine: Any, config: RunConfig, model_path: Path | str, folder: Path, *, probe: Sequence[Row], rank: int
 ) -> None:
-    """Merge and write model and tokenizer to `folder` (collective; rank 0 writes, whole or not at all).
+    """Merge on a copy in fp32, and write model (in the training dtype) and tokenizer to `folder` (collective; rank 0 writes).
 
-    Weights are gathered parameter by parameter and merged in fp32 on a copy, so the trained model stays as it is; the
-    folder has the training dtype.
-
-    Raises:
-        ExportMismatchError: the folder, loaded anew, has other losses on `probe` than the trained model.
-        NotFiniteError: a merged weight is not finite.
+    Raises ExportMismatchError: the folder, loaded anew, has other losses on `probe` than the trained model.
+    NotFiniteError: a merged weight is not finite.
     """
     import deepspeed
     from transformers import AutoTokenizer
@@ -82,10 +71,7 @@ def save_merged(
 def check_export(
     merged: Any, folder: Path, trained: Sequence[float], dtype: str, probe: Sequence[Row], device: torch.device
 ) -> None:
-    """Load a folder anew: it must hold the merged model's weights, bit for bit, and give the losses of the one in training.
-
-    merged: what was written. trained: mean loss of each row of `probe` in nats, on `device`. Raises ExportMismatchError.
-    """
+    """Raise ExportMismatchError unless the folder, loaded anew, has the merged weights, bit for bit, and the trained losses."""
     written = load_pilot(folder, dtype=DTYPES[dtype], safetensors=True)
     found = dict(written.named_parameters(remove_duplicate=False))
     for name, wanted in merged.named_parameters(remove_duplicate=False):

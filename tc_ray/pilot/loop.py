@@ -22,16 +22,15 @@ import torch
 import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.prepared.batches import RoundOrder
-from tc_ray.data.prepared.train_table import TrainTable
+from tc_ray.data.prepared.batches import RoundOrder, TrainTable
 from tc_ray.mistakelog.commit.ledger_actor import submit_to
+from tc_ray.mistakelog.table.errors import may_pass
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import may_pass
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tc_ray.models.finite import LeftOut, NotFiniteError, first_not_finite
+from tc_ray.models.weights import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
 from tc_ray.pilot.engine import build_engine, take_step
-from tc_ray.pilot.export import probe_rows, save_merged
+from tc_ray.pilot.export import PROBE_ROWS, save_merged
 from tc_ray.pilot.record import Recorder
 
 LOCKSTEP_POLL_SECONDS = 0.05
@@ -52,22 +51,6 @@ class PilotJob:
     """Hashes of the rows and base weights, which stand in each checkpoint."""
 
 
-@dataclass(frozen=True)
-class Round:
-    """What a round gave, over all ranks."""
-
-    number: int
-    loss: float
-    """Mean cross-entropy of its target tokens, nats."""
-    tokens: int
-    """Of prompts and completions."""
-    learning_rate: float
-    taken: bool
-    """False: loss or gradient was not finite, and no optimizer step was taken."""
-    skipped: int
-    """Records that `log.sampling` has left out in this attempt."""
-
-
 def train_worker(settings: dict[str, Any]) -> None:
     """Entry of a Ray Train worker; `settings["job"]` is a PilotJob."""
     import ray.train
@@ -86,11 +69,8 @@ class Worker:
         self.table = TrainTable(job.train_file)
         pilot = self.config.pilot
         self.order = RoundOrder(len(self.table), pilot.batch_size, pilot.epochs, self.config.run.seed)
-        if rank == 0:
-            self._wait_for("loading weights")
-        # any rank may be the one that compiles: each node has operators of its own
-        compiling = "compiling DeepSpeed's operator (first use, minutes)"
-        self.engine = build_engine(self.config, job.model_path, job.rounds, lambda: self._wait_for(compiling))
+        self._wait_for("loading weights (first use: compiling DeepSpeed's operator, minutes)")
+        self.engine = build_engine(self.config, job.model_path, job.rounds)
         self.device = self.engine.device
         self.recorder: Recorder | None = None
         self.postponed = False
@@ -107,28 +87,29 @@ class Worker:
         if self.config.log.enabled:
             self.recorder = self._begin_attempt(start)
         self._wait_for("")
-        started, tokens, checkpoint_due = time.monotonic(), 0, False
+        started, tokens, checkpoint_due = time.monotonic(), 0.0, False
         for number in range(start + 1, self.job.rounds + 1):
             began = time.monotonic()
-            done = self._round(number)
-            if self.recorder is not None:
-                self.recorder.end_round(number, left_out=not done.taken)
-            tokens += done.tokens
-            self._report(done, time.monotonic() - began, tokens / (time.monotonic() - started))
+            metrics = self._round(number)
+            tokens += metrics["tokens"]
+            seconds = time.monotonic() - began
+            metrics |= {"round_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+            metrics["mean_tokens_per_second"] = tokens / (time.monotonic() - started)
+            if self.rank == 0:
+                self.job.tracker.pilot.remote(number, metrics)
             if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
                 self._wait_for_copilot(number)
             last = number == self.job.rounds
             checkpoint_due |= last or number % self.config.pilot.checkpoint_every_rounds == 0
             if checkpoint_due:
                 checkpoint_due = not self._checkpoint(number, wait=last)
-        final, probe = self.checkpoints.with_name("final"), probe_rows(self.table)
+        final = self.checkpoints.with_name("final")
+        probe = [self.table.batch(np.array([row])) for row in range(min(PROBE_ROWS, len(self.table)))]
         save_merged(self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank)
         if self.recorder is not None:
             self.recorder.writer.close()
             if self.rank == 0:
                 self._committed("finish_pilot", self.job.rounds)
-
-    # -- start ----------------------------------------------------------------------------------------------------
 
     def _restore(self) -> int:
         """Load the newest whole checkpoint; returns its round, 0 without one."""
@@ -162,10 +143,8 @@ class Worker:
         )
         return Recorder(writer, log, seed=self.config.run.seed, device=self.device)
 
-    # -- a round --------------------------------------------------------------------------------------------------
-
-    def _round(self, number: int) -> Round:
-        """One optimizer step, left out on every rank if the loss or gradient of one is not finite (`LeftOut`)."""
+    def _round(self, number: int) -> dict[str, float]:
+        """One optimizer step, left out on every rank if that of one is not finite. Returns metrics; the writer's are this rank's."""
         rate = float(self.engine.get_lr()[0])  # before the step, which sets that of the next round
         rows = self.order.sample_rows(number)
         seed = np.random.SeedSequence([self.config.run.seed, number, self.rank])
@@ -181,7 +160,17 @@ class Worker:
         if self.left_out.add(taken, loss):
             text = f"round {number}: loss or gradient is not finite (loss {loss}); its update is left out"
             self._event("not finite", text)
-        return Round(number, loss, self.table.tokens(rows), rate, taken, int(all_skipped))
+        metrics = {
+            "loss": loss,
+            "tokens": float(self.table.tokens(rows)),
+            "learning_rate": rate,
+            "left_out_rounds": float(self.left_out.count),
+        }
+        if self.recorder is not None:
+            self.recorder.end_round(number, left_out=not taken)
+            metrics |= {f"log_{name}": value for name, value in self.recorder.metrics().items()}
+            metrics["log_skipped_records"] = all_skipped
+        return metrics
 
     def _forward_backward(self, number: int, rows: np.ndarray) -> torch.Tensor:
         """Gradients and records of this rank's micro-batches; returns the sum of their losses, each scaled for DeepSpeed."""
@@ -210,38 +199,17 @@ class Worker:
             loss_sum += loss.detach()
         return loss_sum
 
-    def _report(self, done: Round, seconds: float, mean_tokens_per_second: float) -> None:
-        if self.rank:
-            return
-        metrics = {
-            "loss": done.loss,
-            "tokens": float(done.tokens),
-            "learning_rate": done.learning_rate,
-            "round_seconds": seconds,
-            "tokens_per_second": done.tokens / seconds,
-            "mean_tokens_per_second": mean_tokens_per_second,
-            "left_out_rounds": float(self.left_out.count),
-        }
-        if self.recorder is not None:
-            # counts of this rank, but for the records that log.sampling left out on all of them
-            metrics |= {f"log_{name}": value for name, value in self.recorder.metrics().items()}
-            metrics["log_skipped_records"] = float(done.skipped)
-        self.job.tracker.pilot.remote(done.number, metrics)
-
     def _wait_for_copilot(self, number: int) -> None:
         while not self._log_is_complete(number):
             time.sleep(SPACE_POLL_SECONDS)
         self._barrier()
-        while _get(self.job.ledger.copilot_round.remote()) < number:
+        while self._answer("copilot_round") < number:
             time.sleep(LOCKSTEP_POLL_SECONDS)
 
-    # -- a checkpoint ---------------------------------------------------------------------------------------------
-
     def _checkpoint(self, number: int, *, wait: bool) -> bool:
-        """Log first, then weights, then the marker: a marker promises both.
+        """Log first, then weights, then the marker: a marker promises both. wait: until the log can be written.
 
-        wait: until the log can be written, whatever `log.full_policy` says. Returns False on every rank if the log cannot be
-        written on one of them; then nothing was done.
+        Returns False on every rank if the log cannot be written on one of them; then nothing was done.
         """
         while not self._log_is_complete(number):
             self._report_postponed(f"the checkpoint of round {number} is postponed")
@@ -281,15 +249,13 @@ class Worker:
         if self._largest(float(name is not None)):
             raise NotFiniteError(f"{what} holds weights that are not finite ({name or 'on another rank'}); {advice}")
 
-    # -- the others -----------------------------------------------------------------------------------------------
-
     def _committed(self, method: str, *arguments: int) -> Any:
         """Answer of a Ledger call that writes to the log: without it the run cannot go on, so it waits for a full disk."""
         import ray
 
         while True:
             try:
-                answer = _get(getattr(self.job.ledger, method).remote(*arguments))
+                answer = self._answer(method, *arguments)
             except ray.exceptions.RayTaskError as error:
                 if not may_pass(error.cause):
                     raise error.cause from error
@@ -299,8 +265,12 @@ class Worker:
                 self.postponed = False
                 return answer
 
+    def _answer(self, method: str, *arguments: int) -> Any:
+        import ray
+
+        return ray.get(getattr(self.job.ledger, method).remote(*arguments))
+
     def _report_postponed(self, what: str) -> None:
-        """Once per outage."""
         if not self.postponed:
             self._event("postponed", f"{what}: the log at {self.config.log_location} cannot be written now")
         self.postponed = True
@@ -311,10 +281,10 @@ class Worker:
 
     def _wait_for(self, text: str) -> None:
         """What the status shows until the first round; an empty text: nothing is waited for."""
-        self.job.tracker.waiting.remote("pilot", text)
+        if self.rank == 0:
+            self.job.tracker.waiting.remote("pilot", text)
 
     def _largest(self, number: float) -> float:
-        """The largest number of all ranks (collective)."""
         largest = torch.tensor(float(number), dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -326,19 +296,10 @@ class Worker:
 
 
 def _own_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a parameter: all, or under ZeRO-3 its part without the padding that makes parts equally long.
-
-    DeepSpeed never writes the padding, so it holds whatever was in memory before, NaN too.
-    """
+    """What this rank holds of a parameter: under ZeRO-3 its part without the padding, in which NaN may stand."""
     part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter
     zero: Any = parameter
     left = zero.ds_numel - zero.ds_zero_partition_rank * part.numel()
     return part[: max(0, left)]
-
-
-def _get(reference: Any) -> Any:
-    import ray
-
-    return ray.get(reference)

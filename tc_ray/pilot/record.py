@@ -1,13 +1,13 @@
-"""From the Pilot's forward pass to the Mistake Log: rows are chosen, copied to the host once, and queued for the writer.
+"""From the Pilot's forward pass to the Mistake Log, and the log's metadata: rows are chosen, copied to the host once, and queued for the writer.
 
 Invariant: the records of a round are a pure function of the round, so a replayed round leaves the same ones. What the log does not
 keep (rows left out by `log.sampling`, padding, prompt positions) is dropped on the device, before the copy. Nothing here waits for
-the device, except `log.sampling: mistakes`. Called by `pilot.loop` between the forward and the backward pass.
+the device, except `log.sampling: mistakes`. Called by `pilot.loop` between the forward and the backward pass;
+the metadata by the job.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +15,16 @@ import numpy as np
 import torch
 
 from tc_ray.config.log import LogSection
+from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.rows.ragged import offsets_of
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
+from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.mistakelog.write.writer import RecordWriter
+from tc_ray.models.families import family_of
+from tc_ray.models.identity import tokenizer_hash
 from tc_ray.models.pilot.step import StepRecord
+from tc_ray.models.pilot.taps import UNPOOLED, log_pooling, tap_definition, tapped_layers
 
 
 class Recorder:
@@ -30,14 +35,11 @@ class Recorder:
         self._copy = HostCopy(device)
         self.skipped = 0
         """Records of this rank that `log.sampling` left out in this attempt."""
-        self._round_tokens = 0
-        self._unacknowledged: deque[tuple[int, int]] = deque()
-        """(round, its tokens) of rounds that have ended."""
-        self._acknowledged_tokens = 0
+        self._tokens = 0
 
     def record(self, step: StepRecord, batch: Mapping[str, np.ndarray], seen: np.ndarray, round: int) -> None:
         """Queue the records of one micro-batch of `round`; batch as of `TrainTable.batch`, seen: int16 [B]."""
-        self._round_tokens += int(batch["lengths"].sum())
+        self._tokens += int(batch["lengths"].sum())
         rows = chosen_rows(step, batch, self._log, seed=self._seed, round=round)
         if rows is not None:
             self.skipped += len(seen) - len(rows)
@@ -58,27 +60,20 @@ class Recorder:
 
     def end_round(self, round: int, *, left_out: bool = False) -> None:
         """All micro-batches of the round were recorded. left_out: it took no step, see `RecordWriter.end_round`."""
-        self._unacknowledged.append((round, self._round_tokens))
-        self._round_tokens = 0
         self.writer.end_round(round, left_out=left_out)
 
     def metrics(self) -> dict[str, float]:
-        """The writer's counts, and `bytes_per_token`: bytes of this rank's files per token of prompt and completion."""
+        """The writer's counts, and `bytes_per_token`: bytes of this rank's files per token that it has recorded."""
         stats = {name: float(value) for name, value in self.writer.stats().items()}
-        while self._unacknowledged and self._unacknowledged[0][0] <= stats["acknowledged_round"]:
-            self._acknowledged_tokens += self._unacknowledged.popleft()[1]
-        if self._acknowledged_tokens:
-            stats["bytes_per_token"] = stats["bytes"] / self._acknowledged_tokens
+        if stats["bytes"]:
+            stats["bytes_per_token"] = stats["bytes"] / self._tokens
         return stats
 
 
 def chosen_rows(
     step: StepRecord, batch: Mapping[str, np.ndarray], log: LogSection, *, seed: int, round: int
 ) -> np.ndarray | None:
-    """int64 rows of the batch that `log.sampling` keeps, ascending; None: all.
-
-    `mistakes` reads two numbers per target token from the device, which waits for the forward pass.
-    """
+    """int64 rows of the batch that `log.sampling` keeps, ascending; None: all. `mistakes` waits for the forward pass."""
     if log.sampling == "fraction":
         rounds = np.full(len(batch["sample_id"]), round)
         return np.flatnonzero(in_fraction(log.sampling_fraction, seed, rounds, batch["sample_id"]))
@@ -101,16 +96,10 @@ def to_records(
     rows: np.ndarray | None = None,
     copy: HostCopy | None = None,
 ) -> tuple[Records, Callable[[], object] | None]:
-    """Records of one micro-batch of B examples.
+    """Records of one micro-batch of B examples, and on CUDA a call that waits until the arrays from the device have their values.
 
-    Args:
-        batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]. seen: int [B].
-        log: its `positions` and `error` as the step had them. rows: int64, examples to keep, ascending; None: all.
-        copy: of the step's device; None: one for this call.
-
-    Returns:
-        The records, and on CUDA a call that waits until the arrays from the device (rationale, question, errors, losses) have
-        their values. All other arrays have theirs at once.
+    batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]. seen: int [B].
+    log: as the step had it. rows: int64, examples to keep, ascending; None: all. copy: of the step's device; None: a new one.
     """
     copy = copy or HostCopy(step.rationale.device)
     input_ids = batch["input_ids"]
@@ -161,10 +150,7 @@ def _at(states: torch.Tensor, mask: np.ndarray, copy: HostCopy) -> torch.Tensor:
 
 
 class HostCopy:
-    """Copies tensors of one device to the host without stopping the device.
-
-    On CUDA a side stream copies into pinned memory while the backward pass runs. On the CPU the tensors' own memory is used.
-    """
+    """Copies tensors to the host without stopping the device: on CUDA into pinned memory, beside the backward pass."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -176,10 +162,7 @@ class HostCopy:
         return tensor if self._stream is None else tensor.pin_memory().to(self._device, non_blocking=True)
 
     def arrays(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, np.ndarray], Callable[[], object] | None]:
-        """Host arrays of the tensors, and a call that waits until they have their values; on the CPU None: they have them.
-
-        bfloat16 comes as its bits, uint16.
-        """
+        """Host arrays (bfloat16 as its bits, uint16), and a call that waits until they have their values; None: they have them."""
         if self._stream is None:
             return {name: _numpy(tensor) for name, tensor in tensors.items()}, None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -201,3 +184,42 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
+
+
+def log_metadata(
+    config: RunConfig, pilot_config: Any, tokenizer: Any, inputs: Mapping[str, str] | None = None
+) -> LogMetadata:
+    """Metadata of the log that a run of `config` writes; ValueError: see `check_log`. inputs: hashes of what it starts from."""
+    log, family = config.log, family_of(pilot_config)
+    layers, count = check_log(config, pilot_config), family.layer_count(pilot_config)
+    pooling = log_pooling(log.rationale, log.pooling)
+    most = pilot_config.vocab_size - 1
+    top_k = most if log.error == "dense" else min(log.top_k, most)
+    hashes: dict[str, Any] = dict(inputs or {})
+    return LogMetadata(
+        run=config.run.name,
+        pilot=config.model.pilot,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        vocab_size=pilot_config.vocab_size,
+        rationale_dim=pilot_config.hidden_size,
+        rationale_layers=1 if pooling != UNPOOLED else count if layers is None else len(layers),
+        pooling=pooling,
+        tap=tap_definition(pooling, layers),
+        positions=log.positions,
+        top_k=top_k,
+        question="states" if family.encoder_decoder else "ids",
+        layers="all" if layers is None else ",".join(map(str, layers)),
+        error=log.error,
+        **hashes,
+    )
+
+
+def check_log(config: RunConfig, pilot_config: Any) -> list[int] | None:
+    """The Pilot's decoder layers that `log` taps, from 0; None: all. ValueError: it has no such layers or positions."""
+    log, family = config.log, family_of(pilot_config)
+    if family.encoder_decoder and log.positions != "target":
+        raise ValueError(
+            f"log.positions is {log.positions!r}, but {config.model.pilot} is an encoder-decoder: its decoder has states of "
+            "target positions only; set log.positions=target"
+        )
+    return tapped_layers(log.rationale, family.layer_count(pilot_config))

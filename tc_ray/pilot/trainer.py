@@ -1,9 +1,8 @@
 """The Pilot's Ray Train job: a TorchTrainer whose workers run `pilot.loop`, started anew when a worker dies.
 
-Invariant: each start is a Ray Train run of its own that never retries. So restarts are counted here, with and without a log, and
-an error that would come again (`failures.is_final`) ends the Pilot at once. The workers find out from the run folder, whose checkpoints
-are complete or absent, at which round they resume. Ray Train's own checkpoint book-keeping is not used: `report` is a barrier
-of about two seconds, and its snapshot file is written in place (measured on ray 2.60). Called by `tc_ray.run.job`.
+Invariant: each start is a Ray Train run of its own that never retries: restarts are counted here, and an error that would come again
+(`failures.is_final`) ends the Pilot at once. Workers resume by the run folder. Ray Train's own book-keeping of checkpoints is not
+used: `report` is a barrier of about two seconds, and its snapshot file is written in place (ray 2.60). Called by `tc_ray.run.job`.
 """
 
 from __future__ import annotations
@@ -33,14 +32,13 @@ def fit_pilot(job: PilotJob, need: Need) -> None:
         try:
             _fit(job, need)
         except TrainingFailedError as error:
-            cause = getattr(error, "controller_failure", error)
-            if type(cause).__name__ == NO_ROOM:
+            who, first = _first(error)
+            if type(first).__name__ == NO_ROOM:
                 continue
-            preempted = _preempted(error)
-            if not preempted and (failed >= job.config.pilot.max_failures or is_final(_first(error))):
-                raise PilotError(f"the Pilot stopped: {_said(error)}") from error
-            failed += not preempted
-            job.tracker.event.remote("restart", f"Pilot workers, after {_said(error)}")
+            if failed >= job.config.pilot.max_failures or is_final(first):
+                raise PilotError(f"the Pilot stopped: {who}{short(first)}") from error
+            failed += 1
+            job.tracker.event.remote("restart", f"Pilot workers, after {who}{short(first)}")
         else:
             return
 
@@ -85,23 +83,10 @@ def _fit(job: PilotJob, need: Need) -> None:
         raise
 
 
-def _preempted(error: Exception) -> bool:
-    """The cluster took a node back: that is not a failure."""
-    if type(error).__name__ == "PreemptionError":
-        return True
-    failures = getattr(error, "worker_failures", {}).values()
-    deaths = [getattr(failure, "health_check_failure", failure) for failure in failures]
-    return any(getattr(death, "preempted", False) for death in deaths)
-
-
-def _first(error: Exception) -> Exception:
+def _first(error: Exception) -> tuple[str, Exception]:
+    """Which worker failed first ("" for the controller), and its error."""
     failures = getattr(error, "worker_failures", None)
-    return first_final(failures)[1] if failures else getattr(error, "controller_failure", error)
-
-
-def _said(error: Exception) -> str:
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, first = first_final(failures)
-        return f"worker {rank}: {short(first)}"
-    return short(_first(error))
+    if not failures:
+        return "", getattr(error, "controller_failure", error)
+    rank, first = first_final(failures)
+    return f"worker {rank}: ", first

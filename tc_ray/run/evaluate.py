@@ -10,19 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tc_ray.cluster.capacity import check_capacity
 from tc_ray.cluster.session import evaluation_need, ray_session
 from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
-from tc_ray.mistakelog.table.location import Location
 from tc_ray.run.state import Run
 from tc_ray.text import visible
 
-ERROR_SIZE_ROUNDS = 16
-"""Rounds at the end of the log whose mean squared error is compared with that of held-out data."""
 NEEDED = ("config.yaml", "pilot/final/config.json", "copilot/final/config.json", "data/validation.parquet")
 
 
@@ -32,8 +27,7 @@ class NotFinishedError(RuntimeError):
 
 def evaluate(run: Run) -> None:
     """Leaves `run.report`, evaluation.json and evaluation.md."""
-    size, source = logged_error_size(run.log), run.prepared.data.source
-    report = launch_evaluation(run.config, source, run.tracker, seen_error_size=size, no_copilot=run.no_copilot)
+    report = launch_evaluation(run.config, run.prepared.data.source, run.tracker, no_copilot=run.no_copilot)
     report.save(run.folder)
     run.tracker.evaluation.remote(report.to_dict(), report.markdown())
     run.report = report
@@ -49,20 +43,6 @@ def export(run: Run) -> None:
         run.tracker.artifact.remote(run.export, "export")
 
 
-def logged_error_size(log: Location) -> float | None:
-    """Mean squared error per target token (sum over V of l^2) in the last rounds of the log; None if it has no such token."""
-    from tc_ray.mistakelog.read.reader import MistakeLog
-
-    with MistakeLog(log) as mistakes:
-        last = max((file.round_max for file in mistakes.files), default=1)
-        rounds = (max(1, last - ERROR_SIZE_ROUNDS + 1), last)
-        table = mistakes.arrow(rounds, columns=["error_values", "error_rest"])
-    errors = table["error_values"].combine_chunks().flatten().to_numpy()
-    tokens = len(table["error_rest"].combine_chunks().flatten())
-    errors = errors[np.isfinite(errors)]  # rows of another writer may hold others
-    return float(np.square(errors, dtype=np.float64).sum() / tokens) if tokens else None
-
-
 def launch_evaluation(config: RunConfig, source: str, tracker: Any = None, **options: Any) -> Report:
     """Run `evaluate_finished` as a Ray task with the CPUs (and the GPU) of `evaluation_need`; blocks until it is done.
 
@@ -72,7 +52,7 @@ def launch_evaluation(config: RunConfig, source: str, tracker: Any = None, **opt
     """
     import ray
 
-    from tc_ray.evaluation.task import evaluate_finished
+    from tc_ray.evaluation.procedure import evaluate_finished
 
     need = evaluation_need(config)
     if tracker is None:
@@ -90,8 +70,7 @@ def evaluate_run(folder: Path, data: Path | None) -> tuple[Report, Path]:
     Args:
         data: JSON, JSONL or Parquet file; None takes the run's own test rows.
 
-    Raises:
-        NotFinishedError: parts of the run are missing. DataError: `data` cannot be read.
+    Raises NotFinishedError: parts of the run are missing. DataError: `data` cannot be read.
     """
     folder = folder.expanduser().absolute()
     missing = [part for part in NEEDED if not (folder / part).is_file()]
@@ -117,14 +96,12 @@ def _prepare(config: RunConfig, data: Path, folder: Path) -> Path:
 
     from tc_ray.data.encode.encode import Encoder
     from tc_ray.data.prepared.prepare import prepare_test_file
-    from tc_ray.data.source.sequences import ITEMS_FILE
-    from tc_ray.models.hub import embedding_rows
 
     pilot = config.run.path / "pilot" / "final"
     shape = AutoConfig.from_pretrained(pilot, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)
-    encoder = Encoder(config.data, tokenizer, config.run.seed, shape.is_encoder_decoder, embedding_rows(pilot, shape))
-    prepared = prepare_test_file(encoder, str(data), folder, items=config.run.path / "data" / ITEMS_FILE)
+    encoder = Encoder(config.data, tokenizer, config.run.seed, shape.is_encoder_decoder, shape.vocab_size)
+    prepared = prepare_test_file(encoder, str(data), folder)
     for line in prepared.notes:
         print(visible(line), flush=True)
     return prepared.file("test")

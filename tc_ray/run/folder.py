@@ -12,17 +12,12 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import pwd
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tc_ray.mistakelog.table.lease import WAIT_FOR_IT, Holder, LeaseHeldError
 
 NAME = "run.lock"
-_WRITTEN_SECONDS = 1.0
-"""Time in which a new holder has written its name."""
 
 LOADED = ("config.yaml", "pilot/checkpoints", "copilot/checkpoints")
 """What a resume reads of a run folder."""
@@ -36,8 +31,7 @@ class FolderLock:
     Args:
         what: the run, for the error of a second one. name: of the lock's file.
 
-    Raises:
-        LeaseHeldError: names the holder's host, process and start.
+    Raises LeaseHeldError: names the holder's host, process and start.
     """
 
     def __init__(self, folder: Path, what: str, name: str = NAME) -> None:
@@ -65,16 +59,10 @@ class FolderLock:
 
 
 def _holder(path: Path) -> str:
-    until = time.monotonic() + _WRITTEN_SECONDS
-    while time.monotonic() < until:
-        try:
-            holder = Holder.from_json(path.read_bytes())
-            if holder.process.is_running() is not False:
-                return str(holder)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            pass
-        time.sleep(0.02)  # the holder is writing its name
-    return "another run"
+    try:
+        return str(Holder.from_json(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it is writing its name, or could not
+        return "another run"
 
 
 class ForeignFolderError(RuntimeError):
@@ -87,34 +75,15 @@ def check_owner(folder: Path, *, trusted: bool, own: int | None = None) -> None:
     The owner of a file made here now counts as this user too: a share that maps users (NFS with root squashed, a mount with
     one owner) gives it another number than this process has. own: number of this user instead.
     """
-    if trusted or not any((folder / name).exists() for name in LOADED):
+    loaded = [folder / name for name in LOADED if (folder / name).exists()]
+    if trusted or not loaded:
         return
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".owner.") as made:
         mine = {os.geteuid(), os.fstat(made.fileno()).st_uid} if own is None else {own}
-    for path in _loaded(folder):
+    for path in (path for top in loaded for path in (top, *top.rglob("*"))):
         owner = path.lstat().st_uid
         if owner not in mine:
             raise ForeignFolderError(
-                f"{path} belongs to {_name(owner)}, this process runs as {_name(os.geteuid())}: a checkpoint is a pickle, which "
-                "can run any code when it is loaded. If you trust its owner, set run.trust_folder=true; else use another "
-                "run.folder"
+                f"{path} belongs to uid {owner}, this process runs as uid {os.geteuid()}: a checkpoint is a pickle, which can "
+                "run any code when it is loaded. If you trust its owner, set run.trust_folder=true; else use another run.folder"
             )
-
-
-def _loaded(folder: Path) -> Iterator[Path]:
-    for name in LOADED:
-        path = folder / name
-        # the folders above too: their owner can replace what is below
-        for above in reversed(path.relative_to(folder).parents[:-1]):
-            if (folder / above).exists():
-                yield folder / above
-        if path.exists() or path.is_symlink():
-            yield path
-            yield from path.rglob("*")
-
-
-def _name(user: int) -> str:
-    try:
-        return f"{pwd.getpwuid(user).pw_name} (uid {user})"
-    except KeyError:
-        return f"uid {user}"

@@ -18,8 +18,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.checkpoint import latest
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import PreparedData, rows_hashes
-from tc_ray.data.prepared.prepare import prepare, prepared_before
-from tc_ray.files import sync
+from tc_ray.data.prepared.prepare import prepare
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.repair import is_table
 from tc_ray.mistakelog.table.store import LogStore
@@ -79,27 +78,22 @@ def prepare_rows(
     encoder_decoder: bool,
     vocab_size: int,
 ) -> tuple[PreparedData, dict[str, str]]:
-    """The run's rows in `data/` and their hashes. New rows are made in `data.new/` and checked before they replace old ones.
+    """The run's rows in `data/` and their hashes. They are made in `data.new/` and checked before they replace old ones.
 
     Raises OtherInputsError if the run was started with other rows, and DataError as `prepare` does.
     """
-    folder = config.run.path / "data"
-    encoder = Encoder(config.data, tokenizer, config.run.seed, encoder_decoder, vocab_size)
-    found = prepared_before(encoder, folder)
-    aside = folder.with_name("data.new")
+    folder, aside = config.run.path / "data", config.run.path / "data.new"
     shutil.rmtree(aside, ignore_errors=True)
-    if found is None:
-        found = prepare(encoder, aside)
-    hashes = {f"{part}_rows": value for part, value in rows_hashes(found.folder).items()}
+    found = prepare(Encoder(config.data, tokenizer, config.run.seed, encoder_decoder, vocab_size), aside)
+    hashes = {f"{part}_rows": value for part, value in rows_hashes(aside).items()}
     try:
         check_inputs(config, recorded, hashes, now=found.source)
     except OtherInputsError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if found.folder == aside:
-        _take(aside, folder)
-        found = replace(found, folder=folder)
-    return found, hashes
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    return replace(found, folder=folder), hashes
 
 
 def check_inputs(config: RunConfig, recorded: list[Recorded], inputs: Mapping[str, str], now: str = "") -> None:
@@ -128,15 +122,3 @@ def _what(name: str, config: RunConfig, now: str) -> str:
         "pilot_weights": f"the base weights differ (model.pilot={model.pilot})",
         "copilot_weights": f"the Copilot's base weights differ (model.copilot={model.copilot or model.pilot})",
     }[name]
-
-
-def _take(aside: Path, folder: Path) -> None:
-    """Move prepared files to their place. data.json marks a whole folder: the old one goes first, the new one comes last."""
-    folder.mkdir(exist_ok=True)
-    (folder / "data.json").unlink(missing_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == "data.json"):
-        if file.name == "data.json":
-            sync(folder)  # after a power cut, data.json must not be there without the files it names
-        os.replace(file, folder / file.name)
-    sync(folder)
-    aside.rmdir()

@@ -7,6 +7,7 @@ the others from their last checkpoints. Called by the command line and by jobs/t
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tc_ray.cluster.session import check_room, ray_session
 from tc_ray.cluster.signals import end_within, resumable
 from tc_ray.config.load import require_secrets
 from tc_ray.config.schema import RunConfig
+from tc_ray.mistakelog.table.errors import LeaseLostError
 from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.repair import is_table, repair
@@ -25,10 +27,11 @@ from tc_ray.run.folder import FolderLock, check_owner
 from tc_ray.run.prepare import open_run, prepare
 from tc_ray.run.state import JobError, Run, check_resume
 from tc_ray.run.train import copilot_is_done, finish_copilot, pilot_is_done, start_copilot, train_pilot
-from tc_ray.run.watch import start_watchers
 
 END_SECONDS = 20.0
 """Time for a stopped run to end its workers, after its status is written."""
+LOG_POLL_SECONDS = 1.0
+MAINTENANCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ def _work(run: Run) -> JobResult:
     """All phases in order. At their end, also by an error or a signal, the status is written and workers and threads end."""
     import ray
 
+    from tc_ray.tracking.mlflow_writer import mlflow_command, resolve_uri
+
     end, status, shown = threading.Event(), "failed", PHASES[0].status
     watchers = start_watchers(run, end)
     try:
@@ -130,7 +135,8 @@ def _work(run: Run) -> JobResult:
                     shown = phase.status
                     run.tracker.phase.remote(shown)
                 phase.work(run)
-            result = JobResult(run.folder, run.export, run.report, _mlflow_command(run.config))
+            mlflow = mlflow_command(resolve_uri(run.config)) if run.config.tracking.enabled else None
+            result = JobResult(run.folder, run.export, run.report, mlflow)
             if run.no_copilot is not None:
                 raise NoCopilotError(run.no_copilot, result)
         status = "done"
@@ -153,7 +159,59 @@ def _work(run: Run) -> JobResult:
             thread.join(10)
 
 
-def _mlflow_command(config: RunConfig) -> str | None:
-    from tc_ray.tracking.mlflow_writer import mlflow_command, resolve_uri
+def start_watchers(run: Run, end: threading.Event) -> list[threading.Thread]:
+    """Start both threads, which work from when the run has its Tracker until `end`; progress is then shown once more."""
+    threads = [threading.Thread(target=work, args=(run, end), daemon=True) for work in (_show, _watch_log)]
+    for thread in threads:
+        thread.start()
+    return threads
 
-    return mlflow_command(resolve_uri(config)) if config.tracking.enabled else None
+
+def _watch_log(run: Run, end: threading.Event) -> None:
+    """Once a second, report the log's size and the Copilot's lag to the Tracker; sometimes ask for maintenance.
+
+    Maintenance also reads the table, so a lost lease is found there and neither Pilot nor Copilot goes on.
+    """
+    import ray
+
+    maintained = time.monotonic()
+    while not end.wait(LOG_POLL_SECONDS):
+        if run.ledger is None or run.tracker is None:
+            continue
+        if time.monotonic() > maintained + MAINTENANCE_SECONDS or (run.lease is not None and run.lease.lost):
+            run.ledger.maintain_soon.remote()
+            maintained = time.monotonic()
+        try:
+            state = ray.get(run.ledger.state.remote())
+        except LeaseLostError:
+            return
+        if run.copilot is not None:
+            run.copilot.release_pilot()
+        run.tracker.log.remote(
+            {
+                "bytes": state.bytes,
+                "rows": state.rows,
+                "files": state.files,
+                "round": state.round,
+                "version": state.version,
+                "dropped_records": state.dropped,
+                "quarantined_files": state.quarantined,
+                "lag_rounds": max(0, state.round - state.copilot_round),
+            }
+        )
+
+
+def _show(run: Run, end: threading.Event) -> None:
+    import ray
+
+    from tc_ray.tracking.statusfile import ProgressView
+
+    def status() -> Any:
+        if run.tracker is None:
+            return None
+        try:
+            return ray.get(run.tracker.status.remote())
+        except ray.exceptions.RayActorError:
+            return None  # lost with its node: it is restarted on another
+
+    ProgressView().follow(status, end)

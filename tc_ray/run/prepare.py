@@ -24,7 +24,7 @@ def prepare(run: Run) -> None:
     """
     from tc_ray.data.prepared.batches import RoundOrder
     from tc_ray.models.families import family_of
-    from tc_ray.models.hub import embedding_rows, resolve_model
+    from tc_ray.models.hub import resolve_model
 
     config, pilot = run.config, run.config.pilot
     pilot_path = resolve_model(config.model.pilot, config.model.cache)
@@ -35,8 +35,9 @@ def prepare(run: Run) -> None:
     recorded = recorded_inputs(config, run.folder, run.log)
     weights = base_weights(config, pilot_path, base_path)
     check_inputs(config, recorded, weights)
-    vocab_size = embedding_rows(pilot_path, model_config)
-    data, rows = prepare_rows(config, tokenizer, recorded, encoder_decoder=encoder_decoder, vocab_size=vocab_size)
+    data, rows = prepare_rows(
+        config, tokenizer, recorded, encoder_decoder=encoder_decoder, vocab_size=model_config.vocab_size
+    )
     _print(*data.describe())
     data.check_rounds(pilot.batch_size)
     if config.log.enabled and not data.rows["test"]:
@@ -76,7 +77,7 @@ def _read_model(name: str, path: Any) -> tuple[Any, Any]:
 
 def _check_models(run: Run, model_config: Any, pilot_path: Any, base_path: Any) -> None:
     from tc_ray.models.pilot.load import check_folders
-    from tc_ray.pilot.log_metadata import check_log
+    from tc_ray.pilot.record import check_log
 
     try:
         check_folders(run.config, pilot_path, base_path)
@@ -90,15 +91,13 @@ def _open_log(run: Run) -> None:
     """Make or open the table, take its lease if it is new, and start its Ledger."""
     from tc_ray.mistakelog.commit.ledger_actor import start_ledger
     from tc_ray.mistakelog.table.store import LogStore
-    from tc_ray.pilot.log_metadata import log_metadata
+    from tc_ray.pilot.record import log_metadata
 
     config, prepared = run.config, run.prepared
     metadata = log_metadata(config, prepared.model_config, prepared.tokenizer, prepared.inputs)
     LogStore.create(run.log, metadata)
     if run.lease is None:
         run.lease = RunLease.take(run.log, f"run {config.run.name}")
-    # rounds behind its position that a restarted Copilot reads again; with max_seen they depend on the records
-    read_again = config.copilot.buffer_rounds if config.copilot.max_seen is None else prepared.rounds
     run.ledger = start_ledger(
         run.log,
         metadata,
@@ -106,7 +105,7 @@ def _open_log(run: Run) -> None:
         run=config.run.name,
         lease=run.lease.number,
         settings=config.log,
-        buffer_rounds=read_again,
+        buffer_rounds=config.copilot.buffer_rounds,
     )
 
 

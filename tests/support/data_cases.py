@@ -187,7 +187,7 @@ CASES = [
     Case(
         "trl_conversation",
         one_file(lambda: [{"prompt": [USER], "completion": [SAYS]} for _ in range(60)]),
-        refused=("field prompt: is a list, not text",),
+        refused=("field prompt: is list, not text",),
     ),
     Case(
         "tools",
@@ -234,7 +234,7 @@ CASES = [
         "eval_file",
         folder_of({"train.jsonl": SUMS, "eval.jsonl": HELD}),
         (58, 20, 6),
-        said=("validation rows by their names (data.parts=all_train trains on them): eval.jsonl",),
+        said=("validation rows by their names: eval.jsonl",),
     ),
     Case(
         "split_dirs",
@@ -246,7 +246,7 @@ CASES = [
         "gsm_test",
         folder_of({"gsm.jsonl": SUMS, "gsm_test.jsonl": HELD}),
         (58, 6, 20),
-        said=("trains on them): gsm_test",),
+        said=("test rows by their names: gsm_test",),
     ),
     Case(
         "other_words",
@@ -265,9 +265,8 @@ CASES = [
         "three_parts",
         folder_of({"train-00000-of-00001.jsonl": SUMS, "dev2.jsonl": HELD, "x.test.jsonl.gz": HELD}),
         (64, 20, 20),
-        said=("dev2.jsonl", "x.test.jsonl.gz", "data.parts=all_train"),
+        said=("dev2.jsonl", "x.test.jsonl.gz"),
     ),
-    Case("all_train", folder_of({"train.jsonl": SUMS, "eval.jsonl": HELD}), (68, 8, 8), config={"parts": "all_train"}),
     Case("testimonials", folder_of({"reviews.jsonl": SUMS[:40], "testimonials.jsonl": SUMS[40:]}), ROWS),
     Case(
         "devops", folder_of({"cooking.jsonl": SUMS[:20], "devops.jsonl": SUMS[20:40], "values.jsonl": SUMS[40:]}), ROWS
@@ -275,7 +274,7 @@ CASES = [
     Case(
         "only_held_out",
         folder_of({"test.jsonl": SUMS}),
-        refused=("only test.jsonl", "data.parts=all_train"),
+        refused=("only test.jsonl", "name the file itself"),
     ),
     Case(
         "two_words", folder_of({"train_test.jsonl": SUMS}), refused=("train_test.jsonl", "words of test and train rows")

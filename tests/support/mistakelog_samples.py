@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tc_ray.mistakelog.maintain.compaction import merge
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.schema import LogMetadata
+from tc_ray.mistakelog.table.lease import RunLease
+from tc_ray.mistakelog.table.location import Location
+from tc_ray.mistakelog.table.store import LogStore
 
 DIM = 4
 TOP_K = 3
@@ -91,3 +97,11 @@ def assert_same(left: Records, right: Records) -> None:
     """Equal in every array, bit for bit."""
     for field in dataclasses.fields(Records):
         np.testing.assert_array_equal(getattr(left, field.name), getattr(right, field.name), err_msg=field.name)
+
+
+def merge_all(location: Path | Location) -> None:
+    """All files of a log become one, as maintenance merges a few."""
+    place = Location(location)
+    with RunLease.take(place, "merge") as lease:
+        store = LogStore(place, lease=lease.number)
+        merge(store, store.files(), lambda: nullcontext({}))

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from ray.util.metrics import Counter
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot import worker
+from tc_ray.copilot import training
 from tc_ray.mistakelog.read import reader_lease
 from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, LogMetadata
 from tc_ray.mistakelog.table import lease
@@ -102,7 +102,7 @@ NUMBERS: list[tuple[str, str, float]] = [
     (LOG, r"`log\.top_k` \| how many \((\d+)", defaults.log.top_k),
     (ARCHITECTURE, r"lease \(touched every (\d+) s\)", lease._TOUCH_SECONDS),
     (ARCHITECTURE, r"leases \(renewed every (\d+) s\)", reader_lease._RENEW_SECONDS),
-    (ARCHITECTURE, r"then sleep ([\d.]+) s at a time", worker.IDLE_SECONDS),
+    (ARCHITECTURE, r"then sleep ([\d.]+) s at a time", training.IDLE_SECONDS),
     (ARCHITECTURE, r"buffer \(last (\d+) rounds\)", defaults.copilot.buffer_rounds),
     (SERVING, r"computed something in the last (\d+) s", engine.STALL_S),
     (SERVING, r"a body that takes more than (\d+) s", wire.BODY_TIMEOUT_S),

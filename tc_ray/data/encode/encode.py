@@ -6,7 +6,9 @@ with its place, whatever exception it causes. Called by `prepare`, which needs R
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,7 +20,6 @@ import pyarrow.compute as pc
 
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode.prompts import readable_prompt
-from tc_ray.data.encode.split import prompt_key
 from tc_ray.data.encode.tokenize import encode
 from tc_ray.data.source.records import BadRow, DataError, Record, quarantined
 from tc_ray.data.source.shapes import Example, to_example
@@ -148,8 +149,7 @@ def encode_files(
     Args:
         read: yields the records of one file in order, its bad ones included.
 
-    Raises:
-        DataError: a file cannot be read at all.
+    Raises DataError: a file cannot be read at all.
     """
 
     def encode_one(path: Path) -> pa.Table:
@@ -196,10 +196,7 @@ def _encode_file(path: Path, encoder: Encoder, read: Callable[[Path], Iterable[R
 def _with_pattern(example: Example, pattern: str) -> Example | BadRow:
     """The example with the part of its completion that data.completion_pattern takes."""
     found = re.search(pattern, example.completion or "")
-    if found is None:
-        problem = f"does not match data.completion_pattern {pattern!r}"
-        return BadRow("completion", problem, "correct the pattern or the row")
-    text = found.group(found.re.groups)
+    text = found and found.group(found.re.groups)
     if not text or not text.strip():
         problem = f"data.completion_pattern {pattern!r} takes no text of it"
         return BadRow("completion", problem, "correct the pattern (its last group must hold text) or the row")
@@ -208,3 +205,43 @@ def _with_pattern(example: Example, pattern: str) -> Example | BadRow:
 
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def prompt_key(prompt: str, seed: int) -> str:
+    """16 hex digits: equal for equal prompts, in random order for different ones."""
+    folded = " ".join(prompt.casefold().split())
+    return hashlib.sha256(f"{seed}\0{folded}".encode()).hexdigest()[:16]
+
+
+def row_count(size: float, rows: int) -> int:
+    """Rows of a `size` setting: a fraction below 1, else a count."""
+    return round(size * rows) if size < 1 else int(size)
+
+
+def cut(keys: Sequence[str], validation: float, test: float) -> list[str]:
+    """Part of each row: "train", "validation" or "test".
+
+    `validation` and `test` are sizes as in the config (0: none); a size above 0 gives at least one row. All rows of a
+    prompt stay together, so a part can exceed its size by the copies of one prompt.
+
+    Raises DataError: no training row is left.
+    """
+    copies = Counter(keys)
+    part_of: dict[str, str] = {}
+    order = iter(sorted(copies))
+    for part, size in (("test", test), ("validation", validation)):
+        wanted = max(row_count(size, len(keys)), 1) if size else 0
+        taken = 0
+        while taken < wanted:
+            key = next(order, None)
+            if key is None:
+                break
+            part_of[key] = part
+            taken += copies[key]
+    parts = [part_of.get(key, "train") for key in keys]
+    if "train" not in parts:
+        raise DataError(
+            f"{len(keys)} rows with {len(copies)} different prompts leave nothing to train on after the cut; "
+            f"lower data.validation_size ({validation:g}) and data.test_size ({test:g}), or give more data"
+        )
+    return parts

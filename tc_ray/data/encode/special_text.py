@@ -42,8 +42,7 @@ def encode_rendered(
 ) -> list[int]:
     """Ids of `render(contents)`: special tokens that the rendering adds are special, those in `contents` are text.
 
-    Raises:
-        SpecialTextError: the tokenizer is not a fast one, and a content holds the name of a special token.
+    Raises SpecialTextError: the tokenizer is not a fast one, and a content holds the name of a special token.
     """
     apart = _apart(tokenizer)
     if not any(map(apart.found_in, contents)):

@@ -41,8 +41,9 @@ def prompt_ids(
         return render_prompt(written, config, tokenizer)
 
     ids = encode_rendered([turn.content for turn in turns], render, tokenizer)
-    if config.template == "plain" and _adds_begin_token(tokenizer):
-        ids.insert(0, tokenizer.bos_token_id)
+    begin = tokenizer.bos_token_id
+    if config.template == "plain" and begin is not None and tokenizer("a")["input_ids"][:1] == [begin]:
+        ids.insert(0, begin)
     if encoder_decoder:
         ids.append(tokenizer.eos_token_id)
     return ids
@@ -69,7 +70,3 @@ def encode(
         return None
     ids += completion_ids(example.completion, tokenizer)
     return Tokens(ids[: config.cutoff_tokens], start, len(ids) > config.cutoff_tokens)
-
-
-def _adds_begin_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -1,29 +1,23 @@
-"""A run's data folder as others see it: its files, its counts, and whether what stands there can be kept.
+"""A run's data folder as others see it: its files, its counts, and the hashes of its rows.
 
-Invariant: data.json is written last, over files that are on the disk, and removed first, so a folder with a data.json is
-whole. Its fingerprint covers the data section, the seed, the tokenizer, and size and time of every file read. A torn folder
-counts as none. Written by `prepare`; `rows_hashes` is called by the driver before any worker starts.
+Written by `prepare`; `rows_hashes` is called by the driver before any worker starts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tc_ray.data.encode.encode import Encoder
-from tc_ray.data.source.embedded import generated_set
 from tc_ray.data.source.find import PARTS
 from tc_ray.data.source.records import DataError
-from tc_ray.files import DamagedFileError, read_json, sync_tree, typed, write_json
+from tc_ray.files import sync_tree, write_json
 
-FORMAT = 3
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.int64()),
@@ -37,30 +31,60 @@ SCHEMA = pa.schema(
 """Columns of train, validation and test.parquet. sample_id: the row's index in its file."""
 _TRAINED = ["sample_id", "target_start", "input_ids"]
 RECORD = "data.json"
+LEFT_OUT = b"tc-ray.left_out"
+"""Key of the Parquet metadata of a held-out part: `LeftOut` as JSON."""
 QUARANTINE = "quarantine.jsonl"
 """The bad rows, each with file, place, field, problem and fix."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of a held-out part's own files that are missing from it; stored in the part's Parquet file, shown by the report.
+
+    not_measured: rows beyond fusion.max_validation_rows or max_test_rows.
+    """
+
+    prompt_too_long: int = 0
+    bad: int = 0
+    not_measured: int = 0
+
+    @classmethod
+    def read(cls, file: Path, limit: int | None) -> LeftOut:
+        """Counts of a prepared Parquet file of which `limit` rows are measured."""
+        metadata = pq.read_metadata(file)
+        kept = json.loads((metadata.metadata or {}).get(LEFT_OUT, "{}"))
+        return cls(**kept | {"not_measured": 0 if limit is None else max(0, metadata.num_rows - limit)})
+
+    def given(self, rows: int) -> int:
+        """Rows of the part if none were missing."""
+        return rows + self.prompt_too_long + self.bad + self.not_measured
+
+    def counted(self, rows: int, part: str) -> str:
+        """`rows` with what is missing and why: "3 of 6 test rows (3 bad, see quarantine.jsonl)"."""
+        reasons = [
+            (self.prompt_too_long, "with a prompt longer than data.cutoff_tokens"),
+            (self.bad, "bad, see quarantine.jsonl"),
+            (self.not_measured, f"not measured: fusion.max_{part}_rows"),
+        ]
+        missing = ", ".join(f"{count} {reason}" for count, reason in reasons if count)
+        return f"{rows} of {self.given(rows)} {part} rows ({missing})" if missing else f"{rows} {part} rows"
 
 
 @dataclass
 class PreparedData:
     """What a data folder holds. Counts are by part: train, validation, test.
 
-    records: read from each source, bad ones included. largest_id: the largest token id of all rows.
+    records: read from each source, bad ones included.
     """
 
     folder: Path
     source: str
     rows: dict[str, int]
-    tokens: dict[str, int]
-    target_tokens: dict[str, int]
-    longest: dict[str, int]
     quarantined: int
     too_long: int
     cut_completions: int
     records: dict[str, int]
-    largest_id: int
     notes: list[str] = field(default_factory=list)
-    reused: bool = False
 
     def file(self, part: str) -> Path:
         """Parquet file of a part's rows; without test data that of the test rows is empty."""
@@ -78,33 +102,14 @@ class PreparedData:
 
     def describe(self) -> list[str]:
         """Lines for people: source, counts, and everything that was left out."""
-        lines = [f"data: {self.source}" + (" (as prepared before)" if self.reused else ""), *self.notes]
-        lines += [
-            f"{part}: {self.rows[part]} rows, {self.tokens[part]} tokens, {self.target_tokens[part]} of them targets, "
-            f"longest {self.longest[part]}"
-            for part in PARTS
-        ]
+        lines = [f"data: {self.source}", *self.notes]
+        lines.append(", ".join(f"{self.rows[part]} {part} rows" for part in PARTS))
         if self.quarantined:
             lines.append(f"left out as bad: {self.quarantined} rows, listed in {self.folder / QUARANTINE}")
-        if self.too_long:
-            lines.append(f"left out because the prompt is longer than data.cutoff_tokens: {self.too_long} rows")
-        if self.cut_completions:
-            lines.append(f"completions cut at data.cutoff_tokens: {self.cut_completions}")
+        if self.too_long or self.cut_completions:
+            left_out = f"left out because the prompt is longer than data.cutoff_tokens: {self.too_long} rows"
+            lines.append(f"{left_out}; completions cut there: {self.cut_completions}")
         return lines
-
-
-def fingerprint(encoder: Encoder, sources: Mapping[str, Sequence[Path]]) -> str:
-    """A hash of everything that the rows follow from."""
-    from tc_ray.models.identity import tokenizer_hash
-
-    files = [
-        [part, str(path), path.stat().st_size, path.stat().st_mtime_ns]
-        for part, paths in sources.items()
-        for path in paths
-    ]
-    settings = [encoder.config.model_dump(mode="json"), encoder.seed, encoder.encoder_decoder]
-    parts = [FORMAT, settings, files, tokenizer_hash(encoder.tokenizer), generated_set(encoder.config)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def rows_hashes(folder: Path) -> dict[str, str]:
@@ -134,22 +139,8 @@ def _hash(rows: pa.Table) -> str:
     return found.hexdigest()[:16]
 
 
-def save(prepared: PreparedData, of: str) -> None:
-    """Mark the folder as whole, made from the inputs of a fingerprint."""
+def save(prepared: PreparedData) -> None:
+    """Put the files on the disk, and write data.json: what was prepared, for people and tests."""
     sync_tree(prepared.folder)
-    fields = {key: value for key, value in asdict(prepared).items() if key not in ("folder", "reused")}
-    write_json(prepared.folder / RECORD, {"fingerprint": of, "format": FORMAT, **fields})
-
-
-def load(folder: Path, of: str) -> PreparedData | None:
-    """What `folder` holds, if it was made from the inputs of this fingerprint and is whole."""
-    record = folder / RECORD
-    try:
-        kept = read_json(record)
-        if kept.pop("fingerprint", None) != of or kept.pop("format", None) != FORMAT:
-            return None
-        prepared = replace(typed({**kept, "folder": str(folder)}, PreparedData, record), reused=True)
-        whole = all(pq.read_metadata(folder / f"{part}.parquet").num_rows == prepared.rows[part] for part in PARTS)
-    except (OSError, DamagedFileError, KeyError, pa.ArrowException):
-        return None
-    return prepared if whole else None
+    fields = {key: value for key, value in asdict(prepared).items() if key != "folder"}
+    write_json(prepared.folder / RECORD, fields)

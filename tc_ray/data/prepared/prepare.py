@@ -1,7 +1,7 @@
 """Prepare a run's data folder: read, quarantine, split, tokenise, write Parquet.
 
-Invariant: a folder that `prepare` was stopped in counts as none (see `folder`). Every bad record of a source is in the
-quarantine file once, and a source with too many of them stops the run before its rows are used. Called by the driver; Ray must
+Invariant: every bad record of a source is in the quarantine file once, and a source with too many of them stops the run
+before its rows are used. Called by the driver; Ray must
 be running.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tc_ray.config.data import DataSection
-from tc_ray.data.encode.encode import Encoded, Encoder, encode_files
-from tc_ray.data.encode.split import cut
-from tc_ray.data.prepared import folder as data_folder
-from tc_ray.data.prepared.folder import QUARANTINE, RECORD, SCHEMA, PreparedData
-from tc_ray.data.prepared.left_out import LeftOut, with_left_out
+from tc_ray.data.encode.encode import Encoded, Encoder, cut, encode_files
+from tc_ray.data.prepared.folder import LEFT_OUT, QUARANTINE, SCHEMA, LeftOut, PreparedData, save
 from tc_ray.data.source.embedded import for_fallback, generated_set, write_generated_set
 from tc_ray.data.source.find import PARTS, find_sources, part_files
 from tc_ray.data.source.records import DataError, iter_records
-from tc_ray.data.source.sequences import ITEMS_FILE, SequenceReader, label_items, read_items, scan, write_items
+from tc_ray.data.source.sequences import ITEMS_FILE, SequenceReader, label_items, scan, write_items
 from tc_ray.text import visible
 
 _SHOWN_BAD_ROWS = 5
@@ -44,46 +41,33 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
     """
     encoder.check()
     config = encoder.config
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
     found = find_sources(config)
+    folder.mkdir(parents=True, exist_ok=True)
     sources, notes = found.files, found.notes
-    of = data_folder.fingerprint(encoder, sources)
     source = ", ".join(map(str, sources["train"])) or generated_set(config)
     if not sources["train"]:
         sources["train"] = [write_generated_set(config, folder, encoder.seed)]
         if config.format == "examples" and for_fallback(config) != config:
             notes.append("data.completion_pattern is meant for the absent files and left out")
             encoder = replace(encoder, config=for_fallback(config))
-    encoded, bad = _encode(sources, encoder, folder, folder / ITEMS_FILE, notes)
+    encoded, bad = _encode(sources, encoder, folder, notes)
     prepared = _write(folder, source, _parts(config, encoded, notes), encoded, bad, notes)
-    data_folder.save(prepared, of)
+    save(prepared)
     return prepared
 
 
-def prepared_before(encoder: Encoder, folder: Path) -> PreparedData | None:
-    """What the folder holds, if `prepare` has made it from the same inputs; None: prepare it. Raises as `prepare` does."""
-    encoder.check()
-    earlier = data_folder.load(folder, data_folder.fingerprint(encoder, find_sources(encoder.config).files))
-    if earlier:
-        encoder.check_id(earlier.largest_id)
-    return earlier
-
-
-def prepare_test_file(encoder: Encoder, source: str, target: Path, *, items: Path | None = None) -> PreparedData:
+def prepare_test_file(encoder: Encoder, source: str, target: Path) -> PreparedData:
     """Tokenise another test file (or folder) into `target`/test.parquet, for the evaluation of a finished run.
 
-    Args:
-        items: the run's items.parquet, whose labels other sequences are read with; needed with format: sequences.
-
-    Raises:
-        DataError: as `prepare` does.
+    Raises DataError: as `prepare` does, or the run is one of item sequences.
     """
+    if encoder.config.format == "sequences":
+        raise DataError("a run of item sequences is measured on its own users only: leave out --data")
     encoder.check()
     target.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     files = part_files(source, "test", encoder.config, notes)
-    encoded, bad = _encode({"test": files}, encoder, target, items, notes)
+    encoded, bad = _encode({"test": files}, encoder, target, notes)
     table = _finish(encoded["test"].rows)
     if not table.num_rows:
         raise DataError(f"{source}: no test row is left: {_arithmetic(encoded['test'])}")
@@ -91,13 +75,11 @@ def prepare_test_file(encoder: Encoder, source: str, target: Path, *, items: Pat
 
 
 def _encode(
-    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, items: Path | None, notes: list[str]
+    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, notes: list[str]
 ) -> tuple[dict[str, Encoded], int]:
     """Rows of the parts that have files of their own (the others are cut from train later), and the number of bad records."""
     if encoder.config.format == "sequences":
-        if items is None:
-            raise DataError("item sequences can only be measured with the items.parquet of the run")
-        encoded, bad = _encode_sequences(sources, encoder, folder, items, notes)
+        encoded, bad = _encode_sequences(sources["train"], encoder, folder, notes)
     else:
         encoded = {
             part: encode_files(files, encoder, iter_records, held_out=part != "train")
@@ -110,26 +92,19 @@ def _encode(
 
 
 def _encode_sequences(
-    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, items: Path, notes: list[str]
+    files: Sequence[Path], encoder: Encoder, folder: Path, notes: list[str]
 ) -> tuple[dict[str, Encoded], int]:
-    """Training sequences give rows of all parts, leave-one-out, and labels of their items, which are written to `items`.
-
-    Test sequences give test rows alone, with the labels that an earlier run has written to `items`.
-    """
-    parts = PARTS if "train" in sources else ("test",)
-    files = sources[parts[0]]
-    known = None if "train" in sources else read_items(items)
-    found = scan(files, known)
-    bad = _quarantine({parts[0]: (found.bad, found.records)}, encoder, folder)
-    labels = known or label_items(found.items, encoder.seed)
-    if known is None:
-        write_items(labels, items)
-        notes.append(
-            f"{found.users} users, {len(labels)} items with random numbers of {len(next(iter(labels.values()), ''))} "
-            f"digits (in {items.name}); of each user the last item is a test row, the one before it a validation row"
-        )
+    """Rows of all parts, leave-one-out, and the labels of the items, which are written to items.parquet."""
+    found = scan(files)
+    bad = _quarantine({"train": (found.bad, found.records)}, encoder, folder)
+    labels = label_items(found.items, encoder.seed)
+    write_items(labels, folder / ITEMS_FILE)
+    notes.append(
+        f"{found.users} users, {len(labels)} items with random numbers of {len(next(iter(labels.values()), ''))} digits (in "
+        f"{ITEMS_FILE}); of each user the last item is a test row, the one before it a validation row"
+    )
     encoded = {}
-    for part in parts:
+    for part in PARTS:
         read = SequenceReader(part, labels, found.left_out, encoder.config.sequences)
         encoded[part] = encode_files(files, encoder, read, held_out=part != "train")
         if part != "train":
@@ -140,8 +115,7 @@ def _encode_sequences(
 def _quarantine(bad: Mapping[str, tuple[list[dict[str, Any]], int]], encoder: Encoder, folder: Path) -> int:
     """Write the bad rows of all sources; returns their number.
 
-    Raises:
-        DataError: a source has too many of them among its records.
+    Raises DataError: a source has too many of them among its records.
     """
     target = folder / QUARANTINE
     with target.open("w", encoding="utf-8") as file:
@@ -221,25 +195,18 @@ def _write(
     notes: list[str],
 ) -> PreparedData:
     """Write the Parquet files, each with what is left out of it, and describe them."""
-    lengths: dict[str, list[int]] = {part: [] for part in PARTS}
-    starts = dict.fromkeys(PARTS, 0)
     for part, table in parts.items():
-        of = encoded[part if part in encoded else "train"]
-        left_out = LeftOut(of.too_long, len(of.bad), before_split=part not in encoded)
-        pq.write_table(with_left_out(table, left_out), folder / f"{part}.parquet")
-        lengths[part] = pc.list_value_length(table["input_ids"]).to_pylist()
-        starts[part] = sum(table["target_start"].to_pylist())
+        own = encoded.get(part)
+        left_out = asdict(LeftOut(own.too_long, len(own.bad)) if own else LeftOut())
+        named = table.replace_schema_metadata({LEFT_OUT: json.dumps(left_out).encode()})
+        pq.write_table(named, folder / f"{part}.parquet")
     return PreparedData(
         folder=folder,
         source=source,
-        rows={part: len(found) for part, found in lengths.items()},
-        tokens={part: sum(found) for part, found in lengths.items()},
-        target_tokens={part: sum(found) - starts[part] for part, found in lengths.items()},
-        longest={part: max(found, default=0) for part, found in lengths.items()},
+        rows={part: parts[part].num_rows if part in parts else 0 for part in PARTS},
         quarantined=bad,
         too_long=sum(rows.too_long for rows in encoded.values()),
         cut_completions=sum(rows.cut_completions for rows in encoded.values()),
         records={part: rows.records for part, rows in encoded.items()},
-        largest_id=max(rows.largest_id for rows in encoded.values()),
         notes=notes,
     )

@@ -39,11 +39,12 @@ def generated_set(config: DataSection) -> str:
 
 def write_generated_set(config: DataSection, folder: Path, seed: int) -> Path:
     """Write the embedded data set into `folder`; returns its file."""
+    path = folder / ("embedded.txt" if config.format == "sequences" else "embedded.jsonl")
     if config.format == "sequences":
-        write_generated(config.sequences, folder / "embedded.txt", seed)
-        return folder / "embedded.txt"
-    write_embedded(config, folder / "embedded.jsonl", seed)
-    return folder / "embedded.jsonl"
+        write_generated(config.sequences, path, seed)
+    else:
+        write_embedded(config, path, seed)
+    return path
 
 
 def for_fallback(config: DataSection) -> DataSection:
@@ -59,8 +60,7 @@ def _options(config: DataSection) -> dict[str, int | float | str | bool]:
 def write_embedded(config: DataSection, path: Path, seed: int) -> None:
     """Write `config.embedded_rows` lines of JSON (prompt, completion, answer) to `path`.
 
-    Raises:
-        DataError: the task or an option is unknown.
+    Raises DataError: the task or an option is unknown.
     """
     import reasoning_gym
 
@@ -84,7 +84,6 @@ def write_generated(config: SequencesSection, path: Path, seed: int) -> None:
     draw = np.random.default_rng([seed, config.items, config.clusters])
     cluster_of = draw.permutation(np.arange(config.items) % config.clusters)
     members = [np.flatnonzero(cluster_of == cluster) for cluster in range(config.clusters)]
-    popularity = [_falling(len(items)) for items in members]
     successors = [
         draw.choice(mates, min(SUCCESSORS, len(mates)), replace=False)
         for mates in (np.setdiff1d(members[cluster_of[item]], item) for item in range(config.items))
@@ -92,17 +91,15 @@ def write_generated(config: SequencesSection, path: Path, seed: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for user in range(1, config.users + 1):
             length = SHORTEST + int(draw.geometric(1 / MEAN_EXTRA))
-            cluster = int(draw.integers(config.clusters))
-            taken = [int(draw.choice(members[cluster], p=popularity[cluster]))]
+            first = members[int(draw.integers(config.clusters))]
+            taken = [int(draw.choice(first, p=_falling(len(first))))]
             while len(taken) < length:
                 chance = draw.random()
-                if chance < FOLLOW:
-                    likely = successors[taken[-1]]
-                    taken.append(int(draw.choice(likely, p=_falling(len(likely)))))
-                    continue
-                wanders = chance > FOLLOW + STAY
-                cluster = int(draw.integers(config.clusters) if wanders else cluster_of[taken[-1]])
-                taken.append(int(draw.choice(members[cluster], p=popularity[cluster])))
+                likely = successors[taken[-1]]
+                if chance >= FOLLOW:
+                    wanders = chance > FOLLOW + STAY
+                    likely = members[int(draw.integers(config.clusters) if wanders else cluster_of[taken[-1]])]
+                taken.append(int(draw.choice(likely, p=_falling(len(likely)))))
             file.write(f"{user} {' '.join(str(item) for item in taken)}\n")
 
 

@@ -45,11 +45,10 @@ def find_sources(config: DataSection) -> Sources:
     """Files of every part that has its own; the other parts are cut from train.
 
     In a folder of training data, a file or folder is test rows if its name holds the word test (testset, heldout), and
-    validation rows if it holds eval, validation, valid, val or dev (evalset, ...): see `data.parts`. data.test and
+    validation rows if it holds eval, validation, valid, val or dev (evalset, ...). data.test and
     data.validation override this.
 
-    Raises:
-        DataError: files are absent, of no known kind, or named so that their part is not clear.
+    Raises DataError: files are absent, of no known kind, or named so that their part is not clear.
     """
     sources = Sources({part: [] for part in PARTS}, [])
     if config.train != EMBEDDED:
@@ -89,13 +88,13 @@ def _take_train(place: Path, config: DataSection, sources: Sources) -> None:
         if found[part] and config.format == "sequences":
             raise DataError(
                 f"data.train: {place} holds {_names(place, found[part])} beside other files, but format: sequences holds out "
-                "the last items of each user; name the file itself, or set data.parts=all_train"
+                "the last items of each user; name the file itself"
             )
         if getattr(config, part):
             _note(notes, f"left out of {place}, because data.{part} is set", place, found[part])
         else:
             files[part] = found[part]
-            _note(notes, f"{part} rows by their names (data.parts=all_train trains on them)", place, found[part])
+            _note(notes, f"{part} rows by their names", place, found[part])
     _note(notes, f"left out of {place}", place, found[_OTHERS])
 
 
@@ -111,8 +110,7 @@ def _find(place: Path, config: DataSection) -> _Found:
         is_data = _is_data(file, config)
         hidden = any(part.startswith((".", "_")) for part in relative.parts)
         if is_data and not hidden and file.name.lower() not in SIDE_FILES:
-            part = "" if config.parts == "all_train" else _part_by_name(relative, place)
-            found[part].append(file)
+            found[_part_by_name(relative, place)].append(file)
         elif is_data or not hidden:
             found[_OTHERS].append(file)
     return found
@@ -125,7 +123,7 @@ def _part_by_name(file: Path, folder: Path) -> str:
         if len(parts) > 1:
             raise DataError(
                 f"{folder / file}: its name {name} holds the words of {' and '.join(sorted(parts))} rows; rename it, "
-                "name each file in data.train, data.validation and data.test, or set data.parts=all_train"
+                "name each file in data.train, data.validation and data.test"
             )
         if parts:
             return parts.pop()
@@ -159,7 +157,7 @@ def _nothing(place: Path, found: _Found, part: str, config: DataSection) -> Data
     if others:
         return DataError(
             f"data.{part}: {place} holds no {_kinds(config)} file of {part} rows, only {_names(place, others)}; convert, "
-            "rename or name the file itself, or set data.parts=all_train"
+            "rename or name the file itself"
         )
     hint = "; or set data.train=embedded, or data.fallback=embedded" if part == "train" else ""
     return DataError(

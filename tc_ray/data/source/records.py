@@ -141,8 +141,7 @@ def _shown(value: Any) -> str:
 def read_prepared(file: Path, columns: Sequence[str]) -> pa.Table:
     """These columns of a Parquet file that a run has prepared.
 
-    Raises:
-        DamagedFileError: it is absent, not a whole Parquet file, or has other columns; the message says what to do.
+    Raises DamagedFileError: it is absent, not a whole Parquet file, or has other columns; the message says what to do.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -41,15 +41,8 @@ class Sequences:
         return self.users + len(self.bad)
 
 
-def scan(files: Sequence[Path], known: Mapping[str, str] | None = None) -> Sequences:
-    """Read all lines once and check them.
-
-    Args:
-        known: labels of a run's items; a user with any other item is bad, because the model has no label for it.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+def scan(files: Sequence[Path]) -> Sequences:
+    """Read all lines once and check them. Raises DataError: a file cannot be read."""
     items: set[str] = set()
     first_place: dict[str, str] = {}
     bad: list[dict[str, Any]] = []
@@ -57,16 +50,16 @@ def scan(files: Sequence[Path], known: Mapping[str, str] | None = None) -> Seque
     for file in files:
         for place, line in iter_lines(file):
             found = _parse(line)
-            if not isinstance(found, BadRow):
-                user, taken = found
-                found = _refusal(user, taken, first_place, known)
+            if not isinstance(found, BadRow) and found[0] in first_place:
+                problem = f"user {found[0]} stands already in {first_place[found[0]]}"
+                found = BadRow("user", problem, "join the two lines in time order")
             if isinstance(found, BadRow):
                 record = Record(place, "line", line.decode("utf-8", errors="replace").rstrip("\r\n"), found)
                 bad.append({"file": str(file), **quarantined(record, found)})
                 left_out.add((str(file), place))
                 continue
-            first_place[user] = f"{file}, line {place}"
-            items.update(taken)
+            first_place[found[0]] = f"{file}, line {place}"
+            items.update(found[1])
     return Sequences(sorted(items), len(first_place), bad, frozenset(left_out))
 
 
@@ -140,15 +133,4 @@ def _parse(line: bytes) -> tuple[str, list[str]] | BadRow:
         return not_utf8(error)
     if len(items) < FEWEST_ITEMS:
         return BadRow("items", f"user {user} has {len(items)} items", f"give at least {FEWEST_ITEMS}, or drop the user")
-    return user, items
-
-
-def _refusal(
-    user: str, items: list[str], first_place: Mapping[str, str], known: Mapping[str, str] | None
-) -> tuple[str, list[str]] | BadRow:
-    if user in first_place:
-        return BadRow("user", f"user {user} stands already in {first_place[user]}", "join the two lines in time order")
-    strange = next((item for item in items if known is not None and item not in known), None)
-    if strange is not None:
-        return BadRow("items", f"item {strange} is none of the run's items", "drop it, or train on data that has it")
     return user, items

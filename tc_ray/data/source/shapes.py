@@ -49,7 +49,7 @@ def to_example(value: Any, *, held_out: bool) -> Example | BadRow:
     """
     try:
         if not isinstance(value, dict):
-            raise _Refused("", f"is {_kind(value)}, not an object", f"write an object with {_SHAPES}")
+            raise _Refused("", f"is {type(value).__name__}, not an object", f"write an object with {_SHAPES}")
         turns, completion = _split(value, held_out)
         answer = _answer(value)
         if completion is None and answer is None:
@@ -85,12 +85,12 @@ def _split(value: dict[str, Any], held_out: bool) -> tuple[tuple[Turn, ...], str
 
 def _from_messages(messages: Any, held_out: bool) -> tuple[tuple[Turn, ...], str | None]:
     if not isinstance(messages, list) or not messages:
-        raise _Refused("messages", f"is {_kind(messages)}", "give a list of {role, content} objects")
+        raise _Refused("messages", f"is {type(messages).__name__}", "give a list of {role, content} objects")
     turns = []
     for index, message in enumerate(messages):
         field = f"messages[{index}]"
         if not isinstance(message, dict):
-            raise _Refused(field, f"is {_kind(message)}, not an object", "give {role, content}")
+            raise _Refused(field, f"is {type(message).__name__}, not an object", "give {role, content}")
         role = message.get("role")
         if role not in ROLES:
             raise _Refused(f"{field}.role", f"is {role!r}", f"use one of {', '.join(ROLES)}")
@@ -112,7 +112,7 @@ def _text(value: dict[str, Any], field: str, name: str | None = None) -> str:
     if text is None:
         raise _Refused(name, "is missing", f"add {name} as text")
     if not isinstance(text, str):
-        raise _Refused(name, f"is {_kind(text)}, not text", "write it as a string")
+        raise _Refused(name, f"is {type(text).__name__}, not text", "write it as a string")
     if not text.strip():
         raise _Refused(name, "is empty", "fill it in or leave the record out")
     _check_unicode(text, name)
@@ -139,13 +139,6 @@ def _answer(value: dict[str, Any]) -> str | None:
     if isinstance(answer, (int, float)):
         return str(answer)
     if not isinstance(answer, str):
-        raise _Refused("answer", f"is {_kind(answer)}", "write it as text or a number")
+        raise _Refused("answer", f"is {type(answer).__name__}", "write it as text or a number")
     _check_unicode(answer, "answer")
     return answer.strip() or None
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)

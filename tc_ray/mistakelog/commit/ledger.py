@@ -4,14 +4,11 @@ Invariants:
 
 - Everything that it has acknowledged is in the Delta table (data files as table files, positions as application transactions).
   So a Ledger that died is rebuilt from the table alone, and a call repeated after its death changes nothing twice.
-- What it knows belongs to one table version, and it commits the next version or none. So a second Ledger on the same table is
-  noticed and not mixed in.
-- A lost lease is final: every call checks whether the table has moved on. After the first call that finds another lease, all
-  calls raise LeaseLostError, `state` and reports too.
+- What it knows belongs to one table version, and it commits the next version or none: a second Ledger is noticed.
+- A lost lease is final: after the first call that finds another lease, all calls raise LeaseLostError.
 - Calls of several threads take turns (`_turn`). `state` waits for nobody; `maintain` gives the turn away while it writes.
 
-`Ledger` is a plain object; `ledger_actor.py` puts it into a Ray actor. Called by the Pilot (attempts, files, end), the
-Copilot (position) and the job (state).
+`ledger_actor.py` puts it into a Ray actor. Called by the Pilot (attempts, files, end), the Copilot (position) and the job (state).
 """
 
 from __future__ import annotations
@@ -19,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tc_ray.config.log import LogSection
-from tc_ray.mistakelog.commit.fencing import fenced_files, trimmed
+from tc_ray.mistakelog.maintain.compaction import write_copy
 from tc_ray.mistakelog.maintain.maintenance import Maintenance, Position
 from tc_ray.mistakelog.maintain.quarantine import quarantined, set_aside
 from tc_ray.mistakelog.table.commits import dropped_records
@@ -50,7 +48,6 @@ class LogState:
     """Where the log stands."""
 
     version: int
-    """Delta table version."""
     attempt: int
     """Current attempt, from 1; 0 before the first `begin_attempt`."""
     round: int
@@ -62,12 +59,10 @@ class LogState:
     last_round: int
     """Last round of the Pilot; 0 until `pilot_done`."""
     copilot_round: int
-    """Last round the Copilot reported as consumed; 0 before."""
     copilot_steps: int
     dropped: int = 0
     """Records that could not be written and are missing in the log (`log.full_policy: drop`, and rows that are not finite)."""
     quarantined: int = 0
-    """Damaged files that were taken out of the log."""
 
 
 class Ledger:
@@ -113,7 +108,6 @@ class Ledger:
         return default if value is None else value
 
     def _load(self) -> None:
-        """Read everything that this object knows from the table."""
         self._store.refresh()
         self._store.settle()  # commits of another Ledger, or one of our own that seemed to fail
         attempt, watermark = self._number("attempt", 0), self._number("watermark", 0)
@@ -137,7 +131,6 @@ class Ledger:
         )
 
     def _counts(self) -> dict[str, Any]:
-        """What the table and the quarantine show of `LogState`."""
         files = self._store.files()
         return {
             "version": self._store.version,
@@ -200,18 +193,11 @@ class Ledger:
                     if not left:
                         raise
                     self._load()
-                except LedgerError:
-                    # refused on knowledge that another Ledger has made old?
-                    known = self._store.version
-                    self._load()
-                    if not left or self._store.version == known:
-                        raise
 
     def begin_attempt(self, watermark: int, writers: int) -> int:
-        """Start a new attempt: drop every round after `watermark` and refuse older attempts from now on.
+        """Start a new attempt, in one table version: drop every round after `watermark` and refuse older attempts from now on.
 
-        One table version does all of it. A call repeated because its answer was lost starts one more attempt, with the
-        same effect.
+        A call repeated because its answer was lost starts one more attempt, with the same effect.
 
         Args:
             watermark: last round of the checkpoint that the Pilot resumes from; 0: from the start.
@@ -222,7 +208,6 @@ class Ledger:
 
         Raises:
             LedgerError: the log does not reach the checkpoint, so there would be a gap.
-            LeaseLostError: another process has taken the log over.
         """
         if watermark < 0 or writers < 1:
             raise ValueError(f"watermark {watermark} must be >= 0 and writers {writers} >= 1")
@@ -234,11 +219,14 @@ class Ledger:
                     f"round {min(self._covered)}; start from an older checkpoint or a new run folder"
                 )
             new = self._state.attempt + 1
-            remove = fenced_files(self._store.files(), watermark)
+            remove = [file for file in self._store.files() if file.round_max > watermark]
             add = []
             for file in [file for file in remove if file.round_min <= watermark]:
+                # a name of its own: another process that believes to fence may have committed a copy too
+                stem, unique = file.name.removesuffix(".parquet"), uuid.uuid4().hex[:12]
+                name = f"{stem}-cut{watermark}-a{new}-{unique}.parquet"
                 try:
-                    add.append(trimmed(self._store, file, watermark, new))
+                    add.append(write_copy(self._store, [file], name, watermark=watermark))
                 except BadFileError as error:
                     self._set_aside(error)
                     remove.remove(file)
@@ -260,7 +248,6 @@ class Ledger:
 
         Raises:
             FencedError: the file's attempt was replaced.
-            LeaseLostError: another process has taken the log over.
             LedgerError: unknown rank or attempt, or rounds or sequence numbers were skipped.
             LogFullError: no space for the commit; call again when there is.
             ValueError: the file is not in the table's folder with the stated size.
@@ -272,9 +259,6 @@ class Ledger:
         """Do the maintenance that is due: vacuum, retention, merges. After a commit that found the disk full, no merges.
 
         Other calls go on meanwhile; a second call of this one waits.
-
-        Raises:
-            LeaseLostError: another process has taken the log over.
         """
         if self._maintenance is None:
             with self._turn():
@@ -320,11 +304,7 @@ class Ledger:
         self._sequence[file.rank], self._covered = file.sequence, rounds
 
     def quarantine(self, name: str, reason: str) -> bool:
-        """Take a file that a reader found damaged out of the log, if it is found so here too.
-
-        Returns:
-            It was taken out. A file that is whole, or no longer in the log, is left as it is.
-        """
+        """Take a file that a reader found damaged out of the log, if it is found so here too. Returns whether it was taken out."""
         with self._turn():
             self._catch_up()
             file = next((file for file in self._store.files() if file.name == name), None)
@@ -361,7 +341,7 @@ class Ledger:
     def report_copilot(self, round: int, steps: int) -> None:
         """Note the last round that the Copilot has consumed and its optimizer steps so far (a restart may lower both).
 
-        Held in memory only: the Copilot's checkpoint holds the truth, and the Copilot repeats its report while it runs.
+        Held in memory only: the Copilot repeats its report while it runs.
         """
         self._store.check_lease()
         self._copilot_round, self._copilot_steps = round, steps
@@ -375,15 +355,11 @@ class Ledger:
         self._checkpoint_round = round
 
     def copilot_round(self) -> int:
-        """Last round the Copilot reported as consumed."""
+        """Last round the Copilot reported as consumed; 0 before."""
         self._store.check_lease()
         return self._copilot_round
 
     def state(self) -> LogState:
-        """Where the log stands. Answered from memory, also during other calls.
-
-        Raises:
-            LeaseLostError: another process has taken the log over, as an earlier call found.
-        """
+        """Where the log stands. Answered from memory, also during other calls."""
         self._store.check_lease()
         return replace(self._state, copilot_round=self._copilot_round, copilot_steps=self._copilot_steps)

@@ -16,9 +16,8 @@ from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger, LogState
 from tc_ray.mistakelog.rows.schema import LogMetadata
 from tc_ray.mistakelog.table.data_file import DataFile
-from tc_ray.mistakelog.table.errors import LeaseLostError
+from tc_ray.mistakelog.table.errors import LeaseLostError, retry
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import retry
 from tc_ray.mistakelog.table.store import LogStore
 
 log = logging.getLogger(__name__)
@@ -73,15 +72,9 @@ def start_ledger(
     settings: LogSection | None = None,
     buffer_rounds: int = 1,
 ) -> Any:
-    """Start the Ledger of an existing table as a Ray actor that restarts by itself.
+    """Start the Ledger of an existing table as a Ray actor that restarts by itself and lives as long as the returned handle.
 
-    The actor lives as long as a handle to it does in the starting process.
-
-    Returns:
-        The actor handle.
-
-    Raises:
-        LedgerError: see `Ledger`.
+    Arguments and errors: see `Ledger`.
     """
     import ray
 
@@ -100,10 +93,7 @@ def start_ledger(
 
 
 def submit_to(handle: Any) -> Callable[[DataFile], int]:
-    """`submit` of a `RecordWriter` for a Ledger actor.
-
-    Ray repeats a call whose actor died until the restarted one answers; `commit` recognises the repetition.
-    """
+    """`submit` of a `RecordWriter`. Ray repeats a call whose actor died until the restarted one answers."""
     import ray
 
     def submit(file: DataFile) -> int:

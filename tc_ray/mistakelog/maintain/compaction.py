@@ -4,8 +4,8 @@ Invariant: a merge is one commit that removes the parts and adds the whole, mark
 against its CRC-32 before its rows are copied, so damage is found and never gets a fresh checksum. A merge is optimistic: the file
 is written without a lock, while other commits go on, and committed only if all its parts are still in the table.
 Only rounds that no restart of the Pilot takes back are merged, so that fencing seldom cuts a merged file. What is merged
-grows at least twofold, so a row is copied at most log2(target / smallest file) times. Called by maintenance and by
-`tc-ray log compact`. Why not `DeltaTable.optimize.compact`: see docs/decisions.md.
+grows at least twofold, so a row is copied at most log2(target / smallest file) times. Why not `DeltaTable.optimize.compact`: see
+docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import AbstractContextManager
 
 import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
-from tc_ray.mistakelog.table.data_file import BadFileError, Compression, DataFile, ParquetPart, compression_of
+from tc_ray.mistakelog.table.data_file import DataFile, ParquetPart, compression_of
 from tc_ray.mistakelog.table.errors import CommitConflictError
-from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
 
@@ -37,17 +34,15 @@ def merge_plan(
     safe_round: int,
     *,
     most_rounds: int | None = None,
-    eager: bool = False,
 ) -> list[list[StoredFile]]:
-    """Groups of files to merge, oldest first.
+    """Groups of files to merge, oldest first. A merge has to pay: half of the target together, or all that `most_rounds` allows,
+    or `_FEWEST_FILES` files of which none is more than half.
 
     Args:
         files: of the table, in any order.
         target_bytes: length that files are merged up to; files of half of it are large enough already.
         safe_round: last round that no restart of the Pilot takes back.
         most_rounds: most rounds that a merged file may span: it leaves the log as a whole, with its newest round.
-        eager: merge whatever can be merged. Otherwise only what pays: half of the target together, or all that `most_rounds`
-            allows, or `_FEWEST_FILES` files of which none is more than half.
 
     Returns:
         Groups of at least two neighbours in the order of rounds, each of at most `target_bytes` together.
@@ -59,7 +54,7 @@ def merge_plan(
         nonlocal group
         total, largest = sum(file.bytes for file in group), max((file.bytes for file in group), default=0)
         pays = complete or 2 * total >= target_bytes or (len(group) >= _FEWEST_FILES and 2 * largest <= total)
-        if len(group) > 1 and (eager or pays):
+        if len(group) > 1 and pays:
             groups.append(group)
         group = []
 
@@ -81,27 +76,24 @@ def write_copy(
     group: Sequence[StoredFile],
     name: str,
     *,
-    compression: Compression | None = None,
     watermark: int | None = None,
 ) -> DataFile:
     """Write the rows of a group, in its order, to one new file, to be committed with the group as `remove`.
 
-    In memory are one file of the group at a time, and a row group.
+    In memory are one file of the group at a time, and a row group. Pages are compressed as those of the group's first file.
 
     Args:
-        compression: None: as the first file of the group has it.
         watermark: leave out the rounds after it.
 
     Raises:
-        BadFileError: a file of the group is not what was committed; nothing was written.
-        OSError: no space; nothing was written.
+        BadFileError, OSError: a file of the group is damaged, or there is no space; nothing was written.
     """
     part: ParquetPart | None = None
     try:
         for file in group:
             rows = store.read(file)
             if part is None:
-                codec = compression or compression_of(store.location, file.name)
+                codec = compression_of(store.location, file.name)
                 part = ParquetPart(store.location, name, codec, store.metadata.to_configuration())
             part.write(rows if watermark is None else rows.filter(pc.field("round") <= watermark))
         assert part is not None, "a group has files"
@@ -125,33 +117,26 @@ def write_copy(
 
 
 def merge(
-    store: LogStore,
-    group: Sequence[StoredFile],
-    turn: Callable[[], AbstractContextManager[Mapping[str, int]]],
-    *,
-    compression: Compression | None = "none",
+    store: LogStore, group: Sequence[StoredFile], turn: Callable[[], AbstractContextManager[Mapping[str, int]]]
 ) -> DataFile:
     """Replace a group by one file of the same rows.
 
     Args:
         store: of the one committer; while the file is written it may go on to other versions.
         turn: a context in which nobody else uses `store`, which is then at the newest version; gives the numbers of the commit.
-        compression: as for `write_copy`.
 
     Raises:
         BadFileError, OSError: see `write_copy`.
         CommitConflictError: a file of the group has left the table, or another process committed; the merged file is removed.
-        LeaseLostError: another process has taken the log over; the merged file is removed.
     """
     first, last = min(file.round_min for file in group), max(file.round_max for file in group)
     name = f"rounds-{first:08d}-{last:08d}-merged-{uuid.uuid4().hex[:12]}.parquet"
-    merged = write_copy(store, group, name, compression=compression)
+    merged = write_copy(store, group, name)
     try:
         with turn() as numbers:
-            there = {file.name for file in store.files()}
-            left = [file.name for file in group if file.name not in there]
+            left = {file.name for file in group} - {file.name for file in store.files()}
             if left:
-                raise CommitConflictError(f"{store.location}: {left[0]} left the table while it was merged")
+                raise CommitConflictError(f"{store.location}: {min(left)} left the table while it was merged")
             store.commit(add=[merged], remove=group, numbers=numbers, note={"kind": "merge"}, data_change=False)
     except BaseException as error:
         with contextlib.suppress(OSError, DeltaError):
@@ -167,74 +152,3 @@ def merge(
 
 def _may_arrive_late(location: Location) -> bool:
     return location.local is None
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """What `compact_log` did."""
-
-    location: str
-    files_before: int
-    files_after: int
-    bytes_merged: int
-    bad: list[BadFileError] = field(default_factory=list)
-    """Damaged files, left in the table."""
-
-    @property
-    def good(self) -> bool:
-        """No damage was found."""
-        return not self.bad
-
-    def lines(self) -> list[str]:
-        """For a terminal."""
-        lines = [f"BAD {error.name}: {error.reason}" for error in self.bad]
-        if self.bad:
-            lines.append("damaged files stay in the table: `tc-ray log verify --quarantine` takes them out of the log")
-        if self.files_before == self.files_after:
-            return [*lines, f"{self.location}: {self.files_before} files, none to merge"]
-        return [
-            *lines,
-            f"{self.location}: {self.files_before} files became {self.files_after} ({self.bytes_merged:,} bytes merged)",
-            "the old ones are removed by `tc-ray log vacuum` when no reader needs them",
-        ]
-
-    def to_dict(self) -> dict[str, object]:
-        """JSON-ready."""
-        return {
-            "location": self.location,
-            "files_before": self.files_before,
-            "files_after": self.files_after,
-            "bytes_merged": self.bytes_merged,
-            "bad": [{"name": error.name, "reason": error.reason} for error in self.bad],
-        }
-
-
-def compact_log(
-    location: str | Path | Location,
-    target_bytes: int,
-    *,
-    progress: Callable[[str], None] = lambda line: None,
-) -> Compaction:
-    """Merge all small files of a log that no run is writing. Damaged files are skipped; pages stay compressed as they were.
-
-    Raises:
-        LeaseHeldError: a run, or another command, is at work on the log.
-    """
-    place = Location(location)
-    with RunLease.take(place, "tc-ray log compact") as lease:
-        store = LogStore(place, lease=lease.number)
-        before = store.files()
-        merged_bytes, bad = 0, []
-        newest = max((file.round_max for file in before), default=0)
-        for group in merge_plan(before, target_bytes, newest, eager=True):
-            while len(group) > 1:
-                try:
-                    merged = merge(store, group, lambda: nullcontext({}), compression=None)
-                except BadFileError as error:
-                    bad.append(error)
-                    group = [file for file in group if file.name != error.name]
-                    continue
-                merged_bytes += merged.bytes
-                progress(f"{len(group)} files became {merged.name}")
-                break
-        return Compaction(str(place), len(before), len(store.files()), merged_bytes, bad)

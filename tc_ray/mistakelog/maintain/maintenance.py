@@ -2,14 +2,11 @@
 
 Invariants:
 
-- The work of one call is bounded: one vacuum no more often than the grace time asks for, one commit that retires, one merge of
-  at most `file_bytes`.
+- The work of one call is bounded: a vacuum when one is due, one commit that retires, one merge of at most `file_bytes`.
 - Commits do not wait for it. Only decisions and commits are made in the committer's turn (its lock); files are removed, and
   merged files written, outside of it. A merge whose parts left the table meanwhile is dropped.
 - It costs the run nothing but time: a full disk, a store that does not answer or a second committer is logged, and the work is
   tried again later. A damaged file is quarantined. Only a lost lease is an error.
-
-Called by the Ledger, which gives the turns.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -27,7 +24,6 @@ from deltalake.exceptions import DeltaError
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.maintain.compaction import merge, merge_plan
 from tc_ray.mistakelog.maintain.quarantine import set_aside
-from tc_ray.mistakelog.maintain.retention import Standing, retire
 from tc_ray.mistakelog.maintain.vacuum import Vacuum, look, remove
 from tc_ray.mistakelog.table.data_file import BadFileError, DataFile
 from tc_ray.mistakelog.table.errors import CommitConflictError
@@ -52,6 +48,41 @@ class Position:
     """Last round consumed by the Copilot; None: there is no Copilot."""
     attempt: int
     """Of the run at work."""
+
+
+def retire(
+    files: Sequence[StoredFile], position: Position, limits: LogSection, buffer_rounds: int, reserved_bytes: int
+) -> list[StoredFile]:
+    """Retention: the files to remove from the table, oldest first. A pure policy.
+
+    Whole files leave. Whatever the limits say, a file stays while it holds a round that the Copilot has not consumed, one of the
+    `buffer_rounds` before its position (a restarted Copilot reads those again), or a round after `safe_round`.
+
+    `max_bytes` bounds the bytes on the disk. Files that left the table stay there for `vacuum_grace_seconds`, then as long as a
+    reader holds their version. So bytes are reserved for them: as many as were written in the last two grace times, because in a
+    steady state as many leave as are written. (Counting the waiting files themselves would remove more and more: each removal
+    makes more files wait.) With the headroom for what is written next, at most half of the limit is reserved.
+
+    Args:
+        files: of the table, in any order.
+        buffer_rounds: that the Copilot draws from.
+        reserved_bytes: for files that wait for their removal, and for what is written before the next call.
+    """
+    needed_from = position.safe_round + 1
+    if position.copilot_round is not None:
+        needed_from = min(needed_from, position.copilot_round - buffer_rounds + 1)
+    newest = max((file.round_max for file in files), default=0)
+    unwanted_to = newest - limits.keep_rounds if limits.keep_rounds is not None else 0
+    live = allowed = sum(file.bytes for file in files)
+    if limits.max_bytes is not None:
+        allowed = max(limits.max_bytes - reserved_bytes, limits.max_bytes // 2)
+    chosen = []
+    for file in sorted(files, key=lambda file: (file.round_max, file.name)):
+        if file.round_max >= needed_from or (file.round_max > unwanted_to and live <= allowed):
+            break
+        chosen.append(file)
+        live -= file.bytes
+    return chosen
 
 
 @dataclass
@@ -88,18 +119,15 @@ class Maintenance:
     ) -> None:
         self._store, self._settings, self._buffer_rounds = store, settings, buffer_rounds
         self._turn, self._clock = turn, clock
-        self._vacuum_due = self._staged_due = self._clock()
+        self._vacuum_due = self._clock()
         self._disk: Vacuum | None = None
         self._said: dict[str, float] = {}
 
     def maintain(self, *, merge: bool = True) -> Maintained:
-        """Do what is due. Not to be called by two threads at once.
+        """Do what is due. Not to be called by two threads at once. Raises LeaseLostError.
 
         Args:
             merge: False: only what frees space, nothing that needs some first.
-
-        Raises:
-            LeaseLostError: another process has taken the log over.
         """
         done = Maintained()
         try:
@@ -119,20 +147,16 @@ class Maintenance:
         if self._clock() < self._vacuum_due:
             return
         settings = self._settings
-        staged = self._clock() >= self._staged_due
         with self._turn() as position:
             done.vacuum = self._disk = look(
                 self._store,
                 orphan_seconds=settings.orphan_seconds,
                 grace_seconds=settings.vacuum_grace_seconds,
                 live_attempt=position.attempt,
-                staged=staged,
             )
         remove(self._store.location, done.vacuum)
         if done.vacuum.removed:
             log.info("%s", done.vacuum.lines()[0])
-        if staged:  # none is old enough sooner, and the list of commits grows as long as the run
-            self._staged_due = self._clock() + settings.orphan_seconds
         shortest, longest = _VACUUM_SECONDS
         self._vacuum_due = self._clock() + min(max(settings.vacuum_grace_seconds / 4, shortest), longest)
 
@@ -142,25 +166,23 @@ class Maintenance:
         return self._disk.disk_bytes + sum(file.bytes for file in files if file.name not in self._disk.seen)
 
     def _retire(self, done: Maintained, position: Position) -> None:
-        settings = self._settings
-        if self._disk is None or (settings.keep_rounds is None and settings.max_bytes is None):
+        settings, limit = self._settings, self._settings.max_bytes
+        if self._disk is None or (settings.keep_rounds is None and limit is None):
             return
         files = self._store.files()
-        standing = Standing(
-            safe_round=position.safe_round,
-            copilot_round=position.copilot_round,
-            buffer_rounds=self._buffer_rounds,
-            recent_bytes=self._disk.recent_bytes,
-            headroom_bytes=settings.file_bytes,
-            disk_bytes=self._disk_bytes(files),
-        )
-        answer = retire(files, standing, keep_rounds=settings.keep_rounds, max_bytes=settings.max_bytes)
-        if answer.files:
-            note = {"kind": "retire", "up_to_round": max(file.round_max for file in answer.files)}
-            self._store.commit(remove=answer.files, numbers=position.numbers, note=note)
-            done.retired = answer.files
-        if answer.unmet is not None:
-            self._say(answer.unmet.split(":")[0], answer.unmet)
+        reserved_bytes = self._disk.recent_bytes + settings.file_bytes
+        done.retired = retire(files, position, settings, self._buffer_rounds, reserved_bytes)
+        on_disk = self._disk_bytes(files)
+        if done.retired:
+            self._store.commit(remove=done.retired, numbers=position.numbers, note={"kind": "retire"})
+        if limit is not None and on_disk > limit:
+            copilot = "" if position.copilot_round is None else f"the Copilot is at round {position.copilot_round}, "
+            self._say(
+                "max_bytes",
+                f"log.max_bytes {limit:,}, but {on_disk:,} bytes are on the disk: rounds that the Copilot or a restart may read "
+                f"stay ({copilot}the last checkpoint at round {position.safe_round}), and files that left the log wait for "
+                "log.vacuum_grace_seconds or for readers of older versions",
+            )
 
     def _next_merge(self, position: Position) -> list[StoredFile]:
         """The oldest group of files that is worth merging; empty: none."""
@@ -187,7 +209,7 @@ class Maintenance:
                 yield position.numbers
 
         try:
-            done.merge = merge(self._store, group, turn, compression=self._settings.compression)
+            done.merge = merge(self._store, group, turn)
             done.merged = group
         except BadFileError as error:
             done.bad.append(error)

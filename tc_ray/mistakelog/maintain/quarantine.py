@@ -2,12 +2,12 @@
 
 Invariant: at each moment a damaged file is in the table, or in the list `_tc_ray/quarantine/quarantine.jsonl`, or both. First the
 line is written, then one commit removes the file from the table, then the file is moved. A crash in between leaves a file that
-vacuum removes, or a line that a repetition does not write again. Called by the Ledger for what a reader found, by maintenance and
-by `tc-ray log verify`.
+vacuum removes, or a line that a repetition does not write again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 
 from tc_ray.mistakelog.table.data_file import BadFileError
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.store import LogStore, StoredFile
+from tc_ray.mistakelog.table.store import LogStore
 
 QUARANTINE_FOLDER = "_tc_ray/quarantine"
 _LIST = f"{QUARANTINE_FOLDER}/quarantine.jsonl"
@@ -37,20 +37,17 @@ class Quarantined:
     time: str
     """ISO 8601, UTC."""
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.rows} rows of rounds {self.round_min} to {self.round_max} are lost ({self.reason})"
+
 
 def set_aside(store: LogStore, bad: Sequence[BadFileError], *, numbers: Mapping[str, int]) -> list[Quarantined]:
-    """Take damaged files out of the table and move them aside.
+    """Take damaged files out of the table and move them aside. Returns what was taken out.
 
     Args:
         store: at the newest version.
         bad: as found; files that are no longer in the table are skipped.
-        numbers: as for `LogStore.commit`.
-
-    Returns:
-        What was taken out.
-
-    Raises:
-        CommitConflictError, LeaseLostError, LogFullError: see `LogStore.commit`.
+        numbers: of the commit; errors too are those of `LogStore.commit`.
     """
     store.confirm()  # before anything is written: the list may belong to a new owner of the log
     files = {file.name: file for file in store.files()}
@@ -58,30 +55,18 @@ def set_aside(store: LogStore, bad: Sequence[BadFileError], *, numbers: Mapping[
     if not found:
         return []
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    taken = [_entry(file, error.reason, now) for file, error in found]
-    known = {line.name for line in quarantined(store.location)}
-    _append(store.location, [line for line in taken if line.name not in known])
-    store.commit(
-        remove=[file for file, _ in found],
-        numbers=numbers,
-        note={"kind": "quarantine", "reasons": {error.name: error.reason for _, error in found}},
-    )
+    taken = [
+        Quarantined(file.name, error.reason, file.rows, file.round_min, file.round_max, now) for file, error in found
+    ]
+    before = quarantined(store.location)
+    known = {line.name for line in before}
+    lines = [*before, *(line for line in taken if line.name not in known)]
+    store.location.write(_LIST, "".join(json.dumps(line.__dict__) + "\n" for line in lines).encode())
+    store.commit(remove=[file for file, _ in found], numbers=numbers, note={"kind": "quarantine"})
     for line in taken:
         _move(store.location, line.name)
-        log.warning(
-            "%s: %s taken out of the log (%s): %d rows of rounds %d to %d are lost",
-            store.location,
-            line.name,
-            line.reason,
-            line.rows,
-            line.round_min,
-            line.round_max,
-        )
+        log.warning("%s: taken out of the log: %s", store.location, line)
     return taken
-
-
-def _entry(file: StoredFile, reason: str, now: str) -> Quarantined:
-    return Quarantined(file.name, reason, file.rows, file.round_min, file.round_max, now)
 
 
 def quarantined(location: Location) -> list[Quarantined]:
@@ -93,23 +78,12 @@ def quarantined(location: Location) -> list[Quarantined]:
     return [Quarantined(**json.loads(line)) for line in content.decode().splitlines() if line.strip()]
 
 
-def _append(location: Location, lines: Sequence[Quarantined]) -> None:
-    everything = [*quarantined(location), *lines]
-    text = "".join(json.dumps(line.__dict__) + "\n" for line in everything)
-    location.write(_LIST, text.encode())
-
-
 def _move(location: Location, name: str) -> None:
     aside = f"{QUARANTINE_FOLDER}/{name}"
-    if location.local is not None:
-        location.path(aside).parent.mkdir(parents=True, exist_ok=True)
-        try:
+    with contextlib.suppress(FileNotFoundError):  # a file that is missing is damaged too
+        if location.local is not None:
+            location.path(aside).parent.mkdir(parents=True, exist_ok=True)
             location.rename(name, aside)
-        except FileNotFoundError:
-            log.debug("%s: %s was missing: nothing to move aside", location, name)
-        return
-    try:
-        location.write(aside, location.read(name))
-    except FileNotFoundError:
-        return
-    location.delete(name)
+        else:
+            location.write(aside, location.read(name))
+            location.delete(name)

@@ -68,15 +68,12 @@ class _Feed(Generic[T]):
 def read_ahead(
     sources: Iterable[Callable[[], Iterator[T]]], *, ahead: int, depth: int
 ) -> Generator[Iterator[T], None, None]:
-    """The items of each source, in order; use them up before the next source.
+    """The items of each source, in order; use them up before the next source. They raise what the source raised.
 
     Args:
         sources: each is called once, in a thread of its own.
         ahead: sources that are started besides the current one.
         depth: items of a source that may wait.
-
-    Raises (from a source's items):
-        what the source raised.
     """
     coming: deque[_Feed[T]] = deque()
     waiting = iter(sources)

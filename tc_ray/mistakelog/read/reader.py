@@ -2,15 +2,14 @@
 
 Invariant: a reader follows the file list of one table version, so it never sees an unfinished, uncommitted or half-fenced file,
 and what it returns for a version never changes. While it is open, a lease keeps the version's files from being removed. A file
-that is not what was committed delivers no row: it is named, counted and skipped. Called by the Copilot (tail) and by users and
-tools (log).
+that is not what was committed delivers no row: it is named, counted and skipped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tc_ray.mistakelog.read.read_ahead import read_ahead
-from tc_ray.mistakelog.read.reader_lease import ReaderLease, held, hold
+from tc_ray.mistakelog.read.reader_lease import ReaderLease, held
 from tc_ray.mistakelog.rows.records import Records
-from tc_ray.mistakelog.rows.schema import ROW_SCHEMA, LogMetadata
+from tc_ray.mistakelog.rows.schema import ROW_SCHEMA
 from tc_ray.mistakelog.table.data_file import BadFileError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
@@ -51,34 +50,12 @@ class Update:
 
 
 class LogTail:
-    """Reads each file of a growing log once.
+    """Reads each file of a growing log once. Arguments and errors: see `MistakeLog`."""
 
-    Args:
-        location: of the table.
-        run: refuse the log of another run; None: any.
-        storage_options: of an object store.
-
-    Raises:
-        LogSchemaError: no Mistake Log there, or another schema version.
-    """
-
-    def __init__(
-        self,
-        location: str | Path | Location,
-        run: str | None = None,
-        *,
-        storage_options: Mapping[str, str] | None = None,
-    ) -> None:
-        self._store = LogStore(location, storage_options=storage_options)
-        if run is not None and run != self._store.metadata.run:
-            raise ValueError(f"{location} is the log of run {self._store.metadata.run!r}, not {run!r}")
+    def __init__(self, location: str | Path | Location, *, storage_options: Mapping[str, str] | None = None) -> None:
+        self._store = LogStore(Location(location, storage_options))
         self._known: set[str] = set()
         self._lease = held(self._store)
-
-    @property
-    def metadata(self) -> LogMetadata:
-        """The log's metadata, as of the last poll."""
-        return self._store.metadata
 
     def poll(self, version: int | None = None, *, min_round: int = 0) -> Update:
         """Read what is new.
@@ -134,33 +111,15 @@ class MistakeLog:
         version: int | None = None,
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
-        self._store = LogStore(location, version, storage_options)
+        self._store = LogStore(Location(location, storage_options), version)
         self._lease = held(self._store, version)
-        self._files = self._store.files()
+        self.location, self.metadata, self.version = self._store.location, self._store.metadata, self._store.version
+        self.files = self._store.files()
+        """By round."""
         self.bad_files: list[BadFileError] = []
         """Files found damaged so far: this object returned none of their rows."""
         self.not_finite: dict[str, int] = {}
         """Rows with a NaN or an infinity that inspection has skipped, by file."""
-
-    @property
-    def location(self) -> Location:
-        """Where the log is."""
-        return self._store.location
-
-    @property
-    def metadata(self) -> LogMetadata:
-        """The log's metadata."""
-        return self._store.metadata
-
-    @property
-    def version(self) -> int:
-        """Table version of everything read here."""
-        return self._store.version
-
-    @property
-    def files(self) -> list[StoredFile]:
-        """Data files, by round."""
-        return list(self._files)
 
     def dataset(self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None) -> Any:
         """Rows as a `ray.data.Dataset` of this version (starts or uses Ray); arguments as for `arrow`.
@@ -172,12 +131,14 @@ class MistakeLog:
         """
         import ray.data
 
-        read = _DatasetRead(self, rounds, None if columns is None else list(columns))
-        chosen = _in_rounds(self._files, rounds)
+        chosen = _in_rounds(self.files, rounds)
         if not chosen:
             return ray.data.from_arrow(_schema(columns).empty_table())
-        names = ray.data.from_items([{"name": file.name} for file in chosen], override_num_blocks=len(chosen))
-        return names.map_batches(read, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+        # rows are read later: this object may be closed by then
+        lease = ReaderLease(self.location, self.version)
+        read = _DatasetRead(self._store, chosen, rounds, columns, lease=lease)
+        items = ray.data.from_items([{"file": at} for at in range(len(chosen))], override_num_blocks=len(chosen))
+        return items.map_batches(read, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
 
     def arrow(self, rounds: tuple[int, int] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows as an Arrow table.
@@ -196,7 +157,7 @@ class MistakeLog:
 
         Threads read the next two files while the caller works on one: three are in memory.
         """
-        wanted = _in_rounds(self._files, rounds)
+        wanted = _in_rounds(self.files, rounds)
         return self._ahead(
             wanted, lambda file: iter([_read_rounds(self._store, file, rounds, columns)]), ahead=_TABLES_AHEAD, depth=1
         )
@@ -204,15 +165,14 @@ class MistakeLog:
     def pieces(self, rounds: tuple[int, int] | None = None, *, batch: int = 1) -> Iterator[tuple[StoredFile, Records]]:
         """Rows as `Records` of some megabytes, file by file, by round: for logs of any size.
 
-        Each file is checked whole before its first rows come; damaged files are skipped, see `bad_files`. (A file with the committed
-        bytes but invalid rows delivers the rows before these.) Threads read and parse while the caller works; some pieces of two
-        files are in memory.
+        Each file is checked whole before its first rows come; damaged files are skipped, see `bad_files`. Threads read and parse
+        while the caller works; some pieces of two files are in memory.
 
         Args:
             rounds: as for `arrow`.
             batch: a piece has a multiple of this many rows, except for a file's last (and those that `rounds` cuts).
         """
-        wanted = _in_rounds(self._files, rounds)
+        wanted = _in_rounds(self.files, rounds)
         return self._ahead(
             wanted, lambda file: _read_pieces(self._store, file, rounds, batch), ahead=1, depth=_PIECES_AHEAD
         )
@@ -261,33 +221,19 @@ class MistakeLog:
 class _DatasetRead:
     """Reads one file in a Ray task. The object on the driver holds the version; a task gets what it needs to read."""
 
-    def __init__(self, log: MistakeLog, rounds: tuple[int, int] | None, columns: list[str] | None) -> None:
-        self._rounds, self._columns = rounds, columns
-        self._store: LogStore | None = log._store
-        self._files = {file.name: file for file in log.files}
-        self._lease: ReaderLease | None = hold(
-            log.location, log.version
-        )  # rows are read later: the log may be closed by then
+    def __init__(self, store: LogStore, files: list[StoredFile], *asked: Any, lease: ReaderLease | None = None) -> None:
+        self._store, self._files, self._asked, self._lease = store, files, asked, lease
 
-    def __getstate__(self) -> dict[str, Any]:
-        assert self._store is not None
-        return {
-            "place": (self._store.location, self._store.version),
-            "files": self._files,
-            "asked": (self._rounds, self._columns),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lease, self._files = None, state["files"]
-        self._store = LogStore(*state["place"])
-        self._rounds, self._columns = state["asked"]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _dataset_read, (self._store.location, self._store.version, self._files, self._asked)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        assert self._store is not None
-        names: Iterable[str] = batch.column("name").to_pylist()
-        return pa.concat_tables(
-            [_read_rounds(self._store, self._files[name], self._rounds, self._columns) for name in names]
-        )
+        files = [self._files[at] for at in batch.column("file").to_pylist()]
+        return pa.concat_tables([_read_rounds(self._store, file, *self._asked) for file in files])
+
+
+def _dataset_read(location: Location, version: int, files: list[StoredFile], asked: tuple[Any, ...]) -> _DatasetRead:
+    return _DatasetRead(LogStore(location, version), files, *asked)
 
 
 def _schema(columns: Sequence[str] | None) -> pa.Schema:

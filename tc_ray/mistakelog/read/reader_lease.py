@@ -1,7 +1,7 @@
 """Leases of readers: which versions of a log are being read, so that vacuum leaves their files alone.
 
-Invariant: a version held here is in `held_versions` from the return of `hold` or `move` until its holder releases it, or is dead
-and its file was not touched for `FRESH_SECONDS`. A reader that is choosing a version first holds the one that it knows and all
+Invariant: a version held here is in `held_versions` from `ReaderLease` or `move` on until its holder releases it, or is dead and its file
+was not touched for `FRESH_SECONDS`. A reader that is choosing a version first holds the one that it knows and all
 later ones ("onwards"): until it has a lease on its choice, no file of these versions is removed, however long it takes.
 
 A lease is a file `_tc_ray/readers/ID.json`; one thread of a process renews all of its leases. A reader that may not write there (a
@@ -10,6 +10,7 @@ read-only share, a public bucket) has no lease and relies on `vacuum_grace_secon
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -29,14 +30,15 @@ FRESH_SECONDS = 60.0
 _RENEW_SECONDS = 15.0
 _FOLDER = "_tc_ray/readers"
 
+_leases: weakref.WeakSet[ReaderLease] = weakref.WeakSet()
+_lock = threading.Lock()
+
 
 class ReaderLease:
     """One reader's hold on one version, released by `release` or with the object.
 
     Args:
-        location: of the table.
-        version: of the table.
-        onwards: and all later ones, because the holder is choosing one.
+        onwards: and all later versions, because the holder is choosing one.
     """
 
     def __init__(self, location: Location, version: int, onwards: bool = False) -> None:
@@ -46,7 +48,9 @@ class ReaderLease:
         self._wanted = version, onwards
         self._finish = weakref.finalize(self, _give_back, location, self._name, os.getpid())
         self.move(version, onwards)
-        _renewer.add(self)
+        with _lock:
+            _leases.add(self)
+        _start_renewing()
 
     @property
     def version(self) -> int | None:
@@ -62,7 +66,7 @@ class ReaderLease:
 
     def _write(self) -> None:
         version, onwards = self._wanted
-        content = {"version": version, "onwards": onwards, "time": time.time(), **asdict(ProcessId.this())}
+        content = {"version": version, "onwards": onwards, "process": asdict(ProcessId.this())}
         try:
             self._location.write(self._name, json.dumps(content).encode())
             self._held = self._wanted
@@ -87,14 +91,9 @@ class ReaderLease:
                 log.debug("%s: a reader's lease could not be renewed just now: %s", self._location, error)
 
     def release(self) -> None:
-        """Release the lease; a second call does nothing."""
+        """A second call does nothing."""
         with self._lock:
             self._finish()
-
-
-def hold(location: Location, version: int) -> ReaderLease:
-    """Hold a version against vacuum."""
-    return ReaderLease(location, version)
 
 
 def held(store: LogStore, version: int | None = None) -> ReaderLease:
@@ -114,32 +113,19 @@ def _give_back(location: Location, name: str, owner: int) -> None:
         log.debug("%s: a reader's lease could not be released: %s", location, error)
 
 
-class _Renewer:
-    """The thread of this process that renews its leases."""
-
-    def __init__(self) -> None:
-        self._leases: weakref.WeakSet[ReaderLease] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self._pid = 0
-
-    def add(self, lease: ReaderLease) -> None:
-        with self._lock:
-            self._leases.add(lease)
-            if self._pid != os.getpid():  # the first lease, or this process was forked and the thread stayed behind
-                self._pid = os.getpid()
-                threading.Thread(target=self._work, name="reader-leases", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            time.sleep(_RENEW_SECONDS)
-            with self._lock:
-                leases = list(self._leases)
-            for lease in leases:
-                lease.renew()
-            del leases
+@functools.cache
+def _start_renewing() -> None:
+    """Start the thread of this process that renews its leases."""
+    threading.Thread(target=_renew, name="reader-leases", daemon=True).start()
 
 
-_renewer = _Renewer()
+def _renew() -> None:
+    while True:
+        time.sleep(_RENEW_SECONDS)
+        with _lock:
+            leases = list(_leases)
+        while leases:
+            leases.pop().renew()
 
 
 @dataclass(frozen=True)
@@ -149,33 +135,23 @@ class HeldVersion:
     version: int
     onwards: bool
     """And all later ones: the reader is choosing one."""
-    process: ProcessId
 
 
-def held_versions(location: Location, now: float, *, forget: bool = True) -> list[HeldVersion]:
-    """Versions that living readers hold; the leases of dead ones are removed if `forget`.
-
-    Args:
-        now: unix seconds by the clock of the disk or store (`Location.now`).
-    """
+def held_versions(location: Location, now: float) -> list[HeldVersion]:
+    """Versions that living readers hold; the leases of dead ones are removed. now: see `Location.now`."""
     held = []
     for entry in location.list(_FOLDER, recursive=False):
         try:
             found = json.loads(location.read(entry.name))
-            lease = HeldVersion(int(found["version"]), bool(found.get("onwards")), ProcessId.from_dict(found))
         except FileNotFoundError:
             continue  # released meanwhile
-        except (ValueError, KeyError, TypeError):
-            lease = None  # torn by a power cut, or not a lease
+        lease = HeldVersion(found["version"], found["onwards"])
         # read again, now that the file was opened: a share may have shown an old time
         touched = location.modified(entry.name) if now - entry.modified >= FRESH_SECONDS else entry.modified
         if touched is None:
             continue
-        if now - touched < FRESH_SECONDS:
-            if lease is not None:
-                held.append(lease)
-        elif lease is not None and lease.process.is_running():
+        if now - touched < FRESH_SECONDS or ProcessId(**found["process"]).is_running():
             held.append(lease)
-        elif forget:
+        else:
             location.delete(entry.name)
     return held

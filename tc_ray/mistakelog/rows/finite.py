@@ -1,7 +1,7 @@
 """Which records hold only finite numbers, and which hold a NaN or an infinity.
 
 Invariant: checking clean records takes two passes over their arrays and no copy. The writer keeps records with a NaN or an
-infinity out of the log, the Copilot's buffer skips those that another writer left in a log, verification counts them.
+infinity out of the log, verification counts those that another writer left in one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import numpy as np
 from tc_ray.mistakelog.rows.ragged import Array
 from tc_ray.mistakelog.rows.records import Records
 
-_INFINITY, _MINUS_INFINITY = 0x7F80, 0xFF80
-"""bf16 bits; larger absolute values are NaN."""
+_INFINITY, _MINUS_INFINITY = 0x7F80, 0xFF80  # bf16 bits; larger absolute values are NaN
 
 
 def all_finite(records: Records) -> bool:

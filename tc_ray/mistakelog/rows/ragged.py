@@ -1,4 +1,8 @@
-"""Ragged columns: flat values with offsets, and the Arrow arrays that hold the same memory. Used by `records`."""
+"""Ragged columns: flat values with offsets, the Arrow arrays that hold the same memory, and dense errors. Used by `records`.
+
+Dense errors (`log.error: dense`) are all V values of a target token, in vocabulary order in the table. In memory they look like
+sparse errors, so that later code knows one kind: `listed_errors` returns bit for bit what `vocabulary_order` was given.
+"""
 
 from __future__ import annotations
 
@@ -68,3 +72,20 @@ def _flat_chunk(chunk: pa.Array) -> tuple[Array, Array]:
         return np.frombuffer(data if data is not None else b"", np.uint8)[offsets[0] : offsets[-1]], offsets
     offsets = chunk.offsets.to_numpy()
     return chunk.values[int(offsets[0]) : int(offsets[-1])].to_numpy(zero_copy_only=False), offsets
+
+
+def vocabulary_order(ids: Array, values: Array) -> Array:
+    """Values [n, V] with ids [n, V], each row a permutation of the vocabulary -> [n, V], column v for token v."""
+    dense = np.empty_like(values)
+    np.put_along_axis(dense, ids.astype(np.int64), values, 1)
+    return dense
+
+
+def listed_errors(values: Array, true_ids: Array) -> tuple[Array, Array]:
+    """Values [n, V] in vocabulary order -> (ids int32 [n, V], values [n, V]): the true token, then the others by id."""
+    count, vocab = values.shape
+    ids = np.empty((count, vocab), np.int32)
+    ids[:, 0] = true_ids
+    others = np.arange(vocab - 1, dtype=np.int32)
+    ids[:, 1:] = others + (others >= true_ids[:, None])
+    return ids, np.take_along_axis(values, ids.astype(np.int64), 1)

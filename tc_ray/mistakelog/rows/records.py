@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from tc_ray.mistakelog.rows.dense import listed_errors, vocabulary_order
 from tc_ray.mistakelog.rows.ragged import (
     Array,
     binary_array,
@@ -23,7 +22,9 @@ from tc_ray.mistakelog.rows.ragged import (
     flat_index,
     lengths_of,
     list_arrays,
+    listed_errors,
     offsets_of,
+    vocabulary_order,
 )
 from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, LogSchemaError
 
@@ -103,9 +104,8 @@ class Records:
     def __post_init__(self) -> None:
         for name, dtype in _DTYPES.items():
             array = getattr(self, name)
-            if not isinstance(array, np.ndarray) or array.dtype != dtype:
-                found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-                raise ValueError(f"records.{name}: expected a numpy array of {np.dtype(dtype)}, got {found}")
+            if array.dtype != dtype:
+                raise ValueError(f"records.{name}: expected a numpy array of {np.dtype(dtype)}, got {array.dtype}")
             setattr(self, name, np.ascontiguousarray(array))
         width = self.rationale_layers * self.rationale_dim
         if width <= 0 or self.rationale.size % width:
@@ -124,7 +124,7 @@ class Records:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """Of all arrays."""
         return sum(getattr(self, name).nbytes for name in _DTYPES) + (
             self.question.nbytes if self.question is not None else 0
         )
@@ -140,11 +140,7 @@ class Records:
         return int(self.error_ids.shape[1]) - 1
 
     def validate(self) -> None:
-        """Check the invariant of this module.
-
-        Raises:
-            ValueError: names the field, and the record if one is wrong.
-        """
+        """Check the invariant of this module. Raises ValueError, which names the field, and the record if one is wrong."""
         count = len(self)
         for name in _PER_RECORD:
             if getattr(self, name).shape != (count,):
@@ -161,10 +157,7 @@ class Records:
             if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
                 raise ValueError(f"records.{offsets_name}: must start at 0 and never fall")
             for name in arrays:
-                array = getattr(self, name)
-                if name not in ("rationale", "error_ids", "error_values") and array.ndim != 1:
-                    raise ValueError(f"records.{name}: expected one dimension, got shape {array.shape}")
-                if len(array) != offsets[-1]:
+                if len(array := getattr(self, name)) != offsets[-1]:
                     raise ValueError(f"records.{name}: length {len(array)}, but {offsets_name} ends at {offsets[-1]}")
         sequence, positions, targets = (lengths_of(getattr(self, name)) for name in _RAGGED)
         _check(sequence >= 1, "input_ids: empty sequence", self)
@@ -188,8 +181,6 @@ class Records:
     def select(self, indices: Array | Sequence[int]) -> Records:
         """A copy of the records at `indices`, in that order, repeats allowed."""
         chosen = np.asarray(indices, dtype=np.int64)
-        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(f"record index outside 0..{len(self) - 1}: {chosen.min()}..{chosen.max()}")
         parts: dict[str, Array] = {name: getattr(self, name)[chosen] for name in _PER_RECORD}
         for offsets_name, arrays in _RAGGED.items():
             offsets = getattr(self, offsets_name)
@@ -206,11 +197,8 @@ class Records:
     def concat(cls, parts: Sequence[Records]) -> Records:
         """One Records with the records of all parts, in order (a copy, except of a single part).
 
-        Raises:
-            ValueError: no part, or parts that differ in layers, width, k, kind of error, or in having a question.
+        Raises ValueError if parts differ in layers, width, k, kind of error, or in having a question.
         """
-        if not parts:
-            raise ValueError("Records.concat needs at least one part")
         if len(parts) == 1:
             return parts[0]
         names = ("rationale_layers", "rationale_dim", "top_k", "error")
@@ -245,9 +233,6 @@ class Records:
         if self.question is not None:
             limits.append(self.question_offsets * (self.rationale_dim * 2))
         first, count = 0, len(self)
-        if count and all(limit[-1] <= _CHUNK_LIMIT for limit in limits):  # nearly always
-            yield 0, count
-            return
         while first < count:
             ends = [int(np.searchsorted(limit, limit[first] + _CHUNK_LIMIT, side="right")) - 1 for limit in limits]
             last = min(*ends, count)

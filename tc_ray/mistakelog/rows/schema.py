@@ -91,26 +91,19 @@ class LogMetadata:
     rationale_dtype: str = "bfloat16"
     schema_version: int = SCHEMA_VERSION
 
-    def __post_init__(self) -> None:
-        if self.pooling != "none" and self.rationale_layers != 1:
-            raise LogSchemaError(
-                f"pooling {self.pooling!r} stores 1 state per position, not rationale_layers={self.rationale_layers}"
-            )
-
     def to_configuration(self) -> dict[str, str]:
         """Keys and values for the Delta table's configuration."""
         return {PREFIX + key: str(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_configuration(cls, configuration: Mapping[str, str | None], where: str) -> LogMetadata:
-        """Inverse of `to_configuration`.
+        """Inverse of `to_configuration`; keys of others are ignored.
 
         Args:
-            configuration: the table's configuration; keys of others are ignored.
             where: path of the table, for messages.
 
         Raises:
-            LogSchemaError: not a Mistake Log, an unknown schema version, or a key is missing or malformed.
+            LogSchemaError: not a Mistake Log, an unknown schema version, or or a key is missing.
         """
         version = configuration.get(PREFIX + "schema_version")
         if version is None:
@@ -125,10 +118,7 @@ class LogMetadata:
             raw = configuration.get(PREFIX + field.name)
             if raw is None:
                 raise LogSchemaError(f"{where}: {PREFIX}{field.name} is missing in the table's configuration")
-            try:
-                values[field.name] = int(raw) if field.type == "int" else raw
-            except ValueError:
-                raise LogSchemaError(f"{where}: {PREFIX}{field.name} is {raw!r}, not an integer") from None
+            values[field.name] = int(raw) if field.type == "int" else raw
         return cls(**values)  # type: ignore[arg-type]
 
     def differences(self, other: LogMetadata) -> list[str]:

@@ -1,15 +1,14 @@
 """What the table's commits hold beside Delta's own actions: CRC-32 of files, coverage, dropped records, notes.
 
-Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once. Used by the store (CRC-32 of
-a snapshot's files), the Ledger (drop counts) and vacuum (the version with which a file left the table).
+Invariant: commit files are never changed and, in a Mistake Log, never expire, so each is read once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tc_ray.mistakelog.table.data_file import DataFile
@@ -17,7 +16,6 @@ from tc_ray.mistakelog.table.location import Location
 
 LOG_FOLDER = "_delta_log"
 _REMOTE_READERS = 16
-_FILE_FIELDS = {item.name for item in fields(DataFile)}
 
 
 def commit_name(version: int) -> str:
@@ -34,20 +32,19 @@ class Commit:
     """Added files and bare coverage."""
     removed: list[str] = field(default_factory=list)
     """Files that left the table."""
-    numbers: dict[str, int] = field(default_factory=dict)
     note: dict[str, Any] = field(default_factory=dict)
 
 
 class Fate(NamedTuple):
     """What the commits say about one file."""
 
-    crc32: int | None
+    crc32: int
     left: int | None = None
     """The version with which it left the table: no later version has it, since names are not used twice. None: it did not."""
 
 
 class CommitLog:
-    """Commits of one table, read as far as needed. Only the fates of files are kept, until vacuum has removed the files."""
+    """Commits of one table, read as far as needed. Only the fates of files are kept."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
@@ -55,42 +52,30 @@ class CommitLog:
         self._fates: dict[str, Fate] = {}
 
     def commits(self, version: int) -> list[Commit]:
-        """Commits 0..version, oldest first, read anew. Commit files that another tool has removed are left out."""
-        return [commit for commit in self._load(range(version + 1)) if commit is not None]
+        """Commits 0..version, oldest first, read anew."""
+        return list(self._load(range(version + 1)))
 
     def fates(self, version: int) -> dict[str, Fate]:
-        """Of all files of versions up to this one (and perhaps later ones), without the forgotten ones."""
-        if version > self._read:
-            for commit in self._load(range(self._read + 1, version + 1)):
-                if commit is not None:
-                    self._note(commit)
-            self._read = version
+        """Of all files of versions up to this one (and perhaps later ones)."""
+        for commit in self._load(range(self._read + 1, version + 1)):
+            for file in commit.files:
+                if file.name is not None:
+                    self._fates[file.name] = Fate(file.crc32)
+            for name in commit.removed:
+                if name in self._fates:
+                    self._fates[name] = self._fates[name]._replace(left=commit.version)
+            self._read = commit.version
         return self._fates
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Drop what is known of files that are no longer there."""
-        for name in names:
-            self._fates.pop(name, None)
-
-    def _note(self, commit: Commit) -> None:
-        for file in commit.files:
-            if file.name is not None:
-                self._fates[file.name] = Fate(file.crc32)
-        for name in commit.removed:
-            self._fates[name] = self._fates.get(name, Fate(None))._replace(left=commit.version)
-
-    def _load(self, versions: range) -> Iterator[Commit | None]:
+    def _load(self, versions: range) -> Iterator[Commit]:
         if self._location.local is not None or len(versions) < 2:
             yield from map(self._parse, versions)
             return
         with ThreadPoolExecutor(_REMOTE_READERS) as pool:
             yield from pool.map(self._parse, versions)
 
-    def _parse(self, version: int) -> Commit | None:
-        try:
-            return parse_commit(version, self._location.read(commit_name(version)))
-        except FileNotFoundError:
-            return None
+    def _parse(self, version: int) -> Commit:
+        return parse_commit(version, self._location.read(commit_name(version)))
 
 
 def parse_commit(version: int, content: bytes) -> Commit:
@@ -100,27 +85,19 @@ def parse_commit(version: int, content: bytes) -> Commit:
         ValueError: not a whole Delta commit.
     """
     commit = Commit(version)
-    for action in _actions(content):
+    actions = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+    if not actions:
+        raise ValueError("empty")
+    for action in actions:
         if (info := action.get("commitInfo")) is not None:
             ours = dict(info.get("tc_ray") or {})
             for file in ours.pop("files", []):
-                known = {key: value for key, value in file.items() if key in _FILE_FIELDS}
-                known["dropped"] = {int(key): count for key, count in (known.get("dropped") or {}).items()}
-                commit.files.append(DataFile(**known))
+                dropped = {int(round): count for round, count in file["dropped"].items()}
+                commit.files.append(DataFile(**{**file, "dropped": dropped}))
             commit.note.update(ours)
         elif (gone := action.get("remove")) is not None:
             commit.removed.append(gone["path"])
-        elif (number := action.get("txn")) is not None:
-            commit.numbers[number["appId"]] = number["version"]
     return commit
-
-
-def _actions(content: bytes) -> Iterator[dict[str, Any]]:
-    lines = [line for line in content.split(b"\n") if line.strip()]
-    if not lines:
-        raise ValueError("empty")
-    for line in lines:
-        yield json.loads(line)
 
 
 def dropped_records(commits: list[Commit]) -> dict[int, dict[int, int]]:

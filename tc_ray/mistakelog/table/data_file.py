@@ -1,9 +1,7 @@
 """One Parquet data file: written under a temporary name, made durable, renamed into the table's folder, read with a check.
 
 Invariant: a file under its final name is complete and on the disk (in an object store: uploaded). It belongs to the table
-only once the Ledger has committed it. Readers follow the table's file list, so they see neither temporary nor uncommitted
-files. The CRC-32 is computed from the bytes as they are handed to the disk. Used by the record writer, compaction, fencing
-and the store.
+only once the Ledger has committed it. The CRC-32 is computed from the bytes as they are handed to the disk.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,7 +46,7 @@ class DataFile:
     sequence: int
     """Number of this commit of the rank in the attempt, from 0; -1: a copy that replaces other files."""
     crc32: int = 0
-    """Of the file's bytes; readers check it each time. 0 without a file."""
+    """Of the file's bytes; 0 without a file."""
     dropped: dict[int, int] = field(default_factory=dict)
     """Records of the covered rounds that are not in the log: round -> count."""
 
@@ -63,8 +61,7 @@ def file_name(round_min: int, rank: int, attempt: int, sequence: int) -> str:
     return f"rounds-{round_min:08d}-rank{rank}-a{attempt}-{sequence:06d}.parquet"
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """The bytes of a finished file."""
 
     size: int
@@ -72,10 +69,7 @@ class Finished:
 
 
 class _Output:
-    """The file or upload that Arrow writes into. Counts the bytes and computes their CRC-32 on the way.
-
-    An object appears in its store when the upload is complete.
-    """
+    """The file or upload that Arrow writes into. Counts the bytes and computes their CRC-32 on the way."""
 
     closed = False  # Arrow asks
 
@@ -87,7 +81,7 @@ class _Output:
         self._syncs: list[Future[None]] = []
 
     def write(self, data: bytes) -> int:
-        """Called by Arrow, with a page or a header."""
+        """With a page or a header."""
         written = self._file.write(data)
         while written < len(data):  # a file may take a part
             written += self._file.write(memoryview(data)[written:])
@@ -96,10 +90,10 @@ class _Output:
         return written
 
     def flush(self) -> None:
-        """Called by Arrow: nothing is buffered here."""
+        """Nothing is buffered here."""
 
     def close(self) -> None:
-        """Called by Arrow; `complete` ends the file."""
+        """`complete` ends the file."""
 
     def sync_so_far(self) -> None:
         """Bring what is written to the disk, in a thread: little is left to wait for at the end of the file."""
@@ -127,9 +121,7 @@ class ParquetPart:
     """A data file being written.
 
     Args:
-        location: of the table.
         name: of the finished file. A local file has `TEMPORARY_SUFFIX` added until then.
-        compression: of the Parquet pages.
         metadata: key-value metadata of the file, so that it can be read by itself.
     """
 
@@ -145,14 +137,7 @@ class ParquetPart:
         self.rows = 0
 
     def write(self, table: pa.Table, size: int | None = None) -> None:
-        """Add rows.
-
-        Args:
-            size: bytes in memory, if the caller knows them.
-
-        Raises:
-            OSError: the disk or store does not take them; call `abort` then.
-        """
+        """Add rows of `size` bytes in memory. Raises OSError if the disk or store does not take them; call `abort` then."""
         self._waiting.append(table)
         self._waiting_bytes += table.get_total_buffer_size() if size is None else size
         self.rows += table.num_rows
@@ -178,11 +163,7 @@ class ParquetPart:
         return self._output
 
     def finish(self) -> Finished:
-        """Complete the file, bring it to the disk and give it its final name.
-
-        Raises:
-            OSError: the disk or store does not take it; call `abort` then.
-        """
+        """Complete the file, bring it to the disk and give it its final name. Raises OSError as `write` does."""
         output = self._write_row_group()
         self._writer.close()
         finished = output.complete()
@@ -191,18 +172,16 @@ class ParquetPart:
         return finished
 
     def abort(self) -> None:
-        """Throw the unfinished file away."""
-        self._waiting, self._waiting_bytes = [], 0
-        if self._output is None:
-            return
-        try:
-            if self._writer is not None:  # None: not even the header could be written
-                with contextlib.suppress(OSError):  # closing writes the footer, which a full disk does not take
-                    self._writer.close()
-        finally:
-            self._output.abandon()
-        if self._location.local is not None:
-            self._location.delete(self._temporary)
+        """Throw the unfinished file away, under both of its names: a rename may have come before the failure."""
+        with contextlib.suppress(Exception):  # closing writes the footer, which a full disk does not take either
+            if self._writer is not None:
+                self._writer.close()
+        if self._output is not None:
+            with contextlib.suppress(OSError):
+                self._output.abandon()
+        for name in {self._temporary, self.name}:
+            with contextlib.suppress(OSError):
+                self._location.delete(name)
 
 
 class BadFileError(ValueError):
@@ -216,18 +195,15 @@ class BadFileError(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What a file's commit says about it; None: not checked."""
+class Committed(NamedTuple):
+    """What a file's commit says about it."""
 
-    size: int | None = None
-    crc32: int | None = None
-    rows: int | None = None
+    size: int
+    crc32: int
+    rows: int
 
 
-def read_file(
-    location: Location, name: str, columns: list[str] | None = None, committed: Committed = Committed()
-) -> pa.Table:
+def read_file(location: Location, name: str, committed: Committed, columns: list[str] | None = None) -> pa.Table:
     """Rows of one data file with the types of `ROW_SCHEMA`. The file is checked against its commit before it is parsed.
 
     Args:
@@ -244,7 +220,7 @@ def read_file(
         return file.read(columns=schema.names, use_threads=False).select(schema.names).cast(schema)
 
 
-def read_pieces(location: Location, name: str, committed: Committed = Committed(), *, rows: int) -> Iterator[pa.Table]:
+def read_pieces(location: Location, name: str, committed: Committed, *, rows: int) -> Iterator[pa.Table]:
     """As `read_file` with all columns, but some rows at a time. Nothing is parsed before the whole file was checked.
 
     A piece is about `_PIECE_BYTES`, which stay in the processor's cache: parsing to pieces takes a half to two thirds of the time
@@ -257,8 +233,6 @@ def read_pieces(location: Location, name: str, committed: Committed = Committed(
     with _parsing(name):
         file = _parquet(name, content, ROW_SCHEMA, committed.rows)
         fitting = file.metadata.num_rows * _PIECE_BYTES // content.size // rows * rows
-        if committed.crc32 is None:
-            fitting = file.metadata.num_rows  # unchecked: no row is delivered unless all of them can be parsed
         pieces = file.iter_batches(max(rows, fitting), columns=ROW_SCHEMA.names, use_threads=False)
     while True:
         with _parsing(name):
@@ -283,22 +257,18 @@ def compression_of(location: Location, name: str) -> Compression:
 def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
     """Content of a file, checked against its commit."""
     try:
-        found = location.size(name)
-        if found is None:
-            raise BadFileError(name, "missing")
-        if committed.size is not None and found != committed.size:
+        found = location.size(name)  # an empty file cannot be mapped
+        if found is not None and found != committed.size:
             raise BadFileError(name, f"{found} bytes, committed with {committed.size}")
-        if found == 0:
-            raise BadFileError(name, "empty")
         content = location.buffer(name)
     except FileNotFoundError:
         raise BadFileError(name, "missing") from None
-    if committed.crc32 is not None and crc32_of(content) != committed.crc32:
+    if crc32_of(content) != committed.crc32:
         raise BadFileError(name, "its bytes differ from those committed (CRC-32)")
     return content
 
 
-def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None) -> pq.ParquetFile:
+def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int) -> pq.ParquetFile:
     """The opened file, with the columns of `schema` and as many rows as were committed."""
     file = pq.ParquetFile(pa.BufferReader(content))
     version = (file.metadata.metadata or {}).get(f"{PREFIX}schema_version".encode())
@@ -306,7 +276,7 @@ def _parquet(name: str, content: pa.Buffer, schema: pa.Schema, rows: int | None)
         raise BadFileError(
             name, f"Mistake Log schema version {version.decode()}, but this tc-ray reads version {SCHEMA_VERSION}"
         )
-    if rows is not None and file.metadata.num_rows != rows:
+    if file.metadata.num_rows != rows:
         raise BadFileError(name, f"{file.metadata.num_rows} rows, committed with {rows}")
     absent = [column for column in schema.names if column not in file.schema_arrow.names]
     if absent:

@@ -9,7 +9,7 @@ Invariants:
 - Every commit of the holder is based on a version that has its number (`LogStore`), so a holder that was taken for dead and
   wakes up cannot commit. The thread that touches the file checks the table too; a lost lease is lost for good.
 
-Taken by the driver of a run and by commands that change a log. `ProcessId` also serves readers' leases and the run folder's lock.
+`ProcessId` also serves readers' leases and the run folder's lock.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ import os
 import secrets
 import socket
 import threading
-import weakref
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from deltalake.exceptions import DeltaError
 
@@ -57,13 +55,8 @@ class ProcessId:
 
     @classmethod
     def this(cls) -> ProcessId:
-        """The running process."""
+        """This one."""
         return cls(socket.gethostname(), os.getpid(), _boot(), _born(os.getpid()))
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> ProcessId:
-        """Inverse of `asdict`; other keys are ignored."""
-        return cls(stored["host"], stored["pid"], stored["boot"], stored["born"])
 
     def is_running(self) -> bool | None:
         """True or False if this machine can tell; None: the process runs elsewhere."""
@@ -108,43 +101,58 @@ class Holder:
         return cls(ProcessId.this(), datetime.now(timezone.utc).isoformat(timespec="seconds"), what)
 
     def to_json(self) -> bytes:
-        """Content of the lease's file."""
-        return json.dumps({"what": self.what, "started": self.started, **asdict(self.process)}).encode()
+        """As bytes for a file."""
+        return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Holder:
         """Inverse of `to_json`."""
         stored = json.loads(content)
-        return cls(ProcessId.from_dict(stored), stored["started"], stored["what"])
+        return cls(ProcessId(**stored["process"]), stored["started"], stored["what"])
 
 
 class RunLease:
-    """A held lease; released by `release`, with the object, or by the end of its process.
+    """A held lease; released by `release`, or by the end of its process. A thread touches its file and checks whether it is lost.
 
     Raises (from `take`):
         LeaseHeldError: names the holder's host, process and start.
         LogFullError: no space for the lease.
     """
 
-    def __init__(self, location: Location, number: int, holder: Holder) -> None:
+    def __init__(self, location: Location, number: int) -> None:
         self.location, self.number = location, number
-        self._keeper = _Keeper(location, number, holder)
-        threading.Thread(target=self._keeper.work, name="log-lease", daemon=True).start()
-        self._finish = weakref.finalize(self, self._keeper.let_go)
+        self._stop, self._lost = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._work, name="log-lease", daemon=True).start()
 
     @property
     def lost(self) -> bool:
         """Another process has taken the log over, as far as is known; reads nothing."""
-        return self._keeper.lost.is_set()
+        return self._lost.is_set()
 
     def check(self) -> None:
-        """Read from the table whether the lease is still held; if it cannot be read, what was known holds.
-
-        Raises:
-            LeaseLostError: it is not, for good.
-        """
-        if self._keeper.is_lost():
+        """Read from the table whether the lease is still held; if it cannot be read, what was known holds. Raises LeaseLostError."""
+        if not self.lost:
+            try:
+                if LogStore(self.location).number(LEASE_NUMBER) != self.number:
+                    self._lost.set()
+            except (OSError, DeltaError, ValueError) as error:
+                log.debug("%s: the lease cannot be checked just now: %s", self.location, error)
+        if self.lost:
             raise LeaseLostError.of(self.location)
+
+    def _work(self) -> None:
+        while not self._stop.wait(_TOUCH_SECONDS):
+            try:
+                self.check()
+                with self._lock:
+                    if not self._stop.is_set():
+                        self.location.touch(_file(self.number))
+            except LeaseLostError as error:
+                log.error("%s", error)
+                return
+            except OSError as error:
+                log.warning("%s: the run's lease could not be renewed just now: %s", self.location, error)
 
     @classmethod
     def take(cls, location: Location, what: str) -> RunLease:
@@ -157,26 +165,30 @@ class RunLease:
             if holder is not None:
                 raise LeaseHeldError(f"{location} is in use: {holder}. {WAIT_FOR_IT}")
             store.adopt()
-            myself = Holder.this(what)
             mine = secrets.randbits(62)
             # the file first, so that the number is never there without it
             with full_disk_named(location):
-                location.write(_file(mine), myself.to_json())
+                location.write(_file(mine), Holder.this(what).to_json())
             try:
                 store.commit(numbers={LEASE_NUMBER: mine}, note={"kind": "lease", "what": what})
-            except CommitConflictError:
+            except BaseException as error:
                 location.delete(_file(mine))
-                continue
-            except BaseException:
-                location.delete(_file(mine))
+                if isinstance(error, CommitConflictError):
+                    continue
                 raise
-            if current is not None:
-                location.delete(_file(current))
-            return cls(location, mine, myself)
+            for entry in location.list("_tc_ray", recursive=False):  # of dead holders, and of those that died above
+                if entry.name.startswith("_tc_ray/lease-") and entry.name != _file(mine):
+                    location.delete(entry.name)
+            return cls(location, mine)
 
     def release(self) -> None:
         """Give the lease back."""
-        self._finish()
+        self._stop.set()
+        try:
+            with self._lock:
+                self.location.delete(_file(self.number))
+        except OSError as error:  # it goes stale
+            log.warning("%s: the run's lease could not be given back: %s", self.location, error)
 
     def __enter__(self) -> RunLease:  # noqa: PYI034 - Self needs Python 3.11
         return self
@@ -202,64 +214,10 @@ def _holder(location: Location, number: int | None) -> str | None:
     if running is None:
         with full_disk_named(location):
             now = location.now()
-        touched = location.modified(_file(number))
-        if touched is None:
-            return None
-        silent = now - touched
+        silent = now - (location.modified(_file(number)) or 0.0)
     if running is False or silent > STALE_SECONDS:
         log.warning("%s: the lease of a dead process is taken over (%s)", location, holder)
         return None
-    seen = (
-        "" if running else f", last sign of life {max(0.0, silent):.0f} s ago (taken over after {STALE_SECONDS:.0f} s)"
-    )
-    return f"{holder}{seen}"
-
-
-class _Keeper:
-    """Touches the file of a lease and checks whether it is lost, in a thread that does not keep the lease's owner alive."""
-
-    def __init__(self, location: Location, number: int, holder: Holder) -> None:
-        self._location, self._number, self._holder = location, number, holder
-        self._stop, self.lost = threading.Event(), threading.Event()
-        self._lock = threading.RLock()  # the garbage collector may call `let_go` in the middle of anything
-
-    def work(self) -> None:
-        """Runs until the lease is given back or lost."""
-        while not self._stop.wait(_TOUCH_SECONDS):
-            if self.is_lost():
-                log.error("%s", LeaseLostError.of(self._location))
-                return
-            try:
-                self._touch()
-            except OSError as error:
-                log.warning("%s: the run's lease could not be renewed just now: %s", self._location, error)
-
-    def is_lost(self) -> bool:
-        """The table has another lease, or had one once; if it cannot be read just now, what was known holds."""
-        if not self.lost.is_set():
-            try:
-                if LogStore(self._location).number(LEASE_NUMBER) != self._number:
-                    self.lost.set()
-            except (OSError, DeltaError, ValueError) as error:
-                log.debug("%s: the lease cannot be checked just now: %s", self._location, error)
-        return self.lost.is_set()
-
-    def _touch(self) -> None:
-        with self._lock:
-            if self._stop.is_set():
-                return
-            try:
-                self._location.touch(_file(self._number))
-            except FileNotFoundError:  # deleted by hand: in the table the lease is held
-                self._location.write(_file(self._number), self._holder.to_json())
-            if self._stop.is_set():
-                self._location.delete(_file(self._number))
-
-    def let_go(self) -> None:
-        """Give the lease back."""
-        self._stop.set()
-        try:
-            with self._lock:
-                self._location.delete(_file(self._number))
-        except OSError as error:  # it goes stale
-            log.warning("%s: the run's lease could not be given back: %s", self._location, error)
+    if running:
+        return str(holder)
+    return f"{holder}, last sign of life {max(0.0, silent):.0f} s ago (taken over after {STALE_SECONDS:.0f} s)"

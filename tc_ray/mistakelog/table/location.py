@@ -1,15 +1,13 @@
 """Where a log is: a local folder or a prefix of an object store (s3://, gs://, az://), behind one small interface.
 
 Invariants: a name is either absent or complete. Locally `write` renames a synced file into place; an object appears when its
-upload ends, so a writer that dies leaves nothing. No name leads out of the location, by itself or over a symbolic link: names
-come from tables that others may have made. Ages are measured with one clock, that of the disk or store (`now`, `modified`).
-Options are those of delta-rs, which also reads the environment: table and files go through the same client. Everything in this
-package that touches a file by name does so here.
+upload ends. No name leads out of the location, by itself or over a symbolic link: names come from tables that others may have
+made. Ages are measured with one clock, that of the disk or store (`now`, `modified`). Options are those of delta-rs, which also
+reads the environment. Everything in this package that touches a file by name does so here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -65,11 +63,11 @@ class Location:
     """
 
     def __init__(self, uri: str | Path | Location, options: Mapping[str, str] | None = None) -> None:
+        text = uri.uri if isinstance(uri, Location) else str(uri)
         if isinstance(uri, Location):
             options = options or uri.options
         self.options: dict[str, str] = dict(options or {})
         self.local: Path | None = None
-        text = str(uri)
         if "://" in text and not text.startswith("file://"):
             self.uri: str = text.rstrip("/")
         else:
@@ -97,11 +95,7 @@ class Location:
         return self._filesystem
 
     def path(self, name: str) -> Path:
-        """Where a file of a local location is.
-
-        Raises:
-            OutsideError: not below it.
-        """
+        """Where a file of a local location is. Raises OutsideError if that is not below it."""
         assert self.local is not None, "objects have no path"
         path, root = self.local / name, os.path.realpath(self.local)
         if os.path.commonpath([root, os.path.realpath(path)]) != root:
@@ -117,19 +111,13 @@ class Location:
         """Make the folder and its parents, durably; an object store needs none."""
         if self.local is None or self.local.is_dir():
             return
-        above = next(p for p in self.local.parents if p.is_dir())
+        made = [folder for folder in (self.local, *self.local.parents) if not folder.is_dir()]
         self.local.mkdir(parents=True, exist_ok=True)
-        for folder in (self.local, *self.local.parents):
+        for folder in (*made, made[-1].parent):
             sync(folder)
-            if folder == above:
-                break
 
     def read(self, name: str) -> bytes:
-        """The whole content of a file.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
+        """The whole content of a file. Raises FileNotFoundError."""
         if self.local is not None:
             return self.path(name).read_bytes()
         with self.filesystem.open_input_file(name) as file:
@@ -147,19 +135,16 @@ class Location:
     def write(self, name: str, data: bytes) -> None:
         """Write or replace a small file, atomically and durably."""
         if self.local is None:
-            with self.open_output(name) as file:
-                file.write(data)
+            output = self.open_output(name)
+            output.write(data)
+            output.close()  # without it, as after an error, the object never appears
             return
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
 
     def touch(self, name: str) -> None:
-        """Set a file's modification time to now; needs no free space locally.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
+        """Set a file's modification time to now; needs no free space locally. Raises FileNotFoundError."""
         if self.local is not None:
             os.utime(self.path(name))
         else:
@@ -187,26 +172,22 @@ class Location:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None: it is not there."""
+        info = self._info(name)
+        return None if info is None else info.size
+
+    def modified(self, name: str) -> float | None:
+        """When a file was last written or touched, as `Entry.modified`; None: it is not there."""
+        info = self._info(name)
+        return None if info is None else (info.mtime_ns or 0) / 1e9
+
+    def _info(self, name: str) -> pafs.FileInfo | None:
         if self.local is not None:
             self.path(name)
         info = self.filesystem.get_file_info(name)
-        return info.size if info.type == pafs.FileType.File else None
-
-    def modified(self, name: str) -> float | None:
-        """When a file was last written or touched, in unix seconds by the clock of the disk or store; None: it is not there."""
-        if self.local is not None:
-            with contextlib.suppress(FileNotFoundError):
-                return self.path(name).stat().st_mtime
-            return None
-        info = self.filesystem.get_file_info(name)
-        return (info.mtime_ns or 0) / 1e9 if info.type == pafs.FileType.File else None
+        return info if info.type == pafs.FileType.File else None
 
     def now(self) -> float:
-        """Now, by the clock that stamps the files (of a file server or a store), which may differ from this machine's.
-
-        Raises:
-            OSError: nothing may be written there.
-        """
+        """Now, by the clock that stamps the files. Raises OSError if nothing may be written there."""
         if self.local is not None:
             return disk_time(self.local)
         self.write(_CLOCK, b"only its time counts")
@@ -237,10 +218,3 @@ class _ObjectOutput:
 
     def close(self) -> None:
         self._stream.close()
-
-    def __enter__(self) -> _ObjectOutput:  # noqa: PYI034 - Self needs Python 3.11
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()

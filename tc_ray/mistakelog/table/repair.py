@@ -3,19 +3,18 @@
 delta-rs writes its files but does not sync them. Invariants:
 
 - The store syncs each commit before anything is acknowledged or built upon it (`renew_commits`). A file whose sync may have
-  failed is never synced again: after a failed write-back the system may mark pages as clean, so that the next sync succeeds
-  while the disk holds zeros. Instead the commit's bytes, which the cache still holds, are written to a new file, which is
-  synced and renamed over the old one.
+  failed is never synced again: the system may have marked its pages as clean while the disk holds zeros. Instead the commit's
+  bytes, which the cache still holds, are written to a new file, which is synced and renamed over the old one.
 - So a power cut can tear only the newest commit, which was never acknowledged, and a checkpoint that another tool made, which
-  only summarises commits. Both are moved aside, not deleted. A torn commit with whole commits after it is damage that no
-  crash makes: it is refused by name.
+  only summarises commits. Both are moved aside. A torn commit with whole commits after it is damage that no crash makes.
 
-Called by the store and by the holder of the run's lease; torn checkpoints are also moved aside by readers that cannot open the
-table. Object stores have no torn files.
+Called by the store and by the holder of the run's lease; torn checkpoints are moved aside by whoever cannot open the table.
+Object stores have no torn files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -41,7 +40,6 @@ NEWEST = 8
 LAST_CHECKPOINT = "_last_checkpoint"
 _SCRATCH = "_tc_ray/checkpoint.writing"
 _COMMIT = re.compile(r"\d{20}\.json")
-_CHECKPOINT = re.compile(r"\d{20}\.checkpoint\.parquet")
 
 log = logging.getLogger(__name__)
 
@@ -64,30 +62,29 @@ def open_table(location: Location, version: int | None = None) -> DeltaTable:
     try:
         return opened()
     except DeltaError:
-        if repair_checkpoints(location):
-            return opened()
-        for path in torn_commits(location):
+        if torn := _torn_commit(location):
             raise LogSchemaError(
-                f"{path}: torn, as a power cut leaves a commit that was never acknowledged; the next start of the run, or "
-                "`tc-ray log compact`, moves it aside"
+                f"{torn}: torn, as a power cut leaves a commit that was never acknowledged; the next start of the run, or "
+                "`tc-ray log vacuum`, moves it aside"
             ) from None
-        raise
+        checkpoints = _torn_checkpoints(location)
+        if not checkpoints:
+            raise
+        for path in checkpoints:
+            _move(location, path)
+        return opened()
 
 
 def renew_commits(location: Location, versions: Iterable[int]) -> None:
-    """Write commits anew, oldest first, and sync them with their names. Commits that are gone are left out.
+    """Write commits anew, oldest first, and sync them with their names.
 
-    Raises:
-        OSError: the disk does not take a commit, or what is read back is no commit: it is lost, and was never acknowledged.
+    Raises OSError if the disk does not take a commit, or what is read back is no commit: it is lost, and was never acknowledged.
     """
     if location.local is None:
         return
     for version in versions:
         path = location.path(commit_name(version))
-        try:
-            content, found = path.read_bytes(), path.stat()
-        except FileNotFoundError:  # removed by another tool
-            continue
+        content, found = path.read_bytes(), path.stat()
         try:
             parse_commit(version, content)
         except (ValueError, KeyError, TypeError) as error:
@@ -105,127 +102,85 @@ def write_checkpoint(location: Location, table: DeltaTable) -> None:
     """Summarise the commits up to the table's version in one Parquet file of Delta's own, so that opening stays quick.
 
     A local checkpoint is made beside the table, from copies of the commits since the last one, and gets its name only when it
-    is on the disk: a torn checkpoint makes a table unopenable, a missing one costs nothing.
-
-    Raises:
-        OSError, DeltaError: it was not made; the table is as it was.
+    is on the disk. Raises OSError or DeltaError if it was not made; the table is as it was.
     """
     if location.local is None:
         table.create_checkpoint()
         return
     folder, scratch, version = location.path(LOG_FOLDER), location.path(_SCRATCH), int(table.version())
+    pointer, first = folder / LAST_CHECKPOINT, 0
     shutil.rmtree(scratch, ignore_errors=True)  # left by a process that died
     try:
         (scratch / LOG_FOLDER).mkdir(parents=True)
-        for path in _since_last_checkpoint(folder, version):
-            shutil.copyfile(path, scratch / LOG_FOLDER / path.name)
+        if pointer.exists():
+            first = int(json.loads(pointer.read_bytes())["version"])
+            shutil.copy(pointer, scratch / LOG_FOLDER)
+        for path in folder.iterdir():
+            number = path.name.split(".")[0]
+            if len(number) == 20 and number.isdecimal() and first <= int(number) <= version:
+                shutil.copy(path, scratch / LOG_FOLDER)
         DeltaTable(str(scratch), version=version).create_checkpoint()
         name = f"{version:020d}.checkpoint.parquet"
         sync(scratch / LOG_FOLDER / name)
         os.rename(scratch / LOG_FOLDER / name, folder / name)
         sync(folder)
-        write_file(folder / LAST_CHECKPOINT, (scratch / LOG_FOLDER / LAST_CHECKPOINT).read_bytes())
+        write_file(pointer, (scratch / LOG_FOLDER / LAST_CHECKPOINT).read_bytes())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _since_last_checkpoint(folder: Path, version: int) -> list[Path]:
-    """Files of a transaction log that Delta reads to open the table at `version`."""
-    pointer = folder / LAST_CHECKPOINT
-    first = 0
-    found = []
-    if pointer.exists():
-        first = int(json.loads(pointer.read_bytes())["version"])
-        found.append(pointer)
-    for path in folder.iterdir():
-        number = path.name.split(".")[0]
-        if len(number) == 20 and number.isdecimal() and first <= int(number) <= version:
-            found.append(path)
-    return found
+def repair(location: Location) -> str | None:
+    """Move the newest commit aside if it is torn, for the holder of the lease. Returns what was moved, in words.
 
-
-def repair(location: Location) -> list[str]:
-    """Move torn files of the transaction log aside. For the holder of the lease.
-
-    Returns:
-        What was moved, in words; empty nearly always.
-
-    Raises:
-        LogSchemaError: a commit is damaged and later ones are whole.
+    Raises LogSchemaError if a commit is damaged and later ones are whole.
     """
-    moved = [_move(location, path, "a commit that was never acknowledged") for path in torn_commits(location)]
-    return moved + repair_checkpoints(location)
+    torn = _torn_commit(location)
+    return None if torn is None else _move(location, torn)
 
 
-def repair_checkpoints(location: Location) -> list[str]:
-    """As `repair`, but only checkpoints, which a reader may do without."""
-    folder = _log_folder(location)
-    return [] if folder is None else [_move(location, path, what) for path, what in _torn_checkpoints(folder)]
-
-
-def torn_commits(location: Location) -> list[Path]:
-    """The newest commit, if it is torn.
-
-    Raises:
-        LogSchemaError: a commit is damaged and later ones are whole.
-    """
-    folder = _log_folder(location)
-    if folder is None:
-        return []
-    newest = sorted(path for path in folder.iterdir() if _COMMIT.fullmatch(path.name))[-NEWEST:]
-    torn: list[Path] = []
+def _torn_commit(location: Location) -> Path | None:
+    if location.local is None or not (location.local / LOG_FOLDER).is_dir():
+        return None
+    newest = sorted(path for path in location.path(LOG_FOLDER).iterdir() if _COMMIT.fullmatch(path.name))[-NEWEST:]
+    torn = None
     for path in reversed(newest):
         try:
-            parse_commit(int(path.name.split(".")[0]), path.read_bytes())
+            parse_commit(int(path.stem), path.read_bytes())
         except (ValueError, KeyError, TypeError) as error:
             if path != newest[-1]:
                 raise LogSchemaError(
                     f"{path}: damaged commit ({error}) with whole commits after it: no crash does this; restore the file "
                     "from a backup"
                 ) from None
+            torn = path
+    return torn
+
+
+def _torn_checkpoints(location: Location) -> list[Path]:
+    """Checkpoints that cannot be read, and the pointer to the newest one if it is torn or leads to none."""
+    if location.local is None:
+        return []
+    folder = location.path(LOG_FOLDER)
+    torn, whole = [], []
+    for path in folder.glob("*.checkpoint.parquet"):
+        try:
+            pq.ParquetFile(path).read()
+            whole.append(path.name)
+        except (pa.ArrowException, OSError):
             torn.append(path)
-    return torn
+    pointer = folder / LAST_CHECKPOINT
+    with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+        if f"{int(json.loads(pointer.read_bytes())['version']):020d}.checkpoint.parquet" in whole:
+            return torn
+    return [*torn, pointer] if pointer.exists() else torn
 
 
-def _log_folder(location: Location) -> Path | None:
-    if location.local is None or not (location.local / LOG_FOLDER).is_dir():
-        return None
-    return location.path(LOG_FOLDER)
-
-
-def _torn_checkpoints(folder: Path) -> list[tuple[Path, str]]:
-    torn = []
-    for path in folder.iterdir():
-        if path.name == LAST_CHECKPOINT:
-            try:
-                version = int(json.loads(path.read_bytes())["version"])
-                next(folder.glob(f"{version:020d}.checkpoint*"))
-            except (ValueError, KeyError, TypeError, StopIteration):
-                torn.append((path, "the pointer to a checkpoint of the table"))
-        elif _CHECKPOINT.fullmatch(path.name):
-            try:
-                pq.ParquetFile(path).read()
-            except (pa.ArrowException, OSError):
-                torn.append((path, "a checkpoint of the table"))
-    if any(_CHECKPOINT.fullmatch(path.name) for path, _ in torn):
-        pointer = folder / LAST_CHECKPOINT
-        if pointer.exists() and pointer not in [path for path, _ in torn]:
-            torn.append((pointer, "the pointer to a torn checkpoint"))
-    return torn
-
-
-def _move(location: Location, path: Path, what: str) -> str:
+def _move(location: Location, path: Path) -> str:
     aside = location.path(TORN_FOLDER)
     aside.mkdir(parents=True, exist_ok=True)
-    target = aside / path.name
-    number = 0
-    while target.exists():
-        number += 1
-        target = aside / f"{path.name}.{number}"
-    size = path.stat().st_size
-    os.rename(path, target)
+    moved = f"{path.name} (torn at {path.stat().st_size} bytes) moved to {TORN_FOLDER}"
+    os.rename(path, aside / path.name)
     sync(aside)
     sync(path.parent)
-    moved = f"{path.name} ({what}, torn at {size} bytes) moved to {TORN_FOLDER}"
     log.warning("%s: %s", location, moved)
     return moved

@@ -1,10 +1,9 @@
 """The Delta table under the Mistake Log: create, open, commit finished files, list them at a version.
 
 Invariants: a commit is one Delta transaction, so its added files, its removed files and its numbers (application transactions)
-become visible together or not at all. When `commit` returns, it is on the disk and not only in a cache. A commit is the version
-right after the one that the committer has read, or it fails; delta-rs by default moves it behind the commits of others. So what
-was checked at the version read, the lease above all, holds for the commit. Only the holder of the run's lease commits; readers
-take snapshots.
+become visible together or not at all. When `commit` returns, it is on the disk. A commit is the version right after the one that
+the committer has read, or it fails (delta-rs by default moves it behind the commits of others). So what was checked at the version
+read, the lease above all, holds for the commit. Only the holder of the run's lease commits.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ _CHECKPOINT_COMMITS = 100
 # the commit files hold the CRC-32s: they stay as long as the table does
 _TABLE_SETTINGS = {"delta.logRetentionDuration": "interval 36500 days"}
 
-
 log = logging.getLogger(__name__)
 
 
@@ -54,8 +52,7 @@ class StoredFile:
     """Lowest rank in it; files of the record writer hold one."""
     attempt: int
     """Lowest attempt in it; files of the record writer hold one."""
-    crc32: int | None = None
-    """None: not in the commits that are left, or committed by another tool."""
+    crc32: int
 
     @property
     def committed(self) -> Committed:
@@ -67,9 +64,7 @@ class LogStore:
     """A Mistake Log's Delta table.
 
     Args:
-        location: of the table.
         version: pin this version; default: the newest, moved on by `refresh` and `commit`.
-        storage_options: of an object store.
         lease: number of the run's lease, for its holder: every commit carries it, and none is made if the table has another.
             None: nobody else is at work on the log, or nothing is committed.
 
@@ -81,11 +76,10 @@ class LogStore:
         self,
         location: str | Path | Location,
         version: int | None = None,
-        storage_options: Mapping[str, str] | None = None,
         *,
         lease: int | None = None,
     ) -> None:
-        self.location = Location(location, storage_options)
+        self.location = Location(location)
         if not is_table(self.location):
             raise LogSchemaError(f"{self.location}: no Mistake Log here (no Delta table)")
         self._table = open_table(self.location, version)
@@ -97,18 +91,13 @@ class LogStore:
         """What holds for every row; it never changes."""
 
     @classmethod
-    def create(
-        cls,
-        location: str | Path | Location,
-        metadata: LogMetadata,
-        storage_options: Mapping[str, str] | None = None,
-    ) -> LogStore:
+    def create(cls, location: str | Path | Location, metadata: LogMetadata) -> LogStore:
         """Open the table, which is made first if it is not there.
 
         Raises:
             LogSchemaError: the table there was made with other metadata; the message lists the differences.
         """
-        place = Location(location, storage_options)
+        place = Location(location)
         repair(place)  # a power cut while the table was made leaves an empty first commit
         if not is_table(place):
             place.make()
@@ -135,7 +124,7 @@ class LogStore:
 
     @property
     def version(self) -> int:
-        """Table version that this store is at."""
+        """That this store is at."""
         return int(self._table.version())
 
     def refresh(self, version: int | None = None) -> None:
@@ -163,8 +152,7 @@ class LogStore:
         """Check, before something beside the table is changed, that this store is at the newest version and has the lease there.
 
         Raises:
-            CommitConflictError: another committer has changed the table since.
-            LeaseLostError: and it has taken the lease.
+            CommitConflictError, LeaseLostError: another committer has changed the table since, or taken the lease.
         """
         self._look_at_lease()
         if not self.is_newest():
@@ -185,11 +173,7 @@ class LogStore:
     def settle(self) -> None:
         """Bring the commits up to this version to the disk, before anything in them is acknowledged or built upon.
 
-        For a committer that called `repair` before this store was opened.
-
-        Raises:
-            LogFullError: no space (some systems report it only now).
-            OSError: the disk does not take them.
+        For a committer that called `repair` before this store was opened. Raises OSError if the disk does not take them.
         """
         if self.version > self.durable:
             with full_disk_named(self.location):
@@ -207,37 +191,30 @@ class LogStore:
         return self._table.transaction_version(name)
 
     def commits(self) -> list[Commit]:
-        """All commits up to this version, oldest first, read anew."""
+        """Up to this version, oldest first, read anew."""
         return self._commits.commits(self.version)
 
     def fates(self) -> dict[str, Fate]:
-        """CRC-32 and version of removal of every file committed up to this version, without those of `forget`."""
+        """CRC-32 and version of removal of every file committed up to this version."""
         return self._commits.fates(self.version)
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Drop what is known of files that are no longer there."""
-        self._commits.forget(names)
 
     def files(self) -> list[StoredFile]:
         """Data files at this version, by round, then name.
 
         Raises:
-            LogSchemaError: a file was committed without the statistics that a log needs.
+            LogSchemaError: a file was not committed by tc-ray.
         """
-        return self._files_of(self._table)
+        return self.files_at(self.version)
 
     def files_at(self, version: int) -> list[StoredFile]:
         """Data files at another version; this store stays at its own."""
-        if version == self.version:
-            return self.files()
-        return self._files_of(open_table(self.location, version))
-
-    def _files_of(self, table: DeltaTable) -> list[StoredFile]:
-        fates = self._commits.fates(int(table.version()))
+        table = self._table if version == self.version else open_table(self.location, version)
+        fates = self._commits.fates(version)
         files = []
         for row in pa.table(table.get_add_actions(flatten=True)).to_pylist():
             check_data_name(self.location, row["path"])
-            fate = fates.get(row["path"], Fate(None))
+            fate = fates.get(row["path"])
+            crc32: Any = None if fate is None else fate.crc32
             found = StoredFile(
                 name=row["path"],
                 rows=row["num_records"],
@@ -247,23 +224,23 @@ class LogStore:
                 round_max=row.get("max.round"),
                 rank=row.get("min.rank"),
                 attempt=row.get("min.attempt"),
-                crc32=fate.crc32,
+                crc32=crc32,
             )
-            missing = [key for key, value in asdict(found).items() if value is None and key != "crc32"]
+            missing = [key for key, value in asdict(found).items() if value is None]
             if missing:
                 raise LogSchemaError(
-                    f"{self.location}/{found.name}: committed without statistics of {', '.join(missing)}: "
-                    "not by tc-ray; `DELETE` or `restore` it away with any Delta tool"
+                    f"{self.location}/{found.name}: committed without {', '.join(missing)}: not by tc-ray; `restore` an "
+                    "earlier version with any Delta tool"
                 )
             files.append(found)
         return sorted(files, key=lambda file: (file.round_min, file.name))
 
     def read(self, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
-        """Rows of a file, checked before they are parsed; see `read_file`."""
-        return read_file(self.location, file.name, columns, file.committed)
+        """See `read_file`."""
+        return read_file(self.location, file.name, file.committed, columns)
 
     def read_pieces(self, file: StoredFile, rows: int) -> Iterator[pa.Table]:
-        """Rows of a file, some at a time, after the whole file was checked; see `data_file.read_pieces`."""
+        """See `data_file.read_pieces`."""
         return read_pieces(self.location, file.name, file.committed, rows=rows)
 
     def commit(
@@ -276,15 +253,12 @@ class LogStore:
         note: Mapping[str, Any] | None = None,
         data_change: bool = True,
     ) -> int:
-        """Add and remove files and set numbers, all in one table version, the one after `version`.
+        """Add and remove files and set numbers, all in one table version, the one after `version`, which is returned.
 
         Args:
             covered: coverage without a file (rounds without rows), kept in the commit for its drop counts.
             note: JSON values, kept with the commit.
             data_change: False: the same rows in other files (compaction).
-
-        Returns:
-            The new table version.
 
         Raises:
             CommitConflictError: another committer changed the table since this store last read it.
@@ -297,39 +271,27 @@ class LogStore:
         actions += [
             RemoveAction(file.name, data_change, now_ms, size=file.bytes, partition_values={}) for file in remove
         ]
-        files = [asdict(file) for file in (*add, *covered)]
-        properties = self._properties(numbers, {"tc_ray": {"files": files, **(note or {})}})
-        self._change(
-            lambda: self._table.create_write_transaction(
-                actions,
-                mode="append",
-                schema=self._table.schema(),
-                commit_properties=properties,
-                # the checkpoint is made below, and synced
-                post_commithook_properties=PostCommitHookProperties(
-                    create_checkpoint=False, cleanup_expired_logs=False
-                ),
-            )
-        )
-        if self.version % _CHECKPOINT_COMMITS == 0:
-            self._checkpoint()
-        return self.version
-
-    def _properties(self, numbers: Mapping[str, int], metadata: dict[str, Any] | None) -> CommitProperties:
         signed = dict(numbers) if self._lease is None else {**numbers, LEASE_NUMBER: self._lease}
-        return CommitProperties(
-            custom_metadata=metadata,
+        properties = CommitProperties(
+            custom_metadata={"tc_ray": {"files": [asdict(file) for file in (*add, *covered)], **(note or {})}},
             app_transactions=[Transaction(name, value) for name, value in signed.items()],
             max_commit_retries=0,  # a retry would move the commit behind others that this store has not read
         )
-
-    def _change(self, change: Callable[[], object]) -> None:
         self._look_at_lease()
         self.settle()  # never more than one commit is not on the disk
         known = self.version
         try:
             with full_disk_named(self.location):
-                change()
+                self._table.create_write_transaction(
+                    actions,
+                    mode="append",
+                    schema=self._table.schema(),
+                    commit_properties=properties,
+                    # the checkpoint is made below, and synced
+                    post_commithook_properties=PostCommitHookProperties(
+                        create_checkpoint=False, cleanup_expired_logs=False
+                    ),
+                )
         except CommitFailedError as error:
             raise self._overtaken(str(error)) from error
         # the table object does not see its own transaction before this
@@ -337,14 +299,13 @@ class LogStore:
         self.settle()
         if self.version != known + 1:
             raise self._overtaken(f"another process has committed version {self.version}")
-
-    def _checkpoint(self) -> None:
-        """See `write_checkpoint`. A failure costs nothing."""
-        try:
-            write_checkpoint(self.location, self._table)
-        except (OSError, DeltaError, ValueError) as error:
-            # the commit itself is made; the next checkpoint summarises these commits too
-            log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
+        if self.version % _CHECKPOINT_COMMITS == 0:
+            try:
+                write_checkpoint(self.location, self._table)
+            except (OSError, DeltaError, ValueError) as error:
+                # the commit itself is made; the next checkpoint summarises these commits too
+                log.warning("%s: no checkpoint of the table at version %d: %s", self.location, self.version, error)
+        return self.version
 
     def _add_action(self, file: DataFile, now_ms: int, data_change: bool) -> AddAction:
         if file.name is None:

@@ -7,24 +7,14 @@ keeping them costs up to `log.file_bytes` and one round. Used by the record writ
 
 from __future__ import annotations
 
-import contextlib
-import logging
-
 import pyarrow as pa
 
-from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, Compression, Finished, ParquetPart
+from tc_ray.mistakelog.table.data_file import Compression, Finished, ParquetPart
 from tc_ray.mistakelog.table.location import Location
-
-log = logging.getLogger(__name__)
 
 
 class OpenFile:
-    """Rows of one data file, by round.
-
-    Args:
-        location: of the table.
-        compression: of the Parquet pages.
-    """
+    """Rows of one data file, by round."""
 
     def __init__(self, location: Location, compression: Compression) -> None:
         self._location, self._compression = location, compression
@@ -48,13 +38,9 @@ class OpenFile:
         self.bytes += size
 
     def write(self, name: str) -> None:
-        """Bring to the file what is not in it yet.
+        """Bring to the file, which is called `name` when it is finished, what is not in it yet.
 
-        Args:
-            name: of the file when it is finished; the same until `clear`.
-
-        Raises:
-            OSError: the disk or store does not take it; `withdraw` then.
+        Raises OSError if the disk or store does not take it; `withdraw` then.
         """
         if self._part is None and self._tables:
             # after a failure another name: the upload that seemed to fail might still arrive
@@ -68,14 +54,7 @@ class OpenFile:
             self._written += 1
 
     def finish(self, name: str) -> tuple[str, Finished]:
-        """Complete the file.
-
-        Returns:
-            Its final name, and its size and CRC-32.
-
-        Raises:
-            OSError: as for `write`.
-        """
+        """Complete the file. Returns its final name, and its size and CRC-32; raises as `write` does."""
         self.write(name)
         assert self._part is not None, "no rows: nothing to finish"
         finished = self._part.finish()
@@ -85,14 +64,6 @@ class OpenFile:
     def withdraw(self) -> None:
         """Take the unfinished file away; the rows stay."""
         part, self._part = self._part, None
-        if part is None:
-            return
-        self._failures += 1
-        try:
+        if part is not None:
+            self._failures += 1
             part.abort()
-        except Exception:  # closing may fail as writing did: the rows are in memory, and the file is deleted below
-            log.debug("%s: closing the unfinished %s failed", self._location, part.name, exc_info=True)
-        # a rename may have come before the failure: no reader knows the final name yet
-        for name in (part.name + TEMPORARY_SUFFIX, part.name):
-            with contextlib.suppress(OSError):
-                self._location.delete(name)

@@ -1,8 +1,7 @@
 """What waits for the record writer's thread, and the exact count of what was dropped instead.
 
-Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The queue stays small:
-micro-batches are limited by the writer, and ends of rounds without rows between them become one. Not thread-safe: the writer
-shares it under its lock.
+Invariant: every record that comes in leaves through `pop` or is counted under its round in `drops`. The queue stays small: the
+writer limits the micro-batches. Not thread-safe: the writer shares it under its lock.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ class WriteQueue:
     def __init__(self) -> None:
         self._entries: deque[Batch | Cut] = deque()
         self._drops: dict[int, int] = {}
-        self._left_out: set[int] = set()
+        self.left_out: set[int] = set()
+        """Rounds that took no step: their records will not be in the log."""
         self.depth = 0
         """Micro-batches waiting."""
         self.dropped = 0
@@ -50,17 +50,15 @@ class WriteQueue:
         return bool(self._entries)
 
     def push(self, batch: Batch) -> None:
-        """Append a micro-batch."""
         self._entries.append(batch)
         self.depth += 1
 
-    def end_round(self, cut: Cut, *, merge: bool) -> None:
-        """Append the end of a round; `merge`: into the one before it, if no rows came between."""
-        last = self._entries[-1] if self._entries else None
-        if merge and isinstance(last, Cut):
-            self._entries[-1] = Cut(cut.round, cut.force or last.force)
-        else:
-            self._entries.append(cut)
+    def end_round(self, cut: Cut) -> None:
+        """Append the end of a round, or let it take the place of the one before if no rows came between."""
+        if self._entries and isinstance(last := self._entries[-1], Cut):
+            cut = Cut(cut.round, cut.force or last.force)
+            self._entries.pop()
+        self._entries.append(cut)
 
     def pop(self) -> Batch | Cut | None:
         """The oldest entry; None: empty."""
@@ -69,11 +67,6 @@ class WriteQueue:
             self.depth -= 1
         return entry
 
-    def clear(self) -> None:
-        """Forget everything that waits, uncounted: the writer has failed."""
-        self._entries.clear()
-        self.depth = 0
-
     def drop(self, round: int, count: int, *, not_finite: bool = False) -> None:
         """Count records that will not be in the log."""
         if count:
@@ -81,15 +74,11 @@ class WriteQueue:
             self.dropped += count
             self.not_finite += count if not_finite else 0
 
-    def leave_out(self, round: int) -> None:
-        """The records of this round will not be in the log: it took no step."""
-        self._left_out.add(round)
-
     def without_left_out(self, batches: Iterable[Batch]) -> list[Batch]:
         """The batches that have rows, of rounds that are not left out; the records of the others are counted as dropped."""
         kept = []
         for batch in batches:
-            if batch.round in self._left_out:
+            if batch.round in self.left_out:
                 self.drop(batch.round, len(batch.records), not_finite=True)
             elif len(batch.records):
                 kept.append(batch)

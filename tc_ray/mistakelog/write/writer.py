@@ -4,7 +4,7 @@ Invariant: a data file holds whole rounds of one rank, in order, and no NaN or i
 complete and on disk; `flush` returns True only after the Ledger acknowledged. Every record that was put is in the log or
 counted as dropped in the commit that covers its round. The step waits for the disk only when the queue is full, until half is
 free or a file is cut, or not at all (`log.full_policy: drop`); both are counted. In memory are at most the queue, the round that
-has not ended, and the rows of the open file (`file_bytes` and one round). Called by the Pilot: `put`, `end_round`, `flush`.
+has not ended, and the rows of the open file (`file_bytes` and one round).
 """
 
 from __future__ import annotations
@@ -21,18 +21,13 @@ from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.rows.finite import only_finite
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.data_file import TEMPORARY_SUFFIX, DataFile, Finished, file_name
-from tc_ray.mistakelog.table.errors import FencedError, WriterError
+from tc_ray.mistakelog.table.errors import FencedError, WriterError, retry
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, RetryClock, may_pass
 from tc_ray.mistakelog.write.open_file import OpenFile
 from tc_ray.mistakelog.write.queue import Batch, Cut, WriteQueue
 
 log = logging.getLogger(__name__)
 
-_CONSEQUENCE = {
-    "block": "the Pilot waits for it when the queue is full",
-    "drop": "micro-batches that find the queue full are dropped and counted",
-}
 T = TypeVar("T")
 
 
@@ -40,12 +35,9 @@ class RecordWriter:
     """Writes the records of one rank in one attempt.
 
     Args:
-        location: of the Delta table.
         submit: hands a finished file to the Ledger and returns the table version; called in the writer thread.
         settings: `flush_rounds`, `file_bytes`, `queue_rounds`, `full_policy` and `compression` count. The queue holds the
             micro-batches of one round more. The thread repeats a write that failed for want of space, under both policies.
-        run: value of the `run` column.
-        rank: of this Pilot worker.
         attempt: as returned by `Ledger.begin_attempt`.
         start_round: last round already in the log for this attempt: the watermark given to `begin_attempt`.
     """
@@ -72,7 +64,8 @@ class RecordWriter:
         self._closing = False
         self._acknowledged = start_round
         self._file_total_bytes = 0
-        self._retries = RetryClock(f"log writer of rank {rank}")
+        self._full_since: float | None = None
+        self._full_seconds = 0.0
         # the caller's side
         self._ended = start_round
         self._records = 0
@@ -108,7 +101,7 @@ class RecordWriter:
         Returns:
             False if the records were dropped, because the queue is full (`drop`).
 
-        Raises:
+        Raises (as the other methods do):
             ValueError: the records are of another round, rank or attempt, or of a round already ended.
             FencedError, WriterError: the writer thread has stopped.
         """
@@ -137,23 +130,18 @@ class RecordWriter:
 
         Args:
             left_out: the round took no step, because its loss or gradient was not finite; its records are dropped and counted.
-
-        Raises:
-            ValueError: not the round after the last one.
-            FencedError, WriterError: the writer thread has stopped.
         """
         if round != self._ended + 1:
             raise ValueError(f"end of round {round}, but round {self._ended} was the last to end")
         with self._changed:
             self._check_usable()
             if left_out:
-                self._queue.leave_out(round)
+                self._queue.left_out.add(round)
             self._queue_cut(Cut(round, force=False))
         self._ended = round
 
     def _queue_cut(self, cut: Cut) -> None:
-        # while the log cannot be written rounds go on ending, and the queue must not grow by that
-        self._queue.end_round(cut, merge=self._retries.open)
+        self._queue.end_round(cut)
         self._changed.notify_all()
 
     def flush(self, round: int, timeout: float | None = None) -> bool:
@@ -166,10 +154,6 @@ class RecordWriter:
         Returns:
             Whether it has. False: not within `timeout`, or (`drop`) the log cannot be written just now. Then no checkpoint may
             be made of this round; training can go on, and a later `flush` covers it.
-
-        Raises:
-            ValueError: `round` has not ended.
-            FencedError, WriterError: the writer thread has stopped.
         """
         if round > self._ended:
             raise ValueError(f"flush of round {round}, but the last ended round is {self._ended}")
@@ -180,7 +164,9 @@ class RecordWriter:
             self._queue_cut(Cut(self._ended, force=True))
             self._changed.wait_for(
                 lambda: (
-                    self._acknowledged >= round or self._error is not None or (not self._blocks and self._retries.open)
+                    self._acknowledged >= round
+                    or self._error is not None
+                    or (not self._blocks and self._full_since is not None)
                 ),
                 timeout,
             )
@@ -188,13 +174,7 @@ class RecordWriter:
             return self._acknowledged >= round
 
     def close(self) -> None:
-        """Commit all ended rounds, drop the records of a round that has not ended, stop the thread.
-
-        Waits, under both policies, until the log can be written.
-
-        Raises:
-            FencedError, WriterError: the writer thread had stopped with an error.
-        """
+        """Commit all ended rounds, as soon as the log can be written; drop the records of a round that has not ended; stop."""
         with self._changed:
             if self._error is None and not self._closing:
                 self._queue_cut(Cut(self._ended, force=True))
@@ -212,13 +192,14 @@ class RecordWriter:
         log could not be written), queue_depth (micro-batches waiting now), acknowledged_round (last one acknowledged).
         """
         with self._changed:
+            full = time.monotonic() - self._full_since if self._full_since is not None else 0.0
             return {
                 "records": self._records,
                 "dropped_records": self._queue.dropped,
                 "not_finite_records": self._queue.not_finite,
                 "bytes": self._file_total_bytes,
                 "blocked_seconds": self._blocked_seconds,
-                "full_seconds": self._retries.seconds,
+                "full_seconds": self._full_seconds + full,
                 "queue_depth": self._queue.depth,
                 "acknowledged_round": self._acknowledged,
             }
@@ -250,7 +231,6 @@ class RecordWriter:
             log.exception("the log writer of rank %d stops", self.rank)
             with self._changed:
                 self._error = error
-                self._queue.clear()
                 self._changed.notify_all()
         finally:
             self._file.withdraw()
@@ -312,20 +292,16 @@ class RecordWriter:
 
     def _until_written(self, act: Callable[[], T]) -> T:
         """What `act` returns; it is repeated until the disk or store takes it."""
-        pause = FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                result = act()
-            except OSError as error:
-                if not may_pass(error):
-                    raise
-                self._file.withdraw()
-                with self._changed:
-                    self._retries.begin(error, _CONSEQUENCE[self._settings.full_policy], self._queue.dropped)
-                    self._changed.notify_all()
-                time.sleep(pause)
-                pause = min(2 * pause, LAST_PAUSE_SECONDS)
-            else:
-                with self._changed:
-                    self._retries.end(self._queue.dropped)
-                return result
+        result = retry(act, f"log writer of rank {self.rank}", self._failed)
+        with self._changed:
+            if self._full_since is not None:
+                self._full_seconds += time.monotonic() - self._full_since
+                self._full_since = None
+        return result
+
+    def _failed(self) -> None:
+        self._file.withdraw()
+        with self._changed:
+            if self._full_since is None:
+                self._full_since = time.monotonic()
+            self._changed.notify_all()

@@ -14,8 +14,7 @@ class CopilotBatch:
     """B records padded to n target rows, Q prompt tokens and P state positions.
 
     question_ids: int64 [B, Q], prompt tokens. question_mask: bool [B, Q].
-    rationale: bf16 [B, P, d_P], pooled hidden states as the log holds them. rationale_position: int64 [B, P], absolute, -1 is
-    padding.
+    rationale: bf16 [B, P, d_P], as the log holds it. rationale_position: int64 [B, P], absolute, -1 is padding.
     row_position: int64 [B, n], position of the state that predicts row i's token, -1 is padding.
     error_ids: int64 [B, n, k+1]. error_values: fp32 [B, n, k+1], zero in padding.
     question: bf16 [B, Q, d_P], the encoder's output; None if X~ follows from question_ids (decoder-only).
@@ -50,10 +49,7 @@ class CopilotBatch:
         *,
         positions: str,
     ) -> CopilotBatch:
-        """The batch that the log would return for a Pilot forward, on the host, without a log (held-out measures, tests).
-
-        Arguments: as for `PilotStep.forward`. positions: `log.positions`, all or target.
-        """
+        """The batch that a log would return for a Pilot forward, on the host. Arguments: of `PilotStep.forward`; `log.positions`."""
         input_ids, lengths, target_start = input_ids.cpu(), lengths.cpu(), target_start.cpu()
         count, width = input_ids.shape
         position = torch.arange(width).expand(count, -1)

@@ -1,11 +1,8 @@
 """The Copilot: rows of errors in, predicted errors f out, for both architectures (sections 3.1 and E.2).
 
-This module has what both share: error rows, memory, output. The layers between are a stack of the base's own
-(`decoder_only`, `encoder_decoder`). The memory is the question X~ and the rationale (the Pilot's pooled states h),
-concatenated over positions; row i sees all of X~ and the rationale up to the state that predicts token i.
-
-Invariant: training (`forward`, all rows at once) and decoding (`decode` with caches, one row at a time) run the same
-code, so they agree to rounding.
+The layers between are a stack of the base's own (`stacks`). The memory is the question X~ and the rationale (the Pilot's pooled
+states h), concatenated over positions; row i sees all of X~ and the rationale up to the state that predicts token i.
+Invariant: training (`forward`, all rows at once) and decoding (`decode` with caches, a row at a time) run the same code.
 """
 
 from __future__ import annotations
@@ -20,9 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tc_ray.models.copilot.batch import CopilotBatch
-from tc_ray.models.copilot.config import CopilotConfig
-from tc_ray.models.copilot.decoder_only import DecoderOnlyStack
-from tc_ray.models.copilot.encoder_decoder import EncoderDecoderStack
+from tc_ray.models.copilot.stacks import CopilotConfig, DecoderOnlyStack, EncoderDecoderStack
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.taps import tap_definition
 from tc_ray.models.weights import HEADS, load_whole
@@ -91,8 +86,7 @@ class Copilot(PreTrainedModel):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, in order."""
-        layers: nn.ModuleList = self.stack.block if self.encoder_decoder else self.stack.layers
-        return layers
+        return self.stack.block if self.encoder_decoder else self.stack.layers
 
     @torch.no_grad()
     def reset_new_weights(self) -> None:
@@ -137,17 +131,10 @@ class Copilot(PreTrainedModel):
     ) -> Copilot:
         """Copilot for `pilot`, initialised from chosen layers of a pretrained decoder, fp32.
 
-        Args:
-            base: folder or hub id of a model of the Pilot's kind; width, heads and vocabulary may differ from the Pilot's.
-            layers: indices of its decoder layers, in order.
-            pilot: the Pilot, for its embedding table, widths and family.
-            output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
-            random_weights: read only the base's config (tests, training from scratch).
-            pooling, tap_layers, config: fields of `CopilotConfig`.
-
-        Raises:
-            ValueError: layers the base does not have, or a base of the other architecture. WeightsError, NotFiniteError: its
-                folder is not whole.
+        base: folder or hub id of a model of the Pilot's kind, of any width. layers: of its decoder, in order.
+        output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
+        random_weights: read only the base's config. pooling, tap_layers, config: fields of `CopilotConfig`.
+        Raises ValueError: see `check_base`. WeightsError, NotFiniteError: the base's folder is not whole.
         """
         base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         family, pilot_family = family_of(base_config), family_of(pilot)
@@ -183,8 +170,6 @@ class Copilot(PreTrainedModel):
             copilot.error_embedding.weight.data[:common].copy_(own[:common])
         return copilot
 
-    # -- input rows and memory ------------------------------------------------------------------------------------
-
     @property
     def error_table(self) -> torch.Tensor:
         """E in W_in = A E^T, [V, d_C]."""
@@ -196,34 +181,27 @@ class Copilot(PreTrainedModel):
         """W_in l for sparse errors: int64 [N, k+1], fp32 [N, k+1] -> [N, d_C]; no [N, V] tensor is made."""
         table = self.error_table
         summed = F.embedding_bag(ids, table, mode="sum", per_sample_weights=values.to(table.dtype))
-        rows: torch.Tensor = self.error_projection(summed)
-        return rows
+        return self.error_projection(summed)
 
     def embed_question(self, ids: torch.Tensor) -> torch.Tensor:
         """X~ [B, Q, d_P] of prompt tokens, int64 [B, Q] (decoder-only; an encoder-decoder's X~ is its encoder's output)."""
         assert self.question_embedding is not None
-        question: torch.Tensor = self.question_embedding(ids)
-        return question
+        return self.question_embedding(ids)
 
     def question_memory(self, question: torch.Tensor) -> torch.Tensor:
         """X~ [B, Q, d_P] -> [B, Q, d_C], as attended to."""
-        memory: torch.Tensor = self.memory_projection(self.question_norm(question.to(self.question_norm.weight.dtype)))
-        return memory
+        return self.memory_projection(self.question_norm(question.to(self.question_norm.weight.dtype)))
 
     def rationale_memory(self, rationale: torch.Tensor) -> torch.Tensor:
         """Pooled states [B, P, d_P] -> [B, P, d_C], as attended to."""
-        memory: torch.Tensor = self.memory_projection(self._normed(rationale))
-        return memory
+        return self.memory_projection(self._normed(rationale))
 
     def with_producing_state(self, rows: torch.Tensor, rationale: torch.Tensor) -> torch.Tensor:
         """Add the projected state [B, n, d_P] that predicts each row's token to rows [B, n, d_C], if configured."""
         return rows if self.state_projection is None else rows + self.state_projection(self._normed(rationale))
 
     def _normed(self, rationale: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.rationale_norm(rationale.to(self.rationale_norm.weight.dtype))
-        return normed
-
-    # -- the layers -----------------------------------------------------------------------------------------------
+        return self.rationale_norm(rationale.to(self.rationale_norm.weight.dtype))
 
     def decode(
         self,
@@ -238,15 +216,11 @@ class Copilot(PreTrainedModel):
     ) -> torch.Tensor:
         """Final states [B, n, d_C] of input rows; `predict` maps them to f.
 
-        Args:
-            rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
-            memory: [B, M_new, d_C] memory not yet in the cache (all of it without a cache).
-            visible: bool [B, n, M], which memory positions (cached and new) each row sees.
-            self_cache, memory_cache: keys and values of the layers over rows and over the memory; both grow in place. They
-                have transformers' `update(key, value, layer_idx)`.
-            aligned: for one row each of sequences of different lengths, whose `first_row` cached rows are aligned to the
-                right (decoder-only). positions: int64 [B, 1], number of each row in its sequence. seen: bool
-                [B, first_row + 1], which cached rows, and this one, are real; None: all.
+        rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
+        memory: [B, M_new, d_C] memory not yet in the cache. visible: bool [B, n, M], positions (cached and new) a row sees.
+        self_cache, memory_cache: keys and values over rows and memory, with transformers' `update`; both grow in place.
+        aligned: for one row each of sequences whose `first_row` cached rows are aligned to the right (decoder-only). positions:
+        int64 [B, 1], number of each row. seen: bool [B, first_row + 1], which cached rows, and this one, are real; None: all.
         """
         states: torch.Tensor = self.stack(
             rows, memory, visible, first_row=first_row, self_cache=self_cache, memory_cache=memory_cache, **aligned
@@ -260,15 +234,10 @@ class Copilot(PreTrainedModel):
 
     def predict(self, states: torch.Tensor) -> torch.Tensor:
         """f = W_out state, no softmax: [.., d_C] of `decode` -> [.., A]."""
-        f: torch.Tensor = self.output(states)
-        return f
+        return self.output(states)
 
     def expand(self, f: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
-        """[.., A] on the output tokens -> [.., V], zero elsewhere.
-
-        Args:
-            vocab_size: width of the logits that f is to be added to; ids beyond it are padding and dropped.
-        """
+        """[.., A] on the output tokens -> [.., V], zero elsewhere. vocab_size: of the logits; ids beyond it are padding."""
         width = self.config.vocab_size if vocab_size is None else vocab_size
         if self.is_full:
             return f[..., :width] if f.shape[-1] >= width else F.pad(f, (0, width - f.shape[-1]))

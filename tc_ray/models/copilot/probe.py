@@ -1,7 +1,6 @@
 """Try a Copilot on a synthetic batch: an exported one must be the trained one, a loaded one must predict sane errors.
 
-Invariant: the batch follows from the Copilot's config alone, so it needs no log and is the same on every machine. Called by
-the learner before it publishes a folder, and by serving before it uses a Copilot.
+Invariant: the batch follows from the Copilot's config alone. Called by the learner before it publishes a folder, and by serving.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from pathlib import Path
 import torch
 
 from tc_ray.models.copilot.batch import CopilotBatch
-from tc_ray.models.copilot.config import CopilotConfig
 from tc_ray.models.copilot.model import Copilot
+from tc_ray.models.copilot.stacks import CopilotConfig
 from tc_ray.models.families import family_of
-from tc_ray.models.finite import NotFiniteError
-from tc_ray.models.weights import ExportMismatchError
+from tc_ray.models.weights import ExportMismatchError, NotFiniteError
 
 TOLERANCE = 1e-3
 """Largest difference of a predicted error, as a share of the largest one: fp32, products added in another order."""

@@ -4,7 +4,7 @@ May import: the rest of models. Read first: `core.py` (one call of both models);
 `generation.py`, `model.py`. `lens_picture.py` draws the logit lens.
 """
 
-from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.fusion.core import fuse
 from tc_ray.models.fusion.explain import Explain, Explanation
 from tc_ray.models.fusion.lens_picture import draw_logit_lens
 from tc_ray.models.fusion.model import FusedModel

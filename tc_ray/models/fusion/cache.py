@@ -1,7 +1,7 @@
 """Caches of fused decoding: the Pilot's own, with the Copilot's riding on it.
 
-Invariant: whatever generation does to the Pilot's cache (reorder, select, repeat, crop, reset) happens to the Copilot's, so
-beams, several return sequences and assisted decoding keep both in step. Used by the fused models.
+Invariant: whatever generation does to the Pilot's cache (reorder, select, crop) happens to the Copilot's, so beams and assisted
+decoding keep both in step. Used by the fused models.
 """
 
 from __future__ import annotations
@@ -21,10 +21,6 @@ class CopilotCache:
     """
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
         self.self_attention, self.memory = DynamicCache(), DynamicCache()
         self.question: torch.Tensor | None = None
         self.visible: torch.Tensor | None = None
@@ -60,17 +56,10 @@ class CopilotCache:
         self.visible = None if self.visible is None else self.visible[indices]
         self.feedback = None if self.feedback is None else self.feedback[indices]
 
-    def repeat(self, repeats: int) -> None:
-        """Repeat each sequence."""
-        if self.visible is not None:
-            sequences = torch.arange(len(self.visible), device=self.visible.device)
-            self.select(sequences.repeat_interleave(repeats))
-
     def crop(self, tokens: int) -> None:
         """Take back the last `tokens` tokens, each of which made one row.
 
-        Raises:
-            ValueError: more tokens than rows: the prompt itself cannot be cropped.
+        Raises ValueError: more tokens than rows: the prompt itself cannot be cropped.
         """
         if tokens > max(self.rows - 1, 0) and self.rows:
             raise ValueError(f"cannot take back {tokens} tokens: the Copilot has {self.rows} rows, one for the prompt")
@@ -96,17 +85,9 @@ class _Fused:
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.copilot.select(indices)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.copilot.repeat(repeats)
-
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         self.copilot.crop(-tokens_to_remove)  # transformers gives a number below 0
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.copilot.reset()
 
 
 class FusedCache(_Fused, DynamicCache):

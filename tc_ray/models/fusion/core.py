@@ -18,23 +18,67 @@ from tc_ray.models.copilot import Copilot, CopilotConfig
 from tc_ray.models.families import family_of
 from tc_ray.models.folder import FEEDBACKS, SPACES
 from tc_ray.models.fusion.cache import CopilotCache, FusedCache, FusedEncoderDecoderCache
-from tc_ray.models.fusion.feedback import STRATEGIES, Feedback
-from tc_ray.models.pilot.taps import POOLINGS, LayerTap, tap_definition
+from tc_ray.models.pilot.taps import LayerTap, tap_definition
 
 
 class FusionError(ValueError):
     """Pilot and Copilot do not fit each other; the message says in what."""
 
 
+class OwnFeedback:
+    """l_i = f_i (algorithm 2): W_in W_out is one d_C x d_C matrix, made once, so f itself is not read back."""
+
+    def __init__(self, copilot: Copilot) -> None:
+        self._copilot = copilot
+        self._made_of: tuple[object, ...] = ()
+        self._matrix = torch.empty(0)
+
+    def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        weights = (self._copilot.output.weight, self._copilot.error_projection.weight)
+        # made again when weights were changed, swapped or moved; writes through `.data` are not noticed
+        now = (*((weight._version, weight.data_ptr()) for weight in weights), state.device, state.dtype)
+        if now != self._made_of:
+            self._matrix, self._made_of = self._copilot.feedback_matrix().to(state), now
+        return (state @ self._matrix.T)[:, None]
+
+    def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        return kept
+
+
+class RealisedFeedback:
+    """l_i = onehot(chosen token) - p^_i: safer if the Copilot lags, at the cost of reading E."""
+
+    def __init__(self, copilot: Copilot) -> None:
+        self._copilot = copilot
+
+    def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        table = self._copilot.error_table
+        common = min(len(table), logits.shape[-1])
+        expected = logits.float().softmax(-1)[:, :common].to(table.dtype) @ table[:common]
+        return expected[:, None]
+
+    def row(self, kept: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        table = self._copilot.error_table
+        # an id past the Copilot's vocabulary is padding of the Pilot's: never chosen, and without a row in E
+        known = (token < len(table))[:, None, None]
+        chosen = table[token.clamp_max(len(table) - 1)][:, None] * known
+        return self._copilot.error_projection(chosen - kept)
+
+
+Feedback = OwnFeedback | RealisedFeedback
+STRATEGIES: dict[str, type[Feedback]] = {"own": OwnFeedback, "realised": RealisedFeedback}
+"""What the Copilot reads at inference instead of the true errors, of its row before.
+
+`keep`: final state [B, d_C] of the Copilot and logits [B, V] of the Pilot -> what is kept of a row, [B, 1, d_C]. `row`: of that and the
+chosen token, int64 [B], the next input row [B, 1, d_C]. Nothing of size V is kept between rows."""
+
+
 class FusedCore(PreTrainedModel):
     """Pilot and Copilot, and one call of both.
 
-    Args:
-        pilot: language model. copilot: trained beside it or beside another model of its family.
-        lam: default lambda. space: `probability` or `logits`. feedback: `own` f or `realised` error as Copilot input.
-
-    Raises:
-        FusionError: the Pilot is not what the Copilot was trained on. ValueError: an unknown space or feedback, or lam not finite.
+    pilot: language model. copilot: trained beside it or beside another model of its family.
+    lam: default lambda. space: `probability` or `logits`. feedback: `own` f or `realised` error as Copilot input.
+    Raises FusionError: the Pilot is not what the Copilot was trained on. ValueError: an unknown space or feedback, or lam not finite.
     """
 
     main_input_name = "input_ids"
@@ -60,18 +104,14 @@ class FusedCore(PreTrainedModel):
         self.family = family_of(pilot)
         self.tap = LayerTap(self.family.layers(pilot), copilot.config.pooling, copilot.config.tap_layers)
         self._strategies = {name: kind(copilot) for name, kind in STRATEGIES.items()}
-        self._share_embedding()
         self.eval()
 
     @property
     def strategy(self) -> Feedback:
-        """The strategy of `feedback`."""
         return self._strategies[self.feedback]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The Pilot's token embedding."""
-        embedding: nn.Module = self.pilot.get_input_embeddings()
-        return embedding
+        return self.pilot.get_input_embeddings()
 
     def new_cache(self) -> FusedCache | FusedEncoderDecoderCache:
         """An empty cache for one batch of sequences."""
@@ -80,19 +120,6 @@ class FusedCore(PreTrainedModel):
     def release(self) -> None:
         """Remove the tap from the Pilot, which others may still use. Do not call this model afterwards."""
         self.tap.close()
-
-    @torch.no_grad()
-    def _share_embedding(self) -> None:
-        """Keep one copy in memory of the embedding that both models hold, if the numbers are equal."""
-        own, table = self.copilot.question_embedding, self.family.embedding_table(self.pilot)
-        embedding = self.pilot.get_input_embeddings().weight
-        if own is None or table.data_ptr() != embedding.data_ptr() or own.weight.shape != embedding.shape:
-            return
-        alike = (own.weight.dtype, own.weight.device) == (embedding.dtype, embedding.device)
-        if alike and torch.equal(own.weight, embedding):
-            own.weight = embedding
-
-    # -- one call -------------------------------------------------------------------------------------------------
 
     def lambdas(self, lam: float | torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
         """lam as fp32 [batch]; ValueError for a number that is not finite, or a tensor of another shape."""
@@ -108,12 +135,9 @@ class FusedCore(PreTrainedModel):
         return weights
 
     def opened(self, cache: Any, weights: torch.Tensor) -> tuple[Any, bool]:
-        """The cache of a call, a new one for None, and whether the Copilot runs in this call.
+        """The cache of a call, a new one for None, and whether the Copilot runs: once begun at lam 0 too, else it could not go on.
 
-        Once begun the Copilot reads every token, at lam 0 too: it could not continue otherwise.
-
-        Raises:
-            TypeError: another kind of cache. RuntimeError: the Copilot did not run from the first call on.
+        Raises TypeError for another kind of cache, RuntimeError if the Copilot did not run from the first call on.
         """
         cache = self.new_cache() if cache is None else cache
         if not isinstance(cache, self.cache_kind):
@@ -134,12 +158,8 @@ class FusedCore(PreTrainedModel):
     ) -> torch.Tensor:
         """f [B, n, V] of n positions, one Copilot row after the other: each reads what the row before it left.
 
-        Args:
-            logits: [B, n, V] of the Pilot for the last n positions of this call.
-            tokens: int64 [B, S] and rationale: fp32 [B, S, d_P] of this call's positions.
-            attended: bool [B, S], real (not padded) positions.
-
-        The memory grows with the rows; positions before the first row enter it at once.
+        logits: [B, n, V] of the Pilot for the last n positions of this call. tokens: int64 [B, S], rationale: fp32 [B, S, d_P] and
+        attended: bool [B, S] (no padding) of all its positions. Those before the first row enter the memory at once.
         """
         copilot, strategy = self.copilot, self.strategy
         memory = copilot.rationale_memory(rationale)
@@ -172,14 +192,8 @@ class FusedCore(PreTrainedModel):
 
 
 def check_fit(pilot_config: Any, copilot_config: CopilotConfig) -> None:
-    """Raise FusionError if a Pilot of this config does not give what the Copilot was trained on.
-
-    Vocabularies may differ in their padding: token ids are aligned. Callers that have the tokenizers (`tc-ray fuse`,
-    serving) also check that both models use the same one.
-    """
+    """Raise FusionError if a Pilot of this config does not give what the Copilot was trained on. Tokenizers: `export.check`."""
     tap, pooling, layers = copilot_config.tap, copilot_config.pooling, copilot_config.tap_layers
-    if pooling not in POOLINGS:
-        raise FusionError(f"the Copilot was trained on states pooled by {pooling!r}: not one of {', '.join(POOLINGS)}")
     expected = tap_definition(pooling, layers)
     if tap != expected:
         raise FusionError(f"the Copilot was trained on other hidden states: {tap!r}, not {expected!r}")
@@ -197,3 +211,26 @@ def check_fit(pilot_config: Any, copilot_config: CopilotConfig) -> None:
             f"the Copilot was made for a Pilot of width {copilot_config.pilot_hidden_size}; "
             f"this Pilot has {pilot_config.hidden_size}"
         )
+
+
+def fuse(logits: torch.Tensor, f: torch.Tensor, lam: torch.Tensor, space: str) -> torch.Tensor:
+    """Logits of the fused distribution, fp32 [B, .., V].
+
+    logits: [B, .., V] Pilot. f: [B, .., V] Copilot. lam: fp32 [B].
+    space: `probability`: equation 8, clamped and renormalised; `logits`: logits + lam f.
+
+    A sequence with lam 0 keeps the Pilot's logits unchanged. In probability space a row whose every p~ is 0 does too.
+    """
+    logits, f = logits.float(), f.float()
+    weight = lam.view(-1, *[1] * (logits.ndim - 1))
+    fused = logits + weight * f if space == "logits" else _in_probability_space(logits, f, weight)
+    return torch.where(weight == 0, logits, fused)
+
+
+def _in_probability_space(logits: torch.Tensor, f: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """log of clamp(p + lam f, 0) renormalised. p~ can leave [0, 1]; a token whose p~ is clamped gets -inf."""
+    mass = (logits.softmax(-1) + weight * f).clamp_min(0.0)
+    total = mass.sum(-1, keepdim=True)
+    # if the correction takes away every token there is no p~: the row keeps p^. NaN stays NaN, because a correction that is
+    # not finite must not look like the Pilot
+    return torch.where(total == 0, logits, (mass / total).log())

@@ -1,7 +1,6 @@
 """Explanations of decoded tokens: the Pilot's candidates, the Copilot's correction, the result (equation 8).
 
-For each generated token: the likeliest tokens of Pilot and fused model, each with p^, p~, the correction f and p~ - p^. They
-describe the distributions themselves, before temperature, top-p or a penalty of the sampling. Made by
+They describe the distributions themselves, before temperature, top-p or a penalty of the sampling. Made by
 `FusedModel.generate(explain=...)`; the server returns `to_dict`.
 """
 
@@ -21,11 +20,7 @@ from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forc
 
 @dataclass(frozen=True)
 class Explain:
-    """What an explanation holds.
-
-    Args:
-        top_k: likeliest tokens of Pilot and of fused model. logit_lens: what every layer of the Pilot would predict.
-    """
+    """top_k: likeliest tokens of Pilot and of fused model. logit_lens: what every layer of the Pilot would predict."""
 
     top_k: int = 5
     logit_lens: bool = False
@@ -46,7 +41,7 @@ class Candidates:
 
     @property
     def shift(self) -> torch.Tensor:
-        """p~ - p^ [B, n, k]: the correction after weighting, clamping and renormalising."""
+        """p~ - p^: the correction after weighting, clamping and renormalising."""
         return self.fused - self.pilot
 
     @staticmethod
@@ -59,10 +54,8 @@ class Candidates:
 class LogitLens:
     """The logit lens (figure 4): each layer's output through the Pilot's own final norm and head, as if it were the last.
 
-    For n tokens of B sequences and each of L layers, lowest first.
-
-    ids: int64 [B, n, L], likeliest token; probabilities: fp32 [B, n, L], its probability. chosen_probability: fp32 [B, n, L]
-    and chosen_rank: int64 [B, n, L], probability and rank (1 is the likeliest) of the generated token.
+    All [B, n, L], the lowest layer first. ids: int64, likeliest token; probabilities: fp32, its probability. chosen_probability:
+    fp32, and chosen_rank: int64, probability and rank (1 is the likeliest) of the generated token.
     """
 
     ids: torch.Tensor
@@ -73,11 +66,7 @@ class LogitLens:
     @staticmethod
     @torch.no_grad()
     def of(model: FusedCore, layers: Sequence[torch.Tensor], chosen: torch.Tensor) -> LogitLens:
-        """softmax(head(norm(h_l))) of each layer l, one layer at a time.
-
-        Args:
-            layers: [B, c, d] after each layer. chosen: int64 [B, c].
-        """
+        """softmax(head(norm(h_l))) of each layer [B, c, d], one at a time. chosen: int64 [B, c]."""
         family = model.family
         norm = family.final_norm(family.decoder(model.pilot))
         parts = []
@@ -125,8 +114,7 @@ class Explanation:
         for b, lam in enumerate(self.lam.tolist()):
             places = self.mask[b].nonzero()[:, 0].tolist()
             sequences.append({"lam": lam, "tokens": [self._token(b, i, text) for i in places]})
-        document: dict[str, Any] = finite({"space": self.space, "feedback": self.feedback, "sequences": sequences})
-        return document
+        return finite({"space": self.space, "feedback": self.feedback, "sequences": sequences})
 
     def _token(self, b: int, i: int, text: Callable[[int], str]) -> dict[str, Any]:
         [token] = _candidates(self.chosen, b, i, text)
@@ -138,14 +126,10 @@ class Explanation:
         }
         if self.logit_lens is not None:
             lens = self.logit_lens
-            names = ("id", "probability", "chosen_probability", "chosen_rank")
-            columns = [
-                t[b, i].tolist() for t in (lens.ids, lens.probabilities, lens.chosen_probability, lens.chosen_rank)
-            ]
-            token["logit_lens"] = [
-                {"layer": layer, "text": text(values[0]), **dict(zip(names, values, strict=True))}
-                for layer, values in enumerate(zip(*columns, strict=True), start=1)
-            ]
+            columns = {"id": lens.ids, "probability": lens.probabilities}
+            columns |= {"chosen_probability": lens.chosen_probability, "chosen_rank": lens.chosen_rank}
+            layers = _entries(columns, b, i, text)
+            token["logit_lens"] = [{"layer": layer, **entry} for layer, entry in enumerate(layers, start=1)]
         return token
 
 
@@ -160,17 +144,17 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def _candidates(given: Candidates, b: int, i: int, text: Callable[[int], str]) -> list[dict[str, Any]]:
-    columns = [t[b, i].tolist() for t in (given.ids, given.pilot, given.fused, given.correction, given.shift)]
-    names = ("id", "pilot", "fused", "correction", "shift")
-    return [{"text": text(values[0]), **dict(zip(names, values, strict=True))} for values in zip(*columns, strict=True)]
+    columns = {"id": given.ids, "pilot": given.pilot, "fused": given.fused, "correction": given.correction}
+    return _entries(columns | {"shift": given.shift}, b, i, text)
+
+
+def _entries(columns: dict[str, torch.Tensor], b: int, i: int, text: Callable[[int], str]) -> list[dict[str, Any]]:
+    rows = zip(*(column[b, i].tolist() for column in columns.values()), strict=True)
+    return [{"text": text(row[0]), **dict(zip(columns, row, strict=True))} for row in rows]
 
 
 def explain_completions(model: FusedCore, given: Completions, asked: Explain) -> Explanation:
-    """Explanation of given completions; the Copilot also runs at lam 0, so that f is known there too.
-
-    Raises:
-        ValueError: no token was generated.
-    """
+    """Explanation of given completions, with f at lam 0 too. ValueError: no token was generated."""
     parts: list[dict[str, Any]] = []
     for rows in teacher_forced_rows(model, given, corrections=True, layers=asked.logit_lens):
         tokens = given.tokens[:, rows.span]
@@ -194,12 +178,7 @@ def explain_completions(model: FusedCore, given: Completions, asked: Explain) ->
     for name in ("pilot_logprobs", "fused_logprobs"):
         joined[name] = joined[name].masked_fill(~mask, 0)
     return Explanation(
-        tokens=given.tokens.cpu(),
-        mask=mask,
-        lam=given.lam.cpu(),
-        space=model.space,
-        feedback=model.feedback,
-        **joined,
+        tokens=given.tokens.cpu(), mask=mask, lam=given.lam.cpu(), space=model.space, feedback=model.feedback, **joined
     )
 
 

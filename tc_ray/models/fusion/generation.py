@@ -1,7 +1,7 @@
 """`generate` with explanations and log-probabilities, and `score`: what the fused model adds to GenerationMixin.
 
-The library's decoding runs unchanged. The finished sequences are then recomputed in one teacher-forced pass, which sees what
-decoding saw (to rounding), so one path explains beams, several return sequences and all samplers.
+The library's decoding runs unchanged; the finished sequences are then recomputed in one teacher-forced pass, so one path explains
+beams, several return sequences and all samplers.
 """
 
 from __future__ import annotations
@@ -41,12 +41,9 @@ class FusedGeneration(FusedCore, GenerationMixin):
             logprobs: that output also has `.pilot_logprobs` and `.fused_logprobs`, fp32 [R, n] of R returned sequences (0
                 beyond a sequence's end), and `.completion_mask`, bool [R, n], the tokens up to the end.
 
-        Both describe the distributions p^ and p~ themselves, before temperature, top-k and penalties, and are recomputed over
-        the finished sequences in one pass of the Pilot (`score`): equal to what decoding saw, to rounding.
-
-        Raises:
-            ValueError: what fused decoding cannot do (use_cache=False, prefill_chunk_size, output_hidden_states,
-                output_attentions), or lam of another number than sequences.
+        Both describe p^ and p~ themselves, before temperature, top-k and penalties, and are recomputed over the finished
+        sequences in one pass of the Pilot: equal to what decoding saw, to rounding. Raises ValueError for what fused decoding
+        cannot do (use_cache=False, prefill_chunk_size, output_hidden_states, output_attentions).
         """
         asked = Explain() if explain is True else explain or None
         ends = Ends(stopping_criteria or ())
@@ -72,8 +69,7 @@ class FusedGeneration(FusedCore, GenerationMixin):
         self,
         sequences: torch.Tensor,
         *,
-        prompt_length: int | None = None,
-        target_start: torch.Tensor | None = None,
+        prompt_length: int = 1,
         source: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         source_mask: torch.Tensor | None = None,
@@ -86,65 +82,51 @@ class FusedGeneration(FusedCore, GenerationMixin):
         Args:
             sequences: int64 [B, S], prompt and completion; for an encoder-decoder the start token and the target, as
                 `generate` returns them.
-            prompt_length: columns before the completions, prompts padded on the left. 1 for an encoder-decoder.
-            target_start: int64 [B] instead, if sequences are padded on the right: first token of each completion.
+            prompt_length: columns before the completions, prompts padded on the left. 1 is an encoder-decoder's start token.
             source: int64 [B, Q], what an encoder-decoder's encoder reads, and source_mask [B, Q].
             attention_mask: [B, S] of `sequences`, which then also marks where completions end, or [B, prompt_length]; then a
                 completion ends after its first end token (`generation_config.eos_token_id`).
             lam: one number or [B]; None takes `default_lam`.
-
-        Raises:
-            ValueError: arguments that contradict each other or the architecture.
+        Raises ValueError for arguments that contradict each other or the architecture.
         """
         device = self.get_input_embeddings().weight.device
         sequences = sequences.to(device)
-        if prompt_length is not None and target_start is not None:
-            raise ValueError("give prompt_length (prompts padded on the left) or target_start (on the right), not both")
         if (source is not None) != self.family.encoder_decoder:
+            raise ValueError("an encoder-decoder needs `source`, a decoder-only model has no source")
+        if not 1 <= prompt_length <= sequences.shape[1]:
             raise ValueError(
-                "an encoder-decoder needs `source`, the ids its encoder reads"
-                if source is None
-                else "a decoder-only model has no source: the prompt is part of `sequences`"
+                f"completions begin at column {prompt_length}: it must be from 1 to {sequences.shape[1]}, the sequences' length"
             )
         question = None
         if source is not None:
-            if target_start is not None:
-                raise ValueError(
-                    "an encoder-decoder's completions begin together: give prompt_length (1: after the start token)"
-                )
-            prompt_length = prompt_length or 1
             source = source.to(device)
             source_mask = torch.ones_like(source) if source_mask is None else source_mask.to(device)
             question = self.pilot.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
             source_mask = source_mask.bool()
-        if prompt_length is None and target_start is None:
-            raise ValueError("give prompt_length or target_start: where the completions begin")
         attended = torch.ones_like(sequences, dtype=torch.bool)
         if attention_mask is not None:
             attended[:, : attention_mask.shape[1]] = attention_mask.to(device).bool()
-        if target_start is not None:
-            sequences, attended, start = Completions.aligned(sequences, attended, target_start.to(device))
+        if attention_mask is not None and attention_mask.shape[1] > prompt_length:
+            lengths = attended[:, prompt_length:].sum(1)
         else:
-            assert prompt_length is not None
-            start = prompt_length
-        if not 1 <= start <= sequences.shape[1]:
-            raise ValueError(
-                f"completions begin at column {start}: it must be from 1 to {sequences.shape[1]}, the sequences' length"
-            )
-        if attention_mask is not None and (target_start is not None or attention_mask.shape[1] > start):
-            lengths = attended[:, start:].sum(1)
-        else:
-            lengths = up_to_the_end(sequences[:, start:], self.generation_config.eos_token_id)
+            lengths = up_to_the_end(sequences[:, prompt_length:], self.generation_config.eos_token_id)
         # no token reads what stands after it, so what follows an end needs no mask
-        attended[:, start:] = True
-        weights = self.lambdas(lam, len(sequences), device)
-        return score_completions(self, Completions(sequences, attended, start, lengths, weights, question, source_mask))
+        attended[:, prompt_length:] = True
+        given = Completions(
+            sequences,
+            attended,
+            prompt_length,
+            lengths,
+            self.lambdas(lam, len(sequences), device),
+            question,
+            source_mask,
+        )
+        return score_completions(self, given)
 
     def prepare_inputs_for_generation(self, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
         """The library passes the tokenizer of `stop_strings` on to the model, which does not use it."""
         kwargs.pop("tokenizer", None)
-        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*arguments, **kwargs)
-        return prepared
+        return super().prepare_inputs_for_generation(*arguments, **kwargs)
 
     def _get_candidate_generator(self, *arguments: Any, **given: Any) -> Any:
         """A drafting model takes no lambda, unless it is a fused model too."""
@@ -167,21 +149,19 @@ class FusedGeneration(FusedCore, GenerationMixin):
     def _get_stopping_criteria(
         self, generation_config: Any, stopping_criteria: Any, *arguments: Any, **given: Any
     ) -> StoppingCriteriaList:
-        """All criteria of a generation, inside an `Ends` if one was given."""
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, *arguments, **given)
-        return stopping_criteria.watching(criteria) if isinstance(stopping_criteria, Ends) else criteria
+        if not isinstance(stopping_criteria, Ends):
+            return criteria
+        stopping_criteria[:] = criteria
+        return stopping_criteria
 
 
 class Ends(StoppingCriteriaList):
-    """Criteria that record where each sequence ends: ids do not show it if the padding token can also be generated."""
+    """Criteria that record where each sequence ends: ids do not show it if the padding token can also be generated.
+
+    lengths: int64 [R], prompt included, of the sequences that have ended, 0 for the others."""
 
     lengths: torch.Tensor | None = None
-    """int64 [R], prompt included, of the sequences that have ended, 0 for the others."""
-
-    def watching(self, criteria: StoppingCriteriaList) -> Ends:
-        """Itself, with these criteria in place of its own."""
-        self[:] = criteria
-        return self
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **given: Any) -> torch.Tensor:
         """Bool [R], the sequences that end with their last token."""

@@ -1,7 +1,6 @@
 """The fused model: Pilot and Copilot as one language model of the Pilot's architecture, made by `join` or read from a folder.
 
-It is transformers' GenerationMixin: greedy, sampling, beams, streamers and stopping criteria are the library's own. Used by
-evaluation, serving and users.
+Greedy, sampling, beams, streamers and stopping criteria are transformers' own. Used by evaluation, serving and users.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from tc_ray.models import folder as layout
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.families import family_of
 from tc_ray.models.fusion.cache import FusedCache, FusedEncoderDecoderCache
-from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.fusion.core import fuse
 from tc_ray.models.fusion.generation import FusedGeneration
 from tc_ray.models.pilot.load import load_pilot
-
-_DECODER_ONLY_ARGUMENTS = ("lam", "logits_to_keep")
 
 
 class FusedModel(FusedGeneration):
@@ -50,9 +47,8 @@ class FusedModel(FusedGeneration):
     ) -> FusedModel:
         """Load a folder written by `save_pretrained` or by the export of a run.
 
-        Raises:
-            NoFusedModelError: a part is missing; the message names it. ValueError: an unknown format.
-            FusionError: Pilot and Copilot do not fit each other. WeightsError, NotFiniteError: see `load_whole`.
+        Raises NoFusedModelError: a part is missing; the message names it. ValueError: an unknown format.
+        FusionError: Pilot and Copilot do not fit each other. WeightsError, NotFiniteError: see `load_whole`.
         """
         folder = Path(folder)
         layout.check_parts(folder)
@@ -84,13 +80,10 @@ class FusedCausalLM(FusedModel):
 
         Args:
             input_ids: int64 [B, S]: the prompt at first, then what follows. Left padding with `attention_mask`.
-            past_key_values: a FusedCache; a new one is made for a prompt.
             lam: weight of the correction, one number or [B]; None takes `default_lam`; 0 is the Pilot itself.
-            logits_to_keep: n. In the first call the Copilot's rows begin with the first of them, so the prompt ends there; in
-                later calls it is the number of tokens.
+            logits_to_keep: n. In the first call the Copilot's rows begin with the first of them, so the prompt ends there.
 
-        Raises:
-            TypeError: another kind of cache. RuntimeError: the Copilot did not run from the prompt on.
+        Errors: see `opened`.
         """
         weights = self.lambdas(lam, input_ids.shape[0], input_ids.device)
         cache, runs = self.opened(past_key_values, weights)
@@ -129,9 +122,7 @@ class FusedSeq2SeqLM(FusedModel):
     cache_kind = FusedEncoderDecoderCache
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
-        """The Pilot's encoder."""
-        encoder: nn.Module = self.pilot.get_encoder()
-        return encoder
+        return self.pilot.get_encoder()
 
     @torch.no_grad()
     def forward(
@@ -153,11 +144,7 @@ class FusedSeq2SeqLM(FusedModel):
             input_ids: int64 [B, Q], the source; not needed with `encoder_outputs`. attention_mask: [B, Q] of the source.
             decoder_input_ids: int64 [B, S]: the start token (and any forced prefix) at first, then what follows. Each
                 position makes a row of the Copilot.
-            past_key_values: a FusedEncoderDecoderCache; a new one is made for a source.
-            lam: weight of the correction, one number or [B]; None takes `default_lam`; 0 is the Pilot itself.
-
-        Raises:
-            TypeError: another kind of cache. RuntimeError: the Copilot did not run from the start token on.
+            lam: as for a decoder-only model. Errors: see `opened`.
         """
         if encoder_outputs is None:
             encoder_outputs = self.pilot.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
@@ -184,8 +171,9 @@ class FusedSeq2SeqLM(FusedModel):
             if decoder_attention_mask is not None:
                 attended = decoder_attention_mask[:, -decoder_input_ids.shape[1] :].bool()
             if not state.rows:
-                real = torch.ones(question.shape[:2], dtype=torch.bool, device=question.device)
-                visible = real if attention_mask is None else attention_mask.bool()
+                visible = torch.ones(question.shape[:2], dtype=torch.bool, device=question.device)
+                if attention_mask is not None:
+                    visible = attention_mask.bool()
                 state.ask(self.copilot.question_memory(question), visible)
             f = self.corrections(logits, state, decoder_input_ids, rationale, attended)
             logits = fuse(logits, f, weights, self.space)
@@ -199,7 +187,7 @@ class FusedSeq2SeqLM(FusedModel):
         self, inputs_tensor: Any, model_kwargs: dict[str, Any], *arguments: Any
     ) -> dict[str, Any]:
         """Arguments of the decoder only are kept from the encoder."""
-        kept = {name: model_kwargs.pop(name) for name in _DECODER_ONLY_ARGUMENTS if name in model_kwargs}
+        kept = {name: model_kwargs.pop(name) for name in ("lam", "logits_to_keep") if name in model_kwargs}
         prepared: dict[str, Any] = super()._prepare_encoder_decoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, *arguments
         )

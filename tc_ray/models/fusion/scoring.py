@@ -1,8 +1,7 @@
 """Given completions scored by Pilot and fused model, row by row as decoding would have seen them (equation 8).
 
-The Pilot makes one pass over the whole sequences. Its head, the Copilot's rows and the fusion run on a few positions at a
-time, so no tensor of size completion x V is made. The Copilot reads its own (or realised) errors, never the true ones. Used
-by `FusedModel.score`, for explanations by `FusedModel.generate`, and by the serving engine.
+The Pilot makes one pass over the whole sequences; its head, the Copilot's rows and the fusion run on a few positions at a time, so
+no tensor of size completion x V is made. Used by `FusedModel.score`, explanations and the serving engine.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tc_ray.models.fusion.cache import CopilotCache
-from tc_ray.models.fusion.core import FusedCore
-from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.fusion.core import FusedCore, fuse
 from tc_ray.models.pilot.taps import UNPOOLED, LayerTap
 
 CHUNK_ELEMENTS = 2**22
@@ -64,24 +62,6 @@ class Completions:
         """Bool [B, n]."""
         return torch.arange(self.tokens.shape[1], device=self.ids.device) < self.lengths[:, None]
 
-    @staticmethod
-    def aligned(
-        ids: torch.Tensor, attended: torch.Tensor, target_start: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Sequences padded on the right, with prompts of different lengths, shifted so that all completions begin together.
-
-        Args:
-            ids: int64 [B, S]. attended: bool [B, S]. target_start: int64 [B], first token of each completion.
-
-        Returns ids and mask [B, S'] and the column where completions begin.
-        """
-        start = int(target_start.max())
-        shift = start - target_start
-        width = int((shift + attended.sum(1)).max())
-        source = torch.arange(width, device=ids.device) - shift[:, None]
-        real = (source >= 0) & (source < attended.sum(1)[:, None])
-        return ids.gather(1, source.clamp(0, ids.shape[1] - 1)) * real, real, start
-
 
 class Rows(NamedTuple):
     """c neighbouring tokens of completions.
@@ -109,11 +89,10 @@ def teacher_forced_rows(
 ) -> Iterator[Rows]:
     """What decoding saw at each token of the completions, in order.
 
-    Args:
-        corrections: run the Copilot even if every lam is 0. layers: give the Pilot's layers too.
-        rows_at_a_time: most tokens given together; default: CHUNK_ELEMENTS of logits.
-        positions_at_a_time: split the Pilot's pass into parts of this many positions, with its cache (decoder-only, no
-            padding, no `layers`), and give empty rows after each part, so that the caller can do other work; default: one pass.
+    corrections: run the Copilot even if every lam is 0. layers: give the Pilot's layers too.
+    rows_at_a_time: most tokens given together; default: CHUNK_ELEMENTS of logits.
+    positions_at_a_time: split the Pilot's pass into parts of so many positions (decoder-only, no padding, no `layers`) and give
+    empty rows after each, so that the caller can do other work; default: one pass.
     """
     if given.ids.shape[1] <= given.start:
         return
@@ -176,8 +155,7 @@ def _final_states(model: FusedCore, given: Completions) -> torch.Tensor:
         arguments["position_ids"] = (attended.long().cumsum(1) - 1).clamp_min(0)
     else:
         arguments |= {"encoder_hidden_states": given.question, "encoder_attention_mask": given.question_mask}
-    final: torch.Tensor = model.family.decoder(model.pilot)(**arguments).last_hidden_state
-    return final
+    return model.family.decoder(model.pilot)(**arguments).last_hidden_state
 
 
 def _pilot_parts(model: FusedCore, given: Completions, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,13 +6,10 @@ reading a weight (`check_folders`). Called by the driver, the workers, export an
 
 from __future__ import annotations
 
-from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import LoraSection, PilotSection
@@ -30,16 +27,12 @@ def load_pilot(
     safetensors: bool | None = None,
     names_only: bool = False,
 ) -> Any:
-    """Load a language model, decoder-only or encoder-decoder, from a folder or hub id. Code that comes with it is never run.
+    """Load a language model from a folder or hub id. Code that comes with it is never run.
 
-    Args:
-        random_weights: read only its config.
-        safetensors: True: weights in no other format; None: other formats if there is no such file.
-        names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
-
-    Raises:
-        UnknownFamilyError: a family without an adapter, refused before any weight is read.
-        OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
+    random_weights: read only its config. safetensors: True: weights in no other format.
+    names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
+    Raises UnknownFamilyError: a family without an adapter, refused before any weight is read.
+    OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -52,14 +45,9 @@ def load_pilot(
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
-    """Wrap with LoRA if `config.method` is lora; for full fine-tuning every weight stays trainable.
-
-    Raises:
-        ValueError: `lora.first_layer` leaves no layer, or is set for an encoder-decoder; or see `check_adapters`.
-    """
+    """Wrap with LoRA if `config.method` is lora. ValueError: `lora.first_layer` does not fit."""
     if config.method == "full":
         return model
-    check_adapters(model, config)
     from peft import get_peft_model
 
     family, lora = family_of(model), config.lora
@@ -89,44 +77,14 @@ def lora_config(lora: LoraSection, family: Family, layers: int | None, **more: A
 
 
 def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:
-    """Refuse, before a worker starts, what the workers would refuse when they load the run's models. Reads no weight.
+    """Refuse, before a worker starts, folders that the workers would refuse to load. Reads no weight; hub ids are left to them.
 
-    Args:
-        pilot, base: as `resolve_model` gives them; a hub id is left to the workers, which download it.
-
-    Raises:
-        WeightsError: missing or unexpected tensors, or of another shape. ValueError: see `check_adapters`.
-        OSError: a folder has no weights at all.
+    Raises WeightsError: missing or unexpected tensors, or of another shape. OSError: a folder has no weights at all.
     """
     from transformers import AutoModel
 
-    if not isinstance(pilot, Path):
+    if config.model.random_weights or not isinstance(pilot, Path):
         return
-    random_weights = config.model.random_weights
-    with torch.device("meta") if random_weights else nullcontext():
-        model = load_pilot(pilot, dtype=torch.float32, random_weights=random_weights, names_only=True)
-    check_adapters(model, config.pilot)
-    if config.log.enabled and isinstance(base, Path) and base != pilot and not random_weights:
+    load_pilot(pilot, dtype=torch.float32, names_only=True)
+    if config.log.enabled and isinstance(base, Path) and base != pilot:
         load_whole(AutoModel, base, leave_out=HEADS, device_map="meta")
-
-
-def check_adapters(model: nn.Module, pilot: PilotSection) -> None:
-    """Refuse adapters on a matrix that two modules of the model share (tied embedding and head).
-
-    Merging an adapter of one would change the other too, so the exported model would not be the trained one.
-
-    Raises:
-        ValueError: `pilot.lora.target_modules` names such a module.
-    """
-    asked = (pilot.lora.target_modules or []) if pilot.method == "lora" else []
-    users: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users[id(parameter)].append(name.rpartition(".")[0])
-    for modules in users.values():
-        hit = [target for target in asked if any(f".{module}".endswith(f".{target}") for module in modules)]
-        if len(modules) > 1 and hit:
-            raise ValueError(
-                f"pilot.lora.target_modules names {', '.join(hit)}, but {' and '.join(modules)} are one and the same matrix in "
-                "this model: an adapter of one would change the other when it is merged for the export. Leave "
-                f"{' and '.join(hit)} out"
-            )

@@ -1,5 +1,7 @@
 """The Pilot's training forward: one pass gives the loss, the record and the logits of the target tokens only.
 
+Errors are l = onehot(truth) - softmax(logits) (paper section 2.2). A sparse one has k + 1 entries: the true token, then the others
+with the k largest probabilities, each exact. A full one lists all V tokens.
 Invariant: no second forward. The vocabulary projection runs on the rows that predict a target token, never on the prompt.
 Called by the Pilot's engine, its export, the evaluation and the tests' single-process reference.
 """
@@ -15,16 +17,26 @@ from torch import nn
 
 from tc_ray.models.families import family_of, unwrapped
 from tc_ray.models.pilot.taps import LayerTap
-from tc_ray.models.pilot.token_errors import SparseErrors, full_errors, sparse_errors
+
+_BLOCK = 64
+
+
+class SparseErrors(NamedTuple):
+    """Errors of N target tokens: ids int64 [N, k+1], true token first; values fp32 [N, k+1], first in [0, 1], others in [-1, 0].
+
+    rest: fp32 [N], predicted mass of the tokens not listed, so that values.sum(-1) - rest == 0.
+    """
+
+    ids: torch.Tensor
+    values: torch.Tensor
+    rest: torch.Tensor
 
 
 class StepRecord(NamedTuple):
     """What one micro-batch leaves for the Mistake Log; N target tokens in batch order.
 
-    errors: sparse l. token_loss: fp32 [N]. token_correct: bool [N].
-    rationale: fp32 [B, S, d] pooled hidden states, or [B, S, layers, d] unpooled in the model's dtype; the state that predicts
-    token j + 1 of the sequence is at position j.
-    question: fp32 [B, Q, d] encoder output; None if X~ follows from the token ids (decoder-only).
+    token_loss: fp32 [N]. token_correct: bool [N]. rationale: fp32 [B, S, d] pooled hidden states, or [B, S, layers, d] unpooled in
+    the model's dtype; position j predicts token j + 1. question: fp32 [B, Q, d] encoder output; None if decoder-only.
     """
 
     errors: SparseErrors
@@ -44,22 +56,15 @@ class Measured(NamedTuple):
     record: StepRecord | None
 
 
-class _Pass(NamedTuple):
-    """final: [N, d] states of the target rows, after the final norm. rationale and question as in StepRecord."""
-
-    final: torch.Tensor
-    rationale: torch.Tensor | None
-    question: torch.Tensor | None
+_Pass = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""[N, d] states of the target rows after the final norm; rationale and question as in StepRecord."""
 
 
 class PilotStep(nn.Module):
     """The Pilot's training forward.
 
-    Args:
-        model: language model or its peft wrapper.
-        top_k: probabilities kept per token in the record.
-        record: False skips taps and errors (plain fine-tuning). dense: errors of all V tokens; top_k is ignored.
-        pooling: how states are pooled over layers, or `taps.UNPOOLED`. layers: those tapped, ascending from 0; None: all.
+    top_k: probabilities kept per token. record: False skips taps and errors. dense: errors of all V tokens; top_k is ignored.
+    pooling: how states are pooled over layers, or `taps.UNPOOLED`. layers: those tapped, ascending from 0; None: all.
     """
 
     def __init__(
@@ -83,10 +88,8 @@ class PilotStep(nn.Module):
     ) -> tuple[torch.Tensor, StepRecord | None]:
         """Summed cross-entropy of the completion tokens times `loss_scale`, and the record.
 
-        Args:
-            input_ids: int64 [B, S], right padded: prompt and completion (encoder-decoder: source and target).
-            lengths: int64 [B]. target_start: int64 [B]; targets are input_ids[b, target_start[b]:lengths[b]].
-            loss_scale: 1 / target tokens of the whole round, so that any split of a round gives the same gradient.
+        input_ids: int64 [B, S], right padded: prompt and completion (encoder-decoder: source and target). lengths: int64 [B].
+        target_start: int64 [B]; targets are input_ids[b, target_start[b]:lengths[b]]. loss_scale: 1 / target tokens of the round.
         """
         measured = self.measure(input_ids, lengths, target_start)
         return measured.token_loss.sum() * loss_scale, measured.record
@@ -102,18 +105,18 @@ class PilotStep(nn.Module):
         position = torch.arange(input_ids.shape[1] - 1, device=lengths.device)
         # position j predicts a target token if target_start - 1 <= j < length - 1
         rows = (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
-        passed = run(input_ids, lengths, target_start, rows)
+        final, rationale, question = run(input_ids, lengths, target_start, rows)
         targets = input_ids[:, 1:][rows]
-        log_probs = self._family.logits(self.model, passed.final).float().log_softmax(-1)
+        log_probs = self._family.logits(self.model, final).float().log_softmax(-1)
         token_loss = -log_probs.gather(1, targets[:, None])[:, 0]
-        if passed.rationale is None:
+        if rationale is None:
             return Measured(log_probs, targets, token_loss, None)
         with torch.no_grad():
             errors = full_errors(log_probs, targets) if self.dense else sparse_errors(log_probs, targets, self.top_k)
             # correct: the true token beats the best other token, which is the first of the sparse ones
             best = -errors.values[:, 1:].amin(1) if self.dense else -errors.values[:, 1]
             correct = 1.0 - errors.values[:, 0] >= best
-        record = StepRecord(errors, passed.rationale, token_loss.detach(), correct, passed.question)
+        record = StepRecord(errors, rationale, token_loss.detach(), correct, question)
         return Measured(log_probs, targets, token_loss, record)
 
     def _decoder_only(
@@ -121,7 +124,7 @@ class PilotStep(nn.Module):
     ) -> _Pass:
         # a causal model needs no mask for padding on the right
         final = self._decode(input_ids=input_ids)
-        return _Pass(final[:, :-1][rows], None if self._tap is None else self._tap.take(), None)
+        return final[:, :-1][rows], None if self._tap is None else self._tap.take(), None
 
     def _encoder_decoder(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
@@ -140,14 +143,61 @@ class PilotStep(nn.Module):
         # rows past a sequence's end are padding on the right: a causal decoder needs no mask for them
         final = self._decode(input_ids=fed, encoder_hidden_states=question, encoder_attention_mask=source_mask)
         if self._tap is None:
-            return _Pass(final[row_mask], None, None)
+            return final[row_mask], None, None
         taken = self._tap.take()
         rationale = taken.new_zeros(*input_ids.shape, *taken.shape[2:])
         rationale[:, :-1][rows] = taken[row_mask]
-        return _Pass(final[row_mask], rationale, question.detach().float())
+        return final[row_mask], rationale, question.detach().float()
 
     def _decode(self, **given: torch.Tensor) -> torch.Tensor:
         """States after the final norm of the decoder's one pass, which the tap records."""
         with nullcontext() if self._tap is None else self._tap.recording():
             final: torch.Tensor = self._family.decoder(self.model)(**given, use_cache=False).last_hidden_state
         return final
+
+
+def sparse_errors(log_probs: torch.Tensor, targets: torch.Tensor, top_k: int) -> SparseErrors:
+    """`1 - p(true)`, `-p(id)` of the k largest others (V - 1 at most), and the rest (section 2.2).
+
+    log_probs: fp32 [N, V], log softmax of the Pilot's logits. targets: int64 [N], true tokens.
+    """
+    top_k = min(top_k, log_probs.shape[1] - 1)
+    others, mass = _others(log_probs, targets)
+    values, ids = _top_k(others, top_k)
+    rest = (mass - values.sum(-1)).clamp_min_(0.0)
+    return SparseErrors(torch.cat([targets[:, None], ids], 1), torch.cat([mass[:, None], -values], 1), rest)
+
+
+def full_errors(log_probs: torch.Tensor, targets: torch.Tensor) -> SparseErrors:
+    """Errors of all V tokens: the true one, then the others by id; `rest` is 0. Arguments as above."""
+    others, mass = _others(log_probs, targets)
+    index = torch.arange(others.shape[1] - 1, device=others.device)
+    ids = index + (index >= targets[:, None])
+    values = torch.cat([mass[:, None], -others.gather(1, ids)], 1)
+    return SparseErrors(torch.cat([targets[:, None], ids], 1), values, torch.zeros_like(mass))
+
+
+def _others(log_probs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [N, V] with 0 for the true token, and their sum [N]."""
+    others = log_probs.detach().exp()
+    others.scatter_(1, targets[:, None], 0.0)
+    # 1 - p(true) as the sum of the others: the difference loses every digit as p(true) approaches 1
+    return others, others.sum(-1)
+
+
+def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exactly `torch.topk(values, k)` of non-negative rows [N, V], in one cheap pass over V.
+
+    The k largest entries are in the k blocks with the largest maxima, so only those blocks are searched.
+    """
+    rows, vocab = values.shape
+    if vocab < 4 * k * _BLOCK:
+        return torch.topk(values, k)
+    blocks = vocab // _BLOCK
+    body = values[:, : blocks * _BLOCK].view(rows, blocks, _BLOCK)
+    chosen = torch.topk(body.amax(-1), k, sorted=False).indices
+    ids = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=values.device)).view(rows, -1)
+    tail = torch.arange(blocks * _BLOCK, vocab, device=values.device).expand(rows, -1)
+    ids = torch.cat([ids, tail], 1)
+    found, at = torch.topk(values.gather(1, ids), k)
+    return found, ids.gather(1, at)

@@ -1,9 +1,8 @@
 """Taps: hidden states of the Pilot's decoder layers, taken in the forward pass that runs anyway.
 
-Invariant: no second forward. A forward hook on each tapped layer takes the layer's detached output. It is added to one fp32
-accumulator, so that one pooled state per position is kept, or it is kept as it is if the log stores layers. It works with
-gradient checkpointing (whose recomputation happens outside `recording`) and with ZeRO-3 (which gathers parameters, not
-activations). Used by the Pilot's training step and, at inference, by the fused model, with the same definition.
+Invariant: no second forward. A hook on each tapped layer adds its detached output to one fp32 accumulator, or keeps it as it is if
+the log stores layers. It works with gradient checkpointing (which recomputes outside `recording`) and with ZeRO-3 (which gathers
+parameters, not activations). Used by the Pilot's training step and, with the same definition, by the fused model.
 """
 
 from __future__ import annotations
@@ -28,22 +27,14 @@ Rationale = Literal["pooled", "all"] | list[int]
 
 
 def tap_definition(pooling: str = "mean", layers: Sequence[int] | None = None) -> str:
-    """The tap in words, stored with every log and Copilot: a Copilot is valid only for states tapped the same way.
-
-    Args:
-        pooling: a name in POOLINGS, or UNPOOLED. layers: decoder layers, from 0; None: all.
-    """
+    """The tap in words, stored with every log and Copilot: a Copilot is valid only for states tapped the same way."""
     how = "each of" if pooling == UNPOOLED else f"{pooling} over"
     which = "1..L" if layers is None else f"{', '.join(map(str, layers))} (counted from 0)"
     return f"{how} decoder layers {which} of the layer output, before the final norm"
 
 
 def tapped_layers(rationale: Rationale, count: int) -> list[int] | None:
-    """Layers that `log.rationale` names of a Pilot of `count`, from 0; None: all of them.
-
-    Raises:
-        ValueError: an empty list, a layer named twice or out of order, or one that the model does not have.
-    """
+    """Layers that `log.rationale` names of a Pilot of `count`, from 0; None: all. ValueError: it names none such, or out of order."""
     if isinstance(rationale, str):
         return None
     if not rationale or list(rationale) != sorted(set(rationale)) or rationale[0] < 0 or rationale[-1] >= count:
@@ -70,9 +61,8 @@ def pooled(states: torch.Tensor, pooling: str) -> torch.Tensor:
 class LayerTap:
     """Hidden states of one forward pass, pooled over layers (equation 6: the mean of `h_t,i,l` over `l`) or layer by layer.
 
-    Args:
-        layers: all decoder layers; their outputs are [batch, positions, width]. pooling: a name in POOLINGS, or UNPOOLED.
-        chosen: the layers to tap, ascending from 0; None: all.
+    layers: all decoder layers; their outputs are [batch, positions, width]. pooling: a name in POOLINGS, or UNPOOLED.
+    chosen: the layers to tap, ascending from 0; None: all.
     """
 
     def __init__(self, layers: Sequence[nn.Module], pooling: str = "mean", chosen: Sequence[int] | None = None) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tc_ray.config.data import DataSection
-from tc_ray.data.encode.encode import Encoder
-from tc_ray.data.encode.split import row_count
+from tc_ray.data.encode.encode import Encoder, row_count
 from tc_ray.data.source.embedded import for_fallback, write_generated_set
 from tc_ray.data.source.find import find_sources
 from tc_ray.data.source.records import DataError, Record, iter_records

@@ -61,8 +61,7 @@ def find_models(
 def _find(name: str, config: RunConfig, notes: list[str], refusals: list[str]) -> ModelConfig | None:
     from transformers import AutoConfig
 
-    from tc_ray.models.builtin import BUILTIN_MODELS, default_cache
-    from tc_ray.models.hub import resolve_model
+    from tc_ray.models.hub import BUILTIN_MODELS, default_cache, resolve_model
 
     folder = config.model.cache
     if name in BUILTIN_MODELS and not ((folder or default_cache()).expanduser() / name).is_dir():
@@ -100,8 +99,7 @@ def model_sizes(
 ) -> ModelSizes:
     """Sizes of the Pilot `found` and a Copilot from `base` (None: unknown, or there is no Copilot).
 
-    Raises:
-        UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
+    Raises UnknownFamilyError: a family without an adapter. ValueError: layers or adapters that the models cannot have.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM

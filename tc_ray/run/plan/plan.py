@@ -66,7 +66,8 @@ class Plan:
         ]
         if config.log.enabled:
             steps = f"{_known(self, 'copilot_steps')} Copilot steps of {config.copilot.batch_size} records"
-            per_round, whole, free = map(_bytes, (self.log_bytes_per_round, self.log_bytes, self.free_bytes))
+            sizes = (self.log_bytes_per_round, self.log_bytes, self.free_bytes)
+            per_round, whole, free = ("unknown" if size is None else byte_size(size) for size in sizes)
             compressed = " before compression" if config.log.compression != "none" else ""
             lines += [
                 ("", f"{steps}, {config.copilot.steps_per_round} per round"),
@@ -151,7 +152,7 @@ def _refusals(config: RunConfig) -> list[str]:
 def _check_models(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, refusals: list[str]) -> None:
     """As the job does. A folder on this machine that has a config alone can be planned with."""
     from tc_ray.models.pilot.load import check_folders
-    from tc_ray.pilot.log_metadata import check_log
+    from tc_ray.pilot.record import check_log
 
     try:
         check_folders(config, pilot.place, pilot.place if base is None else base.place)
@@ -192,7 +193,6 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
     from transformers import AutoTokenizer
 
     from tc_ray.models.families import family_of
-    from tc_ray.models.hub import embedding_rows
 
     try:
         found = estimate(
@@ -201,7 +201,7 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
             sample_rows=SAMPLE_ROWS,
             seed=config.run.seed,
             encoder_decoder=family_of(pilot.config).encoder_decoder,
-            vocab_size=embedding_rows(pilot.place, pilot.config),
+            vocab_size=pilot.config.vocab_size,
         )
     except DataError as error:
         refusals.append(f"data.train {config.data.train} on this machine: {error}")
@@ -237,7 +237,3 @@ def _known(of: object | None, name: str, pattern: str = ",") -> str:
     """A number of the plan, or "unknown"."""
     value = getattr(of, name, None)
     return "unknown" if value is None else format(value, pattern)
-
-
-def _bytes(value: int | None) -> str:
-    return "unknown" if value is None else byte_size(value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from tc_ray.models.fusion.distribution import fuse, fuse_at
+from tc_ray.models.fusion.core import fuse
 from tc_ray.models.fusion.model import FusedModel
 from tc_ray.serving.engine.kv_rows import RowCache, RowLayer, RowStore
 from tc_ray.serving.engine.prefill import Prefill
@@ -61,9 +61,6 @@ class FusedBatch:
         """Of each corrected row."""
         self._kept = torch.empty(0)
         """[corrected rows, 1, d_C], the feedback of the last Copilot row."""
-        places = model.copilot.output_ids
-        compact = not model.copilot.is_full and int(places.max()) < model.vocab_size
-        self._places = places if compact else None
 
     def __len__(self) -> int:
         return len(self._pilot)
@@ -194,10 +191,7 @@ class FusedBatch:
         self._memory.advance(1)
         self._kept = feedback.keep(state, pilot)
         lam = torch.tensor(self._lam, device=self._device)
-        f = copilot.predict(state)
-        if self._places is not None:
-            return fuse_at(pilot, f, self._places, lam, model.space)
-        return fuse(pilot, copilot.expand(f, pilot.shape[-1]), lam, model.space)
+        return fuse(pilot, copilot.expand(copilot.predict(state), pilot.shape[-1]), lam, model.space)
 
 
 def _fill(numbers: list[Any], place: int) -> None:

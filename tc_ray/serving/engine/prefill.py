@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tc_ray.models.fusion.cache import FusedCache
-from tc_ray.models.fusion.distribution import fuse
+from tc_ray.models.fusion.core import fuse
 from tc_ray.models.fusion.model import FusedModel
 
 MIN_TOKENS = 16

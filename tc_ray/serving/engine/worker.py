@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from tc_ray.config.serving import ServingSection
-from tc_ray.models.finite import NotFiniteError
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
+from tc_ray.models.weights import NotFiniteError
 from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
 from tc_ray.serving.engine.contract import (
     GenerationRequest,

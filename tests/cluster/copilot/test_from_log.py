@@ -1,4 +1,4 @@
-"""A Copilot from a stored log: the live one's result given the same draws, epochs, restarts, refusals."""
+"""A Copilot from a stored log: the live one's result given the same draws, restarts, refusals."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 from tc_ray.cli.main import app
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.from_log import Progress, StoredLogError, train_from_log
-from tc_ray.copilot.stored import Epochs
-from tc_ray.mistakelog.maintain.compaction import compact_log
+from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.from_log import StoredLogError, train_from_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.lease import LeaseHeldError
 from tc_ray.run.folder import FolderLock
 from tc_ray.run.job import run_job
+from tests.support.mistakelog_samples import merge_all
 from tests.support.tiny_model import make_tiny_llama
 from tests.support.tiny_run import tiny_config
 
@@ -77,7 +77,7 @@ def test_files_of_other_lengths_make_no_difference(run: RunConfig, tmp_path: Pat
 
     copy = tmp_path / "log"
     shutil.copytree(run.log_location, copy)
-    compact_log(copy, 2**30)
+    merge_all(copy)
     with MistakeLog(copy) as mistakes:
         assert len(mistakes.files) == 1
         trained = train_from_log(mistakes, run, tmp_path / "again")
@@ -88,43 +88,21 @@ class Cut(Exception):
     pass
 
 
-@pytest.mark.parametrize("epochs", [None, 2])
-def test_a_cut_training_goes_on_to_the_same_result(run: RunConfig, tmp_path: Path, epochs: int | None) -> None:
-    def cut(progress: Progress) -> None:
-        if progress.step == 7:
+def test_a_cut_training_goes_on_to_the_same_result(run: RunConfig, tmp_path: Path) -> None:
+    def cut(at: Position, *_: Any) -> None:
+        if at.step == 7:
             raise Cut
 
     with MistakeLog(run.log_location) as mistakes:
-        straight = train_from_log(mistakes, run, tmp_path / "straight", epochs=epochs)
+        straight = train_from_log(mistakes, run, tmp_path / "straight")
         with pytest.raises(Cut):
-            train_from_log(mistakes, run, tmp_path / "cut", epochs=epochs, show=cut)
+            train_from_log(mistakes, run, tmp_path / "cut", show=cut)
         steps: list[int] = []
-        again = train_from_log(
-            mistakes, run, tmp_path / "cut", epochs=epochs, show=lambda progress: steps.append(progress.step)
-        )
+        again = train_from_log(mistakes, run, tmp_path / "cut", show=lambda at, *_: steps.append(at.step))
     assert steps[0] == 5  # after the checkpoint at step 4
     assert_equal(again.folder, straight.folder)
     points = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert points == list(range(1, straight.steps + 1))
-
-
-def test_an_epoch_has_every_record_once(run: RunConfig) -> None:
-    with MistakeLog(run.log_location) as mistakes:
-        keys = mistakes.arrow(columns=["round", "sample_id"])
-        source = Epochs(mistakes, run, 2)
-        half = source.total_steps // 2
-        wanted = sorted(zip(keys["round"].to_pylist(), keys["sample_id"].to_pylist(), strict=True))
-        orders = []
-        for epoch in range(2):
-            found = []
-            for step in range(epoch * half, (epoch + 1) * half):
-                records = source.batch(step)
-                assert records is not None and len(records) <= run.copilot.batch_size
-                found += list(zip(records.round.tolist(), records.sample_id.tolist(), strict=True))
-            assert sorted(found) == wanted
-            orders.append(found)
-    assert orders[0] != orders[1]
-    assert not np.array_equal(orders[0], wanted)
 
 
 def test_the_command(run: RunConfig, tmp_path: Path) -> None:
@@ -148,8 +126,6 @@ def test_the_command_needs_no_ray(run: RunConfig, tmp_path: Path) -> None:
             code,
             "train-copilot",
             str(run.run.path),
-            "--epochs",
-            "1",
             "--out",
             str(tmp_path / "out"),
         ],
@@ -179,13 +155,11 @@ def test_refusals(run: RunConfig, tmp_path: Path) -> None:
         (tmp_path / "c" / "mine.txt").write_text("x")
         with pytest.raises(StoredLogError, match="is not empty"):
             train_from_log(mistakes, run, tmp_path / "c")
-        train_from_log(mistakes, run, tmp_path / "d", epochs=1)
-        with pytest.raises(StoredLogError, match="epochs: 1 -> None"):
-            train_from_log(mistakes, run, tmp_path / "d")
+        train_from_log(mistakes, run, tmp_path / "d")
         other = run.model_copy(deep=True)
         other.run.seed += 1
         with pytest.raises(StoredLogError, match=r"run\.seed: 17 -> 18"):
-            train_from_log(mistakes, other, tmp_path / "d", epochs=1)
+            train_from_log(mistakes, other, tmp_path / "d")
 
 
 def test_two_trainings_of_one_folder_are_refused(run: RunConfig, tmp_path: Path) -> None:
@@ -208,7 +182,7 @@ def test_other_base_weights_are_refused(run: RunConfig, tmp_path: Path) -> None:
             train_from_log(mistakes, other, tmp_path / "a")
         other = run.model_copy(deep=True)
         other.model.copilot = str(make_tiny_llama(tmp_path / "base", seed=2))
-        train_from_log(mistakes, other, tmp_path / "b", epochs=1)
+        train_from_log(mistakes, other, tmp_path / "b")
         make_tiny_llama(tmp_path / "base", seed=3)
         with pytest.raises(StoredLogError, match=r"holds another training.*copilot_weights"):
-            train_from_log(mistakes, other, tmp_path / "b", epochs=1)
+            train_from_log(mistakes, other, tmp_path / "b")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import SCHEMA, PreparedData
-from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.records import DataError
 from tc_ray.data.source.sequences import read_items
 from tc_ray.run.job import JobError, run_job
@@ -69,8 +68,7 @@ def test_a_folder_of_all_kinds_is_read_in_order(tmp_path: Path, tokenizer: PreTr
     row = parts["train"][5]
     assert tokenizer.decode(row["input_ids"][: row["target_start"]]) == row["prompt"] + ">"
     assert tokenizer.decode(row["input_ids"][row["target_start"] :]) == row["completion"] + "<eos>"
-    assert prepared.tokens["train"] == sum(len(row["input_ids"]) for row in parts["train"])
-    assert any("train: 48 rows" in line for line in prepared.describe())
+    assert any("48 train rows" in line for line in prepared.describe())
 
 
 def test_bad_rows_are_quarantined_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -92,42 +90,6 @@ def test_bad_rows_are_quarantined_and_counted(tmp_path: Path, tokenizer: PreTrai
         prepare(Encoder(section(train=str(path)), tokenizer, 1), out)
     message = str(caught.value)
     assert "2 of 50" in message and f"{path}, line 7" in message and "field completion" in message
-    assert not (out / "data.json").exists()  # what stands there is not whole for these settings
-
-
-def test_prepared_rows_are_reused_until_something_changes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write_rows(tmp_path / "x.jsonl", 0, 40)
-    out, config = tmp_path / "out", section(train=str(path))
-
-    def reused(config: DataSection = config, seed: int = 1) -> bool:
-        if prepared_before(Encoder(config, tokenizer, seed), out) is not None:
-            return True
-        prepare(Encoder(config, tokenizer, seed), out)
-        return False
-
-    assert not reused()
-    first = read(prepare(Encoder(config, tokenizer, 1), out))
-    assert reused()
-    assert not reused(seed=2) and not reused()
-    assert read(prepare(Encoder(config, tokenizer, 1), out)) == first
-    assert not reused(config.model_copy(update={"cutoff_tokens": 32})) and not reused()
-    os.utime(path, ns=(1, 1))
-    assert not reused()
-    (out / "test.parquet").unlink()
-    assert not reused()
-    (out / "data.json").write_text("{half")
-    assert not reused()
-
-
-def test_rows_of_another_tokenizer_are_not_used(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Ids mean something else to it, though settings and files are the same."""
-    path, out = write_rows(tmp_path / "x.jsonl", 0, 40), tmp_path / "out"
-    first = read(prepare(Encoder(section(train=str(path)), tokenizer, 1), out))
-    other = make_tokenizer()
-    other.add_tokens(["prompt"])
-    assert prepared_before(Encoder(section(train=str(path)), other, 1), out) is None
-    again = prepare(Encoder(section(train=str(path)), other, 1), out)
-    assert read(again)["train"][0]["input_ids"] != first["train"][0]["input_ids"]
 
 
 def test_held_out_files_and_long_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -157,7 +119,6 @@ def test_absent_files_are_an_error_or_the_embedded_set(tmp_path: Path, tokenizer
     prepared = prepare(Encoder(config, tokenizer, 1), tmp_path / "out")
     assert sum(prepared.rows.values()) == 40
     assert "chain_sum" in prepared.describe()[0] and "is absent" in prepared.describe()[1]
-    assert prepared_before(Encoder(config, tokenizer, 1), tmp_path / "out") is not None
 
 
 def test_unreadable_file_is_one_plain_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -228,25 +189,14 @@ def test_sequences_are_cut_by_leave_one_out_and_labelled(tmp_path: Path, tokeniz
         assert row["prompt"] == f"{labels[f'i{last - 2}']} {labels[f'i{last - 1}']}"
         assert row["answer"] == labels[f"i{last}"]
 
-    assert prepared_before(Encoder(config, tokenizer, 1, encoder_decoder=True), out) is not None
-    assert prepared_before(Encoder(config, tokenizer, 1), out) is None, "the end token after the source is gone"
     with pytest.raises(DataError, match=r"s\.txt, line 31, field items: user u99 has 2 items"):
         prepare(Encoder(sequence_section(train=str(path), max_bad_fraction=0), tokenizer, 1), out)
 
 
-def test_other_sequences_are_read_with_the_items_of_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = sequence_section(train=str(write_users(tmp_path / "s.txt")), max_bad_fraction=0.5)
-    prepared = prepare(Encoder(config, tokenizer, 1), tmp_path / "out")
-    labels = read_items(prepared.folder / "items.parquet")
-    other = tmp_path / "other.txt"
-    other.write_text("a i3 i1 i2\nb i3 strange i2\n")
-    items = prepared.folder / "items.parquet"
-    found = prepare_test_file(Encoder(config, tokenizer, 1), str(other), tmp_path / "eval", items=items)
-    (row,) = pq.read_table(found.file("test")).to_pylist()
-    assert (row["prompt"], row["answer"]) == (f"{labels['i3']} {labels['i1']}", labels["i2"])
-    assert found.quarantined == 1 and "item strange" in (found.folder / "quarantine.jsonl").read_text()
-    with pytest.raises(DataError, match=r"items\.parquet of the run"):
-        prepare_test_file(Encoder(config, tokenizer, 1), str(other), tmp_path / "eval")
+def test_other_sequences_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = sequence_section(train=str(write_users(tmp_path / "s.txt")))
+    with pytest.raises(DataError, match="measured on its own users only"):
+        prepare_test_file(Encoder(config, tokenizer, 1), config.train, tmp_path / "eval")
 
 
 def test_absent_sequences_fall_back_to_a_generated_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

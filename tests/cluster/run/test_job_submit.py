@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from tc_ray.models.builtin import default_cache
+from tc_ray.models.hub import default_cache
 from tests.support.tiny_model import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[3]

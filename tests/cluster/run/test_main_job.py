@@ -62,7 +62,7 @@ def test_everything_is_there(config: RunConfig, result: JobResult) -> None:
         "data/test.parquet",
         "log/_delta_log",
         "pilot/checkpoints/round-000010/complete.json",
-        "copilot/checkpoints/step-000020/position.json",
+        "copilot/checkpoints/step-000020/complete.json",
         "export/fusion.json",
         "export/provenance.json",
         "export/config.yaml",

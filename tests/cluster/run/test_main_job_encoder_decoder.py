@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.evaluation.heldout import read_held_out
+from tc_ray.evaluation.decode import read_held_out
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.models.fusion import FusedModel
 from tc_ray.run.job import JobError, JobResult, run_job

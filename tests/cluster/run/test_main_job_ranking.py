@@ -1,4 +1,4 @@
-"""The main job on item sequences: a T5 made from its config, Copilot, items ranked by beam search, evaluated again on others."""
+"""The main job on item sequences: a T5 made from its config, Copilot, items ranked by beam search."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.source.sequences import read_items
-from tc_ray.evaluation.heldout import read_held_out
+from tc_ray.data.source.records import DataError
 from tc_ray.run.evaluate import evaluate_run
 from tc_ray.run.job import JobResult
 from tests.support.local_ray import local_ray
@@ -32,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         log__positions="target",
         fusion__metric="ranking",
         fusion__space="choose",
-        fusion__ranking={"cutoffs": [5, 10, 20], "history": "excluded"},
+        fusion__ranking={"cutoffs": [5, 10, 20]},
         fusion__max_test_rows=20,
     )
 
@@ -53,12 +52,8 @@ def test_the_report_has_every_measure_for_both_models(config: RunConfig, result:
     assert status["evaluation"]["score_name"] == "NDCG@10"
 
 
-def test_a_run_is_evaluated_again_on_other_users(config: RunConfig, result: JobResult, tmp_path: Path) -> None:
-    items = list(read_items(config.run.path / "data" / "items.parquet"))
+def test_a_run_is_measured_on_its_own_users_only(config: RunConfig, result: JobResult, tmp_path: Path) -> None:
     other = tmp_path / "others.txt"
-    other.write_text("".join(f"new{n} {' '.join(items[n : n + 5])}\n" for n in range(6)))
-    report, _ = evaluate_run(config.run.path, other)
-    assert report.comparison.rows == 6
-    labels = read_items(config.run.path / "data" / "items.parquet")
-    (folder,) = (config.run.path / "data").glob("evaluation-*")
-    assert [e.answer for e in read_held_out(folder / "test.parquet")] == [labels[items[n + 4]] for n in range(6)]
+    other.write_text("new 1 2 3 4\n")
+    with pytest.raises(DataError, match="measured on its own users only"):
+        evaluate_run(config.run.path, other)

@@ -107,7 +107,7 @@ DAMAGES: list[Damage] = [
 def test_500_damaged_files(tmp_path: Path) -> None:
     dice = random.Random(9)
     write_log(tmp_path)
-    tail = LogTail(tmp_path, "test")
+    tail = LogTail(tmp_path)
     victims = dice.sample(range(1, FILES + 1), DAMAGED)
     names = {round: file_name(round, 0, 1, round) for round in range(1, FILES + 1)}
     done: dict[str, int] = {}

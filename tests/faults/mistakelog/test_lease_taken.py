@@ -36,7 +36,9 @@ def take_over(place: Location) -> RunLease:
     """As another machine does that has seen no sign of life of the run."""
     assert place.local is not None
     name = f"_tc_ray/lease-{LogStore(place).number(LEASE_NUMBER)}.json"
-    place.write(name, json.dumps({**json.loads(place.read(name)), "host": "other", "boot": "elsewhere"}).encode())
+    holder = json.loads(place.read(name))
+    holder["process"] |= {"host": "other", "boot": "elsewhere"}
+    place.write(name, json.dumps(holder).encode())
     os.utime(place.local / name, (time.time() - 2 * STALE_SECONDS,) * 2)
     return RunLease.take(place, "run of another machine")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
-from tc_ray.mistakelog.maintain.compaction import compact_log
 from tc_ray.mistakelog.maintain.quarantine import quarantined
 from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 from tc_ray.mistakelog.maintain.verify import verify_log
@@ -14,7 +13,7 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tests.support.mistakelog_samples import assert_same, in_order, metadata, random_records
+from tests.support.mistakelog_samples import assert_same, in_order, merge_all, metadata, random_records
 from tests.support.object_store import new_log_uri, store_options
 
 ROUNDS, ROWS = 20, 3
@@ -63,7 +62,8 @@ def test_merge_hold_and_vacuum(options: dict[str, str]) -> None:
     written(place)
     before = data_files(place)
     reader = MistakeLog(place)
-    assert compact_log(place, 1 << 20).files_after == 1
+    merge_all(place)
+    assert len(LogStore(place).files()) == 1
     kept = vacuum_log(place, orphan_seconds=3600, grace_seconds=0)
     assert kept.held == [reader.version] and not kept.removed
     assert_whole(reader)

@@ -48,7 +48,7 @@ def check(records: Records) -> None:
 
 def follow(folder: Path) -> dict[str, int]:
     """A tail, like the Copilot's."""
-    tail = LogTail(folder, "test")
+    tail = LogTail(folder)
     reports = {"reads": 0, "rows": 0}
     while not (folder.parent / "stop").exists():
         update = tail.poll()

@@ -120,7 +120,7 @@ def test_killed_in_the_middle_nothing_is_lost_doubled_or_torn(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     dice = random.Random(4)
-    tail = LogTail(place, "test")
+    tail = LogTail(place)
     held: dict[str, Records] = {}
 
     def read() -> None:

@@ -79,7 +79,7 @@ class Watcher:
     """A reader that is open all the time, and checks every row it is given."""
 
     def __init__(self, folder: Path) -> None:
-        self._tail = LogTail(folder, "test")
+        self._tail = LogTail(folder)
         self.held: dict[str, Records] = {}
         self.polls = 0
 

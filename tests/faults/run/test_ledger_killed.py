@@ -73,7 +73,7 @@ def test_the_ledger_killed_at_random(tmp_path: Path, kills: int) -> None:
 
     pool = ThreadPoolExecutor(RANKS)
     workers = [pool.submit(work, rank) for rank in range(RANKS)]
-    tail = LogTail(tmp_path, "test")
+    tail = LogTail(tmp_path)
     rows: dict[str, int] = {}
     dice = random.Random(7)
     for _ in range(kills):

@@ -29,7 +29,7 @@ def test_an_override_and_a_storage_option_are_given_once(tmp_path: Path) -> None
         find_log("s3://bucket/log", ["region=a", "key=b", "region=c"])
 
 
-NOTHING = {"bad_files": 0, "left_out_steps": 0, "left_out_records": 0}
+NOTHING = {"bad_files": 0, "left_out_steps": 0}
 
 
 def test_no_rmse_is_set_beside_another_loss() -> None:

@@ -99,15 +99,3 @@ def test_an_autoscaler_is_known_by_what_it_leaves() -> None:
     assert starts_nodes(report("ray.head.default"), [])
     assert not starts_nodes(None, ["", ""])
     assert starts_nodes(None, ["headgroup", "cpu-workers"])
-
-
-def test_the_first_report_of_an_autoscaler_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 12: for some seconds after Ray's start the report names no nodes, which counted as a cluster that can grow."""
-    whole = b'{"autoscaler_report": {"active_nodes": {"node_1": 1}}}'
-    monkeypatch.setattr(capacity, "REPORT_SECONDS", 5.0)
-    reports = iter([b'{"monitor_pid": 1}', whole])
-    assert capacity._first_report(lambda: next(reports)) == whole
-    assert capacity._first_report(lambda: None) is None
-    monkeypatch.setattr(capacity, "REPORT_SECONDS", 0.1)
-    with pytest.raises(TimeoutError):
-        capacity._first_report(lambda: b'{"monitor_pid": 1}')

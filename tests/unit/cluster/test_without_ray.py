@@ -69,9 +69,8 @@ def test_status_and_log_commands_need_no_ray(run: Path, tmp_path: Path) -> None:
             ["log", "report", str(run), "--out", str(tmp_path / "report.html")],
             ["log", "export", str(run), "--out", str(tmp_path / "rows.jsonl")],
             ["log", "verify", str(run)],
-            ["log", "compact", str(run)],
             ["log", "vacuum", str(run)],
         ]
     )
-    assert [code for code, _ in ends] == [0] * 10, ends
+    assert [code for code, _ in ends] == [0] * 9, ends
     assert not imported

@@ -76,7 +76,7 @@ def test_a_live_line_cannot_steer_the_terminal(evil_run: Path) -> None:
     assert "\x1b[2J" not in shown and not {"\x07", "\x9b", "\u202e", "\b"} & set(shown)
 
 
-@pytest.mark.parametrize("command", ["verify", "stats", "show", "compact", "vacuum"])
+@pytest.mark.parametrize("command", ["verify", "stats", "show", "vacuum"])
 def test_names_in_a_log_cannot_steer_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:

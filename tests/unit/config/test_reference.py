@@ -22,7 +22,7 @@ def test_every_field_has_a_row() -> None:
 
 
 def test_every_field_has_a_meaning() -> None:
-    silent = [field.path for field in config_fields().values() if not field.description]
+    silent = [field.path for field in config_fields().values() if not field.info.description]
     assert not silent, f"fields without a description: {silent}"
 
 

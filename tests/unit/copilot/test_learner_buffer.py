@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from tc_ray.copilot.batch import batch_from_records
@@ -67,21 +66,6 @@ def test_removed_files_are_not_drawn() -> None:
     assert drawn_rounds(buffer) == {1, 2}
     buffer.add("a2-3", of_round(3))
     assert drawn_rounds(buffer) == {1, 2, 3}
-
-
-def test_leaves_out_what_was_seen_too_often() -> None:
-    records = random_records(60, round=1, seed=3)
-    assert set(records.seen.tolist()) == {0, 1, 2}
-    for most in (0, 1):
-        buffer = RoundBuffer(5, max_seen=most)
-        buffer.add("file", records)
-        assert len(buffer) == int((records.seen <= most).sum())
-        assert set(buffer.draw(300, (1,)).seen.tolist()) == set(range(most + 1))
-    nothing = RoundBuffer(5, max_seen=0)
-    nothing.add("file", records.select(np.flatnonzero(records.seen > 0)))
-    assert len(nothing) == 0
-    with pytest.raises(ValueError, match="empty"):
-        nothing.draw(1, (1,))
 
 
 def test_draw_depends_on_rows_and_seed_alone() -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode.encode import Encoder
-from tc_ray.data.prepared.folder import PreparedData
-from tc_ray.data.prepared.left_out import LeftOut
+from tc_ray.data.prepared.folder import LeftOut, PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
-from tc_ray.evaluation.heldout import read_counted
+from tc_ray.evaluation.decode import read_counted
 from tc_ray.evaluation.report import Report
-from tc_ray.evaluation.selection import Comparison
+from tc_ray.evaluation.statistics import Comparison
 from tests.support.data_cases import SUMS, lines
 from tests.support.tiny_model import make_tokenizer
 
@@ -55,9 +54,9 @@ def test_the_report_says_so_beside_the_accuracy(tmp_path: Path) -> None:
     found = report(3, LeftOut(prompt_too_long=2, bad=1), LeftOut(prompt_too_long=1))
     said = found.lines()
     assert all("3 of 6" in line for line in said if line.startswith(("Pilot", "fused")))
-    why = "3 of 6 test rows (3 left out: 2 with a prompt longer than data.cutoff_tokens, 1 bad, see quarantine.jsonl)"
+    why = "3 of 6 test rows (2 with a prompt longer than data.cutoff_tokens, 1 bad, see quarantine.jsonl)"
     assert sum(line.startswith(f"{why} of t.jsonl: 0 wins") for line in said) == 1
-    chosen_on = "9 of 10 validation rows (1 left out: 1 with a prompt longer than data.cutoff_tokens)"
+    chosen_on = "9 of 10 validation rows (1 with a prompt longer than data.cutoff_tokens)"
     assert f"lambda was chosen on {chosen_on}" in said
     assert why in found.markdown() and chosen_on in found.markdown()
     found.save(tmp_path)
@@ -65,13 +64,10 @@ def test_the_report_says_so_beside_the_accuracy(tmp_path: Path) -> None:
     assert saved["left_out"]["test"]["prompt_too_long"] == 2 and saved["left_out"]["validation"]["prompt_too_long"] == 1
 
 
-def test_rows_left_out_before_the_split_and_rows_not_measured_are_named_as_that(tmp_path: Path) -> None:
+def test_rows_that_are_not_measured_are_named_as_that(tmp_path: Path) -> None:
     data = prepared(tmp_path, train=str(lines(tmp_path / "t.jsonl", [*SUMS, *LONG])))
     rows, missing = read_counted(data.file("test"))
-    assert missing == LeftOut(prompt_too_long=3, before_split=True)
-    assert missing.counted(len(rows), "test") == (
-        "6 test rows (3 left out of all rows before the split: 3 with a prompt longer than data.cutoff_tokens)"
-    )
+    assert missing == LeftOut() and len(rows) == 6, "what is left out before the cut was no test row"
     assert LeftOut(not_measured=4).counted(2, "test") == "2 of 6 test rows (4 not measured: fusion.max_test_rows)"
     assert LeftOut().counted(5, "test") == "5 test rows"
     assert all("6 of" not in line for line in report(6, missing).lines())

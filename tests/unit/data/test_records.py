@@ -13,9 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tc_ray.config.data import DataSection
-from tc_ray.data.encode.encode import Encoder
+from tc_ray.data.encode.encode import Encoder, cut, prompt_key
 from tc_ray.data.encode.prompts import render_prompt
-from tc_ray.data.encode.split import cut, prompt_key
 from tc_ray.data.encode.tokenize import encode
 from tc_ray.data.source.embedded import write_embedded
 from tc_ray.data.source.records import BadRow, DataError, iter_records

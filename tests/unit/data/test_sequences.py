@@ -92,12 +92,6 @@ def test_bad_lines_are_named_and_left_out_of_rows_and_items(tmp_path: Path) -> N
     assert rows(path, "test") == [("a b", "c"), ("a b c", "d")]
 
 
-def test_items_that_a_run_does_not_know_make_a_user_bad(tmp_path: Path) -> None:
-    path = write(tmp_path, "u1 a b c\nu2 a b q\n")
-    found = scan([path], known={"a": "00", "b": "01", "c": "02"})
-    assert found.users == 1 and "item q is none" in found.bad[0]["problem"]
-
-
 def test_an_absent_file_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         scan([tmp_path / "none.txt"])

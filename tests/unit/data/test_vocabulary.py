@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tc_ray.config.data import DataSection
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import Encoder
-from tc_ray.data.prepared.prepare import prepare, prepare_test_file, prepared_before
+from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.records import DataError
-from tc_ray.models.hub import embedding_rows
 from tc_ray.run.plan.plan import make_plan
 from tests.support.data_cases import SUMS, lines
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer
@@ -43,8 +42,6 @@ def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_
     assert prepare(Encoder(config, tokenizer, 1, vocab_size=300), tmp_path / "out").rows["train"] == 48, (
         "padding is fine"
     )
-    with pytest.raises(DataError, match=REFUSED):  # another model with the same tokenizer: the rows could be reused
-        prepared_before(Encoder(config, tokenizer, 1, vocab_size=258), tmp_path / "out")
     unused = section(tmp_path, SUMS)
     assert prepare(Encoder(unused, tokenizer, 1, vocab_size=258), tmp_path / "out2").rows["train"] == 52
 
@@ -61,21 +58,6 @@ def test_end_and_padding_token_must_be_embedded(tmp_path: Path, role: str) -> No
     tokenizer.add_special_tokens({role: "<tool>"})
     with pytest.raises(DataError, match=REFUSED):
         prepare(Encoder(section(tmp_path, SUMS), tokenizer, 1, vocab_size=258), tmp_path / "out")
-
-
-def test_the_embedding_is_as_large_as_config_and_weights_allow(tmp_path: Path) -> None:
-    folder = make_tiny_llama(tmp_path / "model")
-    config = AutoConfig.from_pretrained(folder)
-    assert embedding_rows(folder, config) == 258
-    config.vocab_size = 300
-    assert embedding_rows(folder, config) == 258, "the weights have fewer rows"
-    assert embedding_rows("owner/model", config) == 300
-    (folder / "broken.safetensors").write_bytes(b"no header")
-    assert embedding_rows(folder, config) == 258
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_llama(tmp_path / "other"))
-    model.resize_token_embeddings(320)
-    model.save_pretrained(tmp_path / "other")
-    assert embedding_rows(tmp_path / "other", model.config) == 320
 
 
 def test_a_plan_refuses_as_the_run_does(tmp_path: Path) -> None:

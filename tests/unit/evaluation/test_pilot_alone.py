@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tc_ray.config.fusion import FusionSection
-from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.decode import HeldOut
 from tc_ray.evaluation.metric import ExactMatch
 from tc_ray.evaluation.procedure import evaluate
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer

@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from tc_ray.config.fusion import FusionSection
-from tc_ray.evaluation.decode import complete
-from tc_ray.evaluation.heldout import HeldOut, read_held_out
+from tc_ray.evaluation.decode import HeldOut, complete, read_held_out
 from tc_ray.evaluation.metric import ExactMatch
 from tc_ray.evaluation.procedure import evaluate
 from tc_ray.evaluation.report import Report
-from tc_ray.evaluation.selection import Choice, Comparison, choose
+from tc_ray.evaluation.statistics import Choice, Comparison, choose
 from tc_ray.evaluation.teacher_forced import NLL_FLOOR, teacher_forced
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
@@ -202,7 +201,6 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
         validation=rows[:5],
         test=rows[5:],
         data="made up",
-        seen_error_size=0.1,
         on_progress=said.append,
     )
     assert (report.lam, report.exported_lam) == (right_lam, right_lam)
@@ -222,7 +220,6 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
         assert report.comparison.wins == report.comparison.losses == 0
         assert "exported default is lambda 0" in report.verdict
     assert sum(line.startswith("evaluate: test") for line in said) == 1 + bool(right_lam), "the test rows are used once"
-    assert report.heldout_error_size is not None and report.heldout_error_size > 0
 
 
 def test_validation_rows_are_needed(fused: FusedModel) -> None:
@@ -234,7 +231,7 @@ def test_validation_rows_are_needed(fused: FusedModel) -> None:
 def test_lambda_that_loses_on_test_is_not_exported(tmp_path: Path) -> None:
     report = Report("rows", "probability", 0.5, "own", Comparison.of([True, True], [True, False]), None, None)
     assert report.exported_lam == 0.0
-    assert "lambda 0.5 won 0 and lost 1 of 2 test rows" in report.verdict
+    assert "lambda 0.5, it won 0 and lost 1 of 2 test rows" in report.verdict
     report.save(tmp_path)
     saved = json.loads((tmp_path / "evaluation.json").read_text())
     assert (saved["exported_lam"], saved["lam"], saved["comparison"]["losses"]) == (0.0, 0.5, 1)

@@ -7,7 +7,7 @@ import math
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +16,13 @@ from transformers import AutoTokenizer
 
 from tc_ray.config.fusion import FusionSection, RankingSection
 from tc_ray.data.encode.tokenize import completion_ids
-from tc_ray.evaluation.decode import rank
-from tc_ray.evaluation.heldout import HeldOut
+from tc_ray.evaluation.decode import HeldOut, rank
 from tc_ray.evaluation.item_trie import ItemTrie, ItemTrieProcessor
 from tc_ray.evaluation.metric import Outcome
 from tc_ray.evaluation.procedure import evaluate
 from tc_ray.evaluation.ranking import Ranking, hit_at, ndcg_at
 from tc_ray.evaluation.report import Report
-from tc_ray.evaluation.selection import Comparison, choose
-from tc_ray.evaluation.statistics import bootstrap_intervals
+from tc_ray.evaluation.statistics import Comparison, bootstrap_intervals, choose
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import load_pilot
 from tests.support.family_reference import Fusion, Made, beam_search
@@ -217,23 +215,20 @@ def test_a_plain_model_is_ranked_too() -> None:
 # -- the metric ---------------------------------------------------------------------------------------------------
 
 
-def metric(history: Literal["allowed", "excluded"] = "allowed") -> Ranking:
-    ranking = RankingSection(history=history, cutoffs=[3, 10, 100])  # 100 beams: more than there are items
+def metric() -> Ranking:
+    ranking = RankingSection(cutoffs=[3, 10, 100])  # 100 beams: more than there are items
     config = FusionSection(ranking=ranking, eval_batch_size=4)
     return Ranking(make_tokenizer(), config, {f"item {label}": label for label in LABELS})
 
 
-@pytest.mark.parametrize("history", ["allowed", "excluded"])
-def test_outcome_is_what_scoring_every_item_gives(history: Literal["allowed", "excluded"]) -> None:
+def test_outcome_is_what_scoring_every_item_gives() -> None:
     fused, _ = joined("t5")
     fused.space = "logits"
     examples, fusion = held_out("t5", 12), reference("t5", 0.8, "logits")
-    outcome = metric(history).outcome(fused, examples, 0.8)
+    outcome = metric().outcome(fused, examples, 0.8)
     places = []
     for example in examples:
         scores = dict(zip(LABELS, scores_of_all(fusion, example.prompt_ids), strict=True))
-        if history == "excluded":
-            scores = {label: score for label, score in scores.items() if label not in example.prompt.split()}
         order = sorted(scores, key=lambda label: -scores[label])
         places.append(order.index(example.answer) + 1 if example.answer in order else None)
     assert list(outcome.columns) == [f"{name}@{k}" for name in ("Hit", "NDCG") for k in (3, 10, 100)]
@@ -243,11 +238,6 @@ def test_outcome_is_what_scoring_every_item_gives(history: Literal["allowed", "e
     assert outcome.score == outcome.columns["NDCG@10"]
     assert outcome.right == [place is not None and place <= 10 for place in places]
     assert 0 < sum(outcome.right) < len(examples)
-    if history == "excluded":
-        assert any(place is None for place in places), "no row asks for an item of its own history"
-        assert all(
-            not set(said.split()) & set(e.prompt.split()) for said, e in zip(outcome.said, examples, strict=True)
-        )
 
 
 def outcome_of(places: list[int | None]) -> Outcome:

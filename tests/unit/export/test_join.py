@@ -271,10 +271,6 @@ def no_copilot_weights(run: Path, pilot: Path) -> None:
     (run / "copilot" / "model.safetensors").unlink()
 
 
-def later_format(run: Path, pilot: Path) -> None:
-    change(run, "fusion.json", format=2)
-
-
 def broken_settings(run: Path, pilot: Path) -> None:
     (run / "fusion.json").write_text("{")
 
@@ -298,7 +294,6 @@ def change(folder: Path, file: str = "config.json", **fields: Any) -> None:
         (no_tokenizer, ExportError, "has no tokenizer"),
         (no_copilot, NoFusedModelError, "copilot/config.json is missing"),
         (no_copilot_weights, ExportError, "copilot is not whole: model.safetensors is missing"),
-        (later_format, ValueError, "format 2 is not known"),
         (broken_settings, DamagedFileError, "fusion.json is damaged"),
     ],
 )

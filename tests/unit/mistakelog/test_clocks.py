@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from tc_ray.files import disk_time
-from tc_ray.mistakelog.maintain.compaction import compact_log
 from tc_ray.mistakelog.maintain.vacuum import vacuum_log
-from tc_ray.mistakelog.read.reader_lease import FRESH_SECONDS, hold
+from tc_ray.mistakelog.read.reader_lease import FRESH_SECONDS, ReaderLease
 from tc_ray.mistakelog.table.lease import STALE_SECONDS, LeaseHeldError, RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
-from tc_ray.pilot import build_lock
+from tc_ray.pilot import engine
 from tc_ray.tracking.statusfile import silence, silent_seconds
-from tests.support.mistakelog_samples import metadata
+from tests.support.mistakelog_samples import merge_all, metadata
 from tests.unit.mistakelog.test_compaction import written
 
 DAY = 86400.0
@@ -39,7 +38,9 @@ def age(path: Path, seconds: float) -> None:
 def elsewhere(path: Path) -> None:
     """Make a lease one of a process on another machine."""
     reports = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**reports, "host": "other", "boot": "another machine"}))
+    path.write_text(
+        json.dumps({**reports, "process": {**reports["process"], "host": "other", "boot": "another machine"}})
+    )
 
 
 @pytest.mark.parametrize("seconds", SKEWS)
@@ -67,7 +68,7 @@ def test_files_that_left_the_table_stay_for_the_grace_time(
     before = {path.name for path in tmp_path.glob("*.parquet")}
     with monkeypatch.context() as other_host:
         skew(other_host, seconds)
-        compact_log(tmp_path, 1 << 20)
+        merge_all(tmp_path)
     assert vacuum_log(tmp_path, orphan_seconds=3600, grace_seconds=600).removed == []
     with monkeypatch.context() as other_host:
         skew(other_host, seconds)
@@ -94,10 +95,10 @@ def test_readers_of_other_hosts_keep_their_version(
 ) -> None:
     """Fault 9, kind: leases of readers."""
     written(tmp_path)
-    reader = hold(Location(tmp_path), LogStore(tmp_path).version)
+    reader = ReaderLease(Location(tmp_path), LogStore(tmp_path).version)
     (file,) = (tmp_path / "_tc_ray/readers").iterdir()
     elsewhere(file)
-    compact_log(tmp_path, 1 << 20)
+    merge_all(tmp_path)
     skew(monkeypatch, seconds)
     age(file, FRESH_SECONDS - 20)
     kept = vacuum_log(tmp_path, orphan_seconds=0, grace_seconds=0)
@@ -119,17 +120,14 @@ def test_a_living_run_is_not_called_killed(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("seconds", [90.0, DAY])
-@pytest.mark.parametrize("is_open", [False, None], ids=["proc", "no proc"])
-def test_a_lock_made_just_now_is_not_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, is_open: bool | None
-) -> None:
+def test_a_lock_made_just_now_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Fault 9, kind: build locks in a home folder on a share."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(build_lock, "_is_open", lambda file: is_open)
+    monkeypatch.setattr(engine, "is_open", lambda file: False)
     (tmp_path / "operator").mkdir()
     lock = tmp_path / "operator" / "lock"
     lock.write_text("")
     skew(monkeypatch, seconds)
-    assert build_lock.clear_stale_build_locks() == []
+    assert engine.clear_stale_build_locks() == []
     age(lock, 1000)
-    assert build_lock.clear_stale_build_locks() == [lock]
+    assert engine.clear_stale_build_locks() == [lock]

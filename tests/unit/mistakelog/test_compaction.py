@@ -10,38 +10,33 @@ import pytest
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.compaction import compact_log, merge, merge_plan
+from tc_ray.mistakelog.maintain.compaction import merge, merge_plan
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import LogTail, MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.data_file import BadFileError, Compression
 from tc_ray.mistakelog.table.errors import CommitConflictError
-from tc_ray.mistakelog.table.lease import LeaseHeldError, RunLease
-from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore, StoredFile
 from tc_ray.mistakelog.write.writer import RecordWriter
-from tests.support.mistakelog_samples import assert_same, in_order, metadata, random_records
+from tests.support.mistakelog_samples import assert_same, in_order, merge_all, metadata, random_records
 
 ROWS = 3
 
 
 def file(round: int, size: int, rank: int = 0) -> StoredFile:
-    return StoredFile(f"f{round:03d}-{rank}", 10, size, "test", round, round, rank, 1)
+    return StoredFile(f"f{round:03d}-{rank}", 10, size, "test", round, round, rank, 1, 0)
 
 
-def plan(
-    sizes: list[int], target: int = 1000, safe: int = 1000, eager: bool = False, most_rounds: int | None = None
-) -> list[list[int]]:
+def plan(sizes: list[int], target: int = 1000, safe: int = 1000, most_rounds: int | None = None) -> list[list[int]]:
     files = [file(round, size) for round, size in enumerate(sizes, 1)]
-    groups = merge_plan(list(reversed(files)), target, safe, eager=eager, most_rounds=most_rounds)
+    groups = merge_plan(list(reversed(files)), target, safe, most_rounds=most_rounds)
     return [[member.round_min for member in group] for group in groups]
 
 
 def test_neighbours_are_merged_up_to_the_target() -> None:
     assert plan([300, 300, 300, 200, 200]) == [[1, 2, 3]]
-    assert plan([300, 300, 300, 200, 200], eager=True) == [[1, 2, 3], [4, 5]]
     assert plan([400, 400, 400, 400]) == [[1, 2], [3, 4]]
-    assert plan([]) == plan([10], eager=True) == []
+    assert plan([]) == plan([10]) == []
 
 
 def test_large_files_divide_the_rest() -> None:
@@ -52,7 +47,7 @@ def test_large_files_divide_the_rest() -> None:
 def test_a_merged_file_spans_no_more_rounds_than_told() -> None:
     assert plan([1] * 7, most_rounds=3) == [[1, 2, 3], [4, 5, 6]], "complete, so it pays however small"
     assert plan([1] * 7, most_rounds=1) == []
-    files = [StoredFile("m", 10, 3, "test", 1, 3, 0, 1), file(4, 1), file(5, 1)]
+    files = [StoredFile("m", 10, 3, "test", 1, 3, 0, 1, 0), file(4, 1), file(5, 1)]
     assert merge_plan(files, 1000, 5, most_rounds=3) == [], "a merged file is not merged again"
 
 
@@ -113,9 +108,7 @@ def written(
 def test_the_rows_stay_what_they_were(tmp_path: Path, ranks: int) -> None:
     _, put = written(tmp_path, ranks=ranks)
     before = MistakeLog(tmp_path)
-    done = compact_log(tmp_path, 1 << 20)
-    assert (done.files_before, done.files_after) == (8 * ranks, 1)
-    assert f"{8 * ranks} files became 1" in done.lines()[0]
+    merge_all(tmp_path)
     after = MistakeLog(tmp_path)
     assert len(after.files) == 1
     assert_same(in_order(after.records()), in_order(Records.concat(put)))
@@ -124,15 +117,14 @@ def test_the_rows_stay_what_they_were(tmp_path: Path, ranks: int) -> None:
     assert (merged.round_min, merged.round_max, merged.rows) == (1, 8, 8 * ranks * ROWS)
     assert merged.crc32
     assert verify_log(tmp_path).good
-    assert compact_log(tmp_path, 1 << 20).lines() == [f"{tmp_path}: 1 files, none to merge"]
 
 
 def test_the_run_goes_on_after_a_merge(tmp_path: Path) -> None:
     """Positions and fencing do not change by it, and a fence may cut the merged file."""
     written(tmp_path)
-    tail = LogTail(tmp_path, "test")
+    tail = LogTail(tmp_path)
     first = tail.poll()
-    compact_log(tmp_path, 1 << 20)
+    merge_all(tmp_path)
     second = tail.poll()
     assert sorted(second.removed) == sorted(name for name, _ in first.new)
     assert [len(records) for _, records in second.new] == [8 * ROWS]
@@ -152,16 +144,12 @@ def test_a_damaged_file_is_not_laundered(tmp_path: Path) -> None:
         merge(LogStore(tmp_path), LogStore(tmp_path).files(), lambda: nullcontext({"x": 1}))
     assert len(LogStore(tmp_path).files()) == 8
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
-    done = compact_log(tmp_path, 1 << 20)
-    assert not done.good and [error.name for error in done.bad] == [victim.name]
-    assert "tc-ray log verify --quarantine" in "\n".join(done.lines())
-    assert sorted(file.rows for file in LogStore(tmp_path).files()) == [ROWS, 7 * ROWS]
-    assert [error.name for error in verify_log(tmp_path).bad] == [victim.name], "the rest was merged and is whole"
+    assert [error.name for error in verify_log(tmp_path).bad] == [victim.name]
 
 
 def test_pages_stay_compressed_as_they_were(tmp_path: Path) -> None:
     written(tmp_path, compression="zstd")
-    compact_log(tmp_path, 1 << 20)
+    merge_all(tmp_path)
     Ledger(tmp_path, writers=1, run="test").begin_attempt(5, 1)
     files = {path.name: pq.ParquetFile(path).metadata.row_group(0).column(0) for path in tmp_path.glob("*.parquet")}
     assert any("merged" in name and "cut5" not in name for name in files) and any("cut5" in name for name in files)
@@ -195,10 +183,3 @@ def test_a_second_committer_wins_and_the_merged_file_goes(tmp_path: Path) -> Non
         merge(store, store.files(), lambda: nullcontext({"x": 2}))
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
     assert len(LogStore(tmp_path).files()) == 8
-
-
-def test_a_running_run_is_not_disturbed(tmp_path: Path) -> None:
-    written(tmp_path)
-    with RunLease.take(Location(tmp_path), "run 'test'"), pytest.raises(LeaseHeldError, match="run 'test'"):
-        compact_log(tmp_path, 1 << 20)
-    assert compact_log(tmp_path, 1 << 20).files_after == 1

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+from deltalake import DeltaTable
 
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
@@ -239,7 +240,7 @@ TORN = {
 @pytest.mark.parametrize("which", ["checkpoint", "pointer", "both", "gone"])
 def test_a_torn_checkpoint_keeps_nobody_from_reading(folder: Path, which: str, how: str) -> None:
     """Fault 4, kind: as another tool, which does not sync either, leaves one. A reader, too, opens the table."""
-    LogStore(folder)._checkpoint()
+    repair_module.write_checkpoint(Location(folder), LogStore(folder)._table)
     (checkpoint,) = folder.glob("_delta_log/*.checkpoint.parquet")
     pointer = folder / "_delta_log" / "_last_checkpoint"
     if which == "gone":
@@ -254,7 +255,7 @@ def test_a_reader_that_meets_a_torn_commit_says_what_to_do(folder: Path) -> None
     """Fault 4, kind: only the holder of the lease moves it aside."""
     (folder / commit_name(3)).write_bytes(bytes(500))
     with pytest.raises(
-        LogSchemaError, match=r"00000000000000000003\.json: torn, .* `tc-ray log compact`, moves it aside"
+        LogSchemaError, match=r"00000000000000000003\.json: torn, .* `tc-ray log vacuum`, moves it aside"
     ):
         MistakeLog(folder)
     Ledger(folder, writers=1, run="test")
@@ -280,4 +281,4 @@ def test_checkpoints_of_the_table_are_on_the_disk_before_they_are_seen(
     # and it is used: without the commits that it sums up the table opens all the same
     for version in range(6):
         (folder / commit_name(version)).unlink()
-    assert len(LogStore(folder).files()) == 6
+    assert len(DeltaTable(folder).file_uris()) == 6

@@ -71,7 +71,10 @@ def elsewhere(place: Location, *, silent_seconds: float) -> None:
     assert place.local is not None
     (name,) = lease_files(place)
     reports = json.loads(place.read(name))
-    place.write(name, json.dumps({**reports, "host": "other", "boot": "another machine"}).encode())
+    place.write(
+        name,
+        json.dumps({**reports, "process": {**reports["process"], "host": "other", "boot": "another machine"}}).encode(),
+    )
     then = time.time() - silent_seconds
     os.utime(place.local / name, (then, then))
 

@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.buffer import RoundBuffer
-from tc_ray.copilot.stored import Epochs
 from tc_ray.inspection.report import report_page
 from tc_ray.inspection.samples import SampleNotFoundError, export_jsonl, visits_of
 from tc_ray.inspection.stats import collect
@@ -23,12 +20,10 @@ from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.finite import all_finite, finite_rows, only_finite
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table.commits import dropped_records
-from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.pilot import record
-from tc_ray.run.evaluate import logged_error_size
 from tests.support.inspection_samples import make_examples, make_log
-from tests.support.mistakelog_samples import assert_same, random_records
+from tests.support.mistakelog_samples import random_records
 from tests.unit.pilot.test_record import ROUNDS, Run
 
 FIELDS = ("error_values", "error_rest", "token_loss", "rationale", "question")
@@ -129,22 +124,6 @@ def test_no_row_of_a_round_without_a_step_enters_the_log(tmp_path: Path) -> None
     assert run.metrics[-1]["not_finite_records"] in (0.0, float(counts[0][spoilt]))  # the thread may be behind
 
 
-def test_the_buffer_and_stored_batches_pass_over_them(log: Path) -> None:
-    """Fault 5: rows of another writer reach no batch of the Copilot, and are counted."""
-    mistakes = MistakeLog(log)
-    records, buffer = mistakes.records(), RoundBuffer(100)
-    buffer.add("a", records)
-    assert buffer.left_out == spoilt_rows() and len(buffer) == len(records) - spoilt_rows()
-    assert all_finite(buffer.draw(200, (1, 2)))
-    clean = RoundBuffer(100)
-    clean.add("a", records.select(finite_rows(records)))
-    assert_same(buffer.draw(50, (3,)), clean.draw(50, (3,)))
-    epochs = Epochs(mistakes, RunConfig.model_validate({"copilot": {"batch_size": 4}}), 1)
-    batches = [epochs.batch(step) for step in range(epochs.total_steps)]
-    assert sum(len(batch) for batch in batches if batch is not None) == len(records) - spoilt_rows()
-    assert epochs.left_out == spoilt_rows()
-
-
 def test_inspection_works_and_counts_them(log: Path, tmp_path: Path) -> None:
     """Fault 5: stats, show and report ended in an IndexError, export in a ValueError; verify said nothing."""
     from rich.console import Console
@@ -166,8 +145,6 @@ def test_inspection_works_and_counts_them(log: Path, tmp_path: Path) -> None:
     exported = MistakeLog(log)
     assert export_jsonl(exported, tmp_path / "rows.jsonl", texts) == len(EXAMPLES) - spoilt_rows()
     assert sum(exported.not_finite.values()) == spoilt_rows()
-    size = logged_error_size(Location(str(log)))
-    assert size is not None and np.isfinite(size)
 
 
 def test_a_log_of_nothing_else_is_told(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from tc_ray.inspection.source import find_log
 from tc_ray.mistakelog.commit.ledger import Ledger
-from tc_ray.mistakelog.maintain.compaction import compact_log
 from tc_ray.mistakelog.maintain.quarantine import set_aside
 from tc_ray.mistakelog.maintain.vacuum import vacuum_log
 from tc_ray.mistakelog.maintain.verify import verify_log
@@ -20,7 +19,7 @@ from tc_ray.mistakelog.table.commits import commit_name
 from tc_ray.mistakelog.table.data_file import BadFileError
 from tc_ray.mistakelog.table.location import Location, OutsideError, check_data_name
 from tc_ray.mistakelog.table.store import LogStore
-from tests.support.mistakelog_samples import metadata
+from tests.support.mistakelog_samples import merge_all, metadata
 from tests.unit.mistakelog.test_ledger import written
 
 
@@ -49,7 +48,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "tail": lambda log: LogTail(log).poll(),
     "verify": lambda log: verify_log(log),
     "quarantine": lambda log: verify_log(log, quarantine=True),
-    "compact": lambda log: compact_log(log, 1 << 20),
+    "merge": lambda log: merge_all(log),
     "begin_attempt": lambda log: Ledger(log, writers=1, run="test").begin_attempt(3, 1),
     "begin_attempt from the start": lambda log: Ledger(log, writers=1, run="test").begin_attempt(0, 1),
     "vacuum": lambda log: vacuum_log(log, orphan_seconds=0, grace_seconds=0),
@@ -99,9 +98,7 @@ def test_names_that_lead_out_of_the_table_are_refused(
     assert after == {key: value for key, value in before.items() if not key.startswith("table/log/_")}
 
 
-@pytest.mark.parametrize(
-    "use", ["read", "tail", "verify", "quarantine", "compact", "begin_attempt", "ledger quarantine"]
-)
+@pytest.mark.parametrize("use", ["read", "tail", "verify", "quarantine", "merge", "begin_attempt", "ledger quarantine"])
 def test_links_that_lead_out_of_the_table_are_refused(log: Path, tmp_path: Path, use: str) -> None:
     """Fault 8: the name is one of ours, the file somebody else's."""
     (second,) = [path for path in log.glob("*.parquet") if "00000003" in path.name]

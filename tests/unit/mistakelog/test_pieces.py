@@ -12,13 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.stored import Replay
+from tc_ray.copilot.from_log import Replay
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.table import data_file as datafile
 from tc_ray.mistakelog.table.data_file import (
     BadFileError,
-    Committed,
     DataFile,
     ParquetPart,
     file_name,
@@ -109,37 +108,16 @@ def test_checksums_are_those_of_zlib(folder: Path) -> None:
             assert file.crc32 == zlib.crc32((folder / file.name).read_bytes())
 
 
-def test_an_unchecked_file_comes_whole_or_not_at_all(folder: Path) -> None:
-    """Committed by something that left no checksum: that its later rows cannot be parsed must show before the first comes."""
-    name = next(path.name for path in folder.glob("*.parquet"))
-    location, whole = Location(folder), pq.ParquetFile(folder / name).metadata
-    assert len(list(read_pieces(location, name, Committed(rows=whole.num_rows), rows=1))) == 1
-    offset = whole.row_group(whole.num_row_groups - 1).column(0).dictionary_page_offset
-    content = bytearray((folder / name).read_bytes())
-    content[offset : offset + 12] = b"\xff" * 12
-    (folder / name).write_bytes(content)
-    delivered = []
-    with pytest.raises(BadFileError, match="no readable Parquet"):
-        delivered.extend(read_pieces(location, name, Committed(), rows=1))
-    assert delivered == []
-    with pytest.raises(BadFileError, match="no readable Parquet"):
-        read_file(location, name)
-
-
 @pytest.mark.parametrize(
-    ("committed", "reason"),
-    [
-        (Committed(size=3), "committed with 3"),
-        (Committed(rows=3), "rows, committed with 3"),
-        (Committed(crc32=3), "CRC-32"),
-    ],
+    ("field", "reason"), [("size", "committed with 3"), ("rows", "rows, committed with 3"), ("crc32", "CRC-32")]
 )
-def test_each_statement_of_the_commit_is_checked(folder: Path, committed: Committed, reason: str) -> None:
-    name = next(path.name for path in folder.glob("*.parquet"))
+def test_each_statement_of_the_commit_is_checked(folder: Path, field: str, reason: str) -> None:
+    file = LogStore(folder).files()[0]
+    committed = file.committed._replace(**{field: 3})
     with pytest.raises(BadFileError, match=reason):
-        read_file(Location(folder), name, None, committed)
+        read_file(Location(folder), file.name, committed)
     with pytest.raises(BadFileError, match=reason):
-        next(read_pieces(Location(folder), name, committed, rows=1))
+        next(read_pieces(Location(folder), file.name, committed, rows=1))
 
 
 def test_leaving_early_ends_the_threads(folder: Path) -> None:
@@ -159,8 +137,9 @@ def test_replay_takes_each_round_whole(folder: Path) -> None:
         for start in (1, 6):
             source = Replay(log, config)
             for round in range(start, ROUNDS + 1):
-                drawn = source.batch(round - 1)
-                assert drawn is not None and set(drawn.round.tolist()) == {round}
+                assert source.rounds_for(round - 1) == round
+                drawn = source.buffer.draw(400, (1, round))
+                assert set(drawn.round.tolist()) == {round}
                 expected = set(everything.sample_id[everything.round == round].tolist())
                 assert set(drawn.sample_id.tolist()) == expected
                 at = int(drawn.sample_id[0])

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import pytest
 
-from tc_ray.mistakelog.maintain.retention import Standing, retire
+from tc_ray.config.log import LogSection
+from tc_ray.mistakelog.maintain.maintenance import Position, retire
 from tc_ray.mistakelog.table.store import StoredFile
 
 
 def file(first: int, last: int, size: int = 100, rank: int = 0) -> StoredFile:
-    return StoredFile(f"f{first}-{last}-{rank}", 10, size, "test", first, last, rank, 1)
+    return StoredFile(f"f{first}-{last}-{rank}", 10, size, "test", first, last, rank, 1, 0)
 
 
 FILES = [file(first, first + 9) for first in range(1, 101, 10)]
 """Rounds 1 to 100, ten rounds and 100 bytes a file."""
-NO_COPILOT = Standing(safe_round=100, copilot_round=None, buffer_rounds=20)
+
+
+def retired(
+    files: list[StoredFile] = FILES,
+    *,
+    safe_round: int = 100,
+    copilot_round: int | None = None,
+    buffer_rounds: int = 20,
+    keep_rounds: int | None = None,
+    max_bytes: int | None = None,
+    reserved_bytes: int = 0,
+) -> list[StoredFile]:
+    position = Position({}, safe_round, copilot_round, attempt=1)
+    limits = LogSection(keep_rounds=keep_rounds, max_bytes=max_bytes)
+    return retire(files, position, limits, buffer_rounds, reserved_bytes)
 
 
 def rounds(files: list[StoredFile]) -> list[int]:
@@ -22,64 +37,43 @@ def rounds(files: list[StoredFile]) -> list[int]:
 
 
 def test_no_limits_no_work() -> None:
-    answer = retire(FILES, NO_COPILOT, keep_rounds=None, max_bytes=None)
-    assert (answer.files, answer.unmet) == ([], None)
-    assert retire([], NO_COPILOT, keep_rounds=5, max_bytes=5).files == []
+    assert retired() == []
+    assert retired([], keep_rounds=5, max_bytes=5) == []
 
 
 def test_old_rounds_go_in_whole_files() -> None:
-    answer = retire(FILES, NO_COPILOT, keep_rounds=35, max_bytes=None)
-    assert rounds(answer.files) == [10, 20, 30, 40, 50, 60]
-    assert answer.unmet is None
+    assert rounds(retired(keep_rounds=35)) == [10, 20, 30, 40, 50, 60]
     # round 65 is the oldest to keep: the file that ends with 70 stays
-    assert rounds(retire(FILES, NO_COPILOT, keep_rounds=30, max_bytes=None).files)[-1] == 70
+    assert rounds(retired(keep_rounds=30))[-1] == 70
 
 
 def test_bytes_above_the_limit_go_oldest_first() -> None:
-    assert rounds(retire(FILES, NO_COPILOT, keep_rounds=None, max_bytes=750).files) == [10, 20, 30]
-    assert retire(FILES, NO_COPILOT, keep_rounds=None, max_bytes=1000).files == []
+    assert rounds(retired(max_bytes=750)) == [10, 20, 30]
+    assert retired(max_bytes=1000) == []
 
 
 def test_files_of_all_ranks_go_together() -> None:
     files = [file(first, first + 9, rank=rank) for rank in (1, 0) for first in (1, 11)]
-    answer = retire(files, Standing(20, None, 1), keep_rounds=10, max_bytes=None)
-    assert sorted(f.name for f in answer.files) == ["f1-10-0", "f1-10-1"]
+    gone = retired(files, safe_round=20, keep_rounds=10)
+    assert sorted(f.name for f in gone) == ["f1-10-0", "f1-10-1"]
 
 
-@pytest.mark.parametrize("limits", [{"keep_rounds": 1, "max_bytes": None}, {"keep_rounds": None, "max_bytes": 1}])
-def test_what_the_copilot_has_to_read_stays(limits: dict[str, int | None]) -> None:
-    standing = Standing(safe_round=100, copilot_round=60, buffer_rounds=20)
-    answer = retire(FILES, standing, **limits)
+@pytest.mark.parametrize("limits", [{"keep_rounds": 1}, {"max_bytes": 1}])
+def test_what_the_copilot_has_to_read_stays(limits: dict[str, int]) -> None:
     # its buffer holds rounds 41 to 60
-    assert rounds(answer.files) == [10, 20, 30, 40]
-    assert answer.unmet is not None and "rounds 41 to 50 are in the Copilot's buffer" in answer.unmet
-    nothing_read = Standing(safe_round=100, copilot_round=0, buffer_rounds=20)
-    answer = retire(FILES, nothing_read, **limits)
-    assert answer.files == []
-    assert answer.unmet is not None and "the Copilot, at round 0, has still to read rounds 1 to 10" in answer.unmet
+    assert rounds(retired(copilot_round=60, **limits)) == [10, 20, 30, 40]
+    assert retired(copilot_round=0, **limits) == []
 
 
 def test_rounds_that_may_be_written_again_stay() -> None:
-    standing = Standing(safe_round=25, copilot_round=None, buffer_rounds=1)
-    answer = retire(FILES, standing, keep_rounds=10, max_bytes=None)
-    assert rounds(answer.files) == [10, 20]
-    assert answer.unmet is not None and "the last checkpoint is at round 25" in answer.unmet
+    assert rounds(retired(safe_round=25, keep_rounds=10)) == [10, 20]
 
 
 def test_room_is_kept_for_what_waits_for_removal() -> None:
     """300 bytes were written in the grace time: as many leave the table in the next, and stay on the disk that long."""
-    standing = Standing(100, None, 1, recent_bytes=300, disk_bytes=900)
-    assert rounds(retire(FILES, standing, keep_rounds=None, max_bytes=1000).files) == [10, 20, 30]
+    assert rounds(retired(max_bytes=1000, reserved_bytes=300)) == [10, 20, 30]
     # never more than half of the limit, however fast the Pilot writes
-    standing = Standing(100, None, 1, recent_bytes=5000, disk_bytes=900)
-    assert len(retire(FILES, standing, keep_rounds=None, max_bytes=1000).files) == 5
-
-
-def test_a_disk_above_the_limit_for_files_that_wait_is_told() -> None:
-    standing = Standing(100, None, 1, disk_bytes=2500)
-    answer = retire(FILES, standing, keep_rounds=None, max_bytes=1000)
-    assert answer.files == [], "the table itself is within its limit"
-    assert answer.unmet is not None and "2,500 bytes are on the disk, of which 1,000 in the log" in answer.unmet
+    assert len(retired(max_bytes=1000, reserved_bytes=5000)) == 5
 
 
 def test_a_steady_run_stays_under_its_limit() -> None:
@@ -91,12 +85,16 @@ def test_a_steady_run_stays_under_its_limit() -> None:
     for at in range(1, 401):
         live.append(file(at, at))
         waiting = [(since, size) for since, size in waiting if at - since <= grace]
-        disk = sum(f.bytes for f in live) + sum(size for _, size in waiting)
-        highest = max(highest, disk)
-        standing = Standing(at, at, 3, recent_bytes=100 * min(at, grace + 2), disk_bytes=disk)
-        answer = retire(live, standing, keep_rounds=None, max_bytes=limit)
-        waiting += [(at, f.bytes) for f in answer.files]
-        live = [f for f in live if f not in answer.files]
-        assert answer.unmet is None
+        highest = max(highest, sum(f.bytes for f in live) + sum(size for _, size in waiting))
+        gone = retired(
+            live,
+            safe_round=at,
+            copilot_round=at,
+            buffer_rounds=3,
+            max_bytes=limit,
+            reserved_bytes=100 * min(at, grace + 2),
+        )
+        waiting += [(at, f.bytes) for f in gone]
+        live = [f for f in live if f not in gone]
     assert highest <= limit
     assert sum(f.bytes for f in live) >= limit - 100 * (grace + 3), "more was retired than needed"

@@ -10,10 +10,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from tc_ray.mistakelog.commit.ledger_actor import LedgerActor
-from tc_ray.mistakelog.table import retry as retry_module
-from tc_ray.mistakelog.table.errors import LogFullError
+from tc_ray.mistakelog.table import errors as retry_module
+from tc_ray.mistakelog.table.errors import LogFullError, may_pass, retry
 from tc_ray.mistakelog.table.location import Location
-from tc_ray.mistakelog.table.retry import may_pass, retry
 from tc_ray.mistakelog.table.store import LogStore
 from tests.unit.mistakelog.test_compaction import ROWS, written
 
@@ -44,7 +43,7 @@ def test_what_passes_is_waited_for_and_said_once(
 
     assert retry(act, "Copilot 0") == "there"
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
-    assert caplog.text.count("Copilot 0: the log cannot be read (no answer)") == 1
+    assert caplog.text.count("Copilot 0: the log is out of reach (no answer)") == 1
     errors.append(PermissionError(errno.EACCES, "x"))
     with pytest.raises(PermissionError):
         retry(act, "Copilot 0")

@@ -20,9 +20,9 @@ from tc_ray.config.load import load_saved_config, save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.copilot import from_log
-from tc_ray.data.prepared.folder import SCHEMA, PreparedData, load, save
-from tc_ray.data.prepared.train_table import TrainTable
-from tc_ray.evaluation.heldout import read_held_out
+from tc_ray.data.prepared.batches import TrainTable
+from tc_ray.data.prepared.folder import SCHEMA
+from tc_ray.evaluation.decode import read_held_out
 from tc_ray.evaluation.report import Report
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.mistakelog.table.lease import LeaseHeldError
@@ -204,32 +204,10 @@ def test_a_config_that_was_cut_is_refused(tmp_path: Path) -> None:
 def prepared(folder: Path) -> Path:
     """A data folder of one row a part."""
     folder.mkdir()
-    counts = {part: 1 for part in ("train", "validation", "test")}
-    for part in counts:
+    for part in ("train", "validation", "test"):
         row = {"sample_id": 0, "input_ids": [1, 2], "target_start": 1, "prompt": "a", "completion": "b", "answer": "b"}
         pq.write_table(pa.Table.from_pylist([row], schema=SCHEMA), folder / f"{part}.parquet")
-    known: dict[str, Any] = {name: counts for name in ("rows", "tokens", "target_tokens", "longest")}
-    known |= {
-        "quarantined": 0,
-        "too_long": 0,
-        "cut_completions": 0,
-        "source": "here",
-        "records": counts,
-        "largest_id": 2,
-    }
-    data = PreparedData(folder=folder, **known)
-    save(data, "same")
     return folder
-
-
-def test_torn_data_is_prepared_anew(tmp_path: Path) -> None:
-    """Fault 7: a data.json that is no object, or lies over torn rows, ended the start, or counted as prepared."""
-    folder = prepared(tmp_path / "data")
-    assert load(folder, "same") is not None and load(folder, "other") is None
-    for path in list(folder.iterdir()):
-        for name, form in torn_forms(path.read_bytes()).items():
-            with torn(path, form):
-                assert load(folder, "same") is None, (path.name, name)
 
 
 def test_torn_rows_are_named_where_they_are_read(tmp_path: Path) -> None:
@@ -242,32 +220,23 @@ def test_torn_rows_are_named_where_they_are_read(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_a_copilot_from_a_log(tmp_path: Path) -> None:
-    """Fault 7: torn lines of metrics.jsonl are dropped, a torn source.json or config.yaml is refused by name."""
+    """Fault 7: a torn source.json is refused by name."""
     config = RunConfig.model_validate({"tracking": {"enabled": False}})
     mistakes: Any = SimpleNamespace(location="log", metadata=SimpleNamespace(run="trial"), version=3)
 
     def start() -> None:
-        from_log._open_folder(tmp_path, config, mistakes, None, {"pilot_weights": "a", "copilot_weights": "b"})
+        from_log._open_folder(tmp_path, config, mistakes, {"pilot_weights": "a", "copilot_weights": "b"})
 
     start(), start()
-    for name in ("source.json", "config.yaml"):
-        for form in torn_forms((tmp_path / name).read_bytes()).values():
-            with torn(tmp_path / name, form):
-                refused(start, name)
-    (tmp_path / "source.json").unlink()  # a start that ended between the two files
+    for form in torn_forms((tmp_path / "source.json").read_bytes()).values():
+        with torn(tmp_path / "source.json", form):
+            refused(start, "source.json")
+    (tmp_path / "config.yaml").unlink()  # a start that ended between the two files
     start()
-    metrics = tmp_path / "metrics.jsonl"
-    good = b"".join(json.dumps({"step": step, "loss": 1.0}).encode() + b"\n" for step in (1, 2, 3))
-    for form in torn_forms(good).values():
-        if form is not FOLDER:
-            metrics.write_bytes(form + b"\n" + good)
-            from_log._cut_metrics(metrics, 2)
-            assert metrics.read_bytes().endswith(b"".join(good.splitlines(keepends=True)[:2]))
-            assert all(json.loads(line)["step"] <= 2 for line in metrics.read_bytes().splitlines())
+    assert (tmp_path / "config.yaml").is_file()
 
 
-def test_a_torn_run_lock_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tc_ray.run.folder._WRITTEN_SECONDS", 0.02)
+def test_a_torn_run_lock_names_the_folder(tmp_path: Path) -> None:
     with FolderLock(tmp_path, "run first"):
         path = tmp_path / "run.lock"
         content = path.read_bytes()
@@ -281,7 +250,7 @@ def test_a_torn_run_lock_names_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_evaluation_is_valid_json_whatever_was_measured(tmp_path: Path) -> None:
-    from tc_ray.evaluation.selection import Comparison
+    from tc_ray.evaluation.statistics import Comparison
 
     sweep = {"space": "logits", "lam": 0.0, "score": 0.0, "right": 0.0, "wins": 0, "losses": 0, "nll": float("nan")}
     report = Report("rows \udcff", "logits", 0.0, "own", Comparison.of([True], [True]), None, None, validation=[sweep])

@@ -65,8 +65,8 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    monkeypatch.setattr("tc_ray.mistakelog.write.writer.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("tc_ray.mistakelog.write.writer.LAST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("tc_ray.mistakelog.table.errors._FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("tc_ray.mistakelog.table.errors._LAST_PAUSE_SECONDS", 0.05)
     return Disk(monkeypatch)
 
 
@@ -106,7 +106,7 @@ def data_files(folder: Path) -> set[str]:
 
 
 def test_block_waits_and_loses_nothing(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "tc_ray.mistakelog.table.retry")
+    caplog.set_level(logging.INFO, "tc_ray.mistakelog.table.errors")
     pilot = Pilot(tmp_path)
     pilot.train()
     assert pilot.writer.flush(1)
@@ -128,8 +128,8 @@ def test_block_waits_and_loses_nothing(tmp_path: Path, disk: Disk, caplog: pytes
     assert 0.2 < stats["full_seconds"] < 10
     texts = [record.getMessage() for record in caplog.records]
     assert len(texts) == 2, texts
-    assert "cannot be written ([Errno 28] No space left on device); the Pilot waits" in texts[0]
-    assert "can be written again after" in texts[1] and "0 records were dropped" in texts[1]
+    assert "out of reach ([Errno 28] No space left on device)" in texts[0]
+    assert "is there again, after" in texts[1]
 
 
 def test_block_keeps_what_was_written_before_the_disk_was_full(
@@ -157,7 +157,7 @@ def test_drop_drops_what_finds_the_queue_full(tmp_path: Path, disk: Disk) -> Non
     disk.full = True
     started = time.monotonic()
     pilot.train()  # the thread takes it and fails
-    until(lambda: pilot.writer._retries.open)  # a moment after the disk has refused
+    until(lambda: pilot.writer._full_since is not None)  # a moment after the disk has refused
     taken = [pilot.train(2) for _ in range(200)]
     assert not pilot.writer.flush(200, timeout=30)
     assert not pilot.writer.flush(201)
@@ -223,7 +223,7 @@ def test_drops_are_counted_where_a_commit_has_no_rows(tmp_path: Path, disk: Disk
     pilot = Pilot(tmp_path, full_policy="drop", queue_rounds=1)
     disk.full = True
     pilot.train()  # the thread takes it and fails
-    until(lambda: pilot.writer._retries.open)
+    until(lambda: pilot.writer._full_since is not None)
     assert pilot.train() == [True]  # waits in the queue
     assert [pilot.train() for _ in range(3)] == [[False]] * 3
     disk.full = False
@@ -278,8 +278,8 @@ def test_the_queue_counts_every_record() -> None:
     records = random_records(ROWS)
     for round in (1, 2):
         queue.push(Batch(round, records))
-        queue.end_round(Cut(round, force=round == 1), merge=True)
-    queue.end_round(Cut(3, force=False), merge=True)
+        queue.end_round(Cut(round, force=round == 1))
+    queue.end_round(Cut(3, force=False))
     assert (queue.depth, queue.dropped) == (2, 0)
     assert queue.pop() == Batch(1, records)
     assert [queue.pop() for _ in range(3)] == [Cut(1, force=True), Batch(2, records), Cut(3, force=False)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tc_ray.models.copilot.decoder_only import PATTERNS, memory_layers
 from tc_ray.models.copilot.model import choose_layers
+from tc_ray.models.copilot.stacks import PATTERNS, memory_layers
 
 
 @pytest.mark.parametrize(

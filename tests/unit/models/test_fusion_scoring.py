@@ -161,24 +161,6 @@ def test_long_completions_need_no_tensor_of_their_size_times_the_vocabulary(monk
     assert rows * VOCAB <= largest.found < 190 * VOCAB / 4
 
 
-def test_right_padded_rows_with_a_target_start(family: str = "llama") -> None:
-    """Rows of a data set: prompts of unlike lengths, padding on the right."""
-    fused = fused_model(family)
-    asked, said = prompts(), targets(family)
-    rows = [prompt + tokens for prompt, tokens in zip(asked, said, strict=True)]
-    out = fused.score(
-        padded(rows),
-        target_start=torch.tensor([len(prompt) for prompt in asked]),
-        attention_mask=padded([[1] * len(row) for row in rows]),
-        lam=0.6,
-    )
-    other = scored(fused, asked, said, 0.6)
-    assert torch.equal(out.mask, other.mask)
-    assert torch.equal(out.tokens * out.mask, other.tokens * other.mask)
-    same_log_probs(out.fused_logprobs, other.fused_logprobs)
-    close(out.pilot_logprobs, other.pilot_logprobs)
-
-
 def test_lambda_zero_is_the_pilot_s_own(family: str = "llama") -> None:
     fused = fused_model(family)
     prompt, tokens = prompts()[0], targets(family)[0]
@@ -244,10 +226,6 @@ def test_bf16_is_near_fp32() -> None:
 def test_arguments_that_do_not_fit() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     llama, t5 = fused_model("llama"), fused_model("t5")
-    with pytest.raises(ValueError, match="give prompt_length or target_start"):
-        llama.score(ids)
-    with pytest.raises(ValueError, match="not both"):
-        llama.score(ids, prompt_length=2, target_start=torch.tensor([2]))
     for column in (0, 5):
         with pytest.raises(ValueError, match=f"begin at column {column}: it must be from 1 to 4"):
             llama.score(ids, prompt_length=column)
@@ -255,8 +233,6 @@ def test_arguments_that_do_not_fit() -> None:
         llama.score(ids, prompt_length=2, source=ids)
     with pytest.raises(ValueError, match="needs `source`"):
         t5.score(ids)
-    with pytest.raises(ValueError, match="begin together"):
-        t5.score(ids, source=ids, target_start=torch.tensor([2]))
 
 
 def test_nothing_to_score() -> None:

@@ -12,9 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tc_ray.models import builtin
-from tc_ray.models.builtin import default_cache
-from tc_ray.models.hub import resolve_model
+from tc_ray.models import hub
+from tc_ray.models.hub import default_cache, resolve_model
 from tc_ray.models.identity import ModelSourceError, model_identity, tokenizer_hash
 
 
@@ -61,7 +60,6 @@ def test_identity_follows_the_weights(tmp_path: Path) -> None:
     assert model_identity(one) == model_identity(again)
     assert model_identity(one) != model_identity(other)
     assert model_identity(one).startswith("m@")
-    assert model_identity("owner/model") == "hub:owner/model"
 
 
 def test_tokenizer_hash_ignores_use_but_not_content(tmp_path: Path) -> None:
@@ -113,8 +111,8 @@ def test_two_processes_make_the_builtin_model_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "smollm2-135m-instruct"
-    known = builtin.BUILTIN_MODELS[name]
-    monkeypatch.setitem(builtin.BUILTIN_MODELS, name, builtin.BuiltinModel(**{**vars(known), "sha256": "0" * 64}))
+    known = hub.BUILTIN_MODELS[name]
+    monkeypatch.setitem(hub.BUILTIN_MODELS, name, hub.BuiltinModel(**{**vars(known), "sha256": "0" * 64}))
     with pytest.raises(ModelSourceError, match=f"SHA-256 {known.sha256}, expected 0000"):
         resolve_model(name, tmp_path)
     assert not (tmp_path / name).exists()

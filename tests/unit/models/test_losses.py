@@ -35,8 +35,8 @@ class Sample(NamedTuple):
 def sample(tokens: int, width: int, outputs: int, listed: int, *, irregular: bool = True, seed: int = 0) -> Sample:
     """Errors of peaked random distributions, f of a few tenths.
 
-    `irregular`: every third row has its true token and another outside the output, others one; every second has a token
-    listed twice; all have a zero, as padding has.
+    `irregular`: every third row has its true token and another outside the output, others one; all have a zero, as padding
+    has.
     """
     make = torch.Generator().manual_seed(seed)
     states = torch.randn(tokens, width, generator=make)
@@ -51,7 +51,6 @@ def sample(tokens: int, width: int, outputs: int, listed: int, *, irregular: boo
         if listed > 5:
             places[1::3, 2] = -1
             places[::3, 5] = -1
-            places[::2, 4] = places[::2, 1]
             values[:, 3] = 0.0
     return Sample(states, weight, places, values)
 

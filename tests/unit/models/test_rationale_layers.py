@@ -22,8 +22,7 @@ from tc_ray.models.fusion.core import FusionError, check_fit
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import LayerTap, pooled, tap_definition, tapped_layers
 from tc_ray.pilot.engine import pilot_step
-from tc_ray.pilot.log_metadata import check_log, log_metadata
-from tc_ray.pilot.record import to_records
+from tc_ray.pilot.record import check_log, log_metadata, to_records
 from tests.support.family_reference import pilot_pass
 from tests.support.family_samples import make_copilot, new_pilot, quiet, reference_model
 from tests.support.reference_samples import close

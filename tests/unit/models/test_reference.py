@@ -23,8 +23,7 @@ from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.core import FusionError
 from tc_ray.models.losses import RootMeanSquare
 from tc_ray.models.pilot.load import load_pilot
-from tc_ray.models.pilot.step import PilotStep
-from tc_ray.models.pilot.token_errors import sparse_errors
+from tc_ray.models.pilot.step import PilotStep, sparse_errors
 from tests.support.reference import copilot_f, fused_decoding, rmse
 from tests.support.reference_samples import dense_errors
 from tests.support.tiny_model import make_tiny_llama

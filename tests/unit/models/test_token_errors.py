@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tc_ray.models.pilot.token_errors import _top_k, sparse_errors
+from tc_ray.models.pilot.step import _top_k, sparse_errors
 
 VOCAB = 258
 WIDTH = 32

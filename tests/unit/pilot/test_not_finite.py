@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import is_whole
-from tc_ray.models.finite import MOST_IN_A_ROW, LeftOut, NotFiniteError
+from tc_ray.models.weights import MOST_IN_A_ROW, LeftOut, NotFiniteError
 from tc_ray.pilot.checkpoint import mark_complete, save_files
 from tc_ray.pilot.engine import build_engine, cosine_with_warmup, take_step
 from tc_ray.pilot.loop import PilotJob, Worker

@@ -20,8 +20,7 @@ from tc_ray.mistakelog.table.data_file import DataFile
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.pilot.engine import pilot_step
-from tc_ray.pilot.log_metadata import log_metadata
-from tc_ray.pilot.record import Recorder
+from tc_ray.pilot.record import Recorder, log_metadata
 from tests.support.family_samples import new_pilot, quiet, reference_model
 from tests.support.mistakelog_samples import assert_same, in_order
 from tests.support.tiny_families import VOCAB

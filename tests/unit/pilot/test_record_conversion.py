@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from tc_ray.config.log import LogSection
-from tc_ray.mistakelog.rows.dense import listed_errors, vocabulary_order
+from tc_ray.mistakelog.rows.ragged import listed_errors, vocabulary_order
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
 from tc_ray.mistakelog.rows.schema import LogSchemaError
-from tc_ray.models.pilot.step import PilotStep, StepRecord
-from tc_ray.models.pilot.token_errors import full_errors, sparse_errors
+from tc_ray.models.pilot.step import PilotStep, StepRecord, full_errors, sparse_errors
 from tc_ray.pilot.record import HostCopy, chosen_rows, to_records
 from tests.support.family_samples import new_pilot, quiet
 from tests.support.mistakelog_samples import assert_same, random_records

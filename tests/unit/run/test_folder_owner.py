@@ -40,7 +40,7 @@ def test_files_of_another_user_are_refused_unless_told(folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("name", [CHECKPOINT, "pilot/checkpoints/round-000005", "pilot", "config.yaml"])
+@pytest.mark.parametrize("name", [CHECKPOINT, "pilot/checkpoints/round-000005", "config.yaml"])
 def test_one_file_that_another_user_has_put_there_is_found(name: str, folder: Path) -> None:
     """Fault 15: also a folder in between, whose owner can exchange what is in it; the job stops there, before it reads a byte."""
     os.chown(folder / name, OTHER, -1)

@@ -105,7 +105,7 @@ def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
 def test_sizes_are_those_of_the_models_that_are_trained(
     data: Path, tmp_path: Path, family: str, base: str, copilot: dict[str, Any], method: str
 ) -> None:
-    from tc_ray.copilot.learner import Learner, build_copilot
+    from tc_ray.copilot.learner import make_learner
     from tc_ray.copilot.worker import output_ids_of
     from tc_ray.models.pilot.load import add_adapters
 
@@ -126,10 +126,10 @@ def test_sizes_are_those_of_the_models_that_are_trained(
     pilot = add_adapters(load_pilot(pilot_folder, dtype=torch.float32), config.pilot)
     assert sizes.pilot_trainable == sum(p.numel() for p in pilot.parameters() if p.requires_grad)
     assert sizes.pilot == sum(p.numel() for name, p in pilot.named_parameters() if "lora_" not in name)
-    built = build_copilot(config, pilot_folder, base_folder, output_ids_of(config))
-    assert sizes.copilot == sum(p.numel() for p in built.parameters())
+    learner = make_learner(config, pilot_folder, base_folder, output_ids_of(config), total_steps=1)
+    built = learner.copilot
+    assert sizes.copilot == sum(p.numel() for name, p in built.named_parameters() if "lora_" not in name)
     assert (sizes.copilot_layers, sizes.copilot_hidden_size) == (len(built.layers), 32 if base == "pilot" else 24)
-    learner = Learner(built, config.copilot, total_steps=1)
     assert sizes.copilot_trainable == sum(p.numel() for p in learner.parameters.values())
 
 

@@ -20,8 +20,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.pilot.engine import pilot_step
-from tc_ray.pilot.log_metadata import log_metadata
-from tc_ray.pilot.record import chosen_rows, to_records
+from tc_ray.pilot.record import chosen_rows, log_metadata, to_records
 from tc_ray.run.plan.plan import make_plan
 from tc_ray.run.state import JobError
 from tests.support import plan_samples

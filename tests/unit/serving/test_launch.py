@@ -143,7 +143,7 @@ def test_version_follows_the_content(export: Path) -> None:
     ("arguments", "words"),
     [
         (["absent"], "is no folder"),
-        (["EXPORT", "serving.max_tokens=0"], "serving.max_tokens is 0, allowed: a whole number above 0"),
+        (["EXPORT", "serving.max_tokens=0"], "serving.max_tokens is 0: it should be greater than 0"),
         (["EXPORT", "serving.max_token=5"], "unknown key serving.max_token; did you mean serving.max_tokens"),
         (["EXPORT", "serving.replicas=2", "serving.max_replicas=1"], "max_replicas 1 is less than replicas 2"),
         (["EXPORT", "serving.drain_s=5"], "drain_s 5 is shorter than request_timeout_s 600"),

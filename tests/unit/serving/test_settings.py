@@ -80,12 +80,12 @@ def test_times_and_replicas() -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("max_tokens=1.5", "serving.max_tokens is 1.5, allowed: a whole number above 0"),
-        ("max_running=0", "above 0"),
-        ("max_waiting=-1", "at least 0"),
-        ("port=70000", "at least 1 at most 65535"),
-        ("max_body_bytes=20000000", "at most 16777216"),
-        ("gpu=1.5", "true or false"),
+        ("max_tokens=1.5", "serving.max_tokens is 1.5: it should be a valid integer"),
+        ("max_running=0", "greater than 0"),
+        ("max_waiting=-1", "greater than or equal to 0"),
+        ("port=70000", "less than or equal to 65535"),
+        ("max_body_bytes=20000000", "less than or equal to 16777216"),
+        ("gpu=1.5", "valid boolean"),
         ("request_timeout_s=.nan", "finite"),
     ],
 )
@@ -116,7 +116,7 @@ def test_builder_makes_the_deployment(run: Path, monkeypatch: pytest.MonkeyPatch
         ),
         (
             {"runs": ["RUN"], "max_tokens": "five"},
-            "args.max_tokens: serving.max_tokens is 'five', allowed: a whole number",
+            "args.max_tokens: serving.max_tokens is 'five': it should be a valid integer",
         ),
         ({"runs": ["RUN"], "port": 80}, "args.port: the http_options"),
     ],

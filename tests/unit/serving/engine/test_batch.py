@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tc_ray.models.fusion import FusedModel, fuse
-from tc_ray.models.fusion.distribution import fuse_at
+from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
 from tc_ray.serving.engine.kv_rows import RowStore
 from tc_ray.serving.engine.prefill import Prefill
@@ -132,21 +131,6 @@ def test_windows_keep_no_prefix() -> None:
     prefill = Prefill(fused_model("gemma3"), PROMPTS[1], 0.0)
     prefill.advance(100)
     assert prefill.prefix() is None
-
-
-@pytest.mark.parametrize("space", ["probability", "logits"])
-@pytest.mark.parametrize("scale", [0.1, 3.0, 1000.0])
-def test_fusing_at_some_tokens_is_fusing(space: str, scale: float) -> None:
-    torch.manual_seed(1)
-    logits = torch.randn(6, 50) * 4
-    places = torch.randperm(50)[:20]
-    f = torch.randn(6, 20) * scale
-    f[5] = -scale  # takes away all there is to take
-    dense = torch.zeros(6, 50).index_copy(1, places, f)
-    lam = torch.tensor([0.5, 0.0, 1.0, 0.3, 2.0, 1.0])
-    at, expected = fuse_at(logits, f, places, lam, space), fuse(logits, dense, lam, space)
-    assert torch.equal(at[1], logits[1])
-    torch.testing.assert_close(at.softmax(1), expected.softmax(1), atol=1e-6, rtol=1e-3)
 
 
 def test_a_store_shrinks_and_grows() -> None:

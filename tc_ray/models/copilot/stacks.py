@@ -1,21 +1,24 @@
-"""Layers of a decoder-only Copilot (appendix E.2), taken from a pretrained decoder and run as they are.
+"""The shape of a Copilot, and its layers (section 3.1, appendix E.2), taken from a pretrained decoder and run as they are.
 
-Self-attention layers see the error rows. The others (insertion patterns, table 18) attend to the memory with the same projections: the layer's
-own forward runs with the memory's keys and values and without rotation. So norms, softcaps, grouped heads and residuals are
-the library's code for every family.
+Decoder-only: self-attention layers see the error rows. The others (insertion patterns, table 18) attend to the memory with the same
+projections: the layer's own forward runs with the memory's keys and values and without rotation. So norms, softcaps, grouped heads
+and residuals are the library's code for every family.
+
+Encoder-decoder: the decoder blocks of T5, unchanged. Every block keeps its self-attention, here over the error rows, with the family's
+relative position bias over row numbers. Its cross-attention reads the memory instead of the encoder's output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig
 
-from tc_ray.models.copilot.config import CopilotConfig
-from tc_ray.models.families import DecoderOnly, family_of
+from tc_ray.models.families import family_of
 
 PATTERNS: dict[str, Callable[[int, int], bool]] = {
     "alternate": lambda layer, count: layer % 2 == 1,
@@ -27,11 +30,44 @@ PATTERNS: dict[str, Callable[[int, int], bool]] = {
 three are this project's reading of the table's alternatives."""
 
 
+class CopilotConfig(PreTrainedConfig):
+    """Shape of a Copilot.
+
+    Args:
+        decoder: `to_dict()` of the decoder family's config, with the Copilot's own number of layers.
+        pilot_hidden_size: width d_P of the Pilot's states and embeddings.
+        vocab_size: V, width of the Pilot's logits at training; another Pilot's is aligned by token id.
+        pattern: of layers that attend to the Pilot (table 18). producing_state: add the state that produced p^_i to input row i.
+        pooling, tap_layers, positions: of the rationale (table 19, `log`). tap: the same in words.
+        output_size: A, tokens that f can be non-zero for; 0 is all of V.
+        tokenizer: `vocabulary_hash` of the tokenizer of its token ids; empty: unknown. source: of its first weights.
+    """
+
+    model_type = "tc_ray_copilot"
+
+    decoder: dict[str, Any] = field(default_factory=dict)
+    pilot_hidden_size: int = 0
+    vocab_size: int = 0
+    pattern: str = "alternate"
+    producing_state: bool = True
+    pooling: str = "mean"
+    tap_layers: list[int] | None = None
+    tap: str = ""
+    positions: str = "all"
+    output_size: int = 0
+    tokenizer: str = ""
+    source: str = ""
+
+    def decoder_config(self) -> PreTrainedConfig:
+        """The family's own config object."""
+        fields = dict(self.decoder)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
 def memory_layers(pattern: str, count: int) -> list[bool]:
     """For each of `count` layers, whether it attends to the memory.
 
-    Raises:
-        ValueError: an unknown pattern, or one that leaves no such layer: f would not depend on the Pilot's states.
+    Raises ValueError: an unknown pattern, or one that leaves no such layer: f would not depend on the Pilot's states.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"insertion pattern {pattern!r} is not one of {', '.join(PATTERNS)}")
@@ -51,7 +87,6 @@ class DecoderOnlyStack(nn.Module):
         super().__init__()
         decoder_config = config.decoder_config()
         family = family_of(decoder_config)
-        assert isinstance(family, DecoderOnly)
         # the dtype being loaded, not the one the base was saved in
         decoder = AutoModel.from_config(decoder_config, dtype=torch.get_default_dtype())
         self.layers, self.norm, self.rotary_emb = decoder.layers, decoder.norm, decoder.rotary_emb
@@ -95,17 +130,12 @@ class DecoderOnlyStack(nn.Module):
             else:
                 mask = self._row_mask(rows, first_row, self._windows[index], seen)
                 rows = layer(rows, attention_mask=mask, position_embeddings=rotation, past_key_values=self_cache)
-        final: torch.Tensor = self.norm(rows)
-        return final
+        return self.norm(rows)
 
     def _row_mask(
         self, rows: torch.Tensor, first_row: int, window: int | None, real: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Causal mask over all rows up to these, or None if the attention function needs none.
-
-        Args:
-            real: bool [B, first_row + n], rows that are no padding; None: all.
-        """
+        """Causal mask over all rows up to these, or None if none is needed. real: bool [B, first_row + n], no padding; None: all."""
         count = rows.shape[1]
         total = first_row + count
         if window is not None and window >= total:
@@ -158,7 +188,60 @@ def _attend_to_memory(
         key, value = cache.update(key, value, attention.layer_idx)
     cos, sin = rotation
     unrotated = torch.ones_like(cos), torch.zeros_like(sin)
-    out: torch.Tensor = layer(
-        rows, attention_mask=mask, position_embeddings=unrotated, past_key_values=_Given(key, value)
-    )
-    return out
+    return layer(rows, attention_mask=mask, position_embeddings=unrotated, past_key_values=_Given(key, value))
+
+
+class EncoderDecoderStack(nn.Module):
+    """Decoder blocks and final norm of a T5."""
+
+    def __init__(self, config: CopilotConfig) -> None:
+        super().__init__()
+        decoder = AutoModel.from_config(config.decoder_config(), dtype=torch.get_default_dtype()).decoder
+        self.block, self.final_layer_norm, self.dropout = decoder.block, decoder.final_layer_norm, decoder.dropout
+        self._eager = decoder.config._attn_implementation == "eager"
+
+    def load_layers(self, base: nn.Module, layers: Sequence[int]) -> None:
+        """Copy these decoder blocks, the relative position bias (block 0 holds it) and the final norm of a base."""
+        decoder: Any = base.decoder
+        bias = "layer.0.SelfAttention.relative_attention_bias.weight"
+        for number, (own, index) in enumerate(zip(self.block, layers, strict=True)):
+            weights = decoder.block[index].state_dict()
+            weights.pop(bias, None)
+            if number == 0:
+                weights[bias] = decoder.block[0].state_dict()[bias]
+            own.load_state_dict(weights)
+        self.final_layer_norm.load_state_dict(decoder.final_layer_norm.state_dict())
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        memory: torch.Tensor,
+        visible: torch.Tensor,
+        *,
+        first_row: int,
+        self_cache: DynamicCache | None,
+        memory_cache: DynamicCache | None,
+    ) -> torch.Tensor:
+        """Final states; see `Copilot.decode`."""
+        count = rows.shape[1]
+        row_mask = None
+        if count > 1:
+            query = torch.arange(first_row, first_row + count, device=rows.device)[:, None]
+            seen = torch.arange(first_row + count, device=rows.device) <= query
+            row_mask = attention_mask(seen[None, None], rows.dtype, added=self._eager)
+        memory_mask = attention_mask(visible[:, None], rows.dtype, added=self._eager)
+        row_bias = memory_bias = None
+        rows = self.dropout(rows)
+        for block in self.block:
+            rows, row_bias, _ = block.layer[0](
+                rows, attention_mask=row_mask, position_bias=row_bias, past_key_values=self_cache
+            )
+            rows, memory_bias, _ = block.layer[1](
+                rows,
+                key_value_states=memory,
+                attention_mask=memory_mask,
+                position_bias=memory_bias,
+                past_key_values=memory_cache,
+            )
+            rows = block.layer[-1](rows)
+        return self.dropout(self.final_layer_norm(rows))

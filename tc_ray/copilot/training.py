@@ -1,0 +1,87 @@
+"""The training loop of a Copilot: of each learner worker of a run, and of the one learner that reads a stored log.
+
+Invariant: the batch of a step follows from the seed, the step's number and the rows held, so every rank draws the same batch and
+takes its own part, and a learner that starts again draws what the one before would have. Called by `worker` and `from_log`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.copilot import checkpoint
+from tc_ray.copilot.batch import batch_from_records
+from tc_ray.copilot.buffer import RoundBuffer
+from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.learner import Learner, StepResult
+
+IDLE_SECONDS = 0.1
+_DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
+
+
+class Feed(Protocol):
+    """Where records come from: a growing log (`worker`) or a stored one (`from_log`)."""
+
+    buffer: RoundBuffer
+    version: int
+    """Of the table, as the buffer holds it."""
+
+    def rounds_for(self, step: int) -> int:
+        """Bring the buffer up to date for this step; the newest round whose steps are due, the same on every rank."""
+        ...
+
+
+def train(
+    learner: Learner,
+    feed: Feed,
+    config: RunConfig,
+    folder: Path,
+    *,
+    rounds: int,
+    report: Callable[[Position, StepResult | None], None],
+    restored: Callable[[Position, list[str]], None] = lambda at, damaged: None,
+    inputs: Mapping[str, str] | None = None,
+    rank: int = 0,
+) -> Position:
+    """Train from the newest whole checkpoint in `folder` to the last step, then export to `folder/final` (rank 0).
+
+    rounds: of the run, `copilot.steps_per_round` steps each. inputs: kept in every checkpoint.
+    report: called on every rank after each step, and with None while there is nothing to do.
+    restored: called once, before the first step, with the faults of damaged checkpoints that were passed over.
+    """
+    per_round, size = config.copilot.steps_per_round, config.copilot.batch_size
+    total, part = rounds * per_round, size // learner.world_size
+    own = range(rank * part, (rank + 1) * part)
+
+    def position(step: int) -> Position:
+        return Position(step, step // per_round, feed.version, dict(inputs or {}))
+
+    found, damaged = checkpoint.restore(learner, folder / "checkpoints")
+    at = found or position(0)
+    restored(at, damaged)
+    while at.step < total:
+        due = min(feed.rounds_for(at.step) * per_round, total)
+        if at.step < due and len(feed.buffer):
+            records = feed.buffer.draw(size, (config.run.seed, _DRAW, at.step))
+            result = learner.step(batch_from_records(records, own))
+            at = position(at.step + 1)
+            report(at, result)
+            if at.step % config.copilot.checkpoint_every_steps == 0 or at.step == total:
+                if rank == 0:
+                    checkpoint.save(learner, folder / "checkpoints", at)
+                if learner.world_size > 1:
+                    dist.barrier()
+            continue
+        if at.step < due:
+            at = position(due)  # every record so far was left out by log.sampling: there is nothing to learn from
+        else:
+            time.sleep(IDLE_SECONDS)
+        report(at, None)  # again and again: a restarted Ledger has forgotten it
+    if rank == 0:
+        learner.export(folder / "final")
+    return at
