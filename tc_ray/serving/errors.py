@@ -1,7 +1,7 @@
 """Errors of serving, and how a client sees them: OpenAI's error envelope, which names the field at fault.
 
 Invariant: every error body of the server is `{"error": {message, type, param, code}}`, and no message repeats what the
-client sent except the (shortened) name of a field. Used all over serving; ServingError by the cli.
+client sent except the (shortened) name of a field.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
 
 MAX_MESSAGE_CHARACTERS = 500
 UNION_TAGS = frozenset({"(text)", "(texts)", "(parts)", "(ids)", "(id lists)", "(list)"})
@@ -27,10 +26,8 @@ class ServingError(RuntimeError):
 class RequestError(Exception):
     """A request is refused or failed.
 
-    Args:
-        message: one sentence for the client. status: HTTP status. param: the field at fault, as the client wrote it.
-        code: a stable word for programs. retry_after_s: value of the Retry-After header, in seconds.
-        challenge: with status 401, the header WWW-Authenticate.
+    message: one sentence for the client. param: the field at fault, as the client wrote it. code: a stable word for programs.
+    retry_after_s: value of the Retry-After header, in seconds.
     """
 
     message: str
@@ -39,35 +36,23 @@ class RequestError(Exception):
     param: str | None = None
     code: str | None = None
     retry_after_s: int | None = None
-    challenge: str = "Bearer"
 
     @property
     def headers(self) -> dict[str, str]:
         """Response headers that belong to this error."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
-        if self.status == 401:
-            headers["WWW-Authenticate"] = self.challenge
-        return headers
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
     def envelope(self) -> dict[str, Any]:
         """The JSON body of this error."""
-        return {
-            "error": {
-                "message": _shortened(self.message),
-                "type": error_type(self.status),
-                "param": None if self.param is None else _shortened(self.param),
-                "code": self.code,
-            }
-        }
+        others = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, others)
+        param = None if self.param is None else _shortened(self.param)
+        return {"error": {"message": _shortened(self.message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """This error as an HTTP response."""
         return JSONResponse(self.envelope(), self.status, self.headers)
-
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request with this error from a middleware. metrics.py reads the code from the scope's state."""
-        scope.setdefault("state", {})["refused"] = self.code
-        await self.response()(scope, receive, send)
 
 
 def queue_full() -> RequestError:
@@ -87,12 +72,6 @@ def invalid_value(param: str, reason: str) -> RequestError:
     return RequestError(f"Field `{param}`: {reason}.", param=param, code="invalid_value")
 
 
-def error_type(status: int) -> str:
-    """OpenAI's error type for an HTTP status."""
-    others = "server_error" if status >= 500 else "invalid_request_error"
-    return {401: "authentication_error", 429: "rate_limit_error"}.get(status, others)
-
-
 def contradiction(param: str, reason: str) -> PydanticCustomError:
     """The error that a pydantic validator raises where a field contradicts others."""
     return PydanticCustomError("contradiction", "{reason}", {"param": param, "reason": reason})
@@ -101,12 +80,14 @@ def contradiction(param: str, reason: str) -> PydanticCustomError:
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     """The RequestError for what FastAPI found in a request. It names the first error only."""
     first = errors[0]
-    kind, (place, *location) = first["type"], first["loc"]
-    if not location and "param" not in first.get("ctx", {}):
-        return RequestError("The body must be a JSON object.", code="invalid_body")
-    if place == "header":
-        location = location[:1]
-    param = first.get("ctx", {}).get("param") or field_name(location)
+    kind, (place, *location), param = first["type"], first["loc"], first.get("ctx", {}).get("param")
+    if kind == "json_invalid" and place == "body":
+        return RequestError("The body is not valid JSON.", code="invalid_json")
+    if not location and param is None:
+        return RequestError(
+            "The body must be a JSON object, sent with Content-Type: application/json.", code="invalid_body"
+        )
+    param = param or field_name(location[:1] if place == "header" else location)
     if kind == "missing":
         return RequestError(f"Field `{param}` is required.", param=param, code="missing_field")
     if kind == "extra_forbidden":
@@ -126,5 +107,6 @@ def field_name(location: Sequence[str | int]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """`text` cut to the length of an error message: a field's name may be long."""
+    """`text` cut to the length of an error message, without characters that have no UTF-8."""
+    text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 3] + "..."

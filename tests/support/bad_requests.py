@@ -41,14 +41,12 @@ FLAGS = ["0", "1", '"true"', "[]", "{}", "NaN"]
 TEXTS = ["1", "true", "{}", r'"\ud800"', r'"\udfff x"', "NaN"]
 
 NUMBER_FIELDS = {
-    "temperature": ["-0.1", "2.1", "1e-9", "0.001"],
+    "temperature": ["-0.1", "2.1"],
     "top_p": ["0", "-1", "1.0001"],
-    "lambda": ["-0.1", "11"],
 }
-NUMBER_FIELDS |= {"presence_penalty": ["2.1", "-2.1"], "frequency_penalty": ["1e9", "-1e9"]}
 GENERATION_COUNTS = {"n": ["0", "9", "1000000"], "max_tokens": ["-5", "65", "1000000"], "top_k": ["0"], "seed": []}
 ROUTE_COUNTS: dict[str, dict[str, list[str]]] = {
-    COMPLETIONS: {**GENERATION_COUNTS, "best_of": ["0", "2", "1000000"], "logprobs": ["6", "1000000"]},
+    COMPLETIONS: {**GENERATION_COUNTS, "logprobs": ["6", "1000000"]},
     CHAT: {**GENERATION_COUNTS, "max_completion_tokens": ["0", "65", "1000000"], "top_logprobs": ["0", "1", "21"]},
     SCORE: {"top_logprobs": ["21", "1000000"]},
 }
@@ -74,6 +72,9 @@ UNSUPPORTED += [
     " model",
     "model_config",
     "lam",
+    "lambda",
+    "best_of",
+    "presence_penalty",
     "\\u0000",
     "\\ud800",
     "x" * 100_000,
@@ -86,7 +87,7 @@ def bad_values() -> Iterator[BadRequest]:
     """Each field with each value of a wrong type or beyond its range."""
     for path, minimal in MINIMAL.items():
         values = {name: [*COUNTS, *more] for name, more in ROUTE_COUNTS[path].items()}
-        numbers = NUMBER_FIELDS if path != SCORE else {"lambda": NUMBER_FIELDS["lambda"]}
+        numbers = NUMBER_FIELDS if path != SCORE else {}
         values |= {name: [*NUMBERS, *more] for name, more in numbers.items()}
         values |= {name: FLAGS for name in ROUTE_FLAGS[path]}
         values |= {name: TEXTS for name in ROUTE_TEXTS[path]}
@@ -104,9 +105,6 @@ def bad_values() -> Iterator[BadRequest]:
                 yield BadRequest(f"{path} {name}={value[:24]}", path, body.encode())
         for value in ['{"lambda": -1}', '{"lambda": NaN}', '{"lambda": "1"}', '{"lambda": 1e9}', '{"Lambda": 1}']:
             yield BadRequest(f"{path} copilot={value}", path, f'{{{minimal}, "copilot": {value}}}'.encode())
-        yield BadRequest(
-            f"{path} lambda twice", path, f'{{{minimal}, "lambda": 1, "copilot": {{"lambda": 1}}}}'.encode()
-        )
         for name in UNSUPPORTED:
             yield BadRequest(f"{path} unknown {name[:20]!r}", path, f'{{{minimal}, "{name}": 1}}'.encode())
 
@@ -272,20 +270,6 @@ def bad_heads() -> Iterator[BadRequest]:
         )
         for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "PROPFIND"):
             yield BadRequest(f"{method} {path}", path, good, refused=frozenset({405}), method=method)
-        for seconds in (
-            "NaN",
-            "-1",
-            "0",
-            "abc",
-            "-1e999",
-            "-0",
-            "9" * 5000 + "x",
-            "0x10",
-            "1 2",
-            "\u0661".encode().decode("latin-1"),
-        ):
-            head = {**JSON_TYPE, "X-Request-Timeout-S": seconds}
-            yield BadRequest(f"{path} timeout {seconds[:12]}", path, good, head)
         for address in (path + "/", path + "/x", path.upper(), "/" + path, path + "%00", path + "/../../etc/passwd"):
             yield BadRequest(f"address {address}", address, good, refused=frozenset({404, 405}))
     for address in (

@@ -59,9 +59,6 @@ class Browser:
         self._buffer = b""
         self._number = 0
         self._session: str | None = None
-        self._account: dict[str, str] = {}
-        self.asked_for_account = 0
-        """How often a server asked for a name and a password."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
@@ -102,11 +99,6 @@ class Browser:
         os.write(self._write, json.dumps(message).encode() + b"\0")
         return self._number
 
-    def sign_in(self, user: str, password: str) -> None:
-        """Answer every question for a name and a password with these, once a request."""
-        self._account = {"response": "ProvideCredentials", "username": user, "password": password}
-        self.call("Fetch.enable", handleAuthRequests=True)
-
     def _next(self, seconds: float = 60.0) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while b"\0" not in self._buffer:
@@ -123,13 +115,6 @@ class Browser:
             self._addresses[fields["requestId"]] = fields["request"]["url"]
         elif event == "Network.loadingFailed" and "blockedReason" in fields:
             self.blocked.append((self._addresses[fields["requestId"]], fields["blockedReason"]))
-        elif event == "Fetch.requestPaused":
-            self._send("Fetch.continueRequest", {"requestId": fields["requestId"]})
-        elif event == "Fetch.authRequired":
-            self.asked_for_account += 1
-            self._send(
-                "Fetch.continueWithAuth", {"requestId": fields["requestId"], "authChallengeResponse": self._account}
-            )
         elif event == "Log.entryAdded":
             self.complaints.append(fields["entry"]["text"])
         elif event == "Runtime.exceptionThrown":

@@ -130,9 +130,9 @@ def serve(export: Path, descriptor: int, *, key: str | None, max_tokens: int, ma
 
     from tc_ray.config.serving import ServingSection
     from tc_ray.models.fusion import FusedModel
+    from tc_ray.serving.deploy.settings import digest
     from tc_ray.serving.engine.engine import Engine
     from tc_ray.serving.http.app import create_app
-    from tc_ray.serving.http.auth import digest
     from tc_ray.serving.models.registry import ModelRegistry, ServedModel
     from tc_ray.serving.text.prompt import PromptEncoder
 

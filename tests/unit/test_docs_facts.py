@@ -20,9 +20,10 @@ from tc_ray.mistakelog.rows.schema import PREFIX, ROW_SCHEMA, SCHEMA_VERSION, Lo
 from tc_ray.mistakelog.table import lease
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.families import FAMILIES
+from tc_ray.serving import wire
 from tc_ray.serving.engine import engine, prefill
 from tc_ray.serving.failover import proxy
-from tc_ray.serving.http import limits, requests, routes
+from tc_ray.serving.http import requests
 from tc_ray.serving.http.metrics import Metrics
 from tests.support.mistakelog_samples import metadata
 from tests.support.serving_client import client_of, settings_of
@@ -104,15 +105,13 @@ NUMBERS: list[tuple[str, str, float]] = [
     (ARCHITECTURE, r"then sleep ([\d.]+) s at a time", training.IDLE_SECONDS),
     (ARCHITECTURE, r"buffer \(last (\d+) rounds\)", defaults.copilot.buffer_rounds),
     (SERVING, r"computed something in the last (\d+) s", engine.STALL_S),
-    (SERVING, r"a body that takes more than (\d+) s", limits.BODY_TIMEOUT_S),
+    (SERVING, r"a body that takes more than (\d+) s", wire.BODY_TIMEOUT_S),
     (SERVING, r"bodies of more than (\d+) MiB in a proxy", proxy.MAX_HELD_BYTES / 2**20),
     (SERVING, r"begins with (\d+) or more of the same tokens", prefill.MIN_TOKENS),
     (SERVING, r"`stop` (\d+) strings", requests.MAX_STOPS),
     (SERVING, r"strings of (\d+) characters", requests.MAX_STOP_CHARACTERS),
-    (SERVING, r"`temperature` 0, or ([\d.]+) to 2", requests.MIN_TEMPERATURE),
+    (SERVING, r"`temperature` to 2 \(below ([\d.]+)", requests.MIN_TEMPERATURE),
     (SERVING, r"`top_logprobs` to (\d+)", requests.MAX_TOP_LOGPROBS),
-    (SERVING, r"(\d+) texts to score", requests.MAX_SCORED),
-    (SERVING, r"`X-Request-Timeout-S` at least (\d+)", routes.MIN_TIMEOUT_S),
     ("docs/status.md", r"waits up to (\d+) s for a free place", proxy.RESUME_WITHIN_S),
     ("docs/status.md", r"for a free place, (three) times at most", proxy.MAX_RESUMES),
 ]

@@ -32,10 +32,7 @@ def build(args: dict[str, Any]) -> Any:
 
     args: `runs`, a list of run folders, exports or NAME=FOLDER; `config`, a file whose `serving` section counts instead of
     the run's own; and fields of the section (docs/config.md). The cluster can be reached from elsewhere, so an API key is
-    needed (TC_RAY_API_KEY, or `key_file`), or `allow_open: true`.
-
-    Raises:
-        ServingError, ExportError, ConfigError: no exported model in a folder, a setting that cannot be, or no API key.
+    needed (TC_RAY_API_KEY, or `key_file`), or `allow_open: true`. Raises as `command_settings`.
     """
     settings = application_settings(args)
     for export in settings.models.values():
@@ -48,8 +45,7 @@ def build_application(
 ) -> Any:
     """The Ray Serve application for `serve.run`. Loads nothing here.
 
-    user_config: of the replicas (`models/swap.py`). version: Serve replaces the replicas where it changes; where only
-    user_config changes, it calls their `reconfigure`.
+    version: Serve replaces the replicas where it changes; where only user_config changes, it calls their `reconfigure`.
     """
     serving = settings.serving
 
@@ -91,15 +87,13 @@ def build_application(
 
         async def check_health(self) -> None:
             """Raise when an engine does not generate a token."""
-            reason = await self.app.state.replica.unhealthy()  # type: ignore[attr-defined]
+            reason = await self.app.state.registry.unhealthy()  # type: ignore[attr-defined]
             if reason:
                 raise RuntimeError(reason)
 
-        async def reconfigure(self, user_config: Any) -> None:
-            """Take a changed user_config."""
-            import asyncio
-
-            await asyncio.to_thread(self.app.state.replica.configure, user_config)  # type: ignore[attr-defined]
+        async def reconfigure(self, _: Any) -> None:
+            """Take up Copilots that have changed: the user_config has."""
+            self.app.state.replica.reload()  # type: ignore[attr-defined]
 
     # Without a version Serve draws one, and every `serve.run` would replace the replicas.
     return FusedReplica.options(version=version, _internal=True).bind()  # type: ignore[attr-defined]

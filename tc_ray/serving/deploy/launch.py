@@ -1,14 +1,12 @@
-"""Start and end of the server: check folders, address, keys and memory, put the app into Ray Serve, drain it at the end.
+"""Start and end of the server: check folders, address and keys, put the app into Ray Serve, drain it at the end.
 
 Invariant: whatever can be known before Ray starts is checked before, and every failure is one ServingError. At the end,
-requests in progress are finished before the proxy goes. Called by `tc-ray serve`; the tests use `start_server` and stop it
-themselves.
+requests in progress are finished before the proxy goes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -16,30 +14,25 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.export.check import check_tokenizer, weight_bytes
-from tc_ray.serving.deploy.memory import available_cpus, available_memory_bytes, check_memory
 from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.headers import FAILOVER_HEADER
-from tc_ray.serving.http.auth import KEY_VARIABLE
+from tc_ray.serving.wire import FAILOVER_HEADER
 from tc_ray.text import first_line, visible
 
 APPLICATION = "tc-ray"
-_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
-"""Name and namespace of Ray Serve's controller actor."""
 PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Serve's proxy process calls the function of this name for its middlewares."""
 FAILOVER_PROXY = "tc_ray.serving.failover.proxy.middlewares"
 NICENESS_VARIABLE = "RAY_worker_niceness"
 RELOAD_SIGNAL = signal.SIGUSR1
-_STILL_LOADING_S = 10.0
 _STOP_MARGIN_S = 15.0
 """For Serve to see that a replica has drained, on top of the time it has for that."""
 
@@ -54,11 +47,6 @@ class Server:
     settings: ReplicaSettings
     _started_ray: bool
     _reloads: int = 0
-
-    @property
-    def models(self) -> list[str]:
-        """Names of its models."""
-        return list(self.settings.models)
 
     def reload(self) -> None:
         """Have every replica read its Copilots' folders again and swap what has changed, in the background."""
@@ -84,16 +72,6 @@ class Server:
         if self._started_ray:
             ray.shutdown()
 
-    def example(self) -> str:
-        """A curl command that works as it is."""
-        key = f' \\\n  -H "Authorization: Bearer ${KEY_VARIABLE}"' if self.settings.key_digests else ""
-        question = {"role": "user", "content": "What is 12 + 30?"}
-        body = {"model": self.models[0], "messages": [question], "temperature": 0}
-        return (
-            f"curl {self.url}/v1/chat/completions{key} \\\n  -H 'Content-Type: application/json' \\\n  -d "
-            f"'{json.dumps(body)}'"
-        )
-
 
 def check_port(host: str, port: int) -> None:
     """Raise ServingError where `port` of `host` cannot be listened on."""
@@ -113,16 +91,12 @@ def start_server(settings: ReplicaSettings, say: Say = lambda _: None) -> Server
     """Serve exported models and return once they answer.
 
     Uses the Ray that this process is connected to, else joins RAY_ADDRESS, else starts a local one. say: shows progress.
-
-    Raises:
-        ServingError: Copilot of another tokenizer, port taken, too little memory, a cluster that serves already, or a model
-            that does not load.
+    Raises ServingError: Copilot of another tokenizer, port taken, a cluster that serves already, a model that does not load.
     """
     serving = settings.serving
     check_port(serving.host, serving.port)
     local = _starts_ray()
     if local:
-        check_memory(settings.models.values(), serving, available_memory_bytes())
         threads = serving.threads or max(1, available_cpus() // serving.most_replicas)
         settings = replace(settings, serving=serving.model_copy(update={"threads": threads}))
     for export in settings.models.values():
@@ -151,6 +125,16 @@ def _starts_ray() -> bool:
     """Whether the server will have a Ray of its own on this machine."""
     connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     return not connected and not os.environ.get("RAY_ADDRESS")
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: of those it is bound to, as many as the control group's quota makes up."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return bound if quota == "max" else max(1, min(bound, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return bound
 
 
 def _connect(serving: ServingSection) -> bool:
@@ -185,7 +169,7 @@ def _deploy(settings: ReplicaSettings, say: Say) -> None:
     from tc_ray.serving.deploy.deployment import QUIET
 
     try:
-        ray.get_actor(_CONTROLLER[0], namespace=_CONTROLLER[1])
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
         pass
     else:
@@ -197,8 +181,8 @@ def _deploy(settings: ReplicaSettings, say: Say) -> None:
     address = {"host": settings.serving.host, "port": settings.serving.port}
     serve.start(proxy_location="HeadOnly", http_options=address, logging_config=QUIET)
     try:
-        with _still_loading(say):
-            _run_application(settings)
+        say("loading the models")
+        _run_application(settings)
     except RuntimeError as error:
         reason = _deployment_failure() or str(error)
         serve.shutdown()
@@ -215,23 +199,6 @@ def _run_application(settings: ReplicaSettings, user_config: dict[str, Any] | No
 
     application = build_application(settings, user_config)
     serve.run(application, name=APPLICATION, route_prefix="/", logging_config=QUIET)
-
-
-@contextlib.contextmanager
-def _still_loading(say: Say) -> Iterator[None]:
-    """Say that models are loading, and again every _STILL_LOADING_S."""
-    ended, begun = threading.Event(), time.monotonic()
-
-    def run() -> None:
-        while not ended.wait(_STILL_LOADING_S):
-            say(f"still loading, {time.monotonic() - begun:.0f} s")
-
-    say("loading the models")
-    threading.Thread(target=run, name="loading-progress", daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 def _warn_without_failover(server: Server, say: Say) -> None:
@@ -259,7 +226,7 @@ def _deployment_failure() -> str | None:
 
 
 def serve_until_stopped(settings: ReplicaSettings) -> None:
-    """Serve until Ctrl-C or SIGTERM; RELOAD_SIGNAL swaps Copilots. Prints progress, then the address and an example.
+    """Serve until Ctrl-C or SIGTERM; RELOAD_SIGNAL swaps Copilots. Prints progress, then the address.
 
     Must be called in the main thread, which is the one that receives signals.
     """
@@ -273,7 +240,7 @@ def serve_until_stopped(settings: ReplicaSettings) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, RELOAD_SIGNAL)
     before = {number: signal.signal(number, lambda got, _: signals.put(got)) for number in numbers}
     try:
-        say(f"ready: {', '.join(server.models)} at {server.url}\n\n{server.example()}\n")
+        say(f"ready: {', '.join(settings.models)} at {server.url}")
         say(f"Ctrl-C ends it. `kill -USR1 {os.getpid()}` loads Copilots that have changed.")
         while signals.get() == RELOAD_SIGNAL:
             server.reload()

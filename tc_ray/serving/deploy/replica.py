@@ -1,7 +1,6 @@
 """What runs in a replica's process: models, engines, the app over them, and the swap of Copilots.
 
-Invariant: a replica answers only when every model has generated a token. Called by deployment.py; the tests use `Replica`
-without Serve as well.
+Invariant: a replica answers only when every model has generated a token. The tests use `Replica` without Serve as well.
 """
 
 from __future__ import annotations
@@ -9,24 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
 
 import torch
 from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
-from tc_ray.export.check import ExportError
+from tc_ray.export.check import copilot_version, find_export
 from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.engine.engine import Turns
-from tc_ray.serving.errors import ServingError
 from tc_ray.serving.http.app import create_app
-from tc_ray.serving.latency import prepare_process
-from tc_ray.serving.models.loading import LoadedRun
-from tc_ray.serving.models.registry import ModelRegistry
-from tc_ray.serving.models.swap import load_copilots, read_user_config
+from tc_ray.serving.models.registry import LoadedRun, ModelRegistry
+from tc_ray.serving.wire import prepare_process
 
 logger = logging.getLogger("tc_ray.serving")
 
@@ -39,41 +34,47 @@ class Replica:
         torch.set_num_threads(settings.serving.threads or 1)
         prepare_process()
         turns = Turns()
-        runs: list[LoadedRun] = []
+        self._drain_s = settings.serving.drain_time_s
+        self._runs: list[LoadedRun] = []
         self.registry = ModelRegistry()
         for name, export in settings.models.items():
             begun = time.monotonic()
             run = LoadedRun(name, export, settings.serving, turns)
             served = run.load_copilot(export)
-            runs.append(run)
+            self._runs.append(run)
             self.registry.replace(served)
             logger.info("%s: loaded in %.1f s, Copilot %s", name, time.monotonic() - begun, served.copilot_version)
-        self._load = partial(load_copilots, self.registry, runs, drain_s=settings.serving.drain_time_s)
-        self._names = set(settings.models)
         self._swaps = ThreadPoolExecutor(1, thread_name_prefix="copilot-swap")
-        self._serving = False
 
-    def configure(self, user_config: Any) -> None:
-        """Serve's user_config: which folders the Copilots come from.
+    def reload(self) -> None:
+        """Read the exports' Copilots again in the background, and serve those that have changed.
 
-        At the start the Copilots are loaded before the replica answers, and a problem raises ServingError, so that Serve
-        reports a failed deployment. Later they are loaded in the background, and a problem is logged: an error would make
-        Serve end a replica that serves well.
+        Requests in progress end with the Copilot that they began with. One that cannot be used is reported in one log line
+        and changes nothing.
         """
-        if not self._serving:
-            for problem in self._load(read_user_config(user_config, self._names)):
-                raise ServingError(problem)
-            return
-        try:
-            self._swaps.submit(self._load, read_user_config(user_config, self._names))
-        except (ServingError, ExportError) as error:
-            logger.error("the new user_config is not used: %s", error)
+        for run in self._runs:
+            self._swaps.submit(self._reload, run)
 
-    async def unhealthy(self) -> str | None:
-        """What is wrong with the engines. None: nothing, and the replica serves from now on."""
-        reason = await self.registry.unhealthy()
-        self._serving = self._serving or reason is None
-        return reason
+    def _reload(self, run: LoadedRun) -> None:
+        begun, before = time.monotonic(), self.registry.find(run.name)
+        version = before.copilot_version
+        try:
+            if copilot_version(find_export(run.export)) == version:
+                return
+            after = run.load_copilot(run.export)
+        except Exception as error:  # noqa: BLE001 - of strangers' files
+            logger.error(
+                "%s: the Copilot in %s is not used, %s goes on serving: %s", run.name, run.export, version, error
+            )
+            return
+        self.registry.replace(after)
+        seconds, newer = time.monotonic() - begun, after.copilot_version
+        logger.info("%s: Copilot %s replaces %s (loaded in %.1f s)", run.name, newer, version, seconds)
+        # A request that looked it up before is refused by the closing engine, and looks it up again (http/routes.py).
+        retire = threading.Thread(
+            target=run.release, args=(before.engine, self._drain_s), name="copilot-retire", daemon=True
+        )
+        retire.start()
 
 
 def build_app(settings: ReplicaSettings) -> FastAPI:

@@ -3,7 +3,7 @@
 A prompt is computed by itself, exactly as `generate` computes it (prefill.py), then joins. `step` takes one token of every
 sequence and returns the next distributions of all. Invariant: a sequence's numbers depend on the others by rounding only:
 rows are independent in every operation, and masks hide what is not a row's own. Sequences with lam 0 do not run the
-Copilot. Decoder-only models. Used by the engine's worker; it knows nothing of requests or text.
+Copilot. Decoder-only models.
 """
 
 from __future__ import annotations
@@ -39,15 +39,9 @@ class Step:
 
 
 class FusedBatch:
-    """Sequences that decode one token per step, each with its own lam.
-
-    Raises:
-        ValueError: the model is an encoder-decoder.
-    """
+    """Sequences that decode one token per step, each with its own lam."""
 
     def __init__(self, model: FusedModel) -> None:
-        if model.family.encoder_decoder:
-            raise ValueError("a running batch needs a decoder-only model")
         self.model = model
         weight = model.get_input_embeddings().weight
         self._device = weight.device
@@ -71,8 +65,6 @@ class FusedBatch:
     def __len__(self) -> int:
         return len(self._pilot)
 
-    # -- cache ----------------------------------------------------------------------------------------------------
-
     def need(self, prompt: int, new: int, corrected: bool) -> CacheNeed:
         """What a sequence of `prompt` and `new` tokens needs."""
         return CacheNeed(prompt + new, new if corrected else 0, 2 * prompt + new if corrected else 0)
@@ -94,8 +86,7 @@ class FusedBatch:
     def reserve(self, needs: Sequence[CacheNeed], budget_bytes: int = 0) -> None:
         """Resize the caches to sequences of these needs, those in the batch among them.
 
-        Args:
-            budget_bytes: the caches do not shrink while they stay below this; each resize copies everything.
+        They do not shrink while they stay below budget_bytes: each resize copies everything.
         """
         sizes = self._sizes(needs)
         kept = [(store, *store.at_least(rows, columns)) for store, rows, columns in sizes]
@@ -108,8 +99,6 @@ class FusedBatch:
     def nbytes(self) -> int:
         """Bytes that the caches hold."""
         return self._pilot.nbytes + self._rows.nbytes + self._memory.nbytes
-
-    # -- rows -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def join(self, prefill: Prefill) -> int:
@@ -150,13 +139,9 @@ class FusedBatch:
             self._copilot_of[self._copilot_of.index(last)] = gone
         self._kept = self._kept[:last]
 
-    # -- one token ------------------------------------------------------------------------------------------------
-
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Step:
         """Decode the last token of each row, in the order of rows; returns the logits of the next ones."""
-        if len(tokens) != len(self):
-            raise ValueError(f"{len(tokens)} tokens for {len(self)} rows")
         model = self.model
         last = torch.tensor(tokens, device=self._device)
         self._pilot.ensure_columns(1)
@@ -175,13 +160,10 @@ class FusedBatch:
         pilot = out.logits[:, -1].float()
         if not self._lam:
             return Step(pilot, pilot)
-        if len(self._lam) == len(self) and self._copilot_of == list(range(len(self))):
+        if self._copilot_of == list(range(len(self))):
             return Step(pilot, self._corrected(pilot, last, states))
-        places: list[int] = [0] * len(self._lam)
-        for row, place in enumerate(self._copilot_of):
-            if place is not None:
-                places[place] = row
-        chosen = torch.tensor(places, device=self._device)
+        rows = [self._copilot_of.index(place) for place in range(len(self._lam))]
+        chosen = torch.tensor(rows, device=self._device)
         corrected = self._corrected(pilot[chosen], last[chosen], states[chosen])
         return Step(pilot, pilot.index_copy(0, chosen, corrected))
 

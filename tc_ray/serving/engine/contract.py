@@ -1,7 +1,7 @@
 """The engine's interface: requests in, events out. Plain data, no torch.
 
 Invariant: each accepted generation or scoring ends with exactly one `Finished`, `Scored` or `RequestError`, unless it was
-cancelled; what is cancelled stops within one token. Used by the engine, the HTTP application and the tests.
+cancelled; what is cancelled stops within one token.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from tc_ray.serving.errors import RequestError
 class GenerationRequest:
     """What to generate. temperature 0 is greedy; top_k None and top_p 1 do not cut; lam None is the exported one.
 
-    seed: None draws one. presence_penalty, frequency_penalty: subtracted from the fused logits of tokens generated before,
-    once, and once per occurrence. logprobs: None for none, else how many of the likeliest tokens to name beside the chosen
-    one. explain: report what the Pilot would have chosen. ignore_end: end tokens do not end it (for health checks). owner:
+    seed: None draws one. logprobs: None for none, else how many of the likeliest tokens to name beside the chosen one. explain: report what the Pilot would have chosen. ignore_end: end tokens do not end it (for health checks). owner:
     whose prompt it is; only prompts of one owner share computed beginnings. deadline_s: `time.monotonic()` at which it fails.
     """
 
@@ -31,8 +29,6 @@ class GenerationRequest:
     seed: int | None = None
     stops: tuple[str, ...] = ()
     lam: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
     logprobs: int | None = None
     explain: bool = False
     ignore_end: bool = False
@@ -57,11 +53,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Explained:
-    """What the correction did at one token: probabilities before and after it, of distributions before temperature.
-
-    pilot_id: likeliest token of the Pilot. pilot, fused: p^ and p~ of the chosen token. moved: total variation distance of
-    p^ and p~, 0 to 1.
-    """
+    """What the correction did at one token. pilot_id: likeliest token of the Pilot. pilot, fused: p^ and p~ of the chosen token,
+    before temperature. moved: total variation distance of p^ and p~, 0 to 1."""
 
     pilot_id: int
     pilot: float
@@ -71,7 +64,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token. logprob: log p~ of it, before penalties and temperature (None: not asked for); top: (id,
+    """One generated token. logprob: log p~ of it, before temperature (None: not asked for); top: (id,
     log p~) of the likeliest, best first. A log of 0 is -inf."""
 
     id: int
@@ -95,8 +88,6 @@ class Finished:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0
-    """Prompt tokens whose keys and values were reused."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Continuous batching of one fused model in a thread: requests join and leave the running batch at each token.
 
 Invariant: every accepted request ends with exactly one last event unless it was cancelled, and what is cancelled stops
-before the next token. `reserve` alone decides whether a request has a place: `_taken` counts reserved places and accepted
-requests that have not ended. What the thread computes stands in worker.py. Used by the HTTP application and the registry.
+before the next token. `submit` alone decides whether a request has a place: `_taken` counts the accepted requests that have
+not ended. What the thread computes stands in worker.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +30,6 @@ PROBE_S = 30.0
 """An idle engine must generate its two tokens within this time."""
 _NICENESS = 15
 """Of the engine's thread and torch's threads under it. The threads that answer clients need little time, but at once."""
-Submit = Callable[[Sequence[Request], Callable[[int, Event], None]], list[RequestHandle]]
-"""Queues requests; calls the second argument with the index of a request and an event of it."""
 
 
 class Turns:
@@ -56,11 +54,9 @@ class Turns:
 
 
 class Engine:
-    """Generates and scores with one fused model.
+    """Generates and scores with one fused model, which must be decoder-only.
 
-    Args:
-        model: a decoder-only FusedModel. tokenizer: used by the engine's thread alone.
-        limits: what it holds at once. turn: shared by engines of one process (and needed by those of one Pilot).
+    tokenizer: used by the engine's thread alone. turn: shared by engines of one process (and needed by those of one Pilot).
     """
 
     def __init__(
@@ -81,51 +77,32 @@ class Engine:
         """Longest sequence, prompt and new tokens together, that the model has positions for."""
         return int(self.model.config.max_position_embeddings)
 
-    # -- called from any thread -----------------------------------------------------------------------------------
+    def submit(self, requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
+        """Queue requests, all or none. `deliver` gets the index of a request and its events, in the engine's thread.
 
-    @contextlib.contextmanager
-    def reserve(self, places: int) -> Iterator[Submit]:
-        """Hold places for requests, all or none, while their prompts are encoded. Gives the function that queues them.
-
-        Places that are not used are given back at the end. The events come from the engine's thread.
-
-        Raises:
-            RequestError: 429 when too few are free, 503 when the engine is closing or dead, 400 for more than there are. The
-                function raises the 503 too, and 400 for a request that can never fit.
+        Raises RequestError: 429 when too few places are free, 503 when the engine is closing or dead, 400 for more requests
+        than there are places and for one that can never fit.
         """
         most = self.limits.max_running + self.limits.max_waiting
-        if places > most:
+        if len(requests) > most:
             raise RequestError(
-                f"The request needs {places} places, and the server has {most}; ask for fewer choices or prompts.",
+                f"The request needs {len(requests)} places, and the server has {most}; ask for fewer choices or prompts.",
                 param="n",
                 code="too_many_choices",
             )
+        for request in requests:
+            self._check_fits(request)
         with self._changed:
-            self._check_open()
-            if places > self.free_places():
+            if self._closing:
+                raise shutting_down()
+            if self._ended or not self._thread.is_alive():
+                raise RequestError("The engine has stopped.", status=503, code="worker_stopped")
+            if len(requests) > self.free_places():
                 raise queue_full()
-            self._taken += places
-        left = places
-
-        def submit(requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
-            nonlocal left
-            assert len(requests) <= left
-            handles = self._accept(requests, deliver)
-            left -= len(requests)  # each handle gives its own back
-            return handles
-
-        try:
-            yield submit
-        finally:
-            self._give_back(left)
-
-    def submit(self, requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
-        """Reserve places and queue requests, all or none. Raises as `reserve`."""
-        with self.reserve(len(requests)) as submit:
-            return submit(requests, deliver)
+            return self._accept(requests, deliver)
 
     def free_places(self) -> int:
-        """Places that can be reserved now."""
+        """How many more requests are taken now."""
         return max(0, self.limits.max_running + self.limits.max_waiting - self._taken)
 
     def unhealthy(self) -> str | None:
@@ -147,7 +124,6 @@ class Engine:
                 return None
             lam = float(self.model.default_lam) or 1.0
             probe = GenerationRequest((next(iter(self._worker.end_ids), 0),), 2, lam=lam, ignore_end=True)
-            self._taken += 1
             [handle] = self._accept([probe], lambda _, event: events.put(event))
         until = time.monotonic() + PROBE_S
         try:
@@ -173,34 +149,23 @@ class Engine:
             self._changed.notify_all()
         self._thread.join(timeout=30)
 
-    # -- queue ----------------------------------------------------------------------------------------------------
-
     def _accept(self, requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
-        """Queue requests whose places are taken."""
-        for request in requests:
-            self._check_fits(request)
+        """Queue requests for which there are places. The caller holds the lock."""
 
         def handle(number: int, request: Request) -> RequestHandle:
-            return RequestHandle(request, lambda event: deliver(number, event), lambda: self._give_back(1))
+            return RequestHandle(request, lambda event: deliver(number, event), self._give_back)
 
         handles = [handle(number, request) for number, request in enumerate(requests)]
-        with self._changed:
-            self._check_open()
-            if not self._busy():
-                self._worker.progress()  # an idle engine has not stalled
-            self._waiting.extend(handles)
-            self._changed.notify_all()
+        if not self._busy():
+            self._worker.progress()  # an idle engine has not stalled
+        self._taken += len(handles)
+        self._waiting.extend(handles)
+        self._changed.notify_all()
         return handles
 
-    def _give_back(self, places: int) -> None:
+    def _give_back(self) -> None:
         with self._changed:
-            self._taken -= places
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise shutting_down()
-        if self._ended or not self._thread.is_alive():
-            raise RequestError("The engine has stopped.", status=503, code="worker_stopped")
+            self._taken -= 1
 
     def _check_fits(self, request: Request) -> None:
         if not isinstance(request, GenerationRequest):
@@ -215,8 +180,6 @@ class Engine:
 
     def _busy(self) -> bool:
         return bool(self._waiting or len(self._worker))
-
-    # -- the thread -----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # not every system allows it

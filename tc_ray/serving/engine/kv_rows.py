@@ -3,7 +3,7 @@
 Each row is aligned to the right: its entries stand in columns [start, width), and all rows write the same new column. So
 one slice assignment per layer stores a token, distances between columns are distances between tokens (which is all that
 sliding windows need), and a mask shows where each row begins. Columns before the first start are dropped when the space is
-needed. Used by `FusedBatch`.
+needed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,7 @@ def rounded(count: int, step: int) -> int:
 
 
 class RowStore:
-    """Keys and values [layers, 2, rows, heads, columns, head_dim] of a changing set of rows.
-
-    Args:
-        layers, heads, head_dim: of the attention layers whose keys and values it holds.
-        dtype, device: of those.
-    """
+    """Keys and values [layers, 2, rows, heads, columns, head_dim] of a changing set of rows."""
 
     def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._shape = layers, heads, head_dim
@@ -72,11 +67,7 @@ class RowStore:
         return [self.width - start for start in self.starts]
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Resize the store to these rows and columns, rounded up to the next step.
-
-        Raises:
-            ValueError: the entries in use do not fit.
-        """
+        """Resize the store to these rows and columns, rounded up. Raises ValueError where the entries in use do not fit."""
         wanted = rounded(rows, _ROWS), rounded(columns, _COLUMNS)
         have = self._data.shape[2], self._data.shape[4]
         if wanted == have:
@@ -92,11 +83,7 @@ class RowStore:
         self.starts = [start - shift for start in self.starts]
 
     def ensure_columns(self, columns: int) -> None:
-        """Ensure that `columns` more fit beside the longest row; drop the columns before every row if needed.
-
-        Raises:
-            ValueError: they were not reserved.
-        """
+        """Drop the columns before every row if `columns` more need it. Raises ValueError where they were not reserved."""
         if self.width + columns <= self._data.shape[4]:
             return
         free = min(self.starts, default=self.width)

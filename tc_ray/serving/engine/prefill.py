@@ -1,8 +1,7 @@
 """A prompt being computed, and computed prompts that later prompts begin with, so a system prompt is computed once.
 
-Invariants: a prompt is computed by itself, exactly as `generate` computes it. It reuses prompts of its own owner only: the
-response reports how many tokens were reused, so across owners a client could guess other people's prompts from it. Used by
-batch.py and worker.py, in the engine's thread alone.
+Invariants: a prompt is computed by itself, exactly as `generate` computes it. It reuses prompts of its own owner only: a
+quick answer would show what others have asked.
 """
 
 from __future__ import annotations

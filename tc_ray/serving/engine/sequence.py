@@ -1,4 +1,4 @@
-"""One generation: its sampler, its text, its need of cache. Used by the engine's thread alone.
+"""One generation: its sampler, its text, its need of cache.
 
 Invariant: the same logits and seed give the token that transformers' `generate` draws (temperature, then top-k, then top-p),
 whatever else is in the batch: each sequence has its own generator.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from typing import Any, Literal
 
 import torch
@@ -20,45 +19,6 @@ from tc_ray.serving.text.incremental import IncrementalText
 
 _LIKELY = 256
 """Tokens sorted at first for top-p; all tokens are sorted only if these do not reach it."""
-
-
-class Sampler:
-    """Chooses the tokens of one generation."""
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self._request = request
-        self._generator: torch.Generator | None = None
-        self._counts: Counter[int] = Counter()
-        self._penalised = bool(request.presence_penalty or request.frequency_penalty)
-
-    @property
-    def is_argmax(self) -> bool:
-        """Whether `choose` always gives the likeliest token."""
-        return self._request.temperature == 0 and not self._penalised
-
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token for fused logits, fp32 [V], which are not changed."""
-        request = self._request
-        if self._counts and self._penalised:
-            ids = torch.tensor(list(self._counts), device=logits.device)
-            counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype, device=logits.device)
-            logits = logits.index_add(0, ids, -request.presence_penalty - request.frequency_penalty * counts)
-        if request.temperature == 0:
-            chosen = int(logits.argmax())
-        else:
-            chosen = self._draw(top_p_only(top_k_only(logits / request.temperature, request.top_k), request.top_p))
-        if self._penalised:
-            self._counts[chosen] += 1
-        return chosen
-
-    def _draw(self, scores: torch.Tensor) -> int:
-        if self._generator is None:
-            self._generator = torch.Generator(scores.device)
-            if self._request.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(self._request.seed)
-        return int(torch.multinomial(scores.softmax(0)[None], 1, generator=self._generator))
 
 
 def top_k_only(scores: torch.Tensor, top_k: int | None) -> torch.Tensor:
@@ -84,11 +44,7 @@ def top_p_only(scores: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def described(request: GenerationRequest, chosen: int, pilot: torch.Tensor, fused: torch.Tensor) -> Token:
-    """The chosen token with what the request asks for.
-
-    Args:
-        pilot, fused: fp32 [V] logits.
-    """
+    """The chosen token with what the request asks for. pilot, fused: fp32 [V] logits."""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     if request.logprobs is not None:
@@ -113,9 +69,7 @@ def described(request: GenerationRequest, chosen: int, pilot: torch.Tensor, fuse
 class Sequence:
     """A generation under way.
 
-    Args:
-        end_ids: tokens that end a text; they count as tokens and are not part of the text.
-        lam: weight of the Copilot. need: cache entries up to its last token.
+    end_ids: tokens that end a text; they count as tokens and are not part of it. need: cache entries up to its last token.
     """
 
     def __init__(
@@ -125,24 +79,29 @@ class Sequence:
         self.handle, self.request = handle, handle.request
         self.lam, self.need = lam, need
         self.prefill: Prefill | None = None
-        self.sampler = Sampler(self.request)
         self.last = -1
         """The token chosen last."""
         self._text = IncrementalText(tokenizer, self.request.prompt_ids, self.request.stops)
         self._end_ids = end_ids
         self._count = 0
-        self._cached = 0
+        self._generator: torch.Generator | None = None
 
-    def start(self, prefill: Prefill) -> None:
-        """Its prompt is being computed."""
-        self.prefill, self._cached = prefill, prefill.reused
+    def choose(self, logits: torch.Tensor, likeliest: int) -> int:
+        """The next token for fused logits, fp32 [V], which are not changed; `likeliest` is their argmax."""
+        request = self.request
+        if request.temperature == 0:
+            return likeliest
+        scores = top_p_only(top_k_only(logits / request.temperature, request.top_k), request.top_p)
+        if self._generator is None:
+            self._generator = torch.Generator(scores.device)
+            if request.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(request.seed)
+        return int(torch.multinomial(scores.softmax(0)[None], 1, generator=self._generator))
 
     def append(self, chosen: int, pilot: torch.Tensor, fused: torch.Tensor) -> bool:
-        """Append the chosen token and send it to the client. Returns whether it was the last one.
-
-        Args:
-            pilot, fused: fp32 [V] logits that it was chosen from.
-        """
+        """Append the token chosen from these fp32 [V] logits and send it to the client. Returns whether it was the last."""
         self.last = chosen
         self._count += 1
         ended = chosen in self._end_ids
@@ -156,7 +115,7 @@ class Sequence:
             text += self._text.finish()
         self.handle.send(Piece(text, (described(self.request, chosen, pilot, fused),)))
         if reason is not None:
-            self.handle.end(Finished(reason, len(self.request.prompt_ids), self._count, self._cached))
+            self.handle.end(Finished(reason, len(self.request.prompt_ids), self._count))
         return reason is not None
 
 

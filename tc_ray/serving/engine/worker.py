@@ -2,7 +2,7 @@
 
 Invariants: sequences are admitted in the order of arrival, each when the caches hold it to its last token; the caches never
 pass `limits.cache_bytes`, except for the moment in which one is copied to a larger block. An error in the batch fails the
-sequences in it and no others. A request enters the batch in `_join`. Used by engine.py, in the engine's thread alone.
+sequences in it and no others. A request enters the batch in `_join`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,33 @@ from typing import Any
 import torch
 
 from tc_ray.config.serving import ServingSection
+from tc_ray.models.fusion import FusedModel
+from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
 from tc_ray.models.weights import NotFiniteError
 from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
-from tc_ray.serving.engine.contract import GenerationRequest, Load, Request, RequestHandle, Scored
+from tc_ray.serving.engine.contract import (
+    GenerationRequest,
+    Load,
+    Request,
+    RequestHandle,
+    Scored,
+    ScoredToken,
+    ScoreRequest,
+)
 from tc_ray.serving.engine.prefill import Prefill, Prefixes
-from tc_ray.serving.engine.scoring import scored
 from tc_ray.serving.engine.sequence import Sequence, end_ids_of
 from tc_ray.serving.errors import RequestError
 
 logger = logging.getLogger(__name__)
 _NOT_FINITE = "logits that are not finite"
+_SCORED_ROWS = 16
+"""Rows scored between two steps of the batch."""
 
 
 class Worker:
     """The sequences and scorings under way, and the batch.
 
-    Args:
-        model: a decoder-only FusedModel. tokenizer: used by the engine's thread alone. limits: what is held at once.
-        lock: held while a request moves from one list to another, so that other threads count it once.
+    lock: held while a request moves from one list to another, so that other threads count it once.
     """
 
     def __init__(self, model: Any, tokenizer: Any, limits: ServingSection, lock: AbstractContextManager[Any]) -> None:
@@ -64,8 +73,6 @@ class Worker:
     def progress(self) -> None:
         """Something was computed just now, or there was nothing to compute."""
         self.last_progress_s = time.monotonic()
-
-    # -- admission ------------------------------------------------------------------------------------------------
 
     def lam_of(self, request: GenerationRequest) -> float:
         """Weight of the Copilot."""
@@ -110,8 +117,6 @@ class Worker:
             held.clear()
         return handles
 
-    # -- one round ------------------------------------------------------------------------------------------------
-
     def round(self) -> None:
         """Compute prompts (at most `prefill_tokens`), one token for every sequence, and a part of one scoring."""
         self._compute_prompts()
@@ -140,7 +145,7 @@ class Worker:
         ids, owner = sequence.request.prompt_ids, sequence.request.owner
         prefill = Prefill(self._model, ids, sequence.lam, self._prefixes.longest(ids, owner))
         self._count(cached_tokens=prefill.reused)
-        sequence.start(prefill)
+        sequence.prefill = prefill
         return prefill
 
     def _join(self, sequence: Sequence, prefill: Prefill) -> bool:
@@ -150,7 +155,7 @@ class Worker:
             raise NotFiniteError(_NOT_FINITE)
         # only after the check: a prompt with bad states must not spoil later requests
         self._prefixes.keep(prefill, sequence.request.owner)
-        chosen = int(fused.argmax()) if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
+        chosen = sequence.choose(fused, int(fused.argmax()))
         self._count(generated_tokens=1)
         if sequence.append(chosen, pilot, fused):
             self.failures = 0
@@ -179,7 +184,7 @@ class Worker:
                     continue
                 fused = step.fused[row]
                 pilot = fused if step.pilot is step.fused else step.pilot[row]
-                chosen = likeliest[row] if sequence.sampler.is_argmax else sequence.sampler.choose(fused)
+                chosen = sequence.choose(fused, likeliest[row])
                 if sequence.append(chosen, pilot, fused):
                     ended.append(row)
         except Exception as error:  # noqa: BLE001 - logged, and reported to the clients
@@ -229,3 +234,47 @@ class Worker:
     def _count(self, **more: int) -> None:
         self.progress()
         self._totals = replace(self._totals, **{name: getattr(self._totals, name) + n for name, n in more.items()})
+
+
+def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator[Scored | None]:
+    """Yields None after each part of the work, and the scores of `request` at the end.
+
+    positions: of the Pilot's forward pass that are computed in one part. Raises NotFiniteError for a score that is NaN.
+    """
+    lam = float(model.default_lam if request.lam is None else request.lam)
+    texts = [(request.ids, request.start, lam)]
+    if request.before and request.start > 1:
+        texts.insert(0, (request.ids[: request.start], 1, 0.0))
+    tokens: list[ScoredToken] = []
+    for ids, start, weight in texts:
+        for more in _parts(model, ids, start, weight, request.top, positions):
+            tokens += more
+            yield None
+    yield Scored(tuple(tokens))
+
+
+def _parts(
+    model: FusedModel, ids: tuple[int, ...], start: int, lam: float, count: int, positions: int
+) -> Iterator[list[ScoredToken]]:
+    """The scores of `ids[start:]`, some at a time; none after a part of the Pilot's pass."""
+    device = model.get_input_embeddings().weight.device
+    columns = torch.tensor([ids], device=device)
+    given = Completions(
+        columns,
+        torch.ones_like(columns, dtype=torch.bool),
+        start,
+        torch.tensor([len(ids) - start], device=device),
+        torch.tensor([lam], dtype=torch.float32, device=device),
+    )
+    for rows in teacher_forced_rows(model, given, rows_at_a_time=_SCORED_ROWS, positions_at_a_time=positions):
+        chosen = given.tokens[:, rows.span]
+        pilot, fused = (log_probs_of(logits, chosen)[0].tolist() for logits in (rows.pilot, rows.fused))
+        if any(map(math.isnan, (*pilot, *fused))):
+            raise NotFiniteError("scores that are not finite")
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(pilot)
+        if count:
+            values, places = rows.fused[0].topk(min(count, rows.fused.shape[-1]))
+            values -= rows.fused.logsumexp(2)[0, :, None]  # as `log_probs_of`: the given token has one value everywhere
+            pairs = zip(places.tolist(), values.tolist(), strict=True)
+            tops = [tuple(zip(at, value, strict=True)) for at, value in pairs]
+        yield [ScoredToken(*one) for one in zip(chosen[0].tolist(), pilot, fused, tops, strict=True)]

@@ -3,7 +3,7 @@
 A repeat has the same seed, id and time, so its chunks are the same. Rounding differs from batch to batch, so a tie between
 two tokens can still be decided differently.
 Invariant: `take` returns whole events that the client does not have, and only after the repeat has reproduced those that
-it has: texts of two generations are never joined. Used by proxy.py, once per stream.
+it has: texts of two generations are never joined.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ _INDEX = re.compile(rb'"index": ?(\d+)')
 """A choice's index. Text of the model cannot match: its quotes are escaped inside a JSON string."""
 _LOGPROBS = b'"logprobs":'
 """Log-probabilities and explanations come after the text; they may differ in their last digits."""
-_NO_CHOICE = b""
-"""In place of an index, of the chunk with the token counts."""
 
 
 class DivergedError(Exception):
@@ -27,10 +25,7 @@ class DivergedError(Exception):
 
 
 class StreamProgress:
-    """Follows the events of one stream, and of its repeats.
-
-    Attributes: id, created: of the first chunk, None before it. ended: `[DONE]` or an error event has come.
-    """
+    """Follows one stream and its repeats. ended: `[DONE]` or an error event has come."""
 
     def __init__(self) -> None:
         self.id: str | None = None
@@ -79,7 +74,7 @@ class StreamProgress:
             chunk = json.loads(event[len(b"data: ") :])
             self.id, self.created = str(chunk.get("id")), chunk.get("created")
         key = _choice(event)
-        self._sent[key] = _added(self._sent.get(key), key, event)
+        self._sent[key] = _added(self._sent.get(key), event)
 
     def _found_again(self, event: bytes) -> bool:
         """Whether the client has this event of a repeat. A new event is counted."""
@@ -89,7 +84,7 @@ class StreamProgress:
         elif event.startswith(b"data: {") and not event.startswith(_ERROR):
             key = _choice(event)
             if key in self._owed:
-                self._repeated[key] = _added(self._repeated.get(key), key, event)
+                self._repeated[key] = _added(self._repeated.get(key), event)
                 count, _ = self._repeated[key]
                 if count == self._owed[key][0] and self._repeated[key] != self._owed.pop(key):
                     raise DivergedError
@@ -99,12 +94,11 @@ class StreamProgress:
 
 
 def _choice(event: bytes) -> bytes:
+    """Index of a chunk's choice; empty for the chunk with the token counts."""
     found = _INDEX.search(event)
-    return found[1] if found else _NO_CHOICE
+    return found[1] if found else b""
 
 
-def _added(sum_: tuple[int, int] | None, key: bytes, event: bytes) -> tuple[int, int]:
+def _added(sum_: tuple[int, int] | None, event: bytes) -> tuple[int, int]:
     count, checksum = sum_ or (0, 0)
-    if key == _NO_CHOICE:  # token counts: those of a prompt computed before depend on the replica
-        return count + 1, 0
     return count + 1, zlib.crc32(event.partition(_LOGPROBS)[0], checksum)

@@ -4,9 +4,6 @@ When a replica dies, Serve ends its responses without an error. The failover pro
 stream is repeated there with the same seed and continued after the last chunk that the client has; a response that had not
 begun is made again. What cannot be saved ends in an error event or an error body. It also removes headers that clients must
 not set, and puts Serve's plain-text errors into OpenAI's envelope.
-
-Bodies are passed on as they arrive, and a copy is kept for the repeat. The app alone decides whether a body is too long or
-too slow.
 Invariant: a stream that has begun ends with `data: [DONE]` or an error event, unless the client has left.
 Loaded by Ray Serve through the name that `deploy/launch.py` puts into the environment; nothing of serving imports this.
 """
@@ -14,27 +11,27 @@ Loaded by Ray Serve through the name that `deploy/launch.py` puts into the envir
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.config.serving import MAX_BODY_BYTES
-from tc_ray.serving import headers
+from tc_ray.serving import wire
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.failover.progress import DivergedError, StreamProgress
-from tc_ray.serving.latency import prepare_process
+from tc_ray.serving.wire import prepare_process, read_body, replayed
 
 MAX_HELD_BYTES = 2**28
-"""Of all bodies that one proxy holds. Past it a request is answered with 503: a client needs no key to send a body."""
-RESUME_HEADER = headers.RESUME_HEADER.lower().encode()
-SEED_HEADER = headers.SEED_HEADER.lower().encode()
-COPILOT_HEADER = headers.COPILOT_HEADER.lower().encode()
-FAILOVER_HEADER = (headers.FAILOVER_HEADER.lower().encode(), b"1")
+"""Of all bodies that one proxy holds, for which no key is needed."""
+RESUME_HEADER = wire.RESUME_HEADER.lower().encode()
+SEED_HEADER = wire.SEED_HEADER.lower().encode()
+COPILOT_HEADER = wire.COPILOT_HEADER.lower().encode()
+FAILOVER_HEADER = (wire.FAILOVER_HEADER.lower().encode(), b"1")
 _NOT_FROM_CLIENTS = {
     RESUME_HEADER,
     SEED_HEADER,
@@ -43,8 +40,9 @@ _NOT_FROM_CLIENTS = {
     b"x-request-disconnect-disabled",
     b"serve-multiplexed-model-id",
     b"x-session-id",
+    # Serve decodes it and writes it into its log
+    b"x-request-id",
 }
-
 MAX_RESUMES = 3
 """Of one stream. A request that kills each replica it reaches must not kill them all."""
 RESUME_WITHIN_S = 60.0
@@ -63,7 +61,7 @@ def middlewares() -> list[Middleware]:
 class FailoverProxy:
     """See the module. It keeps each body until its request has ended, to send it again.
 
-    max_body_bytes: a longer body is not read to its end, because the app refuses it. max_held_bytes: of all requests.
+    max_body_bytes: of one body, at least the app's own bound. max_held_bytes: of all requests.
     """
 
     def __init__(
@@ -78,158 +76,107 @@ class FailoverProxy:
         if scope["type"] != "http" or scope["path"] == "/-/healthz":
             await self._app(scope, receive, send)
             return
-        if scope["path"].startswith("/-/"):
-            # Serve's list of routes and the like: not part of this API, and Serve asks for no key.
-            await send_error(send, RequestError("Not Found.", status=404))
-            return
-        body = _Body(self, receive)
+        held = 0
+
+        def hold(count: int) -> None:
+            nonlocal held
+            held += count
+            self.held_bytes += count
+            if self.held_bytes > self.max_held_bytes:
+                message = "The server is receiving too many large bodies."
+                raise RequestError(message, status=503, code="unavailable", retry_after_s=1)
+
         try:
-            await _Relay(self._app, scope, body, send).run()
+            if scope["path"].startswith("/-/"):  # Serve's list of routes and the like, for which it asks for no key
+                raise RequestError("Not Found.", status=404)
+            body = await read_body(receive, self.max_body_bytes, hold=hold)
+            if body is not None:
+                await _Relay(self._app, scope, body, receive, send).run()
+        except RequestError as error:
+            await send_error(send, error.with_traceback(None))  # whose frames hold the body
         finally:
-            self.held_bytes -= body.size
-
-
-class _Body:
-    """A request body as it arrives, kept so that another replica can be sent it from the beginning.
-
-    gone: the client has left. too_many: the proxy holds too much to take this body too; the replica sees the same as for
-    a client that has left.
-    """
-
-    def __init__(self, proxy: FailoverProxy, receive: Receive) -> None:
-        self._proxy, self._receive = proxy, receive
-        self._content = bytearray()
-        self._whole = False
-        self.gone = self.too_many = False
-
-    @property
-    def size(self) -> int:
-        """Bytes held."""
-        return len(self._content)
-
-    def replay(self) -> Receive:
-        """A `receive` for one attempt: what has arrived so far, then what the client sends."""
-        place, ended = 0, False
-
-        async def receive() -> Message:
-            nonlocal place, ended
-            while place == self.size and not (self._whole or self.gone):
-                await self._read()
-            if ended and not self.gone:
-                self.gone = (await self._receive())["type"] == "http.disconnect"
-            if self.gone:
-                return {"type": "http.disconnect"}
-            part, place, ended = bytes(self._content[place:]), self.size, self._whole
-            return {"type": "http.request", "body": part, "more_body": not ended}
-
-        return receive
-
-    async def _read(self) -> None:
-        """Take in the next part of the body."""
-        if self.size > self._proxy.max_body_bytes:
-            await asyncio.Event().wait()  # the app refuses it, which cancels this
-        message = await self._receive()
-        part = message.get("body", b"")
-        self._content += part
-        self._proxy.held_bytes += len(part)
-        self._whole = not message.get("more_body", False)
-        self.too_many = self._proxy.held_bytes > self._proxy.max_held_bytes
-        self.gone = self.too_many or message["type"] == "http.disconnect"
+            self.held_bytes -= held
 
 
 class _Relay:
-    """One request, over as many replicas as it takes."""
+    """One request, over as many replicas as it takes. Each response is passed on to the client as far as it is valid."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, body: _Body, send: Send) -> None:
-        self._app, self._scope, self._body, self._client_send = app, scope, body, send
+    def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        self._app, self._scope, self._body = app, scope, body
+        self._client_receive, self._client_send = receive, send
+        self._gone = False
+        """The client has left."""
         self._stream: StreamProgress | None = None
         """Set once the client has the head of a stream."""
         self._identity: dict[bytes, bytes] = {}
         """Seed and Copilot version of the first response."""
 
     async def run(self) -> None:
-        """Send the request until it is answered."""
+        """Send the request until it is answered. Raises RequestError where the client has got nothing."""
         resumes, until = 0, time.monotonic() + RESUME_WITHIN_S
         again = False
         while True:
-            attempt = await self._attempt()
-            if attempt.complete:
-                return
-            if self._body.too_many:
-                await self._give_up(_too_many_bodies())
-            if self._body.gone:
+            await self._attempt()
+            refusal = self._refusal
+            if self._complete or self._gone:
                 return
             if self._stream is None:
-                if again or attempt.refusal is not None:
-                    await self._give_up(attempt.refusal or _replica_ended())
-                    return
+                if again or refusal is not None:
+                    raise refusal or _replica_ended()
                 again = True
                 logger.info("a replica ended before it answered; the request is sent to another")
                 continue
-            refusal = attempt.refusal
             if refusal is None:
                 resumes, until = resumes + 1, time.monotonic() + RESUME_WITHIN_S
                 logger.info("the replica of a stream ended; another one repeats it (repeat %d)", resumes)
             waitable = refusal is None or (refusal.status in (429, 503) and time.monotonic() < until)
             if resumes > MAX_RESUMES or not waitable:
-                await self._give_up(refusal or _replica_ended())
+                event = f"data: {json.dumps((refusal or _replica_ended()).envelope())}\n\n".encode()
+                await self._client_send({"type": "http.response.body", "body": event, "more_body": False})
                 return
             if refusal is not None:
                 await asyncio.sleep(min(float(refusal.retry_after_s or 1), MAX_WAIT_S))
 
-    async def _give_up(self, error: RequestError) -> None:
-        if self._stream is None:
-            await send_error(self._client_send, error)
-            return
-        event = f"data: {json.dumps(error.envelope())}\n\n".encode()
-        await self._client_send({"type": "http.response.body", "body": event, "more_body": False})
-
-    async def _attempt(self) -> _Attempt:
-        attempt = _Attempt(self._client_send, self._stream, self._identity)
+    async def _attempt(self) -> None:
+        """Send the request to one replica."""
+        self._resumed = self._stream is not None
+        self._complete = False
+        """The client has the whole response."""
+        self._refusal: RequestError | None = None
+        """An error of the replica or of Serve that needs another form."""
+        self._start: Message | None = None
+        """Head of a response. It is sent with the first part of the body."""
+        self._refused = bytearray()
+        self._mode: Callable[[Message], Awaitable[None]] | None = None
+        """What is done with the parts of the body; None: nothing."""
         # A scope of its own: Serve's middleware adds to the list of headers.
         scope = {**self._scope, "headers": self._headers()}
         try:
-            await self._app(scope, self._body.replay(), attempt.send)
+            await self._app(scope, replayed(self._body, self._receive), self._send)
         except Exception:  # whatever it was, the client gets an error; the proxy's log has the traceback
             logger.exception("a request failed in Ray Serve's proxy")
-        self._stream = attempt.stream
-        if self._stream is not None and not attempt.complete:
+        if self._stream is not None and not self._complete:
             self._stream.repeat()
-        return attempt
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
-        headers = [(name, value) for name, value in self._scope["headers"] if _is_clients(name, value)]
+        given = self._scope["headers"]
+        headers = [(name, value) for name, value in given if name.replace(b"_", b"-") not in _NOT_FROM_CLIENTS]
         if self._stream is not None:
             resume = self._stream.resume_header()
             headers += [(RESUME_HEADER, resume)] if resume else []
             headers += [(SEED_HEADER, self._identity[SEED_HEADER])] if SEED_HEADER in self._identity else []
         return headers
 
+    async def _receive(self) -> Message:
+        message = await self._client_receive()
+        self._gone = self._gone or message["type"] == "http.disconnect"
+        return message
 
-class _Attempt:
-    """One response of one replica, passed on to the client as far as it is valid.
-
-    complete: the client has all of it. refusal: an error of the replica or of Serve that needs another form.
-    stream: the stream that the client has begun to read, if it is one.
-    """
-
-    def __init__(self, send: Send, stream: StreamProgress | None, identity: dict[bytes, bytes]) -> None:
-        self._send_to_client = send
-        self.stream = stream
-        self.complete = False
-        self.refusal: RequestError | None = None
-        self._identity = identity
-        self._resumed = stream is not None
-        self._start: Message | None = None
-        """Head of a response. It is sent with the first part of the body."""
-        self._refused = bytearray()
-        self._mode: Callable[[Message], Awaitable[None]] = self._wait
-
-    async def send(self, message: Message) -> None:
+    async def _send(self, message: Message) -> None:
         """Take one message of the replica."""
         if message["type"] == "http.response.start":
             await self._begin(message)
-        elif message["type"] == "http.response.body" and not self.complete:
+        elif self._mode is not None and not self._complete:
             await self._mode(message)
 
     async def _begin(self, start: Message) -> None:
@@ -240,8 +187,8 @@ class _Attempt:
             named = {name: headers[name] for name in (SEED_HEADER, COPILOT_HEADER) if name in headers}
             if not self._resumed:
                 self._identity.update(named)
-                self.stream = StreamProgress()
-                await self._send_to_client(_marked(start))
+                self._stream = StreamProgress()
+                await self._client_send(_marked(start))
             elif named.get(COPILOT_HEADER) != self._identity.get(COPILOT_HEADER):
                 self._refuse("the other replicas have another Copilot by now")
                 return
@@ -251,60 +198,46 @@ class _Attempt:
         else:
             self._mode = self._whole
 
-    async def _wait(self, _: Message) -> None:
-        raise RuntimeError("a response body came before its head")
-
     def _refuse(self, reason: str) -> None:
         """Ignore the rest of a stream that does not continue the one begun."""
-        self._mode = self._ignore
-        self.refusal = RequestError(
+        self._mode = None
+        self._refusal = RequestError(
             f"The replica of this stream ended, and {reason}. Send it again.", status=500, code="replica_ended"
         )
 
-    async def _ignore(self, _: Message) -> None:
-        """Drop a part of a refused stream."""
-
     async def _pass_on(self, message: Message) -> None:
         """Pass on the events of a stream, and its end only after `[DONE]` or an error event."""
-        assert self.stream is not None
+        assert self._stream is not None
         try:
-            events = self.stream.take(message.get("body", b""))
+            events = self._stream.take(message.get("body", b""))
         except DivergedError:
             self._refuse("its repeat by another replica came out otherwise")
             return
-        if self.stream.ended:
-            self.complete = True
-            await self._send_to_client({"type": "http.response.body", "body": events, "more_body": False})
+        if self._stream.ended:
+            self._complete = True
+            await self._client_send({"type": "http.response.body", "body": events, "more_body": False})
         elif events:
-            await self._send_to_client({"type": "http.response.body", "body": events, "more_body": True})
+            await self._client_send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def _whole(self, message: Message) -> None:
         """Pass on a body that is no stream, its head with the first part."""
         if self._start is not None:
-            await self._send_to_client(_marked(self._start))
+            await self._client_send(_marked(self._start))
             self._start = None
-        await self._send_to_client(message)
-        self.complete = not message.get("more_body", False)
+        await self._client_send(message)
+        self._complete = not message.get("more_body", False)
 
     async def _collect(self, message: Message) -> None:
         """Collect the body of an error that needs another form."""
         self._refused += message.get("body", b"")
         if not message.get("more_body", False):
             assert self._start is not None
-            self.refusal = _refusal(self._start, bytes(self._refused))
-
-
-def _is_clients(name: bytes, value: bytes) -> bool:
-    if name == b"x-request-id":
-        # Serve decodes it and writes it into its log
-        return len(value) <= 128 and value.replace(b"-", b"").replace(b"_", b"").isalnum()
-    return name.replace(b"_", b"-") not in _NOT_FROM_CLIENTS
+            self._refusal = _refusal(self._start, bytes(self._refused))
 
 
 def _marked(start: Message) -> Message:
-    """A response's head with FAILOVER_HEADER, and without the second copy of the request id, which Serve adds."""
-    headers = dict.fromkeys((*start["headers"], FAILOVER_HEADER))
-    return {**start, "headers": list(headers)}
+    """A response's head with FAILOVER_HEADER."""
+    return {**start, "headers": [*start["headers"], FAILOVER_HEADER]}
 
 
 def _replica_ended() -> RequestError:
@@ -321,34 +254,19 @@ def _refusal(start: Message, body: bytes) -> RequestError:
     status, headers = start["status"], dict(start["headers"])
     after = headers.get(b"retry-after", b"")
     retry_after_s = int(after) if after.isdigit() else (1 if status in (429, 503) else None)
-    error: Any = None
     if headers.get(b"content-type", b"").startswith(b"application/json"):
-        try:
-            error = json.loads(body).get("error")
-        except (ValueError, AttributeError):
-            error = None
-    if isinstance(error, dict):
-        return RequestError(
-            str(error.get("message")), status=status, code=error.get("code"), retry_after_s=retry_after_s
-        )
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            error = json.loads(body)["error"]
+            return RequestError(error["message"], status=status, code=error["code"], retry_after_s=retry_after_s)
     if status == 404:
         # Serve knows no application at this path: it is not there yet, or no longer.
-        return RequestError(
-            "The server is starting or shutting down.", status=503, code="not_ready", retry_after_s=retry_after_s or 5
-        )
+        return RequestError("The server is starting or shutting down.", status=503, code="not_ready", retry_after_s=5)
     texts = {
-        408: ("The request took longer than the server allows.", "deadline_exceeded"),
         429: ("The server has too many requests.", "queue_full"),
         503: ("No replica of the server can take the request now.", "unavailable"),
     }
     message, code = texts.get(status, ("The server failed.", "internal_error"))
     return RequestError(message, status=status, code=code, retry_after_s=retry_after_s)
-
-
-def _too_many_bodies() -> RequestError:
-    return RequestError(
-        "The server is receiving too many large bodies.", status=503, code="unavailable", retry_after_s=1
-    )
 
 
 async def send_error(send: Send, error: RequestError) -> None:

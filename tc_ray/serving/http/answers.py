@@ -2,7 +2,6 @@
 
 Invariants: every body and every chunk that the server sends is one of these. The failover proxy reads the order of fields: of a
 choice, the index comes first and the text before log-probabilities. JSON has no infinity: the log of 0 is -9999.0.
-Made by responses.py and routes.py; FastAPI documents them.
 """
 
 from __future__ import annotations
@@ -24,23 +23,16 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class PromptTokensDetails(Answer):
-    """How many of the prompt's tokens were reused."""
-
-    cached_tokens: int = Field(ge=0, description="prompt tokens that were computed for an earlier request")
-
-
 class Usage(Answer):
     """Token counts. completion_tokens counts what was generated, the end token and stop strings included."""
 
     prompt_tokens: int = Field(ge=0)
     completion_tokens: int = Field(ge=0)
     total_tokens: int = Field(ge=0)
-    prompt_tokens_details: PromptTokensDetails
 
 
 class ExplainedToken(Answer):
-    """What the correction did at one token; probabilities of the distributions before penalties and temperature."""
+    """What the correction did at one token; probabilities of the distributions before temperature."""
 
     token: str
     pilot_token: str = Field(description="likeliest token of the Pilot at this place")
@@ -56,31 +48,24 @@ class CopilotAnswer(Answer):
 
 
 class CompletionLogprobs(Answer):
-    """log p~ of each token, before penalties and temperature. A token that is no whole character is `bytes:\\xf0\\x9f`."""
+    """log p~ of each token, before temperature. A token that is no whole character is `bytes:\\xf0\\x9f`."""
 
     tokens: list[str]
     token_logprobs: list[Logprob | None] = Field(description="null for the first token of an echoed prompt")
     top_logprobs: list[dict[str, Logprob] | None] = Field(description="the likeliest tokens and the chosen one")
-    text_offset: list[int] = Field(description="where each token begins in the choice's text, in characters")
 
 
 class TokenLogprob(Answer):
-    """One token and log p~ of it."""
-
     token: str
     logprob: Logprob
     bytes: list[int] | None
 
 
 class ChatTokenLogprob(TokenLogprob):
-    """One token of a message."""
-
     top_logprobs: list[TokenLogprob]
 
 
 class ChatLogprobs(Answer):
-    """log p~ of each token, before penalties and temperature."""
-
     content: list[ChatTokenLogprob]
     refusal: None = None
 
@@ -112,16 +97,12 @@ class Completion(Headed):
 
 
 class ChatAnswer(Answer):
-    """The assistant's message."""
-
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
 class ChatChoice(Answer):
-    """A choice of a chat completion."""
-
     index: int = Field(ge=0)
     message: ChatAnswer
     logprobs: ChatLogprobs | None = None
@@ -130,23 +111,17 @@ class ChatChoice(Answer):
 
 
 class ChatCompletion(Headed):
-    """Response of /v1/chat/completions."""
-
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
 
 
 class ChatDelta(Answer):
-    """What a chunk adds to the assistant's message."""
-
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(Answer):
-    """A piece of one choice."""
-
     index: int = Field(ge=0)
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
@@ -155,16 +130,12 @@ class ChatChunkChoice(Answer):
 
 
 class ChatChunk(Headed):
-    """A chunk of a chat completion's stream."""
-
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 
 
 class ScoredTop(Answer):
-    """One of the likeliest tokens at a place."""
-
     id: int
     token: str
     fused: Logprob
@@ -191,8 +162,6 @@ class ScoredCompletion(Answer):
 
 
 class ScoreAnswer(Headed):
-    """Response of /v1/score."""
-
     object: Literal["score"] = "score"
     lam: float = Field(serialization_alias="lambda", description="weight of the correction that was used")
     completions: list[ScoredCompletion]
@@ -207,8 +176,6 @@ class CopilotCard(Answer):
 
 
 class ModelCard(Answer):
-    """One served model."""
-
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -218,22 +185,18 @@ class ModelCard(Answer):
 
 
 class ModelList(Answer):
-    """GET /v1/models."""
-
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class State(Answer):
-    """GET /health and GET /ready. `reason` states what is wrong when the status is 503."""
+    """GET /health. `reason` states what is wrong when the status is 503."""
 
     status: Literal["ok", "unavailable"]
     reason: str | None = None
 
 
 class ErrorDetail(Answer):
-    """What went wrong."""
-
     message: str
     type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
     param: str | None = Field(description="the field at fault, as the client wrote it")
@@ -246,11 +209,6 @@ class ErrorEnvelope(Answer):
     error: ErrorDetail
 
 
-# Some readers of event streams, such as httpx' `iter_lines`, cut lines there. In JSON they stand in strings only.
-_LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
-
-
 def as_json(answer: BaseModel) -> str:
-    """A response body or chunk as it is sent, without characters that could be taken for the end of a line."""
-    text = answer.model_dump_json(by_alias=True)
-    return text if text.isascii() else text.translate(_LINE_ENDS)
+    """A response body or chunk as it is sent. ASCII: some clients end a line of a stream at other Unicode line ends too."""
+    return answer.model_dump_json(by_alias=True, ensure_ascii=True)

@@ -1,7 +1,6 @@
 """The HTTP application: OpenAI's routes over the engines of one replica. Plain FastAPI; the replica puts it into Ray Serve.
 
-Invariant: a response is complete or ends with an error, and every refusal is OpenAI's error envelope. A request passes, from
-the outside in: metrics, key, admission, body limit, route.
+Invariant: a response is complete or ends with an error, and every refusal is OpenAI's error envelope.
 """
 
 from __future__ import annotations
@@ -10,21 +9,23 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+import tc_ray
 from tc_ray.config.serving import ServingSection
 from tc_ray.serving.errors import RequestError, from_validation
-from tc_ray.serving.http.auth import BearerAuth
-from tc_ray.serving.http.limits import Admission, BodyLimit
-from tc_ray.serving.http.metrics import Metrics, Observed
-from tc_ray.serving.http.openapi import document
+from tc_ray.serving.http.answers import ErrorEnvelope
+from tc_ray.serving.http.gate import Gate
+from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.http.routes import make_router
 from tc_ray.serving.models.registry import ModelRegistry
 from tc_ray.serving.page.route import router as page
 
+_DESCRIPTION = "Fused Pilot and Copilot behind OpenAI's API. Unknown fields are refused. The log of 0 is -9999.0."
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -40,22 +41,27 @@ def create_app(registry: ModelRegistry, limits: ServingSection, key_digests: Seq
         await asyncio.gather(*(asyncio.to_thread(served.engine.close) for served in registry))
 
     metrics = Metrics()
-    # No documentation pages: they load scripts from elsewhere. /openapi.json stays. No redirects: they would go where the
-    # client's Host header says.
-    app = FastAPI(title="tc-ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    app = FastAPI(
+        title="tc-ray",
+        version=tc_ray.__version__,
+        description=_DESCRIPTION,
+        # The documentation pages load scripts from elsewhere, and a redirect would go where the client's Host header says.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        responses={"default": {"model": ErrorEnvelope, "description": "Any error."}},
+        dependencies=[Depends(HTTPBearer(auto_error=False))]
+        if key_digests
+        else None,  # documented here, checked by Gate
+    )
     app.state.metrics = metrics
     app.state.registry = registry
-    # The one added last is outermost: the key is checked before its limit, and the limits before the body is read.
-    app.add_middleware(BodyLimit, limit_bytes=limits.max_body_bytes)
-    app.add_middleware(Admission, registry=registry, max_key_requests=limits.max_key_requests)
-    if key_digests:
-        app.add_middleware(BearerAuth, key_digests=key_digests)
-    app.add_middleware(Observed, metrics=metrics)
+    app.add_middleware(Gate, registry=registry, limits=limits, key_digests=key_digests, metrics=metrics)
     for kind in (RequestError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refuse)
     app.include_router(make_router(registry, limits, metrics))
     app.include_router(page)
-    app.openapi = lambda: document(app, registry, limits, keys=bool(key_digests))  # type: ignore[method-assign]
     return app
 
 

@@ -1,9 +1,7 @@
 """The engine's events on their way to the client: from its thread to the event loop, and out as a response or a stream.
 
 Invariants: however a response ends (done, failed, client gone, task cancelled), every engine request behind it is cancelled.
-A stream ends with `data: [DONE]` after its last chunk, or with an error event and no [DONE]. Each event is one chunk of one
-choice, and a repeated generation has the same chunks, so the failover proxy can leave out those that its client has.
-Used by the routes, one feed per request.
+A stream ends with `data: [DONE]` after its last chunk, or with an error event and no [DONE].
 """
 
 from __future__ import annotations
@@ -19,29 +17,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tc_ray.serving.engine.contract import Event, Piece
+from tc_ray.serving.engine.contract import Event, Piece, RequestHandle
 from tc_ray.serving.engine.contract import Request as EngineRequest
-from tc_ray.serving.engine.engine import Submit
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.http.answers import as_json
 from tc_ray.serving.http.metrics import GONE
 
 Result = TypeVar("Result")
-
-
-DONE = "data: [DONE]\n\n"
+Submit = Callable[[Sequence[EngineRequest], Callable[[int, Event], None]], list[RequestHandle]]
+"""Queues requests; calls the second argument with the index of a request and an event of it."""
 
 logger = logging.getLogger(__name__)
-
-
-class ClientGone(Exception):
-    """The client has closed its connection."""
 
 
 class Feed:
     """Submits engine requests and receives their events in the event loop that made it.
 
-    on_first_token: called at the first piece of any. submit: as `Engine.reserve` gives it; Feed raises what it raises.
+    on_first_token: called at the first piece of any. submit: `Engine.submit`; Feed raises what it raises.
     """
 
     def __init__(self, submit: Submit, requests: Sequence[EngineRequest], on_first_token: Callable[[], None]) -> None:
@@ -73,24 +65,22 @@ class Feed:
             handle.cancel()
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled when the client closes its connection. Raises ClientGone."""
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`, which is cancelled when the client closes its connection; None then."""
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnect(receive))
+    watching = asyncio.ensure_future(disconnect())
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        return working.result() if working.done() else None
     finally:
         for task in (working, watching):
             task.cancel()
         await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def whole(
@@ -98,10 +88,9 @@ async def whole(
 ) -> Response:
     """A response that is sent when it is complete."""
     try:
-        return json_response(await _unless_gone(request.receive, answer), headers)
-    except ClientGone:
-        request.state.gone = True
-        return Response(status_code=GONE)
+        found = await _unless_gone(request.receive, answer)
+        request.state.gone = found is None
+        return Response(status_code=GONE) if found is None else json_response(found, headers)
     finally:
         feed.cancel()
 
@@ -109,10 +98,6 @@ async def whole(
 def json_response(answer: BaseModel, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     """A body of answers.py as a response."""
     return Response(as_json(answer), status, headers, "application/json")
-
-
-def _error_event(error: RequestError) -> str:
-    return f"data: {json.dumps(error.envelope())}\n\n"
 
 
 class EventStream(Response):
@@ -130,31 +115,31 @@ class EventStream(Response):
         """Send the stream; stop when the client leaves."""
         state = scope.setdefault("state", {})
         try:
-            await _unless_gone(receive, self._send(send))
-        except (ClientGone, OSError):
+            state["gone"] = await _unless_gone(receive, self._send(send)) is None
+        except OSError:
             state["gone"] = True
         finally:
             self._feed.cancel()
             if self._failed is not None:
                 state["refused"] = self._failed
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send) -> bool:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for line in self._events():
             await send({"type": "http.response.body", "body": line.encode("utf-8"), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return True
 
     async def _events(self) -> AsyncIterator[str]:
         try:
             async for chunk in self._chunks:
                 yield f"data: {as_json(chunk)}\n\n"
-        except RequestError as error:
-            self._failed = error.code
-            yield _error_event(error)
+            yield "data: [DONE]\n\n"
             return
+        except RequestError as error:
+            failure = error
         except Exception:  # the client must not take a part of the text for the whole
             logger.exception("a stream failed")
-            self._failed = "internal_error"
-            yield _error_event(RequestError("The server failed.", status=500, code=self._failed))
-            return
-        yield DONE
+            failure = RequestError("The server failed.", status=500, code="internal_error")
+        self._failed = failure.code
+        yield f"data: {json.dumps(failure.envelope())}\n\n"

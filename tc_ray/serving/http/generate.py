@@ -1,8 +1,7 @@
 """From a body to the engine's requests: prompts as token ids, one request for each choice or scored text.
 
 Invariant: everything that can be refused is refused here or in requests.py, with the field's name, before the engine is
-asked. Choices come prompt by prompt; choice i of a prompt draws from seed + i. Used by the routes; encoding runs in a
-worker thread.
+asked. Choices come prompt by prompt; choice i of a prompt draws from seed + i.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from tc_ray.serving.engine.contract import GenerationRequest, Request, ScoreRequ
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.http.requests import (
     DEFAULT_COMPLETION_TOKENS,
+    MIN_TEMPERATURE,
     ChatRequest,
     CompletionRequest,
     ScoreBody,
@@ -39,23 +39,19 @@ class Work:
 class Generation(Work):
     """A completion or chat request.
 
-    `requests` holds `n` generations for each prompt, unless max_tokens is 0, and then a scoring of each prompt, if asked for.
+    `requests` holds `n` generations for each prompt, unless max_tokens is 0, and then `scorings`, of each prompt, if asked for.
     prompts: their number. echoes: each prompt as text, empty without echo.
     """
 
     body: CompletionRequest | ChatRequest
     prompts: int
     echoes: Sequence[PlacedPrompt]
+    scorings: Sequence[ScoreRequest]
 
     @property
     def n(self) -> int:
         """Choices of each prompt."""
         return self.body.n or 1
-
-    @property
-    def scorings(self) -> Sequence[ScoreRequest]:
-        """The last requests: one for each prompt, or none."""
-        return [one for one in self.requests if isinstance(one, ScoreRequest)]
 
 
 @dataclass(frozen=True)
@@ -65,25 +61,21 @@ class Scoring(Work):
     body: ScoreBody
 
 
-def places_of(body: Body, limits: ServingSection) -> int:
-    """Places that a body needs in the engine. Raises RequestError where it passes the server's limits."""
+def check_limits(body: Body, limits: ServingSection) -> None:
+    """Raise RequestError where a body passes the server's limits."""
     if isinstance(body, ScoreBody):
-        completions = len(split_prompts(body.completion))
-        if completions > limits.max_choices:
+        if len(split_prompts(body.completion)) > limits.max_choices:
             raise invalid_value("completion", f"this server scores at most {limits.max_choices} per request")
-        return completions
+        return
     n = body.n or 1
-    prompts = len(split_prompts(body.prompt)) if isinstance(body, CompletionRequest) else 1
-    if n * prompts > limits.max_choices:
+    choices = n * (len(split_prompts(body.prompt)) if isinstance(body, CompletionRequest) else 1)
+    if choices > limits.max_choices:
         raise invalid_value(
             "n" if n > 1 else "prompt",
-            f"{n * prompts} choices are asked for, and this server gives at most {limits.max_choices}",
+            f"{choices} choices are asked for, and this server gives at most {limits.max_choices}",
         )
-    name, new_tokens = body.token_limit
-    if new_tokens is not None and new_tokens > limits.max_tokens:
-        raise invalid_value(name, f"this server generates at most {limits.max_tokens} tokens per choice")
-    scorings = prompts if isinstance(body, CompletionRequest) and body.scores_prompt else 0
-    return (0 if new_tokens == 0 else n * prompts) + scorings
+    if body.max_tokens is not None and body.max_tokens > limits.max_tokens:
+        raise invalid_value("max_tokens", f"this server generates at most {limits.max_tokens} tokens per choice")
 
 
 def make_generation(
@@ -99,49 +91,42 @@ def make_generation(
 
     seed: of the first choice. owner: the client's key. deadline_s: `time.monotonic()` at which the request fails.
     """
-    name, asked = body.token_limit
-    context = served.engine.context_tokens
-    free = context - (1 if asked is None else asked)
-    longest = min(free, limits.max_prompt_tokens or free)
-    if longest < 1:
-        raise _no_position(name, f"the model has {context} positions for prompt and new tokens")
-    requests: list[Request] = []
+    asked, context = body.max_tokens, served.engine.context_tokens
+    longest = _longest_prompt("max_tokens", context - (1 if asked is None else asked), limits)
     echoes: list[PlacedPrompt] = []
+    scorings: list[ScoreRequest] = []
     if isinstance(body, CompletionRequest):
         given, default = split_prompts(body.prompt), DEFAULT_COMPLETION_TOKENS
         prompts = [served.encoder.ids(one, longest) for one in given]
         if body.echo:
             echoes = [served.encoder.placed(one, ids) for one, ids in zip(given, prompts, strict=True)]
+        for ids, echo in zip(prompts, echoes, strict=True) if body.scores_prompt else ():
+            start = 1 if body.score_after is None else max(1, echo.first_after(body.score_after, "copilot.score_after"))
+            scorings.append(ScoreRequest(ids, start, body.weight, body.named_tokens or 0, deadline_s, before=True))
     else:
         messages = [{"role": message.role, "content": message.text()} for message in body.messages]
         prompts, default = [served.encoder.chat(messages, longest)], limits.max_tokens
-    for ids in prompts if asked != 0 else ():
-        new = asked or min(default, limits.max_tokens, context - len(ids))
-        requests += [
-            GenerationRequest(
-                prompt_ids=ids,
-                max_new_tokens=new,
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                top_k=body.top_k,
-                seed=seed + i,
-                stops=body.stops,
-                lam=body.weight,
-                presence_penalty=body.presence_penalty or 0.0,
-                frequency_penalty=body.frequency_penalty or 0.0,
-                logprobs=body.named_tokens,
-                explain=body.explains,
-                owner=owner,
-                deadline_s=deadline_s,
-            )
-            for i in range(body.n or 1)
-        ]
-    if isinstance(body, CompletionRequest) and body.scores_prompt:
-        for ids, echo in zip(prompts, echoes, strict=True):
-            marker = body.score_after
-            start = 1 if marker is None else max(1, echo.first_after(marker, "copilot.score_after"))
-            requests.append(ScoreRequest(ids, start, body.weight, body.named_tokens or 0, deadline_s, before=True))
-    return Generation(served, requests, sum(map(len, prompts)), body, len(prompts), echoes)
+    temperature = 1.0 if body.temperature is None else body.temperature
+    generations = [
+        GenerationRequest(
+            prompt_ids=ids,
+            max_new_tokens=asked or min(default, limits.max_tokens, context - len(ids)),
+            temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=body.top_k,
+            seed=seed + i,
+            stops=body.stops,
+            lam=body.weight,
+            logprobs=body.named_tokens,
+            explain=body.explains,
+            owner=owner,
+            deadline_s=deadline_s,
+        )
+        for ids in (prompts if asked != 0 else ())
+        for i in range(body.n or 1)
+    ]
+    requests: list[Request] = [*generations, *scorings]
+    return Generation(served, requests, sum(map(len, prompts)), body, len(prompts), echoes, scorings)
 
 
 def make_scoring(served: ServedModel, deadline_s: float, *, body: ScoreBody, limits: ServingSection) -> Scoring:
@@ -151,9 +136,7 @@ def make_scoring(served: ServedModel, deadline_s: float, *, body: ScoreBody, lim
     begins with the completion's first token.
     """
     context = served.engine.context_tokens
-    if context < 2:
-        raise _no_position("model", "it has no position for a prompt")
-    prompt = served.encoder.ids(body.prompt, min(context - 1, limits.max_prompt_tokens or context))
+    prompt = served.encoder.ids(body.prompt, _longest_prompt("model", context - 1, limits))
     requests = []
     for number, given in enumerate(split_prompts(body.completion)):
         name = f"completion[{number}]" if given is not body.completion else "completion"
@@ -162,5 +145,9 @@ def make_scoring(served: ServedModel, deadline_s: float, *, body: ScoreBody, lim
     return Scoring(served, requests, len(prompt), body)
 
 
-def _no_position(param: str, reason: str) -> RequestError:
-    return RequestError(f"Field `{param}`: {reason}.", param=param, code="context_length_exceeded")
+def _longest_prompt(param: str, free: int, limits: ServingSection) -> int:
+    """Tokens that a prompt may have where `free` positions are left for it. Raises RequestError naming `param`."""
+    if free < 1:
+        message = f"Field `{param}`: the model has no position left for a prompt."
+        raise RequestError(message, param=param, code="context_length_exceeded")
+    return min(free, limits.max_prompt_tokens or free)

@@ -2,26 +2,20 @@
 
 Ray's Prometheus endpoint shows each as `ray_` and its name, counters with `_total`, and adds the labels `deployment`,
 `replica` and `application` inside Serve. Invariant: labels hold names of this server only (routes, served models, error
-codes), never what a client sent. Used by the middleware below, the routes, and deploy/replica.py, which reports the load.
+codes), never what a client sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
-from collections.abc import Iterable
 
 from ray.serve.metrics import Counter, Gauge, Histogram
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tc_ray.serving.engine.contract import Load
 from tc_ray.serving.models.registry import ModelRegistry
 
 GONE = 499
 """Status in the metrics of a request whose client went away."""
-ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/models", "/health", "/ready"})
 LOAD_PERIOD_S = 1.0
 """Between two reports of the engines' load."""
 _FIRST_TOKEN_S = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
@@ -98,46 +92,3 @@ class Metrics:
         while True:
             self.report_load(registry)
             await asyncio.sleep(LOAD_PERIOD_S)
-
-
-class Observed:
-    """ASGI middleware: counts and times each request, and sets X-Request-Id."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        state = scope.setdefault("state", {})
-        state["began_s"] = began_s = time.perf_counter()
-        status = GONE
-        request_id = _request_id(scope["headers"])
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        except Exception:
-            status = 500  # an outer middleware answers
-            raise
-        finally:
-            status = GONE if state.get("gone") else status
-            route = scope["path"] if scope["path"] in ROUTES else "other"
-            seconds = time.perf_counter() - began_s
-            self._metrics.answered(route, state.get("model", ""), status, seconds, state.get("refused"))
-
-
-def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The client's own if it is plain, else a new one."""
-    for name, value in headers:
-        if name == b"x-request-id" and 0 < len(value) <= 128 and value.replace(b"-", b"").replace(b"_", b"").isalnum():
-            return value.decode("ascii")
-    return uuid.uuid4().hex

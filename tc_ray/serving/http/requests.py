@@ -1,42 +1,24 @@
 """Request bodies of the HTTP API in OpenAI's shapes, and how they are parsed.
 
 Invariant: what the server does not do is refused by name, never ignored: an unknown field is an error, and no type is
-converted silently. Each rule between fields stands in one validator here; what depends on the model or on the limits of
-the server stands in generate.py. Used by routes.py and generate.py.
+converted silently. What depends on the model or on the limits of the server stands in generate.py.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StrictInt,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
 
-from tc_ray.config.section import MAX_LAM, Lam
+from tc_ray.config.section import Lam
 from tc_ray.serving.errors import contradiction
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 200
 MAX_TOP_LOGPROBS = 20
-MAX_SCORED = 64
-"""Completions of one /v1/score request."""
 MAX_MESSAGES = 1024
-MAX_PARTS = 100
-"""Of one message."""
-MAX_TOKEN_ID = 2**31 - 1
 MIN_TEMPERATURE = 0.01
-"""Smallest temperature above 0: below it the scaled logits leave the range of a float."""
+"""A smaller one is greedy decoding: the scaled logits would leave the range of a float."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for completions; chat completions default to the server's cap."""
 
@@ -60,19 +42,6 @@ def _kind_of_prompt(value: Any) -> str:
     return "(texts)" if isinstance(first, str) else "(id lists)" if isinstance(first, list) else "(ids)"
 
 
-def _is_temperature(value: float) -> float:
-    if 0 < value < MIN_TEMPERATURE:
-        raise ValueError(f"must be 0 (greedy) or at least {MIN_TEMPERATURE}")
-    return value
-
-
-def _plain_number(value: Any) -> Any:
-    """Refuse 1_0, which Python reads as 10."""
-    if isinstance(value, str) and "_" in value:
-        raise ValueError("must be a number")
-    return value
-
-
 NonEmptyText = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
@@ -80,24 +49,15 @@ Stop = Annotated[
     | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("(list)")],
     _text_or("(list)"),
 ]
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[Annotated[NonEmptyText, Tag("(text)")] | Annotated[Ids, Tag("(ids)")], _text_or("(ids)")]
 Prompts = Annotated[
     Annotated[NonEmptyText, Tag("(text)")]
     | Annotated[Ids, Tag("(ids)")]
-    | Annotated[list[NonEmptyText], Field(max_length=MAX_SCORED, fail_fast=True), Tag("(texts)")]
-    | Annotated[list[Ids], Field(max_length=MAX_SCORED, fail_fast=True), Tag("(id lists)")],
+    | Annotated[list[NonEmptyText], Field(fail_fast=True), Tag("(texts)")]
+    | Annotated[list[Ids], Field(fail_fast=True), Tag("(id lists)")],
     Discriminator(_kind_of_prompt),
 ]
-Temperature = Annotated[
-    float,
-    Field(ge=0, le=2),
-    AfterValidator(_is_temperature),
-    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}]}),
-]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-QueryLam = Annotated[float, BeforeValidator(_plain_number), Field(ge=0, le=MAX_LAM, allow_inf_nan=False)]
 
 
 def split_prompts(prompts: str | list[Any]) -> list[str | list[int]]:
@@ -119,8 +79,6 @@ class CopilotWeight(Body):
 
 
 class CopilotOptions(CopilotWeight):
-    """Extension object `copilot`."""
-
     explain: bool | None = Field(
         None,
         description="report for each token what the Pilot would have chosen and how far the Copilot moved the distribution",
@@ -128,9 +86,7 @@ class CopilotOptions(CopilotWeight):
 
 
 class CompletionCopilotOptions(CopilotOptions):
-    """Extension object `copilot` of completions."""
-
-    score_after: Annotated[StopText, Field(description="see score_after of the query")] | None = Field(
+    score_after: StopText | None = Field(
         None,
         description="with `echo` and `logprobs`: the Copilot begins after the last occurrence of this text in the prompt, "
         "and the tokens before it are scored by the Pilot alone; without it the Copilot begins at the second token",
@@ -138,8 +94,6 @@ class CompletionCopilotOptions(CopilotOptions):
 
 
 class StreamOptions(Body):
-    """What a stream carries besides text."""
-
     include_usage: bool | None = Field(None, description="one more chunk with the token counts before [DONE]")
 
 
@@ -147,47 +101,34 @@ class Weighted(Body):
     """Fields of every request to a model."""
 
     model: str = Field(description="a name that GET /v1/models lists")
-    lam: Lam | None = Field(None, alias="lambda", description="extension: short for `copilot.lambda`; give one of them")
     copilot: CopilotWeight | None = None
-
-    @model_validator(mode="after")
-    def _one_weight(self) -> Weighted:
-        if self.lam is not None and self.copilot is not None and self.copilot.lam is not None:
-            raise contradiction("copilot.lambda", "give it once: as `lambda` or as `copilot.lambda`")
-        return self
 
     @property
     def weight(self) -> float | None:
-        """lambda of this request, from either place; None: the exported one."""
-        return self.copilot.lam if self.lam is None and self.copilot is not None else self.lam
+        """lambda of this request; None: the exported one."""
+        return None if self.copilot is None else self.copilot.lam
 
 
 class GenerationFields(Weighted):
     """Fields that completions and chat completions share."""
 
-    max_tokens: int | None = Field(None, ge=1, description="new tokens of a choice at most; the server has a cap")
-    temperature: Temperature | None = Field(None, description="default 1; 0 is greedy decoding")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        validation_alias=AliasChoices("max_tokens", "max_completion_tokens"),
+        description="new tokens of a choice at most; the server has a cap. Newer name: `max_completion_tokens`",
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="default 1; 0 is greedy decoding")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, le=2**31 - 1, description="extension: sample among the k likeliest tokens")
+    top_k: int | None = Field(None, ge=1, description="extension: sample among the k likeliest tokens")
     stop: Stop | None = Field(None, description="up to 4 strings that end the text and are not part of it")
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="choice i draws from seed + i; drawn by the server if absent"
     )
-    presence_penalty: Penalty | None = Field(None, description="subtracted from the logits of tokens generated before")
-    frequency_penalty: Penalty | None = Field(None, description="the same, once an occurrence")
     n: int | None = Field(None, ge=1, description="choices of each prompt")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with `stream`: true")
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Stop strings as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def token_limit(self) -> tuple[str, int | None]:
-        """Name of the field that bounds the new tokens, and its value if the client gave one."""
-        return "max_tokens", self.max_tokens
+    copilot: CopilotOptions | None = None
 
     @model_validator(mode="after")
     def _usage_needs_stream(self) -> GenerationFields:
@@ -196,19 +137,19 @@ class GenerationFields(Weighted):
         return self
 
     @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
-    @abstractmethod
-    def named_tokens(self) -> int | None:
-        """How many of the likeliest tokens to name beside each token; None: no log-probabilities at all."""
-
-    @property
     def explains(self) -> bool:
         """Whether the response reports what the Copilot changed."""
-        return isinstance(self.copilot, CopilotOptions) and bool(self.copilot.explain)
+        return self.copilot is not None and bool(self.copilot.explain)
 
 
 class CompletionRequest(GenerationFields):
@@ -218,15 +159,12 @@ class CompletionRequest(GenerationFields):
     max_tokens: int | None = Field(
         None, ge=0, description="new tokens of a choice at most, default 16; 0 only with `echo`; the server has a cap"
     )
-    best_of: int | None = Field(None, ge=1, description="only the value of `n`")
     echo: bool | None = Field(None, description="begin the text, and the log-probabilities, with the prompt")
     logprobs: int | None = Field(None, ge=0, le=5, description="likeliest tokens to name beside each token")
     copilot: CompletionCopilotOptions | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise contradiction("best_of", "must equal `n`: every generated choice is returned")
         if self.max_tokens == 0 and not self.echo:
             raise contradiction("max_tokens", "0 needs `echo`: true")
         if self.score_after is not None and not self.scores_prompt:
@@ -235,7 +173,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def named_tokens(self) -> int | None:
-        """As the base."""
+        """How many of the likeliest tokens to name beside each token; None: no log-probabilities at all."""
         return self.logprobs
 
     @property
@@ -251,28 +189,23 @@ class CompletionRequest(GenerationFields):
     def with_query(self, lam: float | None, score_after: str | None) -> CompletionRequest:
         """This body with the query's values where it has none of its own."""
         own = self.copilot or CompletionCopilotOptions()
-        weight = lam if self.weight is None else self.weight
+        weight = lam if own.lam is None else own.lam
         merged = own.model_copy(update={"lam": weight, "score_after": own.score_after or score_after})
-        return self.model_copy(update={"lam": None, "copilot": merged})
+        return self.model_copy(update={"copilot": merged})
 
 
 class TextPart(Body):
-    """One part of a message's content."""
-
     type: Literal["text"]
     text: str
 
 
 Content = Annotated[
-    Annotated[str, Tag("(text)")]
-    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("(parts)")],
+    Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
     _text_or("(parts)"),
 ]
 
 
 class ChatMessage(Body):
-    """One turn of a conversation."""
-
     role: Literal["system", "user", "assistant"]
     content: Content
 
@@ -285,30 +218,19 @@ class ChatRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="only with `logprobs`: true")
-    copilot: CopilotOptions | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise contradiction("top_logprobs", "needs `logprobs`: true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise contradiction("max_tokens", "give it or `max_completion_tokens`, not both")
         return self
 
     @property
     def named_tokens(self) -> int | None:
-        """As the base."""
+        """How many of the likeliest tokens to name beside each token; None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def token_limit(self) -> tuple[str, int | None]:
-        """As the base, under either of the two names."""
-        if self.max_completion_tokens is None:
-            return super().token_limit
-        return "max_completion_tokens", self.max_completion_tokens
 
 
 class ScoreBody(Weighted):

@@ -1,4 +1,2 @@
-"""Exported runs in a replica: `registry.py` looks up the model of a request, `loading.py` reads one, `swap.py` replaces it.
-
-May import: config, export, models, text, and serving's engine, text and errors. Read first: `registry.py`.
-"""
+"""Exported runs in a replica, loaded and by name (`registry.py`). May import: config, export, models, text, and serving's engine,
+text and errors."""

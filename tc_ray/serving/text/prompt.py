@@ -1,7 +1,7 @@
 """Prompts of requests as token ids, checked against what the model can take, and where each token stands in the text.
 
 Invariant: the tokenizer here is not shared with the engine's thread, because two threads must not use a fast tokenizer at
-once; a lock guards it. A text that is too long is refused before it is tokenised to its end. Used by http/generate.py.
+once; a lock guards it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 
 from tc_ray.data.encode.special_text import SpecialTextError, encode_rendered, named_ids
 from tc_ray.serving.errors import RequestError, invalid_value
-from tc_ray.serving.text.incremental import IncrementalText
-from tc_ray.serving.text.token_texts import TokenTexts
+from tc_ray.serving.text.incremental import IncrementalText, TokenTexts
 
 PROBE_CHARACTERS = 8
 """Characters per token in the part of a long text that is tokenised first; few texts have more."""
@@ -25,9 +24,10 @@ PROBE_SLACK_TOKENS = 16
 
 @dataclass(frozen=True)
 class PlacedPrompt:
-    """A prompt as text, and where each of its tokens begins in it, in characters."""
+    """A prompt as text, as `decoded` from its tokens, and where each of them begins in that, in characters."""
 
     text: str
+    decoded: str
     begins: tuple[int, ...]
 
     def first_after(self, marker: str, param: str) -> int:
@@ -35,14 +35,14 @@ class PlacedPrompt:
 
         Returns the number of tokens where nothing follows. Raises RequestError where the prompt lacks the marker.
         """
-        found = self.text.rfind(marker)
+        found = self.decoded.rfind(marker)
         if found < 0:
             raise RequestError(
                 f"Field `{param}`: the prompt does not contain this text.", param=param, code="score_after_not_found"
             )
         border = found + len(marker)
         for index, begin in enumerate(self.begins):
-            end = self.begins[index + 1] if index + 1 < len(self.begins) else len(self.text)
+            end = self.begins[index + 1] if index + 1 < len(self.begins) else len(self.decoded)
             if begin >= border or end > border:
                 return index
         return len(self.begins)
@@ -114,25 +114,14 @@ class PromptEncoder:
 
     def placed(self, given: str | Sequence[int], ids: Sequence[int]) -> PlacedPrompt:
         """A prompt that was encoded to `ids`, as the text that an echo shows."""
-        if isinstance(given, str):
-            return PlacedPrompt(given, self._begins(given))
         with self._lock:
             decoder = IncrementalText(self._tokenizer, special=True)
             text, begins = "", []
             for token in ids:
                 begins.append(len(text))
                 text += decoder.push([token])
-            return PlacedPrompt(text + decoder.finish(), tuple(begins))
-
-    def _begins(self, text: str) -> tuple[int, ...]:
-        with self._lock:
-            spans = self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        begins, end = [], 0
-        for first, last in spans:
-            # A blank that the tokenizer leaves out of a token's span belongs to the token; bytes of one character share a place.
-            begins.append(min(first, end))
-            end = max(end, last)
-        return tuple(begins)
+            text += decoder.finish()
+        return PlacedPrompt(given if isinstance(given, str) else text, text, tuple(begins))
 
     def _tokenised(self, text: str, limit_tokens: int, param: str, special: bool) -> tuple[int, ...]:
         probe = PROBE_CHARACTERS * (limit_tokens + PROBE_SLACK_TOKENS)

@@ -28,7 +28,7 @@ from tc_ray.pilot.checkpoint import find_checkpoints
 from tc_ray.run.evaluate import NotFinishedError, evaluate_run
 from tc_ray.run.job import JobError, JobResult, run_job
 from tc_ray.run.state import check_resume
-from tc_ray.serving.models.exports import find_export
+from tc_ray.serving.deploy.settings import find_export
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tc_ray.tracking.tracker import Tracker

@@ -15,7 +15,7 @@ from tc_ray.models.fusion import FusedModel
 from tc_ray.pilot import loop
 from tc_ray.pilot.trainer import PilotError
 from tc_ray.run.job import NoCopilotError, run_job
-from tc_ray.serving.models.exports import find_export
+from tc_ray.serving.deploy.settings import find_export
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tests.support.local_ray import local_ray

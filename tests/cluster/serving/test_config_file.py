@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,11 @@ def version(port: int) -> str:
     return str(answer.json()["data"][0]["copilot"]["version"]) if answer.status_code == 200 else ""
 
 
-def test_config_file_serves_and_its_user_config_names_a_copilot(
+def test_config_file_serves_and_a_changed_user_config_loads_a_newer_copilot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TC_RAY_API_KEY", "k")
     export = make_export(tmp_path / "run", positions=256)
-    other = tmp_path / "other/export"
-    shutil.copytree(export, other)
-    weights = other / "copilot/model.safetensors"
-    save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     port = free_port()
     document = document_for(export, port)
     with local_ray():
@@ -63,8 +58,11 @@ def test_config_file_serves_and_its_user_config_names_a_copilot(
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers=KEY, timeout=60)
         assert answer.text.endswith("data: [DONE]\n\n") and answer.headers["x-tc-ray-failover"] == "1"
         before = replica_pids()
-        document["applications"][0]["deployments"][0]["user_config"] = {"copilots": {"mawps": str(other)}}
+        document["applications"][0]["deployments"][0]["user_config"] = {"reload": 1}
+        weights, first = export / "copilot/model.safetensors", version(port)
+        newer = {name: tensor + 0.01 for name, tensor in load_file(weights).items()}
+        save_file(newer, weights, metadata={"format": "pt"})
         deploy(document)
-        assert soon(lambda: version(port) == copilot_version(other), 60)
+        assert soon(lambda: version(port) == copilot_version(export) != first, 60)
         assert replica_pids() == before, "the replica goes on: only its Copilot was replaced"
         serve.shutdown()

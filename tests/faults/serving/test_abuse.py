@@ -89,9 +89,8 @@ class Document:
         operation = self._document["paths"].get(path, {}).get(request.method.lower())
         schema: dict[str, Any] = {"$ref": "#/components/schemas/ErrorEnvelope"}
         if operation is not None:
-            if str(answer.status) not in operation["responses"]:
-                return [f"status {answer.status} is not documented"]
-            schema = operation["responses"][str(answer.status)]["content"]["application/json"]["schema"]
+            documented = operation["responses"].get(str(answer.status), operation["responses"]["default"])
+            schema = documented["content"]["application/json"]["schema"]
         validator = jsonschema_rs.validator_for({**schema, "components": self._document["components"]})
         return [error.message for error in validator.iter_errors(answer.json())]
 

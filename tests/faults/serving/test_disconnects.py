@@ -60,7 +60,12 @@ class Process:
 def leave(server: Server, number: int) -> str:
     """One client that goes away: after some events, or when its patience is over, of a stream or not; returns how."""
     chance = random.Random(number)
-    body = {"model": server.models[0], "prompt": PROMPT, "max_tokens": 4000, "stream": number % 3 != 0}
+    body = {
+        "model": next(iter(server.settings.models)),
+        "prompt": PROMPT,
+        "max_tokens": 4000,
+        "stream": number % 3 != 0,
+    }
     patience_s = 30 if number % 3 == 1 else chance.uniform(0.02, 0.6)
     events = chance.randrange(1, 20)
     with (

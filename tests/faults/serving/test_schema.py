@@ -15,7 +15,6 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -47,23 +46,28 @@ def written(value: Any) -> Any:
 
 
 def consistent(body: Any) -> Any:
-    """A body that keeps the rules between two fields, which only the descriptions of the fields state."""
+    """A body within this server's limits that keeps the rules between two fields: the document states neither."""
     if not isinstance(body, dict):
         return body
     body = {name: value for name, value in body.items() if value is not None}
     copilot = body.get("copilot") or {}
+    if "model" in body:
+        body["model"] = "demo"
+    for name, most in {"n": 2, "max_tokens": MAX_TOKENS}.items():
+        if name in body:
+            body[name] = min(body[name], most)
+    for name in ("prompt", "completion"):
+        if isinstance(body.get(name), list):
+            body[name] = [min(one, 200) if isinstance(one, int) else one for one in body[name][:3]]
+            body[name] = [[min(id, 200) for id in one] if isinstance(one, list) else one for one in body[name]]
     if body.get("stream") is not True:
         body.pop("stream_options", None)
     if not body.get("logprobs"):
         body.pop("top_logprobs", None) if "messages" in body else None
-    if (body.get("max_tokens") == 0 and not body.get("echo")) or "max_completion_tokens" in body:
+    if body.get("max_tokens") == 0 and not body.get("echo"):
         body.pop("max_tokens", None)
-    if copilot.get("lambda") is not None:
-        body.pop("lambda", None)
     if not body.get("echo") or body.get("logprobs") is None:
         copilot.pop("score_after", None)
-    if "best_of" in body:
-        body["best_of"] = body.get("n", 1)
     return body
 
 
@@ -109,9 +113,8 @@ def check_operation(
             case.body = consistent(written(case.body))
         answer = case.call(session=session)
         counted[answer.status_code] += 1
-        late = answer.status_code == 504 and "X-Request-Timeout-S" in case.headers  # as the request itself wanted
-        case.validate_response(answer, excluded_checks=[*NOT_CHECKED, not_a_server_error] if late else NOT_CHECKED)
-        if answer.status_code >= 400 and answer.elapsed > MAX_ANSWER_S and not late:
+        case.validate_response(answer, excluded_checks=NOT_CHECKED)
+        if answer.status_code >= 400 and answer.elapsed > MAX_ANSWER_S:
             _, seconds, tries = timed(server, lambda: again(case, session), MAX_ANSWER_S)
             assert seconds <= MAX_ANSWER_S, f"refused after {tries} s"
 

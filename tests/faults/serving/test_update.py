@@ -55,7 +55,7 @@ def train(export: Path) -> str:
 
 def body_of(server: Server) -> dict[str, Any]:
     return {
-        "model": server.models[0],
+        "model": next(iter(server.settings.models)),
         "prompt": PROMPT,
         "max_tokens": 100,
         "temperature": 0,

@@ -20,8 +20,8 @@ from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.inspection.source import find_log
+from tc_ray.serving.deploy.settings import KEY_VARIABLE, configured_digests, digest
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.http.auth import KEY_VARIABLE, configured_digests, digest
 from tc_ray.tracking.statusfile import ProgressView, read_status
 from tc_ray.tracking.tracker import Tracker
 from tests.support.inspection_samples import make_examples, make_log

@@ -10,8 +10,6 @@ import pytest
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
-from tc_ray.serving.errors import RequestError
-from tc_ray.serving.http.json_route import check_size
 from tests.support.serving_client import CHAT, COMPLETION, PATHS, events, post
 
 
@@ -41,10 +39,7 @@ def test_chat(client: TestClient) -> None:
     text = "".join(chunk["choices"][0]["delta"]["content"] or "" for chunk in chunks[:-1])
     assert text == message["content"]
     assert chunks[-1]["choices"] == []
-    # the second time the prompt is known already
-    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
-    assert [chunks[-1]["usage"][name] for name in counts] == [answer["usage"][name] for name in counts]
-    assert chunks[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert chunks[-1]["usage"] == answer["usage"]
 
 
 def test_chat_uses_the_template(client: TestClient) -> None:
@@ -91,7 +86,7 @@ def test_choices_are_seeded_one_after_the_other(client: TestClient, path: str) -
         choices = post(client, path, {**sampled, **fields})["choices"]
         return [choice.get("text", choice.get("message", {}).get("content")) for choice in choices]
 
-    three = texts(n=3, seed=70, **({"best_of": 3} if path == "/v1/completions" else {}))
+    three = texts(n=3, seed=70)
     assert three == [*texts(seed=70), *texts(seed=71), *texts(seed=72)]
     assert len(set(three)) == 3
     streamed = [""] * 3
@@ -110,30 +105,19 @@ def test_a_drawn_seed_is_in_the_header(client: TestClient) -> None:
     assert client.post("/v1/completions", json={**sampled, "seed": -7}).headers["X-TC-Ray-Seed"] == "-7"
 
 
-def test_penalties_change_the_text(client: TestClient) -> None:
-    plain = post(client, "/v1/completions", {**COMPLETION, "max_tokens": 40})["choices"][0]["text"]
-    for field in ("presence_penalty", "frequency_penalty"):
-        assert (
-            post(client, "/v1/completions", {**COMPLETION, "max_tokens": 40, field: 2})["choices"][0]["text"] != plain
-        )
-
-
-def test_lambda_at_both_places(client: TestClient) -> None:
+def test_lambda_of_a_request(client: TestClient) -> None:
     def text(**fields: Any) -> str:
         answer = client.post("/v1/completions", json={**COMPLETION, **fields})
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["text"])
 
-    assert text(**{"lambda": 3.0}) == text(copilot={"lambda": 3.0})
-    assert text(**{"lambda": 0}) == text(copilot={"lambda": 0}) != text(**{"lambda": 3.0})
-    assert text() == text(**{"lambda": 0.5})
+    assert text(copilot={"lambda": 0}) != text(copilot={"lambda": 3.0})
+    assert text() == text(copilot={"lambda": 0.5}) == text(copilot={})
 
 
 def test_neutral_values_are_taken(client: TestClient) -> None:
     neutral = {
         "n": 1,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0,
         "stop": None,
         "top_p": 1,
         "seed": 3,
@@ -141,7 +125,7 @@ def test_neutral_values_are_taken(client: TestClient) -> None:
     }
     for path, body in PATHS.items():
         assert client.post(path, json={**body, **neutral}).status_code == 200
-    assert client.post("/v1/completions", json={**COMPLETION, "echo": False, "best_of": 1}).status_code == 200
+    assert client.post("/v1/completions", json={**COMPLETION, "echo": False}).status_code == 200
 
 
 REFUSED = [
@@ -150,30 +134,23 @@ REFUSED = [
     ({"n": 10**6}, "n"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": "yes"}, "logprobs"),
-    ({"presence_penalty": 2.5}, "presence_penalty"),
-    ({"frequency_penalty": -3}, "frequency_penalty"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
     ({"user": "Tom"}, "user"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"tools": []}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"lam": 0.5}, "lam"),
     ({"temprature": 0}, "temprature"),
-    ({"lambda": -0.1}, "lambda"),
-    ({"lambda": 11}, "lambda"),
-    ({"lambda": "0.5"}, "lambda"),
-    ({"lambda": True}, "lambda"),
-    ({"lambda": 10**400}, "lambda"),
-    ({"copilot": {"lambda": 99}}, "copilot.lambda"),
+    ({"lambda": 0.5}, "lambda"),
+    *[({"copilot": {"lambda": given}}, "copilot.lambda") for given in (-0.1, 11, "0.5", True, 10**400)],
     ({"copilot": {"explain": 1}}, "copilot.explain"),
     ({"copilot": {"layers": True}}, "copilot.layers"),
-    ({"lambda": 0.5, "copilot": {"lambda": 0.5}}, "copilot.lambda"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 65}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"max_tokens": "12"}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
     ({"temperature": -1}, "temperature"),
-    ({"temperature": 1e-9}, "temperature"),
     ({"temperature": 2.1}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
@@ -213,8 +190,7 @@ def test_refused_by_name(client: TestClient, path: str, fields: dict[str, Any], 
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": "x", "name": "Tom"}]}, "messages[0].name"),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
-        ({"max_tokens": None, "max_completion_tokens": 65}, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_completion_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"copilot": {"score_after": "x"}}, "copilot.score_after"),
@@ -231,8 +207,7 @@ def test_refused_chat_bodies(client: TestClient, fields: dict[str, Any], param: 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"best_of": 2}, "best_of"),
-        ({"n": 2, "best_of": 1}, "best_of"),
+        ({"best_of": 1}, "best_of"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 6}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -256,7 +231,7 @@ def test_refused_completion_bodies(client: TestClient, fields: dict[str, Any], p
     [
         ("/v1/completions", "score_after=", "score_after"),
         ("/v1/completions", "score_after=" + "x" * 201, "score_after"),
-        *[("/v1/completions", f"lambda={given}", "lambda") for given in ("", "-1", "10.1", "NaN", "1_0", "1e999", "a")],
+        *[("/v1/completions", f"lambda={given}", "lambda") for given in ("", "-1", "10.1", "NaN", "1e999", "a")],
         ("/v1/chat/completions", "lambda=1", "lambda"),
         ("/v1/completions", "temperature=0", "temperature"),
     ],
@@ -295,7 +270,7 @@ def test_refused_prompts(client: TestClient, prompt: Any) -> None:
     if prompt != "\ud800":  # the parser refuses it before any field is known
         assert response.json()["error"]["param"].startswith("prompt")
     untyped = client.post("/v1/completions", content=raw)
-    assert untyped.json()["error"]["code"] == "invalid_content_type"
+    assert untyped.json()["error"]["code"] == "invalid_body"
 
 
 @pytest.mark.parametrize(
@@ -346,13 +321,3 @@ def test_models(client: TestClient) -> None:
     [card] = client.get("/v1/models").json()["data"]
     assert (card["id"], card["copilot"]["lambda"], card["context_tokens"]) == ("demo", 0.5, 256)
     assert client.get("/v1/models/demo").json() == card
-
-
-def test_parts_of_a_body_are_counted_outside_of_its_texts() -> None:
-    for text in ('\\"' + "[{:" * 9000, "[{:" * 9000 + "\\\\", "\\\\\\\\" + "[:" * 9000 + '\\"'):
-        check_size(f'{{"model": "demo", "prompt": "{text}"}}'.encode())
-    many = ",".join(["[5]"] * 5000)
-    names = ",".join(f'"k{i}":1' for i in range(9000))
-    for raw in (f'{{"model": "demo", "prompt": [{many}]}}', f'{{"model": "\\\\", "prompt": "\\"", {names}}}'):
-        with pytest.raises(RequestError, match="more than 4096 lists"):
-            check_size(raw.encode())

@@ -11,7 +11,7 @@ def test_a_prepared_process_collects_only_what_is_made_later() -> None:
 import gc, sys, weakref
 import tc_ray.serving.failover.proxy
 class Node: pass
-from tc_ray.serving.latency import SWITCH_S, prepare_process
+from tc_ray.serving.wire import SWITCH_S, prepare_process
 prepare_process()
 assert abs(sys.getswitchinterval() - SWITCH_S) < 1e-9
 assert gc.get_freeze_count() > 10_000 and len(gc.get_objects()) < 2_000, (gc.get_freeze_count(), len(gc.get_objects()))

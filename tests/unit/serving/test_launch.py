@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tc_ray.config.serving import ServingSection
-from tc_ray.export.check import ExportError, copilot_version, weight_bytes
+from tc_ray.export.check import ExportError, copilot_version
 from tc_ray.serving.deploy import launch
 from tc_ray.serving.deploy.launch import start_server
-from tc_ray.serving.deploy.memory import available_memory_bytes, check_memory
-from tc_ray.serving.deploy.settings import command_settings
+from tc_ray.serving.deploy.settings import command_settings, find_export, named_models
 from tc_ray.serving.errors import ServingError
-from tc_ray.serving.models.exports import find_export, named_models
 from tests.support.command_line import tc_ray, tc_ray_process
 from tests.support.ports import free_port
 from tests.support.serving_samples import make_export
@@ -132,23 +129,6 @@ def test_open_host_may_be_allowed_by_name(export: Path) -> None:
         start(export, *open_host, f"serving.port={free_port()}")
 
 
-def test_not_enough_memory(export: Path) -> None:
-    available = available_memory_bytes()
-    assert available is not None and available > 0
-    with pytest.raises(ServingError, match=r"not enough memory: 1 replica .* use fewer replicas"):
-        start(export, f"serving.port={free_port()}", f"serving.cache_bytes={available}")
-
-
-def test_what_is_counted_as_memory(export: Path) -> None:
-    caches = {"cache_bytes": 6 * 10**8, "prefix_bytes": 4 * 10**8}
-    weights = weight_bytes(export)
-    assert weights == 4 * sum(size_of(path) for path in export.glob("*/*.safetensors"))
-    check_memory([export], ServingSection(**caches), 10**9 + 10**9)
-    with pytest.raises(ServingError, match=r"2 replicas .* 2 x 1.0 GB of caches"):
-        check_memory([export, export], ServingSection(replicas=2, **caches), 4 * 10**9)
-    check_memory([export], ServingSection(replicas=100), None)
-
-
 def test_version_follows_the_content(export: Path) -> None:
     version = copilot_version(export)
     fusion = export / "fusion.json"
@@ -170,7 +150,6 @@ def test_version_follows_the_content(export: Path) -> None:
         (["EXPORT", "serving.port=1"], "override serving.port replaces an earlier one"),
         (["EXPORT", "--host", "0.0.0.0"], "no API key is set"),
         (["EXPORT", "serving.key_file=absent"], "key file absent cannot be read"),
-        (["EXPORT", "serving.cache_bytes=1000000000000000"], "not enough memory"),
         (["EXPORT", "--config", "absent.yaml"], "config file absent.yaml cannot be read"),
         (["EXPORT", "EXPORT"], "two models are called"),
     ],
@@ -211,14 +190,6 @@ def test_checks_do_not_load_ray() -> None:
 
 def change(config: Path, **fields: object) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
-
-
-def size_of(weights: Path) -> int:
-    """Numbers in a safetensors file, as the library counts them."""
-    from safetensors import safe_open
-
-    with safe_open(weights, "pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
 
 
 def test_the_failover_proxy_is_where_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:

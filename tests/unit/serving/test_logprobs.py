@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.text.token_texts import TokenTexts
+from tc_ray.serving.text.incremental import TokenTexts
 from tests.support.serving_client import CHAT, COMPLETION, SCORE, events, post
 
 CLOSE = 2e-4
@@ -70,9 +70,6 @@ def test_completion_logprobs_equal_offline(client: TestClient, model: FusedModel
         # Greedy: the chosen token is the likeliest, and has one number everywhere.
         assert 3 <= len(top) <= 4
         assert top[own] == logprob == max(top.values())
-    for own, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
-        assert own.startswith("bytes:") or choice["text"].startswith(own, offset)
-    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
 
 
 def test_streamed_logprobs_equal_whole(client: TestClient) -> None:
@@ -80,8 +77,7 @@ def test_streamed_logprobs_equal_whole(client: TestClient) -> None:
     [choice] = post(client, "/v1/completions", asked)["choices"]
     chunks = [chunk["choices"][0] for chunk in events(client.post("/v1/completions", json={**asked, "stream": True}))]
     assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
-    for name in ("tokens", "text_offset"):
-        assert [one for chunk in chunks for one in chunk["logprobs"][name]] == choice["logprobs"][name]
+    assert [one for chunk in chunks for one in chunk["logprobs"]["tokens"]] == choice["logprobs"]["tokens"]
     streamed = [one for chunk in chunks for one in chunk["logprobs"]["token_logprobs"]]
     assert close(streamed, choice["logprobs"]["token_logprobs"])
     assert len([one for chunk in chunks for one in chunk["copilot"]["tokens"]]) == NEW
@@ -136,8 +132,6 @@ def test_echo_as_lm_eval_asks(client: TestClient, model: FusedModel, tokenizer: 
         assert logprobs["top_logprobs"][0] is None
         _, fused = scored(model, prompt, 1, None)
         assert close(logprobs["token_logprobs"][1:-1], fused)
-        for own, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
-            assert own.startswith("bytes:") or choice["text"].startswith(own, offset)
     assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
 
 
@@ -149,12 +143,12 @@ def test_copilot_begins_after_the_marker(client: TestClient, model: FusedModel, 
     assert ids[:border] == tokenizer(question)["input_ids"]
     body: dict[str, Any] = {"model": "demo", "max_tokens": 0, "logprobs": 1, "echo": True}
     if place != "lambda in the query":
-        body["lambda"] = 2.0
+        body["copilot"] = {"lambda": 2.0}
     body["prompt"] = ids if place == "ids" else question + answer
     if place == "body":
-        body["copilot"] = {"score_after": "Answer:"}
+        body["copilot"]["score_after"] = "Answer:"
     # the body's values come before the query's
-    query = "score_after=Answer:&lambda=2.0" if "lambda" not in body else "score_after=Answer:&lambda=0.5"
+    query = "score_after=Answer:&lambda=2.0" if "copilot" not in body else "score_after=Answer:&lambda=0.5"
     path = "/v1/completions" if place == "body" else f"/v1/completions?{query}"
     [choice] = post(client, path, body)["choices"]
     pilot, _ = scored(model, ids, 1, 0.0)
@@ -235,7 +229,7 @@ def test_score_without_options(client: TestClient) -> None:
         ({"completion": [[5], [999_999]]}, "completion[1]"),
         ({"prompt": ["a"]}, "prompt[0]"),
         ({"top_logprobs": 21}, "top_logprobs"),
-        ({"lambda": 1, "copilot": {"lambda": 1}}, "copilot.lambda"),
+        ({"lambda": 1}, "lambda"),
         ({"copilot": {"explain": True}}, "copilot.explain"),
         ({"temperature": 0}, "temperature"),
     ],

@@ -8,7 +8,10 @@ import weakref
 
 from starlette.types import Message, Receive, Scope, Send
 
-from tc_ray.serving.http.limits import BodyLimit
+from tc_ray.config.serving import ServingSection
+from tc_ray.serving.http.gate import Gate
+from tc_ray.serving.http.metrics import Metrics
+from tc_ray.serving.models.registry import ModelRegistry
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -27,7 +30,8 @@ def test_a_refused_body_is_freed_at_once() -> None:
 
     async def refuse() -> weakref.ref[Client]:
         client = Client()
-        await BodyLimit(app, 100)({"type": "http", "method": "POST", "path": "/", "headers": []}, client, send)
+        gate = Gate(app, ModelRegistry(), ServingSection(max_body_bytes=100), (), Metrics())
+        await gate({"type": "http", "method": "POST", "path": "/", "headers": []}, client, send)
         return weakref.ref(client)
 
     gc.disable()

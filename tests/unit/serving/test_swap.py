@@ -21,7 +21,6 @@ from tc_ray.export.check import copilot_version
 from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.engine.contract import Finished, GenerationRequest
-from tc_ray.serving.errors import ServingError
 from tests.support.serving_samples import Collector, make_export
 
 PROMPT = tuple(range(10, 30))
@@ -38,10 +37,10 @@ class Bench:
     def version(self) -> str | None:
         return self.replica.registry.find("m").copilot_version
 
-    def reload(self, **copilots: str) -> bool:
+    def reload(self) -> bool:
         """As Serve's reconfigure: load the Copilots again; whether the served model was replaced."""
         before = self.replica.registry.find("m")
-        self.replica.configure({"copilots": copilots})
+        self.replica.reload()
         self.replica._swaps.submit(lambda: None).result(60)
         return self.replica.registry.find("m") is not before
 
@@ -67,7 +66,7 @@ def bench(made: Path, tmp_path: Path) -> Iterator[Bench]:
     shutil.copytree(made, export)
     section = ServingSection(max_running=4, cache_bytes=2**26, threads=1, request_timeout_s=60, drain_s=60)
     replica = Replica(ReplicaSettings({"m": export}, section))
-    assert asyncio.run(replica.unhealthy()) is None
+    assert asyncio.run(replica.registry.unhealthy()) is None
     yield Bench(replica, export)
     for served in replica.registry:
         served.engine.close()
@@ -220,47 +219,3 @@ def test_a_broken_copilot_is_followed_by_a_sound_one(bench: Bench, made: Path) -
     train(bench.export)
     assert bench.reload()
     assert bench.version == copilot_version(bench.export)
-
-
-def test_user_config_names_another_folder(bench: Bench, made: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other/export"
-    shutil.copytree(made, other)
-    train(other)
-    assert bench.reload(m=str(other.parent))
-    assert bench.version == copilot_version(other)
-    assert bench.reload(), "without a name the model's own folder counts"
-    assert bench.version == copilot_version(bench.export)
-
-
-def test_a_replica_that_starts_takes_the_copilots_of_its_user_config(bench: Bench, made: Path, tmp_path: Path) -> None:
-    """Before it answers, and it does not start with one that cannot be used."""
-    other = tmp_path / "other/export"
-    shutil.copytree(made, other)
-    train(other)
-    bench.replica._serving = False
-    bench.replica.configure({"copilots": {"m": str(other)}})
-    assert bench.version == copilot_version(other)
-    cut(other)
-    with pytest.raises(ServingError, match="cannot be loaded"):
-        bench.replica.configure({"copilots": {"m": str(other)}})
-
-
-@pytest.mark.parametrize(
-    ("user_config", "words"),
-    [
-        ([], "may hold `copilots`"),
-        ({"copilot": {}}, "may hold `copilots`"),
-        ({"copilots": {"other": "x"}}, "must map names of served models"),
-        ({"copilots": {"m": "absent"}}, "is no folder"),
-    ],
-)
-def test_user_config_that_cannot_be_meant(
-    bench: Bench, caplog: pytest.LogCaptureFixture, user_config: object, words: str
-) -> None:
-    with caplog.at_level(logging.ERROR, "tc_ray.serving"):
-        bench.replica.configure(user_config)
-    assert words in caplog.text
-    assert bench.say()
-    bench.replica._serving = False  # at the start
-    with pytest.raises(ServingError, match=words):
-        bench.replica.configure(user_config)

@@ -1,4 +1,4 @@
-"""A server at its limits: healthy and not ready while it is full, and one limit for all clients where no keys are set."""
+"""A server at its limits: healthy while it is full, and one limit for all clients where no keys are set."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ from tests.support.serving_client import COMPLETION, make_app, served, settings_
 from tests.support.serving_samples import make_export
 
 
-def test_a_full_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
+def test_a_full_server_is_healthy(tmp_path: Path) -> None:
     export = make_export(tmp_path / "run", positions=4096)
     app = make_app(settings_of(export, max_running=1, max_waiting=0, max_tokens=4000))
     body = {**COMPLETION, "max_tokens": 3000, "stream": True}
     with served(app) as url, httpx.Client(base_url=url, timeout=60) as http:
-        assert http.get("/ready").status_code == http.get("/health").status_code == 200
         with http.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()  # kept: an iterator that is dropped closes the connection
             next(lines)
-            full = http.get("/ready")
-            assert (full.status_code, full.json()["reason"]) == (
-                503,
-                "every place in the batch and in the queue is taken",
-            )
+            assert http.post("/v1/completions", json=COMPLETION).status_code == 429
             assert http.get("/health").status_code == 200
         until = time.monotonic() + 10
-        while http.get("/ready").status_code != 200:
+        while http.post("/v1/completions", json=COMPLETION).status_code != 200:
             assert time.monotonic() < until, "the place of a client that left is not free again"
             time.sleep(0.05)
 
