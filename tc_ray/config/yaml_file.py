@@ -80,7 +80,11 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
         raise
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from None
-    except (ValueError, TypeError, RecursionError) as error:  # 5000 digits, an impossible date, a list as key, deep nesting
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # 5000 digits, an impossible date, a list as key, deep nesting
         raise ConfigError(f"{path}: holds an impossible value: {redact(first_line(error))}") from None
     # An empty section ("pilot:" with all fields commented out) means its defaults.
     return {key: {} if value is None else value for key, value in values.items()}

@@ -16,7 +16,8 @@ from tc_ray.serving.errors import contradiction
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 200
 MAX_TOP_LOGPROBS = 20
-MAX_MESSAGES = 1024
+MAX_MESSAGES = MAX_PROMPTS = 1024
+MAX_FIELDS = 100
 MIN_TEMPERATURE = 0.01
 """A smaller one is greedy decoding: the scaled logits would leave the range of a float."""
 DEFAULT_COMPLETION_TOKENS = 16
@@ -27,6 +28,16 @@ class Body(BaseModel):
     """Base of request bodies: unknown fields are refused and no type is converted silently."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, body: Any) -> Any:
+        if (
+            isinstance(body, dict) and len(body) > MAX_FIELDS
+        ):  # an error for each unknown field would hold up the replica
+            unknown = next((name for name in body if name not in cls.model_fields), "body")
+            raise contradiction(unknown, f"is one of {len(body)} fields; at most {MAX_FIELDS} are read")
+        return body
 
 
 def _text_or(tag: str) -> Any:
@@ -54,8 +65,8 @@ Prompt = Annotated[Annotated[NonEmptyText, Tag("(text)")] | Annotated[Ids, Tag("
 Prompts = Annotated[
     Annotated[NonEmptyText, Tag("(text)")]
     | Annotated[Ids, Tag("(ids)")]
-    | Annotated[list[NonEmptyText], Field(fail_fast=True), Tag("(texts)")]
-    | Annotated[list[Ids], Field(fail_fast=True), Tag("(id lists)")],
+    | Annotated[list[NonEmptyText], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("(texts)")]
+    | Annotated[list[Ids], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("(id lists)")],
     Discriminator(_kind_of_prompt),
 ]
 
