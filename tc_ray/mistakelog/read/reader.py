@@ -190,14 +190,6 @@ class MistakeLog:
                 except BadFileError as error:
                     self._note_bad(error, file)
 
-    def file_records(self, file: StoredFile) -> Records | None:
-        """Rows of one of `files`; None: it is damaged, see `bad_files`."""
-        try:
-            return _records(self._store, file)
-        except BadFileError as error:
-            self._note_bad(error, file)
-            return None
-
     def _note_bad(self, error: BadFileError, file: StoredFile) -> None:
         if error.name not in {bad.name for bad in self.bad_files}:
             log.warning("%s: %s: skipped, %d rows", self.location, error, file.rows)
