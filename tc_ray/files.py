@@ -74,15 +74,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_json_as(path: Path, kind: type[_Kind]) -> _Kind:
-    """The JSON object in a file as a dataclass (or pydantic model), its types checked; other keys are ignored.
-
-    Raises:
-        FileNotFoundError: there is no such file. DamagedFileError: fields or types differ.
-    """
-    return typed(read_json(path), kind, path)
-
-
 def typed(document: Any, kind: type[_Kind], path: Path) -> _Kind:
     """A document read from `path` as a dataclass or pydantic model. Raises DamagedFileError if fields or types differ."""
     try:

@@ -65,7 +65,7 @@ class Figures:
             "tokens_per_second": self.tokens / self.seconds,
             "requests": float(self.requests),
             "first_token_median_s": statistics.median(first),
-            "first_token_p95_s": first[int(0.95 * (len(first) - 1))],
+            "first_token_p95_s": first[int(0.95 * len(first))],
             "between_tokens_median_s": statistics.median(self.between_s) if self.between_s else 0.0,
         }
 

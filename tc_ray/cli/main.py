@@ -15,6 +15,7 @@ from tc_ray.cli.models import evaluate, fuse, serve
 from tc_ray.cli.status import status
 from tc_ray.cli.train import train
 from tc_ray.cli.train_copilot import train_copilot
+from tc_ray.config.redact import redact
 
 
 class _Commands(TyperGroup):
@@ -25,6 +26,10 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             end_stopped(interrupt)
+        except Exception as error:
+            if hasattr(error, "message"):  # of typer, about a wrong word on the command line
+                error.message = redact(str(error.message))
+            raise
 
 
 app = typer.Typer(

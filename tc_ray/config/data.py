@@ -51,7 +51,9 @@ class DataSection(Section):
     validation_size: float = Field(
         0.1, gt=0, description="rows cut from train for validation: a fraction below 1, else a count"
     )
-    test: str | None = Field(None, description="as validation, by the words test, testset, heldout")
+    test: str | None = Field(
+        None, description="as validation, by the words test, testset, held, heldout, hold, holdout"
+    )
     test_size: float = Field(0.1, ge=0, description="rows cut from train when test is null: fraction or count")
     max_train_rows: Positive | None = Field(None, description="use only the first N training rows after the cut")
     template: Literal["chat", "plain"] = Field("chat", description="tokenizer's chat template, or plain_template")

@@ -131,7 +131,7 @@ def train_from_log(
 
     def restored(at: Position, damaged: list[str]) -> None:
         # steps after the checkpoint are taken again
-        lines = metrics.read_text().splitlines() if at.step else []
+        lines = metrics.read_text().splitlines() if at.step and metrics.is_file() else []
         points.extend(point for point in map(json.loads, lines) if point["step"] <= at.step)
 
     def report(at: Position, result: StepResult | None) -> None:

@@ -51,7 +51,7 @@ class ItemTrieProcessor(LogitsProcessor):
         """Scores [R, V] after the sequences [R, begin + n]."""
         beams = enumerate(input_ids[:, self._begin :].tolist())
         places = [(row, token) for row, ids in beams for token in self._trie.allowed(ids)]
-        row, token = torch.tensor(places, device=scores.device).view(-1, 2).T
+        row, token = torch.tensor(places, dtype=torch.long, device=scores.device).view(-1, 2).T
         kept: torch.FloatTensor = torch.full_like(scores, -torch.inf)
         kept[row, token] = scores[row, token]
         return kept

@@ -77,10 +77,11 @@ def find_log(source: str, options: Sequence[str] = ()) -> LogPlace:
     if "://" not in place and not (Path(place).expanduser() / TABLE_FOLDER).is_dir():
         what = f"log.path of its {CONFIG_FILE} is {place}, and no log is there" if path else "no Mistake Log in it"
         raise LogNotFoundError(f"{source}: {what}; give a run folder, a log's folder or its URI")
-    note = ""
-    if "://" in place and section.get("storage_options") and not given:
-        note = (
-            f"log.storage_options of {visible(str(config))} are not used: your credentials would go wherever that file says. "
-            "If you trust it, give them with --storage-option"
+    note, stored = "", section.get("storage_options")
+    unused = [str(key) for key in stored if key not in given] if isinstance(stored, dict) else []
+    if "://" in place and unused:
+        note = visible(
+            f"log.storage_options of {config} are not used ({', '.join(unused)}): your credentials would go wherever that "
+            f"file says. If you trust it, give them: --storage-option {unused[0]}=..."
         )
     return LogPlace(place, folder, given, note)

@@ -43,7 +43,8 @@ def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     content: list[Any] = [{key: value for key, value in config.items() if key not in _NO_CONTENT}]
     if random_weights:
         return _digest([*content, "random"])
-    files = sorted(folder.glob("model*.safetensors"))  # what the library loads: not consolidated.safetensors
+    # an index may name shards as it likes, and adapters are loaded too; consolidated.safetensors, Mistral's form, is not
+    files = [file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated")]
     if files:
         return _digest([*content, sorted(tensor for file in files for tensor in _tensors(file))])
     return _digest([*content, [_sha256(file) for file in sorted(folder.glob("*.bin"))]])

@@ -55,7 +55,21 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio)
     )
-    settings = {
+    with stale_build_locks_removed():
+        engine, *_ = deepspeed.initialize(
+            model=step,
+            model_parameters=trainable,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+    return engine
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """What DeepSpeed reads of the run's config."""
+    return {
         "train_batch_size": config.pilot.batch_size,
         "train_micro_batch_size_per_gpu": config.pilot.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps,
@@ -66,16 +80,6 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    with stale_build_locks_removed():
-        engine, *_ = deepspeed.initialize(
-            model=step,
-            model_parameters=trainable,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=settings,
-            dist_init_required=False,
-        )
-    return engine
 
 
 class AdamW(torch.optim.AdamW):

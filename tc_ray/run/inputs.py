@@ -91,8 +91,10 @@ def prepare_rows(
     except OtherInputsError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    folder.mkdir(exist_ok=True)  # it may hold files of the user
+    for file in aside.iterdir():
+        os.replace(file, folder / file.name)
+    aside.rmdir()
     return replace(found, folder=folder), hashes
 
 

@@ -57,7 +57,7 @@ PHASES = (
     Phase("evaluate", evaluate, "pilot/final, copilot/final", "evaluation.json", skip=lambda run: run.ledger is None),
     Phase("export", export, "both models, evaluation.json", "export/", skip=lambda run: run.ledger is None),
 )
-"""Both models train at once from `start_copilot` to `finish_copilot` (`run.train`). `prepare` keeps the rows that still fit."""
+"""Both models train at once from `start_copilot` to `finish_copilot` (`run.train`)."""
 
 
 @dataclass(frozen=True)

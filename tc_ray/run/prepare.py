@@ -16,7 +16,7 @@ from tc_ray.text import first_line, visible
 
 
 def prepare(run: Run) -> None:
-    """Leaves `run.prepared` and the rows in `data/`; rows that are there and fit are taken.
+    """Leaves `run.prepared` and the rows in `data/`, which are those of earlier starts.
 
     Raises:
         JobError: a model cannot be used, or nothing would be measured. DataError: see `prepare_rows`. OtherInputsError: the

@@ -123,7 +123,7 @@ class PointFile:
         self.restarts += point["event"] == RESTART
         shown = {"time": point["time"], "kind": point["event"], "text": point["text"], "count": 1}
         for event in self.events:
-            if (event["kind"], event["text"]) == (shown["kind"], shown["text"]):
+            if event["kind"] != RESTART and (event["kind"], event["text"]) == (shown["kind"], shown["text"]):
                 event["count"] += 1
                 return
         self.events.append(shown)

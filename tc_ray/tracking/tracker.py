@@ -66,7 +66,7 @@ class Tracker:
             "waiting": {},
             **{kind: self._points.latest(kind) for kind in ("pilot", "copilot", "log")},
             "processes": {},
-            "evaluation": {},
+            "evaluation": self._points.latest("evaluation"),
         }
         self._latest_time = 0.0
         self._readings: dict[str, deque[tuple[float, float]]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from typing import TYPE_CHECKING
 
 from tc_ray.data.source.shapes import Turn
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     from tc_ray.config.data import DataSection
 
 
+TEMPLATE_DAY = date(2024, 7, 26)
+"""What a chat template that writes today's date gets, so that a resumed run has the same rows: the day that Llama's template
+has where there is no clock."""
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+    """The messages as text, up to where the answer begins, by the tokenizer's own chat template."""
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True, strftime_now=TEMPLATE_DAY.strftime
+    )
+    assert isinstance(text, str)  # one conversation in, one text out
+    return text
+
+
 def render_prompt(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
     """The full prompt text, up to where the completion begins.
 
@@ -26,10 +41,7 @@ def render_prompt(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrai
     turns = with_system(turns, config)
     if config.template == "plain":
         return config.plain_template.replace("{prompt}", readable_prompt([t for t in turns if t.content]))
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)  # one conversation in, one text out
-    return text
+    return render_chat(tokenizer, [{"role": turn.role, "content": turn.content} for turn in turns])
 
 
 def with_system(turns: Sequence[Turn], config: DataSection) -> Sequence[Turn]:

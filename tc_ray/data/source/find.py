@@ -24,7 +24,7 @@ SIDE_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "s
 _WORDS = {
     "train": "train training trainset",
     "validation": "eval evaluation evalset validation valid validset val valset dev devset",
-    "test": "test testset held heldout holdout",
+    "test": "test testset held hold heldout holdout",
 }
 _PART_OF_WORD = {word: part for part, words in _WORDS.items() for word in words.split()}
 _SHOWN_NAMES = 5
@@ -105,9 +105,9 @@ def _find(place: Path, config: DataSection) -> _Found:
         if not _is_data(place, config):
             raise DataError(f"{place}: unknown kind of file; convert it to {_kinds(config)}")
         found[""].append(place)
-    for file in sorted(path for path in place.rglob("*") if path.is_file()):
+    for file in sorted(path for path in place.rglob("*") if path.is_file() or path.is_symlink()):
         relative = file.relative_to(place)
-        is_data = _is_data(file, config)
+        is_data = file.is_file() and _is_data(file, config)
         hidden = any(part.startswith((".", "_")) for part in relative.parts)
         if is_data and not hidden and file.name.lower() not in SIDE_FILES:
             found[_part_by_name(relative, place)].append(file)

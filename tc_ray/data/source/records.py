@@ -85,7 +85,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
     for place, line in iter_lines(path):
         value: Any
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode("utf-8"))  # of bytes json would guess the encoding, line by line
         except UnicodeDecodeError as error:
             value = not_utf8(error)
         except json.JSONDecodeError as error:
@@ -109,7 +109,7 @@ def _json_array(path: Path) -> Iterator[Record]:
     with open_bytes(path) as file:
         content = file.read().removeprefix(b"\xef\xbb\xbf")
     try:
-        values = json.loads(content)
+        values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not JSON ({first_line(error)}); repair the array, or write one JSON object per line so that single bad "
@@ -129,8 +129,8 @@ def _parquet(path: Path) -> Iterator[Record]:
             for value in batch.to_pylist():
                 place += 1
                 yield Record(place, "row", _shown(value), value)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also what Python cannot hold of a value
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)}); write it again") from error
 
 
 def _shown(value: Any) -> str:

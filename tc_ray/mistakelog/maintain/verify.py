@@ -59,7 +59,7 @@ class Verification:
             lines.append(f"BAD {self.twice} rows have the round and sample of another row")
         if self.not_finite:
             lines.append(
-                f"BAD {self.not_finite:,} rows hold numbers that are not finite: the Copilot and statistics leave them out"
+                f"BAD {self.not_finite:,} rows hold numbers that are not finite: statistics leave them out, the Copilot a step with them"
             )
         lines += [f"quarantined earlier {line}" for line in self.quarantined_before]
         lines += [f"quarantined {line}" for line in self.quarantined]

@@ -143,15 +143,17 @@ def held_versions(location: Location, now: float) -> list[HeldVersion]:
     for entry in location.list(_FOLDER, recursive=False):
         try:
             found = json.loads(location.read(entry.name))
+            lease, process = HeldVersion(found["version"], found["onwards"]), ProcessId(**found["process"])
         except FileNotFoundError:
             continue  # released meanwhile
-        lease = HeldVersion(found["version"], found["onwards"])
+        except (ValueError, KeyError, TypeError):
+            lease = process = None  # being written, or what a power cut or a kill left of that
         # read again, now that the file was opened: a share may have shown an old time
         touched = location.modified(entry.name) if now - entry.modified >= FRESH_SECONDS else entry.modified
         if touched is None:
             continue
-        if now - touched < FRESH_SECONDS or ProcessId(**found["process"]).is_running():
-            held.append(lease)
+        if now - touched < FRESH_SECONDS or (process is not None and process.is_running()):
+            held += [lease] if lease is not None else []
         else:
             location.delete(entry.name)
     return held

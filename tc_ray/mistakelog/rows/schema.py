@@ -103,7 +103,7 @@ class LogMetadata:
             where: path of the table, for messages.
 
         Raises:
-            LogSchemaError: not a Mistake Log, an unknown schema version, or or a key is missing.
+            LogSchemaError: not a Mistake Log, an unknown schema version, or a key is missing.
         """
         version = configuration.get(PREFIX + "schema_version")
         if version is None:

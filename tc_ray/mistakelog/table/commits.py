@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from tc_ray.mistakelog.table.data_file import DataFile
@@ -16,6 +16,7 @@ from tc_ray.mistakelog.table.location import Location
 
 LOG_FOLDER = "_delta_log"
 _REMOTE_READERS = 16
+_FILE_FIELDS = {item.name for item in fields(DataFile)}
 
 
 def commit_name(version: int) -> str:
@@ -92,8 +93,10 @@ def parse_commit(version: int, content: bytes) -> Commit:
         if (info := action.get("commitInfo")) is not None:
             ours = dict(info.get("tc_ray") or {})
             for file in ours.pop("files", []):
-                dropped = {int(round): count for round, count in file["dropped"].items()}
-                commit.files.append(DataFile(**{**file, "dropped": dropped}))
+                # keys of a later tc-ray are no damage: `repair` would move the commit aside
+                known = {key: value for key, value in file.items() if key in _FILE_FIELDS}
+                dropped = {int(round): count for round, count in known.get("dropped", {}).items()}
+                commit.files.append(DataFile(**{**known, "dropped": dropped}))
             commit.note.update(ours)
         elif (gone := action.get("remove")) is not None:
             commit.removed.append(gone["path"])

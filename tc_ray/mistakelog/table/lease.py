@@ -119,8 +119,8 @@ class RunLease:
         LogFullError: no space for the lease.
     """
 
-    def __init__(self, location: Location, number: int) -> None:
-        self.location, self.number = location, number
+    def __init__(self, location: Location, number: int, holder: Holder) -> None:
+        self.location, self.number, self._holder = location, number, holder
         self._stop, self._lost = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._work, name="log-lease", daemon=True).start()
@@ -147,7 +147,10 @@ class RunLease:
                 self.check()
                 with self._lock:
                     if not self._stop.is_set():
-                        self.location.touch(_file(self.number))
+                        try:
+                            self.location.touch(_file(self.number))
+                        except FileNotFoundError:  # in the table the lease is held
+                            self.location.write(_file(self.number), self._holder.to_json())
             except LeaseLostError as error:
                 log.error("%s", error)
                 return
@@ -165,10 +168,10 @@ class RunLease:
             if holder is not None:
                 raise LeaseHeldError(f"{location} is in use: {holder}. {WAIT_FOR_IT}")
             store.adopt()
-            mine = secrets.randbits(62)
+            mine, myself = secrets.randbits(62), Holder.this(what)
             # the file first, so that the number is never there without it
             with full_disk_named(location):
-                location.write(_file(mine), Holder.this(what).to_json())
+                location.write(_file(mine), myself.to_json())
             try:
                 store.commit(numbers={LEASE_NUMBER: mine}, note={"kind": "lease", "what": what})
             except BaseException as error:
@@ -179,7 +182,7 @@ class RunLease:
             for entry in location.list("_tc_ray", recursive=False):  # of dead holders, and of those that died above
                 if entry.name.startswith("_tc_ray/lease-") and entry.name != _file(mine):
                     location.delete(entry.name)
-            return cls(location, mine)
+            return cls(location, mine, myself)
 
     def release(self) -> None:
         """Give the lease back."""

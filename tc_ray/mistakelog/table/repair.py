@@ -135,7 +135,10 @@ def repair(location: Location) -> str | None:
     Raises LogSchemaError if a commit is damaged and later ones are whole.
     """
     torn = _torn_commit(location)
-    return None if torn is None else _move(location, torn)
+    moved = None if torn is None else _move(location, torn)
+    for path in _torn_checkpoints(location):  # delta-rs opens a table without reading all of one
+        _move(location, path)
+    return moved
 
 
 def _torn_commit(location: Location) -> Path | None:

@@ -69,7 +69,7 @@ class FusedGeneration(FusedCore, GenerationMixin):
         self,
         sequences: torch.Tensor,
         *,
-        prompt_length: int = 1,
+        prompt_length: int | None = None,
         source: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         source_mask: torch.Tensor | None = None,
@@ -82,7 +82,8 @@ class FusedGeneration(FusedCore, GenerationMixin):
         Args:
             sequences: int64 [B, S], prompt and completion; for an encoder-decoder the start token and the target, as
                 `generate` returns them.
-            prompt_length: columns before the completions, prompts padded on the left. 1 is an encoder-decoder's start token.
+            prompt_length: columns before the completions, prompts padded on the left; None for an encoder-decoder, whose
+                start token is 1.
             source: int64 [B, Q], what an encoder-decoder's encoder reads, and source_mask [B, Q].
             attention_mask: [B, S] of `sequences`, which then also marks where completions end, or [B, prompt_length]; then a
                 completion ends after its first end token (`generation_config.eos_token_id`).
@@ -93,6 +94,10 @@ class FusedGeneration(FusedCore, GenerationMixin):
         sequences = sequences.to(device)
         if (source is not None) != self.family.encoder_decoder:
             raise ValueError("an encoder-decoder needs `source`, a decoder-only model has no source")
+        if prompt_length is None:
+            if source is None:
+                raise ValueError("give prompt_length, the columns before the completions")
+            prompt_length = 1
         if not 1 <= prompt_length <= sequences.shape[1]:
             raise ValueError(
                 f"completions begin at column {prompt_length}: it must be from 1 to {sequences.shape[1]}, the sequences' length"

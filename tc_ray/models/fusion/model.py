@@ -47,7 +47,7 @@ class FusedModel(FusedGeneration):
     ) -> FusedModel:
         """Load a folder written by `save_pretrained` or by the export of a run.
 
-        Raises NoFusedModelError: a part is missing; the message names it. ValueError: an unknown format.
+        Raises NoFusedModelError: a part is missing; the message names it. DamagedFileError: fusion.json.
         FusionError: Pilot and Copilot do not fit each other. WeightsError, NotFiniteError: see `load_whole`.
         """
         folder = Path(folder)

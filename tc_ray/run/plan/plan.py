@@ -195,9 +195,16 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
     from tc_ray.models.families import family_of
 
     try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            pilot.place, local_files_only=pilot.local_only, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        refusals.append(f"the tokenizer of {config.model.pilot} cannot be read here ({first_line(error, 160)})")
+        return None
+    try:
         found = estimate(
             config.data,
-            AutoTokenizer.from_pretrained(pilot.place, local_files_only=pilot.local_only, trust_remote_code=False),
+            tokenizer,
             sample_rows=SAMPLE_ROWS,
             seed=config.run.seed,
             encoder_decoder=family_of(pilot.config).encoder_decoder,
@@ -205,8 +212,6 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
         )
     except DataError as error:
         refusals.append(f"data.train {config.data.train} on this machine: {error}")
-    except (OSError, ValueError) as error:
-        refusals.append(f"the tokenizer of {config.model.pilot} cannot be read here ({first_line(error, 160)})")
     else:
         notes += [*found.notes, f"rows and lengths are estimated from {found.sampled} rows; the run measures them"]
         return found

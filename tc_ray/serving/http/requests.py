@@ -18,6 +18,7 @@ MAX_STOP_CHARACTERS = 200
 MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = MAX_PROMPTS = 1024
 MAX_FIELDS = 100
+TOKEN_LIMITS = {"max_tokens", "max_completion_tokens"}
 MIN_TEMPERATURE = 0.01
 """A smaller one is greedy decoding: the scaled logits would leave the range of a float."""
 DEFAULT_COMPLETION_TOKENS = 16
@@ -31,12 +32,15 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, body: Any) -> Any:
-        if (
-            isinstance(body, dict) and len(body) > MAX_FIELDS
-        ):  # an error for each unknown field would hold up the replica
+    def _plain_fields(cls, body: Any) -> Any:
+        names = body.keys() if isinstance(body, dict) else set()
+        if len(names) > MAX_FIELDS:  # an error for each unknown field would hold up the replica
             unknown = next((name for name in body if name not in cls.model_fields), "body")
             raise contradiction(unknown, f"is one of {len(body)} fields; at most {MAX_FIELDS} are read")
+        if names >= TOKEN_LIMITS:
+            if None not in (body[name] for name in TOKEN_LIMITS):
+                raise contradiction("max_tokens", "give it or `max_completion_tokens`, not both")
+            return {name: value for name, value in body.items() if name not in TOKEN_LIMITS or value is not None}
         return body
 
 
@@ -205,13 +209,17 @@ class CompletionRequest(GenerationFields):
         return self.model_copy(update={"copilot": merged})
 
 
+Text = Annotated[str, Field(min_length=0)]
+"""A bound has pydantic refuse lone surrogates, which no tokenizer takes."""
+
+
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 Content = Annotated[
-    Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
+    Annotated[Text, Tag("(text)")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("(parts)")],
     _text_or("(parts)"),
 ]
 

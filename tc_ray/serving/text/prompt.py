@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tc_ray.data.encode.prompts import render_chat
 from tc_ray.data.encode.special_text import SpecialTextError, encode_rendered, named_ids
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.text.incremental import IncrementalText, TokenTexts
@@ -24,10 +25,9 @@ PROBE_SLACK_TOKENS = 16
 
 @dataclass(frozen=True)
 class PlacedPrompt:
-    """A prompt as text, as `decoded` from its tokens, and where each of them begins in that, in characters."""
+    """A prompt as text, and where each of its tokens begins in it, in characters."""
 
     text: str
-    decoded: str
     begins: tuple[int, ...]
 
     def first_after(self, marker: str, param: str) -> int:
@@ -35,14 +35,14 @@ class PlacedPrompt:
 
         Returns the number of tokens where nothing follows. Raises RequestError where the prompt lacks the marker.
         """
-        found = self.decoded.rfind(marker)
+        found = self.text.rfind(marker)
         if found < 0:
             raise RequestError(
                 f"Field `{param}`: the prompt does not contain this text.", param=param, code="score_after_not_found"
             )
         border = found + len(marker)
         for index, begin in enumerate(self.begins):
-            end = self.begins[index + 1] if index + 1 < len(self.begins) else len(self.decoded)
+            end = self.begins[index + 1] if index + 1 < len(self.begins) else len(self.text)
             if begin >= border or end > border:
                 return index
         return len(self.begins)
@@ -92,7 +92,7 @@ class PromptEncoder:
 
         def render(contents: Sequence[str]) -> str:
             written = [{**message, "content": text} for message, text in zip(messages, contents, strict=True)]
-            return str(self._tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True))
+            return render_chat(self._tokenizer, written)
 
         with self._lock:
             try:
@@ -114,14 +114,21 @@ class PromptEncoder:
 
     def placed(self, given: str | Sequence[int], ids: Sequence[int]) -> PlacedPrompt:
         """A prompt that was encoded to `ids`, as the text that an echo shows."""
+        begins: list[int] = []
         with self._lock:
-            decoder = IncrementalText(self._tokenizer, special=True)
-            text, begins = "", []
+            if isinstance(given, str):
+                end = 0
+                for first, last in self._tokenizer(given, return_offsets_mapping=True)["offset_mapping"]:
+                    begins.append(
+                        min(first, end)
+                    )  # a blank that the tokenizer leaves out of a span belongs to the token
+                    end = max(end, last)
+                return PlacedPrompt(given, tuple(begins))
+            decoder, text = IncrementalText(self._tokenizer, special=True), ""
             for token in ids:
                 begins.append(len(text))
                 text += decoder.push([token])
-            text += decoder.finish()
-        return PlacedPrompt(given if isinstance(given, str) else text, text, tuple(begins))
+            return PlacedPrompt(text + decoder.finish(), tuple(begins))
 
     def _tokenised(self, text: str, limit_tokens: int, param: str, special: bool) -> tuple[int, ...]:
         probe = PROBE_CHARACTERS * (limit_tokens + PROBE_SLACK_TOKENS)

@@ -284,7 +284,11 @@ def change(folder: Path, file: str = "config.json", **fields: Any) -> None:
     [
         (other_tokenizer, ExportError, "the tokenizer of .*other.* is not the one that the Copilot was trained with"),
         (other_tap, FusionError, "trained on other hidden states: 'mean over every layer, after the final norm'"),
-        (other_pooling, FusionError, "pooled by 'median': not one of mean, max, sum"),
+        (
+            other_pooling,
+            FusionError,
+            "trained on other hidden states: 'mean over decoder layers .* not 'median over decoder layers",
+        ),
         (other_architecture, FusionError, "the Copilot is decoder-only, the Pilot encoder-decoder"),
         (other_width, FusionError, "made for a Pilot of width 32; this Pilot has 24"),
         (unknown_family, UnknownFamilyError, "'opt' has no adapter"),

@@ -249,6 +249,12 @@ def test_the_holder_notices_by_itself(fenced: Fenced, monkeypatch: pytest.Monkey
     monkeypatch.setattr(lease_module, "_TOUCH_SECONDS", 0.02)
     place = LogStore.create(tmp_path / "second", metadata()).location
     with RunLease.take(place, "run A") as lease:
+        (file,) = [path for path in (tmp_path / "second/_tc_ray").iterdir() if path.name.startswith("lease-")]
+        file.unlink()  # by hand, or by one that was taken for dead
+        written_again_until = time.monotonic() + 5
+        while not file.exists():
+            assert time.monotonic() < written_again_until
+            time.sleep(0.02)
         lease.check()
         taken_for_dead_until = time.monotonic() + 5
         while not lease.lost:

@@ -56,6 +56,16 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
 
 
+def test_what_a_killed_write_of_a_lease_left_holds_nothing(tmp_path: Path) -> None:
+    """A fault found by attack: an empty temporary file ended every vacuum."""
+    lease = ReaderLease(Location(tmp_path), 3)
+    left = tmp_path / "_tc_ray/readers/.0123abcd.json.4711.140.writing"
+    left.write_bytes(b"")
+    assert versions(tmp_path) == [3] and left.exists()
+    assert versions(tmp_path, time.time() + FRESH_SECONDS + 1) == [3] and not left.exists()
+    lease.release()
+
+
 def test_a_dead_reader_is_forgotten(tmp_path: Path) -> None:
     leave_lease(tmp_path)
     assert versions(tmp_path) == [4], "it might be a reader on another machine"
