@@ -101,7 +101,6 @@ def fits(nodes: Sequence[Mapping[str, float]], needs: Sequence[Need]) -> bool:
 
 
 def _times(node: Mapping[str, float], bundle: Bundle) -> int:
-    """How many of a bundle fit on a node."""
     counts = [math.floor(node.get(name, 0.0) / amount + _SLACK) for name, amount in bundle.items() if amount > 0]
     return max(0, min(counts, default=2**31))
 
@@ -117,9 +116,8 @@ def can_grow() -> bool:
 
         gcs = global_worker.gcs_client
         end = time.monotonic() + REPORT_SECONDS
-        while report := gcs.internal_kv_get(
-            b"__autoscaling_status", None
-        ):  # of v1; in Ray's first seconds it names no node
+        # of v1; in Ray's first seconds it names no node
+        while report := gcs.internal_kv_get(b"__autoscaling_status", None):
             if b"autoscaler_report" in report or time.monotonic() > end:
                 break
             time.sleep(0.2)

@@ -224,7 +224,6 @@ def _validation_message(error: ValidationError, origins: dict[KeyPath, str], pat
 
 
 def _shown(key: KeyPath, value: Any) -> str:
-    """A refused value for a message, shown as an override of it is."""
     return redact_override(f"{'.'.join(key)}={value!r}").partition("=")[2]
 
 

@@ -201,7 +201,6 @@ def _check_models(config: RunConfig, pilot: Path | str, base: Path | str, mistak
 
 
 def _open_folder(out: Path, config: RunConfig, mistakes: MistakeLog, weights: dict[str, str]) -> None:
-    """Make the folder, or compare one that exists with this training."""
     now: dict[str, Any] = {
         "log": str(mistakes.location),
         "run": mistakes.metadata.run,

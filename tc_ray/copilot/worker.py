@@ -114,7 +114,6 @@ class CopilotWorker:
         return committed
 
     def _log_position(self) -> tuple[int, int]:
-        """(table version, round committed), the same on every rank."""
         import ray
 
         position = torch.zeros(2, dtype=torch.int64)

@@ -102,7 +102,6 @@ def evaluate(
 
 
 def _tried(choice: Choice, outcome: Outcome, pilot: Outcome, forced: TeacherForced | None) -> dict[str, Any]:
-    """One row of the report's validation sweep."""
     compared = Comparison.of(pilot.right, outcome.right)
     return {
         "space": choice[0],

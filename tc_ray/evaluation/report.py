@@ -160,7 +160,6 @@ class Report:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Rows as lines with columns of one width each."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -120,7 +120,6 @@ def _find(text: str, kind: Kind, tail: str | None) -> str | None:
 
 
 def _form(answer: str, kind: Kind) -> str:
-    """One spelling of equal answers."""
     if kind == "letter":
         return answer.strip("() ").upper()
     plain = re.sub(r"\s", "", answer.lower())

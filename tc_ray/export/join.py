@@ -123,7 +123,6 @@ def _find_copilot(given: Path) -> Path:
 
 
 def _provenance(model: Path) -> dict[str, Any]:
-    """What the export around a model's folder says of itself."""
     file = model.parent / PROVENANCE_FILE
     return read_part(file) if file.is_file() else {}
 
@@ -169,7 +168,6 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _read_config(kind: Any, path: Path) -> Any:
-    """The config in a model folder; an error of the library becomes one line."""
     try:
         return kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:

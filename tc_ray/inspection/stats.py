@@ -312,7 +312,6 @@ def collect(log: MistakeLog, rounds: tuple[int, int] | None = None) -> LogStats:
 
 
 def _dropped(log: MistakeLog, first: int, last: int) -> int:
-    """Records of rounds first..last that the commits say were dropped."""
     store = LogStore(log.location, log.version)
     # the Ledger marks logs that dropped records: reading every commit is slow
     if not store.number(f"tc_ray/{log.metadata.run}/drops"):

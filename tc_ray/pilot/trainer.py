@@ -44,7 +44,6 @@ def fit_pilot(job: PilotJob, need: Need) -> None:
 
 
 def _fit(job: PilotJob, need: Need) -> None:
-    """One start of the worker group."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 

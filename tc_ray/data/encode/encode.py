@@ -169,7 +169,6 @@ def encode_files(
 
 
 def _in_ray(encode_one: Callable[[Path], pa.Table], files: Sequence[Path]) -> list[pa.Table]:
-    """One task per file."""
     import ray
 
     task = ray.remote(encode_one)

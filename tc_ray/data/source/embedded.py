@@ -104,6 +104,5 @@ def write_generated(config: SequencesSection, path: Path, seed: int) -> None:
 
 
 def _falling(count: int) -> np.ndarray:
-    """Probabilities proportional to 1, 1/2, 1/3, ..."""
     weights = 1.0 / np.arange(1, count + 1)
     return weights / weights.sum()

@@ -141,7 +141,6 @@ def _kinds(config: DataSection) -> str:
 
 
 def _names(place: Path, files: Sequence[Path]) -> str:
-    """The first of these names, relative to the folder."""
     names = [visible(file.relative_to(place).as_posix()) for file in sorted(files)[:_SHOWN_NAMES]]
     more = len(files) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")

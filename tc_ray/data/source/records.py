@@ -134,7 +134,6 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _shown(value: Any) -> str:
-    """The record for people, in the quarantine file."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 

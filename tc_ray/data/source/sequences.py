@@ -126,7 +126,6 @@ def read_items(path: Path) -> dict[str, str]:
 
 
 def _parse(line: bytes) -> tuple[str, list[str]] | BadRow:
-    """(user id, item ids) of one line."""
     try:
         user, *items = line.decode("utf-8").split()
     except UnicodeDecodeError as error:

@@ -141,19 +141,21 @@ def held_versions(location: Location, now: float) -> list[HeldVersion]:
     """Versions that living readers hold; the leases of dead ones are removed. now: see `Location.now`."""
     held = []
     for entry in location.list(_FOLDER, recursive=False):
+        lease: HeldVersion | None = None
+        process: ProcessId | None = None
         try:
             found = json.loads(location.read(entry.name))
             lease, process = HeldVersion(found["version"], found["onwards"]), ProcessId(**found["process"])
         except FileNotFoundError:
             continue  # released meanwhile
         except (ValueError, KeyError, TypeError):
-            lease = process = None  # being written, or what a power cut or a kill left of that
+            pass  # being written, or what a power cut or a kill left of that
         # read again, now that the file was opened: a share may have shown an old time
         touched = location.modified(entry.name) if now - entry.modified >= FRESH_SECONDS else entry.modified
         if touched is None:
             continue
-        if now - touched < FRESH_SECONDS or (process is not None and process.is_running()):
-            held += [lease] if lease is not None else []
-        else:
+        if now - touched >= FRESH_SECONDS and not (process and process.is_running()):
             location.delete(entry.name)
+        elif lease is not None:
+            held.append(lease)
     return held

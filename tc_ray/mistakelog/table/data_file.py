@@ -255,7 +255,6 @@ def compression_of(location: Location, name: str) -> Compression:
 
 
 def _checked(location: Location, name: str, committed: Committed) -> pa.Buffer:
-    """Content of a file, checked against its commit."""
     try:
         found = location.size(name)  # an empty file cannot be mapped
         if found is not None and found != committed.size:

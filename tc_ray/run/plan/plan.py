@@ -130,7 +130,6 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def _refusals(config: RunConfig) -> list[str]:
-    """What the settings and this machine alone rule out."""
     import torch
 
     found = []
@@ -239,6 +238,5 @@ def _method(section: Any) -> str:
 
 
 def _known(of: object | None, name: str, pattern: str = ",") -> str:
-    """A number of the plan, or "unknown"."""
     value = getattr(of, name, None)
     return "unknown" if value is None else format(value, pattern)

@@ -195,7 +195,6 @@ class FusedBatch:
 
 
 def _fill(numbers: list[Any], place: int) -> None:
-    """Remove a place; the last one fills it."""
     numbers[place] = numbers[-1]
     numbers.pop()
 

@@ -137,6 +137,5 @@ class Prefixes:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the beginning that two sequences share."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)

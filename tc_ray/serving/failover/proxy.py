@@ -236,7 +236,6 @@ class _Relay:
 
 
 def _marked(start: Message) -> Message:
-    """A response's head with FAILOVER_HEADER."""
     return {**start, "headers": [*start["headers"], FAILOVER_HEADER]}
 
 

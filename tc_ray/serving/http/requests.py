@@ -50,7 +50,6 @@ def _text_or(tag: str) -> Any:
 
 
 def _kind_of_prompt(value: Any) -> str:
-    """Tag of a union of text, ids, texts and lists of ids."""
     if not isinstance(value, list):
         return "(text)"
     first = value[0] if value else None

@@ -122,13 +122,11 @@ class ResponseBuilder(ABC):
         return usage(self.generation.prompt_tokens, self._new_tokens)
 
     def _reported(self, part: Part) -> dict[str, Any]:
-        """The fields of a choice that all shapes have."""
         logprobs = self._logprobs(part.tokens) if self._names_tokens else None
         copilot = self._explained(part.tokens) if self._explains else None
         return {"index": part.choice, "finish_reason": part.reason, "logprobs": logprobs, "copilot": copilot}
 
     def _explained(self, tokens: Sequence[Token]) -> answers.CopilotAnswer:
-        """What the Copilot did at each generated token."""
         return answers.CopilotAnswer(
             tokens=[
                 answers.ExplainedToken(
@@ -144,7 +142,6 @@ class ResponseBuilder(ABC):
         )
 
     def _openings(self) -> list[answers.ChatChunkChoice]:
-        """The choices of the chunks before the first text."""
         return []
 
     @abstractmethod
@@ -155,7 +152,6 @@ class ResponseBuilder(ABC):
         """More of a choice, in a chunk."""
 
     def _whole(self, part: Part) -> BaseModel:
-        """A choice of the whole response."""
         return self._piece(part)
 
 

@@ -87,7 +87,6 @@ def make_router(registry: ModelRegistry, limits: ServingSection, metrics: Metric
 
 
 def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: ServingSection, metrics: Metrics) -> None:
-    """The routes that make a model work."""
     checked = [Depends(_known_query)]
 
     async def submit(
@@ -155,7 +154,6 @@ def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: Serving
 
 
 def _add_state_routes(router: APIRouter, registry: ModelRegistry) -> None:
-    """The routes that show models and health."""
 
     @router.get("/v1/models", response_model=ModelList)
     async def models() -> Response:

@@ -52,7 +52,6 @@ class ModelRegistry:
         self._models = {served.name: served for served in models}
 
     def __iter__(self) -> Iterator[ServedModel]:
-        """The models, as they are now."""
         return iter(list(self._models.values()))
 
     def find(self, name: str) -> ServedModel:
