@@ -38,6 +38,8 @@ ROWS = 40
 FILLED, FREED, END = 30, 60, 120
 """Rounds after which the disk is filled, freed, and the last one."""
 ROUND_SECONDS = 0.02
+LOOKS = 5
+"""Of the readers, while the disk is full and again after it was freed; the space is taken until they have looked so often."""
 
 
 def batch(round: int, part: int) -> Records:
@@ -65,7 +67,7 @@ def pilot(root: Path, policy: str) -> None:
         text=True,
     )
     assert watching.stdout is not None and watching.stdout.readline() == "ready\n"
-    ballast = root / "ballast"
+    ballast, looked = root / "ballast", Path(os.environ["COPY_TO"] + "-looked")  # on the other disk
     refused = postponed = 0
     started = time.monotonic()
     freeing: subprocess.Popen[bytes] | None = None
@@ -73,8 +75,14 @@ def pilot(root: Path, policy: str) -> None:
         if number == FILLED:
             fill(ballast)
             if policy == "block":  # nobody but another process can free it
-                freeing = subprocess.Popen(["/bin/sh", "-c", f"sleep 2; rm {ballast}"])
+                script = f"sleep 2; while [ ! -e {looked} ]; do sleep 0.05; done; rm {ballast}"
+                freeing = subprocess.Popen(["/bin/sh", "-c", script])
         if number == FREED and freeing is None:
+            began = time.monotonic()
+            while not looked.exists():
+                assert time.monotonic() < began + 60, "the readers do not look"
+                time.sleep(0.05)
+            started += time.monotonic() - began
             ballast.unlink()
         for part in range(2):
             refused += not writer.put(batch(number, part), number)
@@ -157,11 +165,12 @@ def watch(root: Path) -> None:
     folder, ballast, parent = root / "log", root / "ballast", os.getppid()
     tail, seen, was_full = LogTail(folder), Seen(), False
     looks = {phase: [0, 0] for phase in ("before", "full", "freed")}
+    looked = Path(os.environ["COPY_TO"] + "-looked")
     print("ready", flush=True)
     ended = False
     while not ended:
         # before the look, so that the last one sees the whole log; a `pilot` that failed has another parent take over
-        ended = (root / "end").exists() or os.getppid() != parent
+        ended = ((root / "end").exists() and looks["freed"][0] >= LOOKS) or os.getppid() != parent
         full = ballast.exists()
         was_full |= full
         counts = looks["full" if full else "freed" if was_full else "before"]
@@ -178,6 +187,8 @@ def watch(root: Path) -> None:
                 # the later look has all rows of the earlier one, and at the end no others
                 assert anew.samples >= seen.samples if not ended else anew.samples == seen.samples
                 counts[1] += 1
+        if looks["full"][0] >= LOOKS and looks["full"][1]:
+            looked.touch()
         time.sleep(0.005)
     print(json.dumps({**looks, "rows": len(seen.samples)}))
 
@@ -259,7 +270,7 @@ def test_a_full_disk(tmp_path: Path, root: Path, policy: str) -> None:
     assert reports["state"]["round"] == END
     # the follower, and the one that opens the log anew
     assert all(
-        looks[0] >= 5 and looks[1] >= 1 for looks in (reports["watched"]["full"], reports["watched"]["freed"])
+        looks[0] >= LOOKS and looks[1] >= 1 for looks in (reports["watched"]["full"], reports["watched"]["freed"])
     ), reports
     assert reports["watched"]["rows"] == reports["state"]["rows"]
     put = END * 2 * ROWS
