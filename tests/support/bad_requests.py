@@ -153,6 +153,8 @@ def bad_prompts() -> Iterator[BadRequest]:
     messages += [
         '[{"role": "user", "content": [{"type": "text", "text": 1}]}]',
         '[{"role": "user", "content": [{"type": "text"}]}]',
+        r'[{"role": "user", "content": "a \udc00"}]',
+        r'[{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]',
     ]
     messages += [
         json.dumps([{"role": "user", "content": "a"}] * 20_000),

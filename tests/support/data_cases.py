@@ -66,6 +66,15 @@ def folder_of(files: dict[str, Iterable[Any]]) -> Callable[[Path], Path]:
     return make
 
 
+def with_links(folder: Path) -> Path:
+    """The sums in a folder, with a link to a folder of more and one to nothing."""
+    lines(folder / "elsewhere" / "a.jsonl", HELD)
+    lines(folder / "d" / "a.jsonl", SUMS)
+    (folder / "d" / "more").symlink_to(folder / "elsewhere")
+    (folder / "d" / "gone.jsonl").symlink_to(folder / "nowhere.jsonl")
+    return folder / "d"
+
+
 def parquet(**columns: Any) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         pq.write_table(pa.table(columns), folder / "t.parquet")
@@ -255,6 +264,20 @@ CASES = [
         ),
         (64, 20, 20),
         said=("devset/a.jsonl", "my_held-out.jsonl, testSet.jsonl"),
+    ),
+    Case(
+        "hold_out",
+        folder_of(
+            {"d.jsonl": SUMS, "hold_out.jsonl": HELD[:7], "held-out.jsonl": HELD[7:13], "hold_out/a.jsonl": HELD[13:]}
+        ),
+        (58, 6, 20),
+        said=("test rows by their names: held-out.jsonl, hold_out/a.jsonl, hold_out.jsonl",),
+    ),
+    Case(
+        "links",
+        with_links,
+        ROWS,
+        said=("left out of", "gone.jsonl, more"),
     ),
     Case(
         "only_held_out_beside_csv",

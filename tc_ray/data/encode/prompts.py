@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 
     from tc_ray.config.data import DataSection
 
-
 TEMPLATE_DAY = date(2024, 7, 26)
 """What a chat template that writes today's date gets, so that a resumed run has the same rows: the day that Llama's template
 has where there is no clock."""
+_CODES = [*"aAbBcdHIjmMpSuUwWxXyYzZ", "-d", "-m"]
+_DAY = "".join(f"|replace('%{code}', {TEMPLATE_DAY.strftime('%' + code)!r})" for code in _CODES)
+_CLOCK = "{% macro strftime_now(format) %}{{ format" + _DAY + " }}{% endmacro +%}"  # transformers passes on no function
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
     """The messages as text, up to where the answer begins, by the tokenizer's own chat template."""
     text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True, strftime_now=TEMPLATE_DAY.strftime
+        list(messages), chat_template=_CLOCK + tokenizer.get_chat_template(), tokenize=False, add_generation_prompt=True
     )
     assert isinstance(text, str)  # one conversation in, one text out
     return text

@@ -37,9 +37,9 @@ class Body(BaseModel):
         if len(names) > MAX_FIELDS:  # an error for each unknown field would hold up the replica
             unknown = next((name for name in body if name not in cls.model_fields), "body")
             raise contradiction(unknown, f"is one of {len(body)} fields; at most {MAX_FIELDS} are read")
-        if names >= TOKEN_LIMITS:
+        if names >= TOKEN_LIMITS and "messages" in cls.model_fields:
             if None not in (body[name] for name in TOKEN_LIMITS):
-                raise contradiction("max_tokens", "give it or `max_completion_tokens`, not both")
+                raise contradiction("max_completion_tokens", "give it or `max_tokens`, not both")
             return {name: value for name, value in body.items() if name not in TOKEN_LIMITS or value is not None}
         return body
 

@@ -119,9 +119,8 @@ class PromptEncoder:
             if isinstance(given, str):
                 end = 0
                 for first, last in self._tokenizer(given, return_offsets_mapping=True)["offset_mapping"]:
-                    begins.append(
-                        min(first, end)
-                    )  # a blank that the tokenizer leaves out of a span belongs to the token
+                    # a blank that the tokenizer leaves out of a span belongs to the token
+                    begins.append(min(first, end))
                     end = max(end, last)
                 return PlacedPrompt(given, tuple(begins))
             decoder, text = IncrementalText(self._tokenizer, special=True), ""

@@ -87,6 +87,14 @@ def test_errors_are_one_message_and_exit_code_2(arguments: tuple[str, ...], word
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 3
 
 
+@pytest.mark.parametrize("words", [("status", "X"), ("log", "stats", "X"), ("eval", "X")])
+def test_a_wrong_word_is_told_without_its_secret(words: tuple[str, ...]) -> None:
+    """A fault found by attack: typer repeated a word that is too many, as it was typed."""
+    result = tc_ray(*words, "aws_secret_access_key=SECRET123")
+    assert result.returncode == 2
+    assert "SECRET123" not in result.stdout + result.stderr
+
+
 def test_debug_shows_the_traceback() -> None:
     result = tc_ray_process("status", "nowhere", TC_RAY_DEBUG="1")
     assert result.returncode != 0 and "Traceback" in result.stderr

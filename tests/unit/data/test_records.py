@@ -50,6 +50,21 @@ def test_bad_lines_are_single_rows(tmp_path: Path) -> None:
     assert "UTF-8" in records[2].value.problem
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_no_encoding_is_guessed(tmp_path: Path, encoding: str) -> None:
+    """A fault found by attack: json guessed the encoding line by line, so that some lines of such a file were rows."""
+    rows = "".join(f'{{"prompt": "{i}", "completion": "c"}}\n' for i in range(20))
+    (tmp_path / "x.jsonl").write_bytes(rows.encode(encoding))
+    assert all(isinstance(record.value, BadRow) for record in iter_records(tmp_path / "x.jsonl"))
+    (tmp_path / "x.json").write_bytes('[{"a": 1}]'.encode(encoding))
+    try:
+        records = list(iter_records(tmp_path / "x.json"))
+    except DataError as error:
+        assert "x.json: not JSON" in str(error)
+    else:  # it does not begin with a bracket
+        assert all(isinstance(record.value, BadRow) for record in records)
+
+
 def test_json_array_and_lines_in_one_suffix(tmp_path: Path) -> None:
     array, lines = tmp_path / "a.json", tmp_path / "b.json"
     array.write_text('\n [{"a": 1}, {"a": 2}]')

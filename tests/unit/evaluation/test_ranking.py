@@ -92,6 +92,8 @@ def test_processor_looks_at_what_was_generated_only() -> None:
     out = processor(torch.tensor([[4, 4, 2], [4, 4, 3]]), scores)
     assert out.tolist() == [[-math.inf] * 3 + [0, 0], [-math.inf] * 5], "a beam outside the trie is dead"
     assert scores.eq(0).all()
+    dead = processor(torch.tensor([[4, 4, 3], [4, 4, 1]]), scores)
+    assert dead.eq(-math.inf).all(), "a fault found by attack: where all beams are dead, there was an IndexError"
 
 
 @pytest.mark.parametrize("sequences", [[], [[2, 1], [2, 1]], [[2], [2, 3]], [[2, 1], []]])

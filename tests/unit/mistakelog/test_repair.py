@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tc_ray.mistakelog.commit.ledger import Ledger
@@ -61,6 +63,35 @@ def test_torn_checkpoints_of_the_table_are_done_without(folder: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:-20])
     assert Ledger(folder, writers=1, run="test").state().round == 2
     # and the pointer to it
+    assert {path.name for path in (folder / TORN_FOLDER).iterdir()} == {checkpoint.name, "_last_checkpoint"}
+
+
+def test_keys_of_a_later_version_are_no_damage(folder: Path) -> None:
+    """A fault found by attack: an unknown key in the newest commit had its rows moved aside as torn."""
+    newest = folder / commit_name(3)
+    actions = [json.loads(line) for line in newest.read_text().splitlines()]
+    (ours,) = [action["commitInfo"]["tc_ray"] for action in actions if "commitInfo" in action]
+    ours["files"][0]["a_later_field"] = {"any": "thing"}
+    newest.write_text("".join(json.dumps(action) + "\n" for action in actions))
+    state = Ledger(folder, writers=1, run="test").state()
+    assert (state.version, state.round, state.rows) == (3, 2, 4)
+    assert not (folder / TORN_FOLDER).exists()
+    with MistakeLog(folder) as log:
+        assert sorted(log.records().round.tolist()) == [1, 1, 2, 2]
+
+
+def test_a_checkpoint_that_opens_but_cannot_be_read_is_moved_aside(folder: Path) -> None:
+    """A fault found by attack: delta-rs opens a table without the pages of `txn`, so a start ended at zeros in them."""
+    write_checkpoint(Location(folder), LogStore(folder)._table)
+    (checkpoint,) = folder.glob("_delta_log/*.checkpoint.parquet")
+    group, content = pq.ParquetFile(checkpoint).metadata.row_group(0), bytearray(checkpoint.read_bytes())
+    for column in (group.column(i) for i in range(group.num_columns)):
+        if column.path_in_schema.startswith("txn."):
+            first = column.dictionary_page_offset or column.data_page_offset
+            content[first : first + column.total_compressed_size] = bytes(column.total_compressed_size)
+    checkpoint.write_bytes(content)
+    assert LogStore(folder).version == 3, "delta-rs opens it"
+    assert Ledger(folder, writers=1, run="test").state().round == 2
     assert {path.name for path in (folder / TORN_FOLDER).iterdir()} == {checkpoint.name, "_last_checkpoint"}
 
 

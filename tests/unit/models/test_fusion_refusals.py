@@ -56,3 +56,10 @@ def test_a_family_without_an_adapter_is_refused(folder: Path) -> None:
 
     with pytest.raises(UnknownFamilyError, match=r"'gpt2' has no adapter .* llama, .* t5"):
         family_of(GPT2Config())
+
+
+def test_a_score_without_the_length_of_the_prompt_is_refused(fused: FusedModel) -> None:
+    """A fault found by attack: the default of 1, meant for encoder-decoders, scored the prompt as if it were an answer."""
+    with pytest.raises(ValueError, match="give prompt_length"):
+        fused.score(PROMPT)
+    assert fused.score(PROMPT, prompt_length=1).fused_logprobs.shape == (1, 2)

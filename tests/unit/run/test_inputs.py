@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from tc_ray.copilot import checkpoint
 from tc_ray.copilot.checkpoint import Position
+from tc_ray.data.encode import encode
 from tc_ray.data.prepared.folder import SCHEMA, rows_hashes
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.identity import ModelSourceError, weights_hash
 from tc_ray.pilot.checkpoint import mark_complete
-from tc_ray.run.inputs import OtherInputsError, base_weights, check_inputs, recorded_inputs
+from tc_ray.run.inputs import OtherInputsError, base_weights, check_inputs, prepare_rows, recorded_inputs
+from tests.support.data_cases import SUMS, lines
 from tests.support.mistakelog_samples import metadata
-from tests.support.tiny_model import make_tiny_llama
+from tests.support.tiny_model import make_tiny_llama, make_tokenizer
 from tests.support.tiny_run import tiny_config
 
 INPUTS = {
@@ -99,6 +102,24 @@ def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
         weights_hash(model)
 
 
+def test_weights_of_any_name_count(tmp_path: Path) -> None:
+    """A fault found by attack: shards that only an index names, and adapters beside the config, were not hashed."""
+    model = make_tiny_llama(tmp_path / "model")
+    first = weights_hash(model)
+    weights = load_file(model / "model.safetensors")
+    for name in ("adapter_model", "consolidated", "consolidated-00001-of-00001"):
+        save_file({"a": torch.ones(2)}, model / f"{name}.safetensors")
+        found = weights_hash(model)
+        assert (found == first) == name.startswith("consolidated"), name
+        (model / f"{name}.safetensors").unlink()
+    (model / "model.safetensors").rename(shard := model / "part-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard.name)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_hash(model) == first
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, shard)
+    assert weights_hash(model) != first
+
+
 def test_inputs_are_kept_in_log_and_checkpoints(tmp_path: Path) -> None:
     """Fault 2: with the log off too, from the checkpoints."""
     config = tiny_config(tmp_path)
@@ -151,3 +172,19 @@ def test_another_base_of_the_copilot_is_another_hash(tmp_path: Path) -> None:
     same = base_weights(config, Path(config.model.pilot), Path(config.model.pilot))
     assert same["pilot_weights"] == same["copilot_weights"]
     assert base_weights(config, Path(config.model.pilot), other)["copilot_weights"] == weights_hash(other)
+
+
+def test_files_of_a_user_in_the_data_folder_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault found by attack: a start put a new folder in place of data/, in which data.train and an evaluation's rows lay."""
+    monkeypatch.setattr(encode, "_in_ray", lambda encode_one, files: [encode_one(file) for file in files])
+    data = tmp_path / "run" / "data"
+    own = lines(data / "mine.jsonl", SUMS)
+    (evaluated := data / "evaluation-more-test.jsonl").mkdir()
+    (evaluated / "test.parquet").touch()
+    (data / "train.parquet").write_bytes(b"of an earlier start")
+    config = tiny_config(tmp_path, data__train=str(own), data__validation_size=6, data__test_size=6)
+    for _ in range(2):
+        made, _ = prepare_rows(config, make_tokenizer(), [], encoder_decoder=False, vocab_size=258)
+        assert own.exists() and (evaluated / "test.parquet").exists()
+        assert pq.read_table(made.file("train")).num_rows == 52 and made.folder == data
+        assert not (tmp_path / "run" / "data.new").exists()

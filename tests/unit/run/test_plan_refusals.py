@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -68,3 +70,16 @@ def test_the_command_ends_with_2_and_prints_the_plan_all_the_same(
         "tc-ray: the run would refuse: no test rows to measure with: set data.test or a data.test_size above 0\n",
     )
     assert "rounds" in done.stdout and "refused    no test rows" in done.stdout
+
+
+@pytest.mark.parametrize("damage", ["a date", "bytes"])
+def test_values_that_python_cannot_hold_are_named_as_data(tiny: Path, tmp_path: Path, damage: str) -> None:
+    """A fault found by attack: the plan blamed the tokenizer for them, or ended in a traceback."""
+    columns: dict[str, pa.Array] = {name: pa.array(["a"] * 60) for name in ("prompt", "completion")}
+    if damage == "a date":
+        columns["day"] = pa.array([2**31 - 1] * 60, pa.int32()).cast(pa.date32())
+    else:
+        columns["prompt"] = pa.array([b"\xff\xfe"] * 60).cast(pa.string(), safe=False)
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    (refused,) = make_plan(config_of(tiny, str(tmp_path / "t.parquet"), tmp_path / "run")).refusals
+    assert "t.parquet: not a readable Parquet file" in refused and "tokenizer" not in refused

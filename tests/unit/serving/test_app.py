@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
+from tc_ray.serving.errors import RequestError
+from tc_ray.serving.http.requests import ChatRequest, CompletionRequest, ScoreBody, Weighted
 from tests.support.serving_client import CHAT, COMPLETION, PATHS, events, post
 
 
@@ -299,6 +303,41 @@ def test_malformed_bodies(client: TestClient, raw: bytes) -> None:
         response = client.post(path, content=raw, headers={"Content-Type": "application/json"})
         assert response.status_code == 400, response.text
         assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("content", ["a \ud800", [{"type": "text", "text": "\udc00"}]])
+def test_half_a_character_in_a_message_is_refused(client: TestClient, content: Any) -> None:
+    """A fault found by attack: it reached the tokenizer, which ended the request with status 500."""
+    raw = json.dumps({**CHAT, "messages": [{"role": "user", "content": content}]})
+    response = client.post("/v1/chat/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+
+
+def test_either_name_of_the_limit_may_be_null(client: TestClient) -> None:
+    """A fault found by attack: clients that send both names, one as null, were told of an unknown field."""
+    path, limits = "/v1/chat/completions", {"max_tokens": None, "max_completion_tokens": 3}
+    assert post(client, path, {**CHAT, **limits})["usage"]["completion_tokens"] == 3
+    assert (
+        post(client, path, {**CHAT, "max_completion_tokens": None, "max_tokens": 3})["usage"]["completion_tokens"] == 3
+    )
+    assert client.post(path, json={**CHAT, "max_tokens": None, "max_completion_tokens": None}).status_code == 200
+    error = client.post(path, json={**CHAT, "max_completion_tokens": 3}).json()["error"]
+    assert error["param"] == "max_completion_tokens" and "not both" in error["message"]
+    for value in (None, 3):  # of chat alone
+        refused = client.post("/v1/completions", json={**COMPLETION, "max_completion_tokens": value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_completion_tokens")
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, ScoreBody])
+def test_very_many_unknown_fields_are_refused_at_once(kind: type[Weighted]) -> None:
+    """A fault found by attack: an error for each of them held up the replica."""
+    parsed = {f"k{i}": 1 for i in range(80_000)}
+    begun = time.process_time()
+    with pytest.raises((ValidationError, RequestError)) as refused:
+        kind.model_validate(parsed)
+    if isinstance(refused.value, ValidationError):
+        refused.value.errors()  # as FastAPI does
+    assert time.process_time() - begun < 0.1
 
 
 def test_missing_field_is_named(client: TestClient) -> None:

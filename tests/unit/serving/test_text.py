@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
+import unicodedata
 
 import pytest
+from tokenizers import normalizers
 
 from tc_ray.serving.text.incremental import IncrementalText
+from tc_ray.serving.text.prompt import PromptEncoder
 from tests.support.serving_samples import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -72,3 +76,26 @@ def test_any_stop_strings_agree_with_a_reference() -> None:
         )
         pieces = pieces_of(text, stops)
         assert "".join(pieces) == first_complete(text, stops), (text, stops, pieces)
+
+
+def test_an_echo_of_broken_characters_is_placed_in_linear_time() -> None:
+    """A fault found by attack: each token of U+FFFD was decoded with all before it, since no piece ended."""
+    text = "\ufffd" * 2000
+    encoder = PromptEncoder(make_tokenizer(), len(TOKENIZER))
+    ids = encoder.ids(text, 10_000)
+    begun = time.process_time()
+    placed = encoder.placed(text, ids)
+    assert time.process_time() - begun < 0.5
+    assert placed.text == text and placed.begins == tuple(i // 3 for i in range(6000))
+
+
+def test_a_marker_is_looked_for_in_the_text_as_it_was_sent() -> None:
+    """A fault found by attack: a tokenizer that composes accents decodes another text than the prompt's."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    encoder = PromptEncoder(tokenizer, len(tokenizer))
+    marker = unicodedata.normalize("NFD", "Réponse:")
+    prompt = f"Ünï {marker} no {marker}"
+    whole = prompt + " an apple"
+    border = len(encoder.ids(prompt, 100))
+    assert encoder.placed(whole, encoder.ids(whole, 100)).first_after(marker, "score_after") == border
