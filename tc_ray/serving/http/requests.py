@@ -114,7 +114,7 @@ class StreamOptions(Body):
 class Weighted(Body):
     """Fields of every request to a model."""
 
-    model: str = Field(description="a name that GET /v1/models lists")
+    model: str = Field(min_length=1, description="a name that GET /v1/models lists")
     copilot: CopilotWeight | None = None
 
     @property
@@ -134,7 +134,7 @@ class GenerationFields(Weighted):
     )
     temperature: float | None = Field(None, ge=0, le=2, description="default 1; 0 is greedy decoding")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, description="extension: sample among the k likeliest tokens")
+    top_k: int | None = Field(None, ge=1, le=2**31 - 1, description="extension: sample among the k likeliest tokens")
     stop: Stop | None = Field(None, description="up to 4 strings that end the text and are not part of it")
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="choice i draws from seed + i; drawn by the server if absent"
