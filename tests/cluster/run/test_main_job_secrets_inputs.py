@@ -179,7 +179,7 @@ def test_what_is_no_secret_is_kept(made: Made) -> None:
         "aws_endpoint_url": "http://***@127.0.0.1:9",
         "aws_region": "us-east-1",
         "aws_secret_access_key": "***",
-        "proxy_url": "***",  # no name of an option is known to be harmless but by a list
+        "proxy_url": "***",  # it is not in the list of harmless options
     }
     assert saved["tracking"]["uri"].startswith("http://***@127.0.0.1:")
     command = json.loads((made.run / "export" / "provenance.json").read_text())["command"]
