@@ -15,6 +15,7 @@ import yaml
 
 from tc_ray.config.fields import ConfigField, config_fields
 from tc_ray.config.schema import RunConfig
+from tc_ray.config.training import fast_dtype
 
 _INTRODUCTION = """# Configuration
 
@@ -66,6 +67,8 @@ def _row(field: ConfigField) -> str:
 
 def default(field: ConfigField) -> str:
     """Its default as one line of YAML."""
+    if field.info.default_factory is fast_dtype:
+        return "bf16 or fp32"
     value = field.info.get_default(call_default_factory=True)
     style = '"' if isinstance(value, str) and "\n" in value else None
     return yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6).split("\n")[0]

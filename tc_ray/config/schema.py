@@ -125,6 +125,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _gpus_compute_bf16(self) -> RunConfig:
+        for section in (self.pilot, self.copilot) if self.resources.gpus else ():
+            if "dtype" not in section.model_fields_set:
+                section.dtype = "bf16"
+        return self
+
+    @model_validator(mode="after")
     def _items_to_rank(self) -> RunConfig:
         if self.fusion.metric == "ranking" and self.data.format != "sequences":
             raise ValueError("fusion.metric ranking needs data.format sequences: it ranks the items of those")
