@@ -28,8 +28,7 @@ FOLDER_MARKER = "complete.json"
 def write_file(path: Path, content: str | bytes) -> None:
     """Write or replace a file, atomically and durably.
 
-    Raises:
-        OSError: it could not be written; the old file, if any, is untouched.
+    Raises OSError: it could not be written; the old file, if any, is untouched.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     # with process and thread, so that two writers of one file do not share the temporary one
@@ -60,8 +59,7 @@ class DamagedFileError(ValueError):
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises:
-        FileNotFoundError: there is no such file. DamagedFileError: it holds no JSON object.
+    Raises FileNotFoundError: there is no such file. DamagedFileError: it holds no JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -186,8 +184,7 @@ def sync_tree(folder: Path) -> None:
 def disk_time(folder: Path) -> float:
     """Unix seconds now, by the clock that stamps files in a folder: on a share the file server's. Needs no space.
 
-    Raises:
-        OSError: the folder may not be written.
+    Raises OSError: the folder may not be written.
     """
     os.utime(folder)
     return folder.stat().st_mtime

@@ -35,8 +35,7 @@ VISITS, TOKENS, PROMPT = 12, 160, 1200
 def report_page(log: MistakeLog, texts: TokenTexts, rounds: tuple[int, int] | None = None) -> str:
     """The report as HTML; `rounds`: first and last one, both included; None: all.
 
-    Raises:
-        ValueError: the log has no target token (in these rounds).
+    Raises ValueError: the log has no target token (in these rounds).
     """
     stats = collect(log, rounds)
     if len(stats.samples) == 0:

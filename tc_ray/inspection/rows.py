@@ -92,8 +92,7 @@ def stream(
         others: tokens besides the true one that are listed for each target token (m).
         samples: only these sample ids; None: all.
 
-    Raises:
-        LogSchemaError: rows of a file contradict themselves.
+    Raises LogSchemaError: rows of a file contradict themselves.
     """
     for file, table in log.tables(rounds, COLUMNS):
         if samples is not None:

@@ -117,8 +117,7 @@ def find_visits(
 def visits_of(log: MistakeLog, sample: int, round: int | None = None) -> list[Visit]:
     """The visits to one sample.
 
-    Raises:
-        SampleNotFoundError: there is none (in that round).
+    Raises SampleNotFoundError: there is none (in that round).
     """
     visits = find_visits(log, [sample])[sample]
     if not visits:
@@ -168,8 +167,7 @@ def export_jsonl(log: MistakeLog, out: Path, texts: TokenTexts, rounds: tuple[in
     Args:
         rounds: first and last round, both included; None: all.
 
-    Raises:
-        ExportError: `out` exists, or a file of the log is damaged: an export that lacks rows would look whole.
+    Raises ExportError: `out` exists, or a file of the log is damaged: an export that lacks rows would look whole.
     """
     if out.exists():
         raise ExportError(f"{out} exists already: choose another name, or remove it")

@@ -38,8 +38,7 @@ class LogPlace:
     def open(self) -> MistakeLog:
         """The log at its latest version.
 
-        Raises:
-            LogSchemaError: no Mistake Log there, or one of an unknown schema version.
+        Raises LogSchemaError: no Mistake Log there, or one of an unknown schema version.
         """
         return MistakeLog(self.uri, storage_options=self.options or None)
 

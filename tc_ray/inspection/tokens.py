@@ -86,8 +86,7 @@ def find_tokenizer(metadata: LogMetadata, run_folder: Path | None = None, given:
     Args:
         given: folder or hub id from the user.
 
-    Raises:
-        TokenizerError: the given one cannot be read or has another hash.
+    Raises TokenizerError: the given one cannot be read or has another hash.
     """
     folders = [] if run_folder is None else [run_folder / "pilot" / "final", run_folder / "export" / "pilot"]
     own = [*(str(folder) for folder in folders if (folder / "tokenizer_config.json").is_file()), metadata.pilot]

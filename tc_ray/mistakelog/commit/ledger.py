@@ -206,8 +206,7 @@ class Ledger:
         Returns:
             The new attempt, from 1.
 
-        Raises:
-            LedgerError: the log does not reach the checkpoint, so there would be a gap.
+        Raises LedgerError: the log does not reach the checkpoint, so there would be a gap.
         """
         if watermark < 0 or writers < 1:
             raise ValueError(f"watermark {watermark} must be >= 0 and writers {writers} >= 1")
@@ -325,8 +324,7 @@ class Ledger:
     def finish_pilot(self, last_round: int) -> None:
         """Note that the Pilot has ended with `last_round`, and finish maintenance; `begin_attempt` takes it back.
 
-        Raises:
-            LedgerError: the log already holds a later round.
+        Raises LedgerError: the log already holds a later round.
         """
 
         def act() -> None:

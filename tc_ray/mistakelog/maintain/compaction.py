@@ -85,8 +85,7 @@ def write_copy(
     Args:
         watermark: leave out the rounds after it.
 
-    Raises:
-        BadFileError, OSError: a file of the group is damaged, or there is no space; nothing was written.
+    Raises BadFileError, OSError: a file of the group is damaged, or there is no space; nothing was written.
     """
     part: ParquetPart | None = None
     try:

@@ -64,8 +64,7 @@ class LogTail:
             version: go to this version, also an older one; default: the newest.
             min_round: new files that end before this round are skipped, now and later.
 
-        Raises:
-            OSError: the location cannot be read just now; the next poll tries again.
+        Raises OSError: the location cannot be read just now; the next poll tries again.
         """
         leased = self._lease.version
         self._store.refresh(version)
@@ -101,8 +100,7 @@ class MistakeLog:
         version: default: the newest.
         storage_options: of an object store, as delta-rs names them; the environment serves too.
 
-    Raises:
-        LogSchemaError: no Mistake Log there, or another schema version.
+    Raises LogSchemaError: no Mistake Log there, or another schema version.
     """
 
     def __init__(

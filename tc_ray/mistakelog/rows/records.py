@@ -295,8 +295,7 @@ class Records:
             table: rows of `ROW_SCHEMA`, in any column order.
             metadata: the table's configuration; default: the schema metadata that `to_arrow` set.
 
-        Raises:
-            LogSchemaError: a width is unknown, a column is missing, or a cell does not fit the widths.
+        Raises LogSchemaError: a width is unknown, a column is missing, or a cell does not fit the widths.
         """
         if metadata is None:
             metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}

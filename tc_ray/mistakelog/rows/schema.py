@@ -102,8 +102,7 @@ class LogMetadata:
         Args:
             where: path of the table, for messages.
 
-        Raises:
-            LogSchemaError: not a Mistake Log, an unknown schema version, or a key is missing.
+        Raises LogSchemaError: not a Mistake Log, an unknown schema version, or a key is missing.
         """
         version = configuration.get(PREFIX + "schema_version")
         if version is None:

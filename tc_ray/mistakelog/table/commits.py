@@ -82,8 +82,7 @@ class CommitLog:
 def parse_commit(version: int, content: bytes) -> Commit:
     """A commit from its file's content.
 
-    Raises:
-        ValueError: not a whole Delta commit.
+    Raises ValueError: not a whole Delta commit.
     """
     commit = Commit(version)
     actions = [json.loads(line) for line in content.split(b"\n") if line.strip()]

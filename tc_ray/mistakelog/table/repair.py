@@ -52,8 +52,7 @@ def is_table(location: Location) -> bool:
 def open_table(location: Location, version: int | None = None) -> DeltaTable:
     """The table at a version; default: the newest. A torn checkpoint is moved aside: the commits that it summarises are there.
 
-    Raises:
-        LogSchemaError: the newest commit is torn, which only the holder of the lease may put right.
+    Raises LogSchemaError: the newest commit is torn, which only the holder of the lease may put right.
     """
 
     def opened() -> DeltaTable:

@@ -68,8 +68,7 @@ class LogStore:
         lease: number of the run's lease, for its holder: every commit carries it, and none is made if the table has another.
             None: nobody else is at work on the log, or nothing is committed.
 
-    Raises:
-        LogSchemaError: no Delta table there, or not a Mistake Log of this schema version.
+    Raises LogSchemaError: no Delta table there, or not a Mistake Log of this schema version.
     """
 
     def __init__(
@@ -94,8 +93,7 @@ class LogStore:
     def create(cls, location: str | Path | Location, metadata: LogMetadata) -> LogStore:
         """Open the table, which is made first if it is not there.
 
-        Raises:
-            LogSchemaError: the table there was made with other metadata; the message lists the differences.
+        Raises LogSchemaError: the table there was made with other metadata; the message lists the differences.
         """
         place = Location(location)
         repair(place)  # a power cut while the table was made leaves an empty first commit
@@ -130,8 +128,7 @@ class LogStore:
     def refresh(self, version: int | None = None) -> None:
         """Move to the newest version, or to `version`.
 
-        Raises:
-            LeaseLostError: that version has another lease than this store.
+        Raises LeaseLostError: that version has another lease than this store.
         """
         if version is None:
             self._table.update_incremental()
@@ -151,8 +148,7 @@ class LogStore:
     def confirm(self) -> None:
         """Check, before something beside the table is changed, that this store is at the newest version and has the lease there.
 
-        Raises:
-            CommitConflictError, LeaseLostError: another committer has changed the table since, or taken the lease.
+        Raises CommitConflictError, LeaseLostError: another committer has changed the table since, or taken the lease.
         """
         self._look_at_lease()
         if not self.is_newest():
