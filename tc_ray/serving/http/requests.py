@@ -114,7 +114,7 @@ class StreamOptions(Body):
 class Weighted(Body):
     """Fields of every request to a model."""
 
-    model: str = Field(min_length=1, description="a name that GET /v1/models lists")
+    model: str = Field(min_length=0, description="a name that GET /v1/models lists")
     copilot: CopilotWeight | None = None
 
     @property

@@ -140,9 +140,10 @@ def waiting(root: Path) -> None:
         writer.flush(number)
         ledger.report_checkpoint(number)
     debris = len(list(folder.glob("*.parquet"))) - ledger.state().files
-    fill(root / "ballast")
-    train(FILLED + 1)
-    waited = not writer.flush(FILLED + 1, timeout=2 * grace_seconds)
+    with ledger._maintaining:  # else what earlier commits have woken may make room at this moment
+        fill(root / "ballast")
+        train(FILLED + 1)
+        waited = not writer.flush(FILLED + 1, timeout=2 * grace_seconds)
     ledger.maintain()
     went_on = writer.flush(FILLED + 1, timeout=30)
     writer.close()
