@@ -136,8 +136,10 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Copy rows out of the log as JSON lines, with texts. (Other programs read the log itself: it is a Delta table.)"""
-    from tc_ray.inspection.samples import export_jsonl
+    from tc_ray.inspection.samples import ExportError, export_jsonl
 
+    if out.suffix != ".jsonl":
+        raise ExportError(f"--out {out}: the name must end in .jsonl, as JSON lines are written")
     with _opened(source, storage, tokenizer) as (opened, texts):
         rows = export_jsonl(opened, out, texts, parse_rounds(rounds))
         if not texts.known:

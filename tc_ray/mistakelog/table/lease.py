@@ -59,7 +59,7 @@ class ProcessId:
         return cls(socket.gethostname(), os.getpid(), _boot(), _born(os.getpid()))
 
     def is_running(self) -> bool | None:
-        """True or False if this machine can tell; None: the process runs elsewhere."""
+        """True or False if this machine can know; None: the process runs elsewhere."""
         if not self.boot or self.boot != _boot():
             return None
         return bool(self.born) and _born(self.pid) == self.born

@@ -1,7 +1,7 @@
 """What a request passes before the routes: metrics, its key, a free place, and its body's bounds. One ASGI middleware.
 
-Invariants: a request without a valid key, or without a free place, is refused before its body is read. The routes never see
-more than `max_body_bytes`; Ray Serve has no such bound. Only the engine itself decides whether a request has a place; this
+Invariants: a request to the API without a valid key, or without a free place, is refused before its body is read. No route
+sees more than `max_body_bytes`; Ray Serve has no such bound. Only the engine itself decides whether a request has a place; this
 asks it whether any is free.
 """
 

@@ -71,6 +71,8 @@ def test_report_and_export(run: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     tokenizer = make_tokenizer()
     assert [line["answer"] for line in lines] == [tokenizer.decode(e.answer) for e in EXAMPLES if e.round <= 2]
+    other = tc_ray_log("export", run, "--out", tmp_path / "rows.parquet")
+    assert other.returncode == 2 and "must end in .jsonl" in other.stderr and not (tmp_path / "rows.parquet").exists()
     again = tc_ray_log("export", run, "--out", out)
     assert again.returncode == 2 and "exists already" in again.stderr
 
