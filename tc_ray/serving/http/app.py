@@ -51,9 +51,8 @@ def create_app(registry: ModelRegistry, limits: ServingSection, key_digests: Seq
         redirect_slashes=False,
         lifespan=lifespan,
         responses={"default": {"model": ErrorEnvelope, "description": "Any error."}},
-        dependencies=[Depends(HTTPBearer(auto_error=False))]
-        if key_digests
-        else None,  # documented here, checked by Gate
+        # documented here, checked by Gate
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if key_digests else None,
     )
     app.state.metrics = metrics
     app.state.registry = registry
