@@ -31,8 +31,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## the main job on generated data: train, choose lambda, evaluate, export
 	$(BIN)/tc-ray train $(RECIPE)
 
-# Tests without Ray run in two processes. A test that starts Ray wants all cores, so those tests run one after the other.
-WITHOUT_RAY := $(BIN)/python -m pytest tests/unit tests/faults/mistakelog -n 2 --dist loadfile
+# Tests without Ray run in two processes, the long ones first. A test that starts Ray wants all cores: those run in turn.
+WITHOUT_RAY := $(BIN)/python -m pytest tests/faults/mistakelog tests/unit -n 2 --dist loadfile
 WITH_RAY := $(BIN)/python -m pytest tests/cluster tests/faults --ignore tests/faults/mistakelog
 
 test: install  ## unit, cluster and fault tests that take seconds

@@ -41,6 +41,7 @@ def no_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_log_ends_with_the_ray_that_it_started(tmp_path: Path) -> None:
     """`log.enabled: false`: plain fine-tuning, no log and no Copilot; nothing of its Ray is left."""
     config = tiny_config(tmp_path, log__enabled=False, pilot__max_rounds=4, pilot__checkpoint_every_rounds=2)

@@ -34,6 +34,7 @@ def steps_of(config: RunConfig) -> list[dict[str, Any]]:
     return [p for p in read_points(config.run.path / "metrics.jsonl") if p["kind"] == "copilot"]
 
 
+@pytest.mark.slow
 def test_two_learners_do_what_one_does(tmp_path: Path) -> None:
     """A lock-step run, whose draws follow from the steps' numbers, against one learner that replays its log."""
     config = config_of(tmp_path / "run", 2, pilot__max_rounds=ROUNDS, copilot__schedule="lockstep")

@@ -42,6 +42,7 @@ def batch(round: int, rank: int) -> Records:
     return random_records(ROWS, round=round, rank=rank, first_sample=100 * round + 10 * rank)
 
 
+@pytest.mark.slow
 def test_killing_the_ledger_loses_and_doubles_nothing(tmp_path: Path) -> None:
     ledger = start_ledger(tmp_path, metadata(), writers=2, run="test")
     attempt = ray.get(ledger.begin_attempt.remote(0, 2))

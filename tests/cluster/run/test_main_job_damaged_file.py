@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 from typer.testing import CliRunner
 
 from tc_ray.cli.main import app
@@ -96,6 +97,7 @@ class Rot:
         return None
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_a_damaged_file(tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path,

@@ -1,66 +1,63 @@
-"""The main job with an encoder-decoder Pilot: the same run, a log with the encoder's output, a sequence-to-sequence export."""
+"""The main job with an encoder-decoder on item sequences: a T5 made from its config, a log with the encoder's output, items
+ranked by beam search, a sequence-to-sequence export."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.data.source.records import DataError
 from tc_ray.evaluation.decode import read_held_out
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.models.fusion import FusedModel
+from tc_ray.models.pilot.load import load_pilot
+from tc_ray.run.evaluate import evaluate_run
 from tc_ray.run.job import JobError, JobResult, run_job
 from tests.support.local_ray import local_ray
-from tests.support.tiny_model import make_tokenizer
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
+ITEMS_MODEL = Path(__file__).resolve().parents[3] / "tc_ray" / "recipes" / "models" / "t5-items"
 ROUNDS = 10
-
-
-def make_tiny_t5(folder: Path) -> Path:
-    """Random T5 with a shared embedding (d 32, 2 encoder and 3 decoder blocks) and the byte tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_decoder_layers=3,
-        num_heads=4,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
 
 cluster = local_ray(cpus=3)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    folder = tmp_path_factory.mktemp("job")
-    make_tiny_t5(folder / "model")
-    return tiny_config(folder, log__positions="target", log__top_k=8, resources__pilot_workers=2)
+    return tiny_config(
+        tmp_path_factory.mktemp("job"),
+        model__pilot=str(ITEMS_MODEL),
+        model__random_weights=True,
+        data__format="sequences",
+        data__plain_template="{prompt}",
+        data__sequences={"users": 30, "items": 150, "clusters": 5, "history": 6},
+        log__positions="target",
+        log__top_k=8,
+        fusion__metric="ranking",
+        fusion__space="choose",
+        fusion__ranking={"cutoffs": [5, 10, 20]},
+        fusion__max_test_rows=20,
+        resources__pilot_workers=2,
+    )
 
 
 def test_the_log_holds_the_encoder_s_output(config: RunConfig, result: JobResult) -> None:
-    assert_log_is_exact(config, ROUNDS, rows=96)
+    train = json.loads((config.run.path / "data" / "data.json").read_text())["rows"]["train"]
+    assert_log_is_exact(config, ROUNDS, train)
     log = MistakeLog(config.run.path / "log")
     assert (log.metadata.question, log.metadata.positions) == ("states", "target")
     records = log.records(rounds=(1, 1))
     records.validate()
     assert records.question is not None and len(records.question) == records.target_start.sum()
-    # the states of a round are those of the weights it began with: round 1 has the model's own
-    pilot = T5ForConditionalGeneration.from_pretrained(config.run.path.parent / "model").eval()
+    # the states of a round are those of the weights it began with: round 1 has those that the workers made
+    torch.manual_seed(config.run.seed)
+    pilot = load_pilot(ITEMS_MODEL, dtype=torch.float32, random_weights=True).eval()
     row = records.select([0])
     with torch.no_grad():
         plain = pilot.get_encoder()(torch.from_numpy(row.input_ids[None, : row.target_start[0]]).long())[0]
@@ -89,7 +86,33 @@ def test_the_export_decodes(config: RunConfig, result: JobResult) -> None:
         assert torch.equal(one, other), name
 
 
-def test_states_of_every_position_are_refused(tmp_path: Path) -> None:
-    make_tiny_t5(tmp_path / "model")
+def test_the_report_has_every_measure_for_both_models(config: RunConfig, result: JobResult) -> None:
+    saved = json.loads((config.run.path / "evaluation.json").read_text())
+    names = [f"{name}_at_{k}" for name in ("hit", "ndcg") for k in (5, 10, 20)]
+    assert list(saved["measures"]) == names
+    assert saved["comparison"]["rows"] == 20
+    for name, measure in saved["measures"].items():
+        for model in ("pilot", "fused"):
+            low, high = measure[f"{model}_interval"]
+            assert 0 <= low <= measure[model] <= high <= 1, name
+    assert len(saved["validation"]) == 3, "lambda 0, and 0.5 in both spaces"
+    assert saved["pilot_forced"]["tokens"] == 20 * 3, "two tokens an item, and the end token"
+    assert result.report.verdict in (config.run.path / "evaluation.md").read_text()
+    status = json.loads((config.run.path / "status.json").read_text())
+    assert status["evaluation"]["score_name"] == "NDCG@10"
+
+
+def test_a_run_is_measured_on_its_own_users_only(config: RunConfig, result: JobResult, tmp_path: Path) -> None:
+    other = tmp_path / "others.txt"
+    other.write_text("new 1 2 3 4\n")
+    with pytest.raises(DataError, match="measured on its own users only"):
+        evaluate_run(config.run.path, other)
+
+
+def test_states_of_every_position_are_refused(config: RunConfig, tmp_path: Path) -> None:
+    run, log = (
+        section.model_copy(update=changed)
+        for section, changed in ((config.run, {"folder": tmp_path / "run"}), (config.log, {"positions": "all"}))
+    )
     with pytest.raises(JobError, match=r"set log\.positions=target"):
-        run_job(tiny_config(tmp_path))
+        run_job(config.model_copy(update={"run": run, "log": log}))

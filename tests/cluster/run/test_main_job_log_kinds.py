@@ -20,6 +20,8 @@ from tc_ray.tracking.points import read_points
 from tests.support.local_ray import local_ray
 from tests.support.tiny_run import tiny_config
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 6
 
 cluster = local_ray(cpus=3)
@@ -72,7 +74,6 @@ def test_the_copilot_reads_the_layers_pooled(config: RunConfig, result: JobResul
     assert made.shape[0] == 1
 
 
-@pytest.mark.slow
 def test_dense_errors_of_all_layers(tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path, pilot__max_rounds=ROUNDS, log__error="dense", log__rationale="all", log__sampling="mistakes"

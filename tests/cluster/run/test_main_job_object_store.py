@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.run.job import run_job
@@ -18,6 +20,7 @@ ROUNDS = 60
 options, cluster = store_options(), local_ray(cpus=2)
 
 
+@pytest.mark.slow
 def test_the_job_ends_and_the_log_is_exact(tmp_path: Path, options: dict[str, str]) -> None:
     config = tiny_config(
         tmp_path, pilot__max_rounds=ROUNDS, log__path=new_log_uri(options), log__storage_options=options

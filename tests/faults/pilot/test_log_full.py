@@ -117,7 +117,8 @@ def trained_on(config: RunConfig) -> Counter[tuple[int, int]]:
     return Counter((number, int(row)) for number in range(1, ROUNDS + 1) for row in order.sample_rows(number))
 
 
-@pytest.mark.parametrize("policy", ["drop", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["drop", "block"])
 def test_the_pilot_survives_a_full_disk(tmp_path: Path, disk: Path, policy: str) -> None:
     config = tiny_config(
         tmp_path,

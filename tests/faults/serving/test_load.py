@@ -93,6 +93,7 @@ def check_streams(outcomes: list[Outcome], bodies: Path) -> None:
             assert outcome.text == texts[outcome.case], outcome
 
 
+@pytest.mark.slow
 def test_expected_texts_are_those_of_generate(export: Path, bodies: Path) -> None:
     given, texts = json.loads(bodies.read_text()), json.loads(bodies.with_suffix(".texts").read_text())
     model, tokenizer = FusedModel.from_pretrained(export), AutoTokenizer.from_pretrained(export / "pilot")

@@ -46,6 +46,7 @@ def test_logging_overhead(tmp_path: Path, options: tuple[str, ...], least_bytes:
         assert words in printed
 
 
+@pytest.mark.slow
 def test_copilot_workers(tmp_path: Path) -> None:
     size = "--hidden 64 --layers 10 --vocab 300 --target-ids 50 --rounds 2 --batch-size 4 --tokens 24 --targets 6 --dtype fp32"
     printed, result = alone("copilot_workers.py", tmp_path, *size.split())
@@ -109,6 +110,7 @@ def test_prefill(tmp_path: Path) -> None:
     assert all(row["median_of_pair_ratios"] > 0 for row in result["prefill"]) and "2 x 16" in printed
 
 
+@pytest.mark.slow
 def test_serving(tmp_path: Path) -> None:
     short = ["--prompt", "8", "--new-tokens", "6", "--seconds", "1", "--warm-up", "0.3", "--repeats", "1"]
     # one thread: two that wait for each other on busy cores may not end a single request in a second
@@ -129,6 +131,7 @@ def test_serving(tmp_path: Path) -> None:
     assert result["machine"] in printed and "to one by one" in printed
 
 
+@pytest.mark.slow
 def test_log_throughput(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -149,6 +152,7 @@ def test_log_throughput(tmp_path: Path) -> None:
     assert not list(disk.iterdir()), "the records are left on the disk"
 
 
+@pytest.mark.slow
 def test_log_memory(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -107,16 +107,16 @@ def test_plan_without_the_hub(tmp_path: Path) -> None:
         silent.listen()
         hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
         settings = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", PLANS, *map(str, RECIPES)]
+        command = [sys.executable, "-c", PLANS, str(RECIPES[0])]
         began = time.monotonic()
         made = subprocess.run(
             command, check=True, capture_output=True, text=True, timeout=240, env={**os.environ, **settings}
         )
-    assert time.monotonic() - began < 60 * len(RECIPES), "it asked a dead hub again and again"
-    for recipe, (code, printed, error) in zip(RECIPES, json.loads(made.stdout), strict=True):
-        # the plan is printed; here, without the model and its GPUs, the run itself would refuse
-        assert code == 2 and error.startswith("tc-ray: the run would refuse: "), error
-        named = load_config(recipe).model
-        for name in {named.pilot, named.copilot}:
-            assert f"the config of {name} cannot be read here (the hub does not answer" in printed
-        assert "16 examples per round" in printed and "unknown parameters" in printed
+    assert time.monotonic() - began < 60, "it asked a dead hub again and again"
+    [(code, printed, error)] = json.loads(made.stdout)
+    # the plan is printed; here, without the model and its GPUs, the run itself would refuse
+    assert code == 2 and error.startswith("tc-ray: the run would refuse: "), error
+    named = load_config(RECIPES[0]).model
+    for name in {named.pilot, named.copilot}:
+        assert f"the config of {name} cannot be read here (the hub does not answer" in printed
+    assert "16 examples per round" in printed and "unknown parameters" in printed
