@@ -55,6 +55,11 @@ class DataSection(Section):
         None, description="as validation, by the words test, testset, held, heldout, hold, holdout"
     )
     test_size: float = Field(0.1, ge=0, description="rows cut from train when test is null: fraction or count")
+    seed: int | None = Field(
+        None,
+        description="seeds the cut into parts, the generated sets and the items' numbers; null: run.seed. Runs of several seeds "
+        "that are compared row by row need the same one",
+    )
     max_train_rows: Positive | None = Field(None, description="use only the first N training rows after the cut")
     template: Literal["chat", "plain"] = Field("chat", description="tokenizer's chat template, or plain_template")
     plain_template: str = Field(

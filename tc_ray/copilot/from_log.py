@@ -137,7 +137,8 @@ def train_from_log(
     def report(at: Position, result: StepResult | None) -> None:
         if result is not None and result.taken:
             point = {"step": at.step, "round": at.round, "time": time.time()}
-            points.append(point | {"loss": result.loss, "error_size": result.error_size})
+            sizes = {"loss": result.loss, "error_size": result.error_size, "compute_seconds": result.seconds}
+            points.append(point | sizes)
         if at.step % every == 0 or at.step == total:  # whole, before each checkpoint
             write_file(metrics, "".join(json.dumps(point) + "\n" for point in points))
         show(at, total, result)

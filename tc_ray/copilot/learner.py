@@ -38,13 +38,15 @@ from tc_ray.models.weights import LeftOut, check_finite
 class StepResult:
     """One step: loss is that of `copilot.loss`; error_size the root mean square of the logged errors (rmse of f = 0).
 
-    taken: False: loss or gradient was not finite on some rank; weights and optimizer stayed as they were."""
+    taken: False: loss or gradient was not finite on some rank; weights and optimizer stayed as they were. seconds: of the
+    processor (on a GPU: of time) that this rank used, with the draw of its batch."""
 
     loss: float
     error_size: float
     tokens: int
     learning_rate: float
     taken: bool = True
+    seconds: float = 0.0
 
 
 class Learner:

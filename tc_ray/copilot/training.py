@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +59,8 @@ def train(
     total, part = rounds * per_round, size // learner.world_size
     own = range(rank * part, (rank + 1) * part)
 
+    clock = time.monotonic if config.resources.gpus else time.process_time
+
     def position(step: int) -> Position:
         return Position(step, step // per_round, feed.version, dict(inputs or {}))
 
@@ -67,8 +70,10 @@ def train(
     while at.step < total:
         due = min(feed.rounds_for(at.step) * per_round, total)
         if at.step < due and len(feed.buffer):
+            began = clock()
             records = feed.buffer.draw(size, (config.run.seed, _DRAW, at.step))
             result = learner.step(batch_from_records(records, own))
+            result = replace(result, seconds=clock() - began)
             at = position(at.step + 1)
             report(at, result)
             if at.step % config.copilot.checkpoint_every_steps == 0 or at.step == total:

@@ -154,6 +154,7 @@ class CopilotWorker:
             "learning_rate": result.learning_rate,
             "tokens": float(result.tokens),
             "left_out_steps": float(left_out),
+            "compute_seconds": result.seconds,
         }
         self.job.tracker.copilot.remote(at.round, at.step, metrics)
 

@@ -100,7 +100,7 @@ def _prepare(config: RunConfig, data: Path, folder: Path) -> Path:
     pilot = config.run.path / "pilot" / "final"
     shape = AutoConfig.from_pretrained(pilot, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)
-    encoder = Encoder(config.data, tokenizer, config.run.seed, shape.is_encoder_decoder, shape.vocab_size)
+    encoder = Encoder(config.data, tokenizer, config.data_seed, shape.is_encoder_decoder, shape.vocab_size)
     prepared = prepare_test_file(encoder, str(data), folder)
     for line in prepared.notes:
         print(visible(line), flush=True)

@@ -205,7 +205,7 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
             config.data,
             tokenizer,
             sample_rows=SAMPLE_ROWS,
-            seed=config.run.seed,
+            seed=config.data_seed,
             encoder_decoder=family_of(pilot.config).encoder_decoder,
             vocab_size=pilot.config.vocab_size,
         )
