@@ -1,0 +1,260 @@
+"""What each kind of cell does, in a Ray task of its own: train what is missing, measure, leave a result.
+
+Invariant: every cell with a Copilot leaves a run folder (`config.yaml`, `data`, `pilot/final`, `copilot/final`), whose parts may be
+links into the folders of cells that it shares them with. A cell that was cut off goes on from its last checkpoints. Called by
+`schedule`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import tc_ray
+from tc_ray.config.fields import public_values
+from tc_ray.config.load import save_config
+from tc_ray.config.schema import RunConfig
+from tc_ray.copilot import checkpoint
+from tc_ray.copilot.from_log import train_from_log
+from tc_ray.files import is_whole
+from tc_ray.mistakelog.read.reader import MistakeLog
+from tc_ray.models.identity import tensor_shapes
+from tc_ray.models.pilot.load import DTYPES, load_pilot
+from tc_ray.run.job import run_job
+from tc_ray.run.plan.model_sizes import find_models, model_sizes
+from tc_ray.study.cells import Cell
+from tc_ray.study.gold import gold_measures, gold_tokens
+from tc_ray.study.latest import write_latest_log
+from tc_ray.study.measure import GOLD_BATCH, held, measure
+from tc_ray.study.pilots import AveragedPilots, at_temperature, best_temperature
+from tc_ray.study.results import Model, Result
+from tc_ray.tracking.points import METRICS_FILE, read_points
+
+
+@dataclass(frozen=True)
+class Done:
+    """A cell that is done: its folder, which may be gone, and its result."""
+
+    folder: Path
+    result: Result
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cell at work. config: in its folder, with the Pilot's settings raised where the control says so."""
+
+    cell: Cell
+    config: RunConfig
+    needs: tuple[Done, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Of the cell."""
+        return self.config.run.path
+
+    @property
+    def host(self) -> Done:
+        """The first cell that it needs."""
+        return self.needs[0]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """See `results.Result`."""
+
+    pilot_seconds: float
+    copilot_seconds: float
+    rounds: int
+    pilot_parameters: int
+    copilot_parameters: int
+
+
+Made = tuple[dict[str, Model], Costs]
+
+
+def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Path) -> Result:
+    """Do a cell and save its result. config: that of `cells.placed`."""
+    started = time.time()
+    models, costs = KINDS[cell.kind](Work(cell, config, needs))
+    default = public_values(RunConfig())
+    settings = {
+        name: value
+        for name, value in public_values(config).items()
+        if value != default[name] and name not in ("run.name", "run.folder") and not name.startswith("tracking.")
+    }
+    made = {
+        "tc_ray": tc_ray.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {_processor()}",
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["tc-ray", *sys.argv[1:]]),
+    }
+    seconds = round(time.time() - started, 1)
+    result = Result(cell.key, cell.kind, cell.name, settings, models, **asdict(costs), wall_seconds=seconds, made=made)
+    result.save(results)
+    return result
+
+
+def raised(cell: Cell, config: RunConfig, base: Result) -> RunConfig:
+    """The settings of `longer` and `wider`, from the result of the cell that they are about."""
+    config = config.model_copy(deep=True)
+    pilot = config.pilot
+    if cell.kind == "longer":
+        share = 1.0 + base.compute_share
+        pilot.max_rounds = int(base.rounds * share)
+        pilot.epochs = -int(-pilot.epochs * share // 1)  # rounded up: enough rows for these rounds
+    else:
+        factor = (base.pilot_parameters + base.copilot_parameters) / base.pilot_parameters
+        rank = round(pilot.lora.rank * factor)
+        pilot.lora.alpha = max(1, round(pilot.lora.alpha * rank / pilot.lora.rank))  # the same scale of an adapter
+        pilot.lora.rank = rank
+    return config
+
+
+def _run(work: Work) -> Made:
+    config = work.config
+    if work.cell.kind in ("longer", "wider"):
+        config = raised(work.cell, config, work.host.result)
+    run_job(config)
+    return measure(config, work.cell.rows), _costs_of_run(config)
+
+
+def _copilot(work: Work) -> Made:
+    """A Copilot of the host's log with other settings."""
+    _link(work, {"data": work.host.folder, "pilot/final": work.host.folder})
+    return _from_log(work, work.host.folder / "log", 0.0)
+
+
+def _latest(work: Work) -> Made:
+    _link(work, {"data": work.host.folder, "pilot/final": work.host.folder})
+    began = time.process_time()
+    write_latest_log(work.config, work.host.folder, work.folder / "log", work.host.result.rounds)
+    return _from_log(work, work.folder / "log", time.process_time() - began)
+
+
+def _from_log(work: Work, log: Path, more_seconds: float) -> Made:
+    config, target = work.config, work.folder / "copilot"
+    if not is_whole(target / "final"):
+        with MistakeLog(str(log), storage_options=config.log.storage_options or None) as mistakes:
+            train_from_log(mistakes, config, target)
+    points = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
+    base = work.host.result
+    seconds = sum(point["compute_seconds"] for point in points) + more_seconds
+    costs = Costs(base.pilot_seconds, seconds, base.rounds, base.pilot_parameters, _trained(target))
+    return measure(config, work.cell.rows), costs
+
+
+def _fusion(work: Work) -> Made:
+    """The host's models, joined or decoded otherwise."""
+    host = work.host
+    _link(work, {"data": host.folder, "pilot/final": host.folder, "copilot/final": host.folder})
+    return measure(work.config, work.cell.rows), _same(host.result)
+
+
+def _transfer(work: Work) -> Made:
+    pilot, host = work.needs
+    _link(work, {"data": pilot.folder, "pilot/final": pilot.folder, "copilot/final": host.folder})
+    costs = replace(_same(host.result), pilot_seconds=pilot.result.pilot_seconds, rounds=pilot.result.rounds)
+    return measure(work.config, work.cell.rows), costs
+
+
+def _temperature(work: Work) -> Made:
+    """The Pilot's own answers; only its NLL can change."""
+    _link(work, {"data": work.host.folder, "pilot/final": work.host.folder})
+    found = held(work.config, work.cell.rows)
+    temperature = best_temperature(found.pilot, found.validation, batch_size=GOLD_BATCH)
+    pieces = gold_tokens(found.pilot, found.rows, batch_size=GOLD_BATCH)
+    gold = gold_measures(pieces, len(found.rows), lambda piece: at_temperature(piece, temperature))
+    answers = work.host.result.models["pilot"].sets[work.cell.rows]
+    nll = [None if value is None else round(value, 4) for value in gold.nll]
+    model = Model({work.cell.rows: replace(answers, nll=nll)}, temperature=temperature, error_ratio=gold.error_ratio)
+    return {"pilot": model}, _alone(_same(work.host.result))
+
+
+def _ensemble(work: Work) -> Made:
+    first, second = work.needs
+    _link(work, {"data": first.folder, "pilot/final": first.folder})
+    found = held(work.config, work.cell.rows)
+    other = load_pilot(second.folder / "pilot" / "final", dtype=DTYPES[work.config.pilot.dtype])
+    both = AveragedPilots(found.pilot, other.to(found.pilot.device))
+    gold = both.gold(found.rows, batch_size=GOLD_BATCH)
+    answers = found.answers(work.config.fusion.metric, found.metric.outcome(both, found.rows, None), gold)
+    model = Model({work.cell.rows: answers}, error_ratio=gold.error_ratio)
+    costs = replace(
+        _same(first.result),
+        pilot_seconds=first.result.pilot_seconds + second.result.pilot_seconds,
+        pilot_parameters=2 * first.result.pilot_parameters,
+    )
+    return {"pilot": model}, _alone(costs)
+
+
+def _link(work: Work, parts: Mapping[str, Path]) -> None:
+    """Make the cell's folder a run folder: parts by name, each from the folder that has it."""
+    for name, owner in parts.items():
+        link = work.folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(owner / name)
+    save_config(work.config, work.folder / "config.yaml")
+
+
+def _same(result: Result) -> Costs:
+    return Costs(*(getattr(result, known.name) for known in fields(Costs)))
+
+
+def _alone(costs: Costs) -> Costs:
+    return replace(costs, copilot_seconds=0.0, copilot_parameters=0)
+
+
+def _costs_of_run(config: RunConfig) -> Costs:
+    workers = {"pilot": config.resources.pilot_workers, "copilot": config.resources.copilot_workers}
+    seconds, rounds = dict.fromkeys(workers, 0.0), 0
+    for point in read_points(config.run.path / METRICS_FILE):
+        if point["kind"] in workers:
+            seconds[point["kind"]] += workers[point["kind"]] * (point["metrics"].get("compute_seconds") or 0.0)
+        if point["kind"] == "pilot":
+            rounds = max(rounds, point["round"])
+    found, _ = find_models(config, [], [])
+    assert found is not None, "the run has just used the model"
+    trained = model_sizes(config, found, None, None).pilot_trainable
+    of_copilot = _trained(config.run.path / "copilot") if config.log.enabled else 0
+    return Costs(seconds["pilot"], seconds["copilot"], rounds, trained, of_copilot)
+
+
+def _trained(copilot: Path) -> int:
+    """Trained parameters of a Copilot, by its newest checkpoint."""
+    at = checkpoint.latest(copilot / "checkpoints")
+    assert at is not None, "a trained Copilot has a checkpoint"
+    shapes = tensor_shapes(checkpoint.folder_of(copilot / "checkpoints", at) / "trainable.safetensors")
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _processor() -> str:
+    found = (
+        re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
+        else None
+    )
+    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
+
+
+KINDS: Mapping[str, Callable[[Work], Made]] = {
+    "run": _run,
+    "longer": _run,
+    "wider": _run,
+    "copilot": _copilot,
+    "fusion": _fusion,
+    "latest": _latest,
+    "transfer": _transfer,
+    "temperature": _temperature,
+    "ensemble": _ensemble,
+}
