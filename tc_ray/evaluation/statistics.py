@@ -76,6 +76,53 @@ def bootstrap_intervals(values: NDArray[np.float64], *, resamples: int = 2000, s
     return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Two-sided 95% points of Student's t for 1, 2, ... degrees of freedom."""
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """95% interval of the mean of repetitions, such as seeds, by Student's t; (-inf, inf) for a single one."""
+    count = len(values)
+    if count < 2:
+        return -math.inf, math.inf
+    mean, free = math.fsum(values) / count, count - 1
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / free / count)
+    # beyond the table the expansion of t around the normal point is right to three digits
+    point = T_95[free - 1] if free <= len(T_95) else Z_95 + (Z_95**3 + Z_95) / (4 * free)
+    return mean - point * spread, mean + point * spread
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of the hypothesis that each difference is as likely with the other sign: one difference a test row.
+
+    Summed over seeds first, since answers of several seeds to one row are no independent cases. Whole numbers: exact, and of
+    one seed McNemar's test. Others: by the normal distribution of the sum.
+    """
+    moved = [difference for difference in differences if difference]
+    total = abs(math.fsum(moved))
+    if not moved:
+        return 1.0
+    if not all(float(difference).is_integer() for difference in moved):
+        return math.erfc(total / math.sqrt(2 * math.fsum(difference**2 for difference in moved)))
+    reach = int(sum(map(abs, moved)))
+    chances = np.zeros(2 * reach + 1)
+    chances[reach] = 1.0  # of each sum from -reach to reach
+    for difference in moved:
+        size = int(abs(difference))
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # sums beyond `reach` have no chance yet
+    sums = np.abs(np.arange(-reach, reach + 1))
+    return float(min(1.0, chances[sums >= total - 0.5].sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction of a family of p values: reject those below a level, and no more than that share errs at all."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, at in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[at]))
+        corrected[at] = largest
+    return corrected
+
+
 def _root(falling: Callable[[float], float], low: float, high: float) -> float:
     """The root of a falling function between `low` and `high`, by bisection."""
     for _ in range(80):
