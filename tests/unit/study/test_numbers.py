@@ -149,7 +149,7 @@ def test_intervals_of_few_and_many_repetitions() -> None:
 
 
 def test_a_result_comes_back_as_it_was_saved(tmp_path: Path, made: tuple[Study, Cells, dict[str, Result]]) -> None:
-    _, cells, results = made
+    *_, results = made
     result = next(iter(results.values()))
     result.save(tmp_path / "first")
     assert find_result(result.key, [tmp_path / "none", tmp_path / "first"]) == result
