@@ -177,7 +177,8 @@ def _set(keys: KeyPath, value: Any, where: str, values: dict[str, Any], origins:
     place[keys[-1]] = value
     for stale in [key for key in origins if key[: len(keys)] == keys]:
         del origins[stale]
-    origins[keys] = where
+    # a rule over a section is broken by whoever changed it last
+    origins.update(dict.fromkeys((keys[:size] for size in range(1, len(keys) + 1)), where))
 
 
 def _override_value(text: str, keys: KeyPath, shown: str) -> Any:

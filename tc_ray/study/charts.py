@@ -69,7 +69,7 @@ def compute_chart(task: str, points: Sequence[Point], *, percent: bool) -> Pictu
                 (max(p.compute.value for p in points) * 1.02, at),
                 va="center",
                 fontsize=8,
-                arrowprops={"arrowstyle": "-", "color": COLOUR["grid"], "linewidth": 0.8, "shrinkB": 3},
+                arrowprops={"arrowstyle": "-", "color": COLOUR["soft"], "alpha": 0.4, "linewidth": 0.6, "shrinkB": 3},
             )
         axes.grid(visible=True)
         axes.set_xlabel("training compute, Pilot alone = 1")

@@ -126,23 +126,24 @@ class Numbers:
 
     def _test(self, line: str, against: str, tasks: Sequence[str]) -> Tested | None:
         """None where a seed is missing, or the two did not answer the same rows."""
-        rows: list[float] = []
+        sums: dict[str, list[float]] = {}  # by rows: tasks may share them
         by_seed = dict.fromkeys(self.seeds, 0.0)
         wins = losses = 0
         for task in tasks:
             ours, theirs = self.at(line, task), self.at(against, task)
             if len(ours) < len(self.seeds) or len(theirs) < len(self.seeds):
                 return None
-            if len({shown.answers.rows_id for shown in [*ours.values(), *theirs.values()]}) > 1:
+            first = ours[self.seeds[0]].answers
+            if {shown.answers.rows_id for shown in [*ours.values(), *theirs.values()]} != {first.rows_id}:
                 return None
-            sums = [0.0] * ours[self.seeds[0]].answers.rows
+            of_rows = sums.setdefault(first.rows_id, [0.0] * first.rows)
             for seed in self.seeds:
                 pairs = zip(ours[seed].answers.scores, theirs[seed].answers.scores, strict=True)
                 differences = [mine - other for mine, other in pairs]
                 wins, losses = wins + sum(d > 0 for d in differences), losses + sum(d < 0 for d in differences)
                 by_seed[seed] += math.fsum(differences) / len(differences) / len(tasks)
-                sums = [total + one for total, one in zip(sums, differences, strict=True)]
-            rows += sums
+                of_rows[:] = [total + one for total, one in zip(of_rows, differences, strict=True)]
+        rows = [total for of_rows in sums.values() for total in of_rows]
         means, p = list(by_seed.values()), sign_flip_p(rows)
         interval = mean_interval(means)
         if len(means) == 1 and all(row in (-1.0, 0.0, 1.0) for row in rows) and len(tasks) == 1:

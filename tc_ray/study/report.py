@@ -95,7 +95,7 @@ class Report:
             Table(
                 title, ("", *numbers.tasks, "mean"), [self._score_row(line) for line in lines if line in numbers.lines]
             )
-            for title, lines in (self.study.file.tables or {"Scores": list(numbers.lines)}).items()
+            for title, lines in (self.study.file.tables or {"": list(numbers.lines)}).items()
         ]
         text = (
             "Mean over seeds, with the 95% interval over seeds by Student's t; a single seed has the interval over its rows. "

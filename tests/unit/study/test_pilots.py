@@ -20,7 +20,7 @@ NEW = 6
 @pytest.fixture(scope="module")
 def pilots(tmp_path_factory: pytest.TempPathFactory) -> list[AutoModelForCausalLM]:
     folder = tmp_path_factory.mktemp("pilots")
-    places = [make_tiny_llama(folder / str(seed), seed=seed, scale=1.5) for seed in (1, 2)]
+    places = [make_tiny_llama(folder / str(seed), seed=seed, scale=6.0) for seed in (1, 2)]
     return [AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval() for place in places]
 
 
