@@ -68,11 +68,12 @@ class Report:
                 left_out = f" ({shown.answers.left_out} left out)" if shown.answers.left_out else ""
                 rows.append(f"{task} {shown.answers.rows:,}{left_out}")
         made = [result.made for result in self.results]
+        names = ("command", "machine", "tc_ray")
         found = [
             ("recipe", file.recipe),
             ("seeds", ", ".join(map(str, file.seeds))),
             (f"{file.rows} rows", ", ".join(rows)),
-            *((name, "; ".join(sorted({of[name] for of in made if name in of}))) for name in ("machine", "tc_ray")),
+            *((name, "; ".join(sorted({of[name] for of in made if name in of}))) for name in names),
             ("time", f"{sum(result.wall_seconds for result in self.results) / 3600:.1f} hours over all cells"),
             ("missing", ", ".join(numbers.missing)),
         ]

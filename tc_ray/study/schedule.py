@@ -8,6 +8,7 @@ is counted here: cells that each hold half of what they need would wait for each
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from tc_ray.cluster.capacity import Need
 from tc_ray.cluster.failures import short
 from tc_ray.cluster.session import cpus_needed, evaluation_need, ray_session, training_needs
 from tc_ray.cluster.signals import resumable
+from tc_ray.config.redact import redact_override
 from tc_ray.files import DamagedFileError, is_whole
 from tc_ray.run.folder import FolderLock
 from tc_ray.study.cells import Cell, Cells, placed
@@ -100,14 +102,15 @@ class _Runs:
         try:
             while self._left or self._running:
                 self._start_what_fits()
-                ended, _ = ray.wait(list(self._running), timeout=1.0)
+                ended, _ = ray.wait(list(self._running), timeout=1.0) if self._running else ([], [])
                 for task in ended:
                     self._end(task, self._running.pop(task))
                 self._show()
         except KeyboardInterrupt:
             for task in self._running:
                 ray.cancel(task)
-            ray.wait(list(self._running), num_returns=len(self._running), timeout=END_SECONDS)
+            if self._running:
+                ray.wait(list(self._running), num_returns=len(self._running), timeout=END_SECONDS)
             raise
         if self._failed:
             lines = [f"{name}: {why}" for name, why in self._failed.items()]
@@ -148,7 +151,8 @@ class _Runs:
             num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_calls=1, max_retries=0
         )
         _print(f"study: {cell.name} starts ({cell.kind})")
-        return task.remote(cell, config, needs, self._study.result_folders[-1])
+        command = " ".join(["tc-ray", *map(redact_override, sys.argv[1:])])
+        return task.remote(cell, config, needs, self._study.result_folders[-1], command)
 
     def _end(self, task: Any, cell: Cell) -> None:
         import ray

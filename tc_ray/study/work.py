@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -81,8 +80,8 @@ class Costs:
 Made = tuple[dict[str, Model], Costs]
 
 
-def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Path) -> Result:
-    """Do a cell and save its result. config: that of `cells.placed`."""
+def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Path, command: str) -> Result:
+    """Do a cell and save its result. config: that of `cells.placed`. command: that it was asked for by."""
     started = time.time()
     models, costs = KINDS[cell.kind](Work(cell, config, needs))
     default = public_values(RunConfig())
@@ -96,7 +95,7 @@ def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Pat
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {_processor()}",
         "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["tc-ray", *sys.argv[1:]]),
+        "command": command,
     }
     seconds = round(time.time() - started, 1)
     result = Result(cell.key, cell.kind, cell.name, settings, models, **asdict(costs), wall_seconds=seconds, made=made)

@@ -50,7 +50,7 @@ def answers(right: list[bool], *, rows_id: str = "rows", nll: float = 0.5) -> An
 
 def made_up(cell: Cell, models: Mapping[str, Model], *, pilot: float = 100.0, copilot: float = 20.0) -> Result:
     """The result of a cell that never ran."""
-    made = {"machine": "none", "tc_ray": "0"}
+    made = {"machine": "none", "tc_ray": "0", "command": "tc-ray study STUDY.yaml"}
     return Result(cell.key, cell.kind, cell.name, {}, dict(models), pilot, copilot, 10, 1000, 500, 3600.0, made)
 
 
