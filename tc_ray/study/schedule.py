@@ -147,9 +147,8 @@ class _Runs:
         config = placed(cell, folder_of(self._study, cell), self._tracking.uri, self._tracking.run_id)
         # a run's actors take their CPUs themselves; a process of its own for each cell, so that none leaves anything behind
         bundle = {"CPU": 0.0} if _is_run(cell) else _needs(cell)[0].bundle
-        task = ray.remote(do_cell).options(
-            num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_calls=1, max_retries=0
-        )
+        options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "max_calls": 1, "max_retries": 0}
+        task = ray.remote(**options)(do_cell)
         _print(f"study: {cell.name} starts ({cell.kind})")
         command = " ".join(["tc-ray", *map(redact_override, sys.argv[1:])])
         return task.remote(cell, config, needs, self._study.result_folders[-1], command)

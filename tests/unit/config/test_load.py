@@ -268,3 +268,8 @@ def test_config_imports_neither_torch_nor_ray() -> None:
     code = "import sys, tc_ray.config.load; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_rows_are_cut_by_a_seed_of_their_own() -> None:
+    assert load_config(None, ["run.seed=3"]).data_seed == 3
+    assert load_config(None, ["run.seed=3", "data.seed=0"]).data_seed == 0

@@ -118,6 +118,18 @@ def test_lines_that_answered_other_rows_are_not_compared(made: tuple[Study, Cell
     assert ("longer", "sums") not in Numbers(study, cells, results).tests("copilot")
 
 
+def test_tasks_that_share_their_rows_are_pooled_by_row(made: tuple[Study, Cells, dict[str, Result]]) -> None:
+    study, cells, results = made
+    sums = [0] * ROWS
+    for task in ("sums", "long"):
+        for seed in (1, 2, 3):
+            mine, base = (rights(cells, results, line, task, seed) for line in ("longer", "copilot"))
+            sums = [total + a - b for total, a, b in zip(sums, mine, base, strict=True)]
+    tested = Numbers(study, cells, results).pooled_tests("copilot")["longer"]
+    assert tested.raw_p == pytest.approx(brute_force_p(sums))
+    assert tested.difference == pytest.approx(sum(sums) / 3 / 2 / ROWS)
+
+
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 1), (3, 3), (40, 12)])
 def test_of_one_seed_the_test_is_mcnemars(wins: int, losses: int) -> None:
     assert sign_flip_p([1] * wins + [-1] * losses + [0] * 7) == pytest.approx(mcnemar_p(wins, losses))
