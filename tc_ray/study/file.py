@@ -171,6 +171,8 @@ def load_study(path: Path) -> Study:
             config = study.config(task, file.seeds[0], *([study.first] if control else []), variant)
             if control == "wider" and config.pilot.method != "lora":
                 raise ConfigError(f"{places['variants', variant]}: wider raises the LoRA rank; pilot.method is full")
+            if config.log.path is not None:
+                raise ConfigError(f"{path}: log.path is {config.log.path}: each cell keeps its log in its own folder")
             if variant == study.first and not config.log.enabled:
                 raise ConfigError(f"{places['variants', variant]}: the first variant needs a Copilot (log.enabled)")
     return study

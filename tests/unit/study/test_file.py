@@ -47,6 +47,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tasks": {"sums": {"run.seed": 3}}}, r"STUDY\.yaml, line \d+: run\.seed is set by the study"),
     ({"variants": {"copilot": {"log.enabled": False}}}, r"line \d+: the first variant needs a Copilot"),
     ({"variants": {"copilot": {}, "w": {"control": "wider"}}}, r"line \d+: wider raises the LoRA rank"),
+    ({"tasks": {"sums": {"log.path": "elsewhere"}}}, r"STUDY\.yaml: log\.path is elsewhere: each cell keeps its log"),
     ({"recipe": "absent"}, r"neither a file here nor a recipe"),
     ({"tasks": {"a/b": {}}}, r"STUDY\.yaml, line \d+: tasks\.a/b: .*pattern"),
 ]
