@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder, TrainTable
+from tc_ray.files import read_json, write_json
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
@@ -23,13 +25,16 @@ from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.record import Recorder
 
 
-def write_latest_log(config: RunConfig, run: Path, target: Path, rounds: int) -> None:
+def write_latest_log(config: RunConfig, run: Path, target: Path, rounds: int) -> float:
     """Write the log of `pilot/final` over the rounds of a finished run to `target`, unless it is there.
 
-    config: of the run. It appears whole, by a rename.
+    config: of the run. It appears whole, by a rename. Returns the compute that it took, in seconds as those of a round.
     """
+    cost = target.with_name("latest.json")
     if target.exists():
-        return
+        return float(read_json(cost)["compute_seconds"])
+    clock = time.monotonic if config.resources.gpus else time.process_time
+    began = clock()
     made = target.with_name(f"{target.name}.new")
     shutil.rmtree(made, ignore_errors=True)
     metadata = LogStore(Location(run / "log")).metadata
@@ -43,7 +48,10 @@ def write_latest_log(config: RunConfig, run: Path, target: Path, rounds: int) ->
     finally:
         writer.close()
     ledger.finish_pilot(rounds)
+    seconds = clock() - began
+    write_json(cost, {"compute_seconds": seconds})
     os.rename(made, target)
+    return seconds
 
 
 @torch.no_grad()

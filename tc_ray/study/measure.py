@@ -84,29 +84,30 @@ def measure(config: RunConfig, part: str) -> dict[str, Model]:
     """
     found = held(config, part)
     evaluate_folder(config, found, part)
-    models = {}
-    for name, model in read_models(config.run.path / "evaluation", found.rows_id).items():
-        fused = model.lam is not None
-        correction = moved(config, found, model) if fused else None
-        models["fused" if fused else "pilot"] = replace(model, correction=correction)
-        assert name in (config.run.name, f"{config.run.name}/pilot"), name
-    return models
+    models = read_models(config.run.path / "evaluation", part, found.rows_id)
+    fused = models.get("fused")
+    return models | ({"fused": replace(fused, correction=moved(config, found, fused))} if fused else {})
 
 
-def read_models(folder: Path, rows_id: str) -> dict[str, Model]:
-    """The models of an evaluation's folder, by the names that it gives them. rows_id: of the rows of its one set."""
+def read_models(folder: Path, part: str, rows_id: str) -> dict[str, Model]:
+    """The models of a run folder's evaluation: `pilot`, and `fused` if there are two.
+
+    Raises ValueError: several sets; a place of a study's report shows one.
+    """
+    lines = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text(encoding="utf-8"))))
+    if len({line["set"] for line in lines}) > 1:
+        raise ValueError(f"{folder}: data.{part} names several sets; give each a task of its own in the study")
     models = {}
-    for line in csv.DictReader(io.StringIO((folder / "report.csv").read_text(encoding="utf-8"))):
+    for line in lines:
         file = folder / "rows" / line["model"].replace("/", "--") / f"{line['set']}.jsonl"
         rows = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-        answers = Answers.of(
-            line["metric"],
-            rows_id,
-            int(line["left_out"]),
-            *([row[name] for row in rows] for name in ("right", "score", "nll", "tokens")),
-        )
-        lam, ratio = (float(line[name]) if line[name] else None for name in ("lam", "error_ratio"))
-        models[line["model"]] = Model({line["set"]: answers}, lam=lam, space=line["space"] or None, error_ratio=ratio)
+        columns = ([row[name] for row in rows] for name in ("right", "score", "nll", "tokens"))
+        sets = {part: Answers.of(line["metric"], rows_id, int(line["left_out"]), *columns)}
+        if len(lines) == 1 or line["model"].endswith("/pilot"):
+            models["pilot"] = Model(sets)
+        else:
+            ratio = float(line["error_ratio"]) if line["error_ratio"] else None
+            models["fused"] = Model(sets, lam=float(line["lam"]), space=line["space"], error_ratio=ratio)
     return models
 
 
@@ -144,7 +145,7 @@ def evaluate_folder(config: RunConfig, found: Held, part: str) -> None:
         return gold_measures(pieces, len(found.rows), adjusted)
 
     if not (config.run.path / "copilot" / "final").is_dir():
-        line(f"{name}/pilot", found.metric.outcome(found.pilot, found.rows, None), gold())
+        line(name, found.metric.outcome(found.pilot, found.rows, None), gold())
     else:
         copilot = _copilot(config)
         fused = FusedModel.join(found.pilot, copilot, feedback=config.fusion.feedback).to(found.pilot.device)

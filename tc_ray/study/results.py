@@ -49,9 +49,8 @@ class Answers:
         """From rows. A row without an answer that could be judged is not right."""
         bits = np.packbits(np.array([bool(one) for one in right])).tobytes().hex()
         plain = all(float(bool(one)) == value for one, value in zip(right, score, strict=True))
-        rounded = [None if value is None else round(value, NLL_DIGITS) for value in nll]
         scores = None if plain else [round(value, NLL_DIGITS) for value in score]
-        return Answers(metric, len(right), rows_id, left_out, bits, scores, rounded, list(tokens))
+        return Answers(metric, len(right), rows_id, left_out, bits, scores, rounded(nll), list(tokens))
 
     @property
     def correct(self) -> list[bool]:
@@ -74,6 +73,11 @@ class Answers:
         """Nats per gold token over all rows; None: no row has gold tokens."""
         known = [(nll * n, n) for nll, n in zip(self.nll, self.tokens, strict=True) if nll is not None and n]
         return sum(total for total, _ in known) / sum(n for _, n in known) if known else None
+
+
+def rounded(nll: Sequence[float | None]) -> list[float | None]:
+    """NLL of rows as it is kept."""
+    return [None if value is None else round(value, NLL_DIGITS) for value in nll]
 
 
 @dataclass(frozen=True)

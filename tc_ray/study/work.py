@@ -35,7 +35,7 @@ from tc_ray.study.gold import gold_measures, gold_tokens
 from tc_ray.study.latest import write_latest_log
 from tc_ray.study.measure import GOLD_BATCH, held, measure
 from tc_ray.study.pilots import AveragedPilots, at_temperature, best_temperature
-from tc_ray.study.results import Model, Result
+from tc_ray.study.results import Model, Result, rounded
 from tc_ray.tracking.points import METRICS_FILE, read_points
 
 
@@ -135,9 +135,8 @@ def _copilot(work: Work) -> Made:
 
 def _latest(work: Work) -> Made:
     _link(work, {"data": work.host.folder, "pilot/final": work.host.folder})
-    began = time.process_time()
-    write_latest_log(work.config, work.host.folder, work.folder / "log", work.host.result.rounds)
-    return _from_log(work, work.folder / "log", time.process_time() - began)
+    log = work.folder / "log"
+    return _from_log(work, log, write_latest_log(work.config, work.host.folder, log, work.host.result.rounds))
 
 
 def _from_log(work: Work, log: Path, more_seconds: float) -> Made:
@@ -174,7 +173,7 @@ def _temperature(work: Work) -> Made:
     pieces = gold_tokens(found.pilot, found.rows, batch_size=GOLD_BATCH)
     gold = gold_measures(pieces, len(found.rows), lambda piece: at_temperature(piece, temperature))
     answers = work.host.result.models["pilot"].sets[work.cell.rows]
-    nll = [None if value is None else round(value, 4) for value in gold.nll]
+    nll = rounded(gold.nll)
     model = Model({work.cell.rows: replace(answers, nll=nll)}, temperature=temperature, error_ratio=gold.error_ratio)
     return {"pilot": model}, _alone(_same(work.host.result))
 
@@ -238,11 +237,8 @@ def _trained(copilot: Path) -> int:
 
 
 def _processor() -> str:
-    found = (
-        re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if Path("/proc/cpuinfo").exists()
-        else None
-    )
+    known = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", known.read_text() if known.exists() else "")
     return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
