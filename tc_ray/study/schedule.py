@@ -17,7 +17,7 @@ from typing import Any
 from tc_ray.cluster.capacity import Need
 from tc_ray.cluster.failures import short
 from tc_ray.cluster.session import cpus_needed, evaluation_need, ray_session, training_needs
-from tc_ray.cluster.signals import resumable
+from tc_ray.cluster.signals import end_within, resumable
 from tc_ray.config.redact import redact_override
 from tc_ray.files import DamagedFileError, is_whole
 from tc_ray.run.folder import FolderLock
@@ -100,13 +100,15 @@ class _Runs:
         import ray
 
         try:
-            while self._left or self._running:
-                self._start_what_fits()
-                ended, _ = ray.wait(list(self._running), timeout=1.0) if self._running else ([], [])
-                for task in ended:
-                    self._end(task, self._running.pop(task))
-                self._show()
+            with resumable(self._study.folder):  # says how to go on first, as the process may be killed within seconds
+                while self._left or self._running:
+                    self._start_what_fits()
+                    ended, _ = ray.wait(list(self._running), timeout=1.0) if self._running else ([], [])
+                    for task in ended:
+                        self._end(task, self._running.pop(task))
+                    self._show()
         except KeyboardInterrupt:
+            end_within(END_SECONDS)
             for task in self._running:
                 ray.cancel(task)
             if self._running:
