@@ -17,7 +17,7 @@ from tests.support.tiny_model import make_tiny_llama
 from tests.support.tiny_run import SETTINGS
 
 
-def write_study(folder: Path, **changes: Any) -> Path:
+def write_study(folder: Path, /, **changes: Any) -> Path:
     """STUDY.yaml and the recipe and model that it names, in `folder`. changes: of the study's fields."""
     if not (folder / "model").exists():
         make_tiny_llama(folder / "model")
@@ -38,7 +38,7 @@ def write_study(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def tiny_study(folder: Path, **changes: Any) -> Study:
+def tiny_study(folder: Path, /, **changes: Any) -> Study:
     """`write_study`, read."""
     return load_study(write_study(folder, **changes))
 

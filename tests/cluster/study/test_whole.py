@@ -164,14 +164,3 @@ def test_a_finished_study_runs_nothing_and_shows_its_report(
     assert all(f"\n| {line} |" in text for line in cells.lines)
     plan = tc_ray("study", file, "--plan")
     assert f"{len(cells.by_key)} have a result" in plan.stdout and "to run     nothing" in plan.stdout
-
-
-def test_a_fresh_machine_starts_from_the_results_of_another(
-    done: tuple[Study, Cells, dict[str, Result]], file: Path, tmp_path: Path
-) -> None:
-    study, *_ = done
-    folder = study.folder / "results"
-    fresh = write_study(file.parent, tasks=TASKS, variants=VARIANTS, folder=str(tmp_path / "new"), results=str(folder))
-    loaded = load_study(fresh)
-    cells = cells_of(loaded)
-    assert left_to_run(loaded, cells, results_of(loaded, cells)) == []

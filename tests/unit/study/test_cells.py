@@ -117,3 +117,23 @@ def test_longer_needs_the_result_alone(tmp_path: Path) -> None:
     host, longer = cells.by_key.values()
     results = {host.key: random_results(cells, rows=5)[host.key]}
     assert [cell.key for cell in left_to_run(study, cells, results)] == [longer.key]
+
+
+def test_a_fresh_machine_starts_from_the_results_of_another(tmp_path: Path) -> None:
+    variants = {"copilot": {}, "late": {"copilot.pattern": "late"}}
+    cells = cells_of(tiny_study(tmp_path, seeds=[1], variants=variants))
+    host, late = cells.by_key
+    committed = random_results(cells, rows=5)
+    for result in committed.values():
+        result.save(tmp_path / "committed")
+    fresh = tiny_study(tmp_path, seeds=[1], variants=variants, results="committed", folder=str(tmp_path / "new"))
+    assert left_to_run(fresh, cells_of(fresh), results_of(fresh, cells_of(fresh))) == []
+    # and they go before what is measured here, so that the report does not change
+    random_results(cells, rows=6)[host].save(fresh.result_folders[-1])
+    assert results_of(fresh, cells_of(fresh)) == committed
+    # a new variant needs the models of a cell whose result alone is there
+    more = tiny_study(
+        tmp_path, seeds=[1], variants={**variants, "early": {"copilot.pattern": "early"}}, results="committed"
+    )
+    left = left_to_run(more, cells_of(more), results_of(more, cells_of(more)))
+    assert [cell.kind for cell in left] == ["run", "copilot"] and left[0].key == host and left[1].key != late
