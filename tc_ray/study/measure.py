@@ -117,7 +117,7 @@ def moved(config: RunConfig, found: Held, model: Model) -> float | None:
         return 0.0
     copilot = _copilot(config)
     pieces = gold_tokens(found.pilot, found.rows, batch_size=GOLD_BATCH, copilot=copilot)
-    return gold_measures(pieces, len(found.rows), _fused_by(model.space or "", model.lam)).correction
+    return gold_measures(pieces, len(found.rows), fused_by(model.space or "", model.lam)).correction
 
 
 def evaluate_folder(config: RunConfig, found: Held, part: str) -> None:
@@ -150,7 +150,7 @@ def evaluate_folder(config: RunConfig, found: Held, part: str) -> None:
         copilot = _copilot(config)
         fused = FusedModel.join(found.pilot, copilot, feedback=config.fusion.feedback).to(found.pilot.device)
         report = evaluate(fused, kept, config.fusion, test=found.rows, validation=found.validation, data=part)
-        chosen = gold(_fused_by(report.space, report.lam), copilot)
+        chosen = gold(fused_by(report.space, report.lam), copilot)
         line(name, kept.of(found.rows, report.lam, report.space), chosen, lam=report.lam, space=report.space)
         line(f"{name}/pilot", kept.of(found.rows, 0.0, report.space), gold())
     written = io.StringIO()
@@ -165,7 +165,9 @@ def _copilot(config: RunConfig) -> Copilot:
     return copilot.to("cuda" if config.resources.gpus else "cpu").eval()
 
 
-def _fused_by(space: str, lam: float) -> Callable[[GoldTokens], torch.Tensor]:
+def fused_by(space: str, lam: float) -> Callable[[GoldTokens], torch.Tensor]:
+    """Log-probabilities of the fused model, for `gold_measures`."""
+
     def adjusted(piece: GoldTokens) -> torch.Tensor:
         assert piece.f is not None
         weights = torch.full((len(piece.f),), lam, device=piece.f.device)

@@ -86,7 +86,8 @@ def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Pat
     models, costs = KINDS[cell.kind](Work(cell, config, needs))
     default = public_values(RunConfig())
     settings = {
-        name: value
+        # of a file or a folder its name: a result may be published, and where it lay is nobody's business
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for name, value in public_values(config).items()
         if value != default[name] and name not in ("run.name", "run.folder") and not name.startswith("tracking.")
     }
