@@ -1,8 +1,8 @@
 """Run the cells of a study: as many at once as the cluster holds, in the order of their needs, and show how far they are.
 
 Invariant: a cell with a result is never run again, unless another one needs its models and they are gone. A cell that fails takes
-down only those that need it. A run in a cell places its own actors, so its task takes no CPU itself, and what its actors will take
-is counted here: cells that each hold half of what they need would wait for each other for ever. Called by `cli/study.py`.
+down only those that need it. A cell's task takes no CPU itself, and what its processes will take is counted here: cells that
+each hold half of what they need would wait for each other for ever. Called by `cli/study.py`.
 """
 
 from __future__ import annotations
@@ -147,10 +147,8 @@ class _Runs:
             Done(folder_of(self._study, self._cells.by_key[need.key]), self._results[need.key]) for need in cell.needs
         )
         config = placed(cell, folder_of(self._study, cell), self._tracking.uri, self._tracking.run_id)
-        # a run's actors take their CPUs themselves; a process of its own for each cell, so that none leaves anything behind
-        bundle = {"CPU": 0.0} if _is_run(cell) else _needs(cell)[0].bundle
-        options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "max_calls": 1, "max_retries": 0}
-        task = ray.remote(**options)(do_cell)
+        # no CPU: see `work`. A process of its own for each cell, so that none leaves anything behind
+        task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(do_cell)
         _print(f"study: {cell.name} starts ({cell.kind})")
         command = " ".join(["tc-ray", *map(redact_override, sys.argv[1:])])
         return task.remote(cell, config, needs, self._study.result_folders[-1], command)
@@ -204,12 +202,10 @@ def _progress(folder: Path) -> str:
     return f"{status['phase']}, round {done}/{total}"
 
 
-def _is_run(cell: Cell) -> bool:
-    return cell.kind in ("run", "longer", "wider")
-
-
 def _needs(cell: Cell) -> list[Need]:
-    return training_needs(cell.config) if _is_run(cell) else [evaluation_need(cell.config)]
+    """What its processes take at once."""
+    trains = cell.kind in ("run", "longer", "wider")
+    return training_needs(cell.config) if trains else [evaluation_need(cell.config)]
 
 
 def fit(nodes: Iterable[Mapping[str, float]], needs: Iterable[Need]) -> bool:

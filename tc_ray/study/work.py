@@ -1,8 +1,8 @@
 """What each kind of cell does, in a Ray task of its own: train what is missing, measure, leave a result.
 
 Invariant: every cell with a Copilot leaves a run folder (`config.yaml`, `data`, `pilot/final`, `copilot/final`), whose parts may be
-links into the folders of cells that it shares them with. A cell that was cut off goes on from its last checkpoints. Called by
-`schedule`.
+links into the folders of cells that it shares them with. A cell that was cut off goes on from its last checkpoints. Its task holds
+no CPU: whatever computes takes its own, so that a cell never waits for what it holds itself. Called by `schedule`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, TypeVar
 
 import tc_ray
+from tc_ray.cluster.session import evaluation_need
 from tc_ray.config.fields import public_values
 from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
@@ -35,7 +37,7 @@ from tc_ray.study.gold import gold_measures, gold_tokens
 from tc_ray.study.latest import write_latest_log
 from tc_ray.study.measure import GOLD_BATCH, held, measure
 from tc_ray.study.pilots import AveragedPilots, at_temperature, best_temperature
-from tc_ray.study.results import Model, Result, rounded
+from tc_ray.study.results import Answers, Model, Result, rounded
 from tc_ray.tracking.points import METRICS_FILE, read_points
 
 
@@ -78,6 +80,7 @@ class Costs:
 
 
 Made = tuple[dict[str, Model], Costs]
+_Made = TypeVar("_Made")
 
 
 def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Path, command: str) -> Result:
@@ -125,7 +128,7 @@ def _run(work: Work) -> Made:
     if work.cell.kind in ("longer", "wider"):
         config = raised(work.cell, config, work.host.result)
     run_job(config)
-    return measure(config, work.cell.rows), _costs_of_run(config)
+    return with_room(config, measure, work.cell.rows), _costs_of_run(config)
 
 
 def _copilot(work: Work) -> Made:
@@ -137,63 +140,89 @@ def _copilot(work: Work) -> Made:
 def _latest(work: Work) -> Made:
     _link(work, {"data": work.host.folder, "pilot/final": work.host.folder})
     log = work.folder / "log"
-    return _from_log(work, log, write_latest_log(work.config, work.host.folder, log, work.host.result.rounds))
+    seconds = with_room(work.config, write_latest_log, work.host.folder, log, work.host.result.rounds)
+    return _from_log(work, log, seconds)
 
 
 def _from_log(work: Work, log: Path, more_seconds: float) -> Made:
     config, target = work.config, work.folder / "copilot"
     if not is_whole(target / "final"):
-        with MistakeLog(str(log), storage_options=config.log.storage_options or None) as mistakes:
-            train_from_log(mistakes, config, target)
+        with_room(config, _train, log, target)
     points = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
     base = work.host.result
     seconds = sum(point["compute_seconds"] for point in points) + more_seconds
     costs = Costs(base.pilot_seconds, seconds, base.rounds, base.pilot_parameters, _trained(target))
-    return measure(config, work.cell.rows), costs
+    return with_room(config, measure, work.cell.rows), costs
+
+
+def _train(config: RunConfig, log: Path, target: Path) -> None:
+    with MistakeLog(log, storage_options=config.log.storage_options or None) as mistakes:
+        train_from_log(mistakes, config, target)
 
 
 def _fusion(work: Work) -> Made:
     """The host's models, joined or decoded otherwise."""
     host = work.host
     _link(work, {"data": host.folder, "pilot/final": host.folder, "copilot/final": host.folder})
-    return measure(work.config, work.cell.rows), _same(host.result)
+    return with_room(work.config, measure, work.cell.rows), _same(host.result)
 
 
 def _transfer(work: Work) -> Made:
     pilot, host = work.needs
     _link(work, {"data": pilot.folder, "pilot/final": pilot.folder, "copilot/final": host.folder})
     costs = replace(_same(host.result), pilot_seconds=pilot.result.pilot_seconds, rounds=pilot.result.rounds)
-    return measure(work.config, work.cell.rows), costs
+    return with_room(work.config, measure, work.cell.rows), costs
 
 
 def _temperature(work: Work) -> Made:
     """The Pilot's own answers; only its NLL can change."""
     _link(work, {"data": work.host.folder, "pilot/final": work.host.folder})
-    found = held(work.config, work.cell.rows)
+    answers = work.host.result.models["pilot"].sets[work.cell.rows]
+    model = with_room(work.config, _scaled, work.cell.rows, answers)
+    return {"pilot": model}, _alone(_same(work.host.result))
+
+
+def _scaled(config: RunConfig, part: str, answers: Answers) -> Model:
+    found = held(config, part)
     temperature = best_temperature(found.pilot, found.validation, batch_size=GOLD_BATCH)
     pieces = gold_tokens(found.pilot, found.rows, batch_size=GOLD_BATCH)
     gold = gold_measures(pieces, len(found.rows), lambda piece: at_temperature(piece, temperature))
-    answers = work.host.result.models["pilot"].sets[work.cell.rows]
-    nll = rounded(gold.nll)
-    model = Model({work.cell.rows: replace(answers, nll=nll)}, temperature=temperature, error_ratio=gold.error_ratio)
-    return {"pilot": model}, _alone(_same(work.host.result))
+    sets = {part: replace(answers, nll=rounded(gold.nll))}
+    return Model(sets, temperature=temperature, error_ratio=gold.error_ratio)
 
 
 def _ensemble(work: Work) -> Made:
     first, second = work.needs
     _link(work, {"data": first.folder, "pilot/final": first.folder})
-    found = held(work.config, work.cell.rows)
-    other = load_pilot(second.folder / "pilot" / "final", dtype=DTYPES[work.config.pilot.dtype])
-    both = AveragedPilots(found.pilot, other.to(found.pilot.device))
-    gold = both.gold(found.rows, batch_size=GOLD_BATCH)
-    answers = found.answers(work.config.fusion.metric, found.metric.outcome(both, found.rows, None), gold)
-    model = Model({work.cell.rows: answers}, error_ratio=gold.error_ratio)
+    model = with_room(work.config, _averaged, work.cell.rows, second.folder)
     costs = replace(
         _same(first.result),
         pilot_seconds=first.result.pilot_seconds + second.result.pilot_seconds,
         pilot_parameters=2 * first.result.pilot_parameters,
     )
     return {"pilot": model}, _alone(costs)
+
+
+def _averaged(config: RunConfig, part: str, second: Path) -> Model:
+    found = held(config, part)
+    other = load_pilot(second / "pilot" / "final", dtype=DTYPES[config.pilot.dtype])
+    both = AveragedPilots(found.pilot, other.to(found.pilot.device))
+    gold = both.gold(found.rows, batch_size=GOLD_BATCH)
+    answers = found.answers(config.fusion.metric, found.metric.outcome(both, found.rows, None), gold)
+    return Model({part: answers}, error_ratio=gold.error_ratio)
+
+
+def with_room(config: RunConfig, work: Callable[..., _Made], *arguments: Any) -> _Made:
+    """work(config, *arguments) in a Ray task that has the CPUs, and the GPU, of one worker. Raises what it raises."""
+    import ray
+
+    bundle = evaluation_need(config).bundle
+    options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "max_calls": 1, "max_retries": 0}
+    try:
+        made: _Made = ray.get(ray.remote(**options)(work).remote(config, *arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return made
 
 
 def _link(work: Work, parts: Mapping[str, Path]) -> None:
