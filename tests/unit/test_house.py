@@ -73,6 +73,7 @@ ROOMS = {
     "mistakelog.write": {"config", "mistakelog.rows", "mistakelog.table"},
     "models": {"config"},
     "models.copilot": {"models", "models.pilot"},
+    "models.decoding": {"models", "models.fusion"},
     "models.fusion": {"models", "models.copilot", "models.pilot"},
     "models.pilot": {"config", "models"},
     "pilot": {
@@ -116,7 +117,7 @@ ROOMS = {
     },
     "serving": set(),
     "serving.deploy": {"config", "export", "serving", "serving.engine", "serving.http", "serving.models"},
-    "serving.engine": {"config", "models", "models.fusion", "serving", "serving.text"},
+    "serving.engine": {"config", "models", "models.decoding", "models.fusion", "serving", "serving.text"},
     "serving.failover": {"config", "serving"},
     "serving.http": {"config", "serving", "serving.engine", "serving.models", "serving.page", "serving.text"},
     "serving.models": {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from tc_ray.models.decoding.alone import PilotAlone
+from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
+from tc_ray.models.decoding.kv_rows import RowStore
+from tc_ray.models.decoding.prefill import Prefill
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
-from tc_ray.serving.engine.kv_rows import RowStore
-from tc_ray.serving.engine.prefill import Prefill
 from tests.support.family_samples import make_copilot, new_pilot, output_ids, quiet
 from tests.support.tiny_families import DECODER_ONLY, VOCAB
 
@@ -49,7 +51,9 @@ def alone(model: FusedModel, prompt: list[int], lam: float, new: int) -> tuple[l
     return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
 
 
-def run_together(model: FusedModel, prefill_tokens: int = 1000) -> list[tuple[list[int], torch.Tensor]]:
+def run_together(
+    model: FusedModel | PilotAlone, prefill_tokens: int = 1000, lams: Sequence[float] = LAMS
+) -> list[tuple[list[int], torch.Tensor]]:
     """Every prompt of PROMPTS through one batch, each joining at its time and leaving after NEW tokens."""
     batch = FusedBatch(model)
     tokens: dict[int, list[int]] = {}
@@ -59,10 +63,10 @@ def run_together(model: FusedModel, prefill_tokens: int = 1000) -> list[tuple[li
     time = 0
     while len(tokens) < len(PROMPTS) or order:
         for number in (i for i, arrival in enumerate(ARRIVALS) if arrival == time):
-            prefill = Prefill(model, PROMPTS[number], LAMS[number])
+            prefill = Prefill(model, PROMPTS[number], lams[number])
             while not prefill.done:
                 assert prefill.advance(prefill_tokens) > 0
-            needs[number] = batch.need(len(PROMPTS[number]), NEW, LAMS[number] != 0)
+            needs[number] = batch.need(len(PROMPTS[number]), NEW, lams[number] != 0)
             batch.reserve([needs[i] for i in (*order, number)])
             assert batch.nbytes == batch.planned_bytes([needs[i] for i in (*order, number)])
             assert batch.join(prefill) == len(order)
@@ -103,6 +107,15 @@ def test_each_sequence_is_as_if_alone(family: str, name: str) -> None:
         found, wanted = logits.softmax(1), expected_logits.softmax(1)
         torch.testing.assert_close(found[:4], wanted[:4], atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_pilot_without_a_copilot_decodes_too(family: str) -> None:
+    pilot = new_pilot(family)
+    for number, (tokens, _) in enumerate(run_together(PilotAlone(pilot), lams=[0.0] * len(PROMPTS))):
+        ids = torch.tensor([PROMPTS[number]])
+        out = pilot.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert tokens == out[0, len(PROMPTS[number]) :].tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
