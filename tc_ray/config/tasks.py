@@ -33,7 +33,8 @@ class TaskForm(Section):
         default_factory=dict, description="what answers are called here, by what the record says"
     )
     completion: str = Field(
-        "{answer}", description="what is learned, and how options are written; {answer} is the answer"
+        "{answer}",
+        description="what is learned, and how options are written; {answer} is the answer, {given} the text it is in",
     )
     options: list[str] = Field(default_factory=list, description="answers to choose from (metric: choice)")
     choose_option_by: Literal["sum", "token", "character"] = Field("sum", description="as fusion.choose_option_by")

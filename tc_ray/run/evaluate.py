@@ -144,7 +144,8 @@ def _read(file: Path, limit: int | None) -> list[tuple[str, list[Any], LeftOut]]
 
 def _metric(config: RunConfig, metric: Metric | None = None, task: str | None = None) -> tuple[Metric, str]:
     """Metric and order of options of a set: its own, its task's, the run's, or that of the run's task."""
-    form = load_task(task or config.data.task) if task or config.data.task else None
+    name = task or config.data.task
+    form = load_task(name) if name else None
     known = form.metric if form else "exact_match"
     by = config.fusion.choose_option_by or (form.choose_option_by if form else "sum")
     return metric or (known if task else config.fusion.metric or known), by

@@ -101,6 +101,9 @@ def _encode(
                 )
                 for name, files in sets.get(part, {}).items()
             }
+            for name, rows in found.items():
+                if not rows.rows.num_rows and len(found) > 1:
+                    raise DataError(f"data.{part}.{name}: no row is left: {_arithmetic(rows)}")
             if found:
                 encoded[part] = joined(found)
         bad = _quarantine({part: (rows.bad, rows.records) for part, rows in encoded.items()}, encoder, folder)
