@@ -66,14 +66,8 @@ class Verdict:
         if self.pair is None:
             return "The Copilot does not help: no lambda beat the Pilot on validation data. The exported default is lambda 0."
         if not self.helps:
-            pair = self.pair
-            how = (
-                self.gain
-                if pair.wins is None
-                else f"it won {pair.wins} and lost {pair.losses} of {pair.rows} test rows"
-            )
-            if pair.metric == "ranking":
-                how = self.gain
+            pair, counted = self.pair, self.pair.metric in ("exact_match", "choice")
+            how = f"it won {pair.wins} and lost {pair.losses} of {pair.rows} test rows" if counted else self.gain
             return f"The Copilot does not help: with lambda {lam:g}, {how}. The exported default is lambda 0."
         if self.pair.p < SIGNIFICANT_P:
             return f"The Copilot helps: {self.gain}."

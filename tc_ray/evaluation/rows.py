@@ -128,7 +128,7 @@ def write_results(file: Path, results: Sequence[RowResult]) -> None:
     """Write or replace a file of results, a line per row."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(finite(asdict(result)), allow_nan=False) + "\n" for result in results)
-    write_file(file, "".join(lines).encode("utf-8", "backslashreplace"))
+    write_file(file, "".join(lines))
 
 
 def read_results(file: Path) -> list[RowResult]:

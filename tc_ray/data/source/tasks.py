@@ -35,6 +35,8 @@ def shaped(value: Any, form: TaskForm) -> Any:
                 "completion": _filled(form.completion, value | {"answer": answer}),
                 "answer": answer,
             }
+        if form.metric != "choice":
+            made.pop("options", None)  # of the record, not completions
         if form.options:
             options = (_filled(option, value) for option in form.options)
             made["options"] = [_filled(form.completion, value | {"answer": option}) for option in options]
