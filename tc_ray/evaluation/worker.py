@@ -19,7 +19,7 @@ import tc_ray
 from tc_ray.evaluation.rows import HeldOut, RowSet, rows_hash
 from tc_ray.evaluation.sources import ModelSource
 from tc_ray.evaluation.statistics import Choice
-from tc_ray.files import DamagedFileError, write_file
+from tc_ray.files import write_file
 
 Numbered = tuple[int, HeldOut]
 """A row and its place in its set."""
@@ -79,7 +79,7 @@ def read_parts(folder: Path) -> dict[int, Any]:
         try:
             lines = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
             found |= {line["row"]: line["found"] for line in lines}
-        except (ValueError, KeyError, TypeError, DamagedFileError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             part.unlink(missing_ok=True)
     return found
 
