@@ -34,7 +34,7 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=TASK", help="Form of a set's records: a known task (docs/tasks.md), or a YAML file."
+            metavar="NAME=TASK", help="Form of a set's records: a known task (docs/evaluation.md), or a YAML file."
         ),
     ] = None,
     choose_again: Annotated[

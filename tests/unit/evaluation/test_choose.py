@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tc_ray.config.fusion import FusionSection
+from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.choose import Passes, choose_lambda, grid_of
 from tc_ray.evaluation.decode import completions
 from tc_ray.evaluation.procedure import CHOICE_FILE, NoValidationError, Task, evaluate
@@ -99,7 +100,8 @@ def test_only_the_two_best_and_zero_are_decoded(fused: FusedModel, tmp_path: Pat
     rows = said_with(fused, held_out(10, seed=4), ("logits", 0.8))
     fusion = FusionSection(lam_grid=[0.0, 0.1, 0.3, 0.8], space="choose", max_new_tokens=6)
     pool = HerePool(m=(fused, make_tokenizer()))
-    chosen = choose_lambda(passes(pool, tmp_path, fusion), row_set(rows))
+    chosen = choose_lambda(passes(pool, tmp_path, fusion), row_set(rows, left_out=LeftOut(bad=1)))
+    assert chosen.how == "chosen on 10 of 11 validation rows (1 bad, see quarantine.jsonl)"
     choices = grid_of(fusion)
     assert [(row["space"], row["lam"]) for row in chosen.grid] == choices and len(choices) == 7
     sums = text_measures(fused, [Text(row.input_ids, row.target_start) for row in rows], choices, batch_size=4)
