@@ -153,6 +153,41 @@ def test_workers_that_always_die_end_it(folder: Path, tmp_path: Path, monkeypatc
     assert done.returncode == 2 and "1 workers died over plain on sums" in done.stderr
 
 
+@pytest.mark.slow
+def test_the_benchmark_measures_both_procedures(folder: Path, tmp_path: Path) -> None:
+    script = ROOT / "jobs" / "benchmarks" / "evaluation.py"
+    sizes = [
+        "--rows",
+        "24",
+        "--validation",
+        "8",
+        "--tokens",
+        "40",
+        "--new-tokens",
+        "4",
+        "--every",
+        "2",
+        "--target-ids",
+        "50",
+        "--dtype",
+        "fp32",
+    ]
+    words = [
+        sys.executable,
+        str(script),
+        "--model",
+        str(folder / "plain"),
+        "--json",
+        str(tmp_path / "out.json"),
+        *sizes,
+    ]
+    done = subprocess.run(words, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["ratio"] == pytest.approx(sum(result["workers"].values()) / sum(result["one process"].values()))
+    assert "24 rows of 40 tokens, 4 decoded, 11 candidates" in done.stdout
+
+
 def computed_rows(monkeypatch: pytest.MonkeyPatch, record: Path) -> Callable[[], int]:
     """Rows that workers compute from here on."""
 
