@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,12 @@ class Pool:
         busy: dict[Any, tuple[Any, list[Numbered]]] = {}
         deaths: dict[int, int] = {}
         total = len(job.rows.rows)
+        light = replace(job, rows=replace(job.rows, rows=()))  # each call carries the rows of its batch
         try:
             while batches or busy:
                 while batches and self._idle:
                     worker, batch = self._idle.pop(), batches.popleft()
-                    busy[worker.compute.remote(job, batch, folder)] = worker, batch
+                    busy[worker.compute.remote(light, batch, folder)] = worker, batch
                 waiting = "" if busy else "waiting for workers: "
                 self._progress.show(waiting + job.shown, len(found), total)
                 done, _ = ray.wait([*busy, *self._starting], num_returns=1, timeout=TICK_SECONDS)

@@ -91,8 +91,7 @@ def evaluate_models(models: Sequence[str], asked: Asked) -> tuple[Report, Path]:
         raise DataError("two models have one name; give each its own (NAME=FOLDER)")
     config = next((found for source in sources if (found := _config_of(source)) is not None), RunConfig())
     out = (asked.out or _default_out(sources, asked)).expanduser().absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    with FolderLock(out, "an evaluation", name=f"{FOLDER}.lock"), ray_session(config), Progress() as progress:
+    with ray_session(config), Progress() as progress:
         check_capacity([], [evaluation_need(config)])
         tasks, labels = _tasks(sources, config, asked, out)
         report = _measured(tasks, config, out, progress, labels=labels, choose_again=asked.choose_again)
@@ -103,9 +102,11 @@ def _measured(tasks: Sequence[Task], config: RunConfig, out: Path, progress: Pro
     need = evaluation_need(config)
     memory = max(task.source.memory_bytes for task in tasks)
     cpus, gpus = need.bundle["CPU"], bool(need.bundle.get("GPU"))
-    with Pool(out / PARTS, progress, cpus=cpus, gpus=gpus, memory_bytes=memory) as pool:
-        report = measure(tasks, config.fusion, pool, out, **options)
-    report.save(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with FolderLock(out, "an evaluation", name=f"{FOLDER}.lock"):
+        with Pool(out / PARTS, progress, cpus=cpus, gpus=gpus, memory_bytes=memory) as pool:
+            report = measure(tasks, config.fusion, pool, out, **options)
+        report.save(out)
     return report
 
 
