@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tc_ray.config.section import Fraction, Metric, Positive, Section
 
@@ -34,10 +34,26 @@ class HeldOutSet(Section):
 
 
 SET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-HeldOutSets = dict[
-    Annotated[str, Field(pattern=SET_NAME)],
-    Annotated[HeldOutSet, BeforeValidator(lambda value: {"file": value} if isinstance(value, str) else value)],
-]
+
+
+def _named_sets(given: Any) -> Any:
+    """A mapping of names, each set checked by itself: a union's own errors would speak of all its types."""
+    if not isinstance(given, dict):
+        return given
+    sets = {}
+    for name, one in given.items():
+        if not re.match(SET_NAME, str(name)):
+            raise ValueError(f"the name {name} of a set must be of letters, digits, . _ -")
+        try:
+            sets[str(name)] = HeldOutSet.model_validate({"file": one} if isinstance(one, str) else one)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise ValueError(f"{'.'.join(map(str, (name, *problem['loc'])))}: {problem['msg']}") from None
+    return sets
+
+
+HeldOutSets = Annotated[str | dict[str, HeldOutSet] | None, BeforeValidator(_named_sets)]
+"""Of `validation` and `test`: one file or folder, or named ones."""
 
 
 class DataSection(Section):
@@ -58,7 +74,7 @@ class DataSection(Section):
         description="what to use, with a message, when a recipe's files of train are absent; null: absent files are an "
         "error. Files named on the command line must exist, unless fallback is named there too",
     )
-    validation: str | HeldOutSets | None = Field(
+    validation: HeldOutSets = Field(
         None,
         description="file or folder, or names with one each; default: files of a folder train whose name, or the name of a folder in it, has the word eval, "
         "validation, valid, val or dev (evalset, ...), else cut from train",
@@ -66,7 +82,7 @@ class DataSection(Section):
     validation_size: float = Field(
         0.1, gt=0, description="rows cut from train for validation: a fraction below 1, else a count"
     )
-    test: str | HeldOutSets | None = Field(
+    test: HeldOutSets = Field(
         None,
         description="as validation, by the words test, testset, held, heldout, hold, holdout. Each name is reported by itself; "
         "in place of its file may stand {file: ..., metric: ..., task: ...}, as fusion.metric and data.task",
