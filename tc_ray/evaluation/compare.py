@@ -16,7 +16,7 @@ import numpy as np
 from tc_ray.config.section import Metric
 from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.rows import RowResult, RowSet
-from tc_ray.evaluation.scores import VALUE_NAMES, ranking_measures
+from tc_ray.evaluation.scores import ranking_measures
 from tc_ray.evaluation.statistics import (
     Choice,
     Comparison,
@@ -200,8 +200,3 @@ def averages(lines: Sequence[Line]) -> dict[str, float]:
         if line.metric != "nll":
             values.setdefault(line.model, []).append(line.value)
     return {model: sum(found) / len(found) for model, found in values.items() if len(found) > 1}
-
-
-def value_name(metric: Metric) -> str:
-    """What the metric's value is called."""
-    return VALUE_NAMES[metric]

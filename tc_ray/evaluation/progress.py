@@ -40,9 +40,12 @@ class Progress:
         complete, new = done == total, what != self._shown[0]
         if (what, done) == self._shown and (complete or time.monotonic() < self._due):
             return
-        if self._in_place:
+        if self._console.is_terminal:
             if not complete:
-                self._update(self.bar(what, done, total))
+                full = _BAR * done // max(1, total)
+                bar = f"evaluate: {what} [{'#' * full}{'.' * (_BAR - full)}] {done} of {total} rows"
+                self._live.start()
+                self._live.update(Text(visible(bar)), refresh=True)
                 return
         elif not (complete or new or time.monotonic() >= self._due):
             return
@@ -53,20 +56,6 @@ class Progress:
         """Say something once."""
         self._line(f"evaluate: {text}", True)
 
-    @staticmethod
-    def bar(what: str, done: int, total: int) -> str:
-        """The line with a bar."""
-        full = _BAR * done // max(1, total)
-        return f"evaluate: {what} [{'#' * full}{'.' * (_BAR - full)}] {done} of {total} rows"
-
-    @property
-    def _in_place(self) -> bool:
-        return self._console.is_terminal
-
-    def _update(self, text: str) -> None:
-        self._live.start()
-        self._live.update(Text(visible(text)), refresh=True)
-
     def _line(self, text: str, last: bool) -> None:
         """last: nothing more follows on this pass."""
         self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
@@ -76,15 +65,11 @@ class TrackedProgress(Progress):
     """Tells a run's Tracker: what goes on is its waiting text, a pass that is complete an event."""
 
     def __init__(self, tracker: Any) -> None:
-        super().__init__(Console(quiet=True))
+        super().__init__(Console(quiet=True, force_terminal=False))
         self._tracker = tracker
 
     def __exit__(self, *_: object) -> None:
         self._tracker.waiting.remote("evaluation", "")
-
-    @property
-    def _in_place(self) -> bool:
-        return False
 
     def _line(self, text: str, last: bool) -> None:
         text = text.removeprefix("evaluate: ")

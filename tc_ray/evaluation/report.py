@@ -12,8 +12,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tc_ray.evaluation.choose import Chosen
-from tc_ray.evaluation.compare import POOLED, Line, Pair, averages, value_name
+from tc_ray.evaluation.compare import POOLED, Line, Pair, averages
 from tc_ray.evaluation.rows import RowResult, RowSet
+from tc_ray.evaluation.scores import VALUE_NAMES
 from tc_ray.evaluation.sources import ModelSource
 from tc_ray.files import finite, write_file, write_json
 
@@ -51,7 +52,7 @@ class Verdict:
         """The difference in words."""
         pair = self.pair
         assert pair is not None
-        name = "" if pair.metric in ("exact_match", "choice") else f"{value_name(pair.metric)} "
+        name = "" if pair.metric in ("exact_match", "choice") else f"{VALUE_NAMES[pair.metric]} "
         scale, unit, digits = (1, "", 4) if pair.metric == "nll" else (100, " points", 1 if not name else 2)
         size, low, high = (f"{scale * end:+.{digits}f}" for end in (pair.difference, pair.low, pair.high))
         return f"{name}{size}{unit} (95% interval {low} to {high}, p = {pair.p:.2g})"
@@ -106,7 +107,7 @@ class Report:
     @property
     def score_name(self) -> str:
         """What the value of the first set is called."""
-        return value_name(self.measured[0].metric)
+        return VALUE_NAMES[self.measured[0].metric]
 
     def lines(self) -> list[str]:
         """The result for a terminal: table, what was left out, tests of each Copilot, verdicts."""
@@ -123,7 +124,7 @@ class Report:
                     line.model,
                     line.set,
                     count,
-                    value_name(line.metric),
+                    VALUE_NAMES[line.metric],
                     _shown(line, line.value),
                     f"{_shown(line, line.low, bare=True)} to {_shown(line, line.high, bare=True)}",
                     number(line.error_ratio, "%.3f"),

@@ -16,9 +16,9 @@ from tc_ray.config.data import DataSection
 from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import fast_dtype
-from tc_ray.models.folder import COPILOT, FUSION_FILE, PILOT, FusionSettings, check_alone, missing_parts
+from tc_ray.models.folder import COPILOT, FUSION_FILE, PILOT, FusionSettings, check_parts, missing_parts
 from tc_ray.models.hub import resolve_model
-from tc_ray.models.identity import ModelSourceError, weights_hash
+from tc_ray.models.identity import weights_hash
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
 
@@ -60,7 +60,7 @@ class ModelSource:
 def find_source(given: str) -> ModelSource:
     """The model that NAME=PLACE or PLACE names: a run folder, an exported or fused folder, a model folder or a hub id.
 
-    Raises NotFinishedError: a run that has not ended. ModelSourceError: no such model, or a damaged one.
+    Raises NotFinishedError: a run that has not ended. NoFusedModelError: an export lacks parts. ModelSourceError: no such model.
     """
     match = _NAMED.fullmatch(given)
     name, place = match.groups() if match and not Path(given).exists() else (None, given)
@@ -102,11 +102,10 @@ def run_source(folder: Path, config: RunConfig, name: str, *, no_copilot: str | 
 
 
 def _exported(name: str, export: Path) -> ModelSource:
-    alone = missing_parts(export) == [f"{COPILOT}/config.json"]
+    # the export of a run whose Copilot failed
+    alone = missing_parts(export) == [f"{COPILOT}/config.json"] and not (export / COPILOT).exists()
     if not alone:
-        check_alone(export)
-    if missing := [part for part in missing_parts(export) if not (alone and part.startswith(COPILOT))]:
-        raise ModelSourceError(f"{export} is incomplete: {', '.join(missing)} missing")
+        check_parts(export)
     saved = export / "config.yaml"
     config = load_saved_config(saved) if saved.is_file() else None
     pilot, copilot = export / PILOT, None if alone else export / COPILOT

@@ -12,15 +12,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 import tc_ray
+from tc_ray.data.encode.tokenize import completion_ids
+from tc_ray.evaluation.decode import completions, rankings
+from tc_ray.evaluation.item_trie import ItemTrie
 from tc_ray.evaluation.rows import HeldOut, RowSet, rows_hash
-from tc_ray.evaluation.sources import ModelSource
+from tc_ray.evaluation.sources import ModelSource, load_source
 from tc_ray.evaluation.statistics import Choice
+from tc_ray.evaluation.teacher_forced import TINY, Text, text_measures
 from tc_ray.files import write_file
 
+SHOWN_ITEMS = 5
+"""Of a ranking, in the answer's text."""
 Numbered = tuple[int, HeldOut]
 """A row and its place in its set."""
 
@@ -30,7 +39,7 @@ class Pass:
     """What to compute for rows of one set with one model and each of `choices`.
 
     kind: `forced`: measures of the gold completion; `options`: of each option; `said`: completions; `ranked`: places of the
-    answer among `labels`. A part's line is {"row": place in the set, "found": ...}, `found` as the methods of `_Work` give it.
+    answer among `labels`. A part's line is {"row": place in the set, "found": ...}, `found` as the function of the kind gives it.
     """
 
     kind: Literal["forced", "options", "said", "ranked"]
@@ -61,15 +70,10 @@ class Pass:
     @property
     def shown(self) -> str:
         """What is computed, for a line of progress."""
-        lams = ", ".join(f"{lam:g}" if not lam else f"{lam:g} in {space} space" for space, lam in self.choices)
-        if self.source.copilot is None:
-            how = ""
-        elif len(self.choices) > 3:
-            how = f", {len(self.choices)} lambdas"
-        else:
-            how = f", lambda {lams}"
-        work = {"forced": "scored", "options": "scored", "said": "decoded", "ranked": "ranked"}[self.kind]
-        return f"{self.source.name} on {self.rows.name}{how} ({work})"
+        lams = ", ".join(f"{lam:g} in {space} space" if lam else "0" for space, lam in self.choices)
+        how = f", {len(self.choices)} lambdas" if len(self.choices) > 3 else f", lambda {lams}"
+        work = {"said": "decoded", "ranked": "ranked"}.get(self.kind, "scored")
+        return f"{self.source.name} on {self.rows.name}{how if self.source.copilot else ''} ({work})"
 
 
 def read_parts(folder: Path) -> dict[int, Any]:
@@ -91,8 +95,6 @@ class EvaluationWorker:
     """
 
     def __init__(self, threads: int, device: str) -> None:
-        import torch
-
         torch.set_num_threads(threads)
         self._device = device
         self._held: tuple[str, Any, Any] | None = None
@@ -103,8 +105,7 @@ class EvaluationWorker:
 
     def compute(self, job: Pass, rows: Sequence[Numbered], folder: Path) -> dict[int, Any]:
         """Write the part of these rows into `folder`; returns what it holds."""
-        work = _Work(job, *self._model(job), [row for _, row in rows])
-        made = {"forced": work.forced, "options": work.options, "said": work.said, "ranked": work.ranked}[job.kind]()
+        made = _KINDS[job.kind](job, *self._model(job), [row for _, row in rows])
         found = {number: one for (number, _), one in zip(rows, made, strict=True)}
         lines = "".join(json.dumps({"row": number, "found": one}) + "\n" for number, one in found.items())
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,8 +114,6 @@ class EvaluationWorker:
         return found
 
     def _model(self, job: Pass) -> tuple[Any, Any]:
-        from tc_ray.evaluation.sources import load_source
-
         key = f"{job.source.pilot} {job.source.copilot} {job.source.weights} {job.feedback}"
         if self._held is None or self._held[0] != key:
             self._held = None  # before the next one is loaded
@@ -122,68 +121,40 @@ class EvaluationWorker:
         return self._held[1], self._held[2]
 
 
-class _Work:
-    """One batch. The methods give one entry per row."""
-
-    def __init__(self, job: Pass, model: Any, tokenizer: Any, rows: Sequence[HeldOut]) -> None:
-        self._job, self._model, self._tokenizer, self._rows = job, model, tokenizer, rows
-
-    def forced(self) -> list[Any]:
-        """[tokens, [[squared error, nats, tokens ranked first] of each choice]] of the gold completion."""
-        from tc_ray.evaluation.teacher_forced import Text, text_measures
-
-        texts = [Text(row.input_ids, row.target_start) for row in self._rows]
-        measured = text_measures(self._model, texts, self._job.choices, batch_size=self._job.batch_size)
-        return [[len(text.ids) - text.start, one.tolist()] for text, one in zip(texts, measured, strict=True)]
-
-    def options(self) -> list[Any]:
-        """The same of each option."""
-        from tc_ray.data.encode.tokenize import completion_ids
-        from tc_ray.evaluation.teacher_forced import TINY, Text, text_measures
-
-        texts = [
-            Text(row.prompt_ids + completion_ids(option, self._tokenizer), row.target_start)
-            for row in self._rows
-            for option in row.options
-        ]
-        # options are compared with each other: of unlikely ones too, one is the likelier
-        measured = text_measures(self._model, texts, self._job.choices, batch_size=self._job.batch_size, floor=TINY)
-        pairs = iter(zip(texts, measured.tolist(), strict=True))
-        return [
-            [[len(text.ids) - text.start, one] for text, one in (next(pairs) for _ in row.options)]
-            for row in self._rows
-        ]
-
-    def said(self) -> list[Any]:
-        """The text of each choice."""
-        from tc_ray.evaluation.decode import completions
-
-        job = self._job
-        return completions(
-            self._model,
-            self._tokenizer,
-            self._rows,
-            job.choices,
-            max_new_tokens=job.max_new_tokens,
-            num_beams=job.num_beams,
-        )
-
-    def ranked(self) -> list[Any]:
-        """[place of the answer from 1 (None: not ranked), the first labels] of each choice."""
-        from tc_ray.data.encode.tokenize import completion_ids
-        from tc_ray.evaluation.decode import rankings
-        from tc_ray.evaluation.item_trie import ItemTrie
-
-        job, labels = self._job, self._job.labels
-        trie = ItemTrie([completion_ids(label, self._tokenizer) for label in labels])
-        number_of = {label: number for number, label in enumerate(labels)}
-        found: list[list[Any]] = [[] for _ in self._rows]
-        for ranked in rankings(self._model, self._tokenizer, self._rows, job.choices, trie, beams=job.beams):
-            for row, items, of_row in zip(self._rows, ranked, found, strict=True):
-                wanted = number_of[row.answer]
-                place = items.index(wanted) + 1 if wanted in items else None
-                of_row.append([place, " ".join(labels[item] for item in items[:SHOWN_ITEMS])])
-        return found
+def _forced(job: Pass, model: Any, tokenizer: Any, rows: Sequence[HeldOut]) -> list[Any]:
+    """[tokens, [[squared error, nats, tokens ranked first] of each choice]] of each row's gold completion."""
+    texts = [Text(row.input_ids, row.target_start) for row in rows]
+    measured = text_measures(model, texts, job.choices, batch_size=job.batch_size).tolist()
+    return [[len(text.ids) - text.start, one] for text, one in zip(texts, measured, strict=True)]
 
 
-SHOWN_ITEMS = 5
+def _options(job: Pass, model: Any, tokenizer: Any, rows: Sequence[HeldOut]) -> list[Any]:
+    """The same of each option of each row."""
+    ids = [(row.prompt_ids, completion_ids(option, tokenizer)) for row in rows for option in row.options]
+    texts = [Text(prompt + option, len(prompt)) for prompt, option in ids]
+    # options are compared with each other: of unlikely ones too, one is the likelier
+    measured = text_measures(model, texts, job.choices, batch_size=job.batch_size, floor=TINY).tolist()
+    found = iter([len(option), one] for (_, option), one in zip(ids, measured, strict=True))
+    return [list(islice(found, len(row.options))) for row in rows]
+
+
+def _said(job: Pass, model: Any, tokenizer: Any, rows: Sequence[HeldOut]) -> list[Any]:
+    """The text of each choice for each row."""
+    limits = {"max_new_tokens": job.max_new_tokens, "num_beams": job.num_beams}
+    return completions(model, tokenizer, rows, job.choices, **limits)
+
+
+def _ranked(job: Pass, model: Any, tokenizer: Any, rows: Sequence[HeldOut]) -> list[Any]:
+    """[place of the answer from 1 (None: not ranked), the first labels] of each choice for each row."""
+    labels = job.labels
+    trie = ItemTrie([completion_ids(label, tokenizer) for label in labels])
+    found: list[list[Any]] = [[] for _ in rows]
+    for ranked in rankings(model, tokenizer, rows, job.choices, trie, beams=job.beams):
+        for row, items, of_row in zip(rows, ranked, found, strict=True):
+            said = [labels[item] for item in items]
+            place = said.index(row.answer) + 1 if row.answer in said else None
+            of_row.append([place, " ".join(said[:SHOWN_ITEMS])])
+    return found
+
+
+_KINDS = {"forced": _forced, "options": _options, "said": _said, "ranked": _ranked}
