@@ -65,7 +65,7 @@ def find_source(given: str) -> ModelSource:
     match = _NAMED.fullmatch(given)
     name, place = match.groups() if match and not Path(given).exists() else (None, given)
     folder = Path(place).expanduser().absolute()
-    name = name or _plain(folder.name if folder.is_dir() else place)
+    name = name or plain_name(folder.name if folder.is_dir() else place)
     if (folder / "config.yaml").is_file() and (folder / PILOT).is_dir() and not (folder / FUSION_FILE).is_file():
         return run_source(folder, load_saved_config(folder / "config.yaml"), name)
     export = next((at for at in (folder, folder / "export") if (at / FUSION_FILE).is_file()), None)
@@ -125,7 +125,8 @@ def _hash(pilot: Path, copilot: Path | None) -> str:
     return hashlib.sha256("-".join(parts).encode()).hexdigest()[:16]
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The last part of a path or hub id, as a name in results."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name.split("/")[-1]) or "model"
 
 

@@ -28,7 +28,7 @@ from tc_ray.evaluation.progress import Progress, TrackedProgress
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.rows import RowSet, encoded_for, read_sets
 from tc_ray.evaluation.scores import check_gold
-from tc_ray.evaluation.sources import ModelSource, NotFinishedError, find_source, own_form, run_source
+from tc_ray.evaluation.sources import ModelSource, NotFinishedError, find_source, own_form, plain_name, run_source
 from tc_ray.files import finite
 from tc_ray.models.identity import tokenizer_hash
 from tc_ray.run.folder import FolderLock
@@ -49,7 +49,7 @@ def check_measurable(config: RunConfig) -> None:
 def evaluate(run: Run) -> None:
     """Leaves `run.report` and evaluation/."""
     config, out = run.config, run.folder / FOLDER
-    source = run_source(run.folder, config, run.folder.name, no_copilot=run.no_copilot)
+    source = run_source(run.folder, config, plain_name(run.folder.name), no_copilot=run.no_copilot)
     sets, validation = run_rows(run.folder, config)
     task = Task(source, sets, validation if source.copilot else None, out)
     run.tracker.waiting.remote(FOLDER, evaluation_need(config).starting())

@@ -101,7 +101,7 @@ def test_the_report_says_so_beside_the_accuracy(tmp_path: Path) -> None:
     said = found.lines()
     assert sum("3 of 6" in line for line in said if line.startswith(("m/pilot ", "m "))) == 2
     why = "3 of 6 test rows (2 with a prompt longer than data.cutoff_tokens, 1 bad, see quarantine.jsonl)"
-    assert f"test: {why} of t.jsonl" in said
+    assert f"test: {why} of rows" in said
     assert why in found.markdown()
     found.save(tmp_path)
     saved = json.loads((tmp_path / "report.json").read_text())["results"]["m"]["test"]
