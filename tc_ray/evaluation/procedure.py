@@ -60,7 +60,7 @@ def evaluate(
     Raises NoGoldError: rows lack what their metric needs. NoValidationError. EvaluationError: see `Pool`.
     """
     for rows in (*tasks[0].sets, *(task.validation for task in tasks if task.validation is not None)):
-        check_gold(rows)
+        check_gold(rows, set(labels))
     results: dict[str, dict[str, list[RowResult]]] = {}
     lines: list[Line] = []
     chosen: dict[str, Chosen] = {}

@@ -31,11 +31,12 @@ COLUMNS = (
 @dataclass(frozen=True)
 class Verdict:
     """What the test rows say about the Copilot of one source. pair: fused against Pilot, on all sets together where there are
-    several; None without a Copilot, or where validation chose lambda 0."""
+    several; None without a Copilot, or where lambda is 0. of_run: an export follows; else the source was exported before."""
 
     chosen: Chosen
     pair: Pair | None
     no_copilot: str | None
+    of_run: bool = True
 
     @property
     def helps(self) -> bool:
@@ -59,17 +60,19 @@ class Verdict:
 
     def __str__(self) -> str:
         """One plain sentence."""
-        lam = self.chosen.lam
+        exported = " The exported default is lambda 0." if self.of_run else ""
         if self.no_copilot is not None:
             return (
                 f"There is no Copilot: {self.no_copilot}. The Pilot alone was measured, and is exported with lambda 0."
             )
+        if self.pair is None and not self.of_run:
+            return "The fused model is its Pilot: lambda is 0."
         if self.pair is None:
-            return "The Copilot does not help: no lambda beat the Pilot on validation data. The exported default is lambda 0."
+            return f"The Copilot does not help: no lambda beat the Pilot on validation data.{exported}"
         if not self.helps:
             pair, counted = self.pair, self.pair.metric in ("exact_match", "choice")
             how = f"it won {pair.wins} and lost {pair.losses} of {pair.rows} test rows" if counted else self.gain
-            return f"The Copilot does not help: with lambda {lam:g}, {how}. The exported default is lambda 0."
+            return f"The Copilot does not help: with lambda {self.chosen.lam:g}, {how}.{exported}"
         if self.pair.p < SIGNIFICANT_P:
             return f"The Copilot helps: {self.gain}."
         return f"No gain is shown: {self.gain} can be chance."
@@ -96,18 +99,14 @@ class Report:
                 continue
             pairs = [pair for pair in self.pairs if (pair.a, pair.b) == (f"{name}/pilot", name)]
             pair = next((pair for pair in pairs if pair.set == POOLED), pairs[0] if pairs else None)
-            found[name] = Verdict(self.chosen[name], pair if self.chosen[name].lam else None, source.no_copilot)
+            pair = pair if self.chosen[name].lam else None
+            found[name] = Verdict(self.chosen[name], pair, source.no_copilot, source.settings is None)
         return found
 
     @property
     def first(self) -> Verdict:
         """The verdict of a run's report."""
         return next(iter(self.verdicts.values()))
-
-    @property
-    def score_name(self) -> str:
-        """What the value of the first set is called."""
-        return VALUE_NAMES[self.measured[0].metric]
 
     def lines(self) -> list[str]:
         """The result for a terminal: table, what was left out, tests of each Copilot, verdicts."""

@@ -8,7 +8,7 @@ else 0 (one relevant item per row, so the ideal DCG is 1). nll: nats per gold to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tc_ray.config.section import Metric
@@ -51,10 +51,12 @@ def gold_option(row: HeldOut) -> int | None:
     return stating[0] if len(stating) == 1 else None
 
 
-def check_gold(rows: RowSet) -> None:
-    """Raise NoGoldError for a row that lacks what the set's metric compares with."""
+def check_gold(rows: RowSet, labels: Collection[str] = ()) -> None:
+    """Raise NoGoldError for a row that lacks what the set's metric compares with. labels: the items of a ranking."""
     for number, row in enumerate(rows.rows):
-        if rows.metric == "choice" and gold_option(row) is None:
+        if rows.metric == "ranking" and row.answer not in labels:
+            why, fix = "`answer` is no item", "only a run of item sequences (data.format: sequences) has items to rank"
+        elif rows.metric == "choice" and gold_option(row) is None:
             why = "`answer` is none of its `options`" if row.options else "it has no `options`"
             fix = "give each row the completions to choose from, or name the task whose form makes them (--task, data.task)"
         elif rows.metric == "nll" and len(row.input_ids) == row.target_start:

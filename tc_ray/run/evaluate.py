@@ -42,8 +42,9 @@ FOLDER = "evaluation"
 def check_measurable(config: RunConfig) -> None:
     """Raise NoGoldError if the prepared rows of a run lack what its metrics need: before hours of training."""
     sets, validation = run_rows(config.run.path, config)
+    labels = set(_labels(config.run.path, config))
     for rows in (*sets, validation):
-        check_gold(rows)
+        check_gold(rows, labels)
 
 
 def evaluate(run: Run) -> None:
@@ -163,6 +164,7 @@ def _tasks(sources: Sequence[ModelSource], config: RunConfig, asked: Asked, out:
     """Each model with the rows as it reads them. The first model (of whose run the rows may be) says which rows there are."""
     run = next((source.run for source in sources if source.run is not None), None)
     first = sources[0]
+    of_run = next((source.name for source in sources if source.run is not None), first.name)
     forms = {source.name: _Form(source, first.data or config.data if run is not None else None) for source in sources}
     sets, validation = run_rows(run, config) if run is not None else ([], None)
     if asked.data:
@@ -171,7 +173,7 @@ def _tasks(sources: Sequence[ModelSource], config: RunConfig, asked: Asked, out:
     elif run is None:
         raise NotFinishedError(f"{first.name} is no run, so it has no rows of its own: give --data NAME=FILE")
     else:
-        read_by = next(forms[source.name] for source in sources if source.run == run)
+        read_by = forms[of_run]
     sets = [replace(rows, metric=asked.metrics.get(rows.name, rows.metric)) for rows in sets]
     unknown = (set(asked.metrics) | set(asked.tasks)) - {rows.name for rows in sets}
     if unknown:
@@ -183,7 +185,7 @@ def _tasks(sources: Sequence[ModelSource], config: RunConfig, asked: Asked, out:
         if source.run is not None and source.run != run:
             own_validation = run_rows(source.run, _config_of(source) or config)[1]
         elif own_validation is not None and source.run is None:
-            own_validation = forms[source.name].read([own_validation], forms[first.name])[0]
+            own_validation = forms[source.name].read([own_validation], forms[of_run])[0]
         tasks.append(
             Task(
                 source,

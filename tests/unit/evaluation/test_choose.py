@@ -205,6 +205,9 @@ def test_an_exported_model_has_its_choice(fused: FusedModel, tmp_path: Path) -> 
     report, pool = measure(fused, tmp_path, 0.8, source=exported)
     assert report.first.chosen.choice == ("logits", 0.3) and report.first.chosen.how == "as exported"
     assert all(job.rows.name == "test" for job in pool.passes)
+    assert "exported default" not in str(report.first)
+    zero = replace(source(), settings=FusionSettings(0.0, "logits", "own"))
+    assert str(measure(fused, tmp_path, 0.8, source=zero)[0].first) == "The fused model is its Pilot: lambda is 0."
     chosen_again, _ = measure(fused, tmp_path, 0.8, source=exported, choose_again=True)
     assert chosen_again.first.chosen.choice == ("probability", 0.8)
 

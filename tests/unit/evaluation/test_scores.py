@@ -100,6 +100,8 @@ def test_rows_that_cannot_be_measured_are_named() -> None:
         check_gold(row_set([row(options=("9", "8"))], "choice"))
     with pytest.raises(NoGoldError, match=r"row 0: metric nll: it has no completion"):
         check_gold(row_set([row(input_ids=[1, 2])], "nll"))
+    with pytest.raises(NoGoldError, match=r"row 0: metric ranking: `answer` is no item; only a run of item sequences"):
+        check_gold(row_set([row()], "ranking"), ["6", "8"])
     check_gold(row_set([row(input_ids=[1, 2])]))
 
 

@@ -82,6 +82,7 @@ def test_recommendation_reads_sequences(name: str) -> None:
         assert row["prompt"] == " ".join(labels[item] for item in items[:-1])
         rows.append(as_held_out(row))
     assert len(rows) == 3
+    check_gold(row_set(rows, "ranking"), list(labels.values()))
     ranked = sorted(labels.values())
     placed = [ranked.index(row.answer) + 1 for row in rows]
     results = [
