@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tc_ray.config.fusion import FusionSection
+from tc_ray.evaluation.compare import forced_means
 from tc_ray.evaluation.pool import Pool
 from tc_ray.evaluation.rows import RowResult, RowSet
-from tc_ray.evaluation.scores import forced_sums, result
+from tc_ray.evaluation.scores import forced_result, result
 from tc_ray.evaluation.sources import ModelSource
 from tc_ray.evaluation.statistics import Choice, Comparison, choose
-from tc_ray.evaluation.teacher_forced import FIRST, NLL, SQUARED_ERROR
 from tc_ray.evaluation.worker import Pass
 from tc_ray.models.folder import SPACES
 
@@ -85,7 +85,7 @@ def choose_lambda(passes: Passes, validation: RowSet) -> Chosen:
     forced = passes.forced(validation, choices)
     grid = [_forced_row(choice, number, validation, forced) for number, choice in enumerate(choices)]
     decided = list(choices)
-    if validation.metric in ("exact_match", "ranking") and grid[0]["tokens"]:
+    if validation.metric in ("exact_match", "ranking") and grid[0]["nll"] is not None:
         best = sorted(range(1, len(choices)), key=lambda i: _rank(grid[i], validation.metric))[:DECODED]
         decided = [choices[0], *(choices[i] for i in sorted(best))]
     said = passes.said(validation, decided)
@@ -121,7 +121,7 @@ def _best(results: Mapping[Choice, Sequence[RowResult]], grid: Mapping[Choice, M
         choice: [one.score if one.right is not None else one.score * one.tokens for one in rows]
         for choice, rows in results.items()
     }
-    return choose(scores, {choice: row["nll"] for choice, row in grid.items() if row["tokens"]})
+    return choose(scores, {choice: row["nll"] for choice, row in grid.items() if row["nll"] is not None})
 
 
 def _rank(row: Mapping[str, Any], metric: str) -> tuple[float, float]:
@@ -129,21 +129,11 @@ def _rank(row: Mapping[str, Any], metric: str) -> tuple[float, float]:
 
 
 def _forced_row(choice: Choice, number: int, rows: RowSet, found: Sequence[Any]) -> dict[str, Any]:
-    sums = [forced_sums(row, rows.metric, of_row, number) for row, of_row in zip(rows.rows, found, strict=True)]
-    pilot = [forced_sums(row, rows.metric, of_row, 0)[1] for row, of_row in zip(rows.rows, found, strict=True)]
-    measured = [(tokens, one, base) for (tokens, one), base in zip(sums, pilot, strict=True) if tokens]
-    tokens = sum(count for count, _, _ in measured)
-    row: dict[str, Any] = {"space": choice[0], "lam": choice[1], "tokens": tokens}
-    if not tokens:
-        return row | dict.fromkeys(("forced", "nll", "error_ratio", "token_accuracy"))
-    base = sum(of_pilot[SQUARED_ERROR] for _, _, of_pilot in measured)
-    error = sum(one[SQUARED_ERROR] for _, one, _ in measured)
-    return row | {
-        "forced": sum(one[FIRST] == count for count, one, _ in measured) / len(measured),
-        "nll": sum(one[NLL] for _, one, _ in measured) / tokens,
-        "error_ratio": error / base if base else None,
-        "token_accuracy": sum(one[FIRST] for _, one, _ in measured) / tokens,
-    }
+    results, pilot = ([forced_result(row, rows, of_row, at) for row, of_row in enumerate(found)] for at in (number, 0))
+    means = dict(zip(("nll", "error_ratio", "token_accuracy"), forced_means(results, pilot), strict=True))
+    gold = [one for one in results if one.tokens]
+    all_first = sum(one.first == one.tokens for one in gold) / len(gold) if gold else None
+    return {"space": choice[0], "lam": choice[1], "forced": all_first, **means}
 
 
 def _decoded_row(results: Sequence[RowResult] | None, pilot: Sequence[RowResult]) -> dict[str, Any]:

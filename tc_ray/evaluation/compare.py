@@ -94,11 +94,7 @@ def line_of(
     cutoffs: Sequence[int],
 ) -> Line:
     """The line of a model. pilot: results of the Pilot of the same source. cutoffs: the K of a ranking."""
-    measured = [one for one in results if one.tokens]
-    tokens = sum(one.tokens for one in measured)
-    error = sum(one.squared_error or 0.0 for one in measured)
-    base = sum(one.squared_error or 0.0 for one in pilot)
-    value = _value(rows.metric, results)
+    value, forced = _value(rows.metric, results), forced_means(results, pilot)
     return Line(
         model,
         rows.name,
@@ -108,13 +104,23 @@ def line_of(
         value.value,
         value.low,
         value.high,
-        nll=sum((one.nll or 0.0) * one.tokens for one in measured) / tokens if tokens else None,
-        error_ratio=error / base if base else None,
-        token_accuracy=sum(one.first for one in measured) / tokens if tokens else None,
+        *forced,
         lam=choice[1],
         space=choice[0],
         measures=_measures(rows.metric, results, cutoffs),
     )
+
+
+def forced_means(
+    results: Sequence[RowResult], pilot: Sequence[RowResult]
+) -> tuple[float | None, float | None, float | None]:
+    """NLL, error ratio and token accuracy over the gold tokens of all rows; None without any."""
+    tokens = sum(one.tokens for one in results)
+    error, base = (sum(one.squared_error or 0.0 for one in of) for of in (results, pilot))
+    if not tokens:
+        return None, None, None
+    nats = sum((one.nll or 0.0) * one.tokens for one in results)
+    return nats / tokens, error / base if base else None, sum(one.first for one in results) / tokens
 
 
 def _value(metric: Metric, results: Sequence[RowResult]) -> Measure:

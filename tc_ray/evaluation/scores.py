@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tc_ray.config.section import Metric
 from tc_ray.evaluation.answers.scoring import matches
 from tc_ray.evaluation.rows import HeldOut, RowResult, RowSet
-from tc_ray.evaluation.teacher_forced import FIRST, NLL, SQUARED_ERROR
+from tc_ray.evaluation.teacher_forced import NLL
 
 OPTIONS_BY = ("sum", "token", "character")
 RIGHT_WITHIN = 10
@@ -66,23 +67,21 @@ def check_gold(rows: RowSet, labels: Collection[str] = ()) -> None:
         raise NoGoldError(f"{rows.name} ({rows.source}), row {number}: metric {rows.metric}: {why}; {fix}")
 
 
-def forced_sums(row: HeldOut, metric: Metric, found: Any, choice: int) -> tuple[int, list[float]]:
-    """Gold tokens of a row, and the sums of `teacher_forced` over them, from what a pass `forced` or `options` found."""
-    if metric == "choice":
-        found = found[gold_option(row)]
-    tokens, by_choice = found
-    return tokens, by_choice[choice]
+def forced_result(number: int, rows: RowSet, forced: Any, choice: int) -> RowResult:
+    """What teacher forcing says of a row's gold tokens, without a score. forced: what a pass `forced` or `options` found for it,
+    of which `choice` counts."""
+    row = rows.rows[number]
+    tokens, by_choice = forced[gold_option(row)] if rows.metric == "choice" else forced
+    error, nats, first = by_choice[choice]
+    nll, squared = (nats / tokens, error) if tokens else (None, None)
+    return RowResult(number, row.sample_id, None, 0.0, nll, tokens, "", squared, int(first))
 
 
 def result(number: int, rows: RowSet, forced: Any, choice: int, said: Any) -> RowResult:
-    """The result of a row. forced: what a pass `forced` or `options` found for it, of which `choice` counts. said: what was decoded
-    with that choice; None for the metrics choice and nll."""
-    row, metric = rows.rows[number], rows.metric
-    tokens, sums = forced_sums(row, metric, forced, choice)
-    nll = sums[NLL] / tokens if tokens else None
-    right, score, text, measures = _scored(row, rows, forced, said, choice, nll)
-    error = sums[SQUARED_ERROR] if tokens else None
-    return RowResult(number, row.sample_id, right, score, nll, tokens, text, error, int(sums[FIRST]), measures)
+    """The whole result of a row. said: what was decoded with the choice; None for the metrics choice and nll."""
+    bare = forced_result(number, rows, forced, choice)
+    right, score, text, measures = _scored(rows.rows[number], rows, forced, said, choice, bare.nll)
+    return replace(bare, right=right, score=score, said=text, measures=measures)
 
 
 _Scored = tuple[bool | None, float, str, dict[str, float]]

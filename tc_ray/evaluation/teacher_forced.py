@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tc_ray.evaluation.statistics import Choice
 from tc_ray.models.copilot import CopilotBatch
-from tc_ray.models.fusion import FusedModel, fuse
+from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.step import PilotStep
 
 CHUNK_ELEMENTS = 2**20
@@ -27,8 +27,8 @@ NLL_FLOOR = 1e-8
 """Probability below which a token's NLL stops growing: a clamped p~ can be exactly 0."""
 TINY = 1e-37
 """As small a floor as fp32 has."""
-SQUARED_ERROR, NLL, FIRST = range(3)
-"""Columns of what `text_measures` gives."""
+NLL = 1
+"""Its column in what `text_measures` gives."""
 
 
 @dataclass(frozen=True)
@@ -89,27 +89,78 @@ def _measured(
     lengths = torch.tensor([len(text.ids) for text in texts])
     starts = torch.tensor([text.start for text in texts])
     out = step.measure(ids.to(device), lengths.to(device), starts.to(device))
-    f = None
+    reached, f = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(len(out.targets), 0, device=device)
     if fused is not None and any(lam for _, lam in choices):
         assert out.record is not None
         positions = fused.copilot.config.positions
         batch = CopilotBatch.from_step(out.record, ids, lengths, starts, positions=positions).to(device)
-        f = fused.copilot.compact(batch).float()
+        known = fused.copilot.output_ids < out.log_probs.shape[1]  # ids beyond the Pilot's are padding
+        reached, f = fused.copilot.output_ids[known], fused.copilot.compact(batch).float()[:, known]
     text_of = torch.repeat_interleave(torch.arange(len(texts)), lengths - starts)
     sums = torch.zeros(len(texts), len(choices), 3, dtype=torch.float64)
-    # a few rows at a time, so that [rows, V] stays in the processor's cache over all choices
+    # a few rows at a time, so that [rows, V] stays in the processor's cache
     for rows in torch.arange(len(text_of)).split(max(1, CHUNK_ELEMENTS // out.log_probs.shape[1])):
-        log_probs, targets = out.log_probs[rows], out.targets[rows]
-        dense = None if f is None or fused is None else fused.copilot.expand(f[rows], log_probs.shape[1])
+        given = _Given.of(out.log_probs[rows], out.targets[rows], reached, f[rows])
         for number, (space, lam) in enumerate(choices):
-            p = log_probs.exp()
-            if lam and dense is not None:
-                p = fuse(log_probs, dense, torch.full((len(rows),), lam, device=device), space).softmax(-1)
-            true = p.gather(1, targets[:, None])[:, 0]
-            # ||onehot(target) - p||^2 = 1 - 2 p(target) + ||p||^2
-            squared = 1.0 - 2.0 * true + p.square().sum(-1)
-            nll = -true.clamp_min(floor).log()
-            first = (p.argmax(-1) == targets).float()
-            found = torch.stack([squared, nll, first], 1).double().cpu()
+            found = torch.stack(given.measures(space, lam, floor), 1).double().cpu()
             sums[:, number].index_add_(0, text_of[rows], found)
     return sums.numpy()
+
+
+class _Given(NamedTuple):
+    """Tokens of which f changes the columns `reached` only: what the others add up to is the same for every lambda.
+
+    log_p, f: fp32 [N, A] on the reached columns. rest: mass of the others, rest_squared: of their squares; rest_best, rest_id: the
+    largest probability among them and its token. true: p of the target. place: of the target among the reached, -1: another.
+    """
+
+    targets: torch.Tensor
+    reached: torch.Tensor
+    log_p: torch.Tensor
+    f: torch.Tensor
+    rest: torch.Tensor
+    rest_squared: torch.Tensor
+    rest_best: torch.Tensor
+    rest_id: torch.Tensor
+    true: torch.Tensor
+    place: torch.Tensor
+
+    @staticmethod
+    def of(log_probs: torch.Tensor, targets: torch.Tensor, reached: torch.Tensor, f: torch.Tensor) -> _Given:
+        p = log_probs.exp()
+        others = p.index_fill(1, reached, 0.0)
+        places = torch.full((p.shape[1],), -1, dtype=torch.int64, device=p.device)
+        places[reached] = torch.arange(len(reached), device=p.device)
+        true = p.gather(1, targets[:, None])[:, 0]
+        best, squares = others.max(1), others.square().sum(1)
+        of_others = others.sum(1), squares, best.values, best.indices
+        return _Given(targets, reached, log_probs[:, reached], f, *of_others, true, places[targets])
+
+    def measures(self, space: str, lam: float, floor: float) -> list[torch.Tensor]:
+        """Squared error, nats, and 1 where the target is ranked first: fp32 [N] each."""
+        shift = torch.zeros_like(self.true)
+        if space == "logits":
+            logits = self.log_p + lam * self.f
+            if lam and len(self.reached):
+                shift = logits.amax(1).clamp_min(0.0)  # only against overflow
+            mass = (logits - shift[:, None]).exp()
+        else:
+            mass = (self.log_p.exp() + lam * self.f).clamp_min(0.0)
+        down = (-shift).exp()
+        total = mass.sum(1) + self.rest * down
+        # where the correction takes away every token, p stays (`core.fuse`)
+        mass = torch.where((total == 0)[:, None], self.log_p.exp(), mass)
+        total = torch.where(total == 0, mass.sum(1) + self.rest, total)
+        own = self.place >= 0
+        true = self.true * down
+        best, best_id = self.rest_best * down, self.rest_id
+        if len(self.reached):
+            true = torch.where(own, mass.gather(1, self.place.clamp_min(0)[:, None])[:, 0], true)
+            top, at = mass.max(1)
+            top_id = self.reached[at]
+            # of equal ones the first, as argmax takes it
+            ahead = (top > best) | ((top == best) & (top_id < best_id))
+            best_id = torch.where(ahead, top_id, best_id)
+        true = true / total
+        squared = 1.0 - 2.0 * true + (mass.square().sum(1) + self.rest_squared * down * down) / total.square()
+        return [squared, -true.clamp_min(floor).log(), (best_id == self.targets).float()]

@@ -22,14 +22,14 @@ from tc_ray.models.pilot.load import load_pilot
 from tests.support.tiny_model import make_tiny_llama
 
 
-def tiny_fused(folder: Path) -> FusedModel:
+def tiny_fused(folder: Path, **given: Any) -> FusedModel:
     """A Pilot with spread logits and a Copilot that often overrules it."""
     path = make_tiny_llama(folder / "llama", scale=4.0)
     pilot = load_pilot(path, dtype=torch.float32)
     with torch.no_grad():
         pilot.model.norm.weight.mul_(8.0)
     torch.manual_seed(6)
-    copilot = Copilot.from_decoder(path, [0, 1], pilot=pilot)
+    copilot = Copilot.from_decoder(path, [0, 1], pilot=pilot, **given)
     with torch.no_grad():
         copilot.output.weight.normal_(std=0.4)
     return FusedModel.join(pilot, copilot)

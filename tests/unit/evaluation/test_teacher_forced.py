@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tc_ray.evaluation.statistics import Choice
-from tc_ray.evaluation.teacher_forced import NLL_FLOOR, TARGETS, TINY, Text, text_measures
-from tc_ray.models.fusion import FusedModel
+from tc_ray.evaluation.teacher_forced import NLL_FLOOR, TARGETS, TINY, Text, _Given, text_measures
+from tc_ray.models.fusion import FusedModel, fuse
 from tests.support.evaluation_samples import held_out, tiny_fused
 from tests.support.reference import copilot_f, dense_record, fused_logits
 
-CHOICES: list[Choice] = [("probability", 0.0), ("probability", 0.6), ("logits", 1.5)]
+CHOICES: list[Choice] = [("probability", 0.0), ("probability", 0.6), ("logits", 1.5), ("logits", 9.0)]
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +27,17 @@ def texts(count: int = 7) -> list[Text]:
     return [Text(row.input_ids, row.target_start) for row in held_out(count)]
 
 
-@pytest.mark.parametrize("positions", ["all", "target"])
-def test_measures_are_the_reference_s(fused: FusedModel, positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of 3 and of few tokens; a text without tokens to measure is 0."""
+@pytest.mark.parametrize(("positions", "outputs"), [("all", 258), ("target", 258), ("all", 140)])
+def test_measures_are_the_reference_s(
+    tmp_path: Path, positions: str, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 3 and of few tokens; f on all tokens or on some; a text without tokens to measure is 0."""
     monkeypatch.setattr("tc_ray.evaluation.teacher_forced.TARGETS", 12)
+    ids = torch.randperm(258, generator=torch.Generator().manual_seed(1))[:outputs].sort().values
+    fused = tiny_fused(tmp_path, output_ids=ids)
     fused.copilot.config.positions = positions
     got = text_measures(fused, [*texts(), Text([5, 6, 7], 3)], CHOICES, batch_size=3)
-    assert got.shape == (8, 3, 3) and not got[7].any()
+    assert got.shape == (8, 4, 3) and not got[7].any()
     for text, of_text in zip(texts(), got, strict=False):
         dense = dense_record(fused.pilot, text.ids, text.start)
         first, last = (0 if positions == "all" else text.start - 1), len(text.ids) - 1
@@ -75,6 +80,30 @@ def test_a_text_of_more_tokens_than_a_pass_holds_is_measured(fused: FusedModel) 
     ids = torch.randint(2, 258, (1, 450), generator=torch.Generator().manual_seed(3))[0].tolist()
     found = text_measures(fused.pilot, [Text(ids, 2), Text(ids[:9], 2)], CHOICES[:1], batch_size=8)
     assert len(ids) < TARGETS and found[0, 0, 1] > found[1, 0, 1] > 0
+
+
+def test_where_the_correction_takes_everything_away_p_stays() -> None:
+    """As `fuse` does it: all tokens are reached, and every p + lam f is below 0."""
+    log_probs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]).log()
+    f = torch.tensor([[-1.0, -1.0, -1.0], [0.0, 0.5, 0.0]])
+    given = _Given.of(log_probs, torch.tensor([0, 1]), torch.arange(3), f)
+    for space, lam in (("probability", 1.0), ("logits", 1.0), ("probability", 0.0)):
+        squared, nats, first = given.measures(space, lam, NLL_FLOOR)
+        p = fuse(log_probs, f, torch.full((2,), lam), space).softmax(-1)
+        truth = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
+        torch.testing.assert_close(squared, (truth - p).square().sum(1))
+        torch.testing.assert_close(nats, -torch.stack([p[0, 0], p[1, 1]]).log())
+        assert first.tolist() == [1.0, float(p[1].argmax() == 1)]
+
+
+def test_of_equal_tokens_the_first_is_ranked_first() -> None:
+    """As argmax does it, whether both are reached by f, one or none."""
+    log_probs = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log()
+    for reached in ([], [1, 2], [0, 3], [0, 1, 2, 3]):
+        columns = torch.tensor(reached, dtype=torch.int64)
+        for target in range(4):
+            given = _Given.of(log_probs, torch.tensor([target]), columns, torch.zeros(1, len(reached)))
+            assert given.measures("probability", 1.0, NLL_FLOOR)[2].tolist() == [float(target == 0)]
 
 
 @pytest.mark.gpu
