@@ -1,7 +1,7 @@
 """Held-out prompts decoded: completions by the running batch that serving has too, or by `generate`; items ranked by beams.
 
-The batch takes decoder-only models and greedy decoding. A prompt is computed once for all (space, lam) asked for: the others
-begin with its keys, values and states. `generate` takes the rest: encoder-decoders, beams, rankings. Called by `worker`.
+The batch takes decoder-only models and greedy decoding. A prompt is computed once for all (space, lam) asked for, and those of
+one space are decoded in one batch. `generate` takes the rest: encoder-decoders, beams, rankings. Called by `worker`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tc_ray.evaluation.rows import HeldOut
 from tc_ray.evaluation.statistics import Choice
 from tc_ray.models.decoding.alone import PilotAlone
 from tc_ray.models.decoding.batch import FusedBatch
-from tc_ray.models.decoding.prefill import Prefill, PromptPrefix
+from tc_ray.models.decoding.prefill import Prefill
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.weights import NotFiniteError
 
@@ -37,56 +37,71 @@ def completions(
     Raises NotFiniteError: logits that are not finite.
     """
     prompts = [row.prompt_ids for row in rows]
-    kept: dict[int, PromptPrefix] | None = {} if len(choices) > 1 else None
-    by_choice = []
-    # lam 0 first: its prompts are computed in one piece, as `generate` computes them
-    order = sorted(range(len(choices)), key=lambda i: choices[i][1])
-    for number in order:
-        space, lam = choices[number]
-        if isinstance(model, FusedModel):
-            model.space = space
-        if num_beams > 1 or model.config.is_encoder_decoder:
-            options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    if num_beams > 1 or model.config.is_encoder_decoder:
+        options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        tokens = []
+        for space, lam in choices:
+            if isinstance(model, FusedModel):
+                model.space = space
             out, begin = _generate(model, tokenizer, prompts, lam, options)
-            tokens = out[:, begin:].tolist()
-        else:
-            tokens = _greedy(model, prompts, lam, max_new_tokens, tokenizer.eos_token_id, kept)
-        by_choice.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens])
-    texts = {number: found for number, found in zip(order, by_choice, strict=True)}
-    return [[texts[number][row] for number in range(len(choices))] for row in range(len(rows))]
+            tokens.append(out[:, begin:].tolist())
+    else:
+        tokens = _greedy(model, prompts, choices, max_new_tokens, tokenizer.eos_token_id)
+    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in of_choice] for of_choice in tokens]
+    return [list(of_row) for of_row in zip(*texts, strict=True)]
 
 
 @torch.inference_mode()
 def _greedy(
-    model: Any, prompts: Sequence[list[int]], lam: float, new: int, end: int, kept: dict[int, PromptPrefix] | None
-) -> list[list[int]]:
-    """Tokens of each prompt up to `end` or `new`. kept: prompts computed before; those computed here are added. None: no use."""
-    batch = FusedBatch(model if isinstance(model, FusedModel) else PilotAlone(model))
-    batch.reserve([batch.need(len(ids), new, lam != 0) for ids in prompts])
-    tokens: list[list[int]] = [[] for _ in prompts]
-    running: list[int] = []
-    """Prompts by row of the batch."""
+    model: Any, prompts: Sequence[list[int]], choices: Sequence[Choice], new: int, end: int
+) -> list[list[list[int]]]:
+    """Tokens up to `end` or `new`, by choice and prompt. A prompt is computed once, whatever is added to it later."""
+    batched = model if isinstance(model, FusedModel) else PilotAlone(model)
+    largest = max(lam for _, lam in choices)
+    prefills = [Prefill(batched, ids, largest) for ids in prompts]
+    for prefill in prefills:
+        prefill.advance(len(prefill.ids))
+    tokens: list[list[list[int]]] = [[[] for _ in prompts] for _ in choices]
+    spaces = {space if lam else choices[0][0] for space, lam in choices}
+    for space in sorted(spaces):
+        # one batch for all lambdas of a space; lam 0 goes with the first
+        if isinstance(model, FusedModel):
+            model.space = space
+        mine = [n for n, (own, lam) in enumerate(choices) if (own if lam else choices[0][0]) == space]
+        _decode(
+            batched,
+            [(prefills[row], choices[n][1], tokens[n][row]) for n in mine for row in range(len(prompts))],
+            new,
+            end,
+        )
+    return tokens
 
-    def append(number: int, token: int) -> bool:
-        tokens[number].append(token)
-        return token == end or len(tokens[number]) == new
 
-    for number, ids in enumerate(prompts):
-        prefill = Prefill(batch.model, ids, lam, None if kept is None else kept.get(number))
-        prefill.advance(len(ids))
-        if kept is not None and number not in kept and (prefix := prefill.prefix()) is not None:
-            kept[number] = prefix
-        if not append(number, *_best(prefill.fused)):
-            batch.join(prefill)
-            running.append(number)
+def _decode(
+    model: FusedModel | PilotAlone, wanted: Sequence[tuple[Prefill, float, list[int]]], new: int, end: int
+) -> None:
+    """Fill the tokens of each (prompt, lam, tokens)."""
+    batch = FusedBatch(model)
+    batch.reserve([batch.need(len(prefill.ids), new, lam != 0) for prefill, lam, _ in wanted])
+    running: list[list[int]] = []
+    """Tokens by row of the batch."""
+
+    def append(tokens: list[int], token: int) -> bool:
+        tokens.append(token)
+        return token == end or len(tokens) == new
+
+    for prefill, lam, tokens in wanted:
+        prompt = prefill.weighted(lam)
+        if not append(tokens, *_best(prompt.fused)):
+            batch.join(prompt)
+            running.append(tokens)
     while running:
-        best = _best(batch.step([tokens[number][-1] for number in running]).fused)
+        best = _best(batch.step([tokens[-1] for tokens in running]).fused)
         ended = [row for row, token in enumerate(best) if append(running[row], token)]
         for row in reversed(ended):
             batch.leave(row)
             running[row] = running[-1]
             running.pop()
-    return tokens
 
 
 def _best(logits: torch.Tensor) -> list[int]:

@@ -17,6 +17,8 @@ from tc_ray.text import visible
 
 LINE_SECONDS = 5.0
 """Between two plain lines of one pass, and between two texts to a Tracker."""
+STILL_SECONDS = 10.0
+"""As long again before a line that has nothing new."""
 _BAR = 24
 
 
@@ -47,7 +49,7 @@ class Progress:
                 self._live.start()
                 self._live.update(Text(visible(bar)), refresh=True)
                 return
-        elif not (complete or new or time.monotonic() >= self._due):
+        elif not (complete or new or time.monotonic() >= self._due + (done == self._shown[1]) * STILL_SECONDS):
             return
         self._shown, self._due = (what, done), time.monotonic() + LINE_SECONDS
         self._line(f"evaluate: {what}: {done} of {total} rows", complete)

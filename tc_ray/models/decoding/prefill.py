@@ -5,6 +5,7 @@ Invariant: a prompt is computed exactly as `generate` computes it alone. Used by
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Prefill:
                 self.cache.update(keys[:, :, : self.reused], values[:, :, : self.reused], layer)
             self._states.append(prefix.states[:, : self.reused])
         self._computed = self.reused
-        self.pilot = self.fused = torch.empty(0)
+        self.pilot = self.fused = self._f = torch.empty(0)
 
     @property
     def done(self) -> bool:
@@ -90,9 +91,19 @@ class Prefill:
         states = torch.cat(self._states, 1)
         question = model.copilot.embed_question(ids)
         self.cache.copilot.ask(model.copilot.question_memory(question), attended)
-        f = model.corrections(logits, self.cache.copilot, ids, states, attended)[:, 0]
-        weight = torch.full((1,), self.lam, device=logits.device)
-        self.fused = fuse(self.pilot, f, weight, model.space)
+        self._f = model.corrections(logits, self.cache.copilot, ids, states, attended)[:, 0]
+        self.fused = self._fused(self.lam)
+
+    def _fused(self, lam: float) -> torch.Tensor:
+        assert isinstance(self._model, FusedModel)
+        return fuse(self.pilot, self._f, torch.full((1,), lam, device=self.pilot.device), self._model.space)
+
+    def weighted(self, lam: float) -> Prefill:
+        """The same computed prompt for another lam, in the model's space of now; nothing is computed again. A prompt that was
+        computed with lam 0 has no other."""
+        other = copy.copy(self)
+        other.lam, other.fused = lam, self._fused(lam) if lam else self.pilot
+        return other
 
     def prefix(self) -> PromptPrefix | None:
         """What another prompt can begin with; None without states, or where a layer does not keep every token (sliding windows)."""

@@ -140,6 +140,28 @@ def test_a_prompt_may_begin_with_anothers_prefix() -> None:
         torch.testing.assert_close(again.fused.exp(), plain.fused.exp(), atol=1e-5, rtol=1e-4)
 
 
+def test_a_computed_prompt_serves_every_lambda() -> None:
+    """Logits and tokens of a prompt that was computed once are those of one computed for each lambda and space."""
+    model = fused_model("llama", output_ids=output_ids())
+    once = Prefill(model, PROMPTS[1], 1.0)
+    once.advance(100)
+    for space, lam in (("probability", 0.0), ("probability", 0.3), ("logits", 0.8), ("logits", 1.0)):
+        model.space = space
+        alone = Prefill(model, PROMPTS[1], lam)
+        alone.advance(100)
+        decoded = []
+        for prompt in (once.weighted(lam), alone):
+            torch.testing.assert_close(prompt.fused, alone.fused)
+            batch = FusedBatch(model)
+            batch.reserve([batch.need(len(PROMPTS[1]), 8, lam != 0)])
+            batch.join(prompt)
+            tokens = [int(prompt.fused.argmax())]
+            for _ in range(7):
+                tokens.append(int(batch.step(tokens[-1:]).fused.argmax()))
+            decoded.append(tokens)
+        assert decoded[0] == decoded[1]
+
+
 def test_windows_keep_no_prefix() -> None:
     prefill = Prefill(fused_model("gemma3"), PROMPTS[1], 0.0)
     prefill.advance(100)
