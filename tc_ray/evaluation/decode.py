@@ -62,18 +62,14 @@ def _greedy(
     for prefill in prefills:
         prefill.advance(len(prefill.ids))
     tokens: list[list[list[int]]] = [[[] for _ in prompts] for _ in choices]
-    spaces = {space if lam else choices[0][0] for space, lam in choices}
-    for space in sorted(spaces):
-        # one batch for all lambdas of a space; lam 0 goes with the first
+    spaces = sorted({space for space, lam in choices if lam}) or [choices[0][0]]
+    for space in spaces:
+        # one batch for all lambdas of a space; lam 0, which is the same in each, goes with the first
         if isinstance(model, FusedModel):
             model.space = space
-        mine = [n for n, (own, lam) in enumerate(choices) if (own if lam else choices[0][0]) == space]
-        _decode(
-            batched,
-            [(prefills[row], choices[n][1], tokens[n][row]) for n in mine for row in range(len(prompts))],
-            new,
-            end,
-        )
+        mine = [n for n, (own, lam) in enumerate(choices) if (own if lam else spaces[0]) == space]
+        wanted = [(prefill, choices[n][1], tokens[n][row]) for n in mine for row, prefill in enumerate(prefills)]
+        _decode(batched, wanted, new, end)
     return tokens
 
 
