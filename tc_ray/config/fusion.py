@@ -53,7 +53,9 @@ class FusionSection(Section):
         description="values of lambda that are tried on the validation rows; 0 must be among them",
     )
     max_new_tokens: Positive = Field(64, description="tokens decoded per completion at most (metric: exact_match)")
-    eval_batch_size: Positive = Field(32, description="rows that a worker scores or decodes at a time, each with up to three lambdas")
+    eval_batch_size: Positive = Field(
+        32, description="rows that a worker scores or decodes at a time, each with up to three lambdas"
+    )
     max_validation_rows: Positive | None = Field(
         None, description="validation rows of each set used to choose lambda; null: all"
     )
