@@ -25,7 +25,14 @@ from tc_ray.config.serving import ServingSection
 from tc_ray.config.yaml_file import ConfigError, ConfigLoader, KeyPath, find_recipe, read_sections, text_of
 from tc_ray.files import write_file
 
-_PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
+_PATHS = (
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "test"),
+    ("data", "task"),
+    ("model", "pilot"),
+    ("model", "copilot"),
+)
 SERVING = "serving"
 _END = "# end of the saved configuration"
 
@@ -185,7 +192,10 @@ def _override_value(text: str, keys: KeyPath, shown: str) -> Any:
     """Text and paths as they were typed, the rest as YAML."""
     kinds = types_at(keys)
     plain = kinds - {type(None)}
-    if plain <= {str, Path}:  # also of an unknown key, which is refused by its name whatever its value is
+    # a path, unless it is a mapping of names to paths, as `data.test` may be
+    if plain <= {str, Path} or (
+        keys in _PATHS and not text.lstrip().startswith("{")
+    ):  # also of an unknown key, which is refused by its name whatever its value is
         if text == "null" and type(None) in kinds:
             return None
         if (Path in plain or keys in _PATHS) and not text.strip():
@@ -260,11 +270,16 @@ def _origin(key: KeyPath, origins: dict[KeyPath, str]) -> str:
 def _place_paths(config: RunConfig, folders: Sequence[Path]) -> None:
     """Make paths of data and models absolute, from the current folder or the files' own; one not found may be a hub id."""
     roots = [Path.cwd(), *folders]
+
+    def placed(source: str) -> str:
+        found = (root / Path(source).expanduser() for root in roots)
+        return next((os.path.normpath(path) for path in found if path.exists()), source)
+
     for section, name in _PATHS:
         source = getattr(getattr(config, section), name)
-        if source is None or source == EMBEDDED or (section == "model" and "/" not in source):  # a builtin name
-            continue
-        found = (root / Path(source).expanduser() for root in roots)
-        place = next((os.path.normpath(path) for path in found if path.exists()), None)
-        if place:
-            setattr(getattr(config, section), name, place)
+        if isinstance(source, dict):
+            for held_out in source.values():
+                held_out.file = placed(held_out.file)
+                held_out.task = held_out.task and placed(held_out.task)
+        elif source not in (None, EMBEDDED) and (section != "model" or "/" in source):  # else a builtin name
+            setattr(getattr(config, section), name, placed(source))

@@ -26,10 +26,16 @@ FUSED, ALONE = "fused", "pilot"
 _MODEL_OF = {name: FUSED if name in ("latest", "transfer") else ALONE for name in CONTROLS}
 _RESOURCES = ("resources.pilot_workers", "resources.copilot_workers", "resources.gpus")
 _NO_CONTENT = ("run.name", "run.folder", "run.trust_folder", "model.cache")
-_FILES = ("data.train", "data.validation", "data.test")
+_FILES = ("data.train", "data.validation", "data.test", "data.task")
 _MODELS = ("model.pilot", "model.copilot")
 _OF_COPILOT = ("copilot.", "fusion.", "model.copilot", "resources.copilot_workers")
-_ASKED = ("fusion.metric", "fusion.max_new_tokens", "fusion.num_beams", "fusion.max_test_rows")
+_ASKED = (
+    "fusion.metric",
+    "fusion.choose_option_by",
+    "fusion.max_new_tokens",
+    "fusion.num_beams",
+    "fusion.max_test_rows",
+)
 """What the answers of a Pilot alone follow from, besides its training."""
 
 
@@ -184,10 +190,17 @@ def content(config: RunConfig) -> dict[str, Any]:
     values = {name: value for name, value in public_values(config).items() if name in kept}
     values["data.seed"] = config.data_seed
     for name in _FILES:
-        values[name] = _of_file(values[name])
+        values[name] = _of_files(values[name])
     for name in set(_MODELS) & kept:
         values[name] = _of_model(values[name])
     return values
+
+
+def _of_files(source: Any) -> Any:
+    """Of a path, or of named sets."""
+    if isinstance(source, dict):
+        return {name: {key: _of_file(value) for key, value in given.items()} for name, given in source.items()}
+    return _of_file(source)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The one place where the study meets the evaluation: a run folder is measured, and its row files are read as results.
 
-Invariant: what the study counts with are the files that the evaluation leaves: `evaluation/rows/<model>/<set>.jsonl`, a line for
-each row, and `evaluation/report.csv`, a line for each model and set. Called by `work`.
+Invariant: what the study counts with are the files that the evaluation leaves, `rows/<model>/<set>.jsonl` and `report.csv`. Called
+by `work`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,178 +18,113 @@ from typing import Any
 import torch
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.source.sequences import ITEMS_FILE, read_items
-from tc_ray.evaluation.decode import HeldOut, read_counted
-from tc_ray.evaluation.metric import ExactMatch, Metric, Outcome
-from tc_ray.evaluation.procedure import evaluate
-from tc_ray.evaluation.ranking import Ranking
-from tc_ray.files import write_file
+from tc_ray.evaluation.rows import RowResult, RowSet, read_results, results_file
+from tc_ray.evaluation.teacher_forced import Text
 from tc_ray.models.copilot import Copilot
-from tc_ray.models.fusion import FusedModel, fuse
+from tc_ray.models.fusion import fuse
 from tc_ray.models.pilot.load import DTYPES, load_pilot
-from tc_ray.study.gold import GoldMeasures, GoldTokens, gold_measures, gold_tokens
+from tc_ray.run.evaluate import evaluate_part, item_labels, run_rows
+from tc_ray.study.gold import MOVED, gold_sums, gold_tokens
 from tc_ray.study.results import Answers, Model
 
-GOLD_BATCH = 8
-"""Rows of a teacher-forced pass: their log-probabilities over the whole vocabulary are held at once."""
-_COLUMNS = ("model", "set", "metric", "rows", "left_out", "value", "nll", "error_ratio", "lam", "space")
+FOLDERS = {"test": "evaluation", "validation": "evaluation-validation"}
+"""Where the evaluation of a part is kept in a run folder."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """A Pilot of a run folder with the rows that it is measured with, and how."""
+    """A Pilot of a run folder, with the rows that it is measured with. labels: items to rank."""
 
     pilot: Any
-    metric: Metric
-    rows: list[HeldOut]
-    left_out: int
-    validation: list[HeldOut]
-
-    @property
-    def rows_id(self) -> str:
-        """Hash of the rows' texts."""
-        texts = json.dumps([[row.prompt, row.answer] for row in self.rows])
-        return hashlib.sha256(texts.encode()).hexdigest()[:16]
-
-    def answers(self, name: str, outcome: Outcome, gold: GoldMeasures) -> Answers:
-        """Of a model without row files."""
-        return Answers.of(name, self.rows_id, self.left_out, outcome.right, outcome.score, gold.nll, gold.tokens)
+    tokenizer: Any
+    rows: RowSet
+    validation: RowSet
+    labels: list[str]
 
 
 def held(config: RunConfig, part: str) -> Held:
-    """Load `pilot/final` of a run folder, and its rows. part: test or validation."""
+    """Load `pilot/final` of a run folder and the rows of a part, test or validation."""
     from transformers import AutoTokenizer
 
     torch.set_num_threads(max(1, int(max(config.resources.pilot_cpus, config.resources.copilot_cpus))))
-    folder, fusion = config.run.path, config.fusion
-    pilot = load_pilot(folder / "pilot" / "final", dtype=DTYPES[config.pilot.dtype])
-    tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final", trust_remote_code=False)
-    limits = {"test": fusion.max_test_rows, "validation": fusion.max_validation_rows}
-    read = {name: read_counted(folder / "data" / f"{name}.parquet", limit) for name, limit in limits.items()}
-    rows, left_out = read[part]
-    ranking = fusion.metric == "ranking"
-    metric: Metric = (
-        Ranking(tokenizer, fusion, read_items(folder / "data" / ITEMS_FILE))
-        if ranking
-        else ExactMatch(tokenizer, fusion)
-    )
-    device = "cuda" if config.resources.gpus else "cpu"
-    return Held(pilot.to(device), metric, rows, left_out.given(len(rows)) - len(rows), read["validation"][0])
+    folder, place = config.run.path, config.run.path / "pilot" / "final"
+    pilot = load_pilot(place, dtype=DTYPES[config.pilot.dtype]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    rows, validation = rows_of(config, part)
+    return Held(pilot.to(_device(config)), tokenizer, rows, validation, item_labels(folder, config))
+
+
+def rows_of(config: RunConfig, part: str) -> tuple[RowSet, RowSet]:
+    """The one set of a part of a run folder, and its validation rows.
+
+    Raises ValueError: several sets; a place of a study's report shows one.
+    """
+    sets, validation = run_rows(config.run.path, config)
+    if part == "validation":
+        return validation, validation
+    if len(sets) != 1:
+        names = ", ".join(rows.name for rows in sets)
+        raise ValueError(f"data.test has the sets {names}: in a study give each a task of its own")
+    return sets[0], validation
 
 
 def measure(config: RunConfig, part: str) -> dict[str, Model]:
     """Measure a run folder on its test or validation rows: its Pilot, and the fused model if it has a Copilot.
 
-    Returns models by name, `pilot` and `fused`.
+    Needs no CPU of its own: the evaluation has workers. Returns models by name, `pilot` and `fused`.
     """
-    found = held(config, part)
-    evaluate_folder(config, found, part)
-    models = read_models(config.run.path / "evaluation", part, found.rows_id)
-    fused = models.get("fused")
-    return models | ({"fused": replace(fused, correction=moved(config, found, fused))} if fused else {})
+    rows, _ = rows_of(config, part)
+    out = config.run.path / FOLDERS[part]
+    evaluate_part(config.run.path, config, part, out)
+    return read_models(out, part, rows)
 
 
-def read_models(folder: Path, part: str, rows_id: str) -> dict[str, Model]:
-    """The models of a run folder's evaluation: `pilot`, and `fused` if there are two.
-
-    Raises ValueError: several sets; a place of a study's report shows one.
-    """
+def read_models(folder: Path, part: str, rows: RowSet) -> dict[str, Model]:
+    """The models of a run folder's evaluation: `pilot`, and `fused` if there are two."""
     lines = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text(encoding="utf-8"))))
-    if len({line["set"] for line in lines}) > 1:
-        raise ValueError(f"{folder}: data.{part} names several sets; give each a task of its own in the study")
     models = {}
     for line in lines:
-        file = folder / "rows" / line["model"].replace("/", "--") / f"{line['set']}.jsonl"
-        rows = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-        columns = ([row[name] for row in rows] for name in ("right", "score", "nll", "tokens"))
-        sets = {part: Answers.of(line["metric"], rows_id, int(line["left_out"]), *columns)}
+        answers = answers_of(rows, read_results(results_file(folder, line["model"], line["set"])))
         if len(lines) == 1 or line["model"].endswith("/pilot"):
-            models["pilot"] = Model(sets)
+            models["pilot"] = Model({part: answers})
         else:
             ratio = float(line["error_ratio"]) if line["error_ratio"] else None
-            models["fused"] = Model(sets, lam=float(line["lam"]), space=line["space"], error_ratio=ratio)
+            models["fused"] = Model({part: answers}, lam=float(line["lam"]), space=line["space"], error_ratio=ratio)
     return models
 
 
-def moved(config: RunConfig, found: Held, model: Model) -> float | None:
-    """Probability that the correction moves at a gold token, on average; teacher-forced."""
+def answers_of(rows: RowSet, results: Sequence[RowResult]) -> Answers:
+    """Results of rows as they are kept."""
+    texts = json.dumps([[row.prompt, row.answer] for row in rows.rows])
+    columns = ([getattr(one, name) for one in results] for name in ("right", "score", "nll", "tokens"))
+    left_out = rows.left_out.given(len(results)) - len(results)
+    return Answers.of(rows.metric, hashlib.sha256(texts.encode()).hexdigest()[:16], left_out, *columns)
+
+
+def with_correction(config: RunConfig, part: str, model: Model) -> Model:
+    """The fused model, with how much probability its correction moves at a gold token; teacher-forced."""
     if not model.lam:
-        return 0.0
-    copilot = _copilot(config)
-    pieces = gold_tokens(found.pilot, found.rows, batch_size=GOLD_BATCH, copilot=copilot)
-    return gold_measures(pieces, len(found.rows), fused_by(model.space or "", model.lam)).correction
-
-
-def evaluate_folder(config: RunConfig, found: Held, part: str) -> None:
-    """Evaluate a run folder and leave its row files. Lambda and space are chosen on validation rows."""
-    name, kept = config.run.name, _Kept(found.metric)
-    lines: list[dict[str, Any]] = []
-    metric = config.fusion.metric
-
-    def line(model: str, outcome: Outcome, gold: GoldMeasures, **more: Any) -> None:
-        file = config.run.path / "evaluation" / "rows" / model.replace("/", "--") / f"{part}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        columns = (outcome.right, outcome.score, gold.nll, gold.tokens, outcome.said)
-        rows = [
-            {"row": i, "id": found.rows[i].sample_id}
-            | dict(zip(("right", "score", "nll", "tokens", "said"), values, strict=True))
-            for i, values in enumerate(zip(*columns, strict=True))
-        ]
-        write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
-        of_set = {"model": model, "set": part, "metric": metric, "rows": len(rows), "left_out": found.left_out}
-        value = sum(outcome.score) / len(rows)
-        lines.append(of_set | {"value": value, "error_ratio": gold.error_ratio} | more)
-
-    def gold(adjusted: Any = None, copilot: Any = None) -> GoldMeasures:
-        pieces = gold_tokens(found.pilot, found.rows, batch_size=GOLD_BATCH, copilot=copilot)
-        return gold_measures(pieces, len(found.rows), adjusted)
-
-    if not (config.run.path / "copilot" / "final").is_dir():
-        line(name, found.metric.outcome(found.pilot, found.rows, None), gold())
-    else:
-        copilot = _copilot(config)
-        fused = FusedModel.join(found.pilot, copilot, feedback=config.fusion.feedback).to(found.pilot.device)
-        report = evaluate(fused, kept, config.fusion, test=found.rows, validation=found.validation, data=part)
-        chosen = gold(fused_by(report.space, report.lam), copilot)
-        line(name, kept.of(found.rows, report.lam, report.space), chosen, lam=report.lam, space=report.space)
-        line(f"{name}/pilot", kept.of(found.rows, 0.0, report.space), gold())
-    written = io.StringIO()
-    table = csv.DictWriter(written, _COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(lines)
-    write_file(config.run.path / "evaluation" / "report.csv", written.getvalue())
-
-
-def _copilot(config: RunConfig) -> Copilot:
+        return replace(model, correction=0.0)
+    found = held(config, part)
     copilot: Copilot = Copilot.from_pretrained(config.run.path / "copilot" / "final", dtype=DTYPES[config.pilot.dtype])
-    return copilot.to("cuda" if config.resources.gpus else "cpu").eval()
+    copilot = copilot.to(_device(config)).eval()
+    texts = [Text(row.input_ids, row.target_start) for row in found.rows.rows]
+    sums = gold_sums(
+        gold_tokens(found.pilot, texts, copilot=copilot), len(texts), fused_by(model.space or "", model.lam)
+    )
+    tokens = sum(len(text.ids) - text.start for text in texts)
+    return replace(model, correction=float(sums[:, MOVED].sum() / tokens) if tokens else None)
 
 
-def fused_by(space: str, lam: float) -> Callable[[GoldTokens], torch.Tensor]:
-    """Log-probabilities of the fused model, for `gold_measures`."""
+def fused_by(space: str, lam: float) -> Any:
+    """Log-probabilities of the fused model, for `gold_sums`."""
 
-    def adjusted(piece: GoldTokens) -> torch.Tensor:
-        assert piece.f is not None
+    def adjusted(piece: Any) -> torch.Tensor:
         weights = torch.full((len(piece.f),), lam, device=piece.f.device)
         return fuse(piece.log_probs, piece.f, weights, space).log_softmax(-1)
 
     return adjusted
 
 
-class _Kept:
-    """A metric that keeps what it found."""
-
-    def __init__(self, metric: Metric) -> None:
-        self._metric = metric
-        self.right_name, self.score_name, self.measures = metric.right_name, metric.score_name, metric.measures
-        self._found: dict[tuple[int, float | None, str | None], Outcome] = {}
-
-    def outcome(self, model: Any, examples: Sequence[HeldOut], lam: float | None) -> Outcome:
-        self._found[id(examples), lam, model.space if lam else None] = found = self._metric.outcome(
-            model, examples, lam
-        )
-        return found
-
-    def of(self, examples: Sequence[HeldOut], lam: float, space: str) -> Outcome:
-        """The outcome of these rows."""
-        return self._found[id(examples), lam, space if lam else None]
+def _device(config: RunConfig) -> str:
+    return "cuda" if config.resources.gpus else "cpu"

@@ -1,28 +1,62 @@
 """Controls made of trained Pilots, without a training of their own: the mean of two Pilots, and a temperature.
 
 Invariant: the mean is that of probabilities, at each token on the same prefix, when tokens are generated and when they are given.
-Called by `work`.
+Answers are scored by the evaluation's own metrics. Called by `work`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from tc_ray.evaluation.decode import HeldOut
-from tc_ray.study.gold import GoldMeasures, GoldTokens, gold_measures, gold_tokens
+from tc_ray.config.fusion import FusionSection
+from tc_ray.data.encode.tokenize import completion_ids
+from tc_ray.evaluation.decode import rankings
+from tc_ray.evaluation.item_trie import ItemTrie
+from tc_ray.evaluation.rows import RowResult, RowSet
+from tc_ray.evaluation.scores import result
+from tc_ray.evaluation.teacher_forced import NLL_FLOOR, TINY, Text
+from tc_ray.study.gold import MOVED, GoldTokens, gold_sums, gold_tokens
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
+Sums = Callable[[Sequence[Text], float], NDArray[np.float64]]
+"""Texts and the floor of a probability to sums, as `gold_sums` gives them."""
+
+
+def results_by(rows: RowSet, tokenizer: Any, sums_of: Sums, said: Sequence[Any] | None) -> list[RowResult]:
+    """Results of a model that is known by its sums over texts. said: what it decoded; None where nothing is decoded."""
+    forced: list[Any]
+    if rows.metric == "choice":
+        asked = [(row.prompt_ids, completion_ids(option, tokenizer)) for row in rows.rows for option in row.options]
+        texts = [Text(prompt + option, len(prompt)) for prompt, option in asked]
+        found = iter(_forced(texts, sums_of(texts, TINY)))
+        forced = [[next(found) for _ in row.options] for row in rows.rows]
+    else:
+        texts = [Text(row.input_ids, row.target_start) for row in rows.rows]
+        forced = _forced(texts, sums_of(texts, NLL_FLOOR))
+    return [
+        result(number, rows, forced[number], 0, None if said is None else said[number])
+        for number in range(len(rows.rows))
+    ]
+
+
+def _forced(texts: Sequence[Text], sums: NDArray[np.float64]) -> list[Any]:
+    own = sums[:, :MOVED].tolist()  # the columns that the evaluation has
+    return [[len(text.ids) - text.start, [of_text]] for text, of_text in zip(texts, own, strict=True)]
 
 
 class AveragedPilots:
-    """Two Pilots with one vocabulary as one model, as far as the metrics use a model."""
+    """Two Pilots with one vocabulary as one model."""
 
     def __init__(self, first: Any, second: Any) -> None:
         self.first, self.second = first, second
@@ -34,21 +68,50 @@ class AveragedPilots:
         processors = LogitsProcessorList([own, *options.pop("logits_processor", [])])
         return self.first.generate(ids, attention_mask=attention_mask, logits_processor=processors, **options)
 
-    def gold(self, examples: Sequence[HeldOut], *, batch_size: int) -> GoldMeasures:
-        """Of the mean; the correction is counted from the first Pilot."""
-        pairs = zip(
-            gold_tokens(self.first, examples, batch_size=batch_size),
-            gold_tokens(self.second, examples, batch_size=batch_size),
-            strict=True,
-        )
+    def sums(self, texts: Sequence[Text], floor: float) -> NDArray[np.float64]:
+        """Of the mean; what is moved is counted from the first Pilot."""
+        pairs = zip(gold_tokens(self.first, texts), gold_tokens(self.second, texts), strict=True)
         # the second one's probabilities in the place of f
         joined = (replace(first, f=second.log_probs) for first, second in pairs)
-        return gold_measures(joined, len(examples), lambda piece: mean_log_probs(piece.log_probs, _other(piece)))
+        return gold_sums(joined, len(texts), _mean, floor=floor)
+
+    def said(self, rows: RowSet, tokenizer: Any, fusion: FusionSection, labels: Sequence[str]) -> list[Any] | None:
+        """What the rows' metric decodes: completions, or the place of the answer among the labels; None: nothing."""
+        found: list[Any] = []
+        for at in range(0, len(rows.rows), fusion.eval_batch_size):
+            part = rows.rows[at : at + fusion.eval_batch_size]
+            if rows.metric == "exact_match":
+                found += self._completions([row.prompt_ids for row in part], tokenizer, fusion)
+            elif rows.metric == "ranking":
+                trie = ItemTrie([completion_ids(label, tokenizer) for label in labels])
+                (ranked,) = rankings(self, tokenizer, part, [("", 0.0)], trie, beams=max(fusion.ranking.cutoffs))
+                for row, items in zip(part, ranked, strict=True):
+                    names = [labels[item] for item in items]
+                    found.append([names.index(row.answer) + 1 if row.answer in names else None, ""])
+        return found or None
+
+    def _completions(self, prompts: Sequence[list[int]], tokenizer: Any, fusion: FusionSection) -> list[str]:
+        left = not self.config.is_encoder_decoder
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        side, given = "left" if left else "right", [torch.tensor(ids) for ids in prompts]
+        ids = pad_sequence(given, batch_first=True, padding_value=pad, padding_side=side).to(self.device)
+        mask = pad_sequence([torch.ones_like(one) for one in given], batch_first=True, padding_side=side)
+        out = self.generate(
+            ids,
+            attention_mask=mask.to(self.device),
+            max_new_tokens=fusion.max_new_tokens,
+            num_beams=fusion.num_beams,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        begin = ids.shape[1] if left else 1
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in out[:, begin:].tolist()]
 
 
-def _other(piece: GoldTokens) -> torch.Tensor:
+def _mean(piece: GoldTokens) -> torch.Tensor:
     assert piece.f is not None
-    return piece.f
+    return mean_log_probs(piece.log_probs, piece.f)
 
 
 def mean_log_probs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -107,10 +170,10 @@ class SecondPilot(LogitsProcessor):
         return logits
 
 
-def best_temperature(pilot: Any, examples: Sequence[HeldOut], *, batch_size: int) -> float:
+def best_temperature(pilot: Any, texts: Sequence[Text]) -> float:
     """The temperature of the lowest NLL over the gold tokens of validation rows; 1 if they have none."""
     totals = dict.fromkeys(TEMPERATURES, 0.0)
-    for piece in gold_tokens(pilot, examples, batch_size=batch_size):
+    for piece in gold_tokens(pilot, texts):
         for temperature in TEMPERATURES:
             totals[temperature] -= float(at_temperature(piece, temperature).gather(1, piece.targets[:, None]).sum())
     return min(TEMPERATURES, key=lambda temperature: (totals[temperature], abs(temperature - 1.0)))
@@ -119,3 +182,14 @@ def best_temperature(pilot: Any, examples: Sequence[HeldOut], *, batch_size: int
 def at_temperature(piece: GoldTokens, temperature: float) -> torch.Tensor:
     """Log-probabilities at a temperature."""
     return (piece.log_probs / temperature).log_softmax(-1)
+
+
+def scaled_sums(pilot: Any, temperature: float) -> Sums:
+    """Of a Pilot at a temperature."""
+
+    def sums(texts: Sequence[Text], floor: float) -> NDArray[np.float64]:
+        return gold_sums(
+            gold_tokens(pilot, texts), len(texts), partial(at_temperature, temperature=temperature), floor=floor
+        )
+
+    return sums

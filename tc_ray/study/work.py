@@ -26,6 +26,7 @@ from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import checkpoint
 from tc_ray.copilot.from_log import train_from_log
+from tc_ray.evaluation.teacher_forced import Text
 from tc_ray.files import is_whole
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.models.identity import tensor_shapes
@@ -33,11 +34,10 @@ from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.run.job import run_job
 from tc_ray.run.plan.model_sizes import find_models, model_sizes
 from tc_ray.study.cells import Cell
-from tc_ray.study.gold import gold_measures, gold_tokens
 from tc_ray.study.latest import write_latest_log
-from tc_ray.study.measure import GOLD_BATCH, held, measure
-from tc_ray.study.pilots import AveragedPilots, at_temperature, best_temperature
-from tc_ray.study.results import Answers, Model, Result, rounded
+from tc_ray.study.measure import answers_of, held, measure, with_correction
+from tc_ray.study.pilots import AveragedPilots, best_temperature, results_by, scaled_sums
+from tc_ray.study.results import Answers, Model, Result
 from tc_ray.tracking.points import METRICS_FILE, read_points
 
 
@@ -128,7 +128,7 @@ def _run(work: Work) -> Made:
     if work.cell.kind in ("longer", "wider"):
         config = raised(work.cell, config, work.host.result)
     run_job(config)
-    return with_room(config, measure, work.cell.rows), _costs_of_run(config)
+    return _measured(work), _costs_of_run(config)
 
 
 def _copilot(work: Work) -> Made:
@@ -152,7 +152,7 @@ def _from_log(work: Work, log: Path, more_seconds: float) -> Made:
     base = work.host.result
     seconds = sum(point["compute_seconds"] for point in points) + more_seconds
     costs = Costs(base.pilot_seconds, seconds, base.rounds, base.pilot_parameters, _trained(target))
-    return with_room(config, measure, work.cell.rows), costs
+    return _measured(work), costs
 
 
 def _train(config: RunConfig, log: Path, target: Path) -> None:
@@ -164,18 +164,26 @@ def _fusion(work: Work) -> Made:
     """The host's models, joined or decoded otherwise."""
     host = work.host
     _link(work, {"data": host.folder, "pilot/final": host.folder, "copilot/final": host.folder})
-    return with_room(work.config, measure, work.cell.rows), _same(host.result)
+    return _measured(work), _same(host.result)
 
 
 def _transfer(work: Work) -> Made:
     pilot, host = work.needs
     _link(work, {"data": pilot.folder, "pilot/final": pilot.folder, "copilot/final": host.folder})
     costs = replace(_same(host.result), pilot_seconds=pilot.result.pilot_seconds, rounds=pilot.result.rounds)
-    return with_room(work.config, measure, work.cell.rows), costs
+    return _measured(work), costs
+
+
+def _measured(work: Work) -> dict[str, Model]:
+    """The models of the cell's run folder."""
+    models = measure(work.config, work.cell.rows)
+    if "fused" in models:
+        models["fused"] = with_room(work.config, with_correction, work.cell.rows, models["fused"])
+    return models
 
 
 def _temperature(work: Work) -> Made:
-    """The Pilot's own answers; only its NLL can change."""
+    """The Pilot's own greedy answers; the NLL can change, and which option is the likeliest."""
     _link(work, {"data": work.host.folder, "pilot/final": work.host.folder})
     answers = work.host.result.models["pilot"].sets[work.cell.rows]
     model = with_room(work.config, _scaled, work.cell.rows, answers)
@@ -184,11 +192,14 @@ def _temperature(work: Work) -> Made:
 
 def _scaled(config: RunConfig, part: str, answers: Answers) -> Model:
     found = held(config, part)
-    temperature = best_temperature(found.pilot, found.validation, batch_size=GOLD_BATCH)
-    pieces = gold_tokens(found.pilot, found.rows, batch_size=GOLD_BATCH)
-    gold = gold_measures(pieces, len(found.rows), lambda piece: at_temperature(piece, temperature))
-    sets = {part: replace(answers, nll=rounded(gold.nll))}
-    return Model(sets, temperature=temperature, error_ratio=gold.error_ratio)
+    texts = [Text(row.input_ids, row.target_start) for row in found.validation.rows]
+    temperature = best_temperature(found.pilot, texts)
+    decoded = found.rows.metric in ("exact_match", "ranking")
+    # what was decoded does not matter here: greedy answers and rankings are those of the Pilot
+    said = [("" if found.rows.metric == "exact_match" else (None, "")) for _ in found.rows.rows] if decoded else None
+    results = results_by(found.rows, found.tokenizer, scaled_sums(found.pilot, temperature), said)
+    made = answers_of(found.rows, results)
+    return Model({part: replace(answers, nll=made.nll) if decoded else made}, temperature=temperature)
 
 
 def _ensemble(work: Work) -> Made:
@@ -205,11 +216,10 @@ def _ensemble(work: Work) -> Made:
 
 def _averaged(config: RunConfig, part: str, second: Path) -> Model:
     found = held(config, part)
-    other = load_pilot(second / "pilot" / "final", dtype=DTYPES[config.pilot.dtype])
+    other = load_pilot(second / "pilot" / "final", dtype=DTYPES[config.pilot.dtype]).eval()
     both = AveragedPilots(found.pilot, other.to(found.pilot.device))
-    gold = both.gold(found.rows, batch_size=GOLD_BATCH)
-    answers = found.answers(config.fusion.metric, found.metric.outcome(both, found.rows, None), gold)
-    return Model({part: answers}, error_ratio=gold.error_ratio)
+    said = both.said(found.rows, found.tokenizer, config.fusion, found.labels)
+    return Model({part: answers_of(found.rows, results_by(found.rows, found.tokenizer, both.sums, said))})
 
 
 def with_room(config: RunConfig, work: Callable[..., _Made], *arguments: Any) -> _Made:

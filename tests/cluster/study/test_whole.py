@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tc_ray.evaluation.decode import read_held_out
-from tc_ray.evaluation.scoring import matches
+from tc_ray.evaluation.answers.scoring import matches
+from tc_ray.evaluation.rows import read_sets
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.study.cells import Cells, Place, cells_of
 from tc_ray.study.file import Study, load_study
@@ -81,7 +81,7 @@ def test_answers_are_those_of_plain_generation(done: tuple[Study, Cells, dict[st
     pilot = AutoModelForCausalLM.from_pretrained(folder / "pilot" / "final", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "pilot" / "final")
     kept = result.models["pilot"].sets["test"]
-    for row, example in enumerate(read_held_out(folder / "data" / "test.parquet", 6)):
+    for row, example in enumerate(read_sets(folder / "data" / "test.parquet", 6)["test"]):
         ids = torch.tensor([example.prompt_ids])
         out = pilot.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

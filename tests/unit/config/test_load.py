@@ -116,6 +116,32 @@ def test_data_path_from_current_folder_then_from_the_recipes(tmp_path: Path, mon
     assert load_config(path).data.train == str(tmp_path / "elsewhere" / "mine.jsonl")
 
 
+def test_held_out_sets_may_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a path, a mapping of names to paths, or to what is particular to a set; from the recipe and the command line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "far").mkdir()
+    for name in ("a.jsonl", "far/b.jsonl"):
+        (tmp_path / name).touch()
+    recipe = tmp_path / "far" / "r.yaml"
+    recipe.write_text("data:\n  test:\n    one: a.jsonl\n    two: {file: b.jsonl, metric: choice, task: piqa}\n")
+    data = load_config(recipe, []).data
+    sets = data.held_out_sets("test")
+    assert {name: (one.file, one.metric, one.task) for name, one in sets.items()} == {
+        "one": (str(tmp_path / "a.jsonl"), None, None),
+        "two": (str(tmp_path / "far" / "b.jsonl"), "choice", "piqa"),
+    }
+    save_config(load_config(recipe, []), tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", []).data == data
+    assert load_config(None, ["data.test={x: a.jsonl}"]).data.held_out_sets("test")["x"].file.endswith("/a.jsonl")
+    one_more = load_config(recipe, ["data.test.three=a.jsonl"]).data.held_out_sets("test")
+    assert list(one_more) == ["one", "two", "three"]
+    assert load_config(None, ["data.test=a.jsonl"]).data.held_out_sets("test")["test"].file.endswith("/a.jsonl")
+    assert load_config(None, []).data.held_out_sets("validation") == {}
+    for override in ("data.test={a/b: a.jsonl}", "data.test={x: {file: a.jsonl, taste: 1}}", "data.test={x: 3}"):
+        with pytest.raises(ConfigError, match=r"data\.test"):
+            load_config(None, [override])
+
+
 def test_a_recipe_of_the_package_is_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config("demo").run.name == "demo"

@@ -1,128 +1,93 @@
-"""What is measured on gold tokens against the slow reference, and a run folder's files as results."""
+"""What a correction moves on gold tokens against the slow reference, and an evaluation's files as results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tc_ray.config.schema import RunConfig
-from tc_ray.data.prepared.folder import SCHEMA
-from tc_ray.evaluation import procedure
-from tc_ray.evaluation.decode import HeldOut, complete
-from tc_ray.evaluation.scoring import matches
+from tc_ray.data.prepared.folder import LeftOut
+from tc_ray.evaluation.rows import HeldOut, RowResult, RowSet, results_file, write_results
+from tc_ray.evaluation.teacher_forced import NLL, Text, text_measures
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import load_pilot
-from tc_ray.study.gold import GoldMeasures, gold_measures, gold_tokens
-from tc_ray.study.measure import fused_by, measure
+from tc_ray.study.gold import FIRST, MOVED, SQUARED_ERROR, gold_sums, gold_tokens
+from tc_ray.study.measure import fused_by, read_models
 from tests.support.reference import copilot_f, dense_record, fused_logits
-from tests.support.study_samples import read_rows
-from tests.support.tiny_model import make_tiny_llama, make_tokenizer
+from tests.support.tiny_model import make_tiny_llama
 
 ROWS = 5
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with models that nobody trained."""
-    run = tmp_path_factory.mktemp("run")
-    make_tiny_llama(run / "pilot" / "final", scale=4.0)
-    pilot = load_pilot(run / "pilot" / "final", dtype=torch.float32)
+def fused(tmp_path_factory: pytest.TempPathFactory) -> FusedModel:
+    folder = make_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama", scale=4.0)
+    pilot = load_pilot(folder, dtype=torch.float32)
     torch.manual_seed(6)
-    copilot = Copilot.from_decoder(run / "pilot" / "final", [0, 1], pilot=pilot)
+    copilot = Copilot.from_decoder(folder, [0, 1], pilot=pilot)
     with torch.no_grad():
         copilot.output.weight.normal_(std=0.4)
-    copilot.save_pretrained(run / "copilot" / "final")
-    (run / "data").mkdir()
-    for part, seed in (("validation", 1), ("test", 2)):
-        rows = [
-            {"sample_id": e.sample_id, "input_ids": e.input_ids, "target_start": e.target_start}
-            | {"prompt": e.prompt, "completion": None, "answer": e.answer}
-            for e in examples(seed)
-        ]
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), run / "data" / f"{part}.parquet")
-    return run
+    return FusedModel.join(pilot, copilot.eval())
 
 
-def examples(seed: int) -> list[HeldOut]:
-    draw = np.random.default_rng(seed)
+def texts() -> list[Text]:
+    draw = np.random.default_rng(2)
     lengths = draw.integers(6, 14, ROWS).tolist()
-    return [
-        HeldOut(i, draw.integers(2, 258, n).tolist(), int(draw.integers(2, n - 1)), str(i), f"prompt {i}")
-        for i, n in enumerate(lengths)
-    ]
+    return [*(Text(draw.integers(2, 258, n).tolist(), int(draw.integers(2, n - 1))) for n in lengths), Text([5, 6], 2)]
 
 
-def config(folder: Path, **fusion: object) -> RunConfig:
-    sections = {"run": {"name": "cell", "folder": folder}, "pilot": {"dtype": "fp32"}, "copilot": {"dtype": "fp32"}}
-    return RunConfig.model_validate(sections | {"fusion": {"max_new_tokens": 3, "eval_batch_size": 2, **fusion}})
-
-
-def slow(fused: FusedModel, rows: list[HeldOut], space: str, lam: float) -> GoldMeasures:
+@torch.no_grad()
+def slow_moved(fused: FusedModel, text: Text, space: str, lam: float) -> float:
     """Token by token, over the whole vocabulary."""
-    nll, tokens, moved = [], [], []
-    error = base = 0.0
-    for e in rows:
-        dense = dense_record(fused.pilot, e.input_ids, e.target_start)
-        last = len(e.input_ids) - 1
-        states = dense.states[:last].bfloat16().float()
-        with torch.no_grad():
-            places = (list(range(last)), list(range(e.target_start - 1, last)))
-            f = copilot_f(fused.copilot, e.input_ids[: e.target_start], states, *places, dense.errors)
-        row = []
-        for i, token in enumerate(e.input_ids[e.target_start :]):
-            p, q = dense.logits[i].softmax(-1), fused_logits(dense.logits[i], f[i], lam, space).softmax(-1)
-            truth = torch.nn.functional.one_hot(torch.tensor(token), len(p))
-            row.append(-float(q[token].clamp_min(1e-8).log()))
-            moved.append(float((q - p).abs().sum() / 2))
-            base, error = base + float(((truth - p) ** 2).sum()), error + float(((truth - q) ** 2).sum())
-        nll.append(sum(row) / len(row))
-        tokens.append(len(row))
-    return GoldMeasures(nll, tokens, error / base, sum(moved) / len(moved))
+    dense = dense_record(fused.pilot, text.ids, text.start)
+    last = len(text.ids) - 1
+    states = dense.states[:last].bfloat16().float()
+    places = (list(range(last)), list(range(text.start - 1, last)))
+    f = copilot_f(fused.copilot, text.ids[: text.start], states, *places, dense.errors)
+    found = 0.0
+    for i in range(len(text.ids) - text.start):
+        p, q = dense.logits[i].softmax(-1), fused_logits(dense.logits[i], f[i], lam, space).softmax(-1)
+        found += float((q - p).abs().sum() / 2)
+    return found
 
 
 @pytest.mark.parametrize(("space", "lam"), [("probability", 0.6), ("logits", 1.5)])
-def test_gold_measures_are_the_references(folder: Path, space: str, lam: float) -> None:
-    pilot = load_pilot(folder / "pilot" / "final", dtype=torch.float32)
-    copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=torch.float32).eval()
-    rows = examples(2)
-    found = gold_measures(gold_tokens(pilot, rows, batch_size=2, copilot=copilot), ROWS, fused_by(space, lam))
-    wanted = slow(FusedModel.join(pilot, copilot), rows, space, lam)
-    assert found.tokens == wanted.tokens
+def test_sums_over_gold_tokens(fused: FusedModel, space: str, lam: float) -> None:
+    pieces = gold_tokens(fused.pilot, texts(), copilot=fused.copilot)
+    found = gold_sums(pieces, len(texts()), fused_by(space, lam))
     # 1e-3: a state on the middle between two bfloat16 numbers may be rounded either way
-    assert found.nll == pytest.approx(wanted.nll, rel=1e-3)
-    assert (found.error_ratio, found.correction) == pytest.approx((wanted.error_ratio, wanted.correction), rel=1e-3)
-    assert wanted.correction is not None and wanted.correction > 0.05, "the Copilot changed nothing"
+    wanted = [slow_moved(fused, text, space, lam) for text in texts()[:-1]] + [0.0]
+    assert found[:, MOVED].tolist() == pytest.approx(wanted, rel=1e-3)
+    assert min(wanted[:-1]) > 0.05, "the Copilot changed nothing"
+    # the other columns are those of the evaluation, which has a reference of its own
+    same = text_measures(fused, texts(), [(space, lam)], batch_size=2)[:, 0]
+    for column in (SQUARED_ERROR, NLL, FIRST):
+        assert found[:, column].tolist() == pytest.approx(same[:, column].tolist(), rel=1e-3)
 
 
-def test_a_run_folder_becomes_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(procedure, "choose", lambda scores, nll: ("logits", 0.5))
-    models = measure(config(folder, space="choose", lam_grid=[0.0, 0.5]), "test")
-    assert models.keys() == {"pilot", "fused"}
-    assert (models["fused"].lam, models["fused"].space) == (0.5, "logits")
-    pilot = load_pilot(folder / "pilot" / "final", dtype=torch.float32)
-    copilot = Copilot.from_pretrained(folder / "copilot" / "final", dtype=torch.float32)
-    fused, tokenizer, rows = FusedModel.join(pilot, copilot, space="logits"), make_tokenizer(), examples(2)
-    texts = complete(fused, tokenizer, rows, max_new_tokens=3, batch_size=1, lam=0.5)
-    kept = read_rows(folder / "evaluation" / "rows" / "cell" / "test.jsonl")
-    assert [row["said"] for row in kept] == texts
-    answers = models["fused"].sets["test"]
-    assert answers.correct == [matches(text, row.answer) for text, row in zip(texts, rows, strict=True)]
-    wanted = slow(fused, rows, "logits", 0.5)
-    assert answers.nll == pytest.approx(wanted.nll, rel=1e-3)
-    assert models["fused"].correction == pytest.approx(wanted.correction, rel=1e-3)
-    assert models["fused"].error_ratio == pytest.approx(wanted.error_ratio, rel=1e-3)
-    alone = read_rows(folder / "evaluation" / "rows" / "cell--pilot" / "test.jsonl")
-    assert [row["said"] for row in alone] == complete(pilot, tokenizer, rows, max_new_tokens=3, batch_size=1)
-    assert models["pilot"].sets["test"].nll == pytest.approx(slow(fused, rows, "logits", 0.0).nll, rel=1e-3)
-
-
-def test_other_rows_have_another_identity(folder: Path) -> None:
-    whole = measure(config(folder), "test")["pilot"].sets["test"]
-    less = measure(config(folder, max_test_rows=3), "test")["pilot"].sets["test"]
-    assert less.rows_id != whole.rows_id and less.rows == 3 and less.left_out == 2
+def test_an_evaluation_becomes_models(tmp_path: Path) -> None:
+    held = [HeldOut(i, [1, 2, 3], 2, str(i), f"prompt {i}") for i in range(3)]
+    rows = RowSet("test", "exact_match", held, "here", LeftOut(prompt_too_long=2))
+    for model, right in (("cell", [True, False, True]), ("cell/pilot", [False, False, True])):
+        results = [RowResult(i, i, r, float(r), 0.25 * (i + 1), 1, "x") for i, r in enumerate(right)]
+        write_results(results_file(tmp_path, model, "test"), results)
+    head = "model,set,metric,rows,left_out,value,low,high,nll,error_ratio,token_accuracy,lam,space"
+    lines = [
+        head,
+        "cell/pilot,test,exact_match,3,2,0,0,1,,1,,0,logits",
+        "cell,test,exact_match,3,2,0,0,1,,0.9,,0.5,logits",
+    ]
+    (tmp_path / "report.csv").write_text("\n".join(lines) + "\n")
+    models = read_models(tmp_path, "test", rows)
+    assert models["fused"].sets["test"].correct == [True, False, True]
+    assert (models["fused"].lam, models["fused"].space, models["fused"].error_ratio) == (0.5, "logits", 0.9)
+    pilot = models["pilot"]
+    assert pilot.lam is None and pilot.sets["test"].correct == [False, False, True]
+    assert pilot.sets["test"].nll == [0.25, 0.5, 0.75] and pilot.sets["test"].left_out == 2
+    assert pilot.sets["test"].rows_id == models["fused"].sets["test"].rows_id
+    # a Pilot that has no Copilot is one line under the plain name
+    (tmp_path / "report.csv").write_text("\n".join([head, lines[1].replace("cell/pilot", "cell")]) + "\n")
+    assert read_models(tmp_path, "test", rows).keys() == {"pilot"}

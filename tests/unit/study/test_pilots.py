@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from tc_ray.evaluation.decode import HeldOut
-from tc_ray.study.gold import gold_measures, gold_tokens
-from tc_ray.study.pilots import TEMPERATURES, AveragedPilots, best_temperature
-from tests.support.tiny_model import make_tiny_llama
+from tc_ray.config.fusion import FusionSection
+from tc_ray.data.encode.tokenize import completion_ids
+from tc_ray.evaluation.rows import HeldOut, RowSet
+from tc_ray.evaluation.teacher_forced import NLL, NLL_FLOOR, Text
+from tc_ray.study.pilots import TEMPERATURES, AveragedPilots, best_temperature, results_by, scaled_sums
+from tests.support.tiny_model import make_tiny_llama, make_tokenizer
 
 PROMPTS = [[5, 9, 30], [7, 8, 60, 61, 62], [40, 41]]
 NEW = 6
@@ -84,7 +86,6 @@ def test_an_encoder_decoder_is_averaged_too() -> None:
             vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
         )
         models.append(T5ForConditionalGeneration(config).eval())
-    assert isinstance(models[0], T5ForConditionalGeneration) and AutoModelForSeq2SeqLM
     ids, mask = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     made = AveragedPilots(*models).generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     for row in range(2):
@@ -101,39 +102,74 @@ def test_an_encoder_decoder_is_averaged_too() -> None:
         assert made[row].tolist()[: len(decoded)] == decoded
 
 
-def rows() -> list[HeldOut]:
-    return [
-        HeldOut(0, [5, 9, 30, 31, 32, 1], 3, "", ""),
-        HeldOut(1, [7, 8], 2, "", ""),  # no gold token
-        HeldOut(2, [40, 41, 42, 1], 2, "", ""),
-    ]
+def texts() -> list[Text]:
+    return [Text([5, 9, 30, 31, 32, 1], 3), Text([7, 8], 2), Text([40, 41, 42, 1], 2)]  # the second has no gold token
+
+
+def slow_nll(p: Callable[[list[int]], torch.Tensor], text: Text) -> float:
+    return sum(-float(p(text.ids[:at])[text.ids[at]].log()) for at in range(text.start, len(text.ids)))
 
 
 def test_nll_of_the_mean_is_that_of_each_token_alone(pilots: list[AutoModelForCausalLM]) -> None:
-    found = AveragedPilots(*pilots).gold(rows(), batch_size=2)
-    assert found.tokens == [3, 0, 2] and found.nll[1] is None
-    for row, example in enumerate(rows()):
-        ids, start = example.input_ids, example.target_start
-        wanted = [-float(slow_mean(pilots, ids[:at])[ids[at]].log()) for at in range(start, len(ids))]
-        if wanted:
-            assert found.nll[row] == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
+    found = AveragedPilots(*pilots).sums(texts(), NLL_FLOOR)
+    wanted = [slow_nll(lambda ids: slow_mean(pilots, ids), text) for text in texts()]
+    assert found[:, NLL].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+@torch.no_grad()
+def at(pilot: AutoModelForCausalLM, ids: list[int], temperature: float) -> torch.Tensor:
+    return (pilot(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
 
 
 def test_the_temperature_is_the_best_of_the_list(pilots: list[AutoModelForCausalLM]) -> None:
     def nll(temperature: float) -> float:
-        total = 0.0
-        for example in rows():
-            for at in range(example.target_start, len(example.input_ids)):
-                with torch.no_grad():
-                    logits = pilots[0](torch.tensor([example.input_ids[:at]])).logits[0, -1]
-                total -= float((logits / temperature).log_softmax(-1)[example.input_ids[at]])
-        return total
+        return sum(slow_nll(lambda ids: at(pilots[0], ids, temperature), text) for text in texts())
 
-    found = best_temperature(pilots[0], rows(), batch_size=2)
+    found = best_temperature(pilots[0], texts())
     assert found == min(TEMPERATURES, key=nll) != 1.0
-    plain = gold_measures(gold_tokens(pilots[0], rows(), batch_size=3), 3)
-    assert sum(n * t for n, t in zip(plain.nll, plain.tokens, strict=True) if n) == pytest.approx(nll(1.0), abs=1e-4)
+    scaled = scaled_sums(pilots[0], found)(texts(), NLL_FLOOR)
+    assert scaled[:, NLL].sum() == pytest.approx(nll(found), abs=1e-3)
 
 
-def test_without_gold_tokens_the_temperature_is_1(pilots: list[AutoModelForCausalLM], tmp_path: Path) -> None:
-    assert best_temperature(pilots[0], rows()[1:2], batch_size=2) == 1.0
+def test_without_gold_tokens_the_temperature_is_1(pilots: list[AutoModelForCausalLM]) -> None:
+    assert best_temperature(pilots[0], texts()[1:2]) == 1.0
+
+
+def held_out(tokenizer: PreTrainedTokenizerFast, options: tuple[str, ...] = ()) -> list[HeldOut]:
+    made = []
+    for number, (prompt, completion) in enumerate([("1+1=", "2"), ("20+2=", "22"), ("3+1=", "4")]):
+        ids = tokenizer(prompt)["input_ids"]
+        gold = completion_ids(completion, tokenizer)
+        made.append(HeldOut(number, ids + gold, len(ids), completion, prompt, completion, options))
+    return made
+
+
+def test_exact_match_of_the_mean_is_scored_by_the_evaluations_metric(pilots: list[AutoModelForCausalLM]) -> None:
+    tokenizer = make_tokenizer()
+    rows = RowSet("test", "exact_match", held_out(tokenizer), "here")
+    both = AveragedPilots(*pilots)
+    said = both.said(rows, tokenizer, FusionSection(max_new_tokens=NEW, eval_batch_size=2), [])
+    assert said is not None
+    for row, text in zip(rows.rows, said, strict=True):
+        ids = list(row.prompt_ids)
+        while len(ids) < len(row.prompt_ids) + NEW and ids[-1] != 1:
+            ids.append(int(slow_mean(pilots, ids).argmax()))
+        assert text == tokenizer.decode(ids[len(row.prompt_ids) :], skip_special_tokens=True)
+    results = results_by(rows, tokenizer, both.sums, said)
+    assert [one.right for one in results] == [text == row.answer for row, text in zip(rows.rows, said, strict=True)]
+    assert [one.tokens for one in results] == [2, 3, 2]
+
+
+def test_options_are_ranked_by_the_mean(pilots: list[AutoModelForCausalLM]) -> None:
+    tokenizer, options = make_tokenizer(), ("2", "22", "4")
+    rows = RowSet("test", "choice", held_out(tokenizer, options), "here", option_by="token")
+    both = AveragedPilots(*pilots)
+    assert both.said(rows, tokenizer, FusionSection(), []) is None
+    for row, found in zip(rows.rows, results_by(rows, tokenizer, both.sums, None), strict=True):
+        scores = []
+        for option in options:
+            ids = completion_ids(option, tokenizer)
+            text = Text(row.prompt_ids + ids, row.target_start)
+            scores.append(-slow_nll(lambda ids: slow_mean(pilots, ids), text) / len(ids))
+        assert found.said == options[scores.index(max(scores))]
+        assert found.right == (found.said == row.answer)
