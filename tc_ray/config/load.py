@@ -21,6 +21,7 @@ from tc_ray.config.fields import config_fields, names_in, types_at
 from tc_ray.config.redact import STRUCK_OUT, redact_override, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.serving import ServingSection
+from tc_ray.config.training import PAPER_FORM
 from tc_ray.config.yaml_file import ConfigError, ConfigLoader, KeyPath, find_recipe, read_sections, text_of
 from tc_ray.files import write_file
 
@@ -41,6 +42,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     path = None if path is None else find_recipe(Path(path))
     origins: dict[KeyPath, str] = {}
     values = read_sections(path, origins) if path else {}
+    _drop_what_a_preset_sets(overrides, values, origins)
     _apply_all(overrides, values, origins)
     config = _checked(values, origins, path)
     _drop_fallback_for_given_files(config, origins)
@@ -77,6 +79,15 @@ def _apply_all(overrides: Sequence[str], values: dict[str, Any], origins: dict[K
         if any(earlier == name or earlier.startswith(f"{name}.") for earlier in names[:index]):
             raise ConfigError(f"override {name} replaces an earlier one: give each field once")
         _apply(override, values, origins)
+
+
+def _drop_what_a_preset_sets(overrides: Sequence[str], values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+    """Where an override names `copilot.preset`, it replaces what the file has in those fields; a saved config has all of them."""
+    section = values.get("copilot")
+    if isinstance(section, dict) and any(o.partition("=")[0].strip() == "copilot.preset" for o in overrides):
+        for name in PAPER_FORM:
+            section.pop(name, None)
+            origins.pop(("copilot", name), None)
 
 
 def _checked(values: dict[str, Any], origins: dict[KeyPath, str], path: Path | None) -> RunConfig:

@@ -24,7 +24,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import CopilotSection
 from tc_ray.files import publish_folder
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
+from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
 from tc_ray.models.identity import vocabulary_hash
@@ -191,8 +191,7 @@ def make_learner(
         choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
         pilot=pilot,
         output_ids=output_ids,
-        pattern=config.copilot.pattern,
-        producing_state=config.copilot.producing_state,
+        **config.copilot.form(),
         pooling=config.log.pooling,
         tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
         positions=config.log.positions,
@@ -212,8 +211,6 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
 
     family = family_of(copilot.config.decoder_config())
     model = get_peft_model(copilot, lora_config(config.lora, family, len(copilot.layers)))
-    for name in NEW_MODULES:
-        module = getattr(copilot, name)
-        if module is not None:
-            module.requires_grad_(True)
+    for module in copilot.new_modules:
+        module.requires_grad_(True)
     return model

@@ -37,7 +37,9 @@ class CopilotConfig(PreTrainedConfig):
         decoder: `to_dict()` of the decoder family's config, with the Copilot's own number of layers.
         pilot_hidden_size: width d_P of the Pilot's states and embeddings.
         vocab_size: V, width of the Pilot's logits at training; another Pilot's is aligned by token id.
-        pattern: of layers that attend to the Pilot (table 18). producing_state: add the state that produced p^_i to input row i.
+        pattern: of layers that attend to the Pilot (table 18). producing_state: where row i has the state that produced p^_i:
+            `input` row and memory, `memory`, or `unseen`.
+        row_positions, error_input, start_row, memory_norm, scaled_output: as in the `copilot` section of a run's config.
         pooling, tap_layers, positions: of the rationale (table 19, `log`). tap: the same in words.
         output_size: A, tokens that f can be non-zero for; 0 is all of V.
         tokenizer: `vocabulary_hash` of the tokenizer of its token ids; empty: unknown. source: of its first weights.
@@ -49,7 +51,12 @@ class CopilotConfig(PreTrainedConfig):
     pilot_hidden_size: int = 0
     vocab_size: int = 0
     pattern: str = "alternate"
-    producing_state: bool = True
+    producing_state: str = "input"
+    row_positions: bool = True
+    error_input: str = "embedding"
+    start_row: str = "learned"
+    memory_norm: bool = True
+    scaled_output: bool = True
     pooling: str = "mean"
     tap_layers: list[int] | None = None
     tap: str = ""
@@ -93,6 +100,7 @@ class DecoderOnlyStack(nn.Module):
         self.attends_memory = memory_layers(config.pattern, len(self.layers))
         types = getattr(decoder_config, "layer_types", None) or [None] * len(self.layers)
         self._types, self._family = types, family
+        self._numbered, self._normed = config.row_positions, config.memory_norm
         self._windows = [family.window(decoder_config, kind) for kind in types]
         # eager attention (the only one with Gemma 2's softcap) adds its mask, and is causal only by the mask
         self._eager = decoder.config._attn_implementation == "eager"
@@ -125,8 +133,12 @@ class DecoderOnlyStack(nn.Module):
         memory_mask = attention_mask(visible[:, None], rows.dtype, added=self._eager)
         for index, layer in enumerate(self.layers):
             rotation = rotations[self._types[index]]
+            if self.attends_memory[index] or not self._numbered:
+                rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
             if self.attends_memory[index]:
-                rows = _attend_to_memory(layer, rows, memory, memory_mask, rotation, memory_cache)
+                # what the pretrained keys and values were made from
+                source = layer.input_layernorm(memory) if self._normed else memory
+                rows = _attend_to_memory(layer, rows, source, memory_mask, rotation, memory_cache)
             else:
                 mask = self._row_mask(rows, first_row, self._windows[index], seen)
                 rows = layer(rows, attention_mask=mask, position_embeddings=rotation, past_key_values=self_cache)
@@ -171,23 +183,20 @@ class _Given:
 def _attend_to_memory(
     layer: Any,
     rows: torch.Tensor,
-    memory: torch.Tensor,
+    source: torch.Tensor,
     mask: torch.Tensor,
-    rotation: tuple[torch.Tensor, torch.Tensor],
+    unrotated: tuple[torch.Tensor, torch.Tensor],
     cache: DynamicCache | None,
 ) -> torch.Tensor:
-    """The layer with queries from `rows`, keys and values from `memory` (equation 6), without RoPE."""
+    """The layer with queries from `rows`, keys and values from the memory `source` (equation 6), without RoPE."""
     attention = layer.self_attn
-    source = layer.input_layernorm(memory)  # what the pretrained keys and values were made from
-    shape = (*memory.shape[:2], -1, attention.head_dim)
+    shape = (*source.shape[:2], -1, attention.head_dim)
     key = attention.k_proj(source).view(shape).transpose(1, 2)
     if hasattr(attention, "k_norm"):
         key = attention.k_norm(key)
     value = attention.v_proj(source).view(shape).transpose(1, 2)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
-    cos, sin = rotation
-    unrotated = torch.ones_like(cos), torch.zeros_like(sin)
     return layer(rows, attention_mask=mask, position_embeddings=unrotated, past_key_values=_Given(key, value))
 
 
@@ -199,6 +208,11 @@ class EncoderDecoderStack(nn.Module):
         decoder = AutoModel.from_config(config.decoder_config(), dtype=torch.get_default_dtype()).decoder
         self.block, self.final_layer_norm, self.dropout = decoder.block, decoder.final_layer_norm, decoder.dropout
         self._eager = decoder.config._attn_implementation == "eager"
+        self._numbered = config.row_positions
+        if not self._numbered:  # the library then adds zeros
+            first = self.block[0].layer[0].SelfAttention
+            first.has_relative_attention_bias = False
+            del first.relative_attention_bias
 
     def load_layers(self, base: nn.Module, layers: Sequence[int]) -> None:
         """Copy these decoder blocks, the relative position bias (block 0 holds it) and the final norm of a base."""
@@ -207,7 +221,7 @@ class EncoderDecoderStack(nn.Module):
         for number, (own, index) in enumerate(zip(self.block, layers, strict=True)):
             weights = decoder.block[index].state_dict()
             weights.pop(bias, None)
-            if number == 0:
+            if number == 0 and self._numbered:
                 weights[bias] = decoder.block[0].state_dict()[bias]
             own.load_state_dict(weights)
         self.final_layer_norm.load_state_dict(decoder.final_layer_norm.state_dict())

@@ -34,7 +34,8 @@ class OwnFeedback:
         self._matrix = torch.empty(0)
 
     def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        weights = (self._copilot.output.weight, self._copilot.error_projection.weight)
+        copilot = self._copilot
+        weights = (copilot.output.weight, copilot.error_table, *copilot.error_projection.parameters())
         # made again when weights were changed, swapped or moved; writes through `.data` are not noticed
         now = (*((weight._version, weight.data_ptr()) for weight in weights), state.device, state.dtype)
         if now != self._made_of:
@@ -172,7 +173,7 @@ class FusedCore(PreTrainedModel):
         for number in range(count):
             at = shift + number
             if cache.rows == 0:
-                row = copilot.start.weight.expand(len(tokens), -1)[:, None]
+                row = copilot.first_rows(len(tokens))
             else:
                 assert cache.feedback is not None
                 row = strategy.row(cache.feedback[:, -1:], tokens[:, at])
@@ -180,7 +181,7 @@ class FusedCore(PreTrainedModel):
             state = copilot.decode(
                 copilot.with_producing_state(row, rationale[:, at : at + 1]),
                 cache.with_question(memory[:, taken : at + 1]),
-                visible[:, None],
+                copilot.seen_by_row(visible)[:, None],
                 first_row=cache.rows,
                 self_cache=cache.self_attention,
                 memory_cache=cache.memory,
