@@ -17,7 +17,17 @@ from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.pilot.step import PilotStep
 from tests.support import family_reference
 from tests.support.family_reference import Made, copilot_f, embedding_table, pilot_pass
-from tests.support.family_samples import LAYERS, folder_of, make_copilot, new_pilot, output_ids, quiet, reference_model
+from tests.support.family_samples import (
+    FORMS,
+    LAYERS,
+    PAPER,
+    folder_of,
+    make_copilot,
+    new_pilot,
+    output_ids,
+    quiet,
+    reference_model,
+)
 from tests.support.reference_samples import close, dense_errors
 from tests.support.tiny_families import DECODER_ONLY, ENCODER_DECODER, FAMILIES, VOCAB
 
@@ -162,8 +172,15 @@ def test_copilot_of_another_size(family: str, pilot: str, base: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
 @pytest.mark.parametrize(
     "given",
-    [{"producing_state": False}, {"positions": "target"}, {"pooling": "max"}, {"output_ids": output_ids()}],
-    ids=lambda given: next(iter(given)),
+    [
+        {"producing_state": "memory"},
+        {"positions": "target"},
+        {"pooling": "max"},
+        {"output_ids": output_ids()},
+        *FORMS,
+        PAPER,
+    ],
+    ids=lambda given: "paper" if given is PAPER else "-".join(map(str, [*given, *given.values()][:2])),
 )
 def test_variants(family: str, given: dict[str, Any]) -> None:
     copilot, made = make_copilot(family, **given)

@@ -17,6 +17,7 @@ import torch
 from tc_ray.models.fusion import FusedModel
 from tests.support.family_reference import Fusion, greedy
 from tests.support.family_samples import (
+    PAPER,
     left_padded,
     make_copilot,
     new_pilot,
@@ -111,7 +112,9 @@ ANY = [
     {"base": "narrow"},
     {"base": "narrow", "pilot": "pilot-padded", "output_ids": output_ids()},
     {"base": "narrow-padded"},
-    {"producing_state": False},
+    {"producing_state": "memory"},
+    PAPER,
+    {"base": "narrow", "output_ids": output_ids(), **PAPER},
     {"pooling": "max"},
     {"tap_layers": [0, 2]},
 ]
