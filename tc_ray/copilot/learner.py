@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
 from tc_ray.models.identity import vocabulary_hash
-from tc_ray.models.losses import LOSSES, TokenLoss
+from tc_ray.models.losses import LOSSES, TokenLoss, inner_products
 from tc_ray.models.pilot.load import load_pilot, lora_config
 from tc_ray.models.pilot.taps import tapped_layers
 from tc_ray.models.weights import LeftOut, check_finite
@@ -111,6 +112,19 @@ class Learner:
         self.step_count += 1
         return StepResult(loss, math.sqrt(size / tokens), int(tokens), rate, taken)
 
+    def inner_products(self, batches: Sequence[CopilotBatch | None]) -> list[list[float]]:
+        """l.l, l.f and f.f of each batch, summed over ranks; None: no records for this rank (collective). Leaves training as it is."""
+        self.model.eval()
+        with torch.no_grad():
+            nothing = torch.zeros(3, dtype=torch.float64, device=self.device)
+            found = [nothing if batch is None else self.batch_sums.products(batch.to(self.device)) for batch in batches]
+        self.model.train()
+        sums = torch.stack(found)
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        products: list[list[float]] = sums.tolist()
+        return products
+
     def save(self, folder: Path) -> None:
         """Write trainable weights, optimizer and schedule. Raises NotFiniteError before anything is written."""
         check_finite(self.parameters.items(), f"the Copilot after step {self.step_count}")
@@ -162,13 +176,21 @@ class BatchSums(nn.Module):
 
     def forward(self, batch: CopilotBatch) -> torch.Tensor:
         """float64 [3]: loss summed over target tokens (with gradient), sum of squared logged errors, target tokens."""
+        total, values = self._of(batch, self.loss.total)
+        size = values.double().square().sum()
+        return torch.stack([total, size, size.new_tensor(len(values))])
+
+    def products(self, batch: CopilotBatch) -> torch.Tensor:
+        """float64 [3]: `losses.inner_products` of the batch."""
+        return self._of(batch, inner_products)[0]
+
+    def _of(self, batch: CopilotBatch, measure: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `measure` finds between f and l of the real rows, and the listed values of l."""
         rows = batch.row_mask
         ids, values = batch.error_ids[rows], batch.error_values[rows]
         with torch.autocast(ids.device.type, torch.bfloat16) if self._bf16 else nullcontext():
             states, places = self.copilot.states(batch), self.copilot.output_places(ids)
-            total = self.loss.total(states, self.copilot.output.weight, places, values)
-        size = values.double().square().sum()
-        return torch.stack([total, size, size.new_tensor(len(ids))])
+            return measure(states, self.copilot.output.weight, places, values), values
 
 
 def make_learner(
