@@ -1,12 +1,13 @@
 """What training the Copilot costs in time and memory against the Pilot's step, by form of the loss, in one process.
 
-python jobs/benchmarks/copilot_training.py [--rounds 8] [--batch-size 16] [--tokens 80] [--targets 12] [--device cuda]
+python jobs/benchmarks/copilot_training.py [--shapes demo] [--rounds 8] [--batch-size 16] [--tokens 80] [--device cuda]
 python jobs/benchmarks/copilot_training.py --hidden 256 --layers 6 --vocab 32000      (random weights, no download)
 
 Steps: in each round the Pilot takes one step that leaves a record, and on that record Copilots take theirs: output on the
 first `--target-ids` tokens or on the whole vocabulary, the loss by autograd over a dense [N, A] (what torch users would
 write) and in blocks of columns (what the Copilot uses). Which comes first goes round; ratios are medians over the rounds of
-(this / Pilot) within a round.
+(this / Pilot) within a round. `--shapes` takes sequences and steps per round of a recipe.
+Parts of a step: forward, backward, optimizer, and the rest (clipping, sums) of the Copilot's own form.
 Loss alone: both over a range of token counts N, whole vocabulary.
 
 Peak memory is what the allocator held at most during one more step beyond what it held before it (weights, optimizer), the
@@ -42,6 +43,7 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 from fused_models import device_line, synchronise, write_llama
 from workload import BUILTIN, TOP_K, Batch, make_batch, model_folder, print_table, recipe_config, spread, write_json
 
+from tc_ray.config.training import fast_dtype
 from tc_ray.copilot.learner import Learner
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
@@ -50,6 +52,13 @@ from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 
 FORMS = ("autograd", "blocks")
+OWN = "targets blocks"
+"""The step that a run takes, whose parts are measured."""
+SHAPES = {
+    "svamp": {"tokens": 80, "targets": 12, "target_ids": 200, "steps_per_round": 6},
+    "demo": {"tokens": 97, "targets": 5, "target_ids": 40, "steps_per_round": 6},
+}
+"""Mean tokens and completion tokens a sequence, different tokens in completions, Copilot steps per round, of two recipes."""
 WARM_UP_ROUNDS = 1
 SWEEP_ROUNDS = 3
 SWEEP_WIDTHS = (0.25, 0.5, 1.0, 2.0)
@@ -116,6 +125,32 @@ class Steps:
         learner.loss = learner.batch_sums.loss = make_loss(form)
         learner.step(batch)
 
+    def parts(self, batch: CopilotBatch) -> dict[str, float]:
+        """Seconds of the parts of a step in a run's own form; the rest is clipping and sums."""
+        learner, seconds = self.learners[OWN.split()[0]], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+
+        def clocked(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*given: Any, **named: Any) -> Any:
+                seconds[part], result = timed(partial(call, *given, **named), self.device)
+                return result
+
+            return run
+
+        places: list[tuple[str, Any, str]] = [
+            ("forward", learner, "forward"),
+            ("backward", torch.Tensor, "backward"),
+            ("optimizer", learner.optimizer, "step"),
+        ]
+        kept = [getattr(owner, name) for _, owner, name in places]
+        for (part, owner, name), call in zip(places, kept, strict=True):
+            setattr(owner, name, clocked(part, call))
+        try:
+            whole, _ = timed(partial(self.copilot_step, *OWN.split(), batch), self.device)
+        finally:
+            for (_, owner, name), call in zip(places, kept, strict=True):
+                setattr(owner, name, call)
+        return {**seconds, "rest": whole - sum(seconds.values())}
+
     def clear(self) -> None:
         """Drop all gradients: each measured step makes its own."""
         self.optimizer.zero_grad()
@@ -160,6 +195,7 @@ def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     made = Steps(arguments, path)
     variants = [(output, form) for output in made.learners for form in FORMS]
     seconds: dict[str, list[float]] = {"Pilot": [], **{f"{o} {f}": [] for o, f in variants}}
+    parts: dict[str, list[float]] = {}
     targets = 0
     for number in range(WARM_UP_ROUNDS + arguments.rounds):
         batch = make_batch(
@@ -175,10 +211,13 @@ def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         turn = number % len(variants)
         for output, form in variants[turn:] + variants[:turn]:
             found[f"{output} {form}"], _ = timed(partial(made.copilot_step, output, form, errors), arguments.device)
+        own_parts = made.parts(errors)
         if number >= WARM_UP_ROUNDS:
             targets += batch.target_tokens
             for name, took in found.items():
                 seconds[name].append(took)
+            for name, took in own_parts.items():
+                parts.setdefault(name, []).append(took / pilot_seconds)
     made.clear()
     memory = {"Pilot": peak_bytes(partial(made.pilot_step, batch), arguments.device)}
     for output, form in variants:
@@ -199,6 +238,8 @@ def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     width = made.learners["V"].copilot.output.in_features
     return {
         "rows": rows,
+        "parts": {name: spread(shares) for name, shares in parts.items()},
+        "steps_per_round": arguments.steps_per_round,
         "target_tokens_per_step": tokens,
         "pilot": f"{made.shape.num_hidden_layers} layers of {made.shape.hidden_size}, V {made.shape.vocab_size}",
         "copilot_layers": made.copilot_layers,
@@ -287,6 +328,12 @@ def print_steps(result: dict[str, Any], arguments: argparse.Namespace) -> None:
         ["", "ms a step", "ms a target", "/ Pilot", "peak MB", "kB a target", "/ Pilot"],
         rows,
     )
+    count, whole = result["steps_per_round"], result["rows"][OWN]["ratio_to_pilot"]
+    print_table(
+        f"a step of a run's own form, against the Pilot's round: {whole:.3f}, and {count * whole:.3f} for {count} steps per round",
+        [*result["parts"]],
+        [[f"{shares['median']:.4f}" for shares in result["parts"].values()]],
+    )
 
 
 def print_alone(rows: list[dict[str, Any]], width: int, outputs: int, dtype: str) -> None:
@@ -311,9 +358,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, help="rounds measured (default 8)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=80, help="mean tokens a sequence (SVAMP recipe: 80)")
-    parser.add_argument("--targets", type=int, default=12, help="completion tokens a sequence")
-    parser.add_argument("--target-ids", type=int, default=200, help="different tokens in completions")
+    parser.add_argument("--shapes", choices=SHAPES, default="svamp", help="recipe that the next four are taken from")
+    parser.add_argument("--tokens", type=int, help="mean tokens a sequence")
+    parser.add_argument("--targets", type=int, help="completion tokens a sequence")
+    parser.add_argument("--target-ids", type=int, help="different tokens in completions")
+    parser.add_argument("--steps-per-round", type=int, help="Copilot steps for each round of the Pilot")
     parser.add_argument("--model", default=BUILTIN, help="model folder, or the builtin name; with --hidden: not read")
     parser.add_argument("--hidden", type=int, help="width of a Llama with random weights to measure instead")
     parser.add_argument("--layers", type=int, default=6, help="its layers")
@@ -322,11 +371,15 @@ def main() -> None:
         "--every", type=int, help="the Copilot takes every k-th layer (default 5; 2 of a shallow model)"
     )
     parser.add_argument("--method", choices=("lora", "full"), default="lora", help="how the Pilot is trained")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: what this processor computes fast")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
+    for name, value in SHAPES[arguments.shapes].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.dtype = arguments.dtype or ("bf16" if arguments.device == "cuda" else fast_dtype())
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as scratch:
