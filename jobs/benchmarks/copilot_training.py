@@ -127,7 +127,8 @@ class Steps:
 
     def parts(self, batch: CopilotBatch) -> dict[str, float]:
         """Seconds of the parts of a step in a run's own form; the rest is clipping and sums."""
-        learner, seconds = self.learners[OWN.split()[0]], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        output, form = OWN.split()
+        learner, seconds = self.learners[output], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
 
         def clocked(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
             def run(*given: Any, **named: Any) -> Any:
@@ -145,7 +146,7 @@ class Steps:
         for (part, owner, name), call in zip(places, kept, strict=True):
             setattr(owner, name, clocked(part, call))
         try:
-            whole, _ = timed(partial(self.copilot_step, *OWN.split(), batch), self.device)
+            whole, _ = timed(partial(self.copilot_step, output, form, batch), self.device)
         finally:
             for (_, owner, name), call in zip(places, kept, strict=True):
                 setattr(owner, name, call)

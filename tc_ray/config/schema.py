@@ -132,9 +132,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _paper_logs_large_errors(self) -> RunConfig:
-        if self.copilot.preset == "paper" and "top_k" not in self.log.model_fields_set:
+    def _log_of_the_paper(self) -> RunConfig:
+        given = self.log.model_fields_set
+        if self.copilot.preset == "paper" and "top_k" not in given:
             self.log.top_k = PAPER_TOP_K
+        if self.copilot.preset == "paper" and self.pilot.method == "full" and "question" not in given:
+            self.log.question = "states"
         return self
 
     @model_validator(mode="after")

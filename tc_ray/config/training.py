@@ -94,7 +94,7 @@ class CopilotSection(Section):
     preset: Literal["paper"] | None = Field(
         None,
         description="paper: the Copilot's form as the paper has it, in every field that is not set beside it: "
-        f"{', '.join(f'{name} {str(value).lower()}' for name, value in PAPER_FORM.items())}; and log.top_k {PAPER_TOP_K}",
+        f"{', '.join(f'{name} {str(value).lower()}' for name, value in PAPER_FORM.items())}; and log.top_k {PAPER_TOP_K}, log.question states with pilot.method full",
     )
     layers: list[int] | None = Field(None, description="layers of the base model to start from; null: by every")
     every: Positive = Field(1, description="take every k-th layer, counted so that the last layer is among them")

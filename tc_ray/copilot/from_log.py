@@ -188,7 +188,7 @@ def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
             f"{where} is the log of the Pilot {metadata.pilot}, model.pilot is {config.model.pilot}: set model.pilot to the "
             "same model, or to where it is on this machine"
         )
-    config.log.positions = metadata.positions
+    config.log.positions, config.log.question = metadata.positions, metadata.question
     if metadata.layers != "all":
         config.log.rationale = [int(layer) for layer in metadata.layers.split(",")]
     elif metadata.pooling == "none":

@@ -217,6 +217,7 @@ def make_learner(
         pooling=config.log.pooling,
         tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
         positions=config.log.positions,
+        question=config.log.question,
         tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
         random_weights=config.model.random_weights,
     )

@@ -50,7 +50,8 @@ def teacher_forced(
     device = fused.pilot.device
     top_k = fused.vocab_size - 1 if fused.vocab_size < 1024 else 256
     tap = fused.copilot.config
-    step = PilotStep(fused.pilot, top_k=top_k, pooling=tap.pooling, layers=tap.tap_layers).eval()
+    question = tap.question == "states"
+    step = PilotStep(fused.pilot, top_k=top_k, pooling=tap.pooling, layers=tap.tap_layers, question=question).eval()
     sums = {choice: np.zeros(3) for choice in choices}
     base, tokens = 0.0, 0
     for at in range(0, len(examples), batch_size):

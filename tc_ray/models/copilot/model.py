@@ -41,11 +41,11 @@ class Copilot(PreTrainedModel):
         self.stack = (EncoderDecoderStack if self.encoder_decoder else DecoderOnlyStack)(config)
         width, pilot_width = decoder_config.hidden_size, config.pilot_hidden_size
         same = width == pilot_width
-        # E of the Pilot, frozen: makes X~ from the logged ids (decoder-only), and W_in = A E^T when the widths agree
-        self.question_embedding = (
-            None if self.encoder_decoder and not same else nn.Embedding(config.vocab_size, pilot_width)
-        )
         self.free_input = config.error_input == "free"
+        # E of the Pilot, frozen: makes X~ from the logged ids (decoder-only), and W_in = A E^T when the widths agree
+        from_ids = not self.encoder_decoder and config.question == "ids"
+        needed = from_ids or (same and not self.free_input)
+        self.question_embedding = nn.Embedding(config.vocab_size, pilot_width) if needed else None
         self.error_embedding = None if same and not self.free_input else nn.Embedding(config.vocab_size, width)
         self.error_projection = nn.Identity() if self.free_input else nn.Linear(width, width, bias=False)
         # row 0 has no earlier error; zeros give uniform attention
@@ -150,7 +150,7 @@ class Copilot(PreTrainedModel):
         check_base(base, base_config, pilot, layers)
         table = pilot_family.embedding_table(pilot).float()
         if family.encoder_decoder:
-            config["positions"] = "target"
+            config |= {"positions": "target", "question": "states"}
         copilot = cls(
             CopilotConfig(
                 decoder=family.with_layers(base_config, layers),
@@ -193,7 +193,7 @@ class Copilot(PreTrainedModel):
         return self.error_projection(summed)
 
     def embed_question(self, ids: torch.Tensor) -> torch.Tensor:
-        """X~ [B, Q, d_P] of prompt tokens, int64 [B, Q] (decoder-only; an encoder-decoder's X~ is its encoder's output)."""
+        """X~ [B, Q, d_P] of prompt tokens, int64 [B, Q], where it follows from them (`CopilotConfig.question`)."""
         assert self.question_embedding is not None
         return self.question_embedding(ids)
 

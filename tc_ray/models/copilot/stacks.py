@@ -40,7 +40,8 @@ class CopilotConfig(PreTrainedConfig):
         pattern: of layers that attend to the Pilot (table 18). producing_state: where row i has the state that produced p^_i:
             `input` row and memory, `memory`, or `unseen`.
         row_positions, error_input, start_row, memory_norm, scaled_output: as in the `copilot` section of a run's config.
-        pooling, tap_layers, positions: of the rationale (table 19, `log`). tap: the same in words.
+        pooling, tap_layers, positions: of the rationale (table 19, `log`). tap: the same in words. question: of a decoder-only Pilot,
+            `ids`: X~ is made with the embedding kept here; `states`: it is given, in decoding by the Pilot's own embedding.
         output_size: A, tokens that f can be non-zero for; 0 is all of V.
         tokenizer: `vocabulary_hash` of the tokenizer of its token ids; empty: unknown. source: of its first weights.
     """
@@ -61,6 +62,7 @@ class CopilotConfig(PreTrainedConfig):
     tap_layers: list[int] | None = None
     tap: str = ""
     positions: str = "all"
+    question: str = "ids"
     output_size: int = 0
     tokenizer: str = ""
     source: str = ""

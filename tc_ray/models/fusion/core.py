@@ -149,6 +149,12 @@ class FusedCore(PreTrainedModel):
             raise RuntimeError("the Copilot joins at the prompt: lam cannot turn from 0 in mid-sequence")
         return cache, runs
 
+    def question_memory(self, ids: torch.Tensor) -> torch.Tensor:
+        """X~ of prompts, int64 [B, Q], as the Copilot attends to it: [B, Q, d_C] (decoder-only)."""
+        given = self.copilot.config.question == "states"
+        question = self.get_input_embeddings()(ids) if given else self.copilot.embed_question(ids)
+        return self.copilot.question_memory(question)
+
     def corrections(
         self,
         logits: torch.Tensor,

@@ -159,6 +159,7 @@ def _copilot_sizes(config: RunConfig, pilot_config: Any, base_config: Any, data:
             pilot_hidden_size=pilot_config.hidden_size,
             vocab_size=pilot_config.vocab_size,
             **config.copilot.form(),
+            question=config.log.question,
             output_size=0 if config.copilot.output_tokens == "all" or data is None else data.target_ids,
         )
     )

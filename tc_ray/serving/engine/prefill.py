@@ -87,8 +87,7 @@ class Prefill:
         ids = torch.tensor([self.ids], device=logits.device)
         attended = torch.ones_like(ids, dtype=torch.bool)
         states = torch.cat(self._states, 1)
-        question = model.copilot.embed_question(ids)
-        self.cache.copilot.ask(model.copilot.question_memory(question), attended)
+        self.cache.copilot.ask(model.question_memory(ids), attended)
         f = model.corrections(logits, self.cache.copilot, ids, states, attended)[:, 0]
         weight = torch.full((1,), self.lam, device=logits.device)
         self.fused = fuse(self.pilot, f, weight, model.space)

@@ -46,9 +46,11 @@ def examples() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, torch.tensor([length for length, _ in SHAPES]), torch.tensor([start for _, start in SHAPES])
 
 
-def batch_of(pilot: Any, *, positions: str = "all", top_k: int = 10 * VOCAB, pooling: str = "mean") -> CopilotBatch:
+def batch_of(
+    pilot: Any, *, positions: str = "all", top_k: int = 10 * VOCAB, pooling: str = "mean", question: str = "ids"
+) -> CopilotBatch:
     inputs = examples()
-    record = PilotStep(pilot, top_k=top_k, pooling=pooling).measure(*inputs).record
+    record = PilotStep(pilot, top_k=top_k, pooling=pooling, question=question == "states").measure(*inputs).record
     assert record is not None
     return CopilotBatch.from_step(record, *inputs, positions=positions)
 
@@ -177,16 +179,27 @@ def test_copilot_of_another_size(family: str, pilot: str, base: str) -> None:
         {"positions": "target"},
         {"pooling": "max"},
         {"output_ids": output_ids()},
+        {"question": "states"},
         *FORMS,
         PAPER,
+        {**PAPER, "question": "states"},
     ],
-    ids=lambda given: "paper" if given is PAPER else "-".join(map(str, [*given, *given.values()][:2])),
+    ids=lambda given: (
+        f"paper {len(given)}" if PAPER.items() <= given.items() else "-".join(map(str, next(iter(given.items()))))
+    ),
 )
 def test_variants(family: str, given: dict[str, Any]) -> None:
     copilot, made = make_copilot(family, **given)
-    batch = batch_of(
-        new_pilot(family), positions=given.get("positions", "all"), pooling=given.get("pooling", "mean"), top_k=6
-    )
+    of_the_log = {name: given[name] for name in ("positions", "pooling", "question") if name in given}
+    pilot = new_pilot(family)
+    if "question" in given:  # the embedding has moved since the Copilot was made: X~ is that of the round
+        with torch.no_grad():
+            pilot.get_input_embeddings().weight.mul_(1.5)
+    batch = batch_of(pilot, top_k=6, **of_the_log)
+    if "question" in given and family not in ENCODER_DECODER:
+        assert batch.question is not None
+        expected = embedding_table(pilot)[batch.question_ids].bfloat16()
+        assert torch.equal(batch.question[batch.question_mask], expected[batch.question_mask])
     check(copilot, made, batch)
     if "output_ids" in given:
         absent = torch.ones(VOCAB, dtype=torch.bool)
