@@ -303,7 +303,7 @@ class Copilot(PreTrainedModel):
         question = self.embed_question(batch.question_ids) if batch.question is None else batch.question.float()
         memory = torch.cat([self.question_memory(question), self.rationale_memory(rationale)], 1)
         position = batch.rationale_position[:, None]
-        last = batch.row_position[:, :, None] - (self.config.producing_state == "unseen")
+        last = batch.row_position[:, :, None] - int(self.config.producing_state == "unseen")
         causal = (position <= last) & (position >= 0)
         visible = batch.question_mask[:, None].expand(-1, rows, -1)
         return self.decode(inputs, memory, torch.cat([visible, causal], 2))[batch.row_mask]
