@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tc_ray.models.copilot.batch import CopilotBatch
-from tc_ray.models.copilot.stacks import CopilotConfig, DecoderOnlyStack, EncoderDecoderStack
+from tc_ray.models.copilot.stacks import CopilotConfig, DecoderOnlyStack, EncoderDecoderStack, Places
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.taps import tap_definition
 from tc_ray.models.weights import HEADS, load_whole
@@ -233,6 +233,7 @@ class Copilot(PreTrainedModel):
         first_row: int = 0,
         self_cache: Any = None,
         memory_cache: Any = None,
+        places: Places | None = None,
         **aligned: torch.Tensor | None,
     ) -> torch.Tensor:
         """Final states [B, n, d_C] of input rows; `predict` maps them to f.
@@ -240,11 +241,19 @@ class Copilot(PreTrainedModel):
         rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
         memory: [B, M_new, d_C] memory not yet in the cache. visible: bool [B, n, M], positions (cached and new) a row sees.
         self_cache, memory_cache: keys and values over rows and memory, with transformers' `update`; both grow in place.
+        places: where `memory`, then [R, d_C] without padding, belongs; without caches.
         aligned: for one row each of sequences whose `first_row` cached rows are aligned to the right (decoder-only). positions:
         int64 [B, 1], number of each row. seen: bool [B, first_row + 1], which cached rows, and this one, are real; None: all.
         """
         states: torch.Tensor = self.stack(
-            rows, memory, visible, first_row=first_row, self_cache=self_cache, memory_cache=memory_cache, **aligned
+            rows,
+            memory,
+            visible,
+            first_row=first_row,
+            self_cache=self_cache,
+            memory_cache=memory_cache,
+            places=places,
+            **aligned,
         )
         return states * self.output_scale
 
@@ -300,13 +309,19 @@ class Copilot(PreTrainedModel):
             at = (batch.rationale_position[:, None] == batch.row_position[:, :, None]).to(torch.uint8).argmax(-1)
             producing = rationale.gather(1, at[:, :, None].expand(-1, -1, rationale.shape[2]))
             inputs = self.with_producing_state(inputs, producing)
-        question = self.embed_question(batch.question_ids) if batch.question is None else batch.question.float()
-        memory = torch.cat([self.question_memory(question), self.rationale_memory(rationale)], 1)
+        # what is made of the memory is most of a step: padding takes no part in it
+        asked, shown = batch.question_mask, batch.rationale_position >= 0
+        if batch.question is None:
+            question = self.embed_question(batch.question_ids[asked])
+        else:
+            question = batch.question[asked].float()
+        memory = torch.cat([self.question_memory(question), self.rationale_memory(rationale[shown])])
         position = batch.rationale_position[:, None]
         last = batch.row_position[:, :, None] - int(self.config.producing_state == "unseen")
         causal = (position <= last) & (position >= 0)
         visible = batch.question_mask[:, None].expand(-1, rows, -1)
-        return self.decode(inputs, memory, torch.cat([visible, causal], 2))[batch.row_mask]
+        visible = torch.cat([visible, causal], 2)
+        return self.decode(inputs, memory, visible, places=Places.of(asked, shown))[batch.row_mask]
 
 
 def check_base(base: Path | str, base_config: Any, pilot: Any, layers: Sequence[int]) -> None:

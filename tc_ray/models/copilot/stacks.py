@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -89,6 +89,27 @@ def memory_layers(pattern: str, count: int) -> list[bool]:
     return chosen
 
 
+class Places(NamedTuple):
+    """Where R real positions stand in the memory of B sequences, M columns each. index: int64 [R], of B x M."""
+
+    index: torch.Tensor
+    sequences: int
+    width: int
+
+    @classmethod
+    def of(cls, *parts: torch.Tensor) -> Places:
+        """Of masks, bool [B, M_i], side by side: the real positions of the first part, of the second, ..."""
+        sequences, width = len(parts[0]), sum(part.shape[1] for part in parts)
+        columns = torch.arange(sequences * width, device=parts[0].device).view(sequences, width)
+        each = columns.split([part.shape[1] for part in parts], 1)
+        return cls(torch.cat([at[part] for at, part in zip(each, parts, strict=True)]), sequences, width)
+
+    def spread(self, states: torch.Tensor) -> torch.Tensor:
+        """[R, w] -> [B, M, w], zero in padding."""
+        padded = states.new_zeros(self.sequences * self.width, states.shape[1]).index_copy(0, self.index, states)
+        return padded.view(self.sequences, self.width, -1)
+
+
 class DecoderOnlyStack(nn.Module):
     """Decoder layers and final norm; `attends_memory[j]` says what layer j attends to."""
 
@@ -123,6 +144,7 @@ class DecoderOnlyStack(nn.Module):
         first_row: int,
         self_cache: DynamicCache | None,
         memory_cache: DynamicCache | None,
+        places: Places | None = None,
         positions: torch.Tensor | None = None,
         seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -140,7 +162,7 @@ class DecoderOnlyStack(nn.Module):
             if self.attends_memory[index]:
                 # what the pretrained keys and values were made from
                 source = layer.input_layernorm(memory) if self._normed else memory
-                rows = _attend_to_memory(layer, rows, source, memory_mask, rotation, memory_cache)
+                rows = _attend_to_memory(layer, rows, source, places, memory_mask, rotation, memory_cache)
             else:
                 mask = self._row_mask(rows, first_row, self._windows[index], seen)
                 rows = layer(rows, attention_mask=mask, position_embeddings=rotation, past_key_values=self_cache)
@@ -186,17 +208,20 @@ def _attend_to_memory(
     layer: Any,
     rows: torch.Tensor,
     source: torch.Tensor,
+    places: Places | None,
     mask: torch.Tensor,
     unrotated: tuple[torch.Tensor, torch.Tensor],
     cache: DynamicCache | None,
 ) -> torch.Tensor:
     """The layer with queries from `rows`, keys and values from the memory `source` (equation 6), without RoPE."""
     attention = layer.self_attn
-    shape = (*source.shape[:2], -1, attention.head_dim)
-    key = attention.k_proj(source).view(shape).transpose(1, 2)
+    key, value = attention.k_proj(source), attention.v_proj(source)
+    if places is not None:
+        key, value = places.spread(key), places.spread(value)
+    shape = (*key.shape[:2], -1, attention.head_dim)
+    key, value = key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
     if hasattr(attention, "k_norm"):
         key = attention.k_norm(key)
-    value = attention.v_proj(source).view(shape).transpose(1, 2)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
     return layer(rows, attention_mask=mask, position_embeddings=unrotated, past_key_values=_Given(key, value))
@@ -237,8 +262,10 @@ class EncoderDecoderStack(nn.Module):
         first_row: int,
         self_cache: DynamicCache | None,
         memory_cache: DynamicCache | None,
+        places: Places | None = None,
     ) -> torch.Tensor:
         """Final states; see `Copilot.decode`."""
+        memory = memory if places is None else places.spread(memory)
         count = rows.shape[1]
         row_mask = None
         if count > 1:
