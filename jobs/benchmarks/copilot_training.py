@@ -34,6 +34,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop
 
 import torch
 import torch.nn.functional as F
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT, Path(__file__).resolve().parent):
@@ -56,7 +57,7 @@ OWN = "targets blocks"
 """The step that a run takes, whose parts are measured."""
 SHAPES = {
     "svamp": {"tokens": 80, "targets": 12, "target_ids": 200, "steps_per_round": 6},
-    "demo": {"tokens": 97, "targets": 5, "target_ids": 40, "steps_per_round": 6},
+    "demo": {"tokens": 55, "targets": 6, "target_ids": 16, "steps_per_round": 6},
 }
 """Mean tokens and completion tokens a sequence, different tokens in completions, Copilot steps per round, of two recipes."""
 WARM_UP_ROUNDS = 1
@@ -90,17 +91,23 @@ class Steps:
         pilot = load_pilot(path, dtype=DTYPES[arguments.dtype], random_weights=bool(arguments.hidden))
         pilot.config.use_cache = False
         self.shape = pilot.config
+        fields = {name: yaml.safe_load(value) for name, _, value in (f.partition("=") for f in arguments.copilot)}
         self.config = recipe_config(
             self.shape.num_hidden_layers,
             pilot={"dtype": arguments.dtype, "method": arguments.method},
-            copilot={"dtype": arguments.dtype, **({"every": arguments.every} if arguments.every else {})},
+            copilot={"dtype": arguments.dtype, **fields},
         )
         layers = choose_layers(None, self.config.copilot.every, self.shape.num_hidden_layers)
         self.learners: dict[str, Learner] = {}
         self.target_ids = min(arguments.target_ids, self.shape.vocab_size)
         for output, ids in (("targets", torch.arange(self.target_ids)), ("V", None)):
             copilot = Copilot.from_decoder(
-                path, layers, pilot=pilot, output_ids=ids, random_weights=bool(arguments.hidden)
+                path,
+                layers,
+                pilot=pilot,
+                output_ids=ids,
+                random_weights=bool(arguments.hidden),
+                **self.config.copilot.form(),
             )
             self.learners[output] = Learner(copilot, self.config.copilot, total_steps=1000, device=self.device)
         self.copilot_layers = len(layers)
@@ -369,7 +376,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="its layers")
     parser.add_argument("--vocab", type=int, default=32000, help="its vocabulary")
     parser.add_argument(
-        "--every", type=int, help="the Copilot takes every k-th layer (default 5; 2 of a shallow model)"
+        "--copilot",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of the section copilot, e.g. every=10 method=lora",
     )
     parser.add_argument("--method", choices=("lora", "full"), default="lora", help="how the Pilot is trained")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: what this processor computes fast")
