@@ -251,6 +251,7 @@ def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         "target_tokens_per_step": tokens,
         "pilot": f"{made.shape.num_hidden_layers} layers of {made.shape.hidden_size}, V {made.shape.vocab_size}",
         "copilot_layers": made.copilot_layers,
+        "copilot_method": made.config.copilot.method,
         "width": width,
         "vocab_size": made.shape.vocab_size,
         "outputs": {name: learner.copilot.output.out_features for name, learner in made.learners.items()},
@@ -332,7 +333,7 @@ def print_steps(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     print_table(
         f"training steps in {arguments.dtype}, {arguments.batch_size} x {arguments.tokens} tokens of which "
         f"{arguments.targets} are targets; Pilot of {result['pilot']}, {arguments.method}; "
-        f"Copilot of {result['copilot_layers']} layers, full",
+        f"Copilot of {result['copilot_layers']} layers, {result['copilot_method']}",
         ["", "ms a step", "ms a target", "/ Pilot", "peak MB", "kB a target", "/ Pilot"],
         rows,
     )
