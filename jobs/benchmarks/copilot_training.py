@@ -18,15 +18,11 @@ memory of the CPU's matrix library is not in it. Needs torch, transformers and, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +37,8 @@ for folder in (ROOT, Path(__file__).resolve().parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from fused_models import device_line, synchronise, write_llama
+from clock import parts_of_step, peak_bytes, timed
+from fused_models import device_line, write_llama
 from workload import BUILTIN, TOP_K, Batch, make_batch, model_folder, print_table, recipe_config, spread, write_json
 
 from tc_ray.config.training import fast_dtype
@@ -53,7 +50,7 @@ from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 
 FORMS = ("autograd", "blocks")
-OWN = "targets blocks"
+OWN = ("targets", "blocks")
 """The step that a run takes, whose parts are measured."""
 SHAPES = {
     "svamp": {"tokens": 80, "targets": 12, "target_ids": 200, "steps_per_round": 6},
@@ -132,70 +129,11 @@ class Steps:
         learner.loss = learner.batch_sums.loss = make_loss(form)
         learner.step(batch)
 
-    def parts(self, batch: CopilotBatch) -> dict[str, float]:
-        """Seconds of the parts of a step in a run's own form; the rest is clipping and sums."""
-        output, form = OWN.split()
-        learner, seconds = self.learners[output], {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-
-        def clocked(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*given: Any, **named: Any) -> Any:
-                seconds[part], result = timed(partial(call, *given, **named), self.device)
-                return result
-
-            return run
-
-        places: list[tuple[str, Any, str]] = [
-            ("forward", learner, "forward"),
-            ("backward", torch.Tensor, "backward"),
-            ("optimizer", learner.optimizer, "step"),
-        ]
-        kept = [getattr(owner, name) for _, owner, name in places]
-        for (part, owner, name), call in zip(places, kept, strict=True):
-            setattr(owner, name, clocked(part, call))
-        try:
-            whole, _ = timed(partial(self.copilot_step, output, form, batch), self.device)
-        finally:
-            for (_, owner, name), call in zip(places, kept, strict=True):
-                setattr(owner, name, call)
-        return {**seconds, "rest": whole - sum(seconds.values())}
-
     def clear(self) -> None:
         """Drop all gradients: each measured step makes its own."""
         self.optimizer.zero_grad()
         for learner in self.learners.values():
             learner.optimizer.zero_grad()
-
-
-def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds of a call, device included, and what it gave."""
-    synchronise(device)
-    began = time.perf_counter()
-    given = run()
-    synchronise(device)
-    return time.perf_counter() - began, given
-
-
-def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Bytes that torch's allocator held at most during a call, beyond those held before it.
-
-    What the call makes anew must be dropped before it: freeing old gradients in it would count as room.
-    """
-    if device != "cpu":
-        synchronise(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        synchronise(device)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    # the events' own totals go on from one profile to the next
-    changes = (int(e["args"]["Bytes"]) for e in sorted(events, key=lambda e: e["ts"]))
-    return max(accumulate(changes))
 
 
 def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -219,7 +157,8 @@ def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         turn = number % len(variants)
         for output, form in variants[turn:] + variants[:turn]:
             found[f"{output} {form}"], _ = timed(partial(made.copilot_step, output, form, errors), arguments.device)
-        own_parts = made.parts(errors)
+        learner, own = made.learners[OWN[0]], partial(made.copilot_step, OWN[0], OWN[1], errors)
+        own_parts = parts_of_step(learner, own, arguments.device)
         if number >= WARM_UP_ROUNDS:
             targets += batch.target_tokens
             for name, took in found.items():
@@ -337,7 +276,7 @@ def print_steps(result: dict[str, Any], arguments: argparse.Namespace) -> None:
         ["", "ms a step", "ms a target", "/ Pilot", "peak MB", "kB a target", "/ Pilot"],
         rows,
     )
-    count, whole = result["steps_per_round"], result["rows"][OWN]["ratio_to_pilot"]
+    count, whole = result["steps_per_round"], result["rows"][" ".join(OWN)]["ratio_to_pilot"]
     print_table(
         f"a step of a run's own form, against the Pilot's round: {whole:.3f}, and {count * whole:.3f} for {count} steps per round",
         [*result["parts"]],
