@@ -319,8 +319,7 @@ class Copilot(PreTrainedModel):
         position = batch.rationale_position[:, None]
         last = batch.row_position[:, :, None] - int(self.config.producing_state == "unseen")
         causal = (position <= last) & (position >= 0)
-        visible = batch.question_mask[:, None].expand(-1, rows, -1)
-        visible = torch.cat([visible, causal], 2)
+        visible = torch.cat([asked[:, None].expand(-1, rows, -1), causal], 2)
         return self.decode(inputs, memory, visible, places=Places.of(asked, shown))[batch.row_mask]
 
 
