@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tc_ray.config.fields import config_fields, names_in, types_at
 from tc_ray.config.redact import STRUCK_OUT, redact_override, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.serving import ServingSection
+from tc_ray.config.training import PAPER_FORM
 from tc_ray.config.yaml_file import ConfigError, ConfigLoader, KeyPath, find_recipe, read_sections, text_of
 from tc_ray.files import write_file
 
@@ -63,8 +64,10 @@ def load_config(
     values = read_sections(path, origins) if path else {}
     in_file = dict(origins)
     for layer in layers:
+        _drop_what_a_preset_sets(layer.values, values, origins)
         for name, value in layer.values.items():
             _set(tuple(name.split(".")), value, layer.places[name], values, origins)
+    _drop_what_a_preset_sets([override.partition("=")[0].strip() for override in overrides], values, origins)
     _apply_all(overrides, values, origins)
     config = _checked(values, origins, path)
     _drop_fallback_for_given_files(config, {key for key, where in origins.items() if in_file.get(key) != where})
@@ -101,6 +104,16 @@ def _apply_all(overrides: Sequence[str], values: dict[str, Any], origins: dict[K
         if any(earlier == name or earlier.startswith(f"{name}.") for earlier in names[:index]):
             raise ConfigError(f"override {name} replaces an earlier one: give each field once")
         _apply(override, values, origins)
+
+
+def _drop_what_a_preset_sets(given: Container[str], values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+    """Where `copilot.preset` is among the fields given, it replaces what is there in those that it sets; a saved config has all of
+    them."""
+    section = values.get("copilot")
+    if isinstance(section, dict) and "copilot.preset" in given:
+        for name in PAPER_FORM:
+            section.pop(name, None)
+            origins.pop(("copilot", name), None)
 
 
 def _checked(values: dict[str, Any], origins: dict[KeyPath, str], path: Path | None) -> RunConfig:

@@ -17,7 +17,7 @@ from tc_ray.config.log import LogSection
 from tc_ray.config.redact import STRUCK_OUT, redact_address, redact_options, secrets_of
 from tc_ray.config.section import MayChange, Positive, Section
 from tc_ray.config.serving import ServingSection
-from tc_ray.config.training import CopilotSection, PilotSection
+from tc_ray.config.training import PAPER_TOP_K, CopilotSection, PilotSection
 
 _TRAINED_TEXT = ("plain_template", "completion_pattern", "system")
 """Fields of `data` that shape what is trained on: saved to the letter, whatever looks like an address in them."""
@@ -132,6 +132,15 @@ class RunConfig(Section):
         for section in (self.pilot, self.copilot) if self.resources.gpus else ():
             if "dtype" not in section.model_fields_set:
                 section.dtype = "bf16"
+        return self
+
+    @model_validator(mode="after")
+    def _log_of_the_paper(self) -> RunConfig:
+        given = self.log.model_fields_set
+        if self.copilot.preset == "paper" and "top_k" not in given:
+            self.log.top_k = PAPER_TOP_K
+        if self.copilot.preset == "paper" and self.pilot.method == "full" and "question" not in given:
+            self.log.question = "states"
         return self
 
     @model_validator(mode="after")

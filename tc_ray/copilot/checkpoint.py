@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tc_ray.copilot.learner import Learner
 from tc_ray.files import find_whole, publish_folder, remove_before
@@ -25,6 +26,8 @@ class Position:
     version: int
     inputs: dict[str, str] = field(default_factory=dict, compare=False)
     """Hashes of the rows and base weights that the run started from."""
+    held_out: dict[str, Any] = field(default_factory=dict, compare=False)
+    """`HeldOut.state` before the next step."""
 
 
 def save(learner: Learner, root: Path, position: Position) -> Path:

@@ -54,7 +54,8 @@ def text_measures(
     else:
         top_k = fused.vocab_size - 1 if fused.vocab_size < 1024 else 256
         tap = fused.copilot.config
-        step = PilotStep(pilot, top_k=top_k, pooling=tap.pooling, layers=tap.tap_layers).eval()
+        question = tap.question == "states"
+        step = PilotStep(pilot, top_k=top_k, pooling=tap.pooling, layers=tap.tap_layers, question=question).eval()
     try:
         for numbers in _batches(texts, batch_size):
             sums[numbers] = _measured(step, fused, [texts[number] for number in numbers], choices, floor)

@@ -48,6 +48,7 @@ def gold_tokens(pilot: Any, texts: Sequence[Text], *, copilot: Copilot | None = 
     if copilot is not None:
         vocab, tap = copilot.config.vocab_size, copilot.config
         options = {"top_k": vocab - 1 if vocab < 4 * TOP_K else TOP_K, "pooling": tap.pooling, "layers": tap.tap_layers}
+        options["question"] = tap.question == "states"
     step = PilotStep(pilot, **options).eval()
     try:
         for at in range(0, len(known), BATCH):

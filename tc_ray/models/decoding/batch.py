@@ -184,7 +184,7 @@ class FusedBatch:
         state = copilot.decode(
             copilot.with_producing_state(row, states),
             copilot.rationale_memory(states),
-            visible[:, None],
+            copilot.seen_by_row(visible)[:, None],
             positions=torch.tensor(self._rows.lengths(), device=self._device)[:, None],
             seen=seen,
             first_row=self._rows.width,

@@ -89,8 +89,7 @@ class Prefill:
         ids = torch.tensor([self.ids], device=logits.device)
         attended = torch.ones_like(ids, dtype=torch.bool)
         states = torch.cat(self._states, 1)
-        question = model.copilot.embed_question(ids)
-        self.cache.copilot.ask(model.copilot.question_memory(question), attended)
+        self.cache.copilot.ask(model.question_memory(ids), attended)
         self._f = model.corrections(logits, self.cache.copilot, ids, states, attended)[:, 0]
         self.fused = self._fused(self.lam)
 

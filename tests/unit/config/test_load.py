@@ -44,6 +44,39 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
     assert load_config(path).pilot.learning_rate == 5e-5  # YAML 1.1 alone reads text here
 
 
+PAPER = {
+    "output_tokens": "all",
+    "producing_state": "unseen",
+    "row_positions": False,
+    "error_input": "free",
+    "start_row": "zeros",
+    "memory_norm": False,
+    "scaled_output": False,
+}
+
+
+def form_of(config: RunConfig) -> dict[str, object]:
+    return {name: getattr(config.copilot, name) for name in PAPER}
+
+
+def test_a_preset_sets_what_is_not_set_beside_it(tmp_path: Path) -> None:
+    """In a recipe, over a saved config that spells out every field, and with single fields beside it; saved, it is the same."""
+    plain, paper = load_config(None), load_config(write(tmp_path, "copilot:\n  preset: paper\n"))
+    assert form_of(paper) == PAPER and not set(PAPER.items()) & set(form_of(plain).items())
+    assert (plain.log.top_k, paper.log.top_k) == (16, 256)
+    assert form_of(load_config(tmp_path / "recipe.yaml", ["copilot.memory_norm=true"])) == PAPER | {"memory_norm": True}
+    path = write(tmp_path, "copilot:\n  preset: paper\n  start_row: learned\nlog:\n  top_k: 9\n")
+    kept = load_config(path)
+    assert form_of(kept) == PAPER | {"start_row": "learned"} and kept.log.top_k == 9
+    for config in (plain, paper, kept):
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+        again = load_config(tmp_path / "saved.yaml", ["copilot.preset=paper", "copilot.error_input=embedding"])
+        assert form_of(again) == PAPER | {"error_input": "embedding"}
+        assert again.log.top_k == config.log.top_k, "a stored log has the errors that it has"
+        assert form_of(load_config(tmp_path / "saved.yaml", ["copilot.preset=null"])) == form_of(plain)
+
+
 def test_no_file_gives_the_defaults() -> None:
     assert load_config(None) == RunConfig()
 

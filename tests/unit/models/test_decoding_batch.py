@@ -13,7 +13,7 @@ from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
 from tc_ray.models.decoding.kv_rows import RowStore
 from tc_ray.models.decoding.prefill import Prefill
 from tc_ray.models.fusion import FusedModel
-from tests.support.family_samples import make_copilot, new_pilot, output_ids, quiet
+from tests.support.family_samples import PAPER, make_copilot, new_pilot, output_ids, quiet
 from tests.support.tiny_families import DECODER_ONLY, VOCAB
 
 NEW = 14
@@ -90,7 +90,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "some tokens, early": {"output_ids": output_ids(), "pattern": "early"},
     "logits, realised": {"output_ids": output_ids(), "space": "logits", "feedback": "realised"},
-    "narrow, target, all": {"base": "narrow", "positions": "target", "pattern": "all", "producing_state": False},
+    "narrow, target, all": {"base": "narrow", "positions": "target", "pattern": "all", "producing_state": "memory"},
+    "the paper": PAPER,
 }
 CASES = [(family, "full") for family in DECODER_ONLY]
 CASES += [(family, name) for name in SETTINGS for family in ("llama3", "gemma2") if name != "full"]
