@@ -27,15 +27,22 @@ def texts(count: int = 7) -> list[Text]:
     return [Text(row.input_ids, row.target_start) for row in held_out(count)]
 
 
-@pytest.mark.parametrize(("positions", "outputs"), [("all", 258), ("target", 258), ("all", 140)])
+@pytest.mark.parametrize(
+    ("positions", "outputs", "question"),
+    [("all", 258, "ids"), ("target", 258, "ids"), ("all", 140, "ids"), ("all", 258, "states")],
+)
 def test_measures_are_the_reference_s(
-    tmp_path: Path, positions: str, outputs: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, positions: str, outputs: int, question: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches of 3 and of few tokens; f on all tokens or on some; a text without tokens to measure is 0."""
+    """Batches of 3 and of few tokens; f on all tokens or on some; X~ of the Pilot as it is now; a text without tokens to measure
+    is 0."""
     monkeypatch.setattr("tc_ray.evaluation.teacher_forced.TARGETS", 12)
     ids = torch.randperm(258, generator=torch.Generator().manual_seed(1))[:outputs].sort().values
-    fused = tiny_fused(tmp_path, output_ids=ids)
+    fused = tiny_fused(tmp_path, output_ids=ids, question=question)
     fused.copilot.config.positions = positions
+    embedding = fused.pilot.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding.copy_(embedding.roll(1, 0))  # full fine-tuning moves it away from what the Copilot began with
     got = text_measures(fused, [*texts(), Text([5, 6, 7], 3)], CHOICES, batch_size=3)
     assert got.shape == (8, 4, 3) and not got[7].any()
     for text, of_text in zip(texts(), got, strict=False):
@@ -43,10 +50,10 @@ def test_measures_are_the_reference_s(
         first, last = (0 if positions == "all" else text.start - 1), len(text.ids) - 1
         states = dense.states[first:last].bfloat16().float()  # the Copilot is trained on what the log stores
         predicting = list(range(text.start - 1, last))
+        prompt, places = text.ids[: text.start], list(range(first, last))
+        asked = embedding.detach()[prompt].bfloat16().float() if question == "states" else None
         with torch.no_grad():
-            f = copilot_f(
-                fused.copilot, text.ids[: text.start], states, list(range(first, last)), predicting, dense.errors
-            )
+            f = copilot_f(fused.copilot, prompt, states, places, predicting, dense.errors, asked=asked)
         for (space, lam), measured in zip(CHOICES, of_text, strict=True):
             kept = []
             for i, token in enumerate(text.ids[text.start :]):

@@ -26,6 +26,24 @@ def test_a_cells_settings_are_the_recipes_then_the_tasks_then_the_variants(tmp_p
     assert config.model.pilot == str(tmp_path / "model"), "paths start at the recipe's folder too"
 
 
+def test_a_preset_replaces_what_is_below_it_alone(tmp_path: Path) -> None:
+    """Fields of the recipe and of the task give way to it; those beside it in the variant stay."""
+    write_study(tmp_path)
+    recipe = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    recipe["copilot"] |= {"start_row": "learned", "memory_norm": True}
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(recipe))
+    study = tiny_study(
+        tmp_path,
+        recipe="saved.yaml",
+        tasks={"sums": {"copilot.error_input": "embedding"}},
+        variants={"copilot": {}, "paper": {"copilot": {"memory_norm": True, "preset": "paper"}}},
+    )
+    plain, paper = study.config("sums", 1, "copilot").copilot, study.config("sums", 1, "paper").copilot
+    assert (plain.preset, plain.start_row, plain.error_input) == (None, "learned", "embedding")
+    assert (paper.start_row, paper.error_input, paper.memory_norm) == ("zeros", "free", True)
+    assert (paper.steps_per_round, paper.layers) == (plain.steps_per_round, plain.layers)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"variant": {}}, r"STUDY\.yaml, line \d+: variant: unknown key; did you mean variants\?"),
     ({"seeds": []}, r"STUDY\.yaml, line \d+: seeds: .*at least 1 item"),
