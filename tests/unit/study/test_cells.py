@@ -51,6 +51,14 @@ def test_pooling_variants_share_a_log_of_all_layers_only(tmp_path: Path) -> None
     assert kinds(shared) == {"run": 1, "copilot": 1}
 
 
+def test_the_paper_s_copilot_shares_a_log_whose_settings_are_given(tmp_path: Path) -> None:
+    """With full fine-tuning the preset would have X~ in the log, and any preset more errors."""
+    variants = {"copilot": {}, "paper": {"copilot.preset": "paper"}}
+    assert kinds(graph(tmp_path, seeds=[1], variants=variants)) == {"run": 2}
+    shared = graph(tmp_path, seeds=[1], variants=variants, tasks={"sums": {"log.question": "ids", "log.top_k": 8}})
+    assert kinds(shared) == {"run": 1, "copilot": 1}
+
+
 def test_controls_need_the_runs_of_the_first_variant(tmp_path: Path) -> None:
     names = ("longer", "wider", "ensemble", "temperature", "latest")
     variants = {"copilot": {}, **{name: {"control": name} for name in names}}
