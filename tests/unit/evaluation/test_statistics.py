@@ -86,7 +86,8 @@ def test_chance_signs_against_all_of_them() -> None:
     exact = np.mean([total >= abs(used.sum()) - 1e-12 for total in sums])
     assert sign_flip_p(differences) == pytest.approx(exact, abs=0.01)
     assert sign_flip_p(np.zeros(5)) == 1.0
-    assert sign_flip_p(np.ones(40)) == pytest.approx(1e-4)
+    assert sign_flip_p(np.full(40, 0.5)) == pytest.approx(1e-4)
+    assert sign_flip_p(np.ones(40)) == pytest.approx(2.0**-39), "whole numbers: no draw"
 
 
 def test_a_weighted_bootstrap_is_of_the_weighted_mean() -> None:
