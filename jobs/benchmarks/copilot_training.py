@@ -1,12 +1,13 @@
 """What training the Copilot costs in time and memory against the Pilot's step, by form of the loss, in one process.
 
-python jobs/benchmarks/copilot_training.py [--rounds 8] [--batch-size 16] [--tokens 80] [--targets 12] [--device cuda]
+python jobs/benchmarks/copilot_training.py [--shapes demo] [--rounds 8] [--batch-size 16] [--tokens 80] [--device cuda]
 python jobs/benchmarks/copilot_training.py --hidden 256 --layers 6 --vocab 32000      (random weights, no download)
 
 Steps: in each round the Pilot takes one step that leaves a record, and on that record Copilots take theirs: output on the
 first `--target-ids` tokens or on the whole vocabulary, the loss by autograd over a dense [N, A] (what torch users would
 write) and in blocks of columns (what the Copilot uses). Which comes first goes round; ratios are medians over the rounds of
-(this / Pilot) within a round.
+(this / Pilot) within a round. `--shapes` takes sequences and steps per round of a recipe.
+Parts of a step: forward, backward, optimizer, and the rest (clipping, sums) of the Copilot's own form.
 Loss alone: both over a range of token counts N, whole vocabulary.
 
 Peak memory is what the allocator held at most during one more step beyond what it held before it (weights, optimizer), the
@@ -17,15 +18,11 @@ memory of the CPU's matrix library is not in it. Needs torch, transformers and, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +30,18 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop
 
 import torch
 import torch.nn.functional as F
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT, Path(__file__).resolve().parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from fused_models import device_line, synchronise, write_llama
+from clock import parts_of_step, peak_bytes, timed
+from fused_models import device_line, write_llama
 from workload import BUILTIN, TOP_K, Batch, make_batch, model_folder, print_table, recipe_config, spread, write_json
 
+from tc_ray.config.training import fast_dtype
 from tc_ray.copilot.learner import Learner
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
@@ -50,6 +50,13 @@ from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 
 FORMS = ("autograd", "blocks")
+OWN = ("targets", "blocks")
+"""The step that a run takes, whose parts are measured."""
+SHAPES = {
+    "svamp": {"tokens": 80, "targets": 12, "target_ids": 200, "steps_per_round": 6},
+    "demo": {"tokens": 55, "targets": 6, "target_ids": 16, "steps_per_round": 6},
+}
+"""Mean tokens and completion tokens a sequence, different tokens in completions, Copilot steps per round, of two recipes."""
 WARM_UP_ROUNDS = 1
 SWEEP_ROUNDS = 3
 SWEEP_WIDTHS = (0.25, 0.5, 1.0, 2.0)
@@ -81,17 +88,23 @@ class Steps:
         pilot = load_pilot(path, dtype=DTYPES[arguments.dtype], random_weights=bool(arguments.hidden))
         pilot.config.use_cache = False
         self.shape = pilot.config
+        fields = {name: yaml.safe_load(value) for name, _, value in (f.partition("=") for f in arguments.copilot)}
         self.config = recipe_config(
             self.shape.num_hidden_layers,
             pilot={"dtype": arguments.dtype, "method": arguments.method},
-            copilot={"dtype": arguments.dtype, **({"every": arguments.every} if arguments.every else {})},
+            copilot={"dtype": arguments.dtype, **fields},
         )
         layers = choose_layers(None, self.config.copilot.every, self.shape.num_hidden_layers)
         self.learners: dict[str, Learner] = {}
         self.target_ids = min(arguments.target_ids, self.shape.vocab_size)
         for output, ids in (("targets", torch.arange(self.target_ids)), ("V", None)):
             copilot = Copilot.from_decoder(
-                path, layers, pilot=pilot, output_ids=ids, random_weights=bool(arguments.hidden)
+                path,
+                layers,
+                pilot=pilot,
+                output_ids=ids,
+                random_weights=bool(arguments.hidden),
+                **self.config.copilot.form(),
             )
             self.learners[output] = Learner(copilot, self.config.copilot, total_steps=1000, device=self.device)
         self.copilot_layers = len(layers)
@@ -123,43 +136,12 @@ class Steps:
             learner.optimizer.zero_grad()
 
 
-def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds of a call, device included, and what it gave."""
-    synchronise(device)
-    began = time.perf_counter()
-    given = run()
-    synchronise(device)
-    return time.perf_counter() - began, given
-
-
-def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Bytes that torch's allocator held at most during a call, beyond those held before it.
-
-    What the call makes anew must be dropped before it: freeing old gradients in it would count as room.
-    """
-    if device != "cpu":
-        synchronise(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        synchronise(device)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    # the events' own totals go on from one profile to the next
-    changes = (int(e["args"]["Bytes"]) for e in sorted(events, key=lambda e: e["ts"]))
-    return max(accumulate(changes))
-
-
 def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Rounds of a Pilot step and the Copilots' steps on its record; then the memory of one step each."""
     made = Steps(arguments, path)
     variants = [(output, form) for output in made.learners for form in FORMS]
     seconds: dict[str, list[float]] = {"Pilot": [], **{f"{o} {f}": [] for o, f in variants}}
+    parts: dict[str, list[float]] = {}
     targets = 0
     for number in range(WARM_UP_ROUNDS + arguments.rounds):
         batch = make_batch(
@@ -175,10 +157,14 @@ def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         turn = number % len(variants)
         for output, form in variants[turn:] + variants[:turn]:
             found[f"{output} {form}"], _ = timed(partial(made.copilot_step, output, form, errors), arguments.device)
+        learner, own = made.learners[OWN[0]], partial(made.copilot_step, OWN[0], OWN[1], errors)
+        own_parts = parts_of_step(learner, own, arguments.device)
         if number >= WARM_UP_ROUNDS:
             targets += batch.target_tokens
             for name, took in found.items():
                 seconds[name].append(took)
+            for name, took in own_parts.items():
+                parts.setdefault(name, []).append(took / pilot_seconds)
     made.clear()
     memory = {"Pilot": peak_bytes(partial(made.pilot_step, batch), arguments.device)}
     for output, form in variants:
@@ -199,9 +185,12 @@ def steps(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     width = made.learners["V"].copilot.output.in_features
     return {
         "rows": rows,
+        "parts": {name: spread(shares) for name, shares in parts.items()},
+        "steps_per_round": arguments.steps_per_round,
         "target_tokens_per_step": tokens,
         "pilot": f"{made.shape.num_hidden_layers} layers of {made.shape.hidden_size}, V {made.shape.vocab_size}",
         "copilot_layers": made.copilot_layers,
+        "copilot_method": made.config.copilot.method,
         "width": width,
         "vocab_size": made.shape.vocab_size,
         "outputs": {name: learner.copilot.output.out_features for name, learner in made.learners.items()},
@@ -283,9 +272,15 @@ def print_steps(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     print_table(
         f"training steps in {arguments.dtype}, {arguments.batch_size} x {arguments.tokens} tokens of which "
         f"{arguments.targets} are targets; Pilot of {result['pilot']}, {arguments.method}; "
-        f"Copilot of {result['copilot_layers']} layers, full",
+        f"Copilot of {result['copilot_layers']} layers, {result['copilot_method']}",
         ["", "ms a step", "ms a target", "/ Pilot", "peak MB", "kB a target", "/ Pilot"],
         rows,
+    )
+    count, whole = result["steps_per_round"], result["rows"][" ".join(OWN)]["ratio_to_pilot"]
+    print_table(
+        f"a step of a run's own form, against the Pilot's round: {whole:.3f}, and {count * whole:.3f} for {count} steps per round",
+        [*result["parts"]],
+        [[f"{shares['median']:.4f}" for shares in result["parts"].values()]],
     )
 
 
@@ -311,22 +306,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, help="rounds measured (default 8)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=80, help="mean tokens a sequence (SVAMP recipe: 80)")
-    parser.add_argument("--targets", type=int, default=12, help="completion tokens a sequence")
-    parser.add_argument("--target-ids", type=int, default=200, help="different tokens in completions")
+    parser.add_argument("--shapes", choices=SHAPES, default="svamp", help="recipe that the next four are taken from")
+    parser.add_argument("--tokens", type=int, help="mean tokens a sequence")
+    parser.add_argument("--targets", type=int, help="completion tokens a sequence")
+    parser.add_argument("--target-ids", type=int, help="different tokens in completions")
+    parser.add_argument("--steps-per-round", type=int, help="Copilot steps for each round of the Pilot")
     parser.add_argument("--model", default=BUILTIN, help="model folder, or the builtin name; with --hidden: not read")
     parser.add_argument("--hidden", type=int, help="width of a Llama with random weights to measure instead")
     parser.add_argument("--layers", type=int, default=6, help="its layers")
     parser.add_argument("--vocab", type=int, default=32000, help="its vocabulary")
     parser.add_argument(
-        "--every", type=int, help="the Copilot takes every k-th layer (default 5; 2 of a shallow model)"
+        "--copilot",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of the section copilot, e.g. every=10 method=lora",
     )
     parser.add_argument("--method", choices=("lora", "full"), default="lora", help="how the Pilot is trained")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: what this processor computes fast")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
+    for name, value in SHAPES[arguments.shapes].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.dtype = arguments.dtype or ("bf16" if arguments.device == "cuda" else fast_dtype())
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as scratch:

@@ -13,6 +13,7 @@ from tc_ray.cli.init import init
 from tc_ray.cli.log import log
 from tc_ray.cli.models import evaluate, fuse, serve
 from tc_ray.cli.status import status
+from tc_ray.cli.study import study
 from tc_ray.cli.train import train
 from tc_ray.cli.train_copilot import train_copilot
 from tc_ray.config.redact import redact
@@ -44,6 +45,7 @@ app.command("init")(init)
 app.command("train")(train)
 app.command("train-copilot")(train_copilot)
 app.command("eval")(evaluate)
+app.command("study")(study)
 app.command("fuse")(fuse)
 app.command("serve")(serve)
 app.command("status")(status)

@@ -2,25 +2,70 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from tc_ray.cli.command import say
+from tc_ray.config.data import SET_NAME
+from tc_ray.config.section import Metric
 
 
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="Folder of a run that has ended.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of runs that have ended, exported or fused folders, model folders or hub ids; NAME=FOLDER names one.",
+            metavar="MODEL...",
+        ),
+    ],
     data: Annotated[
-        Path | None, typer.Option("--data", help="JSON, JSONL or Parquet file; default: the run's test split.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE", help="A test set: JSON, JSONL or Parquet; default: the sets of the first run."
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=METRIC", help="What a set is measured by: exact_match, choice, ranking or nll."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TASK", help="Form of a set's records: a known task (docs/evaluation.md), or a YAML file."
+        ),
+    ] = None,
+    choose_again: Annotated[
+        bool, typer.Option("--choose-again", help="Choose lambda anew, where a run or an export has one.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; default: evaluation in the run's folder, for several models here."),
     ] = None,
 ) -> None:
-    """Choose lambda on the run's validation split, apply it once to the data, and print Pilot against fused."""
-    from tc_ray.run.evaluate import evaluate_run
+    """Measure models on test sets: Pilots, fused models, or both of each run, with paired tests between any two."""
+    from tc_ray.run.evaluate import Asked, evaluate_models
 
-    report, where = evaluate_run(run_folder, data)
-    say("\n".join([*report.lines(), "", f"report: {where}"]))
+    metrics = _named("--metric", metric)
+    for name, value in metrics.items():
+        if value not in get_args(Metric):
+            raise typer.BadParameter(f"--metric {name}={value}: the metrics are {', '.join(get_args(Metric))}")
+    asked = Asked(_named("--data", data), metrics, _named("--task", task), choose_again, out)  # type: ignore[arg-type]
+    report, folder = evaluate_models(models, asked)
+    say("\n".join([*report.lines(), "", f"report: {folder / 'report.md'}"]))
+
+
+def _named(option: str, given: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE options by name."""
+    found: dict[str, str] = {}
+    for one in given or []:
+        name, equals, value = one.partition("=")
+        if not equals or not value or not re.fullmatch(SET_NAME, name) or name in found:
+            raise typer.BadParameter(f"{option} {one}: write NAME=VALUE, each name once (letters, digits, . _ -)")
+        found[name] = value
+    return found
 
 
 def fuse(

@@ -17,7 +17,7 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep showing it until the run has ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
 ) -> None:
-    """Show both losses, rounds, log size and lag, tokens/s, restarts and ETA of a run."""
+    """Show both losses, error ratio, rounds, log size and lag, tokens/s, restarts and ETA of a run."""
     from tc_ray.tracking.statusfile import (
         ProgressView,
         Status,

@@ -71,8 +71,8 @@ def summary(result: JobResult) -> list[str]:
     if result.report is None or result.export is None:
         return [f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
     lines = ["", *result.report.lines(), ""]
-    lines += [f"report    {result.folder / 'evaluation.md'}", f"losses    {result.folder / 'losses.png'}"]
-    if result.report.no_copilot is not None:
+    lines += [f"report    {result.folder / 'evaluation' / 'report.md'}", f"losses    {result.folder / 'losses.png'}"]
+    if result.report.first.no_copilot is not None:
         return [*lines, f"exported  {result.export} (pilot/ alone)"]
     seq2seq = json.loads((result.export / "pilot" / "config.json").read_text()).get("is_encoder_decoder")
     lines.append(

@@ -13,6 +13,7 @@ from tc_ray.cluster.signals import resumable
 
 if TYPE_CHECKING:
     from tc_ray.copilot.checkpoint import Position
+    from tc_ray.copilot.held_out import ErrorRatio
     from tc_ray.copilot.learner import StepResult
 
 LINE_SECONDS = 10.0
@@ -69,10 +70,11 @@ class _Show:
     def __init__(self) -> None:
         self._due = 0.0
 
-    def __call__(self, at: Position, total: int, result: StepResult | None) -> None:
+    def __call__(self, at: Position, total: int, result: StepResult | None, ratio: ErrorRatio | None) -> None:
         if time.monotonic() > self._due or at.step == total:
             self._due = time.monotonic() + LINE_SECONDS
             loss = (
                 "nothing to learn from" if result is None else f"loss {result.loss:.4f}" if result.taken else "left out"
             )
-            say(f"copilot step {at.step}/{total} | round {at.round} | {loss}", error=True)
+            held_out = "" if ratio is None else f" | error ratio {ratio.text()}"
+            say(f"copilot step {at.step}/{total} | round {at.round} | {loss}{held_out}", error=True)

@@ -33,10 +33,9 @@ def _need(config: RunConfig, who: str, process: str) -> Need:
 
 
 def evaluation_need(config: RunConfig) -> Need:
-    """Resources of the evaluation, which starts when training has released its own."""
-    r = config.resources
-    bundle = _bundle(config, max(r.pilot_cpus, r.copilot_cpus))
-    return Need("evaluation task", 1, bundle, ("resources.pilot_cpus", "resources.copilot_cpus", "resources.gpus"))
+    """Resources of one evaluation worker. They start when training has released its own, as many as the cluster has room for."""
+    bundle = _bundle(config, config.resources.pilot_cpus)
+    return Need("evaluation worker", 1, bundle, ("resources.pilot_cpus", "resources.gpus"))
 
 
 def training_needs(config: RunConfig) -> list[Need]:

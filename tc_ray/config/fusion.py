@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tc_ray.config.section import Lam, Positive, Section
+from tc_ray.config.section import Lam, Metric, Positive, Section
 
 
 class RankingSection(Section):
@@ -27,10 +27,16 @@ class RankingSection(Section):
 class FusionSection(Section):
     """How the two models are joined at inference (equation 8) and how lambda is chosen."""
 
-    metric: Literal["exact_match", "ranking"] = Field(
-        "exact_match",
-        description="what lambda is chosen by and the test rows are measured with: right final answers, or NDCG@10 over "
-        "the items of data.format: sequences",
+    metric: Metric | None = Field(
+        None,
+        description="what lambda is chosen by and the test rows are measured with. exact_match: right final answers; choice: "
+        "the likeliest of a row's options; ranking: NDCG@10 over the items of data.format: sequences; nll: likelihood of "
+        "the completion. null: that of data.task, else exact_match",
+    )
+    choose_option_by: Literal["sum", "token", "character"] | None = Field(
+        None,
+        description="log-likelihood that ranks options (metric: choice): as it is, or per token or character of them; null: "
+        "that of data.task, else sum",
     )
     ranking: RankingSection = Field(default_factory=RankingSection)
     space: Literal["probability", "logits", "choose"] = Field(
@@ -47,9 +53,13 @@ class FusionSection(Section):
         description="values of lambda that are tried on the validation rows; 0 must be among them",
     )
     max_new_tokens: Positive = Field(64, description="tokens decoded per completion at most (metric: exact_match)")
-    eval_batch_size: Positive = Field(32, description="rows that are scored or decoded at a time")
-    max_validation_rows: Positive | None = Field(None, description="validation rows used to choose lambda; null: all")
-    max_test_rows: Positive | None = Field(None, description="test rows evaluated; null: all")
+    eval_batch_size: Positive = Field(
+        32, description="rows that a worker scores or decodes at a time, each with up to three lambdas"
+    )
+    max_validation_rows: Positive | None = Field(
+        None, description="validation rows of each set used to choose lambda; null: all"
+    )
+    max_test_rows: Positive | None = Field(None, description="test rows of each set evaluated; null: all")
 
     @model_validator(mode="after")
     def _zero_among_choices(self) -> FusionSection:

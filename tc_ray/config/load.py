@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,57 @@ from tc_ray.config.fields import config_fields, names_in, types_at
 from tc_ray.config.redact import STRUCK_OUT, redact_override, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.serving import ServingSection
+from tc_ray.config.training import PAPER_FORM
 from tc_ray.config.yaml_file import ConfigError, ConfigLoader, KeyPath, find_recipe, read_sections, text_of
 from tc_ray.files import write_file
 
-_PATHS = (("data", "train"), ("data", "validation"), ("data", "test"), ("model", "pilot"), ("model", "copilot"))
+_PATHS = (
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "test"),
+    ("data", "task"),
+    ("model", "pilot"),
+    ("model", "copilot"),
+)
 SERVING = "serving"
 _END = "# end of the saved configuration"
 
 
-def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config file, apply overrides and check it all; docs/config.md has the rules.
+@dataclass(frozen=True)
+class Layer:
+    """Values that replace those of a recipe, by dotted field. places: file and line of each. folder: of that file."""
+
+    values: Mapping[str, Any]
+    places: Mapping[str, str]
+    folder: Path
+
+
+def load_config(
+    path: Path | str | None = None, overrides: Sequence[str] = (), layers: Sequence[Layer] = ()
+) -> RunConfig:
+    """Read a config file, apply layers and overrides and check it all; docs/config.md has the rules.
 
     Args:
         path: file, name of a recipe that comes with tc-ray, or None for the defaults.
         overrides: `section.field=value`, each field once.
+        layers: of another file, such as a study; a later one replaces an earlier one, overrides replace all.
 
-    Raises ConfigError: the file or an override cannot be used; the message names file, line and field.
+    Raises ConfigError: the file, a layer or an override cannot be used; the message names file, line and field.
     """
     path = None if path is None else find_recipe(Path(path))
     origins: dict[KeyPath, str] = {}
     values = read_sections(path, origins) if path else {}
+    in_file = dict(origins)
+    for layer in layers:
+        _drop_what_a_preset_sets(layer.values, values, origins)
+        for name, value in layer.values.items():
+            _set(tuple(name.split(".")), value, layer.places[name], values, origins)
+    _drop_what_a_preset_sets([override.partition("=")[0].strip() for override in overrides], values, origins)
     _apply_all(overrides, values, origins)
     config = _checked(values, origins, path)
-    _drop_fallback_for_given_files(config, origins)
+    _drop_fallback_for_given_files(config, {key for key, where in origins.items() if in_file.get(key) != where})
     remember(config.secrets())
-    _place_paths(config, path)
+    _place_paths(config, [*([path.absolute().parent] if path else []), *(layer.folder for layer in layers)])
     return config
 
 
@@ -77,6 +104,16 @@ def _apply_all(overrides: Sequence[str], values: dict[str, Any], origins: dict[K
         if any(earlier == name or earlier.startswith(f"{name}.") for earlier in names[:index]):
             raise ConfigError(f"override {name} replaces an earlier one: give each field once")
         _apply(override, values, origins)
+
+
+def _drop_what_a_preset_sets(given: Container[str], values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+    """Where `copilot.preset` is among the fields given, it replaces what is there in those that it sets; a saved config has all of
+    them."""
+    section = values.get("copilot")
+    if isinstance(section, dict) and "copilot.preset" in given:
+        for name in PAPER_FORM:
+            section.pop(name, None)
+            origins.pop(("copilot", name), None)
 
 
 def _checked(values: dict[str, Any], origins: dict[KeyPath, str], path: Path | None) -> RunConfig:
@@ -131,14 +168,13 @@ def _check_whole(path: Path) -> None:
         )
 
 
-def _drop_fallback_for_given_files(config: RunConfig, origins: Mapping[KeyPath, str]) -> None:
-    """Drop a recipe's fallback if an override names other files: the fallback replaces the recipe's own files only."""
+def _drop_fallback_for_given_files(config: RunConfig, given: set[KeyPath]) -> None:
+    """Drop a recipe's fallback if other files are given: the fallback replaces the recipe's own files only.
 
-    def is_override(name: str) -> bool:
-        return origins.get(("data", name), "").startswith("override")
-
-    given = [getattr(config.data, name) for name in ("train", "validation", "test") if is_override(name)]
-    if any(source not in (None, EMBEDDED) for source in given) and not is_override("fallback"):
+    given: fields that are not the recipe's.
+    """
+    sources = [getattr(config.data, name) for name in ("train", "validation", "test") if ("data", name) in given]
+    if any(source not in (None, EMBEDDED) for source in sources) and ("data", "fallback") not in given:
         config.data.fallback = None
 
 
@@ -148,22 +184,31 @@ def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
         raise ConfigError(f"override {shown!r}: write section.field=value, for instance pilot.learning_rate=1e-4")
+    _set(keys, _override_value(text, keys, shown), f"override {shown!r}", values, origins)
+
+
+def _set(keys: KeyPath, value: Any, where: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+    """Put a value in the place of the file's. where: it comes from, for messages."""
     place: Any = values
     for key in keys[:-1]:
         place = place.setdefault(key, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"override {shown!r}: {key} is a single value and has no field {keys[-1]}")
-    place[keys[-1]] = _override_value(text, keys, shown)
+            raise ConfigError(f"{where}: {key} is a single value and has no field {keys[-1]}")
+    place[keys[-1]] = value
     for stale in [key for key in origins if key[: len(keys)] == keys]:
         del origins[stale]
-    origins[keys] = f"override {shown!r}"
+    # a rule over a section is broken by whoever changed it last
+    origins.update(dict.fromkeys((keys[:size] for size in range(1, len(keys) + 1)), where))
 
 
 def _override_value(text: str, keys: KeyPath, shown: str) -> Any:
     """Text and paths as they were typed, the rest as YAML."""
     kinds = types_at(keys)
     plain = kinds - {type(None)}
-    if plain <= {str, Path}:  # also of an unknown key, which is refused by its name whatever its value is
+    # a path, unless it is a mapping of names to paths, as `data.test` may be
+    if plain <= {str, Path} or (
+        keys in _PATHS and not text.lstrip().startswith("{")
+    ):  # also of an unknown key, which is refused by its name whatever its value is
         if text == "null" and type(None) in kinds:
             return None
         if (Path in plain or keys in _PATHS) and not text.strip():
@@ -235,14 +280,19 @@ def _origin(key: KeyPath, origins: dict[KeyPath, str]) -> str:
     return next(below, "config")
 
 
-def _place_paths(config: RunConfig, recipe: Path | None) -> None:
-    """Make paths of data and models absolute, from the current or the recipe's folder; one not found may be a hub id."""
-    roots = [Path.cwd(), *([recipe.absolute().parent] if recipe else [])]
+def _place_paths(config: RunConfig, folders: Sequence[Path]) -> None:
+    """Make paths of data and models absolute, from the current folder or the files' own; one not found may be a hub id."""
+    roots = [Path.cwd(), *folders]
+
+    def placed(source: str) -> str:
+        found = (root / Path(source).expanduser() for root in roots)
+        return next((os.path.normpath(path) for path in found if path.exists()), source)
+
     for section, name in _PATHS:
         source = getattr(getattr(config, section), name)
-        if source is None or source == EMBEDDED or (section == "model" and "/" not in source):  # a builtin name
-            continue
-        found = (root / Path(source).expanduser() for root in roots)
-        place = next((os.path.normpath(path) for path in found if path.exists()), None)
-        if place:
-            setattr(getattr(config, section), name, place)
+        if isinstance(source, dict):
+            for held_out in source.values():
+                held_out.file = placed(held_out.file)
+                held_out.task = held_out.task and placed(held_out.task)
+        elif source not in (None, EMBEDDED) and (section != "model" or "/" in source):  # else a builtin name
+            setattr(getattr(config, section), name, placed(source))

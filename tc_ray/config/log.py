@@ -35,6 +35,11 @@ class LogSection(Section):
         description="positions whose hidden states are kept: every one, or only those that predict a target token "
         "(the only ones of an encoder-decoder)",
     )
+    question: Literal["ids", "states"] = Field(
+        "ids",
+        description="X~ of a decoder-only Pilot: made of the prompt's ids with the embedding that the Pilot started from, or kept "
+        "as the round's embedding gives it (paper; it is another one with pilot.method full alone). An encoder's output is always kept",
+    )
     error: Literal["top-k", "dense"] = Field(
         "top-k", description="errors kept per target token: the largest ones and the mass of the rest, or all V of them"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -24,6 +24,8 @@ def _no_flag(value: Any) -> Any:
 
 
 Lam = Annotated[float, BeforeValidator(_no_flag), Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False)]
+Metric = Literal["exact_match", "choice", "ranking", "nll"]
+"""How a set of held-out rows is measured: right final answers; options ranked by likelihood; the rank of an item; NLL."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tc_ray.config.section import Fraction, MayChange, NonNegative, Positive, Section
 
@@ -14,6 +14,20 @@ _METHOD = "lora: train adapters on frozen weights; full: train all weights"
 _WARMUP = "share of the steps in which the learning rate rises from 0 to its peak; it then falls along a cosine"
 _DECAY = "weight decay of AdamW"
 _CLIP = "gradients are scaled down to this norm"
+PAPER_TOP_K = 256
+"""`log.top_k` of a Copilot of the paper's form; the paper's errors are dense. 64 leave out less than 1e-4 of the squared mass."""
+PAPER_FORM: dict[str, Any] = {
+    "pattern": "alternate",
+    "loss": "rmse",
+    "output_tokens": "all",
+    "producing_state": "unseen",
+    "row_positions": False,
+    "error_input": "free",
+    "start_row": "zeros",
+    "memory_norm": False,
+    "scaled_output": False,
+}
+"""Fields of the `copilot` section that `copilot.preset: paper` sets: sections 3.1 and E.2 to the letter."""
 _DTYPE = "default: bf16 with resources.gpus or on a processor with instructions for it, else fp32"
 
 
@@ -77,6 +91,11 @@ class CopilotLoraSection(LoraSection):
 class CopilotSection(Section):
     """The Copilot and its asynchronous training."""
 
+    preset: Literal["paper"] | None = Field(
+        None,
+        description="paper: the Copilot's form as the paper has it, in every field that is not set beside it: "
+        f"{', '.join(f'{name} {str(value).lower()}' for name, value in PAPER_FORM.items())}; and log.top_k {PAPER_TOP_K}, log.question states with pilot.method full",
+    )
     layers: list[int] | None = Field(None, description="layers of the base model to start from; null: by every")
     every: Positive = Field(1, description="take every k-th layer, counted so that the last layer is among them")
     method: Literal["lora", "full"] = Field("full", description=_METHOD)
@@ -92,8 +111,27 @@ class CopilotSection(Section):
     output_tokens: Literal["targets", "all"] = Field(
         "targets", description="tokens the Copilot can correct: those that occur in training completions, or all of V"
     )
-    producing_state: bool = Field(
-        True, description="add the Pilot's hidden state that produced token i to input row i (not in the paper)"
+    producing_state: Literal["input", "memory", "unseen"] = Field(
+        "input",
+        description="the Pilot's hidden state that produced token i is, for row i: added to its input and in its memory; in "
+        "its memory only; or unseen, as in the paper, where row i sees the states of earlier tokens",
+    )
+    row_positions: bool = Field(
+        True, description="rows have the family's positions, rotary or relative; false: none (paper)"
+    )
+    error_input: Literal["embedding", "free"] = Field(
+        "embedding",
+        description="W_in, which reads the errors: a trained matrix over the frozen token embedding, or a free layer V -> d "
+        "(paper)",
+    )
+    start_row: Literal["learned", "zeros"] = Field(
+        "learned", description="input row 0, before which there is no error: a trained vector, or zeros (paper)"
+    )
+    memory_norm: bool = Field(
+        True, description="normalise what the Pilot gives before it is attended to; false: it is read as it is (paper)"
+    )
+    scaled_output: bool = Field(
+        True, description="scale final states by 1/sqrt(width) before W_out; false: f = W_out state (paper)"
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.0, ge=0, description=_DECAY)
@@ -112,3 +150,21 @@ class CopilotSection(Section):
     max_restarts: MayChange[int] = Field(
         3, ge=0, description="restarts of the learner group before the Copilot is given up"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_preset(cls, values: Any) -> Any:
+        return PAPER_FORM | values if isinstance(values, dict) and values.get("preset") == "paper" else values
+
+    def form(self) -> dict[str, Any]:
+        """The fields that shape the model, as `CopilotConfig` names them."""
+        names = (
+            "pattern",
+            "producing_state",
+            "row_positions",
+            "error_input",
+            "start_row",
+            "memory_norm",
+            "scaled_output",
+        )
+        return {name: getattr(self, name) for name in names}

@@ -7,6 +7,7 @@ log, by `inspection.source`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,12 @@ def find_recipe(path: Path) -> Path:
     return shipped
 
 
-def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict[str, Any]:
+def read_sections(
+    path: Path, origins: dict[KeyPath, str] | None = None, names: Iterable[str] = tuple(RunConfig.model_fields)
+) -> dict[str, Any]:
     """The sections of a config file, unchecked. origins: takes the place (file and line) of each key.
 
+    names: what may stand at the top, for the message.
     Raises ConfigError: it cannot be read, or is no YAML of sections.
     """
     text = text_of(path)
@@ -73,7 +77,7 @@ def read_sections(path: Path, origins: dict[KeyPath, str] | None = None) -> dict
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), each with its fields")
+            raise ConfigError(f"{path}: must hold sections ({', '.join(names)}), each with its fields")
         _note_lines(node, (), path, {} if origins is None else origins)
         values: dict[str, Any] = loader.construct_document(node)
     except ConfigError:

@@ -19,6 +19,7 @@ class RoundBuffer:
         self._rounds, self._pooling = rounds, pooling
         self._files: dict[str, Records] = {}
         self._index: np.ndarray | None = None
+        """[N, 4]: file, row, round and seen of every record of the newest rounds, in (round, rank, sample) order."""
         self._names: list[str] = []
 
     def add(self, name: str, records: Records) -> None:
@@ -47,20 +48,44 @@ class RoundBuffer:
         rows = self._rows()
         if not len(rows):
             raise ValueError("the buffer is empty")
-        chosen = rows[np.random.default_rng(seed).integers(len(rows), size=count)]
-        # records are kept in the order drawn, so that a worker's slice of the draw is well defined
-        return Records.concat([self._files[self._names[file]].select(np.array([row])) for file, row in chosen])
+        return self._records(rows[np.random.default_rng(seed).integers(len(rows), size=count)])
+
+    def sample(
+        self, most: int, seed: tuple[int, ...], *, after: int = 0, up_to: int | None = None, unseen: bool = False
+    ) -> Records | None:
+        """Up to `most` different records, uniform; None if there is none.
+
+        after, up_to: rounds above the one and not above the other. unseen: of samples that the Pilot had not trained on before.
+        """
+        rows = self._rows()
+        rows = rows[(rows[:, 2] > after) & ((rows[:, 3] == 0) | (not unseen))]
+        rows = rows if up_to is None else rows[rows[:, 2] <= up_to]
+        if not len(rows):
+            return None
+        dice = np.random.default_rng(seed)
+        return self._records(rows[dice.choice(len(rows), size=min(most, len(rows)), replace=False)])
+
+    @property
+    def newest(self) -> int:
+        """The newest round held; 0 without one."""
+        rows = self._rows()
+        return int(rows[-1, 2]) if len(rows) else 0
+
+    def _records(self, rows: np.ndarray) -> Records:
+        # in the order drawn, so that a worker's slice of the draw is well defined
+        return Records.concat([self._files[self._names[file]].select(np.array([row])) for file, row in rows[:, :2]])
 
     def _rows(self) -> np.ndarray:
-        """[N, 2] (file, row) of every record of the newest rounds, in (round, rank, sample) order."""
         if self._index is None:
             self._drop_old_files()
             self._names = sorted(self._files)
             keys = [
-                np.stack([r.round, r.rank, r.sample_id, np.full(len(r), file), np.arange(len(r))], axis=1)
+                np.stack(
+                    [r.round, r.rank, r.sample_id, np.full(len(r), file), np.arange(len(r)), r.round, r.seen], axis=1
+                )
                 for file, r in enumerate(self._files[name] for name in self._names)
             ]
-            table = np.concatenate(keys) if keys else np.zeros((0, 5), np.int64)
+            table = np.concatenate(keys) if keys else np.zeros((0, 7), np.int64)
             newest = np.unique(table[:, 0])[-self._rounds :]
             table = table[np.isin(table[:, 0], newest)]
             order = np.lexsort((table[:, 2], table[:, 1], table[:, 0]))

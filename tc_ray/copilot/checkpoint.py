@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tc_ray.copilot.learner import Learner
 from tc_ray.files import find_whole, publish_folder, remove_before
@@ -25,17 +26,19 @@ class Position:
     version: int
     inputs: dict[str, str] = field(default_factory=dict, compare=False)
     """Hashes of the rows and base weights that the run started from."""
+    held_out: dict[str, Any] = field(default_factory=dict, compare=False)
+    """`HeldOut.state` before the next step."""
 
 
 def save(learner: Learner, root: Path, position: Position) -> Path:
     """Publish a whole checkpoint, then remove all but the newest KEEP. Raises NotFiniteError; those before stand."""
-    folder = _folder(root, position)
+    folder = folder_of(root, position)
     temporary = root / f"{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     learner.save(temporary)
     publish_folder(temporary, folder, **asdict(position))
-    remove_before(_folder(root, find_whole(root, "step", Position)[0][-KEEP:][0]))
+    remove_before(folder_of(root, find_whole(root, "step", Position)[0][-KEEP:][0]))
     return folder
 
 
@@ -44,7 +47,7 @@ def restore(learner: Learner, root: Path) -> tuple[Position | None, list[str]]:
     whole, damaged = find_whole(root, "step", Position)
     if not whole:
         return None, damaged
-    learner.load(_folder(root, whole[-1]))
+    learner.load(folder_of(root, whole[-1]))
     return whole[-1], damaged
 
 
@@ -54,5 +57,6 @@ def latest(root: Path) -> Position | None:
     return whole[-1] if whole else None
 
 
-def _folder(root: Path, position: Position) -> Path:
+def folder_of(root: Path, position: Position) -> Path:
+    """The checkpoint's folder."""
     return root / f"step-{position.step:06d}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.held_out import ErrorRatio
 from tc_ray.copilot.learner import StepResult, make_learner
 from tc_ray.copilot.training import train
 from tc_ray.files import read_json, write_file, write_json
@@ -40,12 +41,14 @@ class StoredLogError(ValueError):
 @dataclass(frozen=True)
 class TrainedCopilot:
     """The outcome. loss: of `copilot.loss`; uncorrected: the same loss of f = 0, None where it is not known (kl,
-    cross_entropy). Both are means over the last tenth of the steps."""
+    cross_entropy). Both are means over the last tenth of the steps.
+    ratios: the error ratios that were measured, in order."""
 
     folder: Path
     steps: int
     loss: float | None
     uncorrected: float | None
+    ratios: list[ErrorRatio]
     bad_files: int
     left_out_steps: int
 
@@ -55,6 +58,9 @@ class TrainedCopilot:
         if self.loss is not None:
             beside = "" if self.uncorrected is None else f"; {self.uncorrected:.4f} without a correction"
             lines.append(f"loss      {self.loss:.4f} over the last tenth{beside}")
+        if self.ratios:
+            lines.append(f"held out  error ratio {self.ratios[-1].text()}")
+            lines += [f"memorised {ratio.event()}" for ratio in self.ratios if ratio.memorised]
         if self.bad_files:
             lines.append(f"damaged   {self.bad_files} file(s) of the log were not read: tc-ray log verify names them")
         if self.left_out_steps:
@@ -106,13 +112,13 @@ def train_from_log(
     config: RunConfig,
     out: Path,
     *,
-    show: Callable[[Position, int, StepResult | None], None] = lambda at, total, result: None,
+    show: Callable[[Position, int, StepResult | None, ErrorRatio | None], None] = lambda *_: None,
 ) -> TrainedCopilot:
     """Train a Copilot on one version of a log: `steps_per_round` steps a round, as the live Copilot of a lock-step run.
 
     config: sections `copilot`, `model`, `run.seed` and `resources` count; what the log holds is taken from its metadata.
     out: folder of checkpoints, metrics.jsonl and `final`; an existing one of the same training is resumed.
-    show: called after every step with the position, all steps and the result (None: nothing to learn from).
+    show: called after every step with the position, all steps, the result (None: nothing to learn from) and the newest error ratio.
     Raises StoredLogError: an empty log, another tokenizer, Pilot or base weights than the run's, or a folder of another
         training. DamagedFileError: what the folder was trained from cannot be read.
     """
@@ -128,21 +134,35 @@ def train_from_log(
     learner = make_learner(config, pilot, base, _output_ids(config, mistakes), total_steps=total)
     metrics = out / "metrics.jsonl"
     points: list[dict[str, Any]] = []
+    ratios: list[ErrorRatio] = []
 
     def restored(at: Position, damaged: list[str]) -> None:
         # steps after the checkpoint are taken again
         lines = metrics.read_text().splitlines() if at.step and metrics.is_file() else []
         points.extend(point for point in map(json.loads, lines) if point["step"] <= at.step)
+        ratios.extend(ErrorRatio.read(point["error_ratio"]) for point in points if "error_ratio" in point)
 
     def report(at: Position, result: StepResult | None) -> None:
         if result is not None and result.taken:
-            point = {"step": at.step, "round": at.round, "time": time.time()}
-            points.append(point | {"loss": result.loss, "error_size": result.error_size})
+            point: dict[str, Any] = {"step": at.step, "round": at.round, "time": time.time()}
+            point |= {"loss": result.loss, "error_size": result.error_size, "compute_seconds": result.seconds}
+            if ratios and ratios[-1].step == at.step - 1:
+                point["error_ratio"] = asdict(ratios[-1])
+            points.append(point)
         if at.step % every == 0 or at.step == total:  # whole, before each checkpoint
             write_file(metrics, "".join(json.dumps(point) + "\n" for point in points))
-        show(at, total, result)
+        show(at, total, result, ratios[-1] if ratios else None)
 
-    train(learner, source, config, out, rounds=source.rounds, report=report, restored=restored)
+    train(
+        learner,
+        source,
+        config,
+        out,
+        rounds=source.rounds,
+        report=report,
+        restored=restored,
+        measured=ratios.append,
+    )
     last = points[-max(1, len(points) // 10) :]
     return TrainedCopilot(
         out / "final",
@@ -150,6 +170,7 @@ def train_from_log(
         float(np.mean([point["loss"] for point in last])) if last else None,
         # the root mean square of the logged errors is what the RMSE of f = 0 is; of the other losses it is no value at all
         float(np.mean([point["error_size"] for point in last])) if last and config.copilot.loss == "rmse" else None,
+        ratios,
         len(mistakes.bad_files),
         learner.left_out.count,
     )
@@ -167,7 +188,7 @@ def fitted(config: RunConfig, metadata: LogMetadata, where: str) -> RunConfig:
             f"{where} is the log of the Pilot {metadata.pilot}, model.pilot is {config.model.pilot}: set model.pilot to the "
             "same model, or to where it is on this machine"
         )
-    config.log.positions = metadata.positions
+    config.log.positions, config.log.question = metadata.positions, metadata.question
     if metadata.layers != "all":
         config.log.rationale = [int(layer) for layer in metadata.layers.split(",")]
     elif metadata.pooling == "none":

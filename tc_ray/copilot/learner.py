@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,11 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import CopilotSection
 from tc_ray.files import publish_folder
 from tc_ray.models.copilot import Copilot, CopilotBatch
-from tc_ray.models.copilot.model import NEW_MODULES, choose_layers
+from tc_ray.models.copilot.model import choose_layers
 from tc_ray.models.copilot.probe import answers, check_export
 from tc_ray.models.families import family_of
 from tc_ray.models.identity import vocabulary_hash
-from tc_ray.models.losses import LOSSES, TokenLoss
+from tc_ray.models.losses import LOSSES, TokenLoss, inner_products
 from tc_ray.models.pilot.load import load_pilot, lora_config
 from tc_ray.models.pilot.taps import tapped_layers
 from tc_ray.models.weights import LeftOut, check_finite
@@ -38,13 +39,15 @@ from tc_ray.models.weights import LeftOut, check_finite
 class StepResult:
     """One step: loss is that of `copilot.loss`; error_size the root mean square of the logged errors (rmse of f = 0).
 
-    taken: False: loss or gradient was not finite on some rank; weights and optimizer stayed as they were."""
+    taken: False: loss or gradient was not finite on some rank; weights and optimizer stayed as they were. seconds: of the
+    processor (on a GPU: of time) that this rank used, with the draw of its batch and the measurement before."""
 
     loss: float
     error_size: float
     tokens: int
     learning_rate: float
     taken: bool = True
+    seconds: float = 0.0
 
 
 class Learner:
@@ -111,6 +114,19 @@ class Learner:
         self.step_count += 1
         return StepResult(loss, math.sqrt(size / tokens), int(tokens), rate, taken)
 
+    def inner_products(self, batches: Sequence[CopilotBatch | None]) -> list[list[float]]:
+        """l.l, l.f and f.f of each batch, summed over ranks; None: no records for this rank (collective). Leaves training as it is."""
+        self.model.eval()
+        with torch.no_grad():
+            nothing = torch.zeros(3, dtype=torch.float64, device=self.device)
+            found = [nothing if batch is None else self.batch_sums.products(batch.to(self.device)) for batch in batches]
+        self.model.train()
+        sums = torch.stack(found)
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        products: list[list[float]] = sums.tolist()
+        return products
+
     def save(self, folder: Path) -> None:
         """Write trainable weights, optimizer and schedule. Raises NotFiniteError before anything is written."""
         check_finite(self.parameters.items(), f"the Copilot after step {self.step_count}")
@@ -162,13 +178,21 @@ class BatchSums(nn.Module):
 
     def forward(self, batch: CopilotBatch) -> torch.Tensor:
         """float64 [3]: loss summed over target tokens (with gradient), sum of squared logged errors, target tokens."""
+        total, values = self._of(batch, self.loss.total)
+        size = values.double().square().sum()
+        return torch.stack([total, size, size.new_tensor(len(values))])
+
+    def products(self, batch: CopilotBatch) -> torch.Tensor:
+        """float64 [3]: `losses.inner_products` of the batch."""
+        return self._of(batch, inner_products)[0]
+
+    def _of(self, batch: CopilotBatch, measure: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `measure` finds between f and l of the real rows, and the listed values of l."""
         rows = batch.row_mask
         ids, values = batch.error_ids[rows], batch.error_values[rows]
         with torch.autocast(ids.device.type, torch.bfloat16) if self._bf16 else nullcontext():
             states, places = self.copilot.states(batch), self.copilot.output_places(ids)
-            total = self.loss.total(states, self.copilot.output.weight, places, values)
-        size = values.double().square().sum()
-        return torch.stack([total, size, size.new_tensor(len(ids))])
+            return measure(states, self.copilot.output.weight, places, values), values
 
 
 def make_learner(
@@ -191,11 +215,11 @@ def make_learner(
         choose_layers(config.copilot.layers, config.copilot.every, family_of(base_config).layer_count(base_config)),
         pilot=pilot,
         output_ids=output_ids,
-        pattern=config.copilot.pattern,
-        producing_state=config.copilot.producing_state,
+        **config.copilot.form(),
         pooling=config.log.pooling,
         tap_layers=tapped_layers(config.log.rationale, len(family_of(pilot).layers(pilot))),
         positions=config.log.positions,
+        question=config.log.question,
         tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
         random_weights=config.model.random_weights,
     )
@@ -212,8 +236,6 @@ def with_adapters(copilot: Copilot, config: CopilotSection) -> Any:
 
     family = family_of(copilot.config.decoder_config())
     model = get_peft_model(copilot, lora_config(config.lora, family, len(copilot.layers)))
-    for name in NEW_MODULES:
-        module = getattr(copilot, name)
-        if module is not None:
-            module.requires_grad_(True)
+    for module in copilot.new_modules:
+        module.requires_grad_(True)
     return model

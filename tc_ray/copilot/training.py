@@ -1,13 +1,15 @@
 """The training loop of a Copilot: of each learner worker of a run, and of the one learner that reads a stored log.
 
 Invariant: the batch of a step follows from the seed, the step's number and the rows held, so every rank draws the same batch and
-takes its own part, and a learner that starts again draws what the one before would have. Called by `worker` and `from_log`.
+takes its own part, and a learner that starts again draws what the one before would have. New records are measured before a batch
+is drawn from them (`held_out`). Called by `worker` and `from_log`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,7 @@ from tc_ray.copilot import checkpoint
 from tc_ray.copilot.batch import batch_from_records
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.held_out import ErrorRatio, HeldOut
 from tc_ray.copilot.learner import Learner, StepResult
 
 IDLE_SECONDS = 0.1
@@ -45,6 +48,7 @@ def train(
     rounds: int,
     report: Callable[[Position, StepResult | None], None],
     restored: Callable[[Position, list[str]], None] = lambda at, damaged: None,
+    measured: Callable[[ErrorRatio], None] = lambda found: None,
     inputs: Mapping[str, str] | None = None,
     rank: int = 0,
 ) -> Position:
@@ -53,22 +57,34 @@ def train(
     rounds: of the run, `copilot.steps_per_round` steps each. inputs: kept in every checkpoint.
     report: called on every rank after each step, and with None while there is nothing to do.
     restored: called once, before the first step, with the faults of damaged checkpoints that were passed over.
+    measured: called on every rank with each new error ratio, before the step that first draws from its records.
     """
     per_round, size = config.copilot.steps_per_round, config.copilot.batch_size
     total, part = rounds * per_round, size // learner.world_size
     own = range(rank * part, (rank + 1) * part)
+    held_out = HeldOut(config, rank)
+
+    clock = time.monotonic if config.resources.gpus else time.process_time
 
     def position(step: int) -> Position:
-        return Position(step, step // per_round, feed.version, dict(inputs or {}))
+        return Position(step, step // per_round, feed.version, dict(inputs or {}), held_out.state())
 
     found, damaged = checkpoint.restore(learner, folder / "checkpoints")
+    if found is not None:
+        held_out.restore(found.held_out)
     at = found or position(0)
     restored(at, damaged)
     while at.step < total:
         due = min(feed.rounds_for(at.step) * per_round, total)
         if at.step < due and len(feed.buffer):
+            began = clock()
+            ratio = held_out.measure(learner, feed.buffer, at.step)
+            if ratio is not None:
+                measured(ratio)
             records = feed.buffer.draw(size, (config.run.seed, _DRAW, at.step))
             result = learner.step(batch_from_records(records, own))
+            result = replace(result, seconds=clock() - began)
+            held_out.trained_on(feed.buffer)
             at = position(at.step + 1)
             report(at, result)
             if at.step % config.copilot.checkpoint_every_steps == 0 or at.step == total:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.held_out import ErrorRatio
 from tc_ray.copilot.learner import StepResult, make_learner
 from tc_ray.copilot.training import train
 from tc_ray.data.prepared.batches import TrainTable
@@ -92,6 +93,7 @@ class CopilotWorker:
             rounds=self.job.rounds,
             report=self._report,
             restored=self._restored,
+            measured=self._measured,
             inputs=self.job.inputs,
             rank=self.rank,
         )
@@ -154,8 +156,15 @@ class CopilotWorker:
             "learning_rate": result.learning_rate,
             "tokens": float(result.tokens),
             "left_out_steps": float(left_out),
+            "compute_seconds": result.seconds,
         }
         self.job.tracker.copilot.remote(at.round, at.step, metrics)
+
+    def _measured(self, found: ErrorRatio) -> None:
+        if self.rank == 0:
+            self.job.tracker.error_ratio.remote(found.round, found.metrics())
+        if found.memorised:
+            self._event("memorised", found.event())
 
     def _event(self, kind: str, text: str) -> None:
         if self.rank == 0:

@@ -1,5 +1,5 @@
-"""Pilot against fused model on held-out rows: choose lambda on validation rows, measure the test rows once, report.
+"""Models on held-out rows: choose lambda on validation rows, measure each test set once, compare, report. Workers do it.
 
-May import: config, data, models, files. Read first: `procedure.py`; lambda is chosen in `statistics.py` (`choose`).
-`run/evaluate.py` launches an evaluation as a Ray task, `export` reads its report.
+May import: config, data, models, files; `answers/` reads final answers. Read first: `procedure.py`; lambda is chosen in
+`choose.py` by the rule in `statistics.py` (`choose`). `run/evaluate.py` starts an evaluation, `export` reads its report.
 """

@@ -31,12 +31,13 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
     temporary, target = run / "export.tmp", run / "export"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    for part in (PILOT, COPILOT) if report.no_copilot is None else (PILOT,):
+    verdict = report.first
+    for part in (PILOT, COPILOT) if verdict.no_copilot is None else (PILOT,):
         # its marker stays behind: that of the export names all files
         shutil.copytree(run / part / "final", temporary / part, ignore=shutil.ignore_patterns(FOLDER_MARKER))
-    FusionSettings(report.exported_lam, report.space, report.feedback).write(temporary)
+    FusionSettings(verdict.exported_lam, verdict.chosen.space, verdict.chosen.feedback).write(temporary)
     save_config(config, temporary / "config.yaml")
-    of_run = {"run": config.run.name, "pilot": config.model.pilot, "rounds": rounds, "verdict": report.verdict}
+    of_run = {"run": config.run.name, "pilot": config.model.pilot, "rounds": rounds, "verdict": str(verdict)}
     write_provenance(temporary, of_run, PACKAGES)
     publish_folder(temporary, target)
     return target

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,19 +34,19 @@ _LIGHT = ((255, 247, 230), (254, 217, 142), (246, 140, 50), (196, 58, 20), (110,
 _DARK = ((44, 30, 24), (96, 44, 22), (176, 72, 24), (240, 142, 52), (255, 224, 150))
 
 _VARIABLES = ("ink", "soft", "grid", "one", "two", "panel", *(f"e{shade}" for shade in range(LEVELS)))
-# colours that stand for the page's variables until the SVG is written
-_COLOUR = {name: f"#fe00{place:02x}" for place, name in enumerate(_VARIABLES)}
+COLOUR = {name: f"#fe00{place:02x}" for place, name in enumerate(_VARIABLES)}
+"""Colours that stand for the page's variables until the SVG is written."""
 _STYLES: tuple[dict[str, Any], ...] = (
-    {"color": _COLOUR["one"], "linestyle": "-", "marker": "o"},
-    {"color": _COLOUR["two"], "linestyle": (0, (5, 2)), "marker": "s", "markerfacecolor": "none"},
+    {"color": COLOUR["one"], "linestyle": "-", "marker": "o"},
+    {"color": COLOUR["two"], "linestyle": (0, (5, 2)), "marker": "s", "markerfacecolor": "none"},
 )
 _SETTINGS = {
     "svg.fonttype": "none",
     "figure.facecolor": "none",
     "font.size": 9.0,
-    "text.color": _COLOUR["ink"],
-    "axes.labelcolor": _COLOUR["soft"],
-    "axes.edgecolor": _COLOUR["soft"],
+    "text.color": COLOUR["ink"],
+    "axes.labelcolor": COLOUR["soft"],
+    "axes.edgecolor": COLOUR["soft"],
     "axes.titlesize": 10.0,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -53,9 +54,9 @@ _SETTINGS = {
     "axes.spines.right": False,
     "axes.facecolor": "none",
     "axes.grid.axis": "y",
-    "grid.color": _COLOUR["grid"],
-    "xtick.color": _COLOUR["soft"],
-    "ytick.color": _COLOUR["soft"],
+    "grid.color": COLOUR["grid"],
+    "xtick.color": COLOUR["soft"],
+    "ytick.color": COLOUR["soft"],
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 5.0,
@@ -89,7 +90,7 @@ def line_chart(
         spans: first and last round of each bin.
         percent: values are shares, shown from 0% to 100%.
     """
-    with _figure(5.4, 2.9) as figure:
+    with new_figure(5.4, 2.9) as figure:
         axes = figure.subplots()
         axes.set_title(title)
         middle = [(low + high) / 2 for low, high in spans]
@@ -102,7 +103,7 @@ def line_chart(
         _round_axis(axes, spans)
         if len(lines) > 1:
             axes.legend()
-        return _svg(figure, title)
+        return inline_svg(figure, title)
 
 
 def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, width: int, high: float) -> Markup:
@@ -117,17 +118,17 @@ def heat_map(title: str, values: Array, spans: Sequence[tuple[int, int]], *, wid
     rows = values.shape[1]
     across = [spans[0][0] - 0.5, *(last + 0.5 for _, last in spans)]
     down = width * np.arange(rows + 1) + 0.5
-    colours = ListedColormap([_COLOUR[f"e{shade}"] for shade in range(LEVELS)])
-    with _figure(10.6, 1.1 + min(4.6, max(0.9, 0.22 * rows))) as figure:
+    colours = ListedColormap([COLOUR[f"e{shade}"] for shade in range(LEVELS)])
+    with new_figure(10.6, 1.1 + min(4.6, max(0.9, 0.22 * rows))) as figure:
         axes = figure.subplots()
         axes.set_title(title)
-        axes.set_facecolor(_COLOUR["panel"])
+        axes.set_facecolor(COLOUR["panel"])
         axes.pcolormesh(across, down, np.ma.masked_invalid(values.T), cmap=colours, vmin=0, vmax=high)
         axes.set_ylim(down[-1], down[0])
         axes.locator_params(axis="y", integer=True, min_n_ticks=1)
         axes.set_ylabel("place in the answer")
         _round_axis(axes, spans)
-        return _svg(figure, title)
+        return inline_svg(figure, title)
 
 
 def reliability_chart(confidence: Confidence, names: Sequence[str]) -> Markup:
@@ -135,10 +136,10 @@ def reliability_chart(confidence: Confidence, names: Sequence[str]) -> Markup:
 
     names: of the two groups of `confidence`; one without tokens is left out.
     """
-    with _figure(5.4, 4.4) as figure:
+    with new_figure(5.4, 4.4) as figure:
         axes = figure.subplots()
         axes.set_title("Accuracy of the first choice")
-        axes.plot([0, 1], [0, 1], color=_COLOUR["soft"], linestyle=":", linewidth=1)
+        axes.plot([0, 1], [0, 1], color=COLOUR["soft"], linestyle=":", linewidth=1)
         for group, (style, name) in enumerate(zip(_STYLES, names, strict=True)):
             used = np.flatnonzero(confidence.tokens[group])
             if len(used):
@@ -151,7 +152,7 @@ def reliability_chart(confidence: Confidence, names: Sequence[str]) -> Markup:
         axes.set_xlabel("probability of the first choice")
         axes.xaxis.set_major_formatter(_percent)
         axes.yaxis.set_major_formatter(_percent)
-        return _svg(figure, "Reliability of the Pilot's probabilities")
+        return inline_svg(figure, "Reliability of the Pilot's probabilities")
 
 
 def _percent(share: float, _: Any) -> str:
@@ -165,7 +166,7 @@ def _round_axis(axes: Axes, spans: Sequence[tuple[int, int]]) -> None:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def new_figure(width: float, height: float) -> Iterator[Figure]:
     """An empty figure of a size in inches, under the settings of this module."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -174,8 +175,26 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Figure, name: str) -> Markup:
+def inline_svg(figure: Figure, name: str) -> Markup:
     """The drawing as an element for a page: named for screen readers, of the width it is given, in the page's colours."""
+    head, text = _written(figure, name)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", f"{head}>{text}")
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    return Markup(re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--{_VARIABLES[int(found[1], 16)]})", text))
+
+
+def file_svg(figure: Figure, name: str) -> str:
+    """The drawing as a file of its own, in the colours of a light page."""
+    head, text = _written(figure, name)
+    style = (Path(__file__).parent / "static" / "page.css").read_text(encoding="utf-8").partition("@media")[0]
+    light = dict(re.findall(r"--(\w+): (#\w+)", style)) | {f"e{at}": back for at, (back, _) in enumerate(scale())}
+    text = f'{head} style="background:{light["back"]}">{text}'
+    return re.sub(r"#fe00([0-9a-f]{2})", lambda found: light[_VARIABLES[int(found[1], 16)]], text)
+
+
+def _written(figure: Figure, name: str) -> tuple[str, str]:
+    """The opening tag without its end, and the rest."""
     from matplotlib import rc_context
 
     written = io.StringIO()
@@ -183,7 +202,4 @@ def _svg(figure: Figure, name: str) -> Markup:
         figure.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = written.getvalue()
     head, text = text[text.index("<svg") :].split(">", 1)
-    head = re.sub(r' (width|height)="[^"]*"', "", head).replace("<svg", f'<svg role="img" aria-label="{name}"')
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", f"{head}>{text}")
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    return Markup(re.sub(r"#fe00([0-9a-f]{2})", lambda found: f"var(--{_VARIABLES[int(found[1], 16)]})", text))
+    return head.replace("<svg", f'<svg role="img" aria-label="{name}"'), text

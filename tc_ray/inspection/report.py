@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tc_ray import __version__
@@ -76,16 +76,16 @@ def sample_page(metadata: LogMetadata, samples: Mapping[int, Sequence[Visit]], t
     return render("samples.html", title=title, pilot=metadata.pilot, samples=blocks, texts=texts)
 
 
-def render(template: str, **values: Any) -> str:
-    """A whole HTML document from a template in `static/`; `Markup` values are HTML, all others text."""
+def render(template: str, *, package: str = "tc_ray.inspection", **values: Any) -> str:
+    """A whole HTML document from a template in a package's `static/`; `Markup` values are HTML, all others text."""
     colours = {"light": scale(), "dark": scale(dark=True)}
-    return _templates().get_template(template).render(version=__version__, **colours, **values)
+    return _templates(package).get_template(template).render(version=__version__, **colours, **values)
 
 
 @cache
-def _templates() -> Environment:
+def _templates(package: str) -> Environment:
     return Environment(
-        loader=PackageLoader("tc_ray.inspection", "static"),
+        loader=ChoiceLoader([PackageLoader(name, "static") for name in (package, "tc_ray.inspection")]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),

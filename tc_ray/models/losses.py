@@ -83,9 +83,7 @@ class TokenLoss(ABC):
         values: fp32 [N, k+1], l of the listed tokens, each listed once.
         Products of [N, A] size run in autocast's type where that is on; sums and gradients are kept in float32.
         """
-        kind = states.device.type
-        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        return _Sum.apply(self, states, weight, places, values, product)
+        return _Sum.apply(self, states, weight, places, values, _product_dtype(states))
 
     def value(self, total: float, tokens: float) -> float:
         """The step's loss from S and N over all ranks."""
@@ -213,6 +211,30 @@ class Divergence(TokenLoss):
 
 LOSSES: dict[str, type[TokenLoss]] = {"rmse": RootMeanSquare, "kl": Divergence, "cross_entropy": CrossEntropy}
 """By the name in `copilot.loss`."""
+
+
+def inner_products(
+    states: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """l.l, l.f and f.f, summed over tokens and all of V: float64 [3]. Arguments: those of `TokenLoss.total`.
+
+    S of the rmse for lam f in place of f is l.l - 2 lam l.f + lam^2 f.f, for every lam.
+    """
+    product = _product_dtype(states)
+    with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+        outputs = Outputs(states, weight, product=product, wide=_summing_dtype(states))
+        own = values.double().square().sum()
+        across, squares = torch.zeros_like(own), torch.zeros_like(own)
+        for first, f in outputs.blocks():
+            across += (_listed_outputs(f, first, places).double() * values).sum()
+            squares += torch.linalg.vector_norm(f, dim=1).double().square().sum()
+    return torch.stack([own, across, squares])
+
+
+def _product_dtype(states: torch.Tensor) -> torch.dtype:
+    """Type of products of [N, A] size: autocast's where that is on."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 def _summing_dtype(states: torch.Tensor) -> torch.dtype:

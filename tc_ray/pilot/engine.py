@@ -121,6 +121,7 @@ def pilot_step(model: Any, config: RunConfig) -> PilotStep:
         pooling=log_pooling(log.rationale, log.pooling),
         layers=tapped_layers(log.rationale, len(family.layers(model))),
         dense=log.error == "dense",
+        question=log.question == "states",
     )
 
 

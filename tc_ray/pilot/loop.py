@@ -87,13 +87,19 @@ class Worker:
         if self.config.log.enabled:
             self.recorder = self._begin_attempt(start)
         self._wait_for("")
+        # what a round costs: on a device that is not the processor, the processor's time says nothing
+        clock = time.monotonic if self.config.resources.gpus else time.process_time
         started, tokens, checkpoint_due = time.monotonic(), 0.0, False
         for number in range(start + 1, self.job.rounds + 1):
-            began = time.monotonic()
+            began, busy = time.monotonic(), clock()
             metrics = self._round(number)
             tokens += metrics["tokens"]
             seconds = time.monotonic() - began
-            metrics |= {"round_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+            metrics |= {
+                "compute_seconds": clock() - busy,
+                "round_seconds": seconds,
+                "tokens_per_second": metrics["tokens"] / seconds,
+            }
             metrics["mean_tokens_per_second"] = tokens / (time.monotonic() - started)
             if self.rank == 0:
                 self.job.tracker.pilot.remote(number, metrics)

@@ -207,7 +207,7 @@ def log_metadata(
         tap=tap_definition(pooling, layers),
         positions=log.positions,
         top_k=top_k,
-        question="states" if family.encoder_decoder else "ids",
+        question="states" if family.encoder_decoder else log.question,
         layers="all" if layers is None else ",".join(map(str, layers)),
         error=log.error,
         **hashes,

@@ -84,7 +84,7 @@ def prepare_rows(
     """
     folder, aside = config.run.path / "data", config.run.path / "data.new"
     shutil.rmtree(aside, ignore_errors=True)
-    found = prepare(Encoder(config.data, tokenizer, config.run.seed, encoder_decoder, vocab_size), aside)
+    found = prepare(Encoder(config.data, tokenizer, config.data_seed, encoder_decoder, vocab_size), aside)
     hashes = {f"{part}_rows": value for part, value in rows_hashes(aside).items()}
     try:
         check_inputs(config, recorded, hashes, now=found.source)

@@ -54,8 +54,8 @@ PHASES = (
     Phase("train", start_copilot, "log/", "learners, at work", skip=copilot_is_done),
     Phase("train", train_pilot, "data/", "pilot/final, log/", skip=pilot_is_done),
     Phase("catch-up", finish_copilot, "learners, log/", "copilot/final", skip=lambda run: run.copilot is None),
-    Phase("evaluate", evaluate, "pilot/final, copilot/final", "evaluation.json", skip=lambda run: run.ledger is None),
-    Phase("export", export, "both models, evaluation.json", "export/", skip=lambda run: run.ledger is None),
+    Phase("evaluate", evaluate, "pilot/final, copilot/final", "evaluation/", skip=lambda run: run.ledger is None),
+    Phase("export", export, "both models, evaluation/", "export/", skip=lambda run: run.ledger is None),
 )
 """Both models train at once from `start_copilot` to `finish_copilot` (`run.train`)."""
 

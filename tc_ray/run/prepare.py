@@ -10,6 +10,7 @@ from typing import Any
 
 from tc_ray.config.load import save_config
 from tc_ray.mistakelog.table.lease import RunLease
+from tc_ray.run.evaluate import check_measurable
 from tc_ray.run.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
 from tc_ray.run.state import JobError, Prepared, Run
 from tc_ray.text import first_line, visible
@@ -44,6 +45,8 @@ def prepare(run: Run) -> None:
         raise JobError("no test rows to measure with: set data.test or a data.test_size above 0")
     order = RoundOrder(data.rows["train"], pilot.batch_size, pilot.epochs, config.run.seed)
     rounds = min(order.rounds, pilot.max_rounds or order.rounds)
+    if config.log.enabled:
+        check_measurable(config)
     run.prepared = Prepared(pilot_path, base_path, tokenizer, model_config, data, rows | weights, rounds)
     _print(
         f"run {config.run.name} in {run.folder}: {rounds} rounds of {pilot.batch_size} examples, "

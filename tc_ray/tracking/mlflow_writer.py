@@ -220,4 +220,6 @@ def _new_run(client: MlflowClient, config: RunConfig, folder: Path, uri: str) ->
     else:
         experiment_id = experiment.experiment_id
     tags = {"tc_ray.folder": str(folder)}
+    if config.tracking.parent_run is not None:
+        tags["mlflow.parentRunId"] = config.tracking.parent_run
     return str(client.create_run(experiment_id, run_name=config.run.name, tags=tags).info.run_id)

@@ -29,7 +29,20 @@ LINE_SECONDS = 10.0
 REFRESH_SECONDS = 1.0
 Status = dict[str, Any]
 """Keys: see `tracker.Tracker.status`."""
-_NEEDED = {"run", "state", "phase", "started", "updated", "plan", "pilot", "copilot", "log", "events", "restarts"}
+_NEEDED = {
+    "run",
+    "state",
+    "phase",
+    "started",
+    "updated",
+    "plan",
+    "pilot",
+    "copilot",
+    "error_ratio",
+    "log",
+    "events",
+    "restarts",
+}
 
 
 class NoRunError(FileNotFoundError):
@@ -144,6 +157,7 @@ def facts(status: Status) -> dict[str, str]:
         "pilot loss": _text(of_pilot.get("loss"), "{:.4f}"),
         "copilot step": _of(copilot.get("step"), plan.get("copilot_steps_total")),
         "copilot loss": _text(copilot.get("metrics", {}).get("loss"), "{:.4f}"),
+        "error ratio": _error_ratio(status["error_ratio"]),
         "lag": _text(log.get("lag_rounds"), "{:.0f} rounds"),
         "log": _text(log.get("bytes"), of=byte_size),
         "per token": _text(of_pilot.get("log_bytes_per_token"), of=byte_size),
@@ -153,6 +167,15 @@ def facts(status: Status) -> dict[str, str]:
         "eta": _text(status.get("eta_seconds"), of=clock),
     }
     return {name: text for name, text in found.items() if text}
+
+
+def _error_ratio(measured: Mapping[str, Any]) -> str:
+    """On new records at the best lambda, beside that on the Copilot's own ones, and the round that it was measured in."""
+    found = measured.get("metrics", {})
+    if any(found.get(name) is None for name in ("held_out", "in_sample", "lam")):
+        return ""
+    at = f"at lambda {found['lam']:g}, in-sample {found['in_sample']:.3f} (round {measured['round']})"
+    return f"{found['held_out']:.3f} {at}"
 
 
 def clock(seconds: float) -> str:

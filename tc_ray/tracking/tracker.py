@@ -4,7 +4,7 @@ Invariant: a (metric, round) or (Copilot metric, step) is written once, over wor
 waits for MLflow before `finish`, and after the start no MLflow error reaches the run. All that a restarted Tracker needs is in
 metrics.jsonl. The job starts it as an actor (`start_tracker`); Pilot, Copilot and Ledger call it without waiting for an
 answer. Every measurement passes through `Tracker._record`. The progress view and the picture know pilot `loss`, `tokens` (of
-the round); copilot `loss`; log `bytes`, `lag_rounds`. Any other metric is written too.
+the round); copilot `loss`; those named in `Tracker.error_ratio`; log `bytes`, `lag_rounds`. Any other metric is written too.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Tracker:
             "started": self._points.started or time.time(),
             "plan": plan or {},
             "waiting": {},
-            **{kind: self._points.latest(kind) for kind in ("pilot", "copilot", "log")},
+            **{kind: self._points.latest(kind) for kind in ("pilot", "copilot", "error_ratio", "log")},
             "processes": {},
             "evaluation": self._points.latest("evaluation"),
         }
@@ -96,6 +96,11 @@ class Tracker:
         """A Copilot step ended (1-based), trained on the log up to Pilot round `round`. A replayed step is not written again."""
         with self._lock:
             self._read("copilot", self._record("copilot", metrics, axis=step, round=round, step=step), step)
+
+    def error_ratio(self, round: int, metrics: Mapping[str, Any]) -> None:
+        """The Copilot was measured on records up to `round` that it had not trained on. `held_out`, `in_sample`, `lam` are shown."""
+        with self._lock:
+            self._record("error_ratio", metrics, axis=round, round=round)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """State of the Mistake Log: bytes, rows, lag in rounds. Written once per round."""
@@ -165,7 +170,8 @@ class Tracker:
         """What the run is doing, as JSON values.
 
         Keys: run, folder, state (running, done, failed, stopped), phase, started, updated (unix seconds), plan,
-        waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, log {metrics},
+        waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, error_ratio {round, metrics},
+        log {metrics},
         tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events {time, kind, text, count},
         processes (pid by name), evaluation, mlflow (null when off).
         """

@@ -62,11 +62,20 @@ def turned(x: torch.Tensor, frequencies: list[float]) -> torch.Tensor:
 
 
 def decoder_layer(
-    layer: Any, config: Any, layer_type: str | None, x: torch.Tensor, memory: torch.Tensor | None, sees: torch.Tensor
+    layer: Any,
+    config: Any,
+    layer_type: str | None,
+    x: torch.Tensor,
+    memory: torch.Tensor | None,
+    sees: torch.Tensor,
+    *,
+    numbered: bool = True,
+    memory_norm: bool = True,
 ) -> torch.Tensor:
     """A layer on rows x [n, d]: self-attention with `memory` None, else attention to memory [M, d] without positions.
 
     sees: bool [n, n] or [n, M]. layer_type: `sliding_attention`, `full_attention`, or None where the family has no types.
+    numbered: self-attention knows the rows' numbers. memory_norm: the memory passes the layer's first norm.
     """
     gemma = config.model_type.startswith("gemma")
     own, width, eps = layer.self_attn, head_width(config), config.rms_norm_eps
@@ -75,15 +84,18 @@ def decoder_layer(
         return rms(y, 1 + module.weight if gemma else module.weight, eps)
 
     asking = norm(x, layer.input_layernorm)
-    asked = asking if memory is None else norm(memory, layer.input_layernorm)
+    asked = asking
+    if memory is not None:
+        asked = norm(memory, layer.input_layernorm) if memory_norm else memory
     q = own.q_proj(asking).view(len(asking), -1, width)
     k = own.k_proj(asked).view(len(asked), -1, width)
     v = own.v_proj(asked).view(len(asked), -1, width)
     if config.model_type in ("qwen3", "gemma3_text"):
         q, k = norm(q, own.q_norm), norm(k, own.k_norm)
     if memory is None:
-        frequencies = rope_frequencies(config, layer_type)
-        q, k = turned(q, frequencies), turned(k, frequencies)
+        if numbered:
+            frequencies = rope_frequencies(config, layer_type)
+            q, k = turned(q, frequencies), turned(k, frequencies)
         if config.model_type == "mistral" or layer_type == "sliding_attention":
             distance = torch.arange(len(x))[:, None] - torch.arange(len(x))
             sees = sees & (distance < config.sliding_window)
@@ -159,7 +171,7 @@ def t5_attention(
 
 
 def t5_block(
-    block: Any, config: Any, x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor, sees: torch.Tensor
+    block: Any, config: Any, x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, sees: torch.Tensor
 ) -> torch.Tensor:
     """A decoder block on rows x [n, d]: causal self-attention, attention to memory [M, d], feed-forward."""
     itself, across, forward = block.layer

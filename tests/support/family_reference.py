@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,13 +106,15 @@ def dense_errors(logits: torch.Tensor, target: list[int]) -> torch.Tensor:
 class Made:
     """How a Copilot was made, said by the test and not read from the Copilot.
 
-    base: the library's model its layers `layers` come from. pilot: the Pilot it was made beside.
+    base: the library's model its layers `layers` come from. pilot: the Pilot it was made beside. form: fields of
+    `copilot.form` that are not the default.
     """
 
     pilot: Any
     base: Any
     layers: tuple[int, ...]
     pattern: str = "alternate"
+    form: dict[str, Any] = field(default_factory=dict)
 
     def attends_to_memory(self, j: int) -> bool:
         """Whether layer j of a decoder-only Copilot (from 0) reads the memory instead of the rows."""
@@ -146,29 +148,41 @@ def copilot_f(
         row_positions: for each of the n rows the position whose state predicts its token.
         errors: [at least n - 1, V]; row i reads errors[i - 1].
     """
-    config, table = made.base.config, made.error_table()
-    normed_states = rms(states, copilot.rationale_norm.weight, MEMORY_EPS)
+    config, table, form = made.base.config, made.error_table(), made.form
+    numbered, normed = form.get("row_positions", True), form.get("memory_norm", True)
+    producing = form.get("producing_state", "input")
+    asked, shown = question, states
+    if normed:
+        asked = rms(question, copilot.question_norm.weight, MEMORY_EPS)
+        shown = rms(states, copilot.rationale_norm.weight, MEMORY_EPS)
 
     rows = []
     for i, position in enumerate(row_positions):
-        # W_in l = A E^T l
-        row = copilot.start.weight[0] if i == 0 else copilot.error_projection.weight @ (table.T @ errors[i - 1])
-        if copilot.state_projection is not None:
-            row = row + copilot.state_projection.weight @ normed_states[positions.index(position)]
+        if i == 0:
+            row = torch.zeros(table.shape[1]) if form.get("start_row") == "zeros" else copilot.start.weight[0]
+        elif form.get("error_input") == "free":  # W_in l
+            row = copilot.error_embedding.weight.T @ errors[i - 1]
+        else:  # W_in l = A E^T l
+            row = copilot.error_projection.weight @ (table.T @ errors[i - 1])
+        if producing == "input":
+            row = row + copilot.state_projection.weight @ shown[positions.index(position)]
         rows.append(row)
     x = torch.stack(rows)
 
-    memory = torch.cat([rms(question, copilot.question_norm.weight, MEMORY_EPS), normed_states])
+    memory = torch.cat([asked, shown])
     if table.shape[1] != states.shape[1]:
         memory = memory @ copilot.memory_projection.weight.T
     sees_memory = torch.ones(len(x), len(memory), dtype=torch.bool)
     for i, position in enumerate(row_positions):
         for j, at in enumerate(positions):
-            sees_memory[i, len(question) + j] = at <= position
+            sees_memory[i, len(question) + j] = at < position if producing == "unseen" else at <= position
     causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
 
     if config.is_encoder_decoder:
-        bias = position_bias(copilot.layers[0].layer[0].SelfAttention.relative_attention_bias.weight, len(x), config)
+        bias = None
+        if numbered:
+            table_of_distances = copilot.layers[0].layer[0].SelfAttention.relative_attention_bias.weight
+            bias = position_bias(table_of_distances, len(x), config)
         for block in copilot.layers:
             x = t5_block(block, config, x, memory, bias, sees_memory)
         norm = copilot.stack.final_layer_norm
@@ -176,11 +190,13 @@ def copilot_f(
         types = layer_types(config)
         for j, (layer, index) in enumerate(zip(copilot.layers, made.layers, strict=True)):
             if made.attends_to_memory(j):
-                x = decoder_layer(layer, config, types[index], x, memory, sees_memory)
+                x = decoder_layer(layer, config, types[index], x, memory, sees_memory, memory_norm=normed)
             else:
-                x = decoder_layer(layer, config, types[index], x, None, causal)
+                x = decoder_layer(layer, config, types[index], x, None, causal, numbered=numbered)
         norm = copilot.stack.norm
-    x = final_norm(norm, config, x) / math.sqrt(x.shape[1])
+    x = final_norm(norm, config, x)
+    if form.get("scaled_output", True):
+        x = x / math.sqrt(x.shape[1])
     f = torch.zeros(len(x), len(table))  # 0 for tokens that W_out has no row for
     f[:, copilot.output_ids] = x @ copilot.output.weight.T
     return f

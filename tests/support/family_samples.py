@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tc_ray.config.training import PAPER_FORM, CopilotSection
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.pilot.load import load_pilot
 from tests.support.family_reference import Made
@@ -27,6 +28,10 @@ PADDED = VOCAB + 12
 LAYERS = {"alternate": (0, 1, 3), "early": (1, 2, 3), "late": (0, 2, 3), "all": (1, 2)}
 """Layers of the Pilot that the Copilot of each insertion pattern is made of; with the patterns they leave sliding and full
 layers of self-attention and of attention to the memory."""
+
+PAPER = {name: PAPER_FORM[name] for name in CopilotSection().form()}
+"""The paper's form, and each of its departures from the default alone."""
+FORMS = [{name: value} for name, value in PAPER.items() if getattr(CopilotSection(), name) != value]
 
 _COPILOTS: dict[tuple[str, ...], Copilot] = {}
 
@@ -88,7 +93,8 @@ def make_copilot(
     if key not in _COPILOTS:
         pilot_model = _loaded(family, pilot, torch.float32)
         _COPILOTS[key] = shaken(Copilot.from_decoder(folder_of(family, base), layers, pilot=pilot_model, **given))
-    made = Made(reference_model(family, pilot), reference_model(family, base), layers, pattern)
+    form = {name: value for name, value in given.items() if name in PAPER}
+    made = Made(reference_model(family, pilot), reference_model(family, base), layers, pattern, form)
     return copy.deepcopy(_COPILOTS[key]), made
 
 
@@ -100,12 +106,17 @@ def shaken(copilot: Copilot, seed: int = 5) -> Copilot:
     for module in (copilot.error_projection, copilot.state_projection, copilot.memory_projection):
         if isinstance(module, nn.Linear):
             module.weight.add_(0.3 * torch.randn_like(module.weight))
-    copilot.start.weight.add_(0.5 * torch.randn_like(copilot.start.weight))
+    if copilot.free_input:
+        copilot.error_embedding.weight.normal_(std=0.5)
+    if copilot.start is not None:
+        copilot.start.weight.add_(0.5 * torch.randn_like(copilot.start.weight))
     for norm in (copilot.question_norm, copilot.rationale_norm):
-        norm.weight.mul_(1 + 0.3 * torch.randn_like(norm.weight))
+        if isinstance(norm, nn.RMSNorm):
+            norm.weight.mul_(1 + 0.3 * torch.randn_like(norm.weight))
     last = copilot.stack.final_layer_norm if copilot.encoder_decoder else copilot.stack.norm
     gain = last.weight + 1 if copilot.config.decoder["model_type"].startswith("gemma") else last.weight
-    copilot.output.weight.normal_(std=0.15 / float(gain.square().mean().sqrt()))
+    size = float(gain.square().mean().sqrt()) * copilot.output_scale * copilot.output.in_features**0.5
+    copilot.output.weight.normal_(std=0.15 / size)
     return copilot.eval()
 
 

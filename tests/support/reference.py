@@ -109,6 +109,8 @@ def copilot_f(
     state_positions: list[int],
     row_positions: list[int],
     errors: torch.Tensor,
+    *,
+    asked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """f [n, V] of one example, from dense errors.
 
@@ -116,6 +118,7 @@ def copilot_f(
         question: prompt tokens. states: [P, d_P], the state of `state_positions[j]` in row j.
         row_positions: for each of the n rows the position whose state predicts its token.
         errors: [at least n - 1, V]; row i reads errors[i - 1].
+        asked: X~ [Q, d_P], where it does not follow from `question`.
     """
     config = copilot.config.decoder_config()
     theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
@@ -132,7 +135,8 @@ def copilot_f(
         rows.append(row)
     x = torch.stack(rows)
 
-    asked = copilot.question_embedding.weight[torch.tensor(question)]
+    if asked is None:
+        asked = copilot.question_embedding.weight[torch.tensor(question)]
     memory = torch.cat([rms_normalised(asked, copilot.question_norm.weight, NORM_EPS), normed_states])
     memory = copilot.memory_projection(memory)
     sees_memory = torch.zeros(len(x), len(memory), dtype=torch.bool)

@@ -71,7 +71,7 @@ def make_copilot(kind: str, model_folder: Path, pilot: Any, tmp: Path) -> Copilo
     config = AutoConfig.from_pretrained(model_folder)
     config.hidden_size, config.head_dim, config.num_hidden_layers = 24, 6, 2
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp / "narrow")
-    return shaken(Copilot.from_decoder(tmp / "narrow", [0, 1], pilot=pilot, producing_state=False))
+    return shaken(Copilot.from_decoder(tmp / "narrow", [0, 1], pilot=pilot, producing_state="memory"))
 
 
 def examples(seed: int = 3) -> list[dict[str, Any]]:

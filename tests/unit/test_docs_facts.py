@@ -21,7 +21,7 @@ from tc_ray.mistakelog.table import lease
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.families import FAMILIES
 from tc_ray.serving import wire
-from tc_ray.serving.engine import engine, prefill
+from tc_ray.serving.engine import engine, prefixes
 from tc_ray.serving.failover import proxy
 from tc_ray.serving.http import requests
 from tc_ray.serving.http.metrics import Metrics
@@ -107,7 +107,7 @@ NUMBERS: list[tuple[str, str, float]] = [
     (SERVING, r"computed something in the last (\d+) s", engine.STALL_S),
     (SERVING, r"a body that takes more than (\d+) s", wire.BODY_TIMEOUT_S),
     (SERVING, r"bodies of more than (\d+) MiB in a proxy", proxy.MAX_HELD_BYTES / 2**20),
-    (SERVING, r"begins with (\d+) or more of the same tokens", prefill.MIN_TOKENS),
+    (SERVING, r"begins with (\d+) or more of the same tokens", prefixes.MIN_TOKENS),
     (SERVING, r"`stop` (\d+) strings", requests.MAX_STOPS),
     (SERVING, r"strings of (\d+) characters", requests.MAX_STOP_CHARACTERS),
     (SERVING, r"`temperature` to 2 \(below ([\d.]+)", requests.MIN_TEMPERATURE),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,10 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tc_ray.config.data import DataSection
+from tc_ray.config.tasks import TaskForm, load_task
 from tc_ray.data.encode.prompts import readable_prompt
 from tc_ray.data.encode.tokenize import encode
 from tc_ray.data.source.records import BadRow, DataError, Record, quarantined
 from tc_ray.data.source.shapes import Example, to_example
+from tc_ray.data.source.tasks import shaped
 from tc_ray.text import first_line
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("target_start", pa.int32()),
         ("was_cut", pa.bool_()),
+        ("options", pa.list_(pa.string())),
         *((name, pa.string()) for name in _TEXTS),
     ]
 )
@@ -44,11 +47,15 @@ _SCHEMA = pa.schema(
 
 @dataclass
 class Encoded:
-    """Rows of one source: `rows` as in _SCHEMA with kind `row`, in file order; counts and bad rows of the rest."""
+    """Rows of one source: `rows` as in _SCHEMA with kind `row`, in file order; counts and bad rows of the rest.
+
+    sets: of a held-out part, by the name of a set (the column `set`), its rows that are too long and those that are bad.
+    """
 
     rows: pa.Table
     too_long: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
+    sets: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def largest_id(self) -> int:
@@ -71,7 +78,7 @@ class Encoded:
 class Encoder:
     """Turns a record into a row of _SCHEMA (without `file`). Needs no Ray.
 
-    encoder_decoder: the prompt is the encoder's source and ends with the end token. vocab_size: rows of the model's
+    task: form of the records; `for_task` sets it. encoder_decoder: the prompt is the encoder's source and ends with the end token. vocab_size: rows of the model's
     embedding; None: token ids are not checked.
     """
 
@@ -80,6 +87,11 @@ class Encoder:
     seed: int
     encoder_decoder: bool = False
     vocab_size: int | None = None
+    task: TaskForm | None = None
+
+    def for_task(self, name: str | None) -> Encoder:
+        """The encoder of records of a task (`data.task`). Raises ConfigError: there is no such form."""
+        return self if name is None else replace(self, task=load_task(name))
 
     def check(self) -> None:
         """Raise DataError when tokenizer and template do not fit, or the model does not embed the end or padding token."""
@@ -118,7 +130,10 @@ class Encoder:
         return {"place": record.place, "unit": record.unit, **found}
 
     def _row(self, record: Record, held_out: bool) -> dict[str, Any] | BadRow:
-        example = record.value if isinstance(record.value, BadRow) else to_example(record.value, held_out=held_out)
+        value = record.value
+        if self.task is not None and not isinstance(value, BadRow):
+            value = shaped(value, self.task)
+        example = value if isinstance(value, BadRow) else to_example(value, held_out=held_out)
         if not isinstance(example, BadRow) and self.config.completion_pattern and example.completion is not None:
             example = _with_pattern(example, self.config.completion_pattern)
         if isinstance(example, BadRow):
@@ -134,6 +149,7 @@ class Encoder:
             "prompt": prompt,
             "completion": example.completion,
             "answer": example.answer,
+            "options": list(example.options) or None,
             "input_ids": tokens.input_ids,
             "target_start": tokens.target_start,
             "was_cut": tokens.was_cut,
@@ -166,6 +182,21 @@ def encode_files(
     shown = ("unit", "place", "field", "problem", "fix", "raw")
     bad = [{"file": str(files[row["file"]]), **{n: row[n] for n in shown}} for row in of_kind["bad"].to_pylist()]
     return Encoded(of_kind["row"].combine_chunks(), of_kind["long"].num_rows, bad)
+
+
+def joined(sets: Mapping[str, Encoded]) -> Encoded:
+    """The sets of one part in order, each row with the name of its set."""
+    return Encoded(
+        pa.concat_tables([named(found.rows, name) for name, found in sets.items()]).combine_chunks(),
+        sum(found.too_long for found in sets.values()),
+        [row for found in sets.values() for row in found.bad],
+        {name: (found.too_long, len(found.bad)) for name, found in sets.items()},
+    )
+
+
+def named(rows: pa.Table, name: str) -> pa.Table:
+    """The rows with the name of their set."""
+    return rows.append_column("set", pa.array([name] * rows.num_rows, pa.string()))
 
 
 def _in_ray(encode_one: Callable[[Path], pa.Table], files: Sequence[Path]) -> list[pa.Table]:

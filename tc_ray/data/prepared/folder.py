@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,20 +27,23 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("answer", pa.string()),
+        ("options", pa.list_(pa.string())),
+        ("set", pa.string()),
     ]
 )
-"""Columns of train, validation and test.parquet. sample_id: the row's index in its file."""
+"""Columns of train, validation and test.parquet. sample_id: the row's index in its file. options: completions to choose from.
+set: name of the held-out set; null in train.parquet."""
 _TRAINED = ["sample_id", "target_start", "input_ids"]
 RECORD = "data.json"
 LEFT_OUT = b"tc-ray.left_out"
-"""Key of the Parquet metadata of a held-out part: `LeftOut` as JSON."""
+"""Key of the Parquet metadata of a held-out part: a `LeftOut` of each set, as JSON."""
 QUARANTINE = "quarantine.jsonl"
 """The bad rows, each with file, place, field, problem and fix."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Rows of a held-out part's own files that are missing from it; stored in the part's Parquet file, shown by the report.
+    """Rows of a held-out set's own files that are missing from it; stored in the part's Parquet file, shown by the report.
 
     not_measured: rows beyond fusion.max_validation_rows or max_test_rows.
     """
@@ -49,11 +53,14 @@ class LeftOut:
     not_measured: int = 0
 
     @classmethod
-    def read(cls, file: Path, limit: int | None) -> LeftOut:
-        """Counts of a prepared Parquet file of which `limit` rows are measured."""
-        metadata = pq.read_metadata(file)
-        kept = json.loads((metadata.metadata or {}).get(LEFT_OUT, "{}"))
-        return cls(**kept | {"not_measured": 0 if limit is None else max(0, metadata.num_rows - limit)})
+    def read(cls, file: Path, limit: int | None) -> dict[str, LeftOut]:
+        """Counts of each set of a prepared Parquet file, of which `limit` rows each are measured."""
+        kept = json.loads((pq.read_metadata(file).metadata or {}).get(LEFT_OUT, "{}"))
+        rows = Counter(pq.read_table(file, columns=["set"])["set"].to_pylist())
+        return {
+            name: cls(**kept.get(name, {}) | {"not_measured": 0 if limit is None else max(0, count - limit)})
+            for name, count in rows.items()
+        }
 
     def given(self, rows: int) -> int:
         """Rows of the part if none were missing."""
@@ -118,7 +125,7 @@ def rows_hashes(folder: Path) -> dict[str, str]:
     They follow from the rows and their order alone, not from the Parquet files' bytes, which change with a library's version.
     Training rows count with what is trained on (ids, targets, sample ids), held-out rows with their texts too.
     """
-    texts = ["prompt", "completion", "answer"]
+    texts = ["prompt", "completion", "answer", "options", "set"]
     return {
         part: _hash(pq.read_table(folder / f"{part}.parquet", columns=_TRAINED + (texts if part != "train" else [])))
         for part in PARTS
@@ -129,7 +136,7 @@ def _hash(rows: pa.Table) -> str:
     found = hashlib.sha256(str(rows.num_rows).encode())
     for name, column in zip(rows.column_names, rows.columns, strict=True):
         found.update(name.encode())
-        if pa.types.is_string(column.type):
+        if pa.types.is_string(column.type) or name == "options":
             found.update("".join(json.dumps(text) + "\n" for text in column.to_pylist()).encode())
             continue
         if pa.types.is_list(column.type):

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tc_ray.config.data import DataSection
-from tc_ray.data.encode.encode import Encoded, Encoder, cut, encode_files
+from tc_ray.data.encode.encode import Encoded, Encoder, cut, encode_files, joined, named
 from tc_ray.data.prepared.folder import LEFT_OUT, QUARANTINE, SCHEMA, LeftOut, PreparedData, save
 from tc_ray.data.source.embedded import for_fallback, generated_set, write_generated_set
 from tc_ray.data.source.find import PARTS, find_sources, part_files
@@ -48,26 +48,28 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
     if not sources["train"]:
         sources["train"] = [write_generated_set(config, folder, encoder.seed)]
         if config.format == "examples" and for_fallback(config) != config:
-            notes.append("data.completion_pattern is meant for the absent files and left out")
+            notes.append("data.completion_pattern and data.task are meant for the absent files and left out")
             encoder = replace(encoder, config=for_fallback(config))
-    encoded, bad = _encode(sources, encoder, folder, notes)
+    encoded, bad = _encode(sources["train"], found.sets, encoder, folder, notes)
     prepared = _write(folder, source, _parts(config, encoded, notes), encoded, bad, notes)
     save(prepared)
     return prepared
 
 
-def prepare_test_file(encoder: Encoder, source: str, target: Path) -> PreparedData:
-    """Tokenise another test file (or folder) into `target`/test.parquet, for the evaluation of a finished run.
+def prepare_test_file(encoder: Encoder, source: str, target: Path, name: str = "test") -> PreparedData:
+    """Tokenise another test file (or folder) into `target`/test.parquet as the set `name`, for a later evaluation.
 
     Raises DataError: as `prepare` does, or the run is one of item sequences.
     """
     if encoder.config.format == "sequences":
         raise DataError("a run of item sequences is measured on its own users only: leave out --data")
     encoder.check()
+    # the config's own sets of that name have tasks of their own
+    encoder = replace(encoder, config=encoder.config.model_copy(update={"validation": None, "test": None}))
     target.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     files = part_files(source, "test", encoder.config, notes)
-    encoded, bad = _encode({"test": files}, encoder, target, notes)
+    encoded, bad = _encode([], {"test": {name: files}}, encoder, target, notes)
     table = _finish(encoded["test"].rows)
     if not table.num_rows:
         raise DataError(f"{source}: no test row is left: {_arithmetic(encoded['test'])}")
@@ -75,17 +77,35 @@ def prepare_test_file(encoder: Encoder, source: str, target: Path) -> PreparedDa
 
 
 def _encode(
-    sources: Mapping[str, Sequence[Path]], encoder: Encoder, folder: Path, notes: list[str]
+    train: Sequence[Path],
+    sets: Mapping[str, Mapping[str, Sequence[Path]]],
+    encoder: Encoder,
+    folder: Path,
+    notes: list[str],
 ) -> tuple[dict[str, Encoded], int]:
-    """Rows of the parts that have files of their own (the others are cut from train later), and the number of bad records."""
-    if encoder.config.format == "sequences":
-        encoded, bad = _encode_sequences(sources["train"], encoder, folder, notes)
+    """Rows of the parts that have files of their own (the others are cut from train later), and the number of bad records.
+
+    sets: of validation and test, the files of each named set.
+    """
+    config = encoder.config
+    if config.format == "sequences":
+        encoded, bad = _encode_sequences(train, encoder, folder, notes)
     else:
-        encoded = {
-            part: encode_files(files, encoder, iter_records, held_out=part != "train")
-            for part, files in sources.items()
-            if files
-        }
+        known = encoder if encoder.task is not None else encoder.for_task(config.task)
+        encoded = {"train": encode_files(train, known, iter_records, held_out=False)} if train else {}
+        for part in ("validation", "test"):
+            own = config.held_out_sets(part)
+            found = {
+                name: encode_files(
+                    files, known.for_task(own[name].task if name in own else None), iter_records, held_out=True
+                )
+                for name, files in sets.get(part, {}).items()
+            }
+            for name, rows in found.items():
+                if not rows.rows.num_rows and len(found) > 1:
+                    raise DataError(f"data.{part}.{name}: no row is left: {_arithmetic(rows)}")
+            if found:
+                encoded[part] = joined(found)
         bad = _quarantine({part: (rows.bad, rows.records) for part, rows in encoded.items()}, encoder, folder)
     encoder.check_id(max(rows.largest_id for rows in encoded.values()))
     return encoded, bad
@@ -109,6 +129,7 @@ def _encode_sequences(
         encoded[part] = encode_files(files, encoder, read, held_out=part != "train")
         if part != "train":
             encoded[part].bad = found.bad  # each user is one row of this part
+            encoded[part] = joined({part: encoded[part]})
     return encoded, bad
 
 
@@ -174,6 +195,7 @@ def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> 
     except DataError as error:
         raise DataError(f"{error} ({_arithmetic(encoded['train'])})") from None
     tables = {part: rows.filter(pa.array([found == part for found in part_of], pa.bool_())) for part in PARTS}
+    tables |= {part: named(tables[part], part) for part in PARTS[1:]}
     for part in [part for part in encoded if part != "train"]:
         own = encoded[part].rows["key"].combine_chunks()
         shared = pc.sum(pc.is_in(tables["train"]["key"], value_set=own)).as_py()
@@ -183,6 +205,8 @@ def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> 
 
 
 def _finish(rows: pa.Table) -> pa.Table:
+    if "set" not in rows.column_names:
+        rows = rows.append_column("set", pa.nulls(rows.num_rows, pa.string()))
     return rows.append_column("sample_id", pa.array(range(rows.num_rows), pa.int64())).select(SCHEMA.names).cast(SCHEMA)
 
 
@@ -196,10 +220,11 @@ def _write(
 ) -> PreparedData:
     """Write the Parquet files, each with what is left out of it, and describe them."""
     for part, table in parts.items():
-        own = encoded.get(part)
-        left_out = asdict(LeftOut(own.too_long, len(own.bad)) if own else LeftOut())
-        named = table.replace_schema_metadata({LEFT_OUT: json.dumps(left_out).encode()})
-        pq.write_table(named, folder / f"{part}.parquet")
+        own = encoded[part].sets if part in encoded else {}
+        left_out = {name: asdict(LeftOut(too_long, bad)) for name, (too_long, bad) in own.items()}
+        pq.write_table(
+            table.replace_schema_metadata({LEFT_OUT: json.dumps(left_out).encode()}), folder / f"{part}.parquet"
+        )
     return PreparedData(
         folder=folder,
         source=source,

@@ -48,8 +48,9 @@ def write_generated_set(config: DataSection, folder: Path, seed: int) -> Path:
 
 
 def for_fallback(config: DataSection) -> DataSection:
-    """The settings with which the embedded data set replaces absent files: a pattern made for those is left out."""
-    return config if config.train == EMBEDDED else config.model_copy(update={"completion_pattern": None})
+    """The settings with which the embedded data set replaces absent files: pattern and task made for those are left out."""
+    made_for_files = {"completion_pattern": None, "task": None}
+    return config if config.train == EMBEDDED else config.model_copy(update=made_for_files)
 
 
 def _options(config: DataSection) -> dict[str, int | float | str | bool]:

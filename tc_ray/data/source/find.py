@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tc_ray.config.data import EMBEDDED, DataSection
@@ -35,10 +35,14 @@ _OTHERS = "left out"
 
 @dataclass
 class Sources:
-    """Files of each part (train without files: the embedded data set), and notes on what was chosen and left out."""
+    """Files of each part (train without files: the embedded data set), and notes on what was chosen and left out.
+
+    sets: of validation and test, the files of each named set; one that is not named is called as its part is.
+    """
 
     files: dict[str, list[Path]]
     notes: list[str]
+    sets: dict[str, dict[str, list[Path]]] = field(default_factory=dict)
 
 
 def find_sources(config: DataSection) -> Sources:
@@ -59,9 +63,11 @@ def find_sources(config: DataSection) -> Sources:
             )
             return sources
         _take_train(place, config, sources)
-    for part in PARTS[1:]:
-        if source := getattr(config, part):
-            sources.files[part] = part_files(source, part, config, sources.notes)
+    for part in ("validation", "test"):
+        given = config.held_out_sets(part)
+        named = {name: part_files(one.file, part, config, sources.notes) for name, one in given.items()}
+        sources.files[part] = [file for files in named.values() for file in files] or sources.files[part]
+        sources.sets[part] = named or ({part: sources.files[part]} if sources.files[part] else {})
     return sources
 
 

@@ -34,6 +34,8 @@ class Example:
     turns: tuple[Turn, ...]
     completion: str | None
     answer: str | None
+    options: tuple[str, ...] = ()
+    """Completions that the right one is chosen from."""
 
 
 class _Refused(Exception):
@@ -51,10 +53,12 @@ def to_example(value: Any, *, held_out: bool) -> Example | BadRow:
         if not isinstance(value, dict):
             raise _Refused("", f"is {type(value).__name__}, not an object", f"write an object with {_SHAPES}")
         turns, completion = _split(value, held_out)
-        answer = _answer(value)
+        answer, options = _answer(value), _options(value)
+        if isinstance(number := value.get("answer"), int) and options and answer not in options:
+            answer = options[number] if 0 <= number < len(options) else answer
         if completion is None and answer is None:
             raise _Refused("answer", "neither a completion nor an answer", "give one of them, else nothing to measure")
-        return Example(turns, completion, answer)
+        return Example(turns, completion, answer, options)
     except _Refused as refused:
         return refused.bad
 
@@ -126,6 +130,19 @@ def _check_unicode(text: str, name: str) -> None:
         raise _Refused(
             name, f"is not valid Unicode at character {error.start + 1}", "write the text as UTF-8, surrogates in pairs"
         ) from None
+
+
+def _options(value: dict[str, Any]) -> tuple[str, ...]:
+    options = _get(value, "options")
+    if options is None or (isinstance(options, list) and not options):
+        return ()
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        raise _Refused("options", "is no list of texts", "write the completions to choose from as a list of strings")
+    for option in options:
+        _check_unicode(option, "options")
+    if len(set(options)) < max(2, len(options)):
+        raise _Refused("options", "has one text, or one twice", "give at least two different ones")
+    return tuple(options)
 
 
 def _answer(value: dict[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ class CopilotBatch:
     rationale: bf16 [B, P, d_P], as the log holds it. rationale_position: int64 [B, P], absolute, -1 is padding.
     row_position: int64 [B, n], position of the state that predicts row i's token, -1 is padding.
     error_ids: int64 [B, n, k+1]. error_values: fp32 [B, n, k+1], zero in padding.
-    question: bf16 [B, Q, d_P], the encoder's output; None if X~ follows from question_ids (decoder-only).
+    question: bf16 [B, Q, d_P], X~: the encoder's output, or logged embeddings; None if it follows from question_ids.
     """
 
     question_ids: torch.Tensor
@@ -71,5 +71,5 @@ class CopilotBatch:
             torch.where(row_mask, (target_start - 1)[:, None] + torch.arange(row_mask.shape[1]), -1),
             error_ids,
             error_values,
-            None if step.question is None else step.question.cpu().to(torch.bfloat16),
+            None if step.question is None else step.question[:, :question].cpu().to(torch.bfloat16),
         )

@@ -1,7 +1,8 @@
 """The Copilot: rows of errors in, predicted errors f out, for both architectures (sections 3.1 and E.2).
 
 The layers between are a stack of the base's own (`stacks`). The memory is the question X~ and the rationale (the Pilot's pooled
-states h), concatenated over positions; row i sees all of X~ and the rationale up to the state that predicts token i.
+states h), concatenated over positions; row i sees all of X~ and the rationale up to the state that predicts token i, or
+before it (`producing_state: unseen`).
 Invariant: training (`forward`, all rows at once) and decoding (`decode` with caches, a row at a time) run the same code.
 """
 
@@ -17,23 +18,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tc_ray.models.copilot.batch import CopilotBatch
-from tc_ray.models.copilot.stacks import CopilotConfig, DecoderOnlyStack, EncoderDecoderStack
+from tc_ray.models.copilot.stacks import CopilotConfig, DecoderOnlyStack, EncoderDecoderStack, Places
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.taps import tap_definition
 from tc_ray.models.weights import HEADS, load_whole
 
 OUTPUT_STD = 1e-2
 """Of W_out's first weights: small beside the errors, large enough to give the tokens different directions."""
-NEW_MODULES = (
-    "error_projection",
-    "start",
-    "state_projection",
-    "output",
-    "question_norm",
-    "rationale_norm",
-    "memory_projection",
-)
-"""Modules that no pretrained decoder has: trained in full even if the layers get adapters."""
 
 
 class Copilot(PreTrainedModel):
@@ -50,25 +41,28 @@ class Copilot(PreTrainedModel):
         self.stack = (EncoderDecoderStack if self.encoder_decoder else DecoderOnlyStack)(config)
         width, pilot_width = decoder_config.hidden_size, config.pilot_hidden_size
         same = width == pilot_width
+        self.free_input = config.error_input == "free"
         # E of the Pilot, frozen: makes X~ from the logged ids (decoder-only), and W_in = A E^T when the widths agree
-        self.question_embedding = (
-            None if self.encoder_decoder and not same else nn.Embedding(config.vocab_size, pilot_width)
-        )
-        self.error_embedding = None if same else nn.Embedding(config.vocab_size, width)
-        self.error_projection = nn.Linear(width, width, bias=False)
-        # row 0 has no earlier error; zeros would give uniform attention
-        self.start = nn.Embedding(1, width)
+        from_ids = not self.encoder_decoder and config.question == "ids"
+        needed = from_ids or (same and not self.free_input)
+        self.question_embedding = nn.Embedding(config.vocab_size, pilot_width) if needed else None
+        self.error_embedding = None if same and not self.free_input else nn.Embedding(config.vocab_size, width)
+        self.error_projection = nn.Identity() if self.free_input else nn.Linear(width, width, bias=False)
+        # row 0 has no earlier error; zeros give uniform attention
+        self.start = nn.Embedding(1, width) if config.start_row == "learned" else None
         # first-token states are 100 times larger than the others: normalise what is attended to
-        self.question_norm = nn.RMSNorm(pilot_width, eps=1e-6)
-        self.rationale_norm = nn.RMSNorm(pilot_width, eps=1e-6)
+        self.question_norm, self.rationale_norm = (
+            nn.RMSNorm(pilot_width, eps=1e-6) if config.memory_norm else nn.Identity() for _ in range(2)
+        )
         self.memory_projection = nn.Identity() if same else nn.Linear(pilot_width, width, bias=False)
-        self.state_projection = nn.Linear(pilot_width, width, bias=False) if config.producing_state else None
+        in_input = config.producing_state == "input"
+        self.state_projection = nn.Linear(pilot_width, width, bias=False) if in_input else None
         # f lives on these tokens and is 0 elsewhere: Adam moves the rows of tokens that never occur as far as any other,
         # and tens of thousands of them drown the few that matter (docs/decisions.md)
         self.output = nn.Linear(width, config.output_size or config.vocab_size, bias=False)
         self.register_buffer("output_ids", torch.arange(self.output.out_features))
         # the step of a row of W_out moves f by lr * |state|; 1/sqrt(d) makes that independent of the width
-        self.output_scale = width**-0.5
+        self.output_scale = width**-0.5 if config.scaled_output else 1.0
         self.post_init()
         self.reset_new_weights()
         self.freeze_embeddings()
@@ -88,13 +82,28 @@ class Copilot(PreTrainedModel):
         """The decoder layers, in order."""
         return self.stack.block if self.encoder_decoder else self.stack.layers
 
+    @property
+    def new_modules(self) -> list[nn.Module]:
+        """Modules that no pretrained decoder has: trained in full even if the layers get adapters."""
+        new = [self.error_projection, self.start, self.state_projection, self.output]
+        new += [self.question_norm, self.rationale_norm, self.memory_projection]
+        new += [self.error_embedding] if self.free_input else []
+        return [module for module in new if module is not None]
+
     @torch.no_grad()
     def reset_new_weights(self) -> None:
-        """Initialise the new modules: A at identity, W_out small, start vector and projections."""
-        nn.init.eye_(self.error_projection.weight)
-        nn.init.normal_(self.start.weight, std=0.02)
-        nn.init.normal_(self.output.weight, std=OUTPUT_STD)
-        if self.error_embedding is not None:
+        """Initialise the new modules: A at identity, a free W_in as torch does, W_out small, start vector and projections."""
+        if self.start is not None:
+            nn.init.normal_(self.start.weight, std=0.02)
+        # f is of one size at first, scaled or not
+        width, scaled = self.output.in_features, self.config.scaled_output
+        nn.init.normal_(self.output.weight, std=OUTPUT_STD if scaled else OUTPUT_STD * width**-0.5)
+        if isinstance(self.error_projection, nn.Linear):
+            nn.init.eye_(self.error_projection.weight)
+        if self.error_embedding is not None and self.free_input:
+            bound = len(self.error_embedding.weight) ** -0.5
+            nn.init.uniform_(self.error_embedding.weight, -bound, bound)
+        elif self.error_embedding is not None:
             nn.init.zeros_(self.error_embedding.weight)  # ids that the base does not know add nothing to a row
         for projection in (self.memory_projection, self.state_projection):
             if isinstance(projection, nn.Linear) and projection.in_features == projection.out_features:
@@ -112,7 +121,7 @@ class Copilot(PreTrainedModel):
 
     def freeze_embeddings(self) -> None:
         """E is shared knowledge of both models, not trained: X~ must stay what the Pilot's embedding gives."""
-        for embedding in (self.question_embedding, self.error_embedding):
+        for embedding in (self.question_embedding, None if self.free_input else self.error_embedding):
             if embedding is not None:
                 embedding.requires_grad_(False)
 
@@ -141,7 +150,7 @@ class Copilot(PreTrainedModel):
         check_base(base, base_config, pilot, layers)
         table = pilot_family.embedding_table(pilot).float()
         if family.encoder_decoder:
-            config["positions"] = "target"
+            config |= {"positions": "target", "question": "states"}
         copilot = cls(
             CopilotConfig(
                 decoder=family.with_layers(base_config, layers),
@@ -163,7 +172,7 @@ class Copilot(PreTrainedModel):
         decoder = decoder.float()
         if not random_weights:
             copilot.stack.load_layers(decoder, layers)
-        if copilot.error_embedding is not None:
+        if copilot.error_embedding is not None and not copilot.free_input:
             own = family.embedding_table(decoder)
             # vocabularies of one family may be padded to different sizes: ids both have mean the same token
             common = min(len(own), len(table))
@@ -172,7 +181,7 @@ class Copilot(PreTrainedModel):
 
     @property
     def error_table(self) -> torch.Tensor:
-        """E in W_in = A E^T, [V, d_C]."""
+        """E in W_in = A E^T, or a free W_in transposed: [V, d_C]."""
         embedding = self.question_embedding if self.error_embedding is None else self.error_embedding
         assert embedding is not None
         return embedding.weight
@@ -184,13 +193,19 @@ class Copilot(PreTrainedModel):
         return self.error_projection(summed)
 
     def embed_question(self, ids: torch.Tensor) -> torch.Tensor:
-        """X~ [B, Q, d_P] of prompt tokens, int64 [B, Q] (decoder-only; an encoder-decoder's X~ is its encoder's output)."""
+        """X~ [B, Q, d_P] of prompt tokens, int64 [B, Q], where it follows from them (`CopilotConfig.question`)."""
         assert self.question_embedding is not None
         return self.question_embedding(ids)
 
+    def first_rows(self, count: int) -> torch.Tensor:
+        """Input row 0 of `count` sequences, [count, 1, d_C]."""
+        weight = self.output.weight
+        zeros = weight.new_zeros(1, weight.shape[1])
+        return (zeros if self.start is None else self.start.weight).expand(count, 1, -1)
+
     def question_memory(self, question: torch.Tensor) -> torch.Tensor:
         """X~ [B, Q, d_P] -> [B, Q, d_C], as attended to."""
-        return self.memory_projection(self.question_norm(question.to(self.question_norm.weight.dtype)))
+        return self.memory_projection(self.question_norm(question.to(self.output.weight.dtype)))
 
     def rationale_memory(self, rationale: torch.Tensor) -> torch.Tensor:
         """Pooled states [B, P, d_P] -> [B, P, d_C], as attended to."""
@@ -201,7 +216,13 @@ class Copilot(PreTrainedModel):
         return rows if self.state_projection is None else rows + self.state_projection(self._normed(rationale))
 
     def _normed(self, rationale: torch.Tensor) -> torch.Tensor:
-        return self.rationale_norm(rationale.to(self.rationale_norm.weight.dtype))
+        return self.rationale_norm(rationale.to(self.output.weight.dtype))
+
+    def seen_by_row(self, visible: torch.Tensor) -> torch.Tensor:
+        """Of the memory up to a row's producing state, bool [B, M], what that row sees."""
+        if self.config.producing_state != "unseen":
+            return visible
+        return torch.cat([visible[:, :-1], torch.zeros_like(visible[:, -1:])], 1)
 
     def decode(
         self,
@@ -212,6 +233,7 @@ class Copilot(PreTrainedModel):
         first_row: int = 0,
         self_cache: Any = None,
         memory_cache: Any = None,
+        places: Places | None = None,
         **aligned: torch.Tensor | None,
     ) -> torch.Tensor:
         """Final states [B, n, d_C] of input rows; `predict` maps them to f.
@@ -219,11 +241,19 @@ class Copilot(PreTrainedModel):
         rows: [B, n, d_C] input rows first_row .. first_row + n - 1.
         memory: [B, M_new, d_C] memory not yet in the cache. visible: bool [B, n, M], positions (cached and new) a row sees.
         self_cache, memory_cache: keys and values over rows and memory, with transformers' `update`; both grow in place.
+        places: where `memory`, then [R, d_C] without padding, belongs; without caches.
         aligned: for one row each of sequences whose `first_row` cached rows are aligned to the right (decoder-only). positions:
         int64 [B, 1], number of each row. seen: bool [B, first_row + 1], which cached rows, and this one, are real; None: all.
         """
         states: torch.Tensor = self.stack(
-            rows, memory, visible, first_row=first_row, self_cache=self_cache, memory_cache=memory_cache, **aligned
+            rows,
+            memory,
+            visible,
+            first_row=first_row,
+            self_cache=self_cache,
+            memory_cache=memory_cache,
+            places=places,
+            **aligned,
         )
         return states * self.output_scale
 
@@ -257,7 +287,8 @@ class Copilot(PreTrainedModel):
     def feedback_matrix(self) -> torch.Tensor:
         """W_in W_out, fp32 [d_C, d_C]: the next input row straight from a state, without going through V."""
         table = self.error_table if self.is_full else self.error_table[self.output_ids]
-        return self.error_projection.weight.float() @ (table.float().T @ self.output.weight.float())
+        through = table.float().T @ self.output.weight.float()
+        return through if self.free_input else self.error_projection.weight.float() @ through
 
     def forward(self, batch: CopilotBatch) -> torch.Tensor:
         """f [N, V] for the N real target rows of a batch in row order, teacher-forced with the true l_<i."""
@@ -271,19 +302,25 @@ class Copilot(PreTrainedModel):
         """Final states [N, d_C] of the real target rows: f = states W_out^T."""
         count, rows, entries = batch.error_ids.shape
         errors = self.error_rows(batch.error_ids.view(-1, entries), batch.error_values.view(-1, entries))
-        start = self.start.weight.expand(count, 1, -1)
-        inputs = torch.cat([start.to(errors.dtype), errors.view(count, rows, -1)[:, :-1]], 1)
-        at = (batch.rationale_position[:, None] == batch.row_position[:, :, None]).to(torch.uint8).argmax(-1)
+        inputs = torch.cat([self.first_rows(count).to(errors.dtype), errors.view(count, rows, -1)[:, :-1]], 1)
         # the log's bf16 until here loses nothing; from here on in the model's precision
         rationale = batch.rationale.float()
-        producing = rationale.gather(1, at[:, :, None].expand(-1, -1, rationale.shape[2]))
-        inputs = self.with_producing_state(inputs, producing)
-        question = self.embed_question(batch.question_ids) if batch.question is None else batch.question.float()
-        memory = torch.cat([self.question_memory(question), self.rationale_memory(rationale)], 1)
+        if self.state_projection is not None:
+            at = (batch.rationale_position[:, None] == batch.row_position[:, :, None]).to(torch.uint8).argmax(-1)
+            producing = rationale.gather(1, at[:, :, None].expand(-1, -1, rationale.shape[2]))
+            inputs = self.with_producing_state(inputs, producing)
+        # what is made of the memory is most of a step: padding takes no part in it
+        asked, shown = batch.question_mask, batch.rationale_position >= 0
+        if batch.question is None:
+            question = self.embed_question(batch.question_ids[asked])
+        else:
+            question = batch.question[asked].float()
+        memory = torch.cat([self.question_memory(question), self.rationale_memory(rationale[shown])])
         position = batch.rationale_position[:, None]
-        causal = (position <= batch.row_position[:, :, None]) & (position >= 0)
-        visible = batch.question_mask[:, None].expand(-1, rows, -1)
-        return self.decode(inputs, memory, torch.cat([visible, causal], 2))[batch.row_mask]
+        last = batch.row_position[:, :, None] - int(self.config.producing_state == "unseen")
+        causal = (position <= last) & (position >= 0)
+        visible = torch.cat([asked[:, None].expand(-1, rows, -1), causal], 2)
+        return self.decode(inputs, memory, visible, places=Places.of(asked, shown))[batch.row_mask]
 
 
 def check_base(base: Path | str, base_config: Any, pilot: Any, layers: Sequence[int]) -> None:

@@ -30,7 +30,7 @@ def probe_batch(config: CopilotConfig) -> CopilotBatch:
     position = torch.arange(first, _PROMPT + _ROWS - 1).expand(_RECORDS, -1)
     wide = (_RECORDS, position.shape[1], config.pilot_hidden_size)
     asked = (_RECORDS, _PROMPT, config.pilot_hidden_size)
-    encoder_decoder = family_of(config.decoder_config()).encoder_decoder
+    given = family_of(config.decoder_config()).encoder_decoder or config.question == "states"
     return CopilotBatch(
         question_ids=torch.randint(config.vocab_size, (_RECORDS, _PROMPT), generator=dice),
         question_mask=torch.ones(_RECORDS, _PROMPT, dtype=torch.bool),
@@ -39,7 +39,7 @@ def probe_batch(config: CopilotConfig) -> CopilotBatch:
         row_position=rows,
         error_ids=torch.randint(config.vocab_size, (_RECORDS, _ROWS, _ENTRIES), generator=dice),
         error_values=torch.rand(_RECORDS, _ROWS, _ENTRIES, generator=dice) - 0.5,
-        question=torch.randn(asked, generator=dice).to(torch.bfloat16) if encoder_decoder else None,
+        question=torch.randn(asked, generator=dice).to(torch.bfloat16) if given else None,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,8 +37,11 @@ class CopilotConfig(PreTrainedConfig):
         decoder: `to_dict()` of the decoder family's config, with the Copilot's own number of layers.
         pilot_hidden_size: width d_P of the Pilot's states and embeddings.
         vocab_size: V, width of the Pilot's logits at training; another Pilot's is aligned by token id.
-        pattern: of layers that attend to the Pilot (table 18). producing_state: add the state that produced p^_i to input row i.
-        pooling, tap_layers, positions: of the rationale (table 19, `log`). tap: the same in words.
+        pattern: of layers that attend to the Pilot (table 18). producing_state: where row i has the state that produced p^_i:
+            `input` row and memory, `memory`, or `unseen`.
+        row_positions, error_input, start_row, memory_norm, scaled_output: as in the `copilot` section of a run's config.
+        pooling, tap_layers, positions: of the rationale (table 19, `log`). tap: the same in words. question: of a decoder-only Pilot,
+            `ids`: X~ is made with the embedding kept here; `states`: it is given, in decoding by the Pilot's own embedding.
         output_size: A, tokens that f can be non-zero for; 0 is all of V.
         tokenizer: `vocabulary_hash` of the tokenizer of its token ids; empty: unknown. source: of its first weights.
     """
@@ -49,11 +52,17 @@ class CopilotConfig(PreTrainedConfig):
     pilot_hidden_size: int = 0
     vocab_size: int = 0
     pattern: str = "alternate"
-    producing_state: bool = True
+    producing_state: str = "input"
+    row_positions: bool = True
+    error_input: str = "embedding"
+    start_row: str = "learned"
+    memory_norm: bool = True
+    scaled_output: bool = True
     pooling: str = "mean"
     tap_layers: list[int] | None = None
     tap: str = ""
     positions: str = "all"
+    question: str = "ids"
     output_size: int = 0
     tokenizer: str = ""
     source: str = ""
@@ -80,6 +89,27 @@ def memory_layers(pattern: str, count: int) -> list[bool]:
     return chosen
 
 
+class Places(NamedTuple):
+    """Where R real positions stand in the memory of B sequences, M columns each. index: int64 [R], of B x M."""
+
+    index: torch.Tensor
+    sequences: int
+    width: int
+
+    @classmethod
+    def of(cls, *parts: torch.Tensor) -> Places:
+        """Of masks, bool [B, M_i], side by side: the real positions of the first part, of the second, ..."""
+        sequences, width = len(parts[0]), sum(part.shape[1] for part in parts)
+        columns = torch.arange(sequences * width, device=parts[0].device).view(sequences, width)
+        each = columns.split([part.shape[1] for part in parts], 1)
+        return cls(torch.cat([at[part] for at, part in zip(each, parts, strict=True)]), sequences, width)
+
+    def spread(self, states: torch.Tensor) -> torch.Tensor:
+        """[R, w] -> [B, M, w], zero in padding."""
+        padded = states.new_zeros(self.sequences * self.width, states.shape[1]).index_copy(0, self.index, states)
+        return padded.view(self.sequences, self.width, -1)
+
+
 class DecoderOnlyStack(nn.Module):
     """Decoder layers and final norm; `attends_memory[j]` says what layer j attends to."""
 
@@ -93,6 +123,7 @@ class DecoderOnlyStack(nn.Module):
         self.attends_memory = memory_layers(config.pattern, len(self.layers))
         types = getattr(decoder_config, "layer_types", None) or [None] * len(self.layers)
         self._types, self._family = types, family
+        self._numbered, self._normed = config.row_positions, config.memory_norm
         self._windows = [family.window(decoder_config, kind) for kind in types]
         # eager attention (the only one with Gemma 2's softcap) adds its mask, and is causal only by the mask
         self._eager = decoder.config._attn_implementation == "eager"
@@ -113,6 +144,7 @@ class DecoderOnlyStack(nn.Module):
         first_row: int,
         self_cache: DynamicCache | None,
         memory_cache: DynamicCache | None,
+        places: Places | None = None,
         positions: torch.Tensor | None = None,
         seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -125,8 +157,12 @@ class DecoderOnlyStack(nn.Module):
         memory_mask = attention_mask(visible[:, None], rows.dtype, added=self._eager)
         for index, layer in enumerate(self.layers):
             rotation = rotations[self._types[index]]
+            if self.attends_memory[index] or not self._numbered:
+                rotation = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
             if self.attends_memory[index]:
-                rows = _attend_to_memory(layer, rows, memory, memory_mask, rotation, memory_cache)
+                # what the pretrained keys and values were made from
+                source = layer.input_layernorm(memory) if self._normed else memory
+                rows = _attend_to_memory(layer, rows, source, places, memory_mask, rotation, memory_cache)
             else:
                 mask = self._row_mask(rows, first_row, self._windows[index], seen)
                 rows = layer(rows, attention_mask=mask, position_embeddings=rotation, past_key_values=self_cache)
@@ -171,23 +207,23 @@ class _Given:
 def _attend_to_memory(
     layer: Any,
     rows: torch.Tensor,
-    memory: torch.Tensor,
+    source: torch.Tensor,
+    places: Places | None,
     mask: torch.Tensor,
-    rotation: tuple[torch.Tensor, torch.Tensor],
+    unrotated: tuple[torch.Tensor, torch.Tensor],
     cache: DynamicCache | None,
 ) -> torch.Tensor:
-    """The layer with queries from `rows`, keys and values from `memory` (equation 6), without RoPE."""
+    """The layer with queries from `rows`, keys and values from the memory `source` (equation 6), without RoPE."""
     attention = layer.self_attn
-    source = layer.input_layernorm(memory)  # what the pretrained keys and values were made from
-    shape = (*memory.shape[:2], -1, attention.head_dim)
-    key = attention.k_proj(source).view(shape).transpose(1, 2)
+    key, value = attention.k_proj(source), attention.v_proj(source)
+    if places is not None:
+        key, value = places.spread(key), places.spread(value)
+    shape = (*key.shape[:2], -1, attention.head_dim)
+    key, value = key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
     if hasattr(attention, "k_norm"):
         key = attention.k_norm(key)
-    value = attention.v_proj(source).view(shape).transpose(1, 2)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
-    cos, sin = rotation
-    unrotated = torch.ones_like(cos), torch.zeros_like(sin)
     return layer(rows, attention_mask=mask, position_embeddings=unrotated, past_key_values=_Given(key, value))
 
 
@@ -199,6 +235,11 @@ class EncoderDecoderStack(nn.Module):
         decoder = AutoModel.from_config(config.decoder_config(), dtype=torch.get_default_dtype()).decoder
         self.block, self.final_layer_norm, self.dropout = decoder.block, decoder.final_layer_norm, decoder.dropout
         self._eager = decoder.config._attn_implementation == "eager"
+        self._numbered = config.row_positions
+        if not self._numbered:  # the library then adds zeros
+            first = self.block[0].layer[0].SelfAttention
+            first.has_relative_attention_bias = False
+            del first.relative_attention_bias
 
     def load_layers(self, base: nn.Module, layers: Sequence[int]) -> None:
         """Copy these decoder blocks, the relative position bias (block 0 holds it) and the final norm of a base."""
@@ -207,7 +248,7 @@ class EncoderDecoderStack(nn.Module):
         for number, (own, index) in enumerate(zip(self.block, layers, strict=True)):
             weights = decoder.block[index].state_dict()
             weights.pop(bias, None)
-            if number == 0:
+            if number == 0 and self._numbered:
                 weights[bias] = decoder.block[0].state_dict()[bias]
             own.load_state_dict(weights)
         self.final_layer_norm.load_state_dict(decoder.final_layer_norm.state_dict())
@@ -221,8 +262,10 @@ class EncoderDecoderStack(nn.Module):
         first_row: int,
         self_cache: DynamicCache | None,
         memory_cache: DynamicCache | None,
+        places: Places | None = None,
     ) -> torch.Tensor:
         """Final states; see `Copilot.decode`."""
+        memory = memory if places is None else places.spread(memory)
         count = rows.shape[1]
         row_mask = None
         if count > 1:

@@ -34,7 +34,8 @@ class OwnFeedback:
         self._matrix = torch.empty(0)
 
     def keep(self, state: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        weights = (self._copilot.output.weight, self._copilot.error_projection.weight)
+        copilot = self._copilot
+        weights = (copilot.output.weight, copilot.error_table, *copilot.error_projection.parameters())
         # made again when weights were changed, swapped or moved; writes through `.data` are not noticed
         now = (*((weight._version, weight.data_ptr()) for weight in weights), state.device, state.dtype)
         if now != self._made_of:
@@ -148,6 +149,12 @@ class FusedCore(PreTrainedModel):
             raise RuntimeError("the Copilot joins at the prompt: lam cannot turn from 0 in mid-sequence")
         return cache, runs
 
+    def question_memory(self, ids: torch.Tensor) -> torch.Tensor:
+        """X~ of prompts, int64 [B, Q], as the Copilot attends to it: [B, Q, d_C] (decoder-only)."""
+        given = self.copilot.config.question == "states"
+        question = self.get_input_embeddings()(ids) if given else self.copilot.embed_question(ids)
+        return self.copilot.question_memory(question)
+
     def corrections(
         self,
         logits: torch.Tensor,
@@ -172,7 +179,7 @@ class FusedCore(PreTrainedModel):
         for number in range(count):
             at = shift + number
             if cache.rows == 0:
-                row = copilot.start.weight.expand(len(tokens), -1)[:, None]
+                row = copilot.first_rows(len(tokens))
             else:
                 assert cache.feedback is not None
                 row = strategy.row(cache.feedback[:, -1:], tokens[:, at])
@@ -180,7 +187,7 @@ class FusedCore(PreTrainedModel):
             state = copilot.decode(
                 copilot.with_producing_state(row, rationale[:, at : at + 1]),
                 cache.with_question(memory[:, taken : at + 1]),
-                visible[:, None],
+                copilot.seen_by_row(visible)[:, None],
                 first_row=cache.rows,
                 self_cache=cache.self_attention,
                 memory_cache=cache.memory,

@@ -109,8 +109,7 @@ class FusedCausalLM(FusedModel):
             attended = attention_mask[:, -input_ids.shape[1] :].bool()
             if not state.rows:
                 prompt = input_ids.shape[1] - rows + 1
-                question = self.copilot.embed_question(input_ids[:, :prompt])
-                state.ask(self.copilot.question_memory(question), attended[:, :prompt])
+                state.ask(self.question_memory(input_ids[:, :prompt]), attended[:, :prompt])
             f = self.corrections(logits, state, input_ids, rationale, attended)
             logits = fuse(logits, f, weights, self.space)
         return CausalLMOutputWithPast(logits=logits[:, -count:], past_key_values=cache)

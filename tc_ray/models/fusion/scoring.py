@@ -117,8 +117,7 @@ def teacher_forced_rows(
     runs = corrections or bool((given.lam != 0).any())
     cache = CopilotCache()
     if runs and given.question is None:
-        question = copilot.embed_question(given.ids[:, : given.start])
-        cache.ask(copilot.question_memory(question), given.attended[:, : given.start])
+        cache.ask(model.question_memory(given.ids[:, : given.start]), given.attended[:, : given.start])
     elif runs:
         assert given.question is not None and given.question_mask is not None
         cache.ask(copilot.question_memory(given.question), given.question_mask)

@@ -36,7 +36,8 @@ class StepRecord(NamedTuple):
     """What one micro-batch leaves for the Mistake Log; N target tokens in batch order.
 
     token_loss: fp32 [N]. token_correct: bool [N]. rationale: fp32 [B, S, d] pooled hidden states, or [B, S, layers, d] unpooled in
-    the model's dtype; position j predicts token j + 1. question: fp32 [B, Q, d] encoder output; None if decoder-only.
+    the model's dtype; position j predicts token j + 1. question: fp32 [B, Q, d] encoder output; decoder-only: token embeddings of at
+    least the prompts, None if they follow from the ids.
     """
 
     errors: SparseErrors
@@ -65,6 +66,7 @@ class PilotStep(nn.Module):
 
     top_k: probabilities kept per token. record: False skips taps and errors. dense: errors of all V tokens; top_k is ignored.
     pooling: how states are pooled over layers, or `taps.UNPOOLED`. layers: those tapped, ascending from 0; None: all.
+    question: a decoder-only record has X~ too.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class PilotStep(nn.Module):
         pooling: str = "mean",
         layers: Sequence[int] | None = None,
         dense: bool = False,
+        question: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self.top_k, self.dense = top_k, dense
+        self.top_k, self.dense, self._question = top_k, dense, question
         self._family = family_of(model)
         self._tap = LayerTap(self._family.layers(model), pooling, layers) if record else None
 
@@ -123,8 +126,14 @@ class PilotStep(nn.Module):
         self, input_ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> _Pass:
         # a causal model needs no mask for padding on the right
-        final = self._decode(input_ids=input_ids)
-        return final[:, :-1][rows], None if self._tap is None else self._tap.take(), None
+        final = self._decode(input_ids=input_ids)[:, :-1][rows]
+        if self._tap is None:
+            return final, None, None
+        question = None
+        if self._question:
+            with torch.no_grad():  # looked up once more: that is no pass through the model
+                question = unwrapped(self.model).get_input_embeddings()(input_ids).float()
+        return final, self._tap.take(), question
 
     def _encoder_decoder(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor

@@ -56,14 +56,14 @@ def estimate(
         DataError: the files are absent or cannot be read, too many records of the sample are bad, their part is not clear, the
             embedded task is unknown, or a row of the sample has a token that a model of `vocab_size` tokens does not embed.
     """
-    encoder = Encoder(config, tokenizer, seed, encoder_decoder, vocab_size)
+    encoder = Encoder(config, tokenizer, seed, encoder_decoder, vocab_size).for_task(config.task)
     encoder.check()
     with tempfile.TemporaryDirectory() as folder:
         found = find_sources(config)
         files = found.files["train"]
         if not files:
             files = [write_generated_set(config, Path(folder), seed)]
-            encoder = replace(encoder, config=for_fallback(config))
+            encoder = replace(encoder, config=for_fallback(config), task=None)
         records, total = _sample(_records(config, files, seed), sample_rows, seed)
     rows = [encoder.row(record, held_out=False) for record in records]
     good, bad = ([row for row in rows if row["kind"] == kind] for kind in ("row", "bad"))

@@ -158,8 +158,8 @@ def _copilot_sizes(config: RunConfig, pilot_config: Any, base_config: Any, data:
             decoder=family.with_layers(base_config, layers),
             pilot_hidden_size=pilot_config.hidden_size,
             vocab_size=pilot_config.vocab_size,
-            pattern=config.copilot.pattern,
-            producing_state=config.copilot.producing_state,
+            **config.copilot.form(),
+            question=config.log.question,
             output_size=0 if config.copilot.output_tokens == "all" or data is None else data.target_ids,
         )
     )

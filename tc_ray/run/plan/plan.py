@@ -168,14 +168,14 @@ def _check_models(config: RunConfig, pilot: ModelConfig, base: ModelConfig | Non
 def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: float, mean_targets: float) -> int:
     """Bytes that one round of all workers adds to the log's data files, uncompressed.
 
-    A record is bf16 states, one or several a position (of an encoder-decoder also one for each source position: the
-    question), int32 token ids, and a target token's k + 1 errors (int32 + fp32; dense: V fp32), rest, loss and a bit; the
+    A record is bf16 states, one or several a position (of an encoder-decoder or with log.question: states also one for
+    each source position: the question), int32 token ids, and a target token's k + 1 errors (int32 + fp32; dense: V fp32), rest, loss and a bit; the
     share of a file's own bytes follows from how often files are cut.
     """
     log = config.log
     layers = {"pooled": 1, "all": sizes.layers}[log.rationale] if isinstance(log.rationale, str) else len(log.rationale)
     states = layers * (mean_tokens - 1 if log.positions == "all" else mean_targets)
-    if sizes.encoder_decoder:
+    if sizes.encoder_decoder or log.question == "states":
         states += mean_tokens - mean_targets
     errors = 4 * sizes.vocab_size if log.error == "dense" else 8 * (min(log.top_k, sizes.vocab_size - 1) + 1)
     record = states * sizes.hidden_size * 2 + mean_tokens * 4 + mean_targets * (errors + 4 + 4 + 1 / 8) + _ROW_BYTES
@@ -205,7 +205,7 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
             config.data,
             tokenizer,
             sample_rows=SAMPLE_ROWS,
-            seed=config.run.seed,
+            seed=config.data_seed,
             encoder_decoder=family_of(pilot.config).encoder_decoder,
             vocab_size=pilot.config.vocab_size,
         )

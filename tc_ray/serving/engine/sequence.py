@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from tc_ray.serving.engine.batch import CacheNeed
+from tc_ray.models.decoding.batch import CacheNeed
+from tc_ray.models.decoding.prefill import Prefill
 from tc_ray.serving.engine.contract import Explained, Finished, GenerationRequest, Piece, RequestHandle, Token
-from tc_ray.serving.engine.prefill import Prefill
 from tc_ray.serving.text.incremental import IncrementalText
 
 _LIKELY = 256

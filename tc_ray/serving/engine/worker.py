@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from tc_ray.config.serving import ServingSection
+from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
+from tc_ray.models.decoding.prefill import Prefill
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
 from tc_ray.models.weights import NotFiniteError
-from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
 from tc_ray.serving.engine.contract import (
     GenerationRequest,
     Load,
@@ -32,7 +33,7 @@ from tc_ray.serving.engine.contract import (
     ScoredToken,
     ScoreRequest,
 )
-from tc_ray.serving.engine.prefill import Prefill, Prefixes
+from tc_ray.serving.engine.prefixes import Prefixes
 from tc_ray.serving.engine.sequence import Sequence, end_ids_of
 from tc_ray.serving.errors import RequestError
 

@@ -53,7 +53,7 @@ def test_a_run_without_a_log_ends_with_the_ray_that_it_started(tmp_path: Path) -
 
     assert (result.export, result.report) == (None, None)
     folder = config.run.path
-    assert not any((folder / name).exists() for name in ("log", "copilot", "export", "evaluation.md"))
+    assert not any((folder / name).exists() for name in ("log", "copilot", "export", "evaluation"))
     status = read_status(folder)
     assert (status["state"], status["pilot"]["round"], status["copilot"]) == ("done", 4, {})
     trained = AutoModelForCausalLM.from_pretrained(folder / "pilot" / "final").state_dict()

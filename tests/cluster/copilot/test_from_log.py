@@ -24,6 +24,7 @@ from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.lease import LeaseHeldError
 from tc_ray.run.folder import FolderLock
 from tc_ray.run.job import run_job
+from tc_ray.tracking.points import read_points
 from tests.support.mistakelog_samples import merge_all
 from tests.support.tiny_model import make_tiny_llama
 from tests.support.tiny_run import tiny_config
@@ -39,6 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
         tmp_path_factory.mktemp("run"),
         pilot__max_rounds=ROUNDS,
         copilot__schedule="lockstep",
+        copilot__steps_per_round=4,  # 24 steps: the error ratio is measured once
         copilot__output_tokens="all",
         copilot__checkpoint_every_steps=4,
         copilot__buffer_rounds=3,
@@ -70,6 +72,11 @@ def test_replay_is_the_live_training_bit_for_bit(run: RunConfig, tmp_path: Path)
     assert trained.steps == ROUNDS * run.copilot.steps_per_round
     assert_equal(trained.folder, live)
     assert trained.loss is not None and trained.uncorrected is not None
+    (ratio,) = trained.ratios
+    measured = [point for point in read_points(run.run.path / "metrics.jsonl") if point["kind"] == "error_ratio"]
+    assert [(point["round"], point["metrics"]) for point in measured] == [(ratio.round, ratio.metrics())]
+    assert (ratio.step, ratio.round) == (20, ROUNDS)
+    assert f"held out  error ratio {ratio.text()}" in trained.lines()
 
 
 def test_files_of_other_lengths_make_no_difference(run: RunConfig, tmp_path: Path) -> None:
@@ -103,6 +110,9 @@ def test_a_cut_training_goes_on_to_the_same_result(run: RunConfig, tmp_path: Pat
     assert_equal(again.folder, straight.folder)
     points = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert points == list(range(1, straight.steps + 1))
+    with MistakeLog(run.log_location) as mistakes:  # finished: nothing is trained, all is read from the folder
+        finished = train_from_log(mistakes, run, tmp_path / "cut")
+    assert finished.ratios == again.ratios == straight.ratios
 
 
 def test_the_command(run: RunConfig, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tc_ray.cli.status import status as show_status
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.records import DataError
+from tc_ray.evaluation.sources import NotFinishedError
 from tc_ray.export.check import check_tokenizer, weight_bytes
 from tc_ray.inspection.source import find_log
 from tc_ray.mistakelog.read.reader import MistakeLog
@@ -24,8 +25,9 @@ from tc_ray.mistakelog.table.lease import LeaseHeldError, RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.models.folder import FusionSettings
 from tc_ray.models.fusion import FusedModel
+from tc_ray.models.identity import ModelSourceError
 from tc_ray.pilot.checkpoint import find_checkpoints
-from tc_ray.run.evaluate import NotFinishedError, evaluate_run
+from tc_ray.run.evaluate import Asked, evaluate_models
 from tc_ray.run.job import JobError, JobResult, run_job
 from tc_ray.run.state import check_resume
 from tc_ray.serving.deploy.settings import find_export
@@ -55,8 +57,12 @@ def test_everything_is_there(config: RunConfig, result: JobResult) -> None:
         "status.json",
         "metrics.jsonl",
         "losses.png",
-        "evaluation.json",
-        "evaluation.md",
+        "evaluation/report.json",
+        "evaluation/report.md",
+        "evaluation/report.csv",
+        "evaluation/choice.json",
+        "evaluation/rows/run/test.jsonl",
+        "evaluation/rows/run--pilot/test.jsonl",
         "data/train.parquet",
         "data/validation.parquet",
         "data/test.parquet",
@@ -110,7 +116,7 @@ def test_exported_models_load(config: RunConfig, result: JobResult) -> None:
     pilot = AutoModelForCausalLM.from_pretrained(result.export / "pilot", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(result.export / "pilot")
     fused = FusedModel.from_pretrained(result.export)
-    assert fused.default_lam == result.report.exported_lam
+    assert fused.default_lam == result.report.first.exported_lam
     before = AutoModelForCausalLM.from_pretrained(config.model.pilot, dtype=torch.float32)
     assert not torch.equal(pilot.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
     ids = tokenizer("12 + 34 =", return_tensors="pt")["input_ids"]
@@ -120,12 +126,16 @@ def test_exported_models_load(config: RunConfig, result: JobResult) -> None:
 
 def test_report_says_what_was_measured(config: RunConfig, result: JobResult) -> None:
     assert result.report is not None
-    saved = json.loads((config.run.path / "evaluation.json").read_text())
-    assert saved["comparison"]["rows"] == config.fusion.max_test_rows
-    assert [row["lam"] for row in saved["validation"]] == [0.0, 0.5]
+    saved = json.loads((config.run.path / "evaluation" / "report.json").read_text())
+    for model in ("run/pilot", "run"):
+        assert saved["results"][model]["test"]["rows"] == config.fusion.max_test_rows
+    grid = saved["sources"]["run"]["grid"]
+    assert [row["lam"] for row in grid] == [0.0, 0.5]
     # lambda 0 is the Pilot: its error ratio is 1 by definition
-    assert saved["validation"][0]["error_ratio"] == pytest.approx(1.0, abs=1e-6)
-    assert result.report.verdict in (config.run.path / "evaluation.md").read_text()
+    assert grid[0]["error_ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert str(result.report.first) in (config.run.path / "evaluation" / "report.md").read_text()
+    points = [p for p in read_points(config.run.path / "metrics.jsonl") if p["kind"] == "evaluation"]
+    assert points[-1]["metrics"]["results.run/pilot.test.value"] == saved["results"]["run/pilot"]["test"]["value"]
 
 
 def test_a_second_run_on_the_folder_is_refused(config: RunConfig, result: JobResult) -> None:
@@ -151,7 +161,8 @@ def test_finished_run_is_not_trained_again(config: RunConfig, result: JobResult)
         ("metrics.jsonl", (run / "metrics.jsonl").read_bytes() + b"\0" * 100 + b"\n"),
         ("data/data.json", b""),
         ("data/quarantine.jsonl", b"\0" * 10),
-        ("evaluation.json", b"[]"),
+        ("evaluation/report.json", b"[]"),
+        ("evaluation/choice.json", b"[]"),
         ("losses.png", b""),
         ("run.lock", b"\0" * 50),
     ):
@@ -160,7 +171,7 @@ def test_finished_run_is_not_trained_again(config: RunConfig, result: JobResult)
     # what does not touch the training may be changed
     again = run_job(config.model_copy(update={"fusion": config.fusion.model_copy(update={"max_test_rows": 4})}))
     assert time.monotonic() - started < 60
-    assert again.report.comparison.rows == 4
+    assert [line.rows for line in again.report.measured] == [4, 4]
     assert MistakeLog(run / "log").files == files
     assert (run / "pilot" / "final" / "model.safetensors").stat().st_mtime_ns == weights
     assert sum(p["kind"] in ("pilot", "copilot") for p in read_points(run / "metrics.jsonl")) == steps
@@ -244,15 +255,21 @@ def test_unknown_model_is_named(tmp_path: Path) -> None:
 
 def test_evaluated_again_on_other_data(result: JobResult, tmp_path: Path) -> None:
     """`tc-ray eval RUN --data FILE`: the file's rows are counted, the run's own report stays."""
-    own = (result.folder / "evaluation.json").read_bytes()
+    own = (result.folder / "evaluation" / "report.json").read_bytes()
     data = tmp_path / "more.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{n} + 1", "answer": str(n + 1)}) + "\n" for n in range(10, 15)))
-    report, file = evaluate_run(result.folder, data)
-    assert report.comparison.rows == 5
-    assert json.loads(file.with_suffix(".json").read_text())["data"] == str(data)
-    assert (result.folder / "evaluation.json").read_bytes() == own
+    report, folder = evaluate_models([str(result.folder)], Asked({"more": str(data)}))
+    assert folder == result.folder / "evaluation-more"
+    assert [(line.set, line.rows, line.nll) for line in report.measured] == [("more", 5, None)] * 2
+    assert json.loads((folder / "report.json").read_text())["data"] == {"more": str(data)}
+    assert (result.folder / "evaluation" / "report.json").read_bytes() == own
 
 
-def test_a_run_that_has_not_ended_is_not_evaluated(tmp_path: Path) -> None:
-    with pytest.raises(NotFinishedError, match=r"config\.yaml.*missing"):
-        evaluate_run(tmp_path, None)
+def test_a_run_that_has_not_ended_is_not_evaluated(config: RunConfig, result: JobResult, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "pilot").mkdir(parents=True)
+    (run / "config.yaml").write_bytes((result.folder / "config.yaml").read_bytes())
+    with pytest.raises(NotFinishedError, match=r"pilot/final/config\.json, copilot/final.*missing"):
+        evaluate_models([str(run)], Asked())
+    with pytest.raises(ModelSourceError, match=r"has no config\.json"):
+        evaluate_models([str(tmp_path)], Asked())

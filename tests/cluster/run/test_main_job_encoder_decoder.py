@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.records import DataError
-from tc_ray.evaluation.decode import read_held_out
+from tc_ray.evaluation.rows import read_results, read_sets, results_file
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import load_pilot
-from tc_ray.run.evaluate import evaluate_run
+from tc_ray.run.evaluate import Asked, evaluate_models
 from tc_ray.run.job import JobError, JobResult, run_job
 from tests.support.local_ray import local_ray
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
@@ -73,7 +73,7 @@ def test_the_export_decodes(config: RunConfig, result: JobResult) -> None:
     fused = FusedModel.from_pretrained(result.export)
     assert fused.config.is_encoder_decoder
     tokenizer = AutoTokenizer.from_pretrained(result.export / "pilot")
-    example = read_held_out(config.run.path / "data" / "test.parquet", 1)[0]
+    (example,) = read_sets(config.run.path / "data" / "test.parquet", 1)["test"]
     assert example.prompt_ids[-1] == tokenizer.eos_token_id
     ids = torch.tensor([example.prompt_ids])
     made = fused.generate(ids, max_new_tokens=5, do_sample=False, lam=0.5, num_beams=3)
@@ -87,26 +87,28 @@ def test_the_export_decodes(config: RunConfig, result: JobResult) -> None:
 
 
 def test_the_report_has_every_measure_for_both_models(config: RunConfig, result: JobResult) -> None:
-    saved = json.loads((config.run.path / "evaluation.json").read_text())
-    names = [f"{name}_at_{k}" for name in ("hit", "ndcg") for k in (5, 10, 20)]
-    assert list(saved["measures"]) == names
-    assert saved["comparison"]["rows"] == 20
-    for name, measure in saved["measures"].items():
-        for model in ("pilot", "fused"):
-            low, high = measure[f"{model}_interval"]
-            assert 0 <= low <= measure[model] <= high <= 1, name
-    assert len(saved["validation"]) == 3, "lambda 0, and 0.5 in both spaces"
-    assert saved["pilot_forced"]["tokens"] == 20 * 3, "two tokens an item, and the end token"
-    assert result.report.verdict in (config.run.path / "evaluation.md").read_text()
+    saved = json.loads((config.run.path / "evaluation" / "report.json").read_text())
+    names = [f"{name}@{k}" for name in ("Hit", "NDCG") for k in (5, 10, 20)]
+    assert list(saved["results"]) == ["run/pilot", "run"]
+    for by_set in saved["results"].values():
+        line = by_set["test"]
+        assert (list(line["measures"]), line["rows"], line["metric"]) == (names, 20, "ranking")
+        for name, measure in line["measures"].items():
+            assert 0 <= measure["low"] <= measure["value"] <= measure["high"] <= 1, name
+        assert line["value"] == line["measures"]["NDCG@10"]["value"]
+    assert len(saved["sources"]["run"]["grid"]) == 3, "lambda 0, and 0.5 in both spaces"
+    rows = read_results(results_file(config.run.path / "evaluation", "run/pilot", "test"))
+    assert sum(row.tokens for row in rows) == 20 * 3, "two tokens an item, and the end token"
+    assert str(result.report.first) in (config.run.path / "evaluation" / "report.md").read_text()
     status = json.loads((config.run.path / "status.json").read_text())
-    assert status["evaluation"]["score_name"] == "NDCG@10"
+    assert status["evaluation"]["results"]["run"]["test"]["metric"] == "ranking"
 
 
 def test_a_run_is_measured_on_its_own_users_only(config: RunConfig, result: JobResult, tmp_path: Path) -> None:
     other = tmp_path / "others.txt"
     other.write_text("new 1 2 3 4\n")
     with pytest.raises(DataError, match="measured on its own users only"):
-        evaluate_run(config.run.path, other)
+        evaluate_models([str(config.run.path)], Asked({"others": str(other)}))
 
 
 def test_states_of_every_position_are_refused(config: RunConfig, tmp_path: Path) -> None:

@@ -47,13 +47,14 @@ def test_a_copilot_that_fails_for_good_leaves_the_pilots_result(
         ) as ended:
             run_job(config)
     report, export = ended.value.result.report, ended.value.result.export
-    assert report.no_copilot and report.exported_lam == 0.0
-    assert report.comparison.rows == config.fusion.max_test_rows
-    assert "There is no Copilot: the Copilot failed 2 times" in (run / "evaluation.md").read_text()
-    assert "fused" not in "\n".join(report.lines())
+    assert report.first.no_copilot and report.first.exported_lam == 0.0
+    (line,) = report.measured
+    assert (line.model, line.rows) == ("run", config.fusion.max_test_rows)
+    assert "There is no Copilot: the Copilot failed 2 times" in (run / "evaluation" / "report.md").read_text()
+    assert "lambda" not in "\n".join(report.tables())
     status = read_status(run)
     assert (status["state"], status["restarts"], status["pilot"]["round"]) == ("failed", 1, ROUNDS)
-    assert status["evaluation"]["no_copilot"] == report.no_copilot
+    assert status["evaluation"]["sources"]["run"]["no_copilot"] == report.first.no_copilot
     assert any(e["kind"] == "failed" and "continues without it" in e["text"] for e in status["events"])
     assert (export / "pilot" / "model.safetensors").is_file() and not (export / "copilot").exists()
     with pytest.raises(ExportError, match=r"a Pilot alone, copilot/config\.json is missing"):
@@ -63,7 +64,7 @@ def test_a_copilot_that_fails_for_good_leaves_the_pilots_result(
 
     trained = (run / "pilot" / "final" / "model.safetensors").stat().st_mtime_ns
     again = run_job(config)
-    assert again.report.no_copilot is None and again.export == export
+    assert again.report.first.no_copilot is None and again.export == export
     assert find_export(run) == export
     assert (run / "pilot" / "final" / "model.safetensors").stat().st_mtime_ns == trained
     assert read_status(run)["state"] == "done"

@@ -40,7 +40,7 @@ def run(folder: Path, schedule: str) -> tuple[float, np.ndarray]:
     rounds = np.array([p["time"] for p in points if p["kind"] == "pilot"])
     assert len(stepped) == len(rounds) == ROUNDS
     behind = np.arange(1, ROUNDS + 1) - (stepped[None] < rounds[:, None]).sum(1)
-    (ratio,) = [row["error_ratio"] for row in report.validation if row["lam"] == LAM]
+    (ratio,) = [row["error_ratio"] for row in report.first.chosen.grid if row["lam"] == LAM]
     return ratio, behind
 
 

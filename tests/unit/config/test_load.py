@@ -44,6 +44,39 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
     assert load_config(path).pilot.learning_rate == 5e-5  # YAML 1.1 alone reads text here
 
 
+PAPER = {
+    "output_tokens": "all",
+    "producing_state": "unseen",
+    "row_positions": False,
+    "error_input": "free",
+    "start_row": "zeros",
+    "memory_norm": False,
+    "scaled_output": False,
+}
+
+
+def form_of(config: RunConfig) -> dict[str, object]:
+    return {name: getattr(config.copilot, name) for name in PAPER}
+
+
+def test_a_preset_sets_what_is_not_set_beside_it(tmp_path: Path) -> None:
+    """In a recipe, over a saved config that spells out every field, and with single fields beside it; saved, it is the same."""
+    plain, paper = load_config(None), load_config(write(tmp_path, "copilot:\n  preset: paper\n"))
+    assert form_of(paper) == PAPER and not set(PAPER.items()) & set(form_of(plain).items())
+    assert (plain.log.top_k, paper.log.top_k) == (16, 256)
+    assert form_of(load_config(tmp_path / "recipe.yaml", ["copilot.memory_norm=true"])) == PAPER | {"memory_norm": True}
+    path = write(tmp_path, "copilot:\n  preset: paper\n  start_row: learned\nlog:\n  top_k: 9\n")
+    kept = load_config(path)
+    assert form_of(kept) == PAPER | {"start_row": "learned"} and kept.log.top_k == 9
+    for config in (plain, paper, kept):
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+        again = load_config(tmp_path / "saved.yaml", ["copilot.preset=paper", "copilot.error_input=embedding"])
+        assert form_of(again) == PAPER | {"error_input": "embedding"}
+        assert again.log.top_k == config.log.top_k, "a stored log has the errors that it has"
+        assert form_of(load_config(tmp_path / "saved.yaml", ["copilot.preset=null"])) == form_of(plain)
+
+
 def test_no_file_gives_the_defaults() -> None:
     assert load_config(None) == RunConfig()
 
@@ -114,6 +147,32 @@ def test_data_path_from_current_folder_then_from_the_recipes(tmp_path: Path, mon
     assert load_config(path).data.train == str(recipes / "mine.jsonl")
     (tmp_path / "elsewhere" / "mine.jsonl").touch()
     assert load_config(path).data.train == str(tmp_path / "elsewhere" / "mine.jsonl")
+
+
+def test_held_out_sets_may_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a path, a mapping of names to paths, or to what is particular to a set; from the recipe and the command line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "far").mkdir()
+    for name in ("a.jsonl", "far/b.jsonl"):
+        (tmp_path / name).touch()
+    recipe = tmp_path / "far" / "r.yaml"
+    recipe.write_text("data:\n  test:\n    one: a.jsonl\n    two: {file: b.jsonl, metric: choice, task: piqa}\n")
+    data = load_config(recipe, []).data
+    sets = data.held_out_sets("test")
+    assert {name: (one.file, one.metric, one.task) for name, one in sets.items()} == {
+        "one": (str(tmp_path / "a.jsonl"), None, None),
+        "two": (str(tmp_path / "far" / "b.jsonl"), "choice", "piqa"),
+    }
+    save_config(load_config(recipe, []), tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", []).data == data
+    assert load_config(None, ["data.test={x: a.jsonl}"]).data.held_out_sets("test")["x"].file.endswith("/a.jsonl")
+    one_more = load_config(recipe, ["data.test.three=a.jsonl"]).data.held_out_sets("test")
+    assert list(one_more) == ["one", "two", "three"]
+    assert load_config(None, ["data.test=a.jsonl"]).data.held_out_sets("test")["test"].file.endswith("/a.jsonl")
+    assert load_config(None, []).data.held_out_sets("validation") == {}
+    for override in ("data.test={a/b: a.jsonl}", "data.test={x: {file: a.jsonl, taste: 1}}", "data.test={x: 3}"):
+        with pytest.raises(ConfigError, match=r"data\.test"):
+            load_config(None, [override])
 
 
 def test_a_recipe_of_the_package_is_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,3 +327,8 @@ def test_config_imports_neither_torch_nor_ray() -> None:
     code = "import sys, tc_ray.config.load; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_rows_are_cut_by_a_seed_of_their_own() -> None:
+    assert load_config(None, ["run.seed=3"]).data_seed == 3
+    assert load_config(None, ["run.seed=3", "data.seed=0"]).data_seed == 0

@@ -40,10 +40,10 @@ def section(**changes: Any) -> CopilotSection:
     return CopilotSection.model_validate({"dtype": "fp32", "learning_rate": 3e-3, **changes})
 
 
-def make_copilot(folder: Path, seed: int = 1, output_ids: torch.Tensor | None = None) -> Copilot:
+def make_copilot(folder: Path, seed: int = 1, output_ids: torch.Tensor | None = None, **form: Any) -> Copilot:
     torch.manual_seed(seed)
     pilot = load_pilot(folder, dtype=torch.float32)
-    return Copilot.from_decoder(folder, [0, 1, 2, 3], pilot=pilot, output_ids=output_ids)
+    return Copilot.from_decoder(folder, [0, 1, 2, 3], pilot=pilot, output_ids=output_ids, **form)
 
 
 def make_batch(folder: Path, chosen: slice = slice(None), seed: int = 0) -> CopilotBatch:
@@ -193,13 +193,26 @@ def test_checkpoint_of_another_copilot_is_refused(model_folder: Path, tmp_path: 
         checkpoint.restore(other, tmp_path)
 
 
-@pytest.mark.parametrize(("method", "few_tokens"), [("full", False), ("full", True), ("lora", False), ("lora", True)])
-def test_learns_and_exports(model_folder: Path, tmp_path: Path, method: str, few_tokens: bool) -> None:
+@pytest.mark.parametrize(
+    ("method", "few_tokens", "preset"),
+    [
+        ("full", False, None),
+        ("full", True, None),
+        ("lora", False, None),
+        ("lora", True, None),
+        ("full", False, "paper"),
+        ("lora", False, "paper"),
+    ],
+)
+def test_learns_and_exports(
+    model_folder: Path, tmp_path: Path, method: str, few_tokens: bool, preset: str | None
+) -> None:
     """The loss falls well below that of predicting nothing, and the exported folder predicts the same."""
-    config = section(method=method, lora={"rank": 4, "dropout": 0.0}, warmup_ratio=0.0)
+    config = section(method=method, lora={"rank": 4, "dropout": 0.0}, warmup_ratio=0.0, preset=preset)
     batch = make_batch(model_folder)
     true_tokens = batch.error_ids[batch.row_mask][:, 0].unique() if few_tokens else None
-    learner = Learner(make_copilot(model_folder, output_ids=true_tokens), config, total_steps=60)
+    copilot = make_copilot(model_folder, output_ids=true_tokens, **config.form())
+    learner = Learner(copilot, config, total_steps=60)
     start = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     results = [learner.step(batch) for _ in range(60)]
     # W_out starts near 0, so the first loss is that of f = 0

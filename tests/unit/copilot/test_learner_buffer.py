@@ -97,6 +97,27 @@ def test_draws_are_uniform_over_records() -> None:
     assert chi_square < 80
 
 
+def test_a_sample_is_of_its_rounds_without_repeats() -> None:
+    buffer = RoundBuffer(8)
+    for number in (1, 2, 3, 4):
+        buffer.add(f"file{number}", of_round(number))
+    assert buffer.newest == 4
+    found = buffer.sample(99, (1,), after=1, up_to=3)
+    assert found is not None
+    assert sorted(zip(found.round.tolist(), found.sample_id.tolist(), strict=True)) == [
+        (number, 100 * number + row) for number in (2, 3) for row in range(ROWS)
+    ]
+    unseen = buffer.sample(99, (1,), unseen=True)
+    assert unseen is not None
+    everything = Records.concat([of_round(number) for number in (1, 2, 3, 4)])
+    assert set(unseen.sample_id.tolist()) == set(everything.sample_id[everything.seen == 0].tolist())
+    few, again, other = (buffer.sample(5, (seed,)) for seed in (1, 1, 2))
+    assert few is not None and again is not None and other is not None
+    assert len(set(few.sample_id.tolist())) == 5 and few.sample_id.tolist() == again.sample_id.tolist()
+    assert few.sample_id.tolist() != other.sample_id.tolist()
+    assert buffer.sample(5, (1,), after=4) is None and RoundBuffer(3).newest == 0
+
+
 def test_unpooled_states_are_refused() -> None:
     with pytest.raises(ValueError, match="these records hold 2 layers"):
         batch_from_records(random_records(3, layers=2))

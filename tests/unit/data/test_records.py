@@ -19,7 +19,7 @@ from tc_ray.data.encode.tokenize import encode
 from tc_ray.data.source.embedded import write_embedded
 from tc_ray.data.source.records import BadRow, DataError, iter_records
 from tc_ray.data.source.shapes import Example, Turn, to_example
-from tc_ray.evaluation.numbers import evaluate_expression
+from tc_ray.evaluation.answers.numbers import evaluate_expression
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -1,8 +1,7 @@
-"""Ranking of items: measures by hand, the trie, beam search against scoring every item, the metric, the report."""
+"""Ranking of items: the trie, beam search against scoring every item, the whole procedure."""
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache
 from itertools import pairwise
@@ -14,17 +13,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tc_ray.config.fusion import FusionSection, RankingSection
+from tc_ray.config.fusion import FusionSection
 from tc_ray.data.encode.tokenize import completion_ids
-from tc_ray.evaluation.decode import HeldOut, rank
+from tc_ray.evaluation.decode import rankings
 from tc_ray.evaluation.item_trie import ItemTrie, ItemTrieProcessor
-from tc_ray.evaluation.metric import Outcome
-from tc_ray.evaluation.procedure import evaluate
-from tc_ray.evaluation.ranking import Ranking, hit_at, ndcg_at
-from tc_ray.evaluation.report import Report
-from tc_ray.evaluation.statistics import Comparison, bootstrap_intervals, choose
+from tc_ray.evaluation.procedure import Task, evaluate
+from tc_ray.evaluation.rows import HeldOut
+from tc_ray.evaluation.scores import ndcg_at
+from tc_ray.evaluation.statistics import bootstrap_intervals
+from tc_ray.evaluation.worker import Pass
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import load_pilot
+from tests.support.evaluation_samples import HerePool, row_set, source
 from tests.support.family_reference import Fusion, Made, beam_search
 from tests.support.family_samples import make_copilot, new_pilot, reference_model
 from tests.support.tiny_families import END, VOCAB
@@ -33,17 +33,6 @@ from tests.support.tiny_model import make_tokenizer
 ITEMS_MODEL = Path(__file__).resolve().parents[3] / "tc_ray" / "recipes" / "models" / "t5-items"
 # one to three tokens, some beginning others
 LABELS = ["1", "12", "123", "13", "2", "21", "22", "220", "3", "30", "305", "4", "45", "46", "470", "8"]
-
-
-# -- measures -----------------------------------------------------------------------------------------------------
-
-
-def test_measures_by_hand() -> None:
-    # place:        1    2           3     not among the first k or not ranked
-    assert [hit_at(5, place) for place in (1, 2, 5, 6, None)] == [1, 1, 1, 0, 0]
-    assert [ndcg_at(5, place) for place in (1, 3, 6, None)] == [1.0, 0.5, 0.0, 0.0]
-    assert ndcg_at(10, 7) == pytest.approx(1 / 3)
-    assert ndcg_at(10, 2) == pytest.approx(0.6309297535714575)  # 1 / log2(3)
 
 
 def test_bootstrap_interval_of_a_mean_and_of_a_paired_difference() -> None:
@@ -140,10 +129,10 @@ def scores_of_all(fusion: Fusion, prompt: list[int]) -> list[float]:
 
 def ranked_by(family: str, examples: list[HeldOut], lam: float, space: str, beams: int) -> list[list[int]]:
     fused, _ = joined(family)
-    fused.space = space
     tokenizer = make_tokenizer()
     trie = ItemTrie(spelled(LABELS, tokenizer))
-    return rank(fused, tokenizer, examples, trie, beams=beams, batch_size=3, lam=lam)
+    (found,) = rankings(fused, tokenizer, examples, [(space, lam)], trie, beams=beams)
+    return found
 
 
 @pytest.mark.parametrize(("lam", "space"), [(0.0, "probability"), (0.7, "probability"), (1.5, "logits")])
@@ -191,7 +180,7 @@ def test_a_trie_smaller_than_the_beams_gives_each_item_once() -> None:
     tokenizer, examples = make_tokenizer(), held_out("t5")
     for labels in (["7"], ["7", "88", "891"]):
         trie = ItemTrie(spelled(labels, tokenizer))
-        found = rank(fused, tokenizer, examples, trie, beams=100, batch_size=8, lam=0.0)
+        (found,) = rankings(fused, tokenizer, examples, [("logits", 0.0)], trie, beams=100)
         assert all(sorted(items) == list(range(len(labels))) for items in found)
 
 
@@ -201,94 +190,41 @@ def test_a_plain_model_is_ranked_too() -> None:
     model = load_pilot(ITEMS_MODEL, dtype=torch.float32, random_weights=True).eval()
     labels = [f"{n:04d}" for n in np.random.default_rng(2).permutation(10_000)[:300]]
     trie = ItemTrie(spelled(labels, tokenizer))
-    source = [15, 37, 59, 81, 1]
-    (items,) = rank(model, tokenizer, [HeldOut(0, source, 5, labels[0], "")], trie, beams=300, batch_size=1)
+    prompt = [15, 37, 59, 81, 1]
+    rows = [HeldOut(0, prompt, 5, labels[0], "")]
+    ((items,),) = rankings(model, tokenizer, rows, [("logits", 0.0)], trie, beams=300)
     ids = torch.tensor(spelled(labels, tokenizer))
     start = torch.zeros(len(labels), 1, dtype=torch.long)
     with torch.no_grad():
         out = model(
-            input_ids=torch.tensor([source] * len(labels)), decoder_input_ids=torch.cat([start, ids[:, :-1]], 1)
+            input_ids=torch.tensor([prompt] * len(labels)), decoder_input_ids=torch.cat([start, ids[:, :-1]], 1)
         )
     scores = out.logits.log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0].sum(1)
     assert sorted(items) == list(range(300))
     assert (scores[items].diff() <= 1e-4).all()
 
 
-# -- the metric ---------------------------------------------------------------------------------------------------
+# -- the whole procedure ------------------------------------------------------------------------------------------
 
 
-def metric() -> Ranking:
-    ranking = RankingSection(cutoffs=[3, 10, 100])  # 100 beams: more than there are items
-    config = FusionSection(ranking=ranking, eval_batch_size=4)
-    return Ranking(make_tokenizer(), config, {f"item {label}": label for label in LABELS})
-
-
-def test_outcome_is_what_scoring_every_item_gives() -> None:
+def test_places_are_those_of_scoring_every_item(tmp_path: Path) -> None:
     fused, _ = joined("t5")
-    fused.space = "logits"
     examples, fusion = held_out("t5", 12), reference("t5", 0.8, "logits")
-    outcome = metric().outcome(fused, examples, 0.8)
-    places = []
-    for example in examples:
+    labels = tuple(LABELS)
+    job = Pass("ranked", source(), row_set(examples, "ranking"), (("logits", 0.8),), "own", 4, beams=100, labels=labels)
+    found = HerePool(m=(fused, make_tokenizer())).at(tmp_path).run(job)
+    for example, ((place, said),) in zip(examples, found, strict=True):
         scores = dict(zip(LABELS, scores_of_all(fusion, example.prompt_ids), strict=True))
         order = sorted(scores, key=lambda label: -scores[label])
-        places.append(order.index(example.answer) + 1 if example.answer in order else None)
-    assert list(outcome.columns) == [f"{name}@{k}" for name in ("Hit", "NDCG") for k in (3, 10, 100)]
-    for k in (3, 10, 100):
-        assert outcome.columns[f"Hit@{k}"] == [hit_at(k, place) for place in places]
-        assert outcome.columns[f"NDCG@{k}"] == pytest.approx([ndcg_at(k, place) for place in places])
-    assert outcome.score == outcome.columns["NDCG@10"]
-    assert outcome.right == [place is not None and place <= 10 for place in places]
-    assert 0 < sum(outcome.right) < len(examples)
+        assert place == (order.index(example.answer) + 1 if scores[example.answer] > -math.inf else None)
+        assert said.split()[0] == order[0] and len(said.split()) == 5
 
 
-def outcome_of(places: list[int | None]) -> Outcome:
-    columns = {f"{name}@10": [f(10, place) for place in places] for name, f in (("Hit", hit_at), ("NDCG", ndcg_at))}
-    return Outcome([hit > 0 for hit in columns["Hit@10"]], columns["NDCG@10"], ["x"] * len(places), columns)
-
-
-def test_table_of_measures_and_verdict(tmp_path: Path) -> None:
-    pilot, fused = outcome_of([1, None, 3, 20] * 50), outcome_of([1, 7, 1, 20] * 50)
-    hits, ndcg = metric().measures(pilot, fused)
-    assert (hits.name, hits.pilot, hits.fused, hits.difference) == ("Hit@10", 0.5, 0.75, 0.25)
-    assert (ndcg.pilot, ndcg.fused) == pytest.approx((1.5 / 4, (1 + 1 / 3 + 1) / 4))
-    assert hits.pilot_interval == pytest.approx((0.431, 0.569), abs=1e-3)  # Wilson, 100 of 200
-    assert 0.15 < hits.difference_interval[0] < 0.25 < hits.difference_interval[1] < 0.35
-
-    def report(measures: list[Any]) -> Report:
-        compared = Comparison.of(pilot.right, fused.right)
-        names = {"right_name": "Hit@10", "score_name": "NDCG@10"}
-        return Report("rows", "logits", 0.5, "own", compared, None, None, measures=measures, **names)
-
-    better, worse = report([hits, ndcg]), report(metric().measures(fused, pilot))
-    assert better.helps and better.exported_lam == 0.5
-    assert better.verdict.startswith("The Copilot helps: NDCG@10 +20.83 points (95% interval +1")
-    assert not worse.helps and worse.exported_lam == 0.0
-    assert "with lambda 0.5, NDCG@10 -20.83 points" in worse.verdict
-    few = metric().measures(outcome_of([2, 1]), outcome_of([1, 1]))
-    assert report(few).verdict.startswith("No gain is shown: NDCG@10 +18.45 points")
-    better.save(tmp_path)
-    saved = json.loads((tmp_path / "evaluation.json").read_text())
-    assert saved["measures"]["ndcg_at_10"]["difference"] == pytest.approx(ndcg.difference)
-    text = (tmp_path / "evaluation.md").read_text()
-    assert "Hit@10   50.00  43.14 to 56.86  75.00" in text and better.verdict in text
-    assert "50 wins, 0 losses" in text
-
-
-def test_lambda_is_chosen_by_ndcg_and_zero_wins_ties() -> None:
-    pilot, low, high = ("probability", 0.0), ("probability", 0.1), ("logits", 1.0)
-    third = [1 / 3] * 3
-    assert choose({pilot: [1.0, 0.0], low: [0.0, 1.0], high: [0.5, 0.4]}, {}) == pilot
-    assert choose({pilot: third, low: [1.0, 0.0, 0.1], high: [0.5, 0.5, 0.2]}, {}) == high
-    # 0.1 + 0.2 + 0.3 depends on the order in floating point; a tie must not
-    assert choose({pilot: [0.3, 0.2, 0.1], low: [0.1, 0.2, 0.3]}, {pilot: 2.0, low: 0.1}) == pilot
-
-
-def test_the_whole_procedure_with_ranking() -> None:
+def test_the_whole_procedure_with_ranking(tmp_path: Path) -> None:
     """Gold items are those that lambda 4 raises most: validation finds it, the test rows are ranked once by each."""
     fused, _ = joined("t5")
-    tokenizer, config = make_tokenizer(), FusionSection(space="logits", lam_grid=[0.0, 0.3, 4.0], eval_batch_size=4)
-    by_items = Ranking(tokenizer, config, {label: label for label in LABELS})
+    tokenizer = make_tokenizer()
+    fusion = FusionSection(space="logits", lam_grid=[0.0, 0.1, 0.3, 4.0], metric="ranking")
     asked = held_out("t5", 12)
     before, after = (ranked_by("t5", asked, lam, "logits", 100) for lam in (0.0, 4.0))
     rows = []
@@ -298,18 +234,19 @@ def test_the_whole_procedure_with_ranking() -> None:
         ]
         ids = e.prompt_ids + completion_ids(label, tokenizer)
         rows.append(HeldOut(e.sample_id, ids, e.target_start, label, e.prompt))
-    said: list[str] = []
-    report = evaluate(
-        fused, by_items, config, validation=rows[:7], test=rows[7:], data="made up", on_progress=said.append
-    )
-    assert (report.lam, report.space, report.score_name) == (4.0, "logits", "NDCG@10")
-    scores = {row["lam"]: row["score"] for row in report.validation}
-    assert scores[4.0] > max(scores[0.0], scores[0.3])
-    measures = {m.name: m for m in report.measures}
-    ranked = by_items.outcome(fused, rows[7:], 4.0)
-    assert measures["NDCG@10"].fused == pytest.approx(sum(ranked.score) / 5)
-    assert measures["NDCG@10"].difference > 0 and report.helps
-    assert sum(line.startswith("evaluate: test") for line in said) == 2
-    assert report.pilot_forced is not None and report.fused_forced is not None
-    assert report.pilot_forced.tokens == sum(len(e.input_ids) - e.target_start for e in rows[7:])
-    assert "| space | lambda | NDCG@10 | Hit@10 | wins | losses | NLL |" in report.markdown()
+    pool = HerePool(m=(fused, tokenizer))
+    task = Task(source(), [row_set(rows[7:], "ranking")], row_set(rows[:7], "ranking", "validation"))
+    report = evaluate([task], fusion, pool.at(tmp_path), tmp_path, labels=LABELS)
+    chosen = report.first.chosen
+    decoded = {row["lam"]: row["score"] for row in chosen.grid if row["score"] is not None}
+    by_nll = sorted(chosen.grid[1:], key=lambda row: row["nll"])[:2]
+    assert set(decoded) == {0.0, *(row["lam"] for row in by_nll)}, "two more are decoded, those of the best NLL"
+    assert chosen.lam == max(decoded, key=lambda lam: decoded[lam])
+    pilot, line = report.measured
+    places = [items.index(LABELS.index(row.answer)) + 1 for items, row in zip(before[7:], rows[7:], strict=True)]
+    assert pilot.value == pytest.approx(sum(ndcg_at(10, place) for place in places) / 5)
+    assert pilot.measures["Hit@5"].value == pytest.approx(sum(place <= 5 for place in places) / 5)
+    assert line.lam == chosen.lam and [job.kind for job in pool.passes if job.rows.name == "test"] == [
+        "forced",
+        "ranked",
+    ]

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from tc_ray.evaluation.numbers import evaluate_expression, number_of
-from tc_ray.evaluation.scoring import matches
+from tc_ray.evaluation.answers.numbers import evaluate_expression, number_of
+from tc_ray.evaluation.answers.scoring import matches
 
 ARITHMETIC_RIGHT = [  # GSM8K, MAWPS, ASDiv, SVAMP
     ("72", "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether.\nThe answer is 72"),

@@ -45,3 +45,10 @@ def test_copilot_training(tmp_path: Path) -> None:
     assert saved > 128 * 3000 * 4
     for words in (result["machine"], "Copilot, A = 3000, blocks", "blocks / autograd"):
         assert words in done.stdout
+    parts = training["parts"]
+    assert set(parts) == {"forward", "backward", "optimizer", "rest"}
+    assert all(shares["count"] == 3 and shares["median"] > 0 for shares in parts.values())
+    # measured in other steps of the same rounds: they add up to a step, roughly
+    whole = sum(shares["median"] for shares in parts.values())
+    assert 0.2 < whole / training["rows"]["targets blocks"]["ratio_to_pilot"] < 5
+    assert "for 6 steps per round" in done.stdout

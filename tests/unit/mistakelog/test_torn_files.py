@@ -22,8 +22,8 @@ from tc_ray.config.yaml_file import ConfigError
 from tc_ray.copilot import from_log
 from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.data.prepared.folder import SCHEMA
-from tc_ray.evaluation.decode import read_held_out
-from tc_ray.evaluation.report import Report
+from tc_ray.evaluation.compare import line_of
+from tc_ray.evaluation.rows import RowResult, RowSet, read_sets
 from tc_ray.files import DamagedFileError, finite
 from tc_ray.mistakelog.table.lease import LeaseHeldError
 from tc_ray.pilot.checkpoint import find_checkpoints, latest_checkpoint, mark_complete
@@ -33,6 +33,7 @@ from tc_ray.tracking.mlflow_writer import open_run
 from tc_ray.tracking.points import draw_losses, read_points
 from tc_ray.tracking.statusfile import read_status
 from tc_ray.tracking.tracker import Tracker
+from tests.support.evaluation_samples import report_of
 from tests.support.torn_files import FOLDER, torn, torn_forms
 
 PACKAGE = Path(tc_ray.__file__).parent
@@ -206,16 +207,17 @@ def prepared(folder: Path) -> Path:
     folder.mkdir()
     for part in ("train", "validation", "test"):
         row = {"sample_id": 0, "input_ids": [1, 2], "target_start": 1, "prompt": "a", "completion": "b", "answer": "b"}
+        row |= {"options": None, "set": None if part == "train" else part}
         pq.write_table(pa.Table.from_pylist([row], schema=SCHEMA), folder / f"{part}.parquet")
     return folder
 
 
 def test_torn_rows_are_named_where_they_are_read(tmp_path: Path) -> None:
     path = prepared(tmp_path / "data") / "test.parquet"
-    assert len(read_held_out(path)) == 1
+    assert len(read_sets(path)["test"]) == 1
     for form in torn_forms(path.read_bytes()).values():
         with torn(path, form):
-            refused(lambda: read_held_out(path), "test.parquet")
+            refused(lambda: read_sets(path), "test.parquet")
             refused(lambda: TrainTable(path), "test.parquet")
 
 
@@ -250,14 +252,14 @@ def test_a_torn_run_lock_names_the_folder(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_is_valid_json_whatever_was_measured(tmp_path: Path) -> None:
-    from tc_ray.evaluation.statistics import Comparison
-
-    sweep = {"space": "logits", "lam": 0.0, "score": 0.0, "right": 0.0, "wins": 0, "losses": 0, "nll": float("nan")}
-    report = Report("rows \udcff", "logits", 0.0, "own", Comparison.of([True], [True]), None, None, validation=[sweep])
-    report.save(tmp_path)
-    text = (tmp_path / "evaluation.json").read_text()
-    json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} in evaluation.json"))
-    assert "rows" in (tmp_path / "evaluation.md").read_text()
+    one = RowResult(0, 0, None, float("nan"), float("nan"), 1, "")
+    line = line_of("m", RowSet("rows", "nll", [], ""), [one], [one], ("logits", 0.0), [10])
+    example = {"prompt": "\udcff", "answer": "", "pilot": "", "fused": ""}
+    report_of([line], [], 0.0, examples=[example]).save(tmp_path)
+    text = (tmp_path / "report.json").read_text()
+    saved = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} in report.json"))
+    assert saved["results"]["m"]["rows"]["value"] is None
+    assert "rows" in (tmp_path / "report.md").read_text()
 
 
 WRITERS = {

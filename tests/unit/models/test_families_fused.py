@@ -8,6 +8,8 @@ divided by the sum over V of what is left of it, hundreds of entries of f.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from tc_ray.models.fusion import FusedModel
 from tests.support.family_reference import Fusion, greedy
 from tests.support.family_samples import (
+    PAPER,
     left_padded,
     make_copilot,
     new_pilot,
@@ -111,7 +114,9 @@ ANY = [
     {"base": "narrow"},
     {"base": "narrow", "pilot": "pilot-padded", "output_ids": output_ids()},
     {"base": "narrow-padded"},
-    {"producing_state": False},
+    {"producing_state": "memory"},
+    PAPER,
+    {"base": "narrow", "output_ids": output_ids(), **PAPER},
     {"pooling": "max"},
     {"tap_layers": [0, 2]},
 ]
@@ -148,6 +153,28 @@ def test_a_copilot_beside_a_pilot_of_another_vocabulary_size(family: str) -> Non
             assert float((logits[:, :common] - alone[:, :common]).abs().max()) > 0.1
             if size > common:
                 assert torch.equal(logits[:, common:], call(fused, prompts()[0], FORCED, lam=0.0)[:, common:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_question_is_that_of_the_pilot_in_use(family: str) -> None:
+    """With `question: states`, whose Pilot's embedding moves while it trains: cached, in one call, and scored."""
+    fused, reference = joined(family, "logits", "own", question="states")
+    prompt = prompts()[0]
+    pilot = reference_model(family)
+    moved = copy.deepcopy(pilot)
+    with torch.no_grad():
+        for model in (moved, fused.pilot):
+            model.get_input_embeddings().weight.mul_(1.5)
+    expected = replace(reference, pilot=moved).logits(prompt, FORCED)
+    close(call(fused, prompt, FORCED), expected, TOLERANCE["own"])
+    close(steps(fused, prompt, FORCED, [1] * len(FORCED)), expected, TOLERANCE["own"])
+    scores = fused.score(torch.tensor([prompt + FORCED]), prompt_length=len(prompt))
+    wanted = expected[:-1].log_softmax(-1).gather(1, torch.tensor(FORCED)[:, None])[:, 0]
+    torch.testing.assert_close(scores.fused_logprobs[0], wanted, rtol=1e-3, atol=1e-3)
+    stale, _ = joined(family, "logits", "own")
+    with torch.no_grad():
+        stale.pilot.get_input_embeddings().weight.mul_(1.5)
+    assert float((call(stale, prompt, FORCED) - expected).abs().max()) > 0.01, "X~ makes no difference here"
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tc_ray.copilot.learner import Learner
-from tc_ray.models.losses import BLOCK_ELEMENTS, LOSSES, Outputs, RootMeanSquare, TokenLoss
+from tc_ray.models.losses import BLOCK_ELEMENTS, LOSSES, Outputs, RootMeanSquare, TokenLoss, inner_products
 from tests.support.tiny_model import make_tiny_llama
 from tests.unit.copilot.test_learner import make_batch, make_copilot, section
 
@@ -120,6 +120,19 @@ def test_loss_and_gradients_are_the_dense_ones(kind: str, shape: str) -> None:
     assert float(got[0]) == pytest.approx(float(total), rel=1e-5)
     assert off(got[1], d_states) < 1e-5
     assert off(got[2], d_weight) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inner_products_are_those_of_the_dense_errors(shape: str) -> None:
+    """And give the rmse's sum of lam f in place of f, for every lam."""
+    tokens, width, outputs, listed = SHAPES[shape]
+    given = sample(tokens, width, outputs, listed)
+    own, across, squares = inner_products(*given).tolist()
+    for lam in (0.0, 0.3, 1.0, 2.0):
+        scaled = given._replace(weight=lam * given.weight)
+        total, _, _ = reference("rmse", scaled, VOCAB if outputs > 1000 else outputs + 40)
+        assert own - 2 * lam * across + lam * lam * squares == pytest.approx(float(total), rel=1e-5)
+        assert float(RootMeanSquare().total(*scaled)) == pytest.approx(float(total), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -23,7 +23,7 @@ from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import LayerTap, pooled, tap_definition, tapped_layers
 from tc_ray.pilot.engine import pilot_step
 from tc_ray.pilot.record import check_log, log_metadata, to_records
-from tests.support.family_reference import pilot_pass
+from tests.support.family_reference import embedding_table, pilot_pass
 from tests.support.family_samples import make_copilot, new_pilot, quiet, reference_model
 from tests.support.reference_samples import close
 from tests.support.tiny_families import ENCODER_DECODER, FAMILIES, VOCAB
@@ -190,3 +190,15 @@ def test_a_copilot_of_some_layers_says_so_and_wants_them(tmp_path: Any) -> None:
     deep.decoder_config = loaded.decoder_config
     with pytest.raises(FusionError, match=r"layers \[0, 7\], from 0; this Pilot has 4 layers"):
         check_fit(shape, deep)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_question_of_the_round_is_kept_where_asked(family: str) -> None:
+    """`log.question: states`: the token embeddings of the prompts as the layers see them, through the record to the batch."""
+    assert recorded(new_pilot(family), config_of(family)).question is None
+    config = config_of(family, question="states")
+    made = batch_from_records(recorded(new_pilot(family), config))
+    assert made.question is not None
+    expected = embedding_table(reference_model(family))[made.question_ids].bfloat16()
+    assert torch.equal(made.question[made.question_mask], expected[made.question_mask])
+    assert not made.question[~made.question_mask].any()

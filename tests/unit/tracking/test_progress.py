@@ -60,6 +60,15 @@ def test_line_tells_what_there_is(tracker: Tracker) -> None:
     assert "copilot" not in out.getvalue() and "None" not in out.getvalue()
 
 
+def test_the_error_ratio_stays_with_its_round(tracker: Tracker) -> None:
+    shown, out = view(line_seconds=0.0)
+    tracker.error_ratio(4, {"held_out": 0.9412, "in_sample": 0.85, "lam": 0.5, "records": 128, "lam_0.5": 0.9412})
+    tracker.pilot(9, {"loss": 2.5})
+    tracker.copilot(9, 27, {"loss": 0.5})
+    shown.show(tracker.status())
+    assert "| error ratio 0.941 at lambda 0.5, in-sample 0.850 (round 4)" in out.getvalue()
+
+
 def test_one_line_changes_on_a_terminal(tracker: Tracker) -> None:
     shown, out = view(is_terminal=True)
     tracker.phase("train")

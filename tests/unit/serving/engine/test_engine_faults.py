@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tc_ray.models.decoding.batch import FusedBatch
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine.batch import FusedBatch
 from tc_ray.serving.engine.contract import Finished, GenerationRequest, ScoreRequest
 from tc_ray.serving.engine.engine import FAILURES, Engine, Turns
 from tc_ray.serving.errors import RequestError

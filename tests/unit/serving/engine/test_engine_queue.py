@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tc_ray.models.decoding.batch import FusedBatch
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine import engine as engine_module
-from tc_ray.serving.engine.batch import FusedBatch
 from tc_ray.serving.engine.contract import Finished, GenerationRequest, Piece
 from tc_ray.serving.engine.engine import Engine
 from tests.support.serving_samples import LIMITS, Collector

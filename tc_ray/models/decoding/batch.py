@@ -9,16 +9,18 @@ Copilot. Decoder-only models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache
 
+from tc_ray.models.decoding.alone import PilotAlone
+from tc_ray.models.decoding.kv_rows import RowCache, RowLayer, RowStore
+from tc_ray.models.decoding.prefill import Prefill
 from tc_ray.models.fusion.core import fuse
 from tc_ray.models.fusion.model import FusedModel
-from tc_ray.serving.engine.kv_rows import RowCache, RowLayer, RowStore
-from tc_ray.serving.engine.prefill import Prefill
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,13 @@ class Step:
 class FusedBatch:
     """Sequences that decode one token per step, each with its own lam."""
 
-    def __init__(self, model: FusedModel) -> None:
+    def __init__(self, model: FusedModel | PilotAlone) -> None:
         self.model = model
         weight = model.get_input_embeddings().weight
         self._device = weight.device
-        config, own = model.family.decoder(model.pilot).config, model.copilot.config.decoder_config()
-        attends = model.copilot.stack.attends_memory
+        config = model.family.decoder(model.pilot).config
+        own = config if model.copilot is None else model.copilot.config.decoder_config()
+        attends: tuple[bool, ...] = () if model.copilot is None else tuple(model.copilot.stack.attends_memory)
         place = {"dtype": weight.dtype, "device": weight.device}
         self._pilot = RowStore(config.num_hidden_layers, config.num_key_value_heads, _head_dim(config), **place)
         heads, width = own.num_key_value_heads, _head_dim(own)
@@ -146,7 +149,7 @@ class FusedBatch:
         last = torch.tensor(tokens, device=self._device)
         self._pilot.ensure_columns(1)
         visible = self._pilot.visible(1)
-        with model.tap.recording():
+        with model.tap.recording() if model.tap and self._lam else nullcontext():
             out = model.pilot(
                 input_ids=last[:, None],
                 attention_mask=None if visible is None else visible.long(),
@@ -155,11 +158,11 @@ class FusedBatch:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        states = model.tap.take()
         self._pilot.advance(1)
         pilot = out.logits[:, -1].float()
-        if not self._lam:
+        if not model.tap or not self._lam:
             return Step(pilot, pilot)
+        states = model.tap.take()
         if self._copilot_of == list(range(len(self))):
             return Step(pilot, self._corrected(pilot, last, states))
         rows = [self._copilot_of.index(place) for place in range(len(self._lam))]
@@ -169,8 +172,9 @@ class FusedBatch:
 
     def _corrected(self, pilot: torch.Tensor, last: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Fused logits [C, V] of the corrected rows, whose Copilot rows are decoded: see `FusedCore.corrections`."""
-        model, copilot = self.model, self.model.copilot
-        feedback = model.strategy
+        model = self.model
+        assert isinstance(model, FusedModel)  # only its prompts have another lam than 0
+        copilot, feedback = model.copilot, model.strategy
         for store in (self._rows, self._memory):
             store.ensure_columns(1)
         seen, visible = self._rows.visible(1), self._memory.visible(1)
@@ -180,7 +184,7 @@ class FusedBatch:
         state = copilot.decode(
             copilot.with_producing_state(row, states),
             copilot.rationale_memory(states),
-            visible[:, None],
+            copilot.seen_by_row(visible)[:, None],
             positions=torch.tensor(self._rows.lengths(), device=self._device)[:, None],
             seen=seen,
             first_row=self._rows.width,

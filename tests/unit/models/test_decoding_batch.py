@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from tc_ray.models.decoding.alone import PilotAlone
+from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
+from tc_ray.models.decoding.kv_rows import RowStore
+from tc_ray.models.decoding.prefill import Prefill
 from tc_ray.models.fusion import FusedModel
-from tc_ray.serving.engine.batch import CacheNeed, FusedBatch
-from tc_ray.serving.engine.kv_rows import RowStore
-from tc_ray.serving.engine.prefill import Prefill
-from tests.support.family_samples import make_copilot, new_pilot, output_ids, quiet
+from tests.support.family_samples import PAPER, make_copilot, new_pilot, output_ids, quiet
 from tests.support.tiny_families import DECODER_ONLY, VOCAB
 
 NEW = 14
@@ -49,7 +51,9 @@ def alone(model: FusedModel, prompt: list[int], lam: float, new: int) -> tuple[l
     return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
 
 
-def run_together(model: FusedModel, prefill_tokens: int = 1000) -> list[tuple[list[int], torch.Tensor]]:
+def run_together(
+    model: FusedModel | PilotAlone, prefill_tokens: int = 1000, lams: Sequence[float] = LAMS
+) -> list[tuple[list[int], torch.Tensor]]:
     """Every prompt of PROMPTS through one batch, each joining at its time and leaving after NEW tokens."""
     batch = FusedBatch(model)
     tokens: dict[int, list[int]] = {}
@@ -59,10 +63,10 @@ def run_together(model: FusedModel, prefill_tokens: int = 1000) -> list[tuple[li
     time = 0
     while len(tokens) < len(PROMPTS) or order:
         for number in (i for i, arrival in enumerate(ARRIVALS) if arrival == time):
-            prefill = Prefill(model, PROMPTS[number], LAMS[number])
+            prefill = Prefill(model, PROMPTS[number], lams[number])
             while not prefill.done:
                 assert prefill.advance(prefill_tokens) > 0
-            needs[number] = batch.need(len(PROMPTS[number]), NEW, LAMS[number] != 0)
+            needs[number] = batch.need(len(PROMPTS[number]), NEW, lams[number] != 0)
             batch.reserve([needs[i] for i in (*order, number)])
             assert batch.nbytes == batch.planned_bytes([needs[i] for i in (*order, number)])
             assert batch.join(prefill) == len(order)
@@ -86,7 +90,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "some tokens, early": {"output_ids": output_ids(), "pattern": "early"},
     "logits, realised": {"output_ids": output_ids(), "space": "logits", "feedback": "realised"},
-    "narrow, target, all": {"base": "narrow", "positions": "target", "pattern": "all", "producing_state": False},
+    "narrow, target, all": {"base": "narrow", "positions": "target", "pattern": "all", "producing_state": "memory"},
+    "the paper": PAPER,
 }
 CASES = [(family, "full") for family in DECODER_ONLY]
 CASES += [(family, name) for name in SETTINGS for family in ("llama3", "gemma2") if name != "full"]
@@ -103,6 +108,15 @@ def test_each_sequence_is_as_if_alone(family: str, name: str) -> None:
         found, wanted = logits.softmax(1), expected_logits.softmax(1)
         torch.testing.assert_close(found[:4], wanted[:4], atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_pilot_without_a_copilot_decodes_too(family: str) -> None:
+    pilot = new_pilot(family)
+    for number, (tokens, _) in enumerate(run_together(PilotAlone(pilot), lams=[0.0] * len(PROMPTS))):
+        ids = torch.tensor([PROMPTS[number]])
+        out = pilot.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert tokens == out[0, len(PROMPTS[number]) :].tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -125,6 +139,28 @@ def test_a_prompt_may_begin_with_anothers_prefix() -> None:
         plain = Prefill(model, prompt, 0.7)
         plain.advance(100)
         torch.testing.assert_close(again.fused.exp(), plain.fused.exp(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_computed_prompt_serves_every_lambda() -> None:
+    """Logits and tokens of a prompt that was computed once are those of one computed for each lambda and space."""
+    model = fused_model("llama", output_ids=output_ids())
+    once = Prefill(model, PROMPTS[1], 1.0)
+    once.advance(100)
+    for space, lam in (("probability", 0.0), ("probability", 0.3), ("logits", 0.8), ("logits", 1.0)):
+        model.space = space
+        alone = Prefill(model, PROMPTS[1], lam)
+        alone.advance(100)
+        decoded = []
+        for prompt in (once.weighted(lam), alone):
+            torch.testing.assert_close(prompt.fused, alone.fused)
+            batch = FusedBatch(model)
+            batch.reserve([batch.need(len(PROMPTS[1]), 8, lam != 0)])
+            batch.join(prompt)
+            tokens = [int(prompt.fused.argmax())]
+            for _ in range(7):
+                tokens.append(int(batch.step(tokens[-1:]).fused.argmax()))
+            decoded.append(tokens)
+        assert decoded[0] == decoded[1]
 
 
 def test_windows_keep_no_prefix() -> None:

@@ -11,7 +11,7 @@ import re
 from fractions import Fraction
 from typing import Literal
 
-from tc_ray.evaluation.numbers import first_number, last_number, number_of, same_number
+from tc_ray.evaluation.answers.numbers import first_number, last_number, number_of, same_number
 
 Kind = Literal["number", "choice", "letter", "truth", "text"]
 

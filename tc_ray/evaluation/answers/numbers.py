@@ -1,7 +1,7 @@
 """Numbers in text, exactly: the number that a text is, the value of its arithmetic, and when two numbers are the same.
 
 Invariant: values are fractions, so that 0.3 - 0.1 is 0.2 and 10000.5 is not 10001. Work is bounded: no text of a model makes a
-number of millions of digits. Called by `evaluation.scoring`.
+number of millions of digits. Called by `evaluation.answers.scoring`.
 """
 
 from __future__ import annotations
