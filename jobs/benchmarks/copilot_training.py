@@ -39,9 +39,19 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 
 from clock import parts_of_step, peak_bytes, timed
 from fused_models import device_line, write_llama
-from workload import BUILTIN, TOP_K, Batch, make_batch, model_folder, print_table, recipe_config, spread, write_json
+from workload import (
+    BUILTIN,
+    DTYPE,
+    TOP_K,
+    Batch,
+    make_batch,
+    model_folder,
+    print_table,
+    recipe_config,
+    spread,
+    write_json,
+)
 
-from tc_ray.config.training import fast_dtype
 from tc_ray.copilot.learner import Learner
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.copilot.model import choose_layers
@@ -323,7 +333,7 @@ def main() -> None:
         help="of the section copilot, e.g. every=10 method=lora",
     )
     parser.add_argument("--method", choices=("lora", "full"), default="lora", help="how the Pilot is trained")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: what this processor computes fast")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--json", type=Path, help="write the result here too")
@@ -331,7 +341,6 @@ def main() -> None:
     for name, value in SHAPES[arguments.shapes].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    arguments.dtype = arguments.dtype or ("bf16" if arguments.device == "cuda" else fast_dtype())
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="tc-ray-benchmark-") as scratch:

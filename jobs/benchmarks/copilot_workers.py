@@ -30,7 +30,7 @@ for folder in (ROOT, Path(__file__).resolve().parent):
         sys.path.insert(0, str(folder))
 
 from fused_models import device_line, synchronise, write_llama
-from workload import BUILTIN, TOP_K, make_batch, model_folder, print_table, recipe_config, spread, write_json
+from workload import BUILTIN, DTYPE, TOP_K, make_batch, model_folder, print_table, recipe_config, spread, write_json
 
 from tc_ray.copilot.learner import Learner
 from tc_ray.models.copilot import Copilot, CopilotBatch
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, help="a Llama of this width with random weights instead of --model")
     parser.add_argument("--layers", type=int, default=10, help="with --hidden")
     parser.add_argument("--vocab", type=int, default=32_000, help="with --hidden")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
     parser.add_argument("--threads", type=int, default=1, help="torch threads per worker")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the result here too")

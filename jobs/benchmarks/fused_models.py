@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from workload import machine, model_folder
+from workload import DTYPE, machine, model_folder
 
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.copilot.model import choose_layers
@@ -28,7 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--vocab", type=int, default=32000, help="its vocabulary")
     parser.add_argument("--copilot-hidden", type=int, help="width of its Copilot; default: the same")
     parser.add_argument("--copilot-layers", type=int, default=8, help="layers of that Copilot")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--json", type=Path, help="write the result here too")

@@ -29,6 +29,7 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 
 from workload import (
     BUILTIN,
+    DTYPE,
     TOP_K,
     Batch,
     machine,
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=12, help="completion tokens a sequence")
     parser.add_argument("--model", default=BUILTIN, help="model folder, or the builtin name")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--rationale", type=rationale, default="pooled", help="as log.rationale; layers with commas")
     parser.add_argument("--error", choices=("top-k", "dense"), default="top-k", help="as log.error")

@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 
 from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
+from tc_ray.config.training import fast_dtype
 from tc_ray.models.hub import resolve_model
 
 BUILTIN = "smollm2-135m-instruct"
 TOP_K = LogSection().top_k
+DTYPE = "bf16" if torch.cuda.is_available() else fast_dtype()
+"""What this machine computes fast: bf16 without instructions for it would take an hour."""
 """Errors logged per target token."""
 
 
