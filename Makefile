@@ -22,7 +22,6 @@ install: $(VENV)/.installed  ## venv and all packages (again only when pyproject
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10, 3.11 or 3.12 with venv found; set PYTHON=/path/to/python3" >&2; exit 1; }
-	@command -v g++ >/dev/null || { echo "make: no g++ found; DeepSpeed compiles an operator with it (apt install g++)" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "installing (DeepSpeed is built from source): 2 to 5 minutes"
 	$(PIP) install -qq -c constraints.txt -e '.[dev]'

@@ -6,26 +6,17 @@ would have to be compiled.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.files import disk_time
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import log_pooling, tapped_layers
-
-LOOK_SECONDS = 1.0
-log = logging.getLogger(__name__)
 
 
 def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) -> float:
@@ -55,15 +46,16 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio)
     )
-    with stale_build_locks_removed():
-        engine, *_ = deepspeed.initialize(
-            model=step,
-            model_parameters=trainable,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=deepspeed_config(config),
-            dist_init_required=False,
-        )
+    # On CPUs its collectives in shared memory would be compiled at first use, for minutes; gloo does without.
+    deepspeed.ops.__compatible_ops__ = {}
+    engine, *_ = deepspeed.initialize(
+        model=step,
+        model_parameters=trainable,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(config),
+        dist_init_required=False,
+    )
     return engine
 
 
@@ -123,49 +115,3 @@ def pilot_step(model: Any, config: RunConfig) -> PilotStep:
         dense=log.error == "dense",
         question=log.question == "states",
     )
-
-
-@contextlib.contextmanager
-def stale_build_locks_removed() -> Iterator[None]:
-    """Remove locks of compiled operators whose owner is dead, now and while the enclosed start runs.
-
-    torch takes such a lock each time it loads DeepSpeed's shared-memory operator. A worker killed in that second leaves it, and every
-    later start would wait for it for ever (pytorch#189245). Owners in other containers or on other machines cannot be seen: give
-    each that shares the folder an own TORCH_EXTENSIONS_DIR.
-    """
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(LOOK_SECONDS):
-            clear_stale_build_locks()
-
-    clear_stale_build_locks()
-    threading.Thread(target=look, name="build-locks", daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
-def clear_stale_build_locks() -> list[Path]:
-    """Remove locks that no process of this machine has open, and return them. An owner has its lock open while it lives."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    removed = []
-    for lock in root.glob("**/lock") if Path("/proc/self/fd").is_dir() else ():
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # its owner has just finished, or is another user
-            # an owner that has just created the file may not show it in /proc yet
-            if not is_open(lock) and disk_time(lock.parent) - lock.stat().st_mtime > LOOK_SECONDS:
-                lock.unlink()
-                removed.append(lock)
-                log.warning("%s removed: a killed process left it", lock)
-    return removed
-
-
-def is_open(file: Path) -> bool:
-    """Whether a process of this machine has the file open."""
-    wanted = str(file.resolve())
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # it has ended
-            if os.readlink(entry) == wanted:
-                return True
-    return False

@@ -69,7 +69,7 @@ class Worker:
         self.table = TrainTable(job.train_file)
         pilot = self.config.pilot
         self.order = RoundOrder(len(self.table), pilot.batch_size, pilot.epochs, self.config.run.seed)
-        self._wait_for("loading weights (first use: compiling DeepSpeed's operator, minutes)")
+        self._wait_for("loading weights")
         self.engine = build_engine(self.config, job.model_path, job.rounds)
         self.device = self.engine.device
         self.recorder: Recorder | None = None

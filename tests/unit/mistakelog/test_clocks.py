@@ -15,7 +15,6 @@ from tc_ray.mistakelog.read.reader_lease import FRESH_SECONDS, ReaderLease
 from tc_ray.mistakelog.table.lease import STALE_SECONDS, LeaseHeldError, RunLease
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
-from tc_ray.pilot import engine
 from tc_ray.tracking.statusfile import silence, silent_seconds
 from tests.support.mistakelog_samples import merge_all, metadata
 from tests.unit.mistakelog.test_compaction import written
@@ -117,17 +116,3 @@ def test_a_living_run_is_not_called_killed(tmp_path: Path, monkeypatch: pytest.M
     assert silence({**status, "silent_seconds": silent_seconds(tmp_path)}) == ""
     age(tmp_path / "status.json", 600)
     assert "no sign of life for 10:0" in silence({**status, "silent_seconds": silent_seconds(tmp_path)})
-
-
-@pytest.mark.parametrize("seconds", [90.0, DAY])
-def test_a_lock_made_just_now_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Fault 9, kind: build locks in a home folder on a share."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(engine, "is_open", lambda file: False)
-    (tmp_path / "operator").mkdir()
-    lock = tmp_path / "operator" / "lock"
-    lock.write_text("")
-    skew(monkeypatch, seconds)
-    assert engine.clear_stale_build_locks() == []
-    age(lock, 1000)
-    assert engine.clear_stale_build_locks() == [lock]

@@ -36,6 +36,7 @@ def only_rank(folder: Path) -> None:
     """In a process of its own: all that needs an engine."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = "0"  # as Ray Train sets it
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "compiled")
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1)
     export_all(folder)
     tied_adapters(folder / "llama", folder / "tied")
@@ -111,6 +112,11 @@ def tied_adapters(model: Path, out: Path) -> None:
         save_merged(engine, config, model, out / "final", probe=PROBE, rank=0)
     except ExportMismatchError as error:
         (out / "error").write_text(str(error))
+
+
+def test_nothing_is_compiled(exports: Path) -> None:
+    assert (exports / "tied" / "error").exists()
+    assert not (exports / "compiled").exists(), "DeepSpeed has compiled an operator: minutes, and a compiler on each node"
 
 
 def test_an_export_that_is_not_the_trained_pilot_is_not_published(exports: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parts of the Pilot that need no worker: checkpoints that count, the schedule, batch arithmetic, stale compile locks."""
+"""Parts of the Pilot that need no worker: checkpoints that count, the schedule, batch arithmetic."""
 
 from __future__ import annotations
 

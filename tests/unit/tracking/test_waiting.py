@@ -14,7 +14,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.tracking.statusfile import ProgressView, read_status
 from tc_ray.tracking.tracker import Tracker
 
-COMPILING = "compiling DeepSpeed's operator (first use, minutes)"
+LOADING = "loading weights of 7 GB"
 
 
 def tracker_of(folder: Path, **tracking: Any) -> Tracker:
@@ -30,17 +30,17 @@ def shown(tracker: Tracker, is_terminal: bool = False) -> str:
 
 
 def test_what_is_waited_for_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 22: the line said "train" while an operator compiled for minutes."""
+    """Fault 22: the line said "train" while a worker got ready for minutes."""
     tracker = tracker_of(tmp_path, enabled=False)
     tracker.phase("train")
     tracker.waiting("copilot", "loading weights")
-    tracker.waiting("pilot", COMPILING)
-    assert f"train: copilot loading weights; pilot {COMPILING}" in shown(tracker)
-    assert COMPILING in shown(tracker, is_terminal=True)
+    tracker.waiting("pilot", LOADING)
+    assert f"train: copilot loading weights; pilot {LOADING}" in shown(tracker)
+    assert LOADING in shown(tracker, is_terminal=True)
     waiting = read_status(tmp_path)["waiting"]
-    assert waiting["pilot"]["text"] == COMPILING and waiting["pilot"]["since"] > 0
+    assert waiting["pilot"]["text"] == LOADING and waiting["pilot"]["since"] > 0
     status(tmp_path)
-    assert f"waiting       copilot loading weights; pilot {COMPILING}" in capsys.readouterr().out
+    assert f"waiting       copilot loading weights; pilot {LOADING}" in capsys.readouterr().out
     tracker.waiting("copilot", "")
     tracker.waiting("pilot", "")
     assert read_status(tmp_path)["waiting"] == {}
@@ -51,12 +51,12 @@ def test_a_line_is_printed_when_what_is_waited_for_changes(tmp_path: Path) -> No
     """Fault 22: not ten seconds later."""
     tracker, out = tracker_of(tmp_path, enabled=False), io.StringIO()
     view = ProgressView(Console(file=out, width=120), line_seconds=1000.0)
-    for text in ("loading weights", "loading weights", COMPILING, ""):
+    for text in ("loading weights", "loading weights", LOADING, ""):
         tracker.waiting("pilot", text)
         view.show(tracker.status())
     assert [line.partition(": ")[2] for line in out.getvalue().splitlines()] == [
         "pilot loading weights",
-        f"pilot {COMPILING}",
+        f"pilot {LOADING}",
         "",
     ]
 
@@ -66,7 +66,7 @@ def test_a_stopped_run_has_its_status_before_all_else(tmp_path: Path, monkeypatc
     seen = []
     monkeypatch.setattr("tc_ray.tracking.tracker.draw_losses", lambda *_: seen.append(read_status(tmp_path)["state"]))
     tracker = tracker_of(tmp_path, enabled=False)
-    tracker.waiting("pilot", COMPILING)
+    tracker.waiting("pilot", LOADING)
     ended = tracker.finish("stopped")
     assert seen == ["stopped"]
     assert (ended["state"], ended["waiting"]) == ("stopped", {})
