@@ -26,6 +26,7 @@ def study(
     ] = None,
 ) -> None:
     """Run variants x tasks x seeds of a recipe with controls, and report on them. The same command goes on after a stop."""
+    from tc_ray.config.yaml_file import ConfigError
     from tc_ray.study.cells import cells_of
     from tc_ray.study.file import load_study
     from tc_ray.study.schedule import results_of, run_study
@@ -40,6 +41,8 @@ def study(
             raise typer.BadParameter(
                 f"--report {report}: the name must end in .md; .html and .csv are written beside it"
             )
+        if not results_of(loaded, cells):
+            raise ConfigError(f"{file}: none of its {len(cells.by_key)} cells has a result; the report is not written")
         _report(loaded, cells, report)
         return
     try:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from tc_ray.config.fields import config_fields, public_values
 from tc_ray.config.schema import RunConfig
+from tc_ray.config.yaml_file import ConfigError
 from tc_ray.models.identity import model_identity
 from tc_ray.study.file import CONTROLS, PILOT, Study
 
@@ -150,14 +151,33 @@ def _control(study: Study, control: str, variant: str, task: str, seed: int) -> 
         return Cell("run", study.config(task, of, study.first), (), rows, f"{task}/{study.first}/{of}")
 
     first, config = host(seed), study.config(task, seed, study.first, variant)
+    _check_takes_effect(study, control, variant, first.config, config)
     if control == "ensemble":
         return Cell(control, config, (first, host(seeds[(seeds.index(seed) + 1) % len(seeds)])), rows, name)
     if control == "transfer":
-        pilot = Cell("run", without_log(config), (), rows, f"{task}/{variant}.pilot/{seed}")
+        pilot = Cell("run", without_log(config), (), rows, f"{task}/{variant}/{seed}/pilot")
         return Cell(control, config, (pilot, first), rows, name)
     if control in ("longer", "wider"):
         config = without_log(config)
     return Cell(control, config, (first,), rows, name)
+
+
+def _check_takes_effect(study: Study, control: str, variant: str, first: RunConfig, config: RunConfig) -> None:
+    """Refuse settings beside a control that change nothing: the report would say that they were there."""
+    where = f"{study.places.get(('variants', variant), study.path)}: variants.{variant}"
+    its = content(config)
+    changed = [name for name, value in content(first).items() if its[name] != value]
+    idle = {
+        "latest": [name for name in changed if not name.startswith(("copilot.", "model.copilot", "fusion."))],
+        "ensemble": [name for name in changed if not name.startswith("fusion.")],
+        "temperature": changed,
+    }.get(control, [name for name in changed if name.startswith(("copilot.", "model.copilot"))])
+    if idle:
+        raise ConfigError(
+            f"{where}: {', '.join(idle)}: without effect, as {control} starts from what {study.first} trained"
+        )
+    if control == "temperature" and (config.fusion.num_beams > 1 or config.fusion.metric == "ranking"):
+        raise ConfigError(f"{where}: temperature keeps the Pilot's greedy answers, and beams would find others")
 
 
 def without_log(config: RunConfig) -> RunConfig:
@@ -219,7 +239,9 @@ def _of_file(source: str | None) -> str | None:
 @cache
 def _of_model(name: str | None) -> str | None:
     folder = Path(name) if name else None
-    return name if folder is None or not (folder / "config.json").is_file() else model_identity(folder).split("@")[1]
+    return (
+        name if folder is None or not (folder / "config.json").is_file() else model_identity(folder).rpartition("@")[2]
+    )
 
 
 def _digest(parts: Any) -> str:

@@ -5,6 +5,7 @@ Each is drawn once and written twice: as an element of the page, and as a file b
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def compute_chart(task: str, points: Sequence[Point], *, percent: bool) -> Pictu
             low, high = (scale * end for end in point.score.interval)
             x, y = point.compute.value, scale * point.score.value
             colour = COLOUR["one" if point.has_copilot else "two"]
-            if point.score.seeds > 1 or high < scale * 1.01:
+            if math.isfinite(high):
                 axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.6)
             axes.plot([x], [y], color=colour, marker="o" if point.has_copilot else "s", linestyle="")
         axes.margins(0.08)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from tc_ray.config.data import EMBEDDED
 from tc_ray.config.fields import names_in
 from tc_ray.config.load import Layer, load_config
 from tc_ray.config.schema import RunConfig
@@ -71,7 +72,7 @@ class StudyFile(Section):
         first = next(iter(self.variants))
         for name, values in self.variants.items():
             control = values.get("control")
-            if "control" in values and control not in CONTROLS:
+            if "control" in values and str(control) not in CONTROLS:
                 raise ValueError(f"variants.{name}.control is {control!r}, not one of {', '.join(CONTROLS)}")
             if control is not None and name == first:
                 raise ValueError(f"variants.{name} comes first: controls are about the first variant, so it is none")
@@ -126,7 +127,7 @@ class Study:
         fixed = {"run.seed": seed, "data.seed": self.file.seeds[0], "tracking.log_model": False}
         layers = [Layer(fixed, dict.fromkeys(fixed, f"{self.path}: seeds"), self.path.parent)]
         layers += [self._layer("tasks", task), *(self._layer("variants", variant) for variant in variants)]
-        return load_config(find_recipe(self._recipe()), layers=layers)
+        return load_config(find_recipe(self._place(Path(self.file.recipe))), layers=layers)
 
     def _layer(self, part: str, name: str) -> Layer:
         values: dict[str, Any] = {}
@@ -147,13 +148,10 @@ class Study:
                 take(key, value, (part, name, key))
         return Layer(values, places, self.path.parent)
 
-    def _recipe(self) -> Path:
-        beside = self._place(Path(self.file.recipe))
-        return beside if beside.is_file() else Path(self.file.recipe)
-
     def _place(self, path: Path) -> Path:
-        """A path of the file, from its own folder."""
-        return self.path.parent / path.expanduser()
+        """A path of the file, from its own folder, else from the current one."""
+        beside = self.path.parent / path.expanduser()
+        return beside if beside.exists() else path.expanduser()
 
 
 def load_study(path: Path) -> Study:
@@ -171,11 +169,37 @@ def load_study(path: Path) -> Study:
             config = study.config(task, file.seeds[0], *([study.first] if control else []), variant)
             if control == "wider" and config.pilot.method != "lora":
                 raise ConfigError(f"{places['variants', variant]}: wider raises the LoRA rank; pilot.method is full")
-            if config.log.path is not None:
-                raise ConfigError(f"{path}: log.path is {config.log.path}: each cell keeps its log in its own folder")
+            _check_whole_log(path, config)
+            _check_data(f"{path}, task {task}, variant {variant}", config, file.rows)
             if variant == study.first and not config.log.enabled:
                 raise ConfigError(f"{places['variants', variant]}: the first variant needs a Copilot (log.enabled)")
     return study
+
+
+def _check_whole_log(path: Path, config: RunConfig) -> None:
+    """Other cells are trained from a cell's log."""
+    log = config.log
+    if log.path is not None:
+        raise ConfigError(f"{path}: log.path is {log.path}: each cell keeps its log in its own folder")
+    if log.keep_rounds is not None or log.max_bytes is not None or log.full_policy == "drop":
+        raise ConfigError(
+            f"{path}: log.keep_rounds, log.max_bytes and log.full_policy drop leave parts of a log out: each cell keeps its "
+            "whole log, as others are trained from it"
+        )
+
+
+def _check_data(where: str, config: RunConfig, part: str) -> None:
+    """Before hours of training: files are there, in place of which `data.fallback` would train on other rows, and one set is shown."""
+    sets = config.data.held_out_sets("test")
+    given = [
+        ("train", config.data.train),
+        *(("validation", of.file) for of in config.data.held_out_sets("validation").values()),
+    ]
+    for name, file in [*given, *(("test", of.file) for of in sets.values())]:
+        if file != EMBEDDED and not Path(file).exists():
+            raise ConfigError(f"{where}: data.{name} is {file}: no such file or folder; a study uses no data.fallback")
+    if part == "test" and len(sets) > 1:
+        raise ConfigError(f"{where}: data.test has the sets {', '.join(sets)}: in a study give each a task of its own")
 
 
 def _messages(error: ValidationError, places: Mapping[KeyPath, str], path: Path) -> list[str]:

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tc_ray.evaluation.statistics import (
     Interval,
     holm,
@@ -65,6 +68,7 @@ class Numbers:
     def __init__(self, study: Study, cells: Cells, results: Mapping[str, Result]) -> None:
         self.tasks, self.seeds, self.lines = list(study.file.tasks), study.file.seeds, cells.lines
         self.rows = study.file.rows
+        self._overlapping = {name for name, of in study.file.variants.items() if of.get("control") == "ensemble"}
         self.missing = [cell.name for key, cell in cells.by_key.items() if key not in results]
         self._shown = {
             place: Shown(results[cell.key], model, model.sets[self.rows])
@@ -83,14 +87,19 @@ class Numbers:
         if len(found) == 1 and found[0].answers.score is None:
             answers = found[0].answers
             return Mean(answers.value, wilson_interval(sum(answers.correct), answers.rows), 1)
-        return mean_of([shown.answers.value for shown in found])
+        return self._over_seeds([shown.answers.value for shown in found], line)
 
     def average(self, line: str) -> Mean | None:
         """Of the scores over all tasks, seed by seed; None unless every task has every seed."""
         found = [self.at(line, task) for task in self.tasks]
         if any(len(by_seed) < len(self.seeds) for by_seed in found):
             return None
-        return mean_of([math.fsum(at[s].answers.value for at in found) / len(found) for s in self.seeds])
+        return self._over_seeds([math.fsum(at[s].answers.value for at in found) / len(found) for s in self.seeds], line)
+
+    def _over_seeds(self, values: Sequence[float], *lines: str) -> Mean | None:
+        """Ensembles of neighbouring seeds share a Pilot: they differ less than independent ones, so they have no interval."""
+        mean = mean_of(values)
+        return replace(mean, interval=(-math.inf, math.inf)) if mean and self._overlapping & set(lines) else mean
 
     def nll(self, line: str, task: str) -> Mean | None:
         """In nats per gold token."""
@@ -125,30 +134,29 @@ class Numbers:
         return _corrected({line: tested for line, tested in found.items() if tested is not None})
 
     def _test(self, line: str, against: str, tasks: Sequence[str]) -> Tested | None:
-        """None where a seed is missing, or the two did not answer the same rows."""
-        sums: dict[str, list[float]] = {}  # by rows: tasks may share them
-        by_seed = dict.fromkeys(self.seeds, 0.0)
-        wins = losses = 0
+        """None where a seed is missing, or the two did not answer the same rows. Tasks weigh alike, as in the difference."""
+        found: list[tuple[str, NDArray[np.float64]]] = []  # id of the rows, differences [seeds, rows]
         for task in tasks:
             ours, theirs = self.at(line, task), self.at(against, task)
             if len(ours) < len(self.seeds) or len(theirs) < len(self.seeds):
                 return None
-            first = ours[self.seeds[0]].answers
-            if {shown.answers.rows_id for shown in [*ours.values(), *theirs.values()]} != {first.rows_id}:
+            rows_id = ours[self.seeds[0]].answers.rows_id
+            if {shown.answers.rows_id for shown in [*ours.values(), *theirs.values()]} != {rows_id}:
                 return None
-            of_rows = sums.setdefault(first.rows_id, [0.0] * first.rows)
-            for seed in self.seeds:
-                pairs = zip(ours[seed].answers.scores, theirs[seed].answers.scores, strict=True)
-                differences = [mine - other for mine, other in pairs]
-                wins, losses = wins + sum(d > 0 for d in differences), losses + sum(d < 0 for d in differences)
-                by_seed[seed] += math.fsum(differences) / len(differences) / len(tasks)
-                of_rows[:] = [total + one for total, one in zip(of_rows, differences, strict=True)]
-        rows = [total for of_rows in sums.values() for total in of_rows]
-        means, p = list(by_seed.values()), sign_flip_p(rows)
-        interval = mean_interval(means)
-        if len(means) == 1 and all(row in (-1.0, 0.0, 1.0) for row in rows) and len(tasks) == 1:
+            mine, others = ([at[seed].answers.scores for seed in self.seeds] for at in (ours, theirs))
+            found.append((rows_id, np.subtract(mine, others)))
+        most = max(one.shape[1] for _, one in found)
+        sums: dict[str, NDArray[np.float64]] = {}  # by rows: tasks may share them
+        for rows_id, one in found:
+            sums[rows_id] = sums.get(rows_id, 0.0) + one.sum(0) * (most / one.shape[1])
+        rows = np.concatenate(list(sums.values())).tolist()
+        mean = self._over_seeds(np.mean([one.mean(1) for _, one in found], 0).tolist(), line, against)
+        assert mean is not None, "a study has seeds"
+        wins, losses = (sum(int((sign * one > 0).sum()) for _, one in found) for sign in (1, -1))
+        interval, p = mean.interval, sign_flip_p(rows)
+        if len(self.seeds) == 1 and all(row in (-1.0, 0.0, 1.0) for row in rows) and len(tasks) == 1:
             interval = paired_difference_interval(wins, losses, len(rows))
-        return Tested(math.fsum(means) / len(means), interval, wins, losses, p, p)
+        return Tested(mean.value, interval, wins, losses, p, p)
 
 
 def _corrected(found: Mapping[_Key, Tested]) -> dict[_Key, Tested]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from tc_ray.config.fusion import FusionSection
@@ -92,6 +92,10 @@ class AveragedPilots:
 
     def _completions(self, prompts: Sequence[list[int]], tokenizer: Any, fusion: FusionSection) -> list[str]:
         left = not self.config.is_encoder_decoder
+        if (
+            left and fusion.num_beams == 1
+        ):  # as the batch that decodes a Pilot alone: no penalties that come with a model
+            self.first.generation_config = GenerationConfig()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         side, given = "left" if left else "right", [torch.tensor(ids) for ids in prompts]
         ids = pad_sequence(given, batch_first=True, padding_value=pad, padding_side=side).to(self.device)

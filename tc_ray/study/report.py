@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tc_ray.config.redact import redact_override
 from tc_ray.files import write_file
 from tc_ray.inspection.report import render
 from tc_ray.inspection.tables import Table
@@ -22,7 +23,7 @@ from tc_ray.study.cells import Cells
 from tc_ray.study.charts import Picture, Point, compute_chart, correction_chart
 from tc_ray.study.file import CONTROLS, PILOT, Study
 from tc_ray.study.numbers import Mean, Numbers, Shown, Tested, mean_of
-from tc_ray.study.results import Result
+from tc_ray.study.results import Result, without_folders
 
 NO_SHARE = ("nll",)
 """Metrics whose score is no share of 1."""
@@ -70,7 +71,8 @@ class Report:
         made = [result.made for result in self.results]
         names = ("command", "machine", "tc_ray")
         found = [
-            ("recipe", file.recipe),
+            ("recipe", without_folders(file.recipe)),
+            *((f"task {task}", _settings(values)) for task, values in file.tasks.items()),
             ("seeds", ", ".join(map(str, file.seeds))),
             (f"{file.rows} rows", ", ".join(rows)),
             *((name, "; ".join(sorted({of[name] for of in made if name in of}))) for name in names),
@@ -83,8 +85,7 @@ class Report:
         """(line, what it is)."""
         found = []
         for name, values in self.study.file.variants.items():
-            settings = ", ".join(f"{key}: {value}" for key, value in values.items() if key != "control")
-            control = values.get("control")
+            settings, control = _settings(values), values.get("control")
             parts = [CONTROLS[control]] if control else []
             parts += [settings] if settings else [] if control else ["the recipe as it is"]
             found.append((name, "; ".join(parts)))
@@ -117,8 +118,13 @@ class Report:
         return Point(line, compute, score, fused)
 
     def _score_row(self, line: str) -> list[str]:
-        cells = [_share(self.numbers.score(line, task), self._is_share(task)) for task in self.numbers.tasks]
+        cells = [self._score(line, task) for task in self.numbers.tasks]
         return [line, *cells, _share(self.numbers.average(line), all(map(self._is_share, self.numbers.tasks)))]
+
+    def _score(self, line: str, task: str) -> str:
+        mean, seeds = self.numbers.score(line, task), len(self.numbers.seeds)
+        fewer = f", {mean.seeds} of {seeds} seeds" if mean and mean.seeds < seeds else ""
+        return _share(mean, self._is_share(task)) + fewer
 
     def _is_share(self, task: str) -> bool:
         found = (shown for line in self.numbers.lines for shown in self.numbers.at(line, task).values())
@@ -248,6 +254,12 @@ def _templates() -> Environment:
     # Markdown: nothing is to be escaped as HTML
     loader = PackageLoader("tc_ray.study", "static")
     return Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    """For a page that may be published: without secrets and places."""
+    shown = (f"{key}={without_folders(value)}" for key, value in values.items() if key != "control")
+    return ", ".join(map(redact_override, shown))
 
 
 def _share(mean: Mean | None, percent: bool) -> str:

@@ -139,3 +139,10 @@ def find_result(key: str, folders: Sequence[Path]) -> Result | None:
         except DamagedFileError as error:
             raise DamagedFileError(f"{error}. Remove it, and the cell is run again") from None
     return None
+
+
+def without_folders(value: Any) -> Any:
+    """Of an absolute path its name: a result may be published, and where a file lay is nobody's business."""
+    if isinstance(value, dict):
+        return {name: without_folders(inner) for name, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -23,7 +23,7 @@ from tc_ray.files import DamagedFileError, is_whole
 from tc_ray.run.folder import FolderLock
 from tc_ray.study.cells import Cell, Cells, placed
 from tc_ray.study.file import Study
-from tc_ray.study.results import Result, find_result
+from tc_ray.study.results import Result, find_result, without_folders
 from tc_ray.study.tracking import StudyTracking
 from tc_ray.text import visible
 from tc_ray.tracking.statusfile import read_status
@@ -150,7 +150,7 @@ class _Runs:
         # no CPU: see `work`. A process of its own for each cell, so that none leaves anything behind
         task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(do_cell)
         _print(f"study: {cell.name} starts ({cell.kind})")
-        command = " ".join(["tc-ray", *map(redact_override, sys.argv[1:])])
+        command = " ".join(["tc-ray", *(without_folders(redact_override(word)) for word in sys.argv[1:])])
         return task.remote(cell, config, needs, self._study.result_folders[-1], command)
 
     def _end(self, task: Any, cell: Cell) -> None:
@@ -171,10 +171,10 @@ class _Runs:
             self._remove_models()
 
     def _remove_models(self) -> None:
-        waiting = [*self._left, *self._running.values()]
+        waiting = [self._cells.by_key[key] for key in self._again]  # failed ones too: the same command tries them again
         needed = {need.key for cell in waiting if cell.wants_models for need in cell.needs}
         for key, cell in self._cells.by_key.items():
-            if key in self._results and key not in needed | {cell.key for cell in waiting}:
+            if key not in needed | self._again:
                 for part in WEIGHTS:
                     shutil.rmtree(folder_of(self._study, cell) / part, ignore_errors=True)
 

@@ -37,7 +37,7 @@ from tc_ray.study.cells import Cell
 from tc_ray.study.latest import write_latest_log
 from tc_ray.study.measure import answers_of, held, measure, with_correction
 from tc_ray.study.pilots import AveragedPilots, best_temperature, results_by, scaled_sums
-from tc_ray.study.results import Answers, Model, Result
+from tc_ray.study.results import Answers, Model, Result, find_result, without_folders
 from tc_ray.tracking.points import METRICS_FILE, read_points
 
 
@@ -86,11 +86,12 @@ _Made = TypeVar("_Made")
 def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Path, command: str) -> Result:
     """Do a cell and save its result. config: that of `cells.placed`. command: that it was asked for by."""
     started = time.time()
+    if cell.kind in ("longer", "wider"):
+        config = raised(cell, config, needs[0].result)
     models, costs = KINDS[cell.kind](Work(cell, config, needs))
     default = public_values(RunConfig())
     settings = {
-        # of a file or a folder its name: a result may be published, and where it lay is nobody's business
-        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        name: without_folders(value)
         for name, value in public_values(config).items()
         if value != default[name] and name not in ("run.name", "run.folder") and not name.startswith("tracking.")
     }
@@ -103,7 +104,8 @@ def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Pat
     }
     seconds = round(time.time() - started, 1)
     result = Result(cell.key, cell.kind, cell.name, settings, models, **asdict(costs), wall_seconds=seconds, made=made)
-    result.save(results)
+    if find_result(cell.key, [results]) is None:  # else it ran for its models: what others were made from stays
+        result.save(results)
     return result
 
 
@@ -124,11 +126,8 @@ def raised(cell: Cell, config: RunConfig, base: Result) -> RunConfig:
 
 
 def _run(work: Work) -> Made:
-    config = work.config
-    if work.cell.kind in ("longer", "wider"):
-        config = raised(work.cell, config, work.host.result)
-    run_job(config)
-    return _measured(work), _costs_of_run(config)
+    run_job(work.config)
+    return _measured(work), _costs_of_run(work.config)
 
 
 def _copilot(work: Work) -> Made:

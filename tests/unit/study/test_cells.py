@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tc_ray.config.yaml_file import ConfigError
 from tc_ray.study.cells import Cells, Place, cells_of, content
 from tc_ray.study.schedule import left_to_run, results_of
 from tests.support.study_samples import random_results, tiny_study
@@ -75,6 +78,57 @@ def test_controls_need_the_runs_of_the_first_variant(tmp_path: Path) -> None:
     assert host.key == hosts[1] and not pilot.config.log.enabled and pilot.config.pilot.learning_rate == 0.01
     keys = list(cells.by_key)
     assert all(keys.index(need.key) < keys.index(cell.key) for cell in cells.by_key.values() for need in cell.needs)
+
+
+@pytest.mark.parametrize(
+    ("control", "settings", "idle"),
+    [
+        ("ensemble", {"pilot.epochs": 3}, "pilot.epochs"),
+        ("temperature", {"fusion.max_test_rows": 2}, "fusion.max_test_rows"),
+        ("latest", {"log.pooling": "max"}, "log.pooling"),
+        ("longer", {"copilot.steps_per_round": 9}, "copilot.steps_per_round"),
+        ("transfer", {"pilot.learning_rate": 0.01, "copilot.pattern": "late"}, "copilot.pattern"),
+    ],
+)
+def test_settings_that_a_control_cannot_take_are_refused(
+    tmp_path: Path, control: str, settings: dict[str, Any], idle: str
+) -> None:
+    """The report would say that they were there."""
+    with pytest.raises(ConfigError, match=rf"STUDY\.yaml, line \d+: variants\.x: {idle}: without effect, as {control}"):
+        graph(tmp_path, variants={"copilot": {}, "x": {"control": control, **settings}})
+
+
+def test_settings_that_a_control_takes_are_not(tmp_path: Path) -> None:
+    variants = {
+        "copilot": {},
+        "latest": {"control": "latest", "copilot.pattern": "late", "fusion.space": "logits"},
+        "ensemble": {"control": "ensemble", "fusion.max_new_tokens": 9},
+        "longer": {"control": "longer", "pilot.learning_rate": 0.01},
+    }
+    assert kinds(graph(tmp_path, variants=variants)) == {"run": 2, "latest": 2, "ensemble": 2, "longer": 2}
+
+
+def test_a_temperature_is_refused_where_beams_answer(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="temperature keeps the Pilot's greedy answers"):
+        graph(
+            tmp_path,
+            tasks={"sums": {"fusion.num_beams": 3}},
+            variants={"copilot": {}, "x": {"control": "temperature"}},
+        )
+
+
+def test_a_model_s_folder_may_have_any_name(tmp_path: Path) -> None:
+    """Two models in folders of one name up to the last `@` are two models."""
+    config = tiny_study(tmp_path).config("sums", 1, "copilot")
+    found = []
+    for number in (1, 2):
+        folder = tmp_path / str(number) / "llama@v2"
+        shutil.copytree(tmp_path / "model", folder)
+        if number == 2:
+            (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+        config.model.pilot = str(folder)
+        found.append(content(config)["model.pilot"])
+    assert found[0] != found[1]
 
 
 def test_a_key_follows_from_content_not_from_places(tmp_path: Path) -> None:

@@ -66,6 +66,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"variants": {"copilot": {"log.enabled": False}}}, r"line \d+: the first variant needs a Copilot"),
     ({"variants": {"copilot": {}, "w": {"control": "wider"}}}, r"line \d+: wider raises the LoRA rank"),
     ({"tasks": {"sums": {"log.path": "elsewhere"}}}, r"STUDY\.yaml: log\.path is elsewhere: each cell keeps its log"),
+    ({"variants": {"copilot": {}, "x": {"control": ["longer"]}}}, r"control is \['longer'\], not one of longer"),
+    ({"tasks": {"sums": {"log.keep_rounds": 200}}}, r"each cell keeps its whole log"),
+    ({"variants": {"copilot": {}, "x": {"log.full_policy": "drop"}}}, r"each cell keeps its whole log"),
+    (
+        {"tasks": {"sums": {"data.train": "no.jsonl", "data.fallback": "embedded"}}},
+        r"task sums, variant copilot: data\.train is no\.jsonl: no such file",
+    ),
+    (
+        {"tasks": {"sums": {"data.test": {"a": "STUDY.yaml", "b": "STUDY.yaml"}}}},
+        r"data\.test has the sets a, b: in a study give each a task of its own",
+    ),
     ({"recipe": "absent"}, r"neither a file here nor a recipe"),
     ({"tasks": {"a/b": {}}}, r"STUDY\.yaml, line \d+: tasks\.a/b: .*pattern"),
 ]
@@ -92,3 +103,14 @@ def test_no_variants_is_one_clear_error(tmp_path: Path) -> None:
     file.write_text("name: x\nrecipe: demo\nseeds: [1]\ntasks: {a: }\n")
     with pytest.raises(ConfigError, match=r"STUDY\.yaml: variants: is missing \(lines: settings of each variant"):
         load_study(file)
+
+
+def test_results_are_beside_the_file_or_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its recipe and its data are; else all cells would run again without a word."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "kept").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    study = tiny_study(tmp_path, results="kept")
+    assert study.result_folders[0].resolve() == tmp_path / "here" / "kept"
+    (tmp_path / "kept").mkdir()
+    assert study.result_folders[0] == tmp_path / "kept"

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tc_ray.cli.study import study as study_command
+from tc_ray.config.yaml_file import ConfigError
 from tc_ray.evaluation.statistics import holm, mcnemar_p, mean_interval, sign_flip_p
 from tc_ray.study.cells import Cells, Place, cells_of
 from tc_ray.study.file import Study
 from tc_ray.study.numbers import Numbers
 from tc_ray.study.report import Report
 from tc_ray.study.results import Answers, Result, find_result
-from tests.support.study_samples import answers, made_up, random_results, tiny_study
+from tests.support.study_samples import answers, made_up, random_results, tiny_study, write_study
 
 ROWS = 12
 VARIANTS = {"copilot": {}, "longer": {"control": "longer"}, "both": {"control": "ensemble"}}
@@ -61,7 +63,8 @@ def test_scores_and_tests_are_those_of_a_count_by_hand(made: tuple[Study, Cells,
             score = numbers.score(line, task)
             assert score is not None
             assert score.value == pytest.approx(centre)
-            assert score.interval == pytest.approx((centre - spread, centre + spread), abs=1e-4)
+            ends = (centre - spread, centre + spread) if line != "both" else (-math.inf, math.inf)
+            assert score.interval == pytest.approx(ends, abs=1e-4)
             if line != "copilot":
                 base = [rights(cells, results, "copilot", task, seed) for seed in (1, 2, 3)]
                 sums = [sum(columns[s][i] - base[s][i] for s in range(3)) for i in range(ROWS)]
@@ -108,6 +111,64 @@ def test_a_missing_cell_is_named_and_not_guessed(made: tuple[Study, Cells, dict[
     assert ("longer", "sums") not in report.numbers.tests("copilot")
     assert ("longer", "long") in report.numbers.tests("copilot")
     assert report.numbers.average("longer") is None
+
+
+def test_a_number_from_fewer_seeds_says_so(made: tuple[Study, Cells, dict[str, Result]]) -> None:
+    study, cells, results = made
+    gone = cells.shown[Place("longer", "sums", 2)][0]
+    text = Report(study, cells, {key: result for key, result in results.items() if key != gone.key}).markdown("x")
+    row, *_ = re.findall(r"^\| longer \| ([^|]*) \| ([^|]*) \| - \|", text, flags=re.MULTILINE)
+    assert row[0].endswith("), 2 of 3 seeds") and "seeds" not in row[1]
+
+
+def test_ensembles_that_share_pilots_have_no_interval(made: tuple[Study, Cells, dict[str, Result]]) -> None:
+    """With two seeds both are the same ensemble; with three the spread shows half of what there is."""
+    study, cells, results = made
+    numbers = Numbers(study, cells, results)
+    endless = (-math.inf, math.inf)
+    average = numbers.average("both")
+    assert average is not None and average.interval == endless
+    assert numbers.tests("copilot")["both", "sums"].interval == endless
+    assert numbers.tests("both")["copilot", "sums"].interval == endless
+    assert math.isfinite(numbers.tests("copilot")["longer", "sums"].interval[0])
+    assert "inf" not in Report(study, cells, results).markdown("x")
+
+
+def test_tasks_of_unequal_size_weigh_alike_in_test_and_difference(
+    made: tuple[Study, Cells, dict[str, Result]],
+) -> None:
+    """Better on 4 rows of one task, worse on as many of another that has 12: the mean rises, and the test is of that mean."""
+    study, cells, results = made
+    for (line, task, _), (cell, name) in cells.shown.items():
+        size = 4 if task == "sums" else 12
+        right = [line == "longer" and task == "sums"] * size
+        if task == "long":
+            right = [(line != "longer") and at < 4 for at in range(size)]
+        results[cell.key].models[name].sets["test"] = answers(right, rows_id=task)
+    tested = Numbers(study, cells, results).pooled_tests("copilot")["longer"]
+    assert tested.difference == pytest.approx((1 - 1 / 3) / 2)
+    assert tested.raw_p == pytest.approx(brute_force_p([9] * 4 + [-3] * 4)) and tested.raw_p < 1
+
+
+def test_the_page_holds_settings_but_no_secret_and_no_folder(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "1+1", "completion": "2"}\n')
+    variants = {"copilot": {}, "keyed": {"log.storage_options": {"AWS_SECRET_ACCESS_KEY": "open sesame"}}}
+    tasks = {"quarter": {"data.train": str(data), "data.max_train_rows": 443}}
+    study = tiny_study(tmp_path, recipe=str(tmp_path / "tiny.yaml"), tasks=tasks, variants=variants)
+    cells = cells_of(study)
+    report = Report(study, cells, random_results(cells, ROWS))
+    for text in (report.markdown("x"), report.html()):
+        assert "data.train=rows.jsonl, data.max_train_rows=443" in text and "keyed" in text
+        assert "sesame" not in text and str(tmp_path) not in text
+
+
+def test_no_report_is_written_of_no_results(tmp_path: Path) -> None:
+    """It would replace the one that is there, say where `results` is misspelt."""
+    file = write_study(tmp_path)
+    with pytest.raises(ConfigError, match=r"STUDY\.yaml: none of its 2 cells has a result"):
+        study_command(file, report=tmp_path / "results.md")
+    assert not (tmp_path / "results.md").exists()
 
 
 def test_lines_that_answered_other_rows_are_not_compared(made: tuple[Study, Cells, dict[str, Result]]) -> None:
