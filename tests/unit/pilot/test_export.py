@@ -116,7 +116,9 @@ def tied_adapters(model: Path, out: Path) -> None:
 
 def test_nothing_is_compiled(exports: Path) -> None:
     assert (exports / "tied" / "error").exists()
-    assert not (exports / "compiled").exists(), "DeepSpeed has compiled an operator: minutes, and a compiler on each node"
+    assert not (exports / "compiled").exists(), (
+        "DeepSpeed has compiled an operator: minutes, and a compiler on each node"
+    )
 
 
 def test_an_export_that_is_not_the_trained_pilot_is_not_published(exports: Path) -> None:

@@ -12,6 +12,8 @@ from tc_ray.config.yaml_file import ConfigError
 from tc_ray.study.file import load_study
 from tests.support.study_samples import tiny_study, write_study
 
+REPOSITORY = Path(__file__).resolve().parents[3]
+
 
 def test_a_cells_settings_are_the_recipes_then_the_tasks_then_the_variants(tmp_path: Path) -> None:
     study = tiny_study(
@@ -114,3 +116,19 @@ def test_results_are_beside_the_file_or_in_the_current_folder(tmp_path: Path, mo
     assert study.result_folders[0].resolve() == tmp_path / "here" / "kept"
     (tmp_path / "kept").mkdir()
     assert study.result_folders[0] == tmp_path / "kept"
+
+
+@pytest.mark.parametrize("name", ["controls", "ablations"])
+def test_the_studies_that_come_with_tc_ray_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In a clone beside data files of the names that their recipe and tasks use."""
+    for file in ("svamp/train.jsonl", "svamp/test.jsonl", "obqa/train.jsonl", "obqa/test.jsonl"):
+        (tmp_path / "shared" / "data" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "shared" / "data" / file).write_text("")
+    (tmp_path / "clone").mkdir()
+    monkeypatch.chdir(tmp_path / "clone")
+    study = load_study(REPOSITORY / "jobs" / "studies" / f"{name}.yaml")
+    for task in study.tasks:
+        config = study.config(task, 1, "copilot")
+        assert (config.pilot.dtype, config.copilot.dtype) == ("fp32", "fp32"), (
+            "keys of results must not depend on machines"
+        )
