@@ -51,11 +51,13 @@ def evaluate(
     *,
     choose_again: bool = False,
     labels: Sequence[str] = (),
+    exports: bool = False,
 ) -> Report:
     """Measure all models on all sets; leaves rows/ in `out`. The sets of all tasks are the same rows in the same order.
 
     Args:
         choose_again: choose lambda even where a choice is known. labels: items to rank, for the metric ranking.
+        exports: an export of the one model follows, of which the report speaks.
 
     Raises NoGoldError: rows lack what their metric needs. NoValidationError. EvaluationError: see `Pool`.
     """
@@ -87,6 +89,7 @@ def evaluate(
         chosen=chosen,
         data={rows.name: rows.source for rows in sets},
         examples=examples_of(sets[0], *(results[model][sets[0].name] for model in tasks[0].source.models)),
+        exports=exports,
     )
     _forget_others(out, pool)
     return report

@@ -55,7 +55,7 @@ def evaluate(run: Run) -> None:
     task = Task(source, sets, validation if source.copilot else None, out)
     run.tracker.waiting.remote(FOLDER, evaluation_need(config).starting())
     with TrackedProgress(run.tracker) as progress:
-        report = _measured([task], config, out, progress, labels=item_labels(run.folder, config))
+        report = _measured([task], config, out, progress, labels=item_labels(run.folder, config), exports=True)
     run.tracker.evaluation.remote(finite(report.to_dict()), report.markdown())
     run.report = report
 

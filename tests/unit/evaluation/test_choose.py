@@ -165,7 +165,7 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
     fused: FusedModel, right_lam: float, tmp_path: Path
 ) -> None:
     """Answers that only one lambda gives: it is found on the validation rows, and the test rows are decoded once."""
-    report, pool = measure(fused, tmp_path, right_lam)
+    report, pool = measure(fused, tmp_path, right_lam, exports=True)
     verdict = report.first
     assert (verdict.chosen.lam, verdict.exported_lam) == (right_lam, right_lam)
     accuracies = {row["lam"]: row["right"] for row in verdict.chosen.grid}
@@ -224,7 +224,7 @@ def test_a_pilot_alone_is_measured_and_the_report_says_why(fused: FusedModel, tm
     rows[1] = replace(rows[1], answer="no such thing")
     pool = HerePool(m=(fused.pilot, make_tokenizer()))
     task = Task(source(fused=False, no_copilot="it failed"), [row_set(rows)])
-    report = evaluate([task], FusionSection(max_new_tokens=6), pool.at(tmp_path), tmp_path)
+    report = evaluate([task], FusionSection(max_new_tokens=6), pool.at(tmp_path), tmp_path, exports=True)
     (line,) = report.measured
     assert (line.model, line.rows, line.value) == ("m", 3, pytest.approx(2 / 3))
     verdict = report.first
