@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ CHOICE_FILE = "choice.json"
 @dataclass(frozen=True)
 class Task:
     """A model, and rows as its tokenizer and prompt form have them. validation: to choose lambda on; None: it has a choice.
-    kept: folder that its choice is kept in; None: nowhere."""
+    kept: folder that its choice is kept in; None: nowhere. fusion: of its own run, by which it is chosen; None: as it is measured."""
 
     source: ModelSource
     sets: Sequence[RowSet]
     validation: RowSet | None = None
     kept: Path | None = None
+    fusion: FusionSection | None = None
 
 
 class NoValidationError(ValueError):
@@ -67,10 +68,11 @@ def evaluate(
     lines: list[Line] = []
     chosen: dict[str, Chosen] = {}
     for task in tasks:
-        settings = task.source.settings
-        feedback = fusion.feedback if settings is None else settings.feedback
-        passes = Passes(pool, task.source, fusion, feedback, tuple(labels))
+        settings, own = task.source.settings, task.fusion or fusion
+        feedback = own.feedback if settings is None else settings.feedback
+        passes = Passes(pool, task.source, own, feedback, tuple(labels))
         choice = chosen[task.source.name] = _choice(task, passes, choose_again)
+        passes = replace(passes, fusion=fusion)
         pilot = (grid_of(fusion)[0][0], 0.0)
         asked = list(dict.fromkeys([pilot, choice.choice if choice.lam else pilot]))
         for rows in task.sets:

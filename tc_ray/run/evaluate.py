@@ -90,7 +90,7 @@ def evaluate_models(models: Sequence[str], asked: Asked) -> tuple[Report, Path]:
     sources = [find_source(model) for model in models]
     if len({source.name for source in sources}) < len(sources):
         raise DataError("two models have one name; give each its own (NAME=FOLDER)")
-    config = next((found for source in sources if (found := _config_of(source)) is not None), RunConfig())
+    config = _leading_config(sources)
     out = (asked.out or _default_out(sources, asked)).expanduser().absolute()
     with ray_session(config), Progress() as progress:
         check_capacity([], [evaluation_need(config)])
@@ -119,6 +119,12 @@ def _measured(tasks: Sequence[Task], config: RunConfig, out: Path, progress: Pro
             report = measure(tasks, config.fusion, pool, out, **options)
         report.save(out)
     return report
+
+
+def _leading_config(sources: Sequence[ModelSource]) -> RunConfig:
+    """Of the first run, whose sets are measured, else of the first export."""
+    runs_first = sorted(sources, key=lambda source: source.run is None)
+    return next((found for source in runs_first if (found := _config_of(source)) is not None), RunConfig())
 
 
 def _config_of(source: ModelSource) -> RunConfig | None:
@@ -191,17 +197,19 @@ def _tasks(sources: Sequence[ModelSource], config: RunConfig, asked: Asked, out:
         raise DataError(f"--metric, --task: there is no set {', '.join(sorted(unknown))}; the sets are {known}")
     tasks = []
     for source in sources:
-        own_sets, own_validation = sets, validation
+        own_validation, own = validation, config
         if source.run is not None and source.run != run:
-            own_validation = run_rows(source.run, _config_of(source) or config)[1]
+            own = _config_of(source) or config
+            own_validation = run_rows(source.run, own)[1]
         elif own_validation is not None and source.run is None:
             own_validation = forms[source.name].read([own_validation], forms[of_run])[0]
         tasks.append(
             Task(
                 source,
-                forms[source.name].read(own_sets, read_by),
+                forms[source.name].read(sets, read_by),
                 own_validation if source.copilot is not None else None,
                 None if source.run is None else source.run / FOLDER,
+                own.fusion,
             )
         )
     return tasks, [] if run is None else item_labels(run, config)
