@@ -186,15 +186,20 @@ def _tasks(sources: Sequence[ModelSource], config: RunConfig, asked: Asked, out:
     if asked.data:
         sets = [_from_file(name, file, forms[first.name], config, asked, out) for name, file in asked.data.items()]
         read_by = forms[first.name]
-    elif run is None:
-        raise NotFinishedError(f"{first.name} is no run, so it has no rows of its own: give --data NAME=FILE")
+    elif not sets:
+        raise NotFinishedError(f"{of_run} has no test rows of its own: give --data NAME=FILE")
     else:
         read_by = forms[of_run]
     sets = [replace(rows, metric=asked.metrics.get(rows.name, rows.metric)) for rows in sets]
-    unknown = (set(asked.metrics) | set(asked.tasks)) - {rows.name for rows in sets}
-    if unknown:
-        known = ", ".join(rows.name for rows in sets)
-        raise DataError(f"--metric, --task: there is no set {', '.join(sorted(unknown))}; the sets are {known}")
+    for option, given, known in (
+        ("metric", asked.metrics, [rows.name for rows in sets]),
+        ("task", asked.tasks, asked.data),
+    ):
+        if unknown := ", ".join(sorted(set(given) - set(known))):
+            of_files = " of --data" if option == "task" else ""
+            raise DataError(
+                f"--{option}: there is no set {unknown}; the sets{of_files} are {', '.join(known) or '(none)'}"
+            )
     tasks = []
     for source in sources:
         own_validation, own = validation, config
@@ -237,7 +242,7 @@ class _Form:
         """Rows that `other` has encoded, for this model."""
         if self._key == other._key:
             return list(sets)
-        form = self.data, self.tokenizer, self.encoder_decoder
+        form = self.data, self.tokenizer, self.encoder_decoder, other.tokenizer
         return [replace(rows, rows=encoded_for(rows.rows, *form)) for rows in sets]
 
 
