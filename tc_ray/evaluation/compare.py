@@ -28,7 +28,7 @@ from tc_ray.evaluation.statistics import (
 )
 
 POOLED = "all sets"
-"""In place of a set's name: the rows of all sets that know right and wrong, together."""
+"""In place of a set's name: the rows of all sets that know right and wrong, together; where none does, of all sets."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Pair:
-    """Model b against model a on the same rows. difference: of the values, b - a, with its paired 95% interval. wins: rows that
+    """Model b against model a on the same rows. difference: of the values, b - a, with its paired 95% interval; of NLL both in
+    nats per token of a, as tokenizers differ. wins: rows that
     only b has right (None where the metric knows no right). better: b's value is the better one. p_holm: corrected."""
 
     a: str
@@ -157,7 +158,7 @@ Results = Mapping[str, Mapping[str, Sequence[RowResult]]]
 
 
 def pairs_of(results: Results, sets: Sequence[RowSet]) -> list[Pair]:
-    """Any two models on each set, then on all sets with right and wrong together if there are several."""
+    """Any two models on each set, then on several sets together: see POOLED."""
     both = list(combinations(results, 2))
     single = [
         _pair(a, b, rows.name, rows.metric, results[a][rows.name], results[b][rows.name])
@@ -165,10 +166,12 @@ def pairs_of(results: Results, sets: Sequence[RowSet]) -> list[Pair]:
         for rows in sets
     ]
     known = [rows.name for rows in sets if rows.metric != "nll"]
+    metric: Metric = "exact_match" if known else "nll"
+    known = known or [rows.name for rows in sets]
     pooled = []
     for a, b in both if len(known) > 1 else ():
         first, second = ([one for name in known for one in results[model][name]] for model in (a, b))
-        pooled.append(_pair(a, b, POOLED, "exact_match", first, second))
+        pooled.append(_pair(a, b, POOLED, metric, first, second))
     return [*_corrected(single), *_corrected(pooled)]
 
 
@@ -192,9 +195,12 @@ def _pair(a: str, b: str, name: str, metric: Metric, first: Sequence[RowResult],
 def _value_difference(
     metric: Metric, first: Sequence[RowResult], second: Sequence[RowResult]
 ) -> tuple[float, float, float, float]:
-    sign = -1.0 if metric == "nll" else 1.0
-    differences = sign * np.array([b.score - a.score for a, b in zip(first, second, strict=True)])
-    weights = np.array([float(one.tokens) for one in first]) if metric == "nll" else np.ones(len(first))
+    weights = np.ones(len(first))
+    before, after = (np.array([one.score for one in of]) for of in (first, second))
+    if metric == "nll":  # the text is the same, its tokens need not be
+        weights, tokens = (np.array([float(one.tokens) for one in of]) for of in (first, second))
+        before, after = -before, -after * tokens / weights
+    differences = after - before
     interval: Interval = bootstrap_intervals(differences[:, None], weights=weights)[0]
     return float(np.average(differences, weights=weights)), *interval, sign_flip_p(differences * weights)
 

@@ -73,6 +73,8 @@ class Pool:
     def _work(self, job: Pass, folder: Path, batches: deque[list[Numbered]], found: dict[int, Any]) -> None:
         import ray
 
+        # Ray's memory monitor, and a node that dies with an answer, have errors of their own
+        lost = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError)
         busy: dict[Any, tuple[Any, list[Numbered]]] = {}
         deaths: dict[int, int] = {}
         total = len(job.rows.rows)
@@ -89,7 +91,7 @@ class Pool:
                     worker, batch = busy.pop(answer, (self._starting.pop(answer, None), []))
                     try:
                         result = ray.get(answer)
-                    except ray.exceptions.RayActorError as error:
+                    except lost as error:
                         first = batch[0][0] if batch else -1
                         deaths[first] = deaths.get(first, 0) + 1
                         if deaths[first] > DEATHS:

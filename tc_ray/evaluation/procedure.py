@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ CHOICE_FILE = "choice.json"
 @dataclass(frozen=True)
 class Task:
     """A model, and rows as its tokenizer and prompt form have them. validation: to choose lambda on; None: it has a choice.
-    kept: folder that its choice is kept in; None: nowhere."""
+    kept: folder that its choice is kept in; None: nowhere. fusion: of its own run, by which it is chosen; None: as it is measured."""
 
     source: ModelSource
     sets: Sequence[RowSet]
     validation: RowSet | None = None
     kept: Path | None = None
+    fusion: FusionSection | None = None
 
 
 class NoValidationError(ValueError):
@@ -51,11 +52,13 @@ def evaluate(
     *,
     choose_again: bool = False,
     labels: Sequence[str] = (),
+    exports: bool = False,
 ) -> Report:
     """Measure all models on all sets; leaves rows/ in `out`. The sets of all tasks are the same rows in the same order.
 
     Args:
         choose_again: choose lambda even where a choice is known. labels: items to rank, for the metric ranking.
+        exports: an export of the one model follows, of which the report speaks.
 
     Raises NoGoldError: rows lack what their metric needs. NoValidationError. EvaluationError: see `Pool`.
     """
@@ -65,10 +68,11 @@ def evaluate(
     lines: list[Line] = []
     chosen: dict[str, Chosen] = {}
     for task in tasks:
-        settings = task.source.settings
-        feedback = fusion.feedback if settings is None else settings.feedback
-        passes = Passes(pool, task.source, fusion, feedback, tuple(labels))
+        settings, own = task.source.settings, task.fusion or fusion
+        feedback = own.feedback if settings is None else settings.feedback
+        passes = Passes(pool, task.source, own, feedback, tuple(labels))
         choice = chosen[task.source.name] = _choice(task, passes, choose_again)
+        passes = replace(passes, fusion=fusion)
         pilot = (grid_of(fusion)[0][0], 0.0)
         asked = list(dict.fromkeys([pilot, choice.choice if choice.lam else pilot]))
         for rows in task.sets:
@@ -87,6 +91,7 @@ def evaluate(
         chosen=chosen,
         data={rows.name: rows.source for rows in sets},
         examples=examples_of(sets[0], *(results[model][sets[0].name] for model in tasks[0].source.models)),
+        exports=exports,
     )
     _forget_others(out, pool)
     return report

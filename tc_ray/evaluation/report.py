@@ -31,12 +31,13 @@ COLUMNS = (
 @dataclass(frozen=True)
 class Verdict:
     """What the test rows say about the Copilot of one source. pair: fused against Pilot, on all sets together where there are
-    several; None without a Copilot, or where lambda is 0. of_run: an export follows; else the source was exported before."""
+    several; None without a Copilot, or where lambda is 0. of_run: its lambda was chosen, not exported. exports: an export follows."""
 
     chosen: Chosen
     pair: Pair | None
     no_copilot: str | None
     of_run: bool = True
+    exports: bool = False
 
     @property
     def helps(self) -> bool:
@@ -60,11 +61,10 @@ class Verdict:
 
     def __str__(self) -> str:
         """One plain sentence."""
-        exported = " The exported default is lambda 0." if self.of_run else ""
+        exported = " The exported default is lambda 0." if self.exports else ""
         if self.no_copilot is not None:
-            return (
-                f"There is no Copilot: {self.no_copilot}. The Pilot alone was measured, and is exported with lambda 0."
-            )
+            exported = ", and is exported with lambda 0" if self.exports else ""
+            return f"There is no Copilot: {self.no_copilot}. The Pilot alone was measured{exported}."
         if self.pair is None and not self.of_run:
             return "The fused model is its Pilot: lambda is 0."
         if self.pair is None:
@@ -81,7 +81,7 @@ class Verdict:
 @dataclass(frozen=True)
 class Report:
     """Models on sets. measured: by source and set, a Pilot before its fused model. data: what each set is. examples: changed answers
-    of the first source on the first set."""
+    of the first source on the first set. exports: an export of the first source follows."""
 
     measured: Sequence[Line]
     pairs: Sequence[Pair]
@@ -89,6 +89,7 @@ class Report:
     chosen: Mapping[str, Chosen]
     data: Mapping[str, str]
     examples: Sequence[Mapping[str, str]] = field(default_factory=tuple)
+    exports: bool = False
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -98,9 +99,12 @@ class Report:
             if source.copilot is None and source.no_copilot is None:
                 continue
             pairs = [pair for pair in self.pairs if (pair.a, pair.b) == (f"{name}/pilot", name)]
-            pair = next((pair for pair in pairs if pair.set == POOLED), pairs[0] if pairs else None)
+            # on all sets, else on one that knows right and wrong
+            pair = min(pairs, key=lambda pair: (pair.set != POOLED, pair.wins is None), default=None)
             pair = pair if self.chosen[name].lam else None
-            found[name] = Verdict(self.chosen[name], pair, source.no_copilot, source.settings is None)
+            found[name] = Verdict(
+                self.chosen[name], pair, source.no_copilot, source.settings is None, exports=self.exports
+            )
         return found
 
     @property
@@ -189,7 +193,8 @@ class Report:
             for name, source in self.sources.items()
         }
         for name, verdict in self.verdicts.items():
-            sources[name] |= {"verdict": str(verdict), "helps": verdict.helps, "exported_lam": verdict.exported_lam}
+            sources[name] |= {"verdict": str(verdict), "helps": verdict.helps}
+            sources[name] |= {"exported_lam": verdict.exported_lam} if self.exports else {}
         return {
             "results": results,
             "averages": averages(self.measured),

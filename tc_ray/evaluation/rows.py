@@ -100,13 +100,22 @@ def read_sets(file: Path, limit: int | None = None) -> dict[str, list[HeldOut]]:
 
 
 def encoded_for(
-    rows: Sequence[HeldOut], config: DataSection, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool
+    rows: Sequence[HeldOut],
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder_decoder: bool,
+    read_by: PreTrainedTokenizerBase,
 ) -> list[HeldOut]:
-    """The rows for another model, by its own tokenizer and prompt form. None is left out, so that models can be compared."""
+    """The rows for another model, by its own tokenizer and prompt form. None is left out, so that models can be compared.
+
+    read_by: the tokenizer that they have. Of a completion that was cut, the same text is measured.
+    """
     made = []
     for row in rows:
         ids = prompt_ids((Turn("user", row.prompt),), config, tokenizer, encoder_decoder)
         gold = [] if row.completion is None else completion_ids(row.completion, tokenizer)
+        if gold and row.input_ids[-1] != read_by.eos_token_id:
+            gold = completion_ids(read_by.decode(row.input_ids[row.target_start :]), tokenizer)[:-1]
         made.append(replace(row, input_ids=ids + gold, target_start=len(ids)))
     return made
 

@@ -18,7 +18,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import fast_dtype
 from tc_ray.models.folder import COPILOT, FUSION_FILE, PILOT, FusionSettings, check_parts, missing_parts
 from tc_ray.models.hub import resolve_model
-from tc_ray.models.identity import weights_hash
+from tc_ray.models.identity import tokenizer_hash, weights_hash
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
 
@@ -32,7 +32,7 @@ class ModelSource:
     """A Pilot and, if there is one, its Copilot.
 
     data: form of its prompts; None: it has none of its own. settings: lambda, space and feedback of an exported folder; None: to
-    be chosen. run: run folder, whose validation rows choose. no_copilot: why a run has none. weights: hash of both.
+    be chosen. run: run folder, whose validation rows choose. no_copilot: why a run has none. weights: hash of both, and of the tokenizer.
     """
 
     name: str
@@ -67,14 +67,16 @@ def find_source(given: str) -> ModelSource:
     folder = Path(place).expanduser().absolute()
     name = name or plain_name(folder.name if folder.is_dir() else place)
     if (folder / "config.yaml").is_file() and (folder / PILOT).is_dir() and not (folder / FUSION_FILE).is_file():
-        return run_source(folder, load_saved_config(folder / "config.yaml"), name)
+        failed = _alone(folder / "export") and not (folder / "copilot" / "final").exists()
+        config = load_saved_config(folder / "config.yaml")
+        return run_source(folder, config, name, no_copilot="the run's Copilot failed" if failed else None)
     export = next((at for at in (folder, folder / "export") if (at / FUSION_FILE).is_file()), None)
     if export is not None:
         return _exported(name, export)
     if (folder / "log").is_dir() or (folder / "status.json").is_file():
         raise NotFinishedError(f"{folder} cannot be evaluated: it holds no finished Pilot (has `tc-ray train` ended?)")
     model = str(resolve_model(place))
-    return ModelSource(name, model, None, fast_dtype(), weights_hash(model))
+    return ModelSource(name, model, None, fast_dtype(), _hash(Path(model), None))
 
 
 def run_source(folder: Path, config: RunConfig, name: str, *, no_copilot: str | None = None) -> ModelSource:
@@ -102,8 +104,7 @@ def run_source(folder: Path, config: RunConfig, name: str, *, no_copilot: str | 
 
 
 def _exported(name: str, export: Path) -> ModelSource:
-    # the export of a run whose Copilot failed
-    alone = missing_parts(export) == [f"{COPILOT}/config.json"] and not (export / COPILOT).exists()
+    alone = _alone(export)
     if not alone:
         check_parts(export)
     saved = export / "config.yaml"
@@ -120,8 +121,17 @@ def _exported(name: str, export: Path) -> ModelSource:
     )
 
 
+def _alone(export: Path) -> bool:
+    """Whether it is the export of a run whose Copilot failed."""
+    return missing_parts(export) == [f"{COPILOT}/config.json"] and not (export / COPILOT).exists()
+
+
 def _hash(pilot: Path, copilot: Path | None) -> str:
+    from transformers import AutoTokenizer
+
     parts = [weights_hash(part) for part in (pilot, copilot) if part is not None]
+    # it says what options are made of, where an answer ends and what its tokens spell
+    parts.append(tokenizer_hash(AutoTokenizer.from_pretrained(pilot, trust_remote_code=False)))
     return hashlib.sha256("-".join(parts).encode()).hexdigest()[:16]
 
 

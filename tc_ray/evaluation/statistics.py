@@ -37,7 +37,10 @@ def wilson_interval(successes: int, rows: int) -> Interval:
 def mcnemar_p(wins: int, losses: int) -> float:
     """Exact two-sided McNemar p value: chance of so uneven a split if wins and losses were equally likely."""
     changed = wins + losses
-    tail = sum(math.comb(changed, k) for k in range(min(wins, losses) + 1))
+    ways = tail = 1
+    for k in range(min(wins, losses)):  # `math.comb` for each takes seconds of ten thousand rows
+        ways = ways * (changed - k) // (k + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**changed)
 
 

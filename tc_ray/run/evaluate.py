@@ -55,7 +55,7 @@ def evaluate(run: Run) -> None:
     task = Task(source, sets, validation if source.copilot else None, out)
     run.tracker.waiting.remote(FOLDER, evaluation_need(config).starting())
     with TrackedProgress(run.tracker) as progress:
-        report = _measured([task], config, out, progress, labels=item_labels(run.folder, config))
+        report = _measured([task], config, out, progress, labels=item_labels(run.folder, config), exports=True)
     run.tracker.evaluation.remote(finite(report.to_dict()), report.markdown())
     run.report = report
 
@@ -90,7 +90,7 @@ def evaluate_models(models: Sequence[str], asked: Asked) -> tuple[Report, Path]:
     sources = [find_source(model) for model in models]
     if len({source.name for source in sources}) < len(sources):
         raise DataError("two models have one name; give each its own (NAME=FOLDER)")
-    config = next((found for source in sources if (found := _config_of(source)) is not None), RunConfig())
+    config = _leading_config(sources)
     out = (asked.out or _default_out(sources, asked)).expanduser().absolute()
     with ray_session(config), Progress() as progress:
         check_capacity([], [evaluation_need(config)])
@@ -119,6 +119,12 @@ def _measured(tasks: Sequence[Task], config: RunConfig, out: Path, progress: Pro
             report = measure(tasks, config.fusion, pool, out, **options)
         report.save(out)
     return report
+
+
+def _leading_config(sources: Sequence[ModelSource]) -> RunConfig:
+    """Of the first run, whose sets are measured, else of the first export."""
+    runs_first = sorted(sources, key=lambda source: source.run is None)
+    return next((found for source in runs_first if (found := _config_of(source)) is not None), RunConfig())
 
 
 def _config_of(source: ModelSource) -> RunConfig | None:
@@ -180,28 +186,35 @@ def _tasks(sources: Sequence[ModelSource], config: RunConfig, asked: Asked, out:
     if asked.data:
         sets = [_from_file(name, file, forms[first.name], config, asked, out) for name, file in asked.data.items()]
         read_by = forms[first.name]
-    elif run is None:
-        raise NotFinishedError(f"{first.name} is no run, so it has no rows of its own: give --data NAME=FILE")
+    elif not sets:
+        raise NotFinishedError(f"{of_run} has no test rows of its own: give --data NAME=FILE")
     else:
         read_by = forms[of_run]
     sets = [replace(rows, metric=asked.metrics.get(rows.name, rows.metric)) for rows in sets]
-    unknown = (set(asked.metrics) | set(asked.tasks)) - {rows.name for rows in sets}
-    if unknown:
-        known = ", ".join(rows.name for rows in sets)
-        raise DataError(f"--metric, --task: there is no set {', '.join(sorted(unknown))}; the sets are {known}")
+    for option, given, known in (
+        ("metric", asked.metrics, [rows.name for rows in sets]),
+        ("task", asked.tasks, asked.data),
+    ):
+        if unknown := ", ".join(sorted(set(given) - set(known))):
+            of_files = " of --data" if option == "task" else ""
+            raise DataError(
+                f"--{option}: there is no set {unknown}; the sets{of_files} are {', '.join(known) or '(none)'}"
+            )
     tasks = []
     for source in sources:
-        own_sets, own_validation = sets, validation
+        own_validation, own = validation, config
         if source.run is not None and source.run != run:
-            own_validation = run_rows(source.run, _config_of(source) or config)[1]
+            own = _config_of(source) or config
+            own_validation = run_rows(source.run, own)[1]
         elif own_validation is not None and source.run is None:
             own_validation = forms[source.name].read([own_validation], forms[of_run])[0]
         tasks.append(
             Task(
                 source,
-                forms[source.name].read(own_sets, read_by),
+                forms[source.name].read(sets, read_by),
                 own_validation if source.copilot is not None else None,
                 None if source.run is None else source.run / FOLDER,
+                own.fusion,
             )
         )
     return tasks, [] if run is None else item_labels(run, config)
@@ -229,7 +242,7 @@ class _Form:
         """Rows that `other` has encoded, for this model."""
         if self._key == other._key:
             return list(sets)
-        form = self.data, self.tokenizer, self.encoder_decoder
+        form = self.data, self.tokenizer, self.encoder_decoder, other.tokenizer
         return [replace(rows, rows=encoded_for(rows.rows, *form)) for rows in sets]
 
 

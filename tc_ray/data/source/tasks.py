@@ -6,6 +6,7 @@ one form. Pure; called by `encode`.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -23,7 +24,10 @@ def shaped(value: Any, form: TaskForm) -> Any:
     """The record with the fields of the form, or what is wrong with it. What is no object is left to `to_example`."""
     if not isinstance(value, dict):
         return value
-    made = dict(value)
+    # null, and NaN, which pandas writes for it: the record lacks the field
+    made = value = {
+        name: one for name, one in value.items() if one is not None and not (isinstance(one, float) and math.isnan(one))
+    }
     try:
         if not any(name in value for name in _OWN_PROMPT):
             value = value | {"given": _filled(form.answer, value)}

@@ -165,7 +165,7 @@ def test_lambda_is_chosen_on_validation_and_applied_to_test(
     fused: FusedModel, right_lam: float, tmp_path: Path
 ) -> None:
     """Answers that only one lambda gives: it is found on the validation rows, and the test rows are decoded once."""
-    report, pool = measure(fused, tmp_path, right_lam)
+    report, pool = measure(fused, tmp_path, right_lam, exports=True)
     verdict = report.first
     assert (verdict.chosen.lam, verdict.exported_lam) == (right_lam, right_lam)
     accuracies = {row["lam"]: row["right"] for row in verdict.chosen.grid}
@@ -224,7 +224,7 @@ def test_a_pilot_alone_is_measured_and_the_report_says_why(fused: FusedModel, tm
     rows[1] = replace(rows[1], answer="no such thing")
     pool = HerePool(m=(fused.pilot, make_tokenizer()))
     task = Task(source(fused=False, no_copilot="it failed"), [row_set(rows)])
-    report = evaluate([task], FusionSection(max_new_tokens=6), pool.at(tmp_path), tmp_path)
+    report = evaluate([task], FusionSection(max_new_tokens=6), pool.at(tmp_path), tmp_path, exports=True)
     (line,) = report.measured
     assert (line.model, line.rows, line.value) == ("m", 3, pytest.approx(2 / 3))
     verdict = report.first
@@ -236,3 +236,23 @@ def test_a_pilot_alone_is_measured_and_the_report_says_why(fused: FusedModel, tm
     assert report.to_dict()["sources"]["m"]["no_copilot"] == "it failed"
     report.save(tmp_path)
     assert str(verdict) in (tmp_path / "report.md").read_text()
+
+
+def test_a_run_s_own_settings_choose_beside_another_run(fused: FusedModel, tmp_path: Path) -> None:
+    """b was trained with another grid and feedback than a, by whose settings all are measured; its kept choice counts."""
+    rows = said_with(fused, held_out(16, seed=4), ("probability", 0.8))
+    own = FusionSection(lam_grid=[0.0, 0.4, 0.8], feedback="realised", max_new_tokens=6)
+    first = FusionSection(lam_grid=[0.0, 0.3], space="logits", max_new_tokens=5)
+    test, validation = [row_set(rows[8:])], row_set(rows[:8], name="validation")
+
+    def task(name: str, fusion: FusionSection) -> Task:
+        return Task(source(name), test, validation, tmp_path / name, fusion)
+
+    models = {name: (fused, make_tokenizer()) for name in "ab"}
+    alone = evaluate([task("b", own)], own, HerePool(b=models["b"]).at(tmp_path), tmp_path)
+    pool = HerePool(**models)
+    both = evaluate([task("a", first), task("b", own)], first, pool.at(tmp_path), tmp_path)
+    assert both.chosen["b"] == alone.chosen["b"] and both.chosen["b"].feedback == "realised"
+    of_b = [job for job in pool.passes if job.source.name == "b"]
+    assert {job.rows.name for job in of_b} == {"test"}, "it was chosen before"
+    assert {(job.feedback, job.max_new_tokens) for job in of_b if job.kind == "said"} == {("realised", 5)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -176,6 +177,16 @@ def test_verdicts(found: Pair, lam: float, exported: float, said: str) -> None:
     verdict = report_of([line], [found], lam).first
     assert said in str(verdict) and verdict.exported_lam == exported
     assert str(verdict) in report_of([line], [found], lam).lines()
+    assert "exported" not in str(verdict), "tc-ray eval exports nothing"
+    if exported == 0:
+        assert "The exported default is lambda 0." in str(report_of([line], [found], lam, exports=True).first)
+
+
+def test_no_copilot_is_said_with_and_without_an_export() -> None:
+    alone = "There is no Copilot: it failed. The Pilot alone was measured"
+    assert str(report_of([], [], 0.0, no_copilot="it failed").first) == f"{alone}."
+    exported = report_of([], [], 0.0, no_copilot="it failed", exports=True)
+    assert str(exported.first) == f"{alone}, and is exported with lambda 0."
 
 
 def test_several_sets_are_judged_together() -> None:
@@ -186,3 +197,35 @@ def test_several_sets_are_judged_together() -> None:
     sample = [RowResult(0, 0, True, 1.0, 0.5, 1, "x", 0.1, 1)]
     line = line_of("m", RowSet("test", "exact_match", [], "rows"), sample, sample, ("logits", 0.5), [10])
     assert "it won 2 and lost 9 of 80" in str(report_of([line], [single, pooled], 0.5).first)
+
+
+def in_nats(tokens: int, *rows: float) -> list[RowResult]:
+    """Rows of these nats, each of so many tokens."""
+    return [RowResult(n, n, None, -nats / tokens, nats / tokens, tokens, "", 0.1) for n, nats in enumerate(rows)]
+
+
+def test_nll_is_compared_by_text_where_tokenizers_differ() -> None:
+    """Two tokens of a nat each, or four of a half: the same likelihood of the same text."""
+    sets = [row_set(held_out(3), "nll")]
+    (same,) = pairs_of({"a": {"test": in_nats(2, 2, 4, 6)}, "b": {"test": in_nats(4, 2, 4, 6)}}, sets)
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    (worse,) = pairs_of({"a": {"test": in_nats(2, 2, 4, 6)}, "b": {"test": in_nats(4, 3, 5, 7)}}, sets)
+    assert worse.difference == pytest.approx(0.5) and not worse.better, "a nat more on two tokens of a"
+
+
+def test_sets_of_nll_alone_are_judged_together_and_right_answers_before_nll() -> None:
+    first, second = row_set(held_out(2), "nll", "x"), row_set(held_out(2), "nll", "y")
+    results = {
+        "m/pilot": {"x": in_nats(1, 2, 2), "y": in_nats(1, 2, 2)},
+        "m": {"x": in_nats(1, 1, 2), "y": in_nats(1, 9, 9)},
+    }
+    pairs = pairs_of(results, [first, second])
+    lines = [
+        line_of("m", one, results["m"][one.name], results["m/pilot"][one.name], ("logits", 0.5), [])
+        for one in (first, second)
+    ]
+    verdict = report_of(lines, pairs, 0.5).first
+    assert verdict.pair is not None
+    assert (verdict.pair.set, verdict.pair.difference) == (POOLED, pytest.approx(13 / 4)) and not verdict.helps
+    mixed = [replace(pairs[0], set="x"), pair("exact_match", 0.05, 0.01)]
+    assert report_of(lines[:1], mixed, 0.5).first.pair == mixed[1]

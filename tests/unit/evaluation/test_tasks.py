@@ -104,6 +104,11 @@ def test_a_record_that_does_not_fit_is_a_bad_row() -> None:
     assert (missing["kind"], missing["field"]) == ("bad", "sol2") and "is missing" in missing["problem"]
     other = encoded("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": -1})
     assert (other["kind"], other["problem"]) == ("bad", "is '-1'") and "use one of 0, 1" in other["fix"]
+    for nothing in (None, float("nan")):
+        empty = encoded("piqa", {"goal": nothing, "sol1": "a", "sol2": "b", "label": 0})
+        assert (empty["kind"], empty["field"]) == ("bad", "goal"), "no word of None or nan in a prompt"
+        row = encoded("piqa", {"prompt": nothing, "goal": "x", "sol1": "a", "sol2": "b", "label": 0})
+        assert row["prompt"].startswith("Please choose"), "a column of a table, empty in this row"
     no_mark = encoded("gsm8k", {"question": "x", "answer": "72"})
     assert no_mark["kind"] == "bad" and "is not in it" in no_mark["problem"]
 
