@@ -6,7 +6,6 @@ weight changes. Called by `work` for the control `latest`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder, TrainTable
-from tc_ray.files import read_json, write_json
+from tc_ray.files import publish_folder, read_json, write_json
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
@@ -50,7 +49,7 @@ def write_latest_log(config: RunConfig, run: Path, target: Path, rounds: int) ->
     ledger.finish_pilot(rounds)
     seconds = clock() - began
     write_json(cost, {"compute_seconds": seconds})
-    os.rename(made, target)
+    publish_folder(made, target)
     return seconds
 
 

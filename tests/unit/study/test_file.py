@@ -127,7 +127,7 @@ def test_the_studies_that_come_with_tc_ray_load(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "clone").mkdir()
     monkeypatch.chdir(tmp_path / "clone")
     study = load_study(REPOSITORY / "jobs" / "studies" / f"{name}.yaml")
-    for task in study.tasks:
+    for task in study.file.tasks:
         config = study.config(task, 1, "copilot")
         assert (config.pilot.dtype, config.copilot.dtype) == ("fp32", "fp32"), (
             "keys of results must not depend on machines"
