@@ -9,10 +9,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tc_ray.copilot.learner import Learner
 from tc_ray.files import find_whole, publish_folder, remove_before
+
+if TYPE_CHECKING:
+    from tc_ray.copilot.learner import Learner
 
 KEEP = 2
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from tc_ray.config.fusion import FusionSection
 from tc_ray.evaluation.compare import forced_means
+from tc_ray.evaluation.passes import Pass
 from tc_ray.evaluation.pool import Pool
 from tc_ray.evaluation.rows import RowResult, RowSet
 from tc_ray.evaluation.scores import forced_result, result
 from tc_ray.evaluation.sources import ModelSource
 from tc_ray.evaluation.statistics import Choice, Comparison, choose
-from tc_ray.evaluation.worker import Pass
 from tc_ray.models.folder import SPACES
 
 DECODED = 2

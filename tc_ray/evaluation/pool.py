@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tc_ray.evaluation.passes import Numbered, Pass, read_parts
 from tc_ray.evaluation.progress import Progress
-from tc_ray.evaluation.worker import EvaluationWorker, Numbered, Pass, read_parts
 
 TICK_SECONDS = 1.0
 SMALL_BATCH = 8
@@ -121,6 +121,8 @@ class Pool:
 
     def _add(self) -> None:
         import ray
+
+        from tc_ray.evaluation.worker import EvaluationWorker
 
         options = {"num_cpus": self._cpus, "num_gpus": int(self._gpus), "scheduling_strategy": "SPREAD"}
         threads, device = max(1, int(self._cpus)), "cuda" if self._gpus else "cpu"

@@ -15,9 +15,10 @@ from typing import Any
 from tc_ray.config.section import Metric
 from tc_ray.evaluation.answers.scoring import matches
 from tc_ray.evaluation.rows import HeldOut, RowResult, RowSet
-from tc_ray.evaluation.teacher_forced import NLL
 
 OPTIONS_BY = ("sum", "token", "character")
+NLL = 1
+"""Its column in what a pass of gold completions gives."""
 RIGHT_WITHIN = 10
 """Of a ranking, wins and losses are counted by Hit@10; NDCG@10 is its score."""
 VALUE_NAMES: dict[Metric, str] = {

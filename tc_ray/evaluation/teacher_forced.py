@@ -27,8 +27,6 @@ NLL_FLOOR = 1e-8
 """Probability below which a token's NLL stops growing: a clamped p~ can be exactly 0."""
 TINY = 1e-37
 """As small a floor as fp32 has."""
-NLL = 1
-"""Its column in what `text_measures` gives."""
 
 
 @dataclass(frozen=True)

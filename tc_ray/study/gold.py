@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
-from tc_ray.evaluation.teacher_forced import CHUNK_ELEMENTS, NLL, NLL_FLOOR, Text
+from tc_ray.evaluation.scores import NLL
+from tc_ray.evaluation.teacher_forced import CHUNK_ELEMENTS, NLL_FLOOR, Text
 from tc_ray.models.copilot import Copilot, CopilotBatch
 from tc_ray.models.pilot.step import PilotStep
 

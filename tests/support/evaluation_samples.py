@@ -11,11 +11,12 @@ import torch
 
 from tc_ray.config.section import Metric
 from tc_ray.evaluation.choose import Chosen
+from tc_ray.evaluation.passes import Pass
 from tc_ray.evaluation.pool import Pool
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.rows import HeldOut, RowSet
 from tc_ray.evaluation.sources import ModelSource
-from tc_ray.evaluation.worker import EvaluationWorker, Pass
+from tc_ray.evaluation.worker import EvaluationWorker
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import load_pilot

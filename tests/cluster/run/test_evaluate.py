@@ -135,7 +135,7 @@ def test_a_killed_worker_costs_its_batch_only(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().compute(job, rows, folder)
 
-    monkeypatch.setattr("tc_ray.evaluation.pool.EvaluationWorker", Dying)
+    monkeypatch.setattr("tc_ray.evaluation.worker.EvaluationWorker", Dying)
     evaluate_models([f"a={folder / 'fused'}"], asked(folder, tmp_path / "out"))
     assert mark.exists() and "its batch goes to another one" in capfd.readouterr().out
     for model in ("a", "a/pilot"):
@@ -148,7 +148,7 @@ def test_workers_that_always_die_end_it(folder: Path, tmp_path: Path, monkeypatc
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError
 
-    monkeypatch.setattr("tc_ray.evaluation.pool.EvaluationWorker", Dead)
+    monkeypatch.setattr("tc_ray.evaluation.worker.EvaluationWorker", Dead)
     monkeypatch.setattr("tc_ray.evaluation.pool.DEATHS", 0)
     done = tc_ray("eval", folder / "plain", "--data", f"sums={folder / 'sums.jsonl'}", "--out", tmp_path)
     assert done.returncode == 2 and "1 workers died over plain on sums" in done.stderr
@@ -198,7 +198,7 @@ def computed_rows(monkeypatch: pytest.MonkeyPatch, record: Path) -> Callable[[],
                 file.write(f"{len(rows)}\n")
             return super().compute(job, rows, folder)
 
-    monkeypatch.setattr("tc_ray.evaluation.pool.EvaluationWorker", Counting)
+    monkeypatch.setattr("tc_ray.evaluation.worker.EvaluationWorker", Counting)
     return lambda: sum(map(int, record.read_text().split())) if record.exists() else 0
 
 
@@ -208,14 +208,14 @@ def test_a_killed_driver_s_work_is_kept(
     """kill -9 after a part of the last pass; then only what is missing is computed, and the results are the same."""
     out = tmp_path / "out"
     script = (
-        "import sys, time; from pathlib import Path; import tc_ray.evaluation.pool as pool\n"
+        "import sys, time; from pathlib import Path; import tc_ray.evaluation.worker as worker\n"
         "from tc_ray.evaluation.worker import EvaluationWorker\n"
         "from tc_ray.run.evaluate import Asked, evaluate_models\n"
         "class Slow(EvaluationWorker):\n"
         "    def compute(self, job, rows, folder):\n"
         "        if job.kind == 'said' and 0 not in [number for number, _ in rows]: time.sleep(600)\n"
         "        return super().compute(job, rows, folder)\n"
-        "pool.EvaluationWorker = Slow\n"
+        "worker.EvaluationWorker = Slow\n"
         "model, data, out = sys.argv[1:]\n"
         "evaluate_models([model], Asked({'sums': data}, out=Path(out)))\n"
     )

@@ -10,9 +10,9 @@ import pytest
 import ray
 from rich.console import Console
 
+from tc_ray.evaluation.passes import Pass
 from tc_ray.evaluation.pool import DEATHS, EvaluationError, Pool
 from tc_ray.evaluation.progress import Progress
-from tc_ray.evaluation.worker import Pass
 from tests.support.evaluation_samples import held_out, row_set, source
 
 LOST = [

@@ -17,11 +17,11 @@ from tc_ray.config.fusion import FusionSection
 from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.decode import rankings
 from tc_ray.evaluation.item_trie import ItemTrie, ItemTrieProcessor
+from tc_ray.evaluation.passes import Pass
 from tc_ray.evaluation.procedure import Task, evaluate
 from tc_ray.evaluation.rows import HeldOut
 from tc_ray.evaluation.scores import ndcg_at
 from tc_ray.evaluation.statistics import bootstrap_intervals
-from tc_ray.evaluation.worker import Pass
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import load_pilot
 from tests.support.evaluation_samples import HerePool, row_set, source

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tc_ray.data.encode.tokenize import completion_ids
+from tc_ray.evaluation.passes import Pass
 from tc_ray.evaluation.rows import HeldOut, RowResult, read_results, write_results
 from tc_ray.evaluation.scores import (
     NoGoldError,
@@ -20,7 +21,6 @@ from tc_ray.evaluation.scores import (
     ranking_measures,
     result,
 )
-from tc_ray.evaluation.worker import Pass
 from tc_ray.files import DamagedFileError
 from tests.support.evaluation_samples import HerePool, row_set, source, tiny_fused
 from tests.support.tiny_model import make_tokenizer

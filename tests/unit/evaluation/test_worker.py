@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tc_ray.evaluation.passes import Pass, read_parts
 from tc_ray.evaluation.progress import Progress, TrackedProgress
-from tc_ray.evaluation.worker import Pass, read_parts
 from tests.support.evaluation_samples import held_out, row_set, source
 from tests.support.torn_files import torn_forms
 

@@ -10,7 +10,8 @@ import torch
 
 from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.rows import HeldOut, RowResult, RowSet, results_file, write_results
-from tc_ray.evaluation.teacher_forced import NLL, Text, text_measures
+from tc_ray.evaluation.scores import NLL
+from tc_ray.evaluation.teacher_forced import Text, text_measures
 from tc_ray.models.copilot import Copilot
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.pilot.load import load_pilot

@@ -17,7 +17,8 @@ from transformers import (
 from tc_ray.config.fusion import FusionSection
 from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.rows import HeldOut, RowSet
-from tc_ray.evaluation.teacher_forced import NLL, NLL_FLOOR, Text
+from tc_ray.evaluation.scores import NLL
+from tc_ray.evaluation.teacher_forced import NLL_FLOOR, Text
 from tc_ray.study.pilots import TEMPERATURES, AveragedPilots, best_temperature, results_by, scaled_sums
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer
 
