@@ -149,9 +149,6 @@ def test_no_committed_row_is_lost_doubled_or_torn(tmp_path: Path, kills: int) ->
     print(
         f"{kills} kills, {watcher.polls} polls, restart median {median(restarts):.3f} s, {max(restarts):.3f} s at most"
     )
-    # one in a hundred may be slow: on a busy machine it says more about the other processes
-    slow = [seconds for seconds in restarts if seconds > RESTART_SECONDS]
-    assert len(slow) <= len(restarts) // 100, f"restarts of more than {RESTART_SECONDS} s: {slow}"
     got = MistakeLog(folder).records()
     got = in_order(got)
     assert got.round.tolist() == [number for number in range(1, rounds + 1) for _ in range(ROWS)]
@@ -163,6 +160,9 @@ def test_no_committed_row_is_lost_doubled_or_torn(tmp_path: Path, kills: int) ->
     vacuum_log(folder, orphan_seconds=0, grace_seconds=0)
     assert {path.name for path in folder.iterdir() if path.is_file()} == {f.name for f in LogStore(folder).files()}
     assert Ledger(folder, writers=1, run="test").state().pilot_done
+    # one in a hundred may be slow: on a busy machine it says more about the other processes
+    slow = [seconds for seconds in restarts if seconds > RESTART_SECONDS]
+    assert len(slow) <= len(restarts) // 100, f"restarts of more than {RESTART_SECONDS} s: {slow}"
 
 
 if __name__ == "__main__":
