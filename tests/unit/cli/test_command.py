@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_an_override_and_a_storage_option_are_given_once(tmp_path: Path) -> None
         find_log("s3://bucket/log", ["region=a", "key=b", "region=c"])
 
 
-NOTHING = {"bad_files": 0, "left_out_steps": 0}
+NOTHING: dict[str, Any] = {"ratios": [], "bad_files": 0, "left_out_steps": 0}
 
 
 def test_no_rmse_is_set_beside_another_loss() -> None:
