@@ -52,6 +52,7 @@ def pretender(log: Path, fails: str = "") -> Callable[..., Result]:
     return do
 
 
+@pytest.mark.slow
 def test_cells_begin_after_what_they_need_and_as_many_as_fit(
     study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
