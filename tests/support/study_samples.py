@@ -13,13 +13,14 @@ import yaml
 from tc_ray.study.cells import Cell, Cells
 from tc_ray.study.file import Study, load_study
 from tc_ray.study.results import Answers, Model, Result
-from tests.support.tiny_model import make_tiny_llama
 from tests.support.tiny_run import SETTINGS
 
 
 def write_study(folder: Path, /, **changes: Any) -> Path:
     """STUDY.yaml and the recipe and model that it names, in `folder`. changes: of the study's fields."""
     if not (folder / "model").exists():
+        from tests.support.tiny_model import make_tiny_llama  # pretended cells, each a process, need no torch
+
         make_tiny_llama(folder / "model")
     recipe = {name: dict(fields) for name, fields in SETTINGS.items() if name != "run"}
     recipe["model"] = {"pilot": "./model"}

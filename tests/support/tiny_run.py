@@ -15,7 +15,6 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.tracking.statusfile import read_status
-from tests.support.tiny_model import make_tiny_llama
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny"},
@@ -59,6 +58,8 @@ def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
     """Config of a run in `folder`/run over a tiny Llama in `folder`/model; overrides as section__field=value."""
     model = folder / "model"
     if not model.exists():
+        from tests.support.tiny_model import make_tiny_llama
+
         make_tiny_llama(model)
     sections: dict[str, dict[str, Any]] = {name: dict(fields) for name, fields in SETTINGS.items()}
     sections["run"]["folder"] = folder / "run"
