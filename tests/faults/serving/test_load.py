@@ -21,8 +21,9 @@ from tests.support.serving_cluster import PROMPT, metric, replica_pids, server_o
 from tests.support.serving_load import Outcome, outcomes_of, start_load
 from tests.support.serving_samples import make_export
 
-REFUSED_P99_S = 2.0
-"""Serve takes 3 ms of a core per request, so of 320 clients that connect in one instant the last waits about 0.7 s."""
+REFUSED_P99_S = 3.0
+"""Refused clients come back at once, so 240 of them wait for as many refusals as the two cores make: 130 to 170 a second, with
+answers beside them, on the slowest machine so far (median 0.9 s, 2.1 s for 99%)."""
 COMING_S = 10.0
 GROWTH_BYTES = 50 * 2**20
 
