@@ -139,7 +139,7 @@ class HeldOut:
         held_out, in_sample = min(by_lam.values()), min(_ratios(total[3:6], self._grid).values())
         gain = 1 - in_sample
         memorised = len(self._window) == WINDOW and gain >= MEMORISED_GAIN and 1 - held_out < MEMORISED_SHARE * gain
-        first, self._memorised = memorised and not self._memorised, memorised
+        first, self._memorised = memorised and not self._memorised, memorised or self._memorised
         return ErrorRatio(step, newest, int(total[6]), by_lam, in_sample, first)
 
 

@@ -300,6 +300,10 @@ def test_a_memorised_log_is_said_once() -> None:
         ratios = [measured(found, gains, round) for round in range(1, 6)]
         assert [ratio is not None and ratio.memorised for ratio in ratios] == [False, False, memorised, False, False]
         assert ratios[0] is not None and ratios[0].best == pytest.approx(1 - gains[0])
+    found = HeldOut(config(), 0)
+    at_the_bound = [(0.0, 0.4)] * 4 + [(0.4, 0.4)] * 4 + [(0.0, 0.4)] * 4
+    ratios = [measured(found, gains, round) for round, gains in enumerate(at_the_bound, 1)]
+    assert sum(ratio is not None and ratio.memorised for ratio in ratios) == 1, "it left the bound and came back"
     text = ErrorRatio(60, 20, 18, {0.0: 1.0, 1.0: 0.95}, 0.6, True).event()
     assert "removes 40%" in text and "of those of new ones 5%" in text
 
