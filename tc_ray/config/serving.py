@@ -39,6 +39,10 @@ class ServingSection(Section):
         le=65535,
         description="port of the Prometheus metrics of a Ray that the server starts; null: Ray chooses",
     )
+    cors_origins: list[str] = Field(
+        [],
+        description='origins of web pages that may call the server from a browser, such as https://app.example; "*": any',
+    )
     allow_open: bool = Field(False, description="listen without a key where other machines can reach the server")
     replicas: Positive = Field(1, description="processes that each hold all models; with max_replicas, the fewest")
     max_replicas: Positive | None = Field(
@@ -80,7 +84,9 @@ class ServingSection(Section):
     prefix_bytes: NonNegative = Field(
         2**28, description="memory per model and replica for computed prompts that later prompts may begin with"
     )
-    prefill_tokens: Positive = Field(512, description="most prompt tokens computed between two steps of the batch")
+    prefill_tokens: Positive = Field(
+        512, description="prompt tokens computed between two steps of the batch; those behind a long text count as more"
+    )
 
     @model_validator(mode="after")
     def _times_and_replicas(self) -> ServingSection:

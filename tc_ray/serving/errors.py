@@ -16,6 +16,8 @@ from starlette.responses import JSONResponse
 MAX_MESSAGE_CHARACTERS = 500
 UNION_TAGS = frozenset({"(text)", "(texts)", "(parts)", "(ids)", "(id lists)", "(list)"})
 """Tags that http/requests.py gives the members of its unions. They are no part of a field's name."""
+PYDANTIC_WORDS = frozenset({"[key]", "constrained-str", "bool", "int", "float"})
+"""What pydantic itself adds: the key of a mapping, a member of a union without tags."""
 
 
 class ServingError(RuntimeError):
@@ -77,8 +79,11 @@ def contradiction(param: str, reason: str) -> PydanticCustomError:
     return PydanticCustomError("contradiction", "{reason}", {"param": param, "reason": reason})
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
-    """The RequestError for what FastAPI found in a request. It names the first error only."""
+def from_validation(errors: Sequence[Mapping[str, Any]], instead: Mapping[str, str]) -> RequestError:
+    """The RequestError for what FastAPI found in a request. It names the first error only.
+
+    instead: of a field that is taken at a neutral value only, what to send.
+    """
     first = errors[0]
     kind, (place, *location), param = first["type"], first["loc"], first.get("ctx", {}).get("param")
     if kind == "json_invalid" and place == "body":
@@ -92,6 +97,9 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
         return RequestError(f"Field `{param}` is required.", param=param, code="missing_field")
     if kind == "extra_forbidden":
         return RequestError(f"Field `{param}` is not supported by this server.", param=param, code="unsupported_field")
+    for part in location:
+        if part in instead:
+            return RequestError(f"Field `{param}`: {instead[part]}.", param=param, code="unsupported_value")
     return invalid_value(param, first["msg"].removeprefix("Value error, "))
 
 
@@ -101,7 +109,7 @@ def field_name(location: Sequence[str | int]) -> str:
     for part in location:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif part not in UNION_TAGS:
+        elif part not in UNION_TAGS | PYDANTIC_WORDS:
             name += f".{part}" if name else part
     return name
 

@@ -42,9 +42,15 @@ TEXTS = ["1", "true", "{}", r'"\ud800"', r'"\udfff x"', "NaN"]
 
 NUMBER_FIELDS = {
     "temperature": ["-0.1", "2.1"],
-    "top_p": ["0", "-1", "1.0001"],
+    "top_p": ["-0.1", "-1", "1.0001"],
 }
-GENERATION_COUNTS = {"n": ["0", "9", "1000000"], "max_tokens": ["-5", "65", "1000000"], "top_k": ["0"], "seed": []}
+GENERATION_COUNTS = {
+    "n": ["0", "9", "1000000"],
+    "max_tokens": ["-5", "65", "1000000"],
+    "top_k": ["-2"],
+    "min_tokens": [],
+    "seed": [],
+}
 ROUTE_COUNTS: dict[str, dict[str, list[str]]] = {
     COMPLETIONS: {**GENERATION_COUNTS, "logprobs": ["6", "1000000"]},
     CHAT: {**GENERATION_COUNTS, "max_completion_tokens": ["0", "65", "1000000"], "top_logprobs": ["0", "1", "21"]},
@@ -52,7 +58,7 @@ ROUTE_COUNTS: dict[str, dict[str, list[str]]] = {
 }
 ROUTE_FLAGS = {COMPLETIONS: ["stream", "echo"], CHAT: ["stream", "logprobs"], SCORE: []}
 ROUTE_TEXTS = {COMPLETIONS: ["model"], CHAT: ["model"], SCORE: ["model", "prompt", "completion"]}
-SEED_IS_SIGNED = {("seed", "-1"), ("seed", "1000000000000")}
+ALLOWED = {("seed", "-1"), ("seed", "1000000000000"), ("top_k", "-1"), ("min_tokens", "1000000000000")}
 
 UNSUPPORTED = [
     "logit_bias",
@@ -73,7 +79,7 @@ UNSUPPORTED += [
     "model_config",
     "lam",
     "lambda",
-    "best_of",
+    "prompt_logprobs",
     "presence_penalty",
     "\\u0000",
     "\\ud800",
@@ -93,13 +99,16 @@ def bad_values() -> Iterator[BadRequest]:
         values |= {name: TEXTS for name in ROUTE_TEXTS[path]}
         values |= {name: ["1", '"x"', "[]", '{"x": 1}', "true"] for name in ("copilot",)}
         if path != SCORE:
+            values["logit_bias"] = ["1", "[]", '{"a": 1}', '{"5": 101}', '{"5": "1"}', '{"100000000": 1}', '{"-1": 1}']
+            values["stop_token_ids"] = ["1", "[-1]", '["1"]', "[100000000]", json.dumps([1] * 65)]
+            values["repetition_penalty"] = [*NUMBERS, "0", "-1", "11"]
             values["stream_options"] = ["1", "[]", '{"x": 1}', '{"include_usage": 1}', '{"include_usage": true}']
             many = json.dumps(["stop"] * 10_000)
             values["stop"] = [*TEXTS, '""', '[""]', "[1]", "[[]]", many, json.dumps(["a"] * 5), json.dumps("x" * 201)]
         for name, wrong in values.items():
             kept = ", ".join(part for part in _members(minimal) if not part.startswith(f'"{name}":'))
             for value in wrong:
-                if (name, value) in SEED_IS_SIGNED:
+                if (name, value) in ALLOWED:
                     continue
                 body = f'{{{kept}{", " if kept else ""}"{name}": {value}}}'
                 yield BadRequest(f"{path} {name}={value[:24]}", path, body.encode())
@@ -147,7 +156,8 @@ def bad_prompts() -> Iterator[BadRequest]:
         '[{"role": "user", "content": 1}]',
     ]
     messages += [
-        '[{"role": "user", "content": "a", "name": "b"}]',
+        '[{"role": "user", "content": "a", "name": 1}]',
+        '[{"role": "user", "content": null}]',
         '[{"role": "user", "content": [{"type": "image_url"}]}]',
     ]
     messages += [

@@ -7,9 +7,9 @@ Invariant: training, evaluation and serving render prompts alike. Called by `tok
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tc_ray.data.source.shapes import Turn
 
@@ -26,10 +26,25 @@ _DAY = "".join(f"|replace('%{code}', {TEMPLATE_DAY.strftime('%' + code)!r})" for
 _CLOCK = "{% macro strftime_now(format) %}{{ format" + _DAY + " }}{% endmacro +%}"  # transformers passes on no function
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
-    """The messages as text, up to where the answer begins, by the tokenizer's own chat template."""
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    *,
+    opens: bool = True,
+    continues: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The messages as text, by the tokenizer's own chat template.
+
+    opens: up to where the answer begins. continues: up to the end of the last message's content. variables: of the template.
+    """
     text = tokenizer.apply_chat_template(
-        list(messages), chat_template=_CLOCK + tokenizer.get_chat_template(), tokenize=False, add_generation_prompt=True
+        list(messages),
+        chat_template=_CLOCK + tokenizer.get_chat_template(),
+        tokenize=False,
+        add_generation_prompt=opens,
+        continue_final_message=continues,
+        **(variables or {}),
     )
     assert isinstance(text, str)  # one conversation in, one text out
     return text

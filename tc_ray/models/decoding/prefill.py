@@ -56,18 +56,19 @@ class Prefill:
             for layer, (keys, values) in enumerate(prefix.entries if self.reused else ()):
                 self.cache.update(keys[:, :, : self.reused], values[:, :, : self.reused], layer)
             self._states.append(prefix.states[:, : self.reused])
-        self._computed = self.reused
+        self.computed = self.reused
+        """Tokens that are done."""
         self.pilot = self.fused = self._f = torch.empty(0)
 
     @property
     def done(self) -> bool:
         """The whole prompt is computed."""
-        return self._computed == len(self.ids)
+        return self.computed == len(self.ids)
 
     @torch.inference_mode()
     def advance(self, tokens: int) -> int:
         """Compute up to `tokens` more tokens; returns how many."""
-        model, first = self._model, self._computed
+        model, first = self._model, self.computed
         count = min(tokens, len(self.ids) - first)
         device = model.get_input_embeddings().weight.device
         ids = torch.tensor([self.ids[first : first + count]], device=device)
@@ -75,7 +76,7 @@ class Prefill:
             out = model.pilot(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         if model.tap:
             self._states.append(model.tap.take())
-        self._computed += count
+        self.computed += count
         if self.done:
             self._finish(out.logits)
         return count

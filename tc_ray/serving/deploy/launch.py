@@ -22,7 +22,7 @@ from typing import Any
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.export.check import check_tokenizer, weight_bytes
-from tc_ray.serving.deploy.settings import ReplicaSettings
+from tc_ray.serving.deploy.settings import ReplicaSettings, is_loopback
 from tc_ray.serving.errors import ServingError
 from tc_ray.serving.wire import FAILOVER_HEADER
 from tc_ray.text import first_line, visible
@@ -32,6 +32,11 @@ PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Serve's proxy process calls the function of this name for its middlewares."""
 FAILOVER_PROXY = "tc_ray.serving.failover.proxy.middlewares"
 NICENESS_VARIABLE = "RAY_worker_niceness"
+CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""0, read when ray is imported: Ray's own ports (gRPC, agents, metrics) listen on 127.0.0.1, as a server there has no other node."""
+READY_VARIABLE = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+PROXY_READY_S = "60"
+"""Serve tries three times for so long to reach its proxy. On a busy machine its own 5 s are too short: imports alone take more."""
 RELOAD_SIGNAL = signal.SIGUSR1
 _STOP_MARGIN_S = 15.0
 """For Serve to see that a replica has drained, on top of the time it has for that."""
@@ -139,6 +144,8 @@ def available_cpus() -> int:
 
 def _connect(serving: ServingSection) -> bool:
     """Connect to Ray; true when a local one was started for the server."""
+    if _starts_ray() and is_loopback(serving.host):
+        os.environ.setdefault(CLUSTER_VARIABLE, "0")
     import ray
 
     if ray.is_initialized():
@@ -154,6 +161,7 @@ def _connect(serving: ServingSection) -> bool:
     os.environ.update(variables)
     # Ray starts its workers, Serve's proxy among them, with the priority of background work (niceness 15)
     os.environ.setdefault(NICENESS_VARIABLE, "0")
+    os.environ.setdefault(READY_VARIABLE, PROXY_READY_S)
     cpus = max(available_cpus(), serving.most_replicas * (serving.threads or 1))
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _metrics_export_port=serving.metrics_port)
@@ -179,16 +187,19 @@ def _deploy(settings: ReplicaSettings, say: Say) -> None:
         )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     address = {"host": settings.serving.host, "port": settings.serving.port}
-    serve.start(proxy_location="HeadOnly", http_options=address, logging_config=QUIET)
     try:
+        serve.start(proxy_location="HeadOnly", http_options=address, logging_config=QUIET)
         say("loading the models")
         _run_application(settings)
-    except RuntimeError as error:
-        reason = _deployment_failure() or str(error)
-        serve.shutdown()
-        raise ServingError(f"the server did not start: {reason}") from error
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        reason = None
+        with contextlib.suppress(Exception):  # Serve itself may be what died
+            reason = _deployment_failure()
+            serve.shutdown()
+        raise ServingError(f"the server did not start: {reason or first_line(error)}") from error
     except BaseException:
-        serve.shutdown()
+        with contextlib.suppress(Exception):
+            serve.shutdown()
         raise
 
 

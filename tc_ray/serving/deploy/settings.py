@@ -161,13 +161,17 @@ def configured_digests(key_file: Path | str | None = None) -> tuple[bytes, ...]:
     return tuple(dict.fromkeys(map(digest, keys)))
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address; a name other than localhost counts as open."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def require_key_for(host: str, key_digests: Sequence[bytes], allow_open: bool = False) -> None:
     """Raise ServingError where other machines can reach the server, no key is set and this was not allowed explicitly."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False  # a name other than localhost counts as open
-    if not (key_digests or allow_open or loopback):
+    if not (key_digests or allow_open or is_loopback(host)):
         raise ServingError(
             f"host {host} can be reached from other machines and no API key is set: "
             f"set {KEY_VARIABLE} or give a key file, serve on 127.0.0.1, or allow it with serving.allow_open=true"

@@ -17,8 +17,10 @@ from tc_ray.serving.errors import RequestError
 class GenerationRequest:
     """What to generate. temperature 0 is greedy; top_k None and top_p 1 do not cut; lam None is the exported one.
 
-    seed: None draws one. logprobs: None for none, else how many of the likeliest tokens to name beside the chosen one. explain: report what the Pilot would have chosen. ignore_end: end tokens do not end it (for health checks). owner:
-    whose prompt it is; only prompts of one owner share computed beginnings. deadline_s: `time.monotonic()` at which it fails.
+    seed: None draws one. bias: (id, what is added to its logit). repetition_penalty: 1 changes nothing. end_ids: tokens that end it
+    beside the model's own, which do not with ignore_end; before min_new_tokens none of them is drawn. logprobs: None for none, else
+    how many of the likeliest tokens to name beside the chosen one. explain: report what the Pilot would have chosen. owner: whose
+    prompt it is; only prompts of one owner share computed beginnings. deadline_s: `time.monotonic()` at which it fails.
     """
 
     prompt_ids: tuple[int, ...]
@@ -28,6 +30,10 @@ class GenerationRequest:
     top_k: int | None = None
     seed: int | None = None
     stops: tuple[str, ...] = ()
+    bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    end_ids: frozenset[int] = frozenset()
+    min_new_tokens: int = 0
     lam: float | None = None
     logprobs: int | None = None
     explain: bool = False
@@ -75,7 +81,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text, perhaps empty, and the tokens since the last piece. A token's text may come with a later piece."""
+    """One more token was generated: the text that is certain now, perhaps empty, and the tokens that belong to it."""
 
     text: str
     tokens: tuple[Token, ...] = ()

@@ -1,7 +1,8 @@
 """One generation: its sampler, its text, its need of cache.
 
-Invariant: the same logits and seed give the token that transformers' `generate` draws (temperature, then top-k, then top-p),
-whatever else is in the batch: each sequence has its own generator.
+Invariant: the same logits and seed give the token that transformers' `generate` draws (bias, repetition penalty, end tokens that are
+too early; then temperature, top-k, top-p), whatever else is in the batch: each sequence has its own generator. A token is reported
+with its text, one of a stop string not at all.
 """
 
 from __future__ import annotations
@@ -83,14 +84,25 @@ class Sequence:
         """The token chosen last."""
         self._text = IncrementalText(tokenizer, self.request.prompt_ids, self.request.stops)
         self._end_ids = end_ids
+        self._held: list[tuple[int, Token]] = []
+        """Tokens that are not reported yet, each with the place of its first character."""
+        self._used = list(dict.fromkeys(self.request.prompt_ids)) if self.request.repetition_penalty != 1 else []
+        """Tokens that the repetition penalty is about."""
         self._count = 0
         self._generator: torch.Generator | None = None
+
+    @property
+    def prompt_left(self) -> int:
+        """Tokens of the prompt that are not computed."""
+        return len(self.request.prompt_ids) - (self.prefill.computed if self.prefill else 0)
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> int:
         """The next token for fused logits, fp32 [V], which are not changed; `likeliest` is their argmax."""
         request = self.request
+        shaped = self._shaped(logits)
         if request.temperature == 0:
-            return likeliest
+            return likeliest if shaped is logits else int(shaped.argmax())
+        logits = shaped
         scores = top_p_only(top_k_only(logits / request.temperature, request.top_k), request.top_p)
         if self._generator is None:
             self._generator = torch.Generator(scores.device)
@@ -100,10 +112,29 @@ class Sequence:
                 self._generator.manual_seed(request.seed)
         return int(torch.multinomial(scores.softmax(0)[None], 1, generator=self._generator))
 
+    def _shaped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [V] with bias, repetition penalty and without end tokens that come too early; the same tensor if nothing is asked."""
+        request, early = self.request, self._count < self.request.min_new_tokens
+        if not (request.bias or self._used or early):
+            return logits
+        shaped = logits.clone()
+        for token, more in request.bias:
+            shaped[token] += more
+        if self._used:
+            used = torch.tensor(self._used, device=shaped.device)
+            found, penalty = shaped[used], request.repetition_penalty
+            shaped[used] = torch.where(found < 0, found * penalty, found / penalty)
+        if early:
+            shaped[list(self._end_ids)] = -math.inf
+        return shaped
+
     def append(self, chosen: int, pilot: torch.Tensor, fused: torch.Tensor) -> bool:
         """Append the token chosen from these fp32 [V] logits and send it to the client. Returns whether it was the last."""
         self.last = chosen
         self._count += 1
+        if self._used and chosen not in self._used:
+            self._used.append(chosen)
+        self._held.append((self._text.decoded, described(self.request, chosen, pilot, fused)))
         ended = chosen in self._end_ids
         text = "" if ended else self._text.push([chosen])
         reason: Literal["stop", "length"] | None = None
@@ -113,7 +144,10 @@ class Sequence:
             reason = "length"
         if reason is not None:
             text += self._text.finish()
-        self.handle.send(Piece(text, (described(self.request, chosen, pilot, fused),)))
+        whole = reason is not None and not self._text.stopped
+        told = [token for begin, token in self._held if whole or begin < self._text.released]
+        self._held = self._held[len(told) :]
+        self.handle.send(Piece(text, tuple(told)))
         if reason is not None:
             self.handle.end(Finished(reason, len(self.request.prompt_ids), self._count))
         return reason is not None

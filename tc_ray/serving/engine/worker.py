@@ -54,6 +54,10 @@ class Worker:
         self._model, self._tokenizer, self._lock = model, tokenizer, lock
         self.batch = FusedBatch(model)
         self._prefixes = Prefixes(limits.prefix_bytes)
+        config = model.pilot.config
+        weights = sum(parameter.numel() for parameter in model.pilot.parameters())
+        self._even_tokens = weights / (2 * config.num_hidden_layers * config.hidden_size)
+        """Context at which attention costs as much as the weights: 2 flops a weight, 4 flops a layer, channel and token before."""
         self._joining: deque[Sequence] = deque()
         """Admitted; their prompts are being computed."""
         self._running: list[Sequence] = []
@@ -96,7 +100,7 @@ class Worker:
         """Take a request that fits."""
         request = handle.request
         if isinstance(request, GenerationRequest):
-            end_ids = frozenset() if request.ignore_end else self.end_ids
+            end_ids = request.end_ids | (frozenset() if request.ignore_end else self.end_ids)
             lam, need = self.lam_of(request), self.need_of(request)
             self._joining.append(Sequence(handle, self._tokenizer, end_ids, lam, need))
         else:
@@ -119,7 +123,7 @@ class Worker:
         return handles
 
     def round(self) -> None:
-        """Compute prompts (at most `prefill_tokens`), one token for every sequence, and a part of one scoring."""
+        """Compute prompts (work of at most `prefill_tokens`), one token for every sequence, and a part of one scoring."""
         self._compute_prompts()
         if self._running:
             self._step()
@@ -127,20 +131,31 @@ class Worker:
             self._score()
 
     def _compute_prompts(self) -> None:
-        left = self.limits.prefill_tokens
-        while self._joining and left > 0:
-            sequence = self._joining[0]
-            stays = False
-            try:
-                prefill = sequence.prefill or self._begin(sequence)
-                computed = prefill.advance(left)
-                left -= computed
-                self._count(prompt_tokens=computed)
-                stays = not prefill.done or self._join(sequence, prefill)
-            except Exception as error:  # noqa: BLE001 - logged, and reported to the client
-                self._fail(error, [sequence.handle])
-            if not stays:
-                self._joining.popleft()
+        """Half of the work for the oldest prompt, the rest for the shortest ones: a short one does not wait for a long one's end."""
+        if not self._joining:
+            return
+        oldest, *others = self._joining
+        shortest = sorted(others, key=lambda sequence: sequence.prompt_left)
+        left = float(self.limits.prefill_tokens)
+        for sequence, share in ((oldest, 0.5 if others else 1.0), *((other, 1.0) for other in shortest), (oldest, 1.0)):
+            if left >= 1 and sequence in self._joining:
+                left -= self._compute(sequence, left * share)
+
+    def _compute(self, sequence: Sequence, work: float) -> float:
+        """Compute a part of a prompt; returns its work. A token far behind the beginning is more work: it attends to more."""
+        spent, stays = 1.0, False
+        try:
+            prefill = sequence.prefill or self._begin(sequence)
+            cost = 1 + prefill.computed / self._even_tokens
+            computed = prefill.advance(max(1, int(work / cost)))
+            spent = computed * cost
+            self._count(prompt_tokens=computed)
+            stays = not prefill.done or self._join(sequence, prefill)
+        except Exception as error:  # noqa: BLE001 - logged, and reported to the client
+            self._fail(error, [sequence.handle])
+        if not stays:
+            self._joining.remove(sequence)
+        return spent
 
     def _begin(self, sequence: Sequence) -> Prefill:
         ids, owner = sequence.request.prompt_ids, sequence.request.owner
@@ -169,7 +184,8 @@ class Worker:
             raise
         sequence.prefill = None  # its keys and values are in the batch now
         with self._lock:
-            self._running.append(self._joining.popleft())
+            self._joining.remove(sequence)
+            self._running.append(sequence)
         return True
 
     def _step(self) -> None:

@@ -1,7 +1,7 @@
 """Response bodies of the HTTP API, in OpenAI's shapes.
 
 Invariants: every body and every chunk that the server sends is one of these. The failover proxy reads the order of fields: of a
-choice, the index comes first and the text before log-probabilities. JSON has no infinity: the log of 0 is -9999.0.
+choice, the index comes first and the text before log-probabilities. JSON has no infinity: the log of 0 is -88.0.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-LOG_OF_ZERO = -9999.0
-"""What stands for log 0, as in vLLM."""
+LOG_OF_ZERO = -88.0
+"""What stands for log 0, and the least log-probability of a token: clients take `exp(-value)` in float32 for a perplexity."""
 
 Logprob = Annotated[float, BeforeValidator(lambda value: max(value, LOG_OF_ZERO))]
 FinishReason = Literal["stop", "length"]
@@ -152,13 +152,13 @@ class ScoredPlace(Answer):
 
 
 class ScoredCompletion(Answer):
-    """One completion: its tokens and their sums, -9999.0 where a token has probability 0."""
+    """One completion: its tokens and the sums of what stands there."""
 
     index: int = Field(ge=0)
     tokens: list[ScoredPlace]
     token_count: int = Field(ge=1)
-    pilot: Logprob = Field(description="log p^ of the completion: the sum over its tokens")
-    fused: Logprob = Field(description="log p~ of the completion: the sum over its tokens")
+    pilot: float = Field(description="log p^ of the completion: the sum over its tokens")
+    fused: float = Field(description="log p~ of the completion: the sum over its tokens")
 
 
 class ScoreAnswer(Headed):

@@ -13,19 +13,25 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import tc_ray
 from tc_ray.config.serving import ServingSection
 from tc_ray.serving.errors import RequestError, from_validation
-from tc_ray.serving.http.answers import ErrorEnvelope
+from tc_ray.serving.http.accepted import INSTEAD
+from tc_ray.serving.http.answers import LOG_OF_ZERO, ErrorEnvelope
 from tc_ray.serving.http.gate import Gate
 from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.http.routes import make_router
 from tc_ray.serving.models.registry import ModelRegistry
 from tc_ray.serving.page.route import router as page
+from tc_ray.serving.wire import COPILOT_HEADER, SEED_HEADER
 
-_DESCRIPTION = "Fused Pilot and Copilot behind OpenAI's API. Unknown fields are refused. The log of 0 is -9999.0."
+_DESCRIPTION = (
+    "Fused Pilot and Copilot behind OpenAI's API. Unknown fields are refused, unknown query parameters are not read. "
+    f"The log of 0 is {LOG_OF_ZERO}."
+)
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -57,6 +63,14 @@ def create_app(registry: ModelRegistry, limits: ServingSection, key_digests: Seq
     app.state.metrics = metrics
     app.state.registry = registry
     app.add_middleware(Gate, registry=registry, limits=limits, key_digests=key_digests, metrics=metrics)
+    if limits.cors_origins:  # outside the gate: a browser asks first without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[SEED_HEADER, COPILOT_HEADER, "Retry-After"],
+        )
     for kind in (RequestError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refuse)
     app.include_router(make_router(registry, limits, metrics))
@@ -68,7 +82,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     """Any error of the application or the framework in OpenAI's envelope."""
     headers: Mapping[str, str] = {}
     if isinstance(error, RequestValidationError):
-        error = from_validation(error.errors())
+        error = from_validation(error.errors(), INSTEAD)
     elif isinstance(error, HTTPException):
         headers, code = error.headers or {}, _CODES.get(error.status_code, "http_error")
         error = RequestError(f"{error.detail}.", status=error.status_code, code=code)

@@ -25,7 +25,7 @@ ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/score", "/v1
 
 
 class Gate:
-    """Counts and times each request, and answers 401, 429, 413 or 408 in place of the app.
+    """Counts and times each request, and answers 401, 429, 415, 413 or 408 in place of the app.
 
     key_digests: SHA-256 of the API keys; none: no key is asked for. The scope's state gets `began_s` (perf_counter) and
     `key`, the digest; the app sets `model`, `refused` (error code) and `gone` (the client has left) for the metrics.
@@ -76,9 +76,14 @@ class Gate:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["key"] = key = self._key_of(scope)
+        if scope["method"] == "HEAD":  # the HTTP server leaves out the body
+            scope = {**scope, "method": "GET"}
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in scope["headers"]):
+            message = "A body must be sent as it is, without Content-Encoding."
+            raise RequestError(message, status=415, code="unsupported_encoding")
         if self._registry.full:
             raise queue_full()
         if self._running[key] >= self._limits.max_key_requests:

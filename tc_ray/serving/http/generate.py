@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.serving.engine.contract import GenerationRequest, Request, ScoreRequest
-from tc_ray.serving.errors import RequestError, invalid_value
+from tc_ray.serving.errors import invalid_value
 from tc_ray.serving.http.requests import (
     DEFAULT_COMPLETION_TOKENS,
     MIN_TEMPERATURE,
@@ -21,7 +21,7 @@ from tc_ray.serving.http.requests import (
     split_prompts,
 )
 from tc_ray.serving.models.registry import ServedModel
-from tc_ray.serving.text.prompt import PlacedPrompt
+from tc_ray.serving.text.prompt import PlacedPrompt, Room
 
 Body = CompletionRequest | ChatRequest | ScoreBody
 
@@ -91,31 +91,41 @@ def make_generation(
 
     seed: of the first choice. owner: the client's key. deadline_s: `time.monotonic()` at which the request fails.
     """
+    _check_tokens(body, served.encoder.vocab_size)
     asked, context = body.max_tokens, served.engine.context_tokens
-    longest = _longest_prompt("max_tokens", context - (1 if asked is None else asked), limits)
+    room = _room(context - (asked != 0), served, limits, 1 if asked is None else asked)
     echoes: list[PlacedPrompt] = []
     scorings: list[ScoreRequest] = []
     if isinstance(body, CompletionRequest):
         given, default = split_prompts(body.prompt), DEFAULT_COMPLETION_TOKENS
-        prompts = [served.encoder.ids(one, longest) for one in given]
+        prompts = [served.encoder.ids(one, room) for one in given]
         if body.echo:
             echoes = [served.encoder.placed(one, ids) for one, ids in zip(given, prompts, strict=True)]
         for ids, echo in zip(prompts, echoes, strict=True) if body.scores_prompt else ():
             start = 1 if body.score_after is None else max(1, echo.first_after(body.score_after, "copilot.score_after"))
             scorings.append(ScoreRequest(ids, start, body.weight, body.named_tokens or 0, deadline_s, before=True))
     else:
-        messages = [{"role": message.role, "content": message.text()} for message in body.messages]
-        prompts, default = [served.encoder.chat(messages, longest)], limits.max_tokens
+        messages = [{"role": message.turn, "content": message.text()} for message in body.messages]
+        continues = bool(body.continue_final_message)
+        opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+        variables = body.chat_template_kwargs
+        prompts = [served.encoder.chat(messages, room, opens=opens, continues=continues, variables=variables)]
+        default = limits.max_tokens
     temperature = 1.0 if body.temperature is None else body.temperature
     generations = [
         GenerationRequest(
             prompt_ids=ids,
-            max_new_tokens=asked or min(default, limits.max_tokens, context - len(ids)),
+            max_new_tokens=min(asked or default, limits.max_tokens, context - len(ids)),
             temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=body.top_k,
+            top_k=body.top_k if body.top_k is not None and body.top_k > 0 else None,
             seed=seed + i,
             stops=body.stops,
+            bias=tuple((int(token), more) for token, more in (body.logit_bias or {}).items()),
+            repetition_penalty=body.repetition_penalty or 1.0,
+            end_ids=frozenset(body.stop_token_ids or ()),
+            min_new_tokens=body.min_tokens or 0,
+            ignore_end=bool(body.ignore_eos),
             lam=body.weight,
             logprobs=body.named_tokens,
             explain=body.explains,
@@ -136,18 +146,24 @@ def make_scoring(served: ServedModel, deadline_s: float, *, body: ScoreBody, lim
     begins with the completion's first token.
     """
     context = served.engine.context_tokens
-    prompt = served.encoder.ids(body.prompt, _longest_prompt("model", context - 1, limits))
+    prompt = served.encoder.ids(body.prompt, _room(context - 1, served, limits, 1))
     requests = []
     for number, given in enumerate(split_prompts(body.completion)):
         name = f"completion[{number}]" if given is not body.completion else "completion"
-        ids = served.encoder.ids(given, context - len(prompt), name, special=False)
+        ids = served.encoder.ids(given, Room(context - len(prompt)), name, special=False)
         requests.append(ScoreRequest((*prompt, *ids), len(prompt), body.weight, body.top_logprobs or 0, deadline_s))
     return Scoring(served, requests, len(prompt), body)
 
 
-def _longest_prompt(param: str, free: int, limits: ServingSection) -> int:
-    """Tokens that a prompt may have where `free` positions are left for it. Raises RequestError naming `param`."""
-    if free < 1:
-        message = f"Field `{param}`: the model has no position left for a prompt."
-        raise RequestError(message, param=param, code="context_length_exceeded")
-    return min(free, limits.max_prompt_tokens or free)
+def _room(tokens: int, served: ServedModel, limits: ServingSection, asked: int) -> Room:
+    """For a prompt of at most `tokens`, or of what the server allows. asked: new tokens."""
+    if limits.max_prompt_tokens is not None and limits.max_prompt_tokens < tokens:
+        return Room(limits.max_prompt_tokens)
+    return Room(tokens, served.engine.context_tokens, asked)
+
+
+def _check_tokens(body: CompletionRequest | ChatRequest, vocab_size: int) -> None:
+    """Raise RequestError for token ids that the model does not have."""
+    for name, ids in (("logit_bias", map(int, body.logit_bias or ())), ("stop_token_ids", body.stop_token_ids or ())):
+        if any(token >= vocab_size for token in ids):
+            raise invalid_value(name, f"token ids must be below {vocab_size}")

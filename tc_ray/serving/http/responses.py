@@ -50,8 +50,9 @@ class ResponseBuilder(ABC):
         self._names_tokens = generation.body.named_tokens is not None
         self._explains = generation.body.explains
         self._pending: list[list[Token]] = [[] for _ in range(generation.n * generation.prompts)]
-        """Of each choice, the tokens whose text has not come yet."""
+        """Of each choice, the tokens that came without text."""
         self._new_tokens = 0
+        """Generated so far, for all choices."""
 
     async def response(self, feed: Feed) -> BaseModel:
         """The whole response. Raises RequestError when a generation failed."""
@@ -65,13 +66,18 @@ class ResponseBuilder(ABC):
             choices.append(self._whole(Part(number, text, tokens, parts[-1].reason)))
         return self.response_class(**self.head, choices=choices, usage=self._usage())
 
-    async def chunks(self, feed: Feed, with_usage: bool) -> AsyncIterator[BaseModel]:
+    async def chunks(self, feed: Feed) -> AsyncIterator[BaseModel]:
         """The chunks of a stream, each with one choice. Raises RequestError when a generation failed."""
+        body = self.generation.body
+
+        def chunk(choice: BaseModel) -> BaseModel:
+            return self.chunk_class(**self.head, choices=[choice], usage=self._usage() if body.counts_always else None)
+
         for opening in self._openings():
-            yield self.chunk_class(**self.head, choices=[opening])
+            yield chunk(opening)
         async for part in self._parts(feed):
-            yield self.chunk_class(**self.head, choices=[self._piece(part)])
-        if with_usage:
+            yield chunk(self._piece(part))
+        if body.wants_usage:
             yield self.chunk_class(**self.head, choices=[], usage=self._usage())
 
     async def _parts(self, feed: Feed) -> AsyncIterator[Part]:
@@ -109,9 +115,9 @@ class ResponseBuilder(ABC):
 
     def _take(self, place: int, event: Event) -> Iterator[Part]:
         if isinstance(event, Finished):
-            self._new_tokens += event.completion_tokens
             yield Part(place, "", self._pending[place], event.finish_reason)
         elif isinstance(event, Piece):
+            self._new_tokens += 1
             if self._names_tokens or self._explains:
                 self._pending[place] += event.tokens
             if event.text:
@@ -243,6 +249,6 @@ def _scored_completion(index: int, tokens: Sequence[ScoredToken], scoring: Scori
         index=index,
         tokens=list(map(place, tokens)),
         token_count=len(tokens),
-        pilot=sum(token.pilot for token in tokens),
-        fused=sum(token.fused for token in tokens),
+        pilot=sum(max(token.pilot, answers.LOG_OF_ZERO) for token in tokens),
+        fused=sum(max(token.fused, answers.LOG_OF_ZERO) for token in tokens),
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import Json
 from starlette.responses import Response
 
@@ -69,15 +69,6 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _known_query(request: Request) -> None:
-    """Refuse query parameters that the route does not declare."""
-    known = {field.alias for field in request.scope["route"].dependant.query_params}
-    for name in request.query_params:
-        if name not in known:
-            message = f"Query parameter `{name}` is not supported by this route."
-            raise RequestError(message, param=name, code="unsupported_field")
-
-
 def make_router(registry: ModelRegistry, limits: ServingSection, metrics: Metrics) -> APIRouter:
     """All routes of the API over one replica's models."""
     router = APIRouter(generate_unique_id_function=lambda route: route.name)
@@ -87,8 +78,6 @@ def make_router(registry: ModelRegistry, limits: ServingSection, metrics: Metric
 
 
 def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: ServingSection, metrics: Metrics) -> None:
-    checked = [Depends(_known_query)]
-
     async def submit(
         request: Request, body: Body, make: Callable[[ServedModel, float], SomeWork]
     ) -> tuple[SomeWork, Feed]:
@@ -123,10 +112,10 @@ def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: Serving
         headers = {SEED_HEADER: str(first_seed), **_copilot_header(generation.served)}
         builder = builder_class(generation, resume)
         if body.stream:
-            return EventStream(feed, builder.chunks(feed, body.wants_usage), headers)
+            return EventStream(feed, builder.chunks(feed), headers)
         return await whole(request, feed, builder.response(feed), headers)
 
-    @router.post("/v1/completions", response_model=Completion, responses=_STREAMED, dependencies=checked)
+    @router.post("/v1/completions", response_model=Completion, responses=_STREAMED)
     async def completions(
         request: Request,
         body: CompletionRequest,
@@ -139,14 +128,14 @@ def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: Serving
         body = body.with_query(lam, score_after)
         return await generate(request, body, CompletionBuilder, seed, resume)
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAMED, dependencies=checked)
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
     async def chat_completions(
         request: Request, body: ChatRequest, seed: Seed = None, resume: Resumed = None
     ) -> Response:
         """Answer a conversation."""
         return await generate(request, body, ChatBuilder, seed, resume)
 
-    @router.post("/v1/score", response_model=ScoreAnswer, dependencies=checked)
+    @router.post("/v1/score", response_model=ScoreAnswer)
     async def score(request: Request, body: ScoreBody) -> Response:
         """Log-probabilities under Pilot and fused model."""
         scoring, feed = await submit(request, body, partial(make_scoring, body=body, limits=limits))

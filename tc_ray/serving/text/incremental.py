@@ -41,6 +41,10 @@ class IncrementalText:
         self._start, self._decoded = 0, len(self._ids)
         self._held = ""
         self.stopped = False
+        self.decoded = 0
+        """Characters of all ids so far, held ones too."""
+        self.released = 0
+        """Characters of all pieces."""
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is certain after the new `ids`; may be empty. After `stopped` it is always empty."""
@@ -59,6 +63,7 @@ class IncrementalText:
         piece = self._release(self._new_text(final=True))
         if not self.stopped:
             piece, self._held = piece + self._held, ""
+            self.released = self.decoded
         return piece
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -78,14 +83,17 @@ class IncrementalText:
     def _release(self, text: str) -> str:
         """The part of held + new text that cannot belong to a stop string any more."""
         self._held += text
+        self.decoded += len(text)
         # The stop string that is complete first wins, so the result does not depend on how the text was divided.
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             piece, self._held, self.stopped = self._held[: min(found)[1]], "", True
+            self.released += len(piece)
             return piece
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         piece, self._held = self._held[:cut], self._held[cut:]
+        self.released += cut
         return piece
 
 

@@ -7,8 +7,9 @@ once; a lock guards it.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,24 @@ PROBE_CHARACTERS = 8
 """Characters per token in the part of a long text that is tokenised first; few texts have more."""
 PROBE_SLACK_TOKENS = 16
 """At most this many tokens at the end of that part differ from those of the whole text."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a prompt has to fit into. tokens: of the longest prompt. context: of the model, where that is what bounds it; asked: new
+    tokens that the client wants."""
+
+    tokens: int
+    context: int | None = None
+    asked: int = 0
+
+    def too_long(self, param: str, tokens: int, least: str = "") -> RequestError:
+        """400 for a prompt of so many tokens. Clients know OpenAI's words "maximum context length is"."""
+        if self.context is None:
+            words = f"{least}{tokens} tokens are too many; the limit here is {self.tokens}"
+        else:
+            words = f"this model's maximum context length is {self.context} tokens; you asked for {least}{tokens} + {self.asked}"
+        return RequestError(f"Field `{param}`: {words}.", param=param, code="context_length_exceeded")
 
 
 @dataclass(frozen=True)
@@ -59,29 +78,41 @@ class PromptEncoder:
         """Texts of single tokens. It has its own tokenizer, because the event loop must not wait for the lock."""
 
     def ids(
-        self, given: str | Sequence[int], limit_tokens: int, param: str = "prompt", *, special: bool = True
+        self, given: str | Sequence[int], room: Room, param: str = "prompt", *, special: bool = True
     ) -> tuple[int, ...]:
         """Token ids of a text or of ids, at least one. Raises RequestError naming `param`.
 
         special: begin with the tokenizer's beginning-of-text token, if it has one.
         """
         if isinstance(given, str):
-            ids = self._tokenised(given, limit_tokens, param, special)
+            ids = self._tokenised(given, room, param, special)
             if not ids:
                 raise invalid_value(param, "it has no tokens")
         else:
             ids = tuple(given)
             if max(ids) >= self.vocab_size:
                 raise invalid_value(param, f"token ids must be below {self.vocab_size}")
-        if len(ids) > limit_tokens:
-            raise _too_long(param, len(ids), limit_tokens)
+        if len(ids) > room.tokens:
+            raise room.too_long(param, len(ids))
         return ids
 
-    def chat(self, messages: list[dict[str, str]], limit_tokens: int) -> tuple[int, ...]:
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        room: Room,
+        *,
+        opens: bool = True,
+        continues: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Token ids of a conversation, rendered by the model's chat template. Raises RequestError.
 
-        The name of a special token in a message is text, as in training.
+        The name of a special token in a message is text, as in training. opens: up to where an answer begins. continues: the last
+        message stays open. variables: of the template.
         """
+        variables = variables or {}
+        for name in variables.keys() & {"messages", *inspect.signature(self._tokenizer.apply_chat_template).parameters}:
+            raise invalid_value(f"chat_template_kwargs.{name}", "this name is not one of the template's variables")
         if not self._tokenizer.chat_template:
             raise RequestError(
                 "This model has no chat template; use /v1/completions.", param="messages", code="no_chat_template"
@@ -92,15 +123,19 @@ class PromptEncoder:
 
         def render(contents: Sequence[str]) -> str:
             written = [{**message, "content": text} for message, text in zip(messages, contents, strict=True)]
-            return render_chat(self._tokenizer, written)
+            return render_chat(self._tokenizer, written, opens=opens, continues=continues, variables=variables)
 
         with self._lock:
             try:
                 text = render(contents)
-            except TemplateError as error:
+            except (
+                TemplateError,
+                TypeError,
+                ValueError,
+            ) as error:  # variables of a wrong kind, a last message that is not kept
                 raise invalid_value("messages", f"the model's chat template refuses them: {error}") from error
         # The template writes the special tokens itself.
-        ids = self.ids(text, limit_tokens, "messages", special=False)
+        ids = self.ids(text, room, "messages", special=False)
         with self._lock:
             if not named_ids(contents, self._tokenizer):
                 return ids
@@ -108,8 +143,8 @@ class PromptEncoder:
                 ids = tuple(encode_rendered(contents, render, self._tokenizer))
             except SpecialTextError as error:
                 raise invalid_value("messages", str(error)) from error
-        if len(ids) > limit_tokens:
-            raise _too_long("messages", len(ids), limit_tokens)
+        if len(ids) > room.tokens:
+            raise room.too_long("messages", len(ids))
         return ids
 
     def placed(self, given: str | Sequence[int], ids: Sequence[int]) -> PlacedPrompt:
@@ -129,19 +164,11 @@ class PromptEncoder:
                 text += decoder.push([token])
             return PlacedPrompt(text + decoder.finish(), tuple(begins))
 
-    def _tokenised(self, text: str, limit_tokens: int, param: str, special: bool) -> tuple[int, ...]:
-        probe = PROBE_CHARACTERS * (limit_tokens + PROBE_SLACK_TOKENS)
+    def _tokenised(self, text: str, room: Room, param: str, special: bool) -> tuple[int, ...]:
+        probe = PROBE_CHARACTERS * (room.tokens + PROBE_SLACK_TOKENS)
         with self._lock:
             if len(text) > probe:
                 begun = len(self._tokenizer(text[:probe], add_special_tokens=special)["input_ids"])
-                if begun > limit_tokens + PROBE_SLACK_TOKENS:
-                    raise _too_long(param, begun, limit_tokens, "more than ")
+                if begun > room.tokens + PROBE_SLACK_TOKENS:
+                    raise room.too_long(param, begun, "more than ")
             return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
-
-
-def _too_long(param: str, tokens: int, limit_tokens: int, least: str = "") -> RequestError:
-    return RequestError(
-        f"Field `{param}`: {least}{tokens} tokens are too many; the limit here is {limit_tokens}.",
-        param=param,
-        code="context_length_exceeded",
-    )

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.support.ports import free_port
@@ -56,6 +57,16 @@ def command(export: Path, port: int, log: Path) -> Iterator[subprocess.Popen[byt
                 os.kill(pid, signal.SIGKILL)
 
 
+def listening(pids: Iterable[int]) -> set[str]:
+    """Addresses on which these processes accept TCP connections."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            connections = psutil.Process(pid).net_connections(kind="tcp")
+            found |= {one.laddr.ip.removeprefix("::ffff:") for one in connections if one.status == psutil.CONN_LISTEN}
+    return found
+
+
 @pytest.mark.timeout(400)
 def test_sigterm_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     export, port, log = make_export(tmp_path / "demo", positions=TOKENS + 100), free_port(), tmp_path / "log"
@@ -68,6 +79,7 @@ def test_sigterm_in_the_middle_of_a_stream(tmp_path: Path) -> None:
         assert stream.begun.wait(60)
         started = processes_under(process.pid)
         assert len(started) > 3, "Ray's processes, the proxy and the replica"
+        assert listening(started) == {"127.0.0.1"}, "Ray's own ports are those of the server's address too"
         said = len(stream.text)
         process.send_signal(signal.SIGTERM)
         told = time.monotonic()

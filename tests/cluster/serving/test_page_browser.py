@@ -164,6 +164,16 @@ def test_the_tip_tells_a_token_to_pointer_and_keys(server: ServingProcess, brows
     assert browser.evaluate("document.activeElement === [...document.querySelectorAll('#fused .unit')].at(-1)")
 
 
+def test_before_the_first_answer(server: ServingProcess, browser: Browser) -> None:
+    """Both panes looked busy from the load on: a caret blinked where the words should stand."""
+    show(browser, server)
+    assert browser.evaluate("document.querySelectorAll('.answer[aria-busy]').length") == 0
+    shown = "getComputedStyle(document.querySelector('#pilot .answer'), '::before').content"
+    assert "The answer comes here." in browser.evaluate(shown)
+    browser.evaluate("document.querySelector('.example').click()")
+    assert browser.evaluate("document.getElementById('prompt').value").startswith("Tom has 3 apples")
+
+
 @pytest.mark.parametrize("how", ["button", "key"])
 def test_a_stopped_answer_is_stopped_in_the_server_too(server: ServingProcess, browser: Browser, how: str) -> None:
     show(browser, server)
@@ -208,12 +218,12 @@ def test_refusals_and_a_dead_server_are_said(export: Path, browser: Browser) -> 
 def test_with_a_key_the_page_asks_for_it_and_keeps_it_in_the_tab_only(export: Path, browser: Browser) -> None:
     with ServingProcess(export, key=KEY) as server:
         browser.open(f"{server.address}/")
-        until_page(browser, "!document.getElementById('trouble').hidden")
-        assert "asks for a key" in browser.evaluate("document.getElementById('trouble').textContent")
+        until_page(browser, "!document.getElementById('key-trouble').hidden")
+        assert "asks for a key" in browser.evaluate("document.getElementById('key-trouble').textContent")
         for given, hidden in (("wrong", False), (KEY, True)):
             fill(browser, "key", given)
             browser.evaluate("document.getElementById('key').dispatchEvent(new Event('change'))")
-            until_page(browser, f"document.getElementById('trouble').hidden === {json.dumps(hidden)}")
+            until_page(browser, f"document.getElementById('key-trouble').hidden === {json.dumps(hidden)}")
         until_page(browser, "document.getElementById('model').options.length > 0")
         fill(browser, "prompt", PROMPT)
         fill(browser, "max-tokens", "10")

@@ -21,6 +21,7 @@ from tc_ray.serving.deploy.launch import Server
 from tc_ray.serving.deploy.replica import Replica
 from tc_ray.serving.deploy.settings import ReplicaSettings
 from tc_ray.serving.engine.contract import GenerationRequest
+from tc_ray.serving.text.prompt import Room
 from tests.support.serving_cluster import PROMPT, Stream, replica_pids, running_replicas, server_of, soon
 from tests.support.serving_samples import Collector, make_export
 
@@ -84,7 +85,7 @@ def decode(served: Any, bodies: list[dict[str, Any]], lam: float) -> list[str]:
     collectors = []
     for body in bodies:
         request = GenerationRequest(
-            prompt_ids=served.encoder.ids(body["prompt"], 512),
+            prompt_ids=served.encoder.ids(body["prompt"], Room(512)),
             max_new_tokens=body["max_tokens"],
             temperature=body["temperature"],
             seed=body["seed"],

@@ -16,7 +16,7 @@ def test_requests_times_and_load(tmp_path: Path, recorded: RecordedMetrics) -> N
     with client_of(settings_of(make_export(tmp_path))) as client:
         for _ in range(2):
             post(client, "/v1/completions", COMPLETION)
-        client.post("/v1/completions", json={**COMPLETION, "user": "x"})
+        client.post("/v1/completions", json={**COMPLETION, "usr": "x"})
         client.get("/secret-path")
         state: Any = client.app.state  # type: ignore[attr-defined]
         [served] = state.registry

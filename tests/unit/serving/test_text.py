@@ -10,7 +10,7 @@ import pytest
 from tokenizers import normalizers
 
 from tc_ray.serving.text.incremental import IncrementalText
-from tc_ray.serving.text.prompt import PromptEncoder
+from tc_ray.serving.text.prompt import PromptEncoder, Room
 from tests.support.serving_samples import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -82,7 +82,7 @@ def test_an_echo_of_broken_characters_is_placed_in_linear_time() -> None:
     """A fault found by attack: each token of U+FFFD was decoded with all before it, since no piece ended."""
     text = "\ufffd" * 2000
     encoder = PromptEncoder(make_tokenizer(), len(TOKENIZER))
-    ids = encoder.ids(text, 10_000)
+    ids = encoder.ids(text, Room(10_000))
     begun = time.process_time()
     placed = encoder.placed(text, ids)
     assert time.process_time() - begun < 0.5
@@ -97,5 +97,5 @@ def test_a_marker_is_looked_for_in_the_text_as_it_was_sent() -> None:
     marker = unicodedata.normalize("NFD", "Réponse:")
     prompt = f"Ünï {marker} no {marker}"
     whole = prompt + " an apple"
-    border = len(encoder.ids(prompt, 100))
-    assert encoder.placed(whole, encoder.ids(whole, 100)).first_after(marker, "score_after") == border
+    border = len(encoder.ids(prompt, Room(100)))
+    assert encoder.placed(whole, encoder.ids(whole, Room(100))).first_after(marker, "score_after") == border

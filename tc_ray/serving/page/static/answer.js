@@ -15,7 +15,7 @@ export class Answer {
     this.facts = section.querySelector(".facts");
     this.trouble = section.querySelector(".trouble");
     this.tip = tip;
-    this.start(this.title.textContent);
+    this.clear(this.title.textContent);
     this.box.addEventListener("pointerover", (event) => this.show(event.target));
     this.box.addEventListener("pointerout", () => this.tip.hide());
     this.box.addEventListener("focusin", (event) => this.show(event.target));
@@ -25,9 +25,13 @@ export class Answer {
   }
 
   start(title) {
+    this.clear(title);
+    this.box.setAttribute("aria-busy", "true");
+  }
+
+  clear(title) {
     this.title.textContent = title;
     this.box.replaceChildren();
-    this.box.setAttribute("aria-busy", "true");
     this.facts.textContent = "";
     this.trouble.hidden = true;
     this.units = []; // {text, tokens, element}: most often one token each

@@ -13,9 +13,9 @@ const parting = new Parting(pilot, fused);
 const exported = new Map(); // name of a model -> its exported lambda
 let running = null; // AbortController of the two streams
 
-function complain(message) {
-  find("trouble").textContent = message;
-  find("trouble").hidden = !message;
+function complain(message, place = "trouble") {
+  find(place).textContent = message;
+  find(place).hidden = !message;
 }
 
 function showLambda() {
@@ -39,8 +39,9 @@ async function loadModels() {
     find("model").replaceChildren(...list.map((card) => new Option(card.id, card.id)));
     chooseModel();
     complain("");
+    complain("", "key-trouble");
   } catch (error) {
-    complain(error.message);
+    complain(error.message, error.status === 401 ? "key-trouble" : "trouble"); // beside the field at fault
     if (error.status === 401) find("key").focus();
   }
 }
@@ -119,6 +120,12 @@ find("lambda").addEventListener("input", showLambda);
 find("model").addEventListener("change", chooseModel);
 find("ask").addEventListener("submit", answer);
 find("stop").addEventListener("click", stop);
+for (const example of document.querySelectorAll(".example")) {
+  example.addEventListener("click", () => {
+    find("prompt").value = example.textContent;
+    find("prompt").focus();
+  });
+}
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) find("ask").requestSubmit();
   if (event.key === "Escape") {
