@@ -1,6 +1,6 @@
 """What replicas and the failover proxy share: names of headers, bounded request bodies, short pauses of their event loops.
 
-Invariant: the failover proxy removes RESUME and SEED from what clients send, so a replica that is reached through it can
+Invariant: the failover proxy removes RESUME, SEED and ALIVE from what clients send, so a replica that is reached through it can
 trust them.
 """
 
@@ -19,6 +19,9 @@ RESUME_HEADER = "X-TC-Ray-Resume"
 """Request: id and time of the stream that this request repeats."""
 SEED_HEADER = "X-TC-Ray-Seed"
 """Request and response: seed of the sampling."""
+ALIVE_HEADER = "X-TC-Ray-Alive"
+"""Request: the failover proxy wants a sign of life (an empty comment) from a stream that has no event for ALIVE_S."""
+ALIVE_S = 2.0
 COPILOT_HEADER = "X-TC-Ray-Copilot"
 """Response: version of the Copilot that made it."""
 FAILOVER_HEADER = "X-TC-Ray-Failover"

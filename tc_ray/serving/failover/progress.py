@@ -48,11 +48,11 @@ class StreamProgress:
         if not body.endswith(b"\n\n"):
             whole = body.rfind(b"\n\n") + 2 if b"\n\n" in body else 0
             body, self._rest = body[:whole], body[whole:]
-        events = body.split(b"\n\n")[:-1]
+        events = [event for event in body.split(b"\n\n")[:-1] if event != b":"]  # a sign of life is for the proxy
         if not self._owed:
             for event in events:
                 self._count(event)
-            return body
+            return b"".join(event + b"\n\n" for event in events)
         return b"".join(event + b"\n\n" for event in events if not self._found_again(event))
 
     def repeat(self) -> None:

@@ -1,6 +1,6 @@
 """The failover proxy: an ASGI middleware in Ray Serve's proxy process, which outlives the replicas behind it.
 
-When a replica dies, Serve ends its responses without an error. The failover proxy sends the request to another replica: a
+When a replica dies, Serve ends its responses without an error; one that hangs answers nothing, not even that it is alive. The failover proxy sends the request to another replica: a
 stream is repeated there with the same seed and continued after the last chunk that the client has; a response that had not
 begun is made again. What cannot be saved ends in an error event or an error body. It also removes headers that clients must
 not set, and puts Serve's plain-text errors into OpenAI's envelope.
@@ -14,6 +14,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
+import re
 import time
 from collections.abc import Awaitable, Callable
 
@@ -30,11 +32,13 @@ MAX_HELD_BYTES = 2**28
 """Of all bodies that one proxy holds, for which no key is needed."""
 RESUME_HEADER = wire.RESUME_HEADER.lower().encode()
 SEED_HEADER = wire.SEED_HEADER.lower().encode()
+ALIVE_HEADER = wire.ALIVE_HEADER.lower().encode()
 COPILOT_HEADER = wire.COPILOT_HEADER.lower().encode()
 FAILOVER_HEADER = (wire.FAILOVER_HEADER.lower().encode(), b"1")
 _NOT_FROM_CLIENTS = {
     RESUME_HEADER,
     SEED_HEADER,
+    ALIVE_HEADER,
     # Serve's own: they change its time limit, switch off its watch for clients that leave, and choose replicas
     b"x-request-timeout-seconds",
     b"x-request-disconnect-disabled",
@@ -48,6 +52,9 @@ MAX_RESUMES = 3
 RESUME_WITHIN_S = 60.0
 """How long a stream waits for a replica with a free place."""
 MAX_WAIT_S = 5.0
+HUNG_S = 10.0
+"""A stream's replica that is silent for so long is taken for dead. It gives a sign of life every `wire.ALIVE_S`."""
+_STREAMS = re.compile(rb'"stream"\s*:\s*true')
 
 logger = logging.getLogger("tc_ray.serving")
 
@@ -104,6 +111,9 @@ class _Relay:
     def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._body = app, scope, body
         self._client_receive, self._client_send = receive, send
+        self._streams = _STREAMS.search(body) is not None
+        self._heard_s = 0.0
+        """When the replica has last said anything; infinite while the client is slow to take it."""
         self._gone = False
         """The client has left."""
         self._stream: StreamProgress | None = None
@@ -152,15 +162,32 @@ class _Relay:
         # A scope of its own: Serve's middleware adds to the list of headers.
         scope = {**self._scope, "headers": self._headers()}
         try:
-            await self._app(scope, replayed(self._body, self._receive), self._send)
+            await self._answered(
+                asyncio.ensure_future(self._app(scope, replayed(self._body, self._receive), self._send))
+            )
         except Exception:  # whatever it was, the client gets an error; the proxy's log has the traceback
             logger.exception("a request failed in Ray Serve's proxy")
         if self._stream is not None and not self._complete:
             self._stream.repeat()
 
+    async def _answered(self, answering: asyncio.Future[None]) -> None:
+        """Wait until the replica has answered, or has been silent in a stream for too long."""
+        self._heard_s = time.monotonic()
+        try:
+            while not (await asyncio.wait((answering,), timeout=HUNG_S / 4))[0]:
+                if self._streams and time.monotonic() > self._heard_s + HUNG_S:
+                    logger.warning("a replica says nothing for %g s; its stream goes to another", HUNG_S)
+                    return
+            answering.result()
+        finally:
+            self._mode = None
+            answering.cancel()
+            await asyncio.wait((answering,), timeout=1)
+
     def _headers(self) -> list[tuple[bytes, bytes]]:
         given = self._scope["headers"]
         headers = [(name, value) for name, value in given if name.replace(b"_", b"-") not in _NOT_FROM_CLIENTS]
+        headers += [(ALIVE_HEADER, b"1")]
         if self._stream is not None:
             resume = self._stream.resume_header()
             headers += [(RESUME_HEADER, resume)] if resume else []
@@ -174,10 +201,12 @@ class _Relay:
 
     async def _send(self, message: Message) -> None:
         """Take one message of the replica."""
+        self._heard_s = math.inf
         if message["type"] == "http.response.start":
             await self._begin(message)
         elif self._mode is not None and not self._complete:
             await self._mode(message)
+        self._heard_s = time.monotonic()
 
     async def _begin(self, start: Message) -> None:
         headers = dict(start["headers"])

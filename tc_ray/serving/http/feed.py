@@ -101,12 +101,17 @@ def json_response(answer: BaseModel, headers: Mapping[str, str] | None = None, s
 
 
 class EventStream(Response):
-    """The streamed response. Its generations are cancelled however it ends, even before it begins."""
+    """The streamed response. Its generations are cancelled however it ends, even before it begins.
+
+    alive_s: see `wire.ALIVE_HEADER`; None: nothing but events.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, feed: Feed, chunks: AsyncIterator[BaseModel], headers: Mapping[str, str]) -> None:
-        self._feed, self._chunks = feed, chunks
+    def __init__(
+        self, feed: Feed, chunks: AsyncIterator[BaseModel], headers: Mapping[str, str], alive_s: float | None
+    ) -> None:
+        self._feed, self._chunks, self._alive_s = feed, chunks, alive_s
         self._failed: str | None = None
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
@@ -125,10 +130,21 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> bool:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for line in self._events():
+        events = self._events()
+        while line := await self._next(events, send):
             await send({"type": "http.response.body", "body": line.encode("utf-8"), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
+
+    async def _next(self, events: AsyncIterator[str], send: Send) -> str:
+        """The next event, "" after the last; until it comes, a comment every `alive_s`."""
+        coming = asyncio.ensure_future(anext(events, ""))
+        try:
+            while self._alive_s is not None and not (await asyncio.wait((coming,), timeout=self._alive_s))[0]:
+                await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+            return await coming
+        finally:
+            coming.cancel()
 
     async def _events(self) -> AsyncIterator[str]:
         try:

@@ -35,7 +35,7 @@ from tc_ray.serving.http.metrics import Metrics
 from tc_ray.serving.http.requests import MAX_STOP_CHARACTERS, ChatRequest, CompletionRequest, Resume, ScoreBody
 from tc_ray.serving.http.responses import ChatBuilder, CompletionBuilder, ResponseBuilder, score_response
 from tc_ray.serving.models.registry import ModelRegistry, ServedModel
-from tc_ray.serving.wire import COPILOT_HEADER, RESUME_HEADER, SEED_HEADER
+from tc_ray.serving.wire import ALIVE_HEADER, ALIVE_S, COPILOT_HEADER, RESUME_HEADER, SEED_HEADER
 
 _STOPPED = frozenset({"worker_stopped", "shutting_down"})
 SomeWork = TypeVar("SomeWork", bound=Work)
@@ -112,7 +112,8 @@ def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: Serving
         headers = {SEED_HEADER: str(first_seed), **_copilot_header(generation.served)}
         builder = builder_class(generation, resume)
         if body.stream:
-            return EventStream(feed, builder.chunks(feed), headers)
+            alive_s = ALIVE_S if ALIVE_HEADER in request.headers else None
+            return EventStream(feed, builder.chunks(feed), headers, alive_s)
         return await whole(request, feed, builder.response(feed), headers)
 
     @router.post("/v1/completions", response_model=Completion, responses=_STREAMED)

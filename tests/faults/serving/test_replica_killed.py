@@ -1,4 +1,4 @@
-"""One of two replicas is killed while seeded streams run: each goes on elsewhere as if nothing had been, or says that it broke off.
+"""One of two replicas is killed or frozen while seeded streams run: each goes on elsewhere as if nothing had been, or says that it broke off.
 
 What is said is compared with decoding of the same seeds in this process. The slow test has the 200 streams that are asked for.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,8 +101,10 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def kill_during(server: Server, given: list[Case], begun_before_kill: int) -> list[Stream]:
-    """Stream all at once and kill a replica when so many have got text; returns the ended streams."""
+def kill_during(
+    server: Server, given: list[Case], begun_before_kill: int, number: signal.Signals = signal.SIGKILL
+) -> list[Stream]:
+    """Stream all at once and send a replica the signal when so many have got text; returns the ended streams."""
     victim, survivor = replica_pids()
     worked = cpu_seconds(victim)
     streams = [Stream(server.url, case.body) for case in given]
@@ -111,9 +114,13 @@ def kill_during(server: Server, given: list[Case], begun_before_kill: int) -> li
     assert cpu_seconds(victim) > worked  # both have some of the streams
     running = sum(stream.is_alive() for stream in streams)
     assert running > len(streams) / 2, "the kill came too late to matter"
-    os.kill(victim, signal.SIGKILL)
-    for stream in streams:
-        stream.join(timeout=400)
+    os.kill(victim, number)
+    try:
+        for stream in streams:
+            stream.join(timeout=400)
+    finally:
+        if number == signal.SIGSTOP:
+            os.kill(victim, signal.SIGCONT)
     assert survivor in replica_pids()
     print(f"{running} streams ran at the kill; ends: {dict(Counter(stream.end for stream in streams))}")
     return streams
@@ -140,6 +147,16 @@ def test_streams_of_a_killed_replica_go_on(server: Server, export: Path) -> None
     # an answer that is no stream
     answer = httpx.post(f"{server.url}/v1/completions", json=given[0].body, timeout=60)
     assert answer.json()["choices"][0]["text"] == given[0].text
+
+
+def test_streams_of_a_frozen_replica_go_on(server: Server, export: Path) -> None:
+    """Nothing is closed and nothing ends: Serve itself would take minutes to find out."""
+    assert soon(lambda: running_replicas() == 2, 180)
+    given = cases(export, 12, first=500)
+    began = time.monotonic()
+    ends = check(kill_during(server, given, 6, signal.SIGSTOP), given)
+    assert ends == {"[DONE]": 12}
+    print(f"12 streams, one replica frozen: {time.monotonic() - began:.1f} s")
 
 
 @pytest.mark.slow

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from tc_ray.serving.failover import proxy as proxy_module
 from tc_ray.serving.failover.proxy import FailoverProxy
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+STREAMED = b'{"stream": true}'
 DONE = b"data: [DONE]\n\n"
 
 
@@ -76,7 +79,7 @@ class Replicas:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.asked.append(dict(scope["headers"]))
         message = await receive()
-        assert message == {"type": "http.request", "body": b"{}", "more_body": False}
+        assert message["type"] == "http.request" and message["body"] in (b"{}", STREAMED)
         await self._replicas[len(self.asked) - 1](scope, receive, send)
 
 
@@ -129,6 +132,60 @@ def test_cut_stream_goes_on_where_it_ended() -> None:
     assert (resume["id"], resume["created"]) == ("cmpl-1", 7)
     assert replicas.asked[1][b"x-tc-ray-seed"] == b"42"
     assert b"x-tc-ray-resume" not in replicas.asked[0]
+
+
+def hangs(*events: bytes, alive: int = 0) -> App:
+    """A replica that sends these events, gives so many signs of life, and then says nothing more."""
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        await streams(*events)(scope, receive, send)
+        for _ in range(alive):
+            await asyncio.sleep(0.1)
+            await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+        await asyncio.Event().wait()
+
+    return replica
+
+
+async def says_nothing(_: Scope, __: Receive, ___: Send) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("first", [hangs(event(0, "a")), hangs(), says_nothing], ids=["begun", "head", "nothing"])
+def test_stream_of_a_replica_that_hangs_goes_on_elsewhere(monkeypatch: pytest.MonkeyPatch, first: App) -> None:
+    monkeypatch.setattr(proxy_module, "HUNG_S", 0.3)
+    replicas = Replicas(first, streams(event(0, "a"), event(0, "b"), DONE))
+    assert Client(replicas, body=STREAMED).text == event(0, "a") + event(0, "b") + DONE
+    assert replicas.asked[0][b"x-tc-ray-alive"] == b"1"
+
+
+def test_a_sign_of_life_keeps_a_stream_and_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_module, "HUNG_S", 0.3)
+    ended: list[float] = []
+
+    async def works_long(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": event(0, "b") + DONE, "more_body": False})
+        ended.append(time.monotonic())
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        await streams(event(0, "a"))(scope, receive, send)
+        await works_long(scope, receive, send)
+
+    assert Client(Replicas(replica), body=STREAMED).text == event(0, "a") + event(0, "b") + DONE
+    assert len(ended) == 1
+
+
+def test_a_long_whole_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_module, "HUNG_S", 0.1)
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.5)
+        await answers(200, b"{}")(scope, receive, send)
+
+    assert Client(Replicas(slow)).text == b"{}"
 
 
 def test_choices_may_come_in_another_order() -> None:
@@ -249,6 +306,7 @@ def test_headers_that_are_not_the_clients_business() -> None:
     given = {
         b"x-tc-ray-seed": b"1",
         b"x-tc-ray-resume": b"{}",
+        b"x-tc-ray-alive": b"0",
         b"x-request-disconnect-disabled": b"?1",
         b"x-request-timeout-seconds": b"1e9",
         b"serve_multiplexed_model_id": b"a",
@@ -256,7 +314,7 @@ def test_headers_that_are_not_the_clients_business() -> None:
         b"authorization": b"Bearer k",
     }
     Client(replicas, headers=list(given.items()))
-    assert replicas.asked[0] == {b"authorization": b"Bearer k"}
+    assert replicas.asked[0] == {b"authorization": b"Bearer k", b"x-tc-ray-alive": b"1"}
 
 
 def sent_by(proxy: FailoverProxy, *parts: Message) -> list[Message]:
