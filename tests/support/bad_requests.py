@@ -58,7 +58,7 @@ ROUTE_COUNTS: dict[str, dict[str, list[str]]] = {
 }
 ROUTE_FLAGS = {COMPLETIONS: ["stream", "echo"], CHAT: ["stream", "logprobs"], SCORE: []}
 ROUTE_TEXTS = {COMPLETIONS: ["model"], CHAT: ["model"], SCORE: ["model", "prompt", "completion"]}
-ALLOWED = {("seed", "-1"), ("seed", "1000000000000"), ("top_k", "-1"), ("min_tokens", "1000000000000")}
+ALLOWED = {("seed", "-1"), ("seed", "1000000000000"), ("top_k", "-1")}
 
 UNSUPPORTED = [
     "logit_bias",

@@ -149,13 +149,16 @@ class GenerationFields(Weighted, Neutral):
         None, ge=-1, le=2**31 - 1, description="extension: sample among the k likeliest tokens; -1 or 0: among all"
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="extension: divides logits above 0 of tokens that were there, multiplies others"
+        None, ge=0.1, le=10, description="extension: divides logits above 0 of tokens that were there, multiplies others"
     )
     logit_bias: dict[TokenName, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=MAX_BIASES, description="token id to what is added to its logit"
     )
     min_tokens: int | None = Field(
-        None, ge=0, description="extension: no end token and none of `stop_token_ids` before so many tokens"
+        None,
+        ge=0,
+        le=2**31 - 1,
+        description="extension: no end token and none of `stop_token_ids` before so many tokens",
     )
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = Field(
         None, description="extension: tokens that end the text and are not part of it"

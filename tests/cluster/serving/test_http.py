@@ -132,8 +132,8 @@ def test_stream_is_not_held_back(model: str, http: httpx.Client) -> None:
 
 
 def test_refusals(model: str, client: openai.OpenAI, http: httpx.Client) -> None:
-    with pytest.raises(openai.BadRequestError, match="logit_bias"):
-        client.completions.create(model=model, prompt=PROMPT, logit_bias={"5": 1})
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        client.completions.create(model=model, prompt=PROMPT, suffix="and so on")
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="../other", prompt=PROMPT)
     with pytest.raises(openai.AuthenticationError):

@@ -47,7 +47,7 @@ def test_every_metric_of_the_dashboard_is_scraped(tmp_path: Path) -> None:
         body = {"model": "demo", "prompt": PROMPT * 3, "max_tokens": 8, "stream": True}
         for _ in range(2):
             httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-        assert httpx.post(f"{server.url}/v1/completions", json={**body, "user": "x"}).status_code == 400
+        assert httpx.post(f"{server.url}/v1/completions", json={**body, "usr": "x"}).status_code == 400
         missing = lambda: {name for name in wanted if not re.search(rf"^{name}\{{", prometheus(), re.MULTILINE)}
         assert soon(lambda: not missing(), 30), f"not exported: {missing()}"
         assert re.search(r'^ray_tc_ray_pilot_loss\{.*run="trial".*\} 1\.5$', prometheus(), re.MULTILINE)

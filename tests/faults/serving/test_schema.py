@@ -60,6 +60,23 @@ def consistent(body: Any) -> Any:
         if isinstance(body.get(name), list):
             body[name] = [min(one, 200) if isinstance(one, int) else one for one in body[name][:3]]
             body[name] = [[min(id, 200) for id in one] if isinstance(one, list) else one for one in body[name]]
+    for name in (
+        ("max_tokens", "max_completion_tokens")
+        if len({"max_tokens", "max_completion_tokens"} & body.keys()) == 2
+        else ()
+    ):
+        body[name] = 1
+    if "stop_token_ids" in body:
+        body["stop_token_ids"] = [min(id, 200) for id in body["stop_token_ids"]]
+    if "logit_bias" in body:
+        body["logit_bias"] = {str(int(id) % 200): more for id, more in body["logit_bias"].items()}
+    if body.get("continue_final_message"):
+        body.pop("add_generation_prompt", None)
+        body["messages"] = body["messages"][:1]
+    for message in body.get("messages") or ():
+        if message.get("content") is None and message.get("role") != "assistant":
+            message["content"] = ""
+    body.pop("chat_template_kwargs", None)  # names that are taken are a rule of the renderer
     if body.get("stream") is not True:
         body.pop("stream_options", None)
     if not body.get("logprobs"):
