@@ -37,7 +37,7 @@ def start(file: Path, log: Path) -> subprocess.Popen[bytes]:
 
 def killed_in_the_second_cell(file: Path, study: Study, cells: Cells, log: Path) -> None:
     first, second = (folder_of(study, cell) for cell in cells.by_key.values())
-    driver, end = start(file, log), time.monotonic() + 240
+    driver, end = start(file, log), time.monotonic() + 600
     try:
         while latest_checkpoint(second / "pilot" / "checkpoints") is None:
             assert driver.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
