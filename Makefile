@@ -30,17 +30,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## the main job on generated data: train, choose lambda, evaluate, export
 	$(BIN)/tc-ray train $(RECIPE)
 
-# Tests without Ray run in two processes, the long ones first. A test that starts Ray wants all cores: those run in turn.
-WITHOUT_RAY := $(BIN)/python -m pytest tests/faults/mistakelog tests/unit -n 2 --dist loadfile
-WITH_RAY := $(BIN)/python -m pytest tests/cluster tests/faults --ignore tests/faults/mistakelog
+# Two processes, which keep two cores busy; files of tests in this order, so that the long ones begin first.
+TESTS := $(BIN)/python -m pytest tests/cluster tests/faults tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install  ## unit, cluster and fault tests that take seconds
-	$(WITHOUT_RAY)
-	$(WITH_RAY)
+	$(TESTS)
 
-test-slow: install  ## everything that needs no GPU
-	$(WITHOUT_RAY) -m 'not gpu'
-	$(WITH_RAY) -m 'not gpu'
+test-slow: test  ## those that take minutes too, in turn: some measure time
+	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 test-gpu: install  ## what needs a CUDA device (copies of records, the recorder, losses, the serving engine)
 	$(BIN)/python -m pytest -m gpu

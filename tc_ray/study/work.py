@@ -115,7 +115,7 @@ def raised(cell: Cell, config: RunConfig, base: Result) -> RunConfig:
     pilot = config.pilot
     if cell.kind == "longer":
         share = 1.0 + base.compute_share
-        pilot.max_rounds = int(base.rounds * share)
+        pilot.max_rounds = math.ceil(base.rounds * share)  # never less compute than the Copilot had
         pilot.epochs = -int(-pilot.epochs * share // 1)  # rounded up: enough rows for these rounds
     else:
         factor = (base.pilot_parameters + base.copilot_parameters) / base.pilot_parameters

@@ -1,16 +1,18 @@
-"""One tiny run of the real job, from data to exported model, and what the job refuses."""
+"""One tiny run by the real command, from data to exported model, with a secret given in every way; and what the job refuses."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+import yaml
 
 from tc_ray.cli.command import message
 from tc_ray.cli.status import status as show_status
@@ -35,6 +37,7 @@ from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tc_ray.tracking.tracker import Tracker
 from tests.support.local_ray import local_ray
+from tests.support.secret_run import SECRETS, Made, make_run, mlflow_server, tc_ray
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 from tests.support.torn_files import torn, torn_forms
 
@@ -45,9 +48,21 @@ cluster = local_ray(cpus=2)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    folder = tmp_path_factory.mktemp("job")
-    return tiny_config(folder, tracking__enabled=True, tracking__uri=f"sqlite:///{folder}/mlflow.db")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    mlflow = tmp_path_factory.mktemp("mlflow")
+    with mlflow_server(mlflow) as port:
+        yield make_run(tmp_path_factory.mktemp("job"), port, mlflow)
+
+
+@pytest.fixture(scope="module")
+def config(made: Made) -> RunConfig:
+    return made.config()
+
+
+@pytest.fixture(scope="module")
+def result(config: RunConfig) -> JobResult:
+    """Of the same job once more, on the finished run."""
+    return run_job(config)
 
 
 def test_everything_is_there(config: RunConfig, result: JobResult) -> None:
@@ -77,9 +92,11 @@ def test_everything_is_there(config: RunConfig, result: JobResult) -> None:
         "export/copilot/model.safetensors",
     ):
         assert (run / name).exists(), name
-    assert load_config(run / "config.yaml", []) == config
+    saved = load_config(run / "config.yaml", [])
+    saved.log.storage_options, saved.tracking.uri = config.log.storage_options, config.tracking.uri  # struck out
+    assert saved == config
     assert result.export == run / "export"
-    assert result.mlflow_command and "mlflow.db" in result.mlflow_command
+    assert result.mlflow_command and "http://***@127.0.0.1:" in result.mlflow_command
     status = read_status(run)
     assert (status["state"], status["phase"], status["restarts"]) == ("done", "done", 0)
     assert status["pilot"]["round"] == ROUNDS
@@ -136,6 +153,51 @@ def test_report_says_what_was_measured(config: RunConfig, result: JobResult) -> 
     assert str(result.report.first) in (config.run.path / "evaluation" / "report.md").read_text()
     points = [p for p in read_points(config.run.path / "metrics.jsonl") if p["kind"] == "evaluation"]
     assert points[-1]["metrics"]["results.run/pilot.test.value"] == saved["results"]["run/pilot"]["test"]["value"]
+
+
+def test_no_file_and_no_line_holds_a_secret(made: Made) -> None:
+    """Fault 3: a walk over every byte of the run folder, of MLflow's database and artifacts, and of all output."""
+    files = [path for top in (made.run, made.mlflow) for path in top.rglob("*") if path.is_file()]
+    names = {str(path.relative_to(made.run)) for path in files if made.run in path.parents}
+    assert {"config.yaml", "status.json", "mlflow.json", "export/provenance.json", "metrics.jsonl"} <= names
+    assert any("_delta_log" in name for name in names) and any("pilot/checkpoints" in name for name in names)
+    assert any(made.mlflow in path.parents and path.name == "provenance.json" for path in files)
+    found = [
+        f"{secret} in {path}"
+        for path in files
+        for secret, value in SECRETS.items()
+        if value.encode() in path.read_bytes() or value in path.name
+    ]
+    found += [
+        f"{secret} printed by {name}: {text}"
+        for name, text in made.said.items()
+        for secret, value in SECRETS.items()
+        if value in text
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_what_is_no_secret_is_kept(made: Made) -> None:
+    """The control of the walk above: the places it looked at do hold the harmless part."""
+    saved = yaml.safe_load((made.run / "config.yaml").read_text())
+    assert saved["log"]["storage_options"] == {
+        "azure_storage_sas_key": "***",
+        "aws_endpoint_url": "http://***@127.0.0.1:9",
+        "aws_region": "us-east-1",
+        "aws_secret_access_key": "***",
+        "proxy_url": "***",  # it is not in the list of harmless options
+    }
+    assert saved["tracking"]["uri"].startswith("http://***@127.0.0.1:")
+    assert "log.storage_options.aws_secret_access_key=***" in made.command
+    assert json.loads(made.said["status"])["mlflow"]["command"].startswith("http://***@127.0.0.1:")
+
+
+def test_a_struck_out_secret_is_not_used_as_if_it_were_one(made: Made) -> None:
+    """Fault 3: the saved config as recipe lacks the secrets; they are asked for by name."""
+    done = tc_ray("train", made.run / "config.yaml")
+    assert done.returncode == 2
+    for name in ("tracking.uri", "log.storage_options.aws_secret_access_key", "give the value again"):
+        assert name.lower() in done.stderr.lower(), done.stderr
 
 
 def test_a_second_run_on_the_folder_is_refused(config: RunConfig, result: JobResult) -> None:
@@ -273,3 +335,56 @@ def test_a_run_that_has_not_ended_is_not_evaluated(config: RunConfig, result: Jo
         evaluate_models([str(run)], Asked())
     with pytest.raises(ModelSourceError, match=r"has no config\.json"):
         evaluate_models([str(tmp_path)], Asked())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def quiet(made: Made) -> RunConfig:
+    config = made.config()
+    config.tracking.enabled = False
+    return config
+
+
+def test_other_rows_are_refused_and_the_folder_stays(made: Made) -> None:
+    """Fault 2: with another text behind a sample id, or the share with the rows gone, the run went on."""
+    before, saved = content(made.run / "data"), (made.run / "config.yaml").read_bytes()
+    rows = made.rows.read_text()
+    try:
+        made.rows.write_text(rows.replace('+1"', '+0"'))
+        words = r"training rows differ \(data\.train=.*rounds 1 to 10.*another run\.folder"
+        with pytest.raises(Exception, match=words):
+            run_job(quiet(made))
+        made.rows.unlink()
+        with pytest.raises(Exception, match=r"training rows differ|data\.train"):
+            run_job(quiet(made))
+    finally:
+        made.rows.write_text(rows)
+    assert content(made.run / "data") == before and (made.run / "config.yaml").read_bytes() == saved
+    assert not (made.run / "data.new").exists()
+
+
+def test_other_base_weights_are_refused(made: Made) -> None:
+    """Fault 2: adapters and a Copilot would be put on weights that they were not trained over."""
+    weights = Path(made.config().model.pilot) / "model.safetensors"
+    kept = weights.with_suffix(".kept")
+    shutil.copy2(weights, kept)
+    changed = bytearray(weights.read_bytes())
+    changed[-5] ^= 1
+    weights.write_bytes(changed)
+    try:
+        with pytest.raises(Exception, match=r"base weights differ \(model\.pilot=.*rounds 1 to 10"):
+            run_job(quiet(made))
+    finally:
+        os.replace(kept, weights)
+
+
+def test_a_changed_modification_time_changes_nothing(made: Made) -> None:
+    """Fault 2, the other way: the same rows and weights, written again."""
+    for file in (made.rows, Path(made.config().model.pilot) / "model.safetensors"):
+        file.write_bytes(file.read_bytes())
+        os.utime(file)
+    before = (made.run / "data" / "train.parquet").read_bytes()
+    assert run_job(quiet(made)).report is not None
+    assert (made.run / "data" / "train.parquet").read_bytes() == before

@@ -21,7 +21,7 @@ from tests.support.command_line import tc_ray
 from tests.support.local_ray import local_ray
 from tests.support.study_samples import write_study
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # nine cells, one after the other
 cluster = local_ray(cpus=2)
 
 VARIANTS = {
