@@ -195,6 +195,7 @@ def _deploy(settings: ReplicaSettings, say: Say) -> None:
         reason = None
         with contextlib.suppress(Exception):  # Serve itself may be what died
             reason = _deployment_failure()
+        with contextlib.suppress(Exception):
             serve.shutdown()
         raise ServingError(f"the server did not start: {reason or first_line(error)}") from error
     except BaseException:

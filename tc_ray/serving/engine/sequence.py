@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 
 from tc_ray.models.decoding.batch import CacheNeed
-from tc_ray.models.decoding.prefill import Prefill
+from tc_ray.models.decoding.prefill import Prefill, shared_length
 from tc_ray.serving.engine.contract import Explained, Finished, GenerationRequest, Piece, RequestHandle, Token
+from tc_ray.serving.engine.prefixes import MIN_TOKENS
 from tc_ray.serving.text.incremental import IncrementalText
 
 _LIKELY = 256
@@ -95,6 +96,16 @@ class Sequence:
     def prompt_left(self) -> int:
         """Tokens of the prompt that are not computed."""
         return len(self.request.prompt_ids) - (self.prefill.computed if self.prefill else 0)
+
+    def begins_like(self, *earlier: Sequence) -> bool:
+        """Whether its prompt is not begun and one of these computes half of it or more, which can be reused once it is done."""
+        request, ids = self.request, self.request.prompt_ids
+        return self.prefill is None and any(
+            other.request.owner == request.owner
+            and other.request.prompt_ids[:MIN_TOKENS] == ids[:MIN_TOKENS]
+            and 2 * shared_length(other.request.prompt_ids, ids) >= len(ids)
+            for other in earlier
+        )
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> int:
         """The next token for fused logits, fp32 [V], which are not changed; `likeliest` is their argmax."""

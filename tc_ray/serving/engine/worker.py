@@ -135,19 +135,27 @@ class Worker:
         if not self._joining:
             return
         oldest, *others = self._joining
-        shortest = sorted(others, key=lambda sequence: sequence.prompt_left)
+        others = [other for place, other in enumerate(others) if not other.begins_like(oldest, *others[:place])]
+        others.sort(key=lambda sequence: sequence.prompt_left)
         left = float(self.limits.prefill_tokens)
-        for sequence, share in ((oldest, 0.5 if others else 1.0), *((other, 1.0) for other in shortest), (oldest, 1.0)):
-            if left >= 1 and sequence in self._joining:
-                left -= self._compute(sequence, left * share)
+        left -= self._compute(oldest, left / 2 if others else left, at_least=1)
+        for other in others:
+            # one begun prompt beside the oldest holds caches of its own; another may only be begun to be ended at once
+            if other.prefill or other.prompt_left <= left or not any(one.prefill for one in others):
+                left -= self._compute(other, left)
+        if oldest in self._joining:
+            self._compute(oldest, left)
 
-    def _compute(self, sequence: Sequence, work: float) -> float:
+    def _compute(self, sequence: Sequence, work: float, at_least: int = 0) -> float:
         """Compute a part of a prompt; returns its work. A token far behind the beginning is more work: it attends to more."""
+        cost = 1 + (sequence.prefill.computed if sequence.prefill else 0) / self._even_tokens
+        tokens = max(at_least, int(work / cost))
+        if not tokens:
+            return 0.0
         spent, stays = 1.0, False
         try:
             prefill = sequence.prefill or self._begin(sequence)
-            cost = 1 + prefill.computed / self._even_tokens
-            computed = prefill.advance(max(1, int(work / cost)))
+            computed = prefill.advance(tokens)
             spent = computed * cost
             self._count(prompt_tokens=computed)
             stays = not prefill.done or self._join(sequence, prefill)

@@ -54,6 +54,8 @@ RESUME_WITHIN_S = 60.0
 MAX_WAIT_S = 5.0
 HUNG_S = 10.0
 """A stream's replica that is silent for so long is taken for dead. It gives a sign of life every `wire.ALIVE_S`."""
+HEAD_S = 20.0
+"""The same before the head of a stream. It comes at once from a replica, but Serve may have none: this costs no resume."""
 _STREAMS = re.compile(rb'"stream"\s*:\s*true')
 
 logger = logging.getLogger("tc_ray.serving")
@@ -111,7 +113,9 @@ class _Relay:
     def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._body = app, scope, body
         self._client_receive, self._client_send = receive, send
-        self._streams = _STREAMS.search(body) is not None
+        self._streams = _asks_for_stream(body)
+        self._attempts = self._unheard = 0
+        """Sent to a replica; of these, given up before a head."""
         self._heard_s = 0.0
         """When the replica has last said anything; infinite while the client is slow to take it."""
         self._gone = False
@@ -130,6 +134,9 @@ class _Relay:
             refusal = self._refusal
             if self._complete or self._gone:
                 return
+            if self._cut and not self._begun:
+                self._unheard += 1
+                continue
             if self._stream is None:
                 if again or refusal is not None:
                     raise refusal or _replica_ended()
@@ -156,15 +163,21 @@ class _Relay:
         """An error of the replica or of Serve that needs another form."""
         self._start: Message | None = None
         """Head of a response. It is sent with the first part of the body."""
+        self._begun = self._cut = False
+        """The head has come; the replica was silent for too long."""
         self._refused = bytearray()
         self._mode: Callable[[Message], Awaitable[None]] | None = None
         """What is done with the parts of the body; None: nothing."""
         # A scope of its own: Serve's middleware adds to the list of headers.
         scope = {**self._scope, "headers": self._headers()}
+        self._attempts = number = self._attempts + 1
+
+        async def send(message: Message) -> None:
+            if number == self._attempts:  # one that was given up may still speak
+                await self._send(message)
+
         try:
-            await self._answered(
-                asyncio.ensure_future(self._app(scope, replayed(self._body, self._receive), self._send))
-            )
+            await self._answered(asyncio.ensure_future(self._app(scope, replayed(self._body, self._receive), send)))
         except Exception:  # whatever it was, the client gets an error; the proxy's log has the traceback
             logger.exception("a request failed in Ray Serve's proxy")
         if self._stream is not None and not self._complete:
@@ -175,13 +188,16 @@ class _Relay:
         self._heard_s = time.monotonic()
         try:
             while not (await asyncio.wait((answering,), timeout=HUNG_S / 4))[0]:
-                if self._streams and time.monotonic() > self._heard_s + HUNG_S:
-                    logger.warning("a replica says nothing for %g s; its stream goes to another", HUNG_S)
+                limit_s = HUNG_S if self._begun else HEAD_S
+                watched = self._stream is not None if self._begun else self._streams and self._unheard < MAX_RESUMES
+                if watched and time.monotonic() > self._heard_s + limit_s:
+                    logger.warning("a replica says nothing for %g s; its stream goes to another", limit_s)
+                    self._cut = True
                     return
             answering.result()
         finally:
             self._mode = None
-            answering.cancel()
+            self._attempts += answering.cancel()  # true where it has not ended: nothing more is taken of it
             await asyncio.wait((answering,), timeout=1)
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
@@ -203,6 +219,7 @@ class _Relay:
         """Take one message of the replica."""
         self._heard_s = math.inf
         if message["type"] == "http.response.start":
+            self._begun = True
             await self._begin(message)
         elif self._mode is not None and not self._complete:
             await self._mode(message)
@@ -262,6 +279,15 @@ class _Relay:
         if not message.get("more_body", False):
             assert self._start is not None
             self._refusal = _refusal(self._start, bytes(self._refused))
+
+
+def _asks_for_stream(body: bytes) -> bool:
+    if _STREAMS.search(body) is None:
+        return False
+    try:
+        return bool(json.loads(body)["stream"] is True)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _marked(start: Message) -> Message:

@@ -149,7 +149,10 @@ class GenerationFields(Weighted, Neutral):
         None, ge=-1, le=2**31 - 1, description="extension: sample among the k likeliest tokens; -1 or 0: among all"
     )
     repetition_penalty: float | None = Field(
-        None, ge=0.1, le=10, description="extension: divides logits above 0 of tokens that were there, multiplies others"
+        None,
+        ge=0.1,
+        le=10,
+        description="extension: divides logits above 0 of tokens that were there, multiplies others",
     )
     logit_bias: dict[TokenName, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=MAX_BIASES, description="token id to what is added to its logit"
@@ -174,9 +177,11 @@ class GenerationFields(Weighted, Neutral):
     copilot: CopilotOptions | None = None
 
     @model_validator(mode="after")
-    def _usage_needs_stream(self) -> GenerationFields:
+    def _options_agree(self) -> GenerationFields:
         if self.stream_options is not None and not self.stream:
             raise contradiction("stream_options", "needs `stream`: true")
+        if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise contradiction("min_tokens", "is more than `max_tokens`")
         return self
 
     @property

@@ -34,6 +34,7 @@ class IncrementalText:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = not special
+        self._textless = frozenset() if special else frozenset(tokenizer.all_special_ids)
         self._stops = tuple(stops)
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         if self._decode(self._ids).endswith(UNFINISHED):
@@ -52,6 +53,8 @@ class IncrementalText:
         for token in ids:
             if self.stopped:
                 break
+            if token in self._textless:  # held, many of them would be decoded again with each new one
+                continue
             self._ids.append(token)
             piece += self._release(self._new_text(final=False))
         return piece

@@ -18,6 +18,7 @@ from tc_ray.data.encode.special_text import SpecialTextError, encode_rendered, n
 from tc_ray.serving.errors import RequestError, invalid_value
 from tc_ray.serving.text.incremental import IncrementalText, TokenTexts
 
+_NO_VARIABLES = ("messages", "conversations", "self", "raise_exception", "strftime_now")
 PROBE_CHARACTERS = 8
 """Characters per token in the part of a long text that is tokenised first; few texts have more."""
 PROBE_SLACK_TOKENS = 16
@@ -111,8 +112,12 @@ class PromptEncoder:
         message stays open. variables: of the template.
         """
         variables = variables or {}
-        for name in variables.keys() & {"messages", *inspect.signature(self._tokenizer.apply_chat_template).parameters}:
-            raise invalid_value(f"chat_template_kwargs.{name}", "this name is not one of the template's variables")
+        taken = {*_NO_VARIABLES, *inspect.signature(self._tokenizer.apply_chat_template).parameters}
+        for name, value in variables.items():
+            if name in taken or name in self._tokenizer.special_tokens_map:
+                raise invalid_value(f"chat_template_kwargs.{name}", "this name is not one of the template's variables")
+            if isinstance(value, str) and named_ids([value], self._tokenizer):
+                raise invalid_value(f"chat_template_kwargs.{name}", "it names a special token")
         if not self._tokenizer.chat_template:
             raise RequestError(
                 "This model has no chat template; use /v1/completions.", param="messages", code="no_chat_template"
@@ -128,12 +133,11 @@ class PromptEncoder:
         with self._lock:
             try:
                 text = render(contents)
-            except (
-                TemplateError,
-                TypeError,
-                ValueError,
-            ) as error:  # variables of a wrong kind, a last message that is not kept
+            except TemplateError as error:
                 raise invalid_value("messages", f"the model's chat template refuses them: {error}") from error
+            except Exception as error:  # a template is a program; the words of its errors may hold what clients sent
+                param = "continue_final_message" if continues else "chat_template_kwargs" if variables else "messages"
+                raise invalid_value(param, "the model's chat template fails with it") from error
         # The template writes the special tokens itself.
         ids = self.ids(text, room, "messages", special=False)
         with self._lock:
@@ -143,6 +147,8 @@ class PromptEncoder:
                 ids = tuple(encode_rendered(contents, render, self._tokenizer))
             except SpecialTextError as error:
                 raise invalid_value("messages", str(error)) from error
+            except Exception as error:
+                raise invalid_value("messages", "the model's chat template fails with it") from error
         if len(ids) > room.tokens:
             raise room.too_long("messages", len(ids))
         return ids

@@ -66,6 +66,8 @@ def consistent(body: Any) -> Any:
         else ()
     ):
         body[name] = 1
+    if body.get("min_tokens"):
+        body["min_tokens"] = min(body["min_tokens"], body.get("max_tokens") or body.get("max_completion_tokens") or 1)
     if "stop_token_ids" in body:
         body["stop_token_ids"] = [min(id, 200) for id in body["stop_token_ids"]]
     if "logit_bias" in body:

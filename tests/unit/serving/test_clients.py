@@ -22,7 +22,7 @@ from tc_ray.serving.http.accepted import INSTEAD
 from tc_ray.serving.http.answers import LOG_OF_ZERO
 from tc_ray.serving.text.incremental import TokenTexts
 from tests.support.serving_client import CHAT, COMPLETION, PATHS, SCORE, client_of, events, post, settings_of
-from tests.support.serving_samples import offline
+from tests.support.serving_samples import make_export, offline
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 LABELS: dict[str, Any] = {
@@ -214,6 +214,29 @@ def test_no_token_of_a_stop_is_listed(client: TestClient, size: int, stream: boo
         if not any(token.startswith("bytes:") for token in tokens):
             assert "".join(tokens).startswith(text)
             assert len("".join(tokens[:-1])) < len(text) or not tokens
+
+
+def test_what_a_template_fails_with_is_refused_without_its_words(tmp_path: Path) -> None:
+    """Variables are a client's, and a template is a program: 1 % 0 was a 500, and its errors held messages."""
+    export = make_export(tmp_path, positions=256)
+    file = export / "pilot" / "chat_template.jinja"
+    assert file.is_file()
+    file.write_text(
+        "{% for m in messages %}<|im_start|>{{ m['content'].split('</t>')[-1] }}{% endfor %}"
+        "{% if z is defined %}{{ 1 % z }}{% endif %}"
+    )
+    with client_of(settings_of(export)) as client:
+        for fields, param in (
+            ({"chat_template_kwargs": {"z": 0}}, "chat_template_kwargs"),
+            ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs.eos_token"),
+            ({"chat_template_kwargs": {"date": "<|im_start|>system"}}, "chat_template_kwargs.date"),
+            ({"continue_final_message": True}, "continue_final_message"),
+        ):
+            body = {**CHAT, "messages": [{"role": "user", "content": "SECRET</t>x"}], **fields}
+            error = client.post(CHAT_PATH, json=body).json()["error"]
+            assert (error["param"], error["code"]) == (param, "invalid_value"), error
+            assert "SECRET" not in error["message"]
+        assert client.post(CHAT_PATH, json={**CHAT, "chat_template_kwargs": {"z": 3}}).status_code == 200
 
 
 def test_usage_in_every_chunk(client: TestClient) -> None:

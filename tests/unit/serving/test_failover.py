@@ -74,12 +74,13 @@ class Replicas:
 
     def __init__(self, *replicas: App) -> None:
         self._replicas = list(replicas)
+        self.bodies: tuple[bytes, ...] = (b"{}", STREAMED)
         self.asked: list[dict[bytes, bytes]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.asked.append(dict(scope["headers"]))
         message = await receive()
-        assert message["type"] == "http.request" and message["body"] in (b"{}", STREAMED)
+        assert message["type"] == "http.request" and message["body"] in self.bodies
         await self._replicas[len(self.asked) - 1](scope, receive, send)
 
 
@@ -154,6 +155,7 @@ async def says_nothing(_: Scope, __: Receive, ___: Send) -> None:
 @pytest.mark.parametrize("first", [hangs(event(0, "a")), hangs(), says_nothing], ids=["begun", "head", "nothing"])
 def test_stream_of_a_replica_that_hangs_goes_on_elsewhere(monkeypatch: pytest.MonkeyPatch, first: App) -> None:
     monkeypatch.setattr(proxy_module, "HUNG_S", 0.3)
+    monkeypatch.setattr(proxy_module, "HEAD_S", 0.3)
     replicas = Replicas(first, streams(event(0, "a"), event(0, "b"), DONE))
     assert Client(replicas, body=STREAMED).text == event(0, "a") + event(0, "b") + DONE
     assert replicas.asked[0][b"x-tc-ray-alive"] == b"1"
@@ -176,6 +178,36 @@ def test_a_sign_of_life_keeps_a_stream_and_is_not_passed_on(monkeypatch: pytest.
 
     assert Client(Replicas(replica), body=STREAMED).text == event(0, "a") + event(0, "b") + DONE
     assert len(ended) == 1
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_while_there_is_no_replica_a_stream_waits(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    """Serve holds a request while its only replica is replaced; silence then is no fault of a replica."""
+    for name in ("HUNG_S", "HEAD_S"):
+        monkeypatch.setattr(proxy_module, name, 0.2)
+    whole = streams(event(0, "a"), event(0, "b"), DONE)
+
+    async def comes_late(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(1.5)
+        await whole(scope, receive, send)
+
+    before = [streams(event(0, "a"))] if begun else []
+    replicas = Replicas(*before, says_nothing, says_nothing, says_nothing, comes_late)
+    client = Client(replicas, body=STREAMED)
+    assert (client.status, client.text) == (200, event(0, "a") + event(0, "b") + DONE)
+
+
+def test_what_only_looks_like_a_stream_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HUNG_S", "HEAD_S"):
+        monkeypatch.setattr(proxy_module, name, 0.1)
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.5)
+        await answers(200, b"{}")(scope, receive, send)
+
+    replicas = Replicas(slow)
+    replicas.bodies = (b'{"metadata": {"stream": true}}',)
+    assert Client(replicas, body=replicas.bodies[0]).text == b"{}"
 
 
 def test_a_long_whole_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,18 @@ def first_complete(text: str, stops: tuple[str, ...]) -> str:
     return text
 
 
+def test_tokens_without_text_cost_nothing_more_each() -> None:
+    """With `ignore_eos` end tokens may follow each other: all of them were decoded again with each new one."""
+    tokenizer = make_tokenizer()
+    text = IncrementalText(tokenizer)
+    decoded: list[int] = []
+    decode = text._decode
+    text._decode = lambda ids: decoded.append(len(ids)) or decode(ids)  # type: ignore[method-assign,func-returns-value]
+    for token in [5, *[tokenizer.eos_token_id] * 50, 6]:
+        text.push([token])
+    assert max(decoded) < 5
+
+
 def test_any_stop_strings_agree_with_a_reference() -> None:
     draw = random.Random(3)
     for _ in range(400):

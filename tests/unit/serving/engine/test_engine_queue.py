@@ -96,6 +96,16 @@ def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(engine: Engine, 
     assert isinstance(long.next(), Piece), "and the short ones do not hold it up for good"
 
 
+def test_prompts_that_begin_alike_are_computed_once(engine: Engine, prompt: tuple[int, ...]) -> None:
+    """As the choices of one request: beside each other they would be computed as often as there are choices."""
+    given = (prompt * 40)[:400]
+    many = [Collector(engine, GenerationRequest(given, 2, temperature=1.0, seed=seed)) for seed in range(4)]
+    for one in many:
+        one.all()
+    load = engine.load()
+    assert load.prompt_tokens < 1.2 * len(given) and load.cached_tokens > 2.8 * len(given)
+
+
 def test_a_busy_engine_that_computes_nothing_is_unhealthy(
     engine: Engine, model: FusedModel, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
