@@ -71,7 +71,8 @@ def consistent(body: Any) -> Any:
     if "stop_token_ids" in body:
         body["stop_token_ids"] = [min(id, 200) for id in body["stop_token_ids"]]
     if "logit_bias" in body:
-        body["logit_bias"] = {str(int(id) % 200): more for id, more in body["logit_bias"].items()}
+        known = {id: more for id, more in body["logit_bias"].items() if id.isascii() and id.isdigit()}
+        body["logit_bias"] = {str(int(id) % 200): more for id, more in known.items()}
     if body.get("continue_final_message"):
         body.pop("add_generation_prompt", None)
         body["messages"] = body["messages"][:1]
