@@ -156,9 +156,9 @@ class Sequence:
         if reason is not None:
             text += self._text.finish()
         whole = reason is not None and not self._text.stopped
-        told = [token for begin, token in self._held if whole or begin < self._text.released]
-        self._held = self._held[len(told) :]
-        self.handle.send(Piece(text, tuple(told)))
+        listed = [token for begin, token in self._held if whole or begin < self._text.released]
+        self._held = self._held[len(listed) :]
+        self.handle.send(Piece(text, tuple(listed)))
         if reason is not None:
             self.handle.end(Finished(reason, len(self.request.prompt_ids), self._count))
         return reason is not None

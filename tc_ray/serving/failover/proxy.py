@@ -114,8 +114,10 @@ class _Relay:
         self._app, self._scope, self._body = app, scope, body
         self._client_receive, self._client_send = receive, send
         self._streams = _asks_for_stream(body)
-        self._attempts = self._unheard = 0
-        """Sent to a replica; of these, given up before a head."""
+        self._attempts = 0
+        """Number of the attempt whose messages count."""
+        self._unheard = 0
+        """Attempts given up before a head."""
         self._heard_s = 0.0
         """When the replica has last said anything; infinite while the client is slow to take it."""
         self._gone = False
