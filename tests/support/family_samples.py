@@ -92,6 +92,7 @@ def make_copilot(
     key = family, base, pilot, *(f"{k}={v.tolist() if isinstance(v, torch.Tensor) else v}" for k, v in given.items())
     if key not in _COPILOTS:
         pilot_model = _loaded(family, pilot, torch.float32)
+        torch.manual_seed(6)  # the weights that are new, whatever ran before
         _COPILOTS[key] = shaken(Copilot.from_decoder(folder_of(family, base), layers, pilot=pilot_model, **given))
     form = {name: value for name, value in given.items() if name in PAPER}
     made = Made(reference_model(family, pilot), reference_model(family, base), layers, pattern, form)

@@ -37,6 +37,8 @@ quiet()
 FORCED = [40, 2, 177, 200, 33, 8, 250]
 LAM = {"probability": 1.0, "logits": 8.0}
 TOLERANCE = {"own": 1e-4, "realised": 1e-5}
+UNNORMED = 3e-5
+"""Large states that no norm scales make attention sharp: 3e-6 as a rule, 1.2e-5 with some weights (12 seeds)."""
 
 
 def joined(family: str, space: str, feedback: str, **given: Any) -> tuple[FusedModel, Fusion]:
@@ -134,8 +136,9 @@ def test_logits_of_other_copilots(family: str, feedback: str, given: dict[str, A
     fused, reference = joined(family, "logits", feedback, **given)
     prompt = prompts()[0]
     expected = reference.logits(prompt, FORCED)
-    close(call(fused, prompt, FORCED), expected, TOLERANCE[feedback])
-    close(steps(fused, prompt, FORCED, [1] * len(FORCED)), expected, TOLERANCE[feedback])
+    tolerance = TOLERANCE[feedback] if given.get("memory_norm", True) else max(TOLERANCE[feedback], UNNORMED)
+    close(call(fused, prompt, FORCED), expected, tolerance)
+    close(steps(fused, prompt, FORCED, [1] * len(FORCED)), expected, tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,8 +160,11 @@ def test_a_copilot_beside_a_pilot_of_another_vocabulary_size(family: str) -> Non
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_question_is_that_of_the_pilot_in_use(family: str) -> None:
-    """With `question: states`, whose Pilot's embedding moves while it trains: cached, in one call, and scored."""
-    fused, reference = joined(family, "logits", "own", question="states")
+    """With `question: states`, whose Pilot's embedding moves while it trains: cached, in one call, and scored.
+
+    Without the memory's norm, which hides that a table has grown by half.
+    """
+    fused, reference = joined(family, "logits", "own", question="states", memory_norm=False)
     prompt = prompts()[0]
     pilot = reference_model(family)
     moved = copy.deepcopy(pilot)
@@ -171,7 +177,7 @@ def test_the_question_is_that_of_the_pilot_in_use(family: str) -> None:
     scores = fused.score(torch.tensor([prompt + FORCED]), prompt_length=len(prompt))
     wanted = expected[:-1].log_softmax(-1).gather(1, torch.tensor(FORCED)[:, None])[:, 0]
     torch.testing.assert_close(scores.fused_logprobs[0], wanted, rtol=1e-3, atol=1e-3)
-    stale, _ = joined(family, "logits", "own")
+    stale, _ = joined(family, "logits", "own", memory_norm=False)
     with torch.no_grad():
         stale.pilot.get_input_embeddings().weight.mul_(1.5)
     assert float((call(stale, prompt, FORCED) - expected).abs().max()) > 0.01, "X~ makes no difference here"
