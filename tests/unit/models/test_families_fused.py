@@ -160,10 +160,7 @@ def test_a_copilot_beside_a_pilot_of_another_vocabulary_size(family: str) -> Non
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_question_is_that_of_the_pilot_in_use(family: str) -> None:
-    """With `question: states`, whose Pilot's embedding moves while it trains: cached, in one call, and scored.
-
-    Without the memory's norm, which hides that a table has grown by half.
-    """
+    """With `question: states`, whose Pilot's embedding moves: cached, in one call, scored. No norm hides the growth of X~."""
     fused, reference = joined(family, "logits", "own", question="states", memory_norm=False)
     prompt = prompts()[0]
     pilot = reference_model(family)
