@@ -137,7 +137,8 @@ def _default_out(sources: Sequence[ModelSource], asked: Asked) -> Path:
     if len(sources) > 1 or run is None:
         return Path(FOLDER)
     # the run's own report stays
-    return run / "-".join([FOLDER, *sorted(asked.data)])
+    otherwise = (f"{name}.{metric}" for name, metric in asked.metrics.items())
+    return run / "-".join([FOLDER, *sorted([*asked.data, *otherwise])])
 
 
 def run_rows(folder: Path, config: RunConfig) -> tuple[list[RowSet], RowSet]:

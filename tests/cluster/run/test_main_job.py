@@ -39,7 +39,7 @@ from tc_ray.tracking.tracker import Tracker
 from tests.support.local_ray import local_ray
 from tests.support.secret_run import SECRETS, Made, make_run, mlflow_server, tc_ray
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
-from tests.support.torn_files import torn, torn_forms
+from tests.support.torn_files import files_opened, torn, torn_forms
 
 ROUNDS = 10
 STEPS = 2 * ROUNDS
@@ -269,9 +269,14 @@ def test_torn_files_of_a_finished_run(config: RunConfig, result: JobResult) -> N
     small = [path for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size < 100_000]
     small = [path for path in small if not {"log", "ray_train"} & set(path.relative_to(run).parts)]
     assert len(small) > 30
+    opened = {read: files_opened(read) for read in readers}
+    assert sum(path in files for path in small for files in opened.values()) > 10
     for path in small:
+        # a reader cannot stumble over what it does not open; Python knows nothing of files opened by C++ and Rust
+        unseen = path.suffix in (".parquet", ".safetensors", ".pt")
+        touched = [read for read in readers if unseen or path in opened[read]]
         for name, form in torn_forms(path.read_bytes(), cuts=1).items():
-            for read in [serve] if "export" in path.parts else readers:
+            for read in [serve] if "export" in path.parts else readers if name == "folder" else touched:
                 with torn(path, form):
                     try:
                         read()

@@ -26,7 +26,7 @@ from tests.support.mistakelog_samples import assert_same, in_order, metadata, ra
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ROWS = 400
-CAP = 12 << 20
+CAP = 6 << 20
 GRACE = 1.0
 BUFFER = 10
 SETTINGS = LogSection(

@@ -202,3 +202,25 @@ def test_the_failover_proxy_is_where_its_name_says(monkeypatch: pytest.MonkeyPat
     made = call_function_from_import_path(launch.FAILOVER_PROXY)
     assert [one.cls.__name__ for one in validate_http_proxy_callback_return(made)] == ["FailoverProxy"]
     assert prepared == [True], "or its event loop stands still for long"
+
+
+def test_a_serve_that_does_not_start_ends_in_one_line(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 4 of a busy machine: the proxy was not ready in time, three times over. Serve itself cannot be made that slow."""
+    import ray
+    from ray import serve
+
+    def absent(*_: object, **__: object) -> None:
+        raise ValueError("no such actor")
+
+    def slow(*_: object, **__: object) -> None:
+        raise ray.exceptions.GetTimeoutError("the proxy is not ready\nafter 3 tries")
+
+    ended: list[str] = []
+    monkeypatch.setattr(launch, "_connect", lambda *_: False)
+    monkeypatch.setattr(ray, "get_actor", absent)
+    monkeypatch.setattr(serve, "start", slow)
+    monkeypatch.setattr(serve, "shutdown", lambda: ended.append("serve"))
+    with pytest.raises(ServingError) as found:
+        start(export, f"serving.port={free_port()}")
+    assert str(found.value) == "the server did not start: the proxy is not ready"
+    assert ended == ["serve"]
