@@ -68,10 +68,11 @@ def check_configs(export: Path) -> None:
         raise ExportError(str(error)) from None
     pilot, copilot = read_part(export / PILOT / "config.json"), read_part(export / COPILOT / "config.json")
     # vocabularies may be padded to different sizes, widths must agree
-    if copilot.get("pilot_hidden_size") != pilot.get("hidden_size"):
+    width = pilot.get("hidden_size", pilot.get("d_model"))  # T5's own name
+    if copilot.get("pilot_hidden_size") != width:
         raise ExportError(
             f"{export}: the Copilot was made for a Pilot of width {copilot.get('pilot_hidden_size')}; "
-            f"this Pilot has {pilot.get('hidden_size')}"
+            f"this Pilot has {width}"
         )
 
 

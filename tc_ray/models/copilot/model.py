@@ -242,7 +242,7 @@ class Copilot(PreTrainedModel):
         memory: [B, M_new, d_C] memory not yet in the cache. visible: bool [B, n, M], positions (cached and new) a row sees.
         self_cache, memory_cache: keys and values over rows and memory, with transformers' `update`; both grow in place.
         places: where `memory`, then [R, d_C] without padding, belongs; without caches.
-        aligned: for one row each of sequences whose `first_row` cached rows are aligned to the right (decoder-only). positions:
+        aligned: for one row each of sequences whose `first_row` cached rows are aligned to the right. positions:
         int64 [B, 1], number of each row. seen: bool [B, first_row + 1], which cached rows, and this one, are real; None: all.
         """
         states: torch.Tensor = self.stack(

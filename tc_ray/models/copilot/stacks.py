@@ -111,7 +111,10 @@ class Places(NamedTuple):
 
 
 class DecoderOnlyStack(nn.Module):
-    """Decoder layers and final norm; `attends_memory[j]` says what layer j attends to."""
+    """Decoder layers and final norm; `attends_memory[j]` says what layer j attends to.
+
+    kinds: the layers that attend to the Copilot's rows, and those that attend to the memory.
+    """
 
     def __init__(self, config: CopilotConfig) -> None:
         super().__init__()
@@ -121,6 +124,9 @@ class DecoderOnlyStack(nn.Module):
         decoder = AutoModel.from_config(decoder_config, dtype=torch.get_default_dtype())
         self.layers, self.norm, self.rotary_emb = decoder.layers, decoder.norm, decoder.rotary_emb
         self.attends_memory = memory_layers(config.pattern, len(self.layers))
+        self.kinds = tuple(
+            [i for i, kind in enumerate(self.attends_memory) if kind is memory] for memory in (False, True)
+        )
         types = getattr(decoder_config, "layer_types", None) or [None] * len(self.layers)
         self._types, self._family = types, family
         self._numbered, self._normed = config.row_positions, config.memory_norm
@@ -228,12 +234,13 @@ def _attend_to_memory(
 
 
 class EncoderDecoderStack(nn.Module):
-    """Decoder blocks and final norm of a T5."""
+    """Decoder blocks and final norm of a T5. kinds: as of `DecoderOnlyStack`; every block attends to both."""
 
     def __init__(self, config: CopilotConfig) -> None:
         super().__init__()
         decoder = AutoModel.from_config(config.decoder_config(), dtype=torch.get_default_dtype()).decoder
         self.block, self.final_layer_norm, self.dropout = decoder.block, decoder.final_layer_norm, decoder.dropout
+        self.kinds = list(range(len(self.block))), list(range(len(self.block)))
         self._eager = decoder.config._attn_implementation == "eager"
         self._numbered = config.row_positions
         if not self._numbered:  # the library then adds zeros
@@ -263,15 +270,18 @@ class EncoderDecoderStack(nn.Module):
         self_cache: DynamicCache | None,
         memory_cache: DynamicCache | None,
         places: Places | None = None,
+        positions: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Final states; see `Copilot.decode`."""
+        """Final states; see `Copilot.decode`. positions: not read, T5 has distances between columns only."""
         memory = memory if places is None else places.spread(memory)
         count = rows.shape[1]
-        row_mask = None
         if count > 1:
             query = torch.arange(first_row, first_row + count, device=rows.device)[:, None]
-            seen = torch.arange(first_row + count, device=rows.device) <= query
-            row_mask = attention_mask(seen[None, None], rows.dtype, added=self._eager)
+            seen = (torch.arange(first_row + count, device=rows.device) <= query)[None]
+        elif seen is not None:
+            seen = seen[:, None]
+        row_mask = None if seen is None else attention_mask(seen[:, None], rows.dtype, added=self._eager)
         memory_mask = attention_mask(visible[:, None], rows.dtype, added=self._eager)
         row_bias = memory_bias = None
         rows = self.dropout(rows)

@@ -3,7 +3,7 @@
 A prompt is computed by itself, exactly as `generate` computes it (prefill.py), then joins. `step` takes one token of every
 sequence and returns the next distributions of all. Invariant: a sequence's numbers depend on the others by rounding only:
 rows are independent in every operation, and masks hide what is not a row's own. Sequences with lam 0 do not run the
-Copilot. Decoder-only models.
+Copilot. An encoder-decoder's rows are its decoder's; the keys and values of each source, made once, have a store of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from tc_ray.models.decoding.alone import PilotAlone
 from tc_ray.models.decoding.kv_rows import RowCache, RowLayer, RowStore
@@ -25,11 +26,12 @@ from tc_ray.models.fusion.model import FusedModel
 
 @dataclass(frozen=True)
 class CacheNeed:
-    """Entries that a sequence needs up to its last token: in the Pilot's cache, the Copilot's own and its memory."""
+    """Entries that a sequence needs up to its last token: in the Pilot's cache, the Copilot's own, its memory, and of the source."""
 
     tokens: int
     rows: int
     memory: int
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,19 @@ class FusedBatch:
 
     def __init__(self, model: FusedModel | PilotAlone) -> None:
         self.model = model
-        weight = model.get_input_embeddings().weight
-        self._device = weight.device
+        self._weight = model.get_input_embeddings().weight
+        self._device = self._weight.device
         config = model.family.decoder(model.pilot).config
         own = config if model.copilot is None else model.copilot.config.decoder_config()
-        attends: tuple[bool, ...] = () if model.copilot is None else tuple(model.copilot.stack.attends_memory)
-        place = {"dtype": weight.dtype, "device": weight.device}
-        self._pilot = RowStore(config.num_hidden_layers, config.num_key_value_heads, _head_dim(config), **place)
-        heads, width = own.num_key_value_heads, _head_dim(own)
-        self._rows = RowStore(attends.count(False), heads, width, **place)
-        self._memory = RowStore(attends.count(True), heads, width, **place)
-        self._pilot_cache = Cache(layers=[RowLayer(self._pilot, i) for i in range(config.num_hidden_layers)])
-        self._layers = tuple([i for i, memory in enumerate(attends) if memory is kind] for kind in (False, True))
+        self._layers = ([], []) if model.copilot is None else model.copilot.stack.kinds
+        """Of the Copilot: those that attend to its rows, and to its memory."""
+        self._encodes, count = model.family.encoder_decoder, len(model.family.layers(model.pilot))
+        self._pilot, self._source = self._store(config, count), self._store(config, count if self._encodes else 0)
+        self._rows, self._memory = (self._store(own, len(layers)) for layers in self._layers)
+        caches = [Cache(layers=[RowLayer(store, i) for i in range(count)]) for store in (self._pilot, self._source)]
+        self._pilot_cache = EncoderDecoderCache(*caches) if self._encodes else caches[0]
+        if self._encodes:  # the library does not make a source's keys and values again
+            self._pilot_cache.is_updated = dict.fromkeys(range(count), True)
         self._row_cache, self._memory_cache = map(RowCache, (self._rows, self._memory), self._layers)
         self._copilot_of: list[int | None] = []
         """Of each row, its index among the corrected ones; None for lam 0."""
@@ -65,12 +68,19 @@ class FusedBatch:
         self._kept = torch.empty(0)
         """[corrected rows, 1, d_C], the feedback of the last Copilot row."""
 
+    def _store(self, config: Any, layers: int) -> RowStore:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return RowStore(layers, heads, width, self._weight.dtype, self._device)
+
     def __len__(self) -> int:
         return len(self._pilot)
 
     def need(self, prompt: int, new: int, corrected: bool) -> CacheNeed:
         """What a sequence of `prompt` and `new` tokens needs."""
-        return CacheNeed(prompt + new, new if corrected else 0, 2 * prompt + new if corrected else 0)
+        read, source = (0, prompt) if self._encodes else (prompt, 0)  # prompt tokens that the decoder reads, and others
+        rows, memory = (new, prompt + read + new) if corrected else (0, 0)
+        return CacheNeed(read + new, rows, memory, source)
 
     def _sizes(self, needs: Sequence[CacheNeed]) -> list[tuple[RowStore, int, int]]:
         """Each store with the rows and columns that sequences of these needs take."""
@@ -79,6 +89,7 @@ class FusedBatch:
             (self._pilot, len(needs), max((need.tokens for need in needs), default=0)),
             (self._rows, len(corrected), max((need.rows for need in corrected), default=0)),
             (self._memory, len(corrected), max((need.memory for need in corrected), default=0)),
+            (self._source, len(needs), max((need.source for need in needs), default=0)),
         ]
 
     def planned_bytes(self, needs: Sequence[CacheNeed]) -> int:
@@ -101,13 +112,15 @@ class FusedBatch:
     @property
     def nbytes(self) -> int:
         """Bytes that the caches hold."""
-        return self._pilot.nbytes + self._rows.nbytes + self._memory.nbytes
+        return sum(store.nbytes for store in (self._pilot, self._rows, self._memory, self._source))
 
     @torch.inference_mode()
     def join(self, prefill: Prefill) -> int:
         """Add a computed prompt as the last row, for which `reserve` was called. Returns the row."""
         cache = prefill.cache
-        self._pilot.join([(layer.keys, layer.values) for layer in cache.layers], len(prefill.ids))
+        own, source = (cache.self_attention_cache, cache.cross_attention_cache.layers) if self._encodes else (cache, [])
+        self._source.join([(layer.keys, layer.values) for layer in source], len(prefill.ids) if source else 0)
+        self._pilot.join([(layer.keys, layer.values) for layer in own.layers], 1 if source else len(prefill.ids))
         if not prefill.lam:
             self._copilot_of.append(None)
             return len(self) - 1
@@ -129,6 +142,7 @@ class FusedBatch:
     def leave(self, row: int) -> None:
         """Remove a row; the last row takes its place."""
         self._pilot.leave(row)
+        self._source.leave(row)
         gone = self._copilot_of[row]
         _fill(self._copilot_of, row)
         if gone is None:
@@ -148,16 +162,9 @@ class FusedBatch:
         model = self.model
         last = torch.tensor(tokens, device=self._device)
         self._pilot.ensure_columns(1)
-        visible = self._pilot.visible(1)
+        given = self._inputs(last[:, None])
         with model.tap.recording() if model.tap and self._lam else nullcontext():
-            out = model.pilot(
-                input_ids=last[:, None],
-                attention_mask=None if visible is None else visible.long(),
-                position_ids=torch.tensor(self._pilot.lengths(), device=self._device)[:, None],
-                past_key_values=self._pilot_cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            out = model.pilot(**given, past_key_values=self._pilot_cache, use_cache=True)
         self._pilot.advance(1)
         pilot = out.logits[:, -1].float()
         if not model.tap or not self._lam:
@@ -169,6 +176,22 @@ class FusedBatch:
         chosen = torch.tensor(rows, device=self._device)
         corrected = self._corrected(pilot[chosen], last[chosen], states[chosen])
         return Step(pilot, pilot.index_copy(0, chosen, corrected))
+
+    def _inputs(self, last: torch.Tensor) -> dict[str, Any]:
+        """What the Pilot is given to read tokens [R, 1]."""
+        visible, real = self._pilot.visible(1), self._source.visible(0)
+        mask = None if visible is None else visible.long()
+        if not self._encodes:
+            positions = torch.tensor(self._pilot.lengths(), device=self._device)[:, None]
+            return {"input_ids": last, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
+        for number, layer in enumerate(self._pilot_cache.cross_attention_cache.layers):
+            layer.keys, layer.values = self._source.read(number)
+        # of the encoder's output only the size is read: its keys and values are there. T5 has no positions but the distances
+        # between columns, which are right for rows that end in one column
+        output = BaseModelOutput(last_hidden_state=self._weight.new_empty(len(self), self._source.width, 0))
+        source_mask = None if real is None else real.long()
+        given = {"decoder_input_ids": last, "decoder_attention_mask": mask}
+        return given | {"encoder_outputs": output, "attention_mask": source_mask}
 
     def _corrected(self, pilot: torch.Tensor, last: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Fused logits [C, V] of the corrected rows, whose Copilot rows are decoded: see `FusedCore.corrections`."""
@@ -201,8 +224,3 @@ class FusedBatch:
 def _fill(numbers: list[Any], place: int) -> None:
     numbers[place] = numbers[-1]
     numbers.pop()
-
-
-def _head_dim(config: Any) -> int:
-    explicit = getattr(config, "head_dim", None)
-    return int(explicit or config.hidden_size // config.num_attention_heads)

@@ -133,11 +133,15 @@ class RowStore:
 
         The columns count as in use after `advance`, when every layer has written.
         """
-        end = self.width + keys.shape[2]
-        place = self._data[layer, :, : len(self), :, :end]
-        place[0, :, :, self.width :] = keys
-        place[1, :, :, self.width :] = values
-        return place[0], place[1]
+        all_keys, all_values = self.read(layer, keys.shape[2])
+        all_keys[:, :, self.width :] = keys
+        all_values[:, :, self.width :] = values
+        return all_keys, all_values
+
+    def read(self, layer: int, more: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values [rows, heads, width + more, head_dim]: the columns in use, and the next ones."""
+        keys, values = self._data[layer, :, : len(self), :, : self.width + more]
+        return keys, values
 
     def advance(self, columns: int) -> None:
         """Every layer has written `columns` columns."""
@@ -192,3 +196,7 @@ class RowCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values; returns all."""
         return self._store.write(self._places[layer_idx], key, value)
+
+    def get_seq_length(self, layer_idx: int) -> int:
+        """Columns in use: T5 counts distances from here."""
+        return self._store.width

@@ -1,5 +1,7 @@
 """A prompt being computed, by itself and some tokens at a time, and what another prompt can begin with.
 
+An encoder-decoder's prompt is its source: the encoder reads it at once, and the decoder begins with its start token.
+
 Invariant: a prompt is computed exactly as `generate` computes it alone. Used by the serving engine and the evaluation.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from tc_ray.models.decoding.alone import PilotAlone
 from tc_ray.models.fusion.core import fuse
@@ -38,14 +41,20 @@ class PromptPrefix:
 class Prefill:
     """A prompt being computed, some tokens at a time. The Copilot runs unless lam is 0.
 
+    question: of an encoder-decoder, the encoder's output for `ids` (see `encoded`).
     `pilot` and `fused`: fp32 [1, V] logits of the first new token, when `done`.
     """
 
     def __init__(
-        self, model: FusedModel | PilotAlone, ids: Sequence[int], lam: float, prefix: PromptPrefix | None = None
+        self,
+        model: FusedModel | PilotAlone,
+        ids: Sequence[int],
+        lam: float,
+        prefix: PromptPrefix | None = None,
+        question: torch.Tensor | None = None,
     ) -> None:
         self.ids, self.lam = tuple(ids), lam
-        self._model = model
+        self._model, self._question = model, question
         self.cache: Any = model.new_cache()
         self._states: list[torch.Tensor] = []
         self.reused = 0
@@ -69,11 +78,15 @@ class Prefill:
     def advance(self, tokens: int) -> int:
         """Compute up to `tokens` more tokens; returns how many."""
         model, first = self._model, self.computed
-        count = min(tokens, len(self.ids) - first)
-        device = model.get_input_embeddings().weight.device
-        ids = torch.tensor([self.ids[first : first + count]], device=device)
+        count = len(self.ids) - first
+        if self._question is None:
+            count = min(tokens, count)
+            given = {"input_ids": self._tensor(self.ids[first : first + count]), "logits_to_keep": 1}
+        else:
+            encoder_outputs = BaseModelOutput(last_hidden_state=self._question)
+            given = {"decoder_input_ids": self._tensor(self._read), "encoder_outputs": encoder_outputs}
         with model.tap.recording() if model.tap else nullcontext():
-            out = model.pilot(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            out = model.pilot(**given, past_key_values=self.cache, use_cache=True)
         if model.tap:
             self._states.append(model.tap.take())
         self.computed += count
@@ -81,16 +94,25 @@ class Prefill:
             self._finish(out.logits)
         return count
 
+    @property
+    def _read(self) -> tuple[int, ...]:
+        """What the decoder reads."""
+        return self.ids if self._question is None else (self._model.pilot.config.decoder_start_token_id,)
+
+    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=self._model.get_input_embeddings().weight.device)
+
     def _finish(self, logits: torch.Tensor) -> None:
         model = self._model
         self.pilot = self.fused = logits[:, -1].float()
         if not self.lam:
             return
         assert isinstance(model, FusedModel)
-        ids = torch.tensor([self.ids], device=logits.device)
+        ids, states = self._tensor(self._read), torch.cat(self._states, 1)
+        given = self._question
+        memory = model.question_memory(ids) if given is None else model.copilot.question_memory(given)
+        self.cache.copilot.ask(memory, memory.new_ones(memory.shape[:2], dtype=torch.bool))
         attended = torch.ones_like(ids, dtype=torch.bool)
-        states = torch.cat(self._states, 1)
-        self.cache.copilot.ask(model.question_memory(ids), attended)
         self._f = model.corrections(logits, self.cache.copilot, ids, states, attended)[:, 0]
         self.fused = self._fused(self.lam)
 
@@ -106,13 +128,22 @@ class Prefill:
         return other
 
     def prefix(self) -> PromptPrefix | None:
-        """What another prompt can begin with; None without states, or where a layer does not keep every token (sliding windows)."""
-        if not self._states:
+        """What another prompt can begin with; None without states, for an encoder-decoder, or where a layer does not keep
+        every token (sliding windows)."""
+        if not self._states or self._question is not None:
             return None
         entries = [(layer.keys, layer.values) for layer in self.cache.layers]
         if any(keys is None or keys.shape[2] != len(self.ids) for keys, _ in entries):
             return None
         return PromptPrefix(self.ids, tuple(entries), torch.cat(self._states, 1))
+
+
+@torch.inference_mode()
+def encoded(model: FusedModel, ids: Sequence[int]) -> torch.Tensor:
+    """What the encoder makes of a source: [1, Q, d]."""
+    source = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    states: torch.Tensor = model.pilot.get_encoder()(input_ids=source).last_hidden_state
+    return states
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:

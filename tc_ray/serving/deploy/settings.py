@@ -93,19 +93,13 @@ def _section(
 def find_export(folder: Path | str) -> Path:
     """Absolute export folder of a run folder, or `folder` itself if it is an export.
 
-    Raises ServingError for no folder and for an encoder-decoder, ExportError as `tc_ray.export.check.find_export`.
+    Raises ServingError for no folder, ExportError as `tc_ray.export.check.find_export`.
     """
     if not Path(folder).expanduser().is_dir():
         raise ServingError(
             f"{folder} is no folder; give a run folder, an exported model, or a setting as serving.FIELD=VALUE"
         )
-    export = check.find_export(folder)
-    if check.read_part(export / "pilot/config.json").get("is_encoder_decoder"):
-        raise ServingError(
-            f"{export} is an encoder-decoder; the server answers with decoder-only models. "
-            "Use FusedModel.from_pretrained(folder).generate for it"
-        )
-    return export
+    return check.find_export(folder)
 
 
 def named_models(given: Sequence[str | Path]) -> dict[str, Path]:

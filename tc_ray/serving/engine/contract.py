@@ -46,7 +46,7 @@ class GenerationRequest:
 class ScoreRequest:
     """Log-probabilities of `ids[start:]` given `ids[:start]`, 1 <= start <= len(ids). top: likeliest tokens to name.
 
-    before: of `ids[1:start]` too, with the Pilot alone.
+    before: of `ids[1:start]` too, with the Pilot alone (decoder-only). owner: as of a generation.
     """
 
     ids: tuple[int, ...]
@@ -55,6 +55,7 @@ class ScoreRequest:
     top: int = 0
     deadline_s: float | None = None
     before: bool = False
+    owner: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ FAILURES = 5
 """So is one with this many errors in a row and no completed request: while new requests come, their prompts are progress."""
 PROBE_S = 30.0
 """An idle engine must generate its two tokens within this time."""
+SOURCE_TOKENS = 512
+"""Longest source of an encoder-decoder whose tokenizer names no length. T5 has no last position, but attention grows with the square."""
 _NICENESS = 15
 """Of the engine's thread and torch's threads under it. The threads that answer clients need little time, but at once."""
 
@@ -54,8 +56,10 @@ class Turns:
 
 
 class Engine:
-    """Generates and scores with one fused model, which must be decoder-only.
+    """Generates and scores with one fused model.
 
+    encoder_decoder: its prompts are sources, which take no room from what is generated. context_tokens: longest sequence, prompt and
+    new tokens together, that the model has positions for; of an encoder-decoder, longest source and longest answer.
     tokenizer: used by the engine's thread alone. turn: shared by engines of one process (and needed by those of one Pilot).
     """
 
@@ -64,6 +68,8 @@ class Engine:
     ) -> None:
         self.limits = limits or ServingSection()
         self.model, self._turn = model, turn or Turns()
+        self.encoder_decoder: bool = model.family.encoder_decoder
+        self.context_tokens = _context_tokens(model.config, tokenizer, self.limits)
         self._changed = threading.Condition()
         self._worker = Worker(model, tokenizer, self.limits, self._changed)
         self._waiting: deque[RequestHandle] = deque()
@@ -72,10 +78,9 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="tc-ray-engine", daemon=True)
         self._thread.start()
 
-    @property
-    def context_tokens(self) -> int:
-        """Longest sequence, prompt and new tokens together, that the model has positions for."""
-        return int(self.model.config.max_position_embeddings)
+    def room_after(self, prompt_tokens: int) -> int:
+        """New tokens that a prompt of so many leaves room for."""
+        return self.context_tokens - (0 if self.encoder_decoder else prompt_tokens)
 
     def submit(self, requests: Sequence[Request], deliver: Callable[[int, Event], None]) -> list[RequestHandle]:
         """Queue requests, all or none. `deliver` gets the index of a request and its events, in the engine's thread.
@@ -214,3 +219,11 @@ class Engine:
             with self._changed:
                 self._worker.admit(self._waiting.popleft())
         self._worker.round()
+
+
+def _context_tokens(config: Any, tokenizer: Any, limits: ServingSection) -> int:
+    """See `Engine`. transformers gives a tokenizer that names no length a very large one."""
+    if not config.is_encoder_decoder:
+        return int(config.max_position_embeddings)
+    named = int(tokenizer.model_max_length)
+    return limits.max_prompt_tokens or (named if named < 10**6 else SOURCE_TOKENS)

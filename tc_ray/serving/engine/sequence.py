@@ -72,10 +72,17 @@ class Sequence:
     """A generation under way.
 
     end_ids: tokens that end a text; they count as tokens and are not part of it. need: cache entries up to its last token.
+    before: what the decoder reads before the first new token: the prompt, or an encoder-decoder's start token.
     """
 
     def __init__(
-        self, handle: RequestHandle, tokenizer: Any, end_ids: frozenset[int], lam: float, need: CacheNeed
+        self,
+        handle: RequestHandle,
+        tokenizer: Any,
+        end_ids: frozenset[int],
+        lam: float,
+        need: CacheNeed,
+        before: tuple[int, ...],
     ) -> None:
         assert isinstance(handle.request, GenerationRequest)
         self.handle, self.request = handle, handle.request
@@ -83,11 +90,11 @@ class Sequence:
         self.prefill: Prefill | None = None
         self.last = -1
         """The token chosen last."""
-        self._text = IncrementalText(tokenizer, self.request.prompt_ids, self.request.stops)
+        self._text = IncrementalText(tokenizer, before, self.request.stops)
         self._end_ids = end_ids
         self._held: list[tuple[int, Token]] = []
         """Tokens that are not reported yet, each with the place of its first character."""
-        self._used = list(dict.fromkeys(self.request.prompt_ids)) if self.request.repetition_penalty != 1 else []
+        self._used = list(dict.fromkeys(before)) if self.request.repetition_penalty != 1 else []
         """Tokens that the repetition penalty is about."""
         self._count = 0
         self._generator: torch.Generator | None = None

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
-from tc_ray.models.decoding.prefill import Prefill
+from tc_ray.models.decoding.prefill import Prefill, encoded
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
 from tc_ray.models.weights import NotFiniteError
@@ -52,9 +52,11 @@ class Worker:
     def __init__(self, model: Any, tokenizer: Any, limits: ServingSection, lock: AbstractContextManager[Any]) -> None:
         self.limits, self.end_ids = limits, end_ids_of(model, tokenizer)
         self._model, self._tokenizer, self._lock = model, tokenizer, lock
-        self.batch = FusedBatch(model)
+        self.batch, config = FusedBatch(model), model.pilot.config
         self._prefixes = Prefixes(limits.prefix_bytes)
-        config = model.pilot.config
+        self._source: tuple[tuple[bytes, tuple[int, ...]], torch.Tensor] | None = None
+        """Owner and ids of the source read last, and the encoder's output."""
+        self._start = (config.decoder_start_token_id,) if model.family.encoder_decoder else ()
         weights = sum(parameter.numel() for parameter in model.pilot.parameters())
         self._even_tokens = weights / (2 * config.num_hidden_layers * config.hidden_size)
         """Context at which attention costs as much as the weights: 2 flops a weight, 4 flops a layer, channel and token before."""
@@ -102,9 +104,10 @@ class Worker:
         if isinstance(request, GenerationRequest):
             end_ids = request.end_ids | (frozenset() if request.ignore_end else self.end_ids)
             lam, need = self.lam_of(request), self.need_of(request)
-            self._joining.append(Sequence(handle, self._tokenizer, end_ids, lam, need))
+            before = self._start or request.prompt_ids
+            self._joining.append(Sequence(handle, self._tokenizer, end_ids, lam, need, before))
         else:
-            self._scoring.append((handle, scored(self._model, request, self.limits.prefill_tokens)))
+            self._scoring.append((handle, scored(self._model, request, self.limits.prefill_tokens, self._encoded)))
 
     def drop_gone(self, now_s: float) -> None:
         """Remove what was cancelled or is past its deadline."""
@@ -167,10 +170,22 @@ class Worker:
 
     def _begin(self, sequence: Sequence) -> Prefill:
         ids, owner = sequence.request.prompt_ids, sequence.request.owner
-        prefill = Prefill(self._model, ids, sequence.lam, self._prefixes.longest(ids, owner))
+        if self._start:
+            held = self._source is not None and self._source[0] == (owner, ids)
+            prefill = Prefill(self._model, ids, sequence.lam, question=self._encoded(ids, owner))
+            if held:
+                prefill.reused = prefill.computed = len(ids) - 1
+        else:
+            prefill = Prefill(self._model, ids, sequence.lam, self._prefixes.longest(ids, owner))
         self._count(cached_tokens=prefill.reused)
         sequence.prefill = prefill
         return prefill
+
+    def _encoded(self, ids: tuple[int, ...], owner: bytes) -> torch.Tensor:
+        """The encoder's output for a source, made once for what follows each other: choices, and completions to be scored."""
+        if self._source is None or self._source[0] != (owner, ids):
+            self._source = (owner, ids), encoded(self._model, ids)
+        return self._source[1]
 
     def _join(self, sequence: Sequence, prefill: Prefill) -> bool:
         """Send the first token of a computed prompt; the sequence enters the batch if more follow. Returns whether it did."""
@@ -261,25 +276,37 @@ class Worker:
         self._totals = replace(self._totals, **{name: getattr(self._totals, name) + n for name, n in more.items()})
 
 
-def scored(model: FusedModel, request: ScoreRequest, positions: int) -> Iterator[Scored | None]:
+def scored(
+    model: FusedModel, request: ScoreRequest, positions: int, encode: Callable[[tuple[int, ...], bytes], torch.Tensor]
+) -> Iterator[Scored | None]:
     """Yields None after each part of the work, and the scores of `request` at the end.
 
-    positions: of the Pilot's forward pass that are computed in one part. Raises NotFiniteError for a score that is NaN.
+    positions: of the Pilot's forward pass that are computed in one part; an encoder-decoder's is one part. encode: gives the
+    encoder's output of an owner's source. Raises NotFiniteError for a score that is NaN.
     """
     lam = float(model.default_lam if request.lam is None else request.lam)
-    texts = [(request.ids, request.start, lam)]
+    texts, question = [(request.ids, request.start, lam)], None
+    if model.family.encoder_decoder:
+        question = encode(request.ids[: request.start], request.owner)
+        texts = [((model.pilot.config.decoder_start_token_id, *request.ids[request.start :]), 1, lam)]
     if request.before and request.start > 1:
         texts.insert(0, (request.ids[: request.start], 1, 0.0))
     tokens: list[ScoredToken] = []
     for ids, start, weight in texts:
-        for more in _parts(model, ids, start, weight, request.top, positions):
+        for more in _parts(model, ids, start, weight, request.top, positions, question):
             tokens += more
             yield None
     yield Scored(tuple(tokens))
 
 
 def _parts(
-    model: FusedModel, ids: tuple[int, ...], start: int, lam: float, count: int, positions: int
+    model: FusedModel,
+    ids: tuple[int, ...],
+    start: int,
+    lam: float,
+    count: int,
+    positions: int,
+    question: torch.Tensor | None,
 ) -> Iterator[list[ScoredToken]]:
     """The scores of `ids[start:]`, some at a time; none after a part of the Pilot's pass."""
     device = model.get_input_embeddings().weight.device
@@ -290,8 +317,11 @@ def _parts(
         start,
         torch.tensor([len(ids) - start], device=device),
         torch.tensor([lam], dtype=torch.float32, device=device),
+        question,
+        None if question is None else question.new_ones(question.shape[:2], dtype=torch.bool),
     )
-    for rows in teacher_forced_rows(model, given, rows_at_a_time=_SCORED_ROWS, positions_at_a_time=positions):
+    part = positions if question is None else None
+    for rows in teacher_forced_rows(model, given, rows_at_a_time=_SCORED_ROWS, positions_at_a_time=part):
         chosen = given.tokens[:, rows.span]
         pilot, fused = (log_probs_of(logits, chosen)[0].tolist() for logits in (rows.pilot, rows.fused))
         if any(map(math.isnan, (*pilot, *fused))):

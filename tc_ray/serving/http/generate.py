@@ -92,12 +92,15 @@ def make_generation(
     seed: of the first choice. owner: the client's key. deadline_s: `time.monotonic()` at which the request fails.
     """
     _check_tokens(body, served.encoder.vocab_size)
-    asked, context = body.max_tokens, served.engine.context_tokens
-    room = _room(context - (asked != 0), served, limits, 1 if asked is None else asked)
+    asked, engine = body.max_tokens, served.engine
+    room = _room(served, limits, 1 if asked is None else asked)
     echoes: list[PlacedPrompt] = []
     scorings: list[ScoreRequest] = []
     if isinstance(body, CompletionRequest):
         given, default = split_prompts(body.prompt), DEFAULT_COMPLETION_TOKENS
+        if body.scores_prompt and engine.encoder_decoder:
+            reason = "with `logprobs` it scores the prompt, which an encoder-decoder does not; score texts by /v1/score"
+            raise invalid_value("echo", reason)
         prompts = [served.encoder.ids(one, room) for one in given]
         if body.echo:
             echoes = [served.encoder.placed(one, ids) for one, ids in zip(given, prompts, strict=True)]
@@ -115,7 +118,7 @@ def make_generation(
     generations = [
         GenerationRequest(
             prompt_ids=ids,
-            max_new_tokens=min(asked or default, limits.max_tokens, context - len(ids)),
+            max_new_tokens=min(asked or default, limits.max_tokens, engine.room_after(len(ids))),
             temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=body.top_k if body.top_k is not None and body.top_k > 0 else None,
@@ -139,27 +142,33 @@ def make_generation(
     return Generation(served, requests, sum(map(len, prompts)), body, len(prompts), echoes, scorings)
 
 
-def make_scoring(served: ServedModel, deadline_s: float, *, body: ScoreBody, limits: ServingSection) -> Scoring:
+def make_scoring(
+    served: ServedModel, deadline_s: float, *, body: ScoreBody, limits: ServingSection, owner: bytes
+) -> Scoring:
     """Encode a /v1/score body that is within the limits. Raises RequestError.
 
     What is scored is the prompt's ids followed by the completion's, each tokenised by itself as in training. The Copilot
     begins with the completion's first token.
     """
-    context = served.engine.context_tokens
-    prompt = served.encoder.ids(body.prompt, _room(context - 1, served, limits, 1))
+    prompt = served.encoder.ids(body.prompt, _room(served, limits, 1))
+    ending = (served.encoder.end,) if body.end_token else ()
+    room, named = Room(served.engine.room_after(len(prompt)) - len(ending)), body.top_logprobs or 0
     requests = []
     for number, given in enumerate(split_prompts(body.completion)):
         name = f"completion[{number}]" if given is not body.completion else "completion"
-        ids = served.encoder.ids(given, Room(context - len(prompt)), name, special=False)
-        requests.append(ScoreRequest((*prompt, *ids), len(prompt), body.weight, body.top_logprobs or 0, deadline_s))
+        ids = served.encoder.ids(given, room, name, special=False)
+        text = (*prompt, *ids, *ending)
+        requests.append(ScoreRequest(text, len(prompt), body.weight, named, deadline_s, owner=owner))
     return Scoring(served, requests, len(prompt), body)
 
 
-def _room(tokens: int, served: ServedModel, limits: ServingSection, asked: int) -> Room:
-    """For a prompt of at most `tokens`, or of what the server allows. asked: new tokens."""
+def _room(served: ServedModel, limits: ServingSection, asked: int) -> Room:
+    """For a prompt that leaves room for a token if any are asked for, or of what the server allows."""
+    context, apart = served.engine.context_tokens, served.engine.encoder_decoder
+    tokens = context - bool(asked and not apart)
     if limits.max_prompt_tokens is not None and limits.max_prompt_tokens < tokens:
         return Room(limits.max_prompt_tokens)
-    return Room(tokens, served.engine.context_tokens, asked)
+    return Room(tokens, context, 0 if apart else asked)
 
 
 def _check_tokens(body: CompletionRequest | ChatRequest, vocab_size: int) -> None:

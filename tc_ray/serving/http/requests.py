@@ -317,6 +317,9 @@ class ScoreBody(Weighted):
         description="text, token ids, or a list of either. A text is tokenised by itself, as in training, so that it begins "
         "at a token of its own; to score another cut, send ids"
     )
+    end_token: bool | None = Field(
+        None, description="score the end token after each completion too, as rankings of items do"
+    )
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens of the fused model to name at each place"
     )

@@ -139,7 +139,8 @@ def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: Serving
     @router.post("/v1/score", response_model=ScoreAnswer)
     async def score(request: Request, body: ScoreBody) -> Response:
         """Log-probabilities under Pilot and fused model."""
-        scoring, feed = await submit(request, body, partial(make_scoring, body=body, limits=limits))
+        make = partial(make_scoring, body=body, limits=limits, owner=request.state.key)
+        scoring, feed = await submit(request, body, make)
         return await whole(request, feed, score_response(scoring, feed), _copilot_header(scoring.served))
 
 

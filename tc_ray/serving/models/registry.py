@@ -106,7 +106,10 @@ class LoadedRun:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise ServingError(f"{folder} cannot be loaded: {first_line(error)}") from error
-        self._encoder = PromptEncoder(copy.deepcopy(self._tokenizer), self._pilot.config.vocab_size)
+        config = self._pilot.config
+        self._encoder = PromptEncoder(
+            copy.deepcopy(self._tokenizer), config.vocab_size, bool(config.is_encoder_decoder)
+        )
         self._vocabulary = vocabulary_hash(self._tokenizer)
         self._pilot_version = pilot_version(self.export)
 

@@ -69,11 +69,14 @@ class PlacedPrompt:
 
 
 class PromptEncoder:
-    """Encodes prompts. tokenizer: a transformers tokenizer that nothing else uses. vocab_size: ids that the model embeds."""
+    """Encodes prompts. tokenizer: a transformers tokenizer that nothing else uses. vocab_size: ids that the model embeds.
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
-        self.vocab_size = vocab_size
+    encoder_decoder: prompts are sources, which end with the end token, as in training.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, encoder_decoder: bool = False) -> None:
+        self._tokenizer, self._sources = tokenizer, encoder_decoder
+        self.vocab_size, self.end = vocab_size, tokenizer.eos_token_id
         self._lock = threading.Lock()
         self.texts = TokenTexts(copy.deepcopy(tokenizer))
         """Texts of single tokens. It has its own tokenizer, because the event loop must not wait for the lock."""
@@ -83,10 +86,11 @@ class PromptEncoder:
     ) -> tuple[int, ...]:
         """Token ids of a text or of ids, at least one. Raises RequestError naming `param`.
 
-        special: begin with the tokenizer's beginning-of-text token, if it has one.
+        special: with the tokens that a prompt begins and ends with, if there are any.
         """
         if isinstance(given, str):
             ids = self._tokenised(given, room, param, special)
+            ids = self._ended(ids) if special and ids else ids
             if not ids:
                 raise invalid_value(param, "it has no tokens")
         else:
@@ -141,17 +145,21 @@ class PromptEncoder:
         # The template writes the special tokens itself.
         ids = self.ids(text, room, "messages", special=False)
         with self._lock:
-            if not named_ids(contents, self._tokenizer):
-                return ids
             try:
-                ids = tuple(encode_rendered(contents, render, self._tokenizer))
+                if named_ids(contents, self._tokenizer):
+                    ids = tuple(encode_rendered(contents, render, self._tokenizer))
             except SpecialTextError as error:
                 raise invalid_value("messages", str(error)) from error
             except Exception as error:
                 raise invalid_value("messages", "the model's chat template fails with it") from error
+        ids = self._ended(ids)
         if len(ids) > room.tokens:
             raise room.too_long("messages", len(ids))
         return ids
+
+    def _ended(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Many tokenizers end an encoder-decoder's source themselves."""
+        return (*ids, self.end) if self._sources and ids[-1] != self.end else ids
 
     def placed(self, given: str | Sequence[int], ids: Sequence[int]) -> PlacedPrompt:
         """A prompt that was encoded to `ids`, as the text that an echo shows."""

@@ -11,10 +11,10 @@ import torch
 from tc_ray.models.decoding.alone import PilotAlone
 from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
 from tc_ray.models.decoding.kv_rows import RowStore
-from tc_ray.models.decoding.prefill import Prefill
+from tc_ray.models.decoding.prefill import Prefill, encoded
 from tc_ray.models.fusion import FusedModel
 from tests.support.family_samples import PAPER, make_copilot, new_pilot, output_ids, quiet
-from tests.support.tiny_families import DECODER_ONLY, VOCAB
+from tests.support.tiny_families import DECODER_ONLY, ENCODER_DECODER, VOCAB
 
 NEW = 14
 PROMPTS = [
@@ -48,7 +48,7 @@ def alone(model: FusedModel, prompt: list[int], lam: float, new: int) -> tuple[l
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
+    return out.sequences[0, -new:].tolist(), torch.cat(out.logits)
 
 
 def run_together(
@@ -63,7 +63,8 @@ def run_together(
     time = 0
     while len(tokens) < len(PROMPTS) or order:
         for number in (i for i, arrival in enumerate(ARRIVALS) if arrival == time):
-            prefill = Prefill(model, PROMPTS[number], lams[number])
+            question = encoded(model, PROMPTS[number]) if model.family.encoder_decoder else None
+            prefill = Prefill(model, PROMPTS[number], lams[number], question=question)
             while not prefill.done:
                 assert prefill.advance(prefill_tokens) > 0
             needs[number] = batch.need(len(PROMPTS[number]), NEW, lams[number] != 0)
@@ -93,7 +94,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "narrow, target, all": {"base": "narrow", "positions": "target", "pattern": "all", "producing_state": "memory"},
     "the paper": PAPER,
 }
-CASES = [(family, "full") for family in DECODER_ONLY]
+CASES = [(family, "full") for family in (*DECODER_ONLY, *ENCODER_DECODER)]
+CASES += [("t5", "the paper"), ("flan_t5", "logits, realised"), ("t5", "narrow, target, all")]
 CASES += [(family, name) for name in SETTINGS for family in ("llama3", "gemma2") if name != "full"]
 
 

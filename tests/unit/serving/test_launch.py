@@ -103,12 +103,6 @@ def test_copilot_of_another_tokenizer(export: Path) -> None:
         start(export)
 
 
-def test_encoder_decoder_is_refused(export: Path) -> None:
-    change(export / "pilot/config.json", is_encoder_decoder=True)
-    with pytest.raises(ServingError, match="encoder-decoder; the server answers with decoder-only"):
-        start(export)
-
-
 def test_port_taken(export: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
