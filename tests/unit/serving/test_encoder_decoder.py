@@ -11,6 +11,9 @@ import torch
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
+from tc_ray.evaluation.decode import rankings
+from tc_ray.evaluation.item_trie import ItemTrie
+from tc_ray.evaluation.rows import HeldOut
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.deploy.settings import find_export
 from tc_ray.serving.engine.contract import Finished, GenerationRequest
@@ -165,7 +168,7 @@ def test_scores_rank_items_with_one_pass_of_the_encoder(
             encoders.remove()
     assert len(passes) == 1
     source = source_of(tokenizer)
-    total = 0
+    total, sequences = 0, []
     for item, found in zip(items, answer["completions"], strict=True):
         ids = [*tokenizer(item)["input_ids"], tokenizer.eos_token_id]
         scores = model.score(torch.tensor([[0, *ids]]), source=torch.tensor([source]), lam=lam)
@@ -175,7 +178,13 @@ def test_scores_rank_items_with_one_pass_of_the_encoder(
             torch.testing.assert_close(torch.tensor([token[name] for token in found["tokens"]]), expected)
             assert found[name] == pytest.approx(float(expected.sum()), abs=1e-3)
         total += len(ids)
+        sequences.append(ids)
     assert answer["usage"]["prompt_tokens"] == len(source) + total
+    row = HeldOut(0, list(source), len(source), "", PROMPT)
+    [ranked] = next(rankings(model, tokenizer, [row], [("probability", lam)], ItemTrie(sequences), beams=len(items)))
+    by_score = sorted(range(len(items)), key=lambda item: -answer["completions"][item]["fused"])
+    # the evaluation does not rank an item of probability 0, which this f makes of all
+    assert ranked == ([] if lam else by_score)
 
 
 def is_encoder(module: torch.nn.Module) -> bool:
