@@ -140,7 +140,7 @@ def test_builder_needs_a_key(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def serve_configs() -> dict[str, dict[str, Any]]:
     """The Serve config files of the repository: one by itself, one inside the Kubernetes manifest."""
-    manifest = yaml.safe_load((ROOT / "cluster/rayservice.yaml").read_text())
+    manifest = yaml.safe_load((ROOT / "cluster/kuberay/base/service/rayservice.yaml").read_text())
     return {
         "serve.yaml": yaml.safe_load((ROOT / "cluster/serve.yaml").read_text()),
         "rayservice.yaml": yaml.safe_load(manifest["spec"]["serveConfigV2"]),
