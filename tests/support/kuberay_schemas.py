@@ -44,7 +44,12 @@ def strict(schema: Any) -> Any:
 def _manifest(api_version: str, kind: str, spec: Any) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"apiVersion": {"const": api_version}, "kind": {"const": kind}, "metadata": METADATA, "spec": spec},
+        "properties": {
+            "apiVersion": {"const": api_version},
+            "kind": {"const": kind},
+            "metadata": METADATA,
+            "spec": spec,
+        },
         "required": ["apiVersion", "kind", "metadata", "spec"],
     }
 

@@ -1,4 +1,4 @@
-"""cluster/Dockerfile: what gets into the image, in which order, and in the versions tested together."""
+"""The image: what gets into it, in which order, in the versions tested together. ray-up.yaml: what `ray up` makes of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def arguments() -> dict[str, str]:
 
 
 def copied() -> list[str]:
-    return [name for word, rest in steps() if word == "COPY" for name in rest.split()[1:-1]]
+    """Names in the context, of the COPY steps that take from it."""
+    taken = [rest.split() for word, rest in steps() if word == "COPY" and "--from" not in rest]
+    return [name for words in taken for name in words[:-1] if not name.startswith("--")]
 
 
 def pinned(package: str) -> str:
@@ -39,14 +41,14 @@ def test_the_context_is_what_the_image_copies_and_no_more() -> None:
 
 
 def test_dependencies_come_before_code() -> None:
-    order = [(word, rest) for word, rest in steps() if word in ("COPY", "RUN")]
+    last = max(at for at, step in enumerate(steps()) if step[0] == "FROM")
+    order = [(word, rest) for word, rest in steps()[last:] if word in ("COPY", "RUN")]
     torch = order.index(next(step for step in order if "${TORCH}" in step[1]))
     rest = order.index(next(step for step in order if step[0] == "RUN" and step[1].startswith("mkdir tc_ray")))
     code = order.index(next(step for step in order if step[0] == "COPY" and "tc_ray" in step[1].split()))
     assert torch < rest < code
     assert order[-1][0] == "RUN" and "--no-deps ." in order[-1][1], "nothing is fetched behind the code"
-    for _, command in (step for step in order[:code] if step[0] == "RUN"):
-        assert "-c constraints.txt" in command
+    assert all("-c constraints.txt" in command for _, command in order[:code] if "pip install" in command)
 
 
 def test_versions_are_those_tested_together() -> None:
@@ -57,3 +59,11 @@ def test_versions_are_those_tested_together() -> None:
     kinds = [yaml.safe_load(path.read_text()) for path in (ROOT / "cluster/kuberay/base").glob("*/ray*.yaml")]
     found = {version for one in kinds for version in re.findall(r"'rayVersion': '([\d.]+)'", str(one))}
     assert found == {pinned("ray")}
+
+
+def test_ray_up_takes_its_file() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((ROOT / "cluster/ray-up.yaml").read_text()))
+    validate_config(config)
+    assert config["max_workers"] == len(config["provider"]["worker_ips"])

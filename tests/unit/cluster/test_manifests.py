@@ -128,7 +128,9 @@ def test_a_misspelt_field_or_a_wrong_value_is_found(
     assert len(faults(manifest)) == 1 and words in faults(manifest)[0]
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here: the overlays are rendered by the tests alone")
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="no kubectl here: the overlays are rendered by the tests alone"
+)
 @pytest.mark.parametrize("name", RENDERED)
 def test_kubectl_renders_what_the_tests_render(name: str) -> None:
     made = subprocess.run(

@@ -15,6 +15,7 @@ from tc_ray.config.yaml_file import ConfigError
 from tc_ray.serving.deploy.deployment import build
 from tc_ray.serving.deploy.settings import command_settings
 from tc_ray.serving.errors import ServingError
+from tests.support.kustomize import documents_in, render
 from tests.support.serving_samples import make_export
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -139,15 +140,17 @@ def test_builder_needs_a_key(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def serve_configs() -> dict[str, dict[str, Any]]:
-    """The Serve config files of the repository: one by itself, one inside the Kubernetes manifest."""
-    manifest = yaml.safe_load((ROOT / "cluster/kuberay/base/service/rayservice.yaml").read_text())
+    """The Serve config files of the repository: one by itself, those inside the Kubernetes manifests."""
+    kuberay = ROOT / "cluster/kuberay"
+    [cpu], [gpu] = documents_in(kuberay / "base/service/rayservice.yaml"), render(kuberay / "overlays/gpu/service")
     return {
         "serve.yaml": yaml.safe_load((ROOT / "cluster/serve.yaml").read_text()),
-        "rayservice.yaml": yaml.safe_load(manifest["spec"]["serveConfigV2"]),
+        "rayservice.yaml": yaml.safe_load(cpu["spec"]["serveConfigV2"]),
+        "overlays/gpu": yaml.safe_load(gpu["spec"]["serveConfigV2"]),
     }
 
 
-@pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
+@pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml", "overlays/gpu"])
 def test_config_files_are_what_serve_and_the_builder_take(
     name: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
