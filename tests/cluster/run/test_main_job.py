@@ -270,7 +270,7 @@ def test_torn_files_of_a_finished_run(config: RunConfig, result: JobResult) -> N
     small = [path for path in small if not {"log", "ray_train"} & set(path.relative_to(run).parts)]
     assert len(small) > 30
     opened = {read: files_opened(read) for read in readers}
-    assert sum(path in files for path in small for files in opened.values()) > 10
+    assert sum(path in files for path in small for files in opened.values()) >= 6
     for path in small:
         # a reader cannot stumble over what it does not open; Python knows nothing of files opened by C++ and Rust
         unseen = path.suffix in (".parquet", ".safetensors", ".pt")
