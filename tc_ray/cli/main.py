@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from tc_ray import __version__
 from tc_ray.cli.command import end_stopped, run_command, say
+from tc_ray.cli.export import export
 from tc_ray.cli.init import init
 from tc_ray.cli.log import log
 from tc_ray.cli.models import evaluate, fuse, serve
@@ -47,6 +48,7 @@ app.command("train-copilot")(train_copilot)
 app.command("eval")(evaluate)
 app.command("study")(study)
 app.command("fuse")(fuse)
+app.command("export")(export)
 app.command("serve")(serve)
 app.command("status")(status)
 app.add_typer(log, name="log")

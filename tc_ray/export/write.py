@@ -1,4 +1,4 @@
-"""Write the export of a run: both models, the tokenizer, the fusion settings and where all of it came from."""
+"""Write the export of a run: both models, the tokenizer, the fusion settings, where all of it came from, and a model card."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tc_ray.config.load import save_config
 from tc_ray.config.redact import redact_override
 from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
+from tc_ray.export.card import CardSource, write_card
 from tc_ray.export.check import PROVENANCE_FILE
-from tc_ray.files import FOLDER_MARKER, publish_folder, write_json
+from tc_ray.files import FOLDER_MARKER, finite, publish_folder, write_json
 from tc_ray.models.folder import COPILOT, PILOT, FusionSettings
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
@@ -35,10 +36,13 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
     for part in (PILOT, COPILOT) if verdict.no_copilot is None else (PILOT,):
         # its marker stays behind: that of the export names all files
         shutil.copytree(run / part / "final", temporary / part, ignore=shutil.ignore_patterns(FOLDER_MARKER))
-    FusionSettings(verdict.exported_lam, verdict.chosen.space, verdict.chosen.feedback).write(temporary)
+    fusion = FusionSettings(verdict.exported_lam, verdict.chosen.space, verdict.chosen.feedback)
+    fusion.write(temporary)
     save_config(config, temporary / "config.yaml")
     of_run = {"run": config.run.name, "pilot": config.model.pilot, "rounds": rounds, "verdict": str(verdict)}
     write_provenance(temporary, of_run, PACKAGES)
+    measured = finite(report.to_dict())
+    write_card(temporary, "fused", CardSource.of_run(run, config, temporary / PILOT, report=measured, fusion=fusion))
     publish_folder(temporary, target)
     return target
 

@@ -15,6 +15,8 @@ from tc_ray.files import DamagedFileError, read_json, write_json
 
 PILOT, COPILOT = "pilot", "copilot"
 """Folders of the two models; each loads with plain `from_pretrained`."""
+ADAPTER = "adapter"
+"""Folder of the Pilot's LoRA adapters, beside `pilot/final` of a run; loads with peft."""
 FUSION_FILE = "fusion.json"
 SPACES = ("probability", "logits")
 FEEDBACKS = ("own", "realised")

