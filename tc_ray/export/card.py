@@ -93,8 +93,8 @@ def card(kind: Kind, source: CardSource) -> str:
         library_name=LIBRARIES[kind],
         base_model=builtin.base if builtin else base if is_hub_id(base) else None,
         license=source.licence.name,
-        license_name=source.licence.more.get("license_name"),
-        license_link=source.licence.more.get("license_link"),
+        license_name=source.licence.title,
+        license_link=source.licence.link,
         tags=tags,
         pipeline_tag="text2text-generation" if source.encoder_decoder else "text-generation",
     )

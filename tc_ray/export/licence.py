@@ -6,8 +6,7 @@ Invariant: a licence is never guessed from a model's name. Used by the model car
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,13 @@ CARD_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Licence:
-    """Of a base. name: the hub's id, or "unknown". named_by: a clause for the card. more: license_name and license_link, for "other".
+    """Of a base. name: the hub's id, or "unknown". named_by: a clause for the card. title, link: what the hub wants beside "other".
     files: of the base's folder, to go with what is made of it."""
 
     name: str
     named_by: str
-    more: Mapping[str, str]
+    title: str | None = None
+    link: str | None = None
     files: tuple[Path, ...] = ()
 
 
@@ -50,7 +50,7 @@ def licence_of(model: str) -> Licence:
     """The licence of `model.pilot`: folder, builtin name or hub id, whose card is asked for (`CARD_SECONDS`)."""
     if model in BUILTIN_MODELS:
         known = BUILTIN_MODELS[model]
-        return Licence(known.licence, f"that of {known.base}, from the package {known.requirement}", {})
+        return Licence(known.licence, f"that of {known.base}, from the package {known.requirement}")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return _of_folder(folder)
@@ -75,10 +75,10 @@ def _of_folder(folder: Path) -> Licence:
         text = file.read_bytes()[:_HEAD].decode("utf-8", "replace")
         name = next((name for name, pattern in _TEXTS.items() if re.search(pattern, text, re.DOTALL)), "other")
         title = next((line.strip() for line in text.splitlines() if line.strip()), file.name)
-        more = {"license_name": title[:60], "license_link": file.name} if name == "other" else {}
-        named = Licence(name, f"the file {file.name} in its folder", more)
+        beside = (title[:60], file.name) if name == "other" else ()
+        named = Licence(name, f"the file {file.name} in its folder", *beside)
     named = named or _unknown("neither a card nor a licence file in its folder names one")
-    return Licence(named.name, named.named_by, named.more, files)
+    return replace(named, files=files)
 
 
 def _of_card(file: Path, named_by: str) -> Licence | None:
@@ -93,9 +93,9 @@ def _of_card(file: Path, named_by: str) -> Licence | None:
         name = name[0]
     if not isinstance(name, str) or name == "unknown":
         return None
-    more = {key: str(head[key]) for key in ("license_name", "license_link") if head.get(key)}
-    return Licence(name, named_by, more)
+    title, link = (str(head[key]) if head.get(key) else None for key in ("license_name", "license_link"))
+    return Licence(name, named_by, title, link)
 
 
 def _unknown(why: str) -> Licence:
-    return Licence("unknown", why, {})
+    return Licence("unknown", why)
