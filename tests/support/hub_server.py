@@ -1,0 +1,138 @@
+"""The calls of the Hugging Face hub that creating a repository, uploading a folder and listing it need, on a local port.
+
+Files go through the commit itself or through LFS' basic transfer, as with the hub; Xet storage is not offered.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class HubServer(ThreadingHTTPServer):
+    """repositories: name -> whether it is private. files: name -> path -> content. lose: paths that are not kept."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories: dict[str, bool] = {}
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.objects: dict[str, bytes] = {}
+        self.calls: list[tuple[str, str, str]] = []
+        self.lose: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        """Of the server."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def hub_server() -> Iterator[HubServer]:
+    """A server without repositories."""
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+    def do_GET(self) -> None:
+        self._body()
+        if not (match := re.match(r"/api/models/([^/?]+/[^/?]+)(/revision/main)?(\?|$)", self.path)):
+            return self._answer(404, {"error": self.path})
+        name = match.group(1)
+        if name not in self.server.repositories:
+            return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        siblings = [{"rfilename": path, "size": len(content)} for path, content in self.server.files[name].items()]
+        about = {"id": name, "modelId": name, "private": self.server.repositories[name], "sha": "0" * 40}
+        self._answer(200, about | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
+
+    def do_PUT(self) -> None:
+        self.server.objects[self.path.rpartition("/")[2]] = self._body()
+        self._answer(200, {})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.path == "/api/repos/create":
+            given = json.loads(body)
+            name = f"{given['organization']}/{given['name']}" if given.get("organization") else f"user/{given['name']}"
+            if name in self.server.repositories:
+                return self._answer(409, {"error": "exists", "url": f"{self.server.url}/{name}"})
+            self.server.repositories[name], self.server.files[name] = given.get("visibility") == "private", {}
+            return self._answer(200, {"url": f"{self.server.url}/{name}"})
+        if self.path == "/api/validate-yaml":
+            return self._answer(200, {"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            files = [
+                {"path": file["path"], "shouldIgnore": False, "oid": None}
+                | {"uploadMode": "lfs" if file["path"].endswith((".safetensors", ".gguf")) else "regular"}
+                for file in json.loads(body)["files"]
+            ]
+            return self._answer(200, {"files": files})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            return self._answer(200, self._lfs(json.loads(body)), {"Content-Type": "application/vnd.git-lfs+json"})
+        if match := re.match(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
+            return self._commit(match.group(1), body)
+        return self._answer(404, {"error": self.path})
+
+    def _lfs(self, given: dict[str, Any]) -> dict[str, Any]:
+        objects = [
+            {"oid": one["oid"], "size": one["size"]}
+            | {"actions": {"upload": {"href": f"{self.server.url}/objects/{one['oid']}"}}}
+            for one in given["objects"]
+        ]
+        return {"transfer": "basic", "objects": objects}
+
+    def _commit(self, name: str, body: bytes) -> None:
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                content = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                content = self.server.objects[value["oid"]]
+            else:
+                continue
+            if value["path"] not in self.server.lose:
+                self.server.files[name][value["path"]] = content
+        commit = {"commitUrl": f"{self.server.url}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40}
+        self._answer(200, commit | {"hookOutput": "", "success": True})
+
+    def _body(self) -> bytes:
+        self.server.calls.append((self.command, self.path, self.headers.get("Authorization", "")))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _answer(self, code: int, document: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        content = json.dumps(document).encode()
+        self.send_response(code)
+        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
