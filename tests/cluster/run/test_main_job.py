@@ -87,6 +87,7 @@ def test_everything_is_there(config: RunConfig, result: JobResult) -> None:
         "export/fusion.json",
         "export/provenance.json",
         "export/config.yaml",
+        "export/README.md",
         "export/pilot/config.json",
         "export/pilot/tokenizer.json",
         "export/copilot/model.safetensors",

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.files import is_whole
 from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.pilot.engine import build_engine
@@ -95,6 +96,20 @@ def test_export_answers_as_the_trained_model(family: str, method: str, exports: 
     scale = float(wanted.abs().max())
     assert float((found - wanted).abs().max()) <= 1e-5 * scale
     assert float((before - wanted).abs().max()) > 0.1 * scale, "training changed nothing: the comparison proves nothing"
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "flan_t5"])
+def test_adapters_are_kept_beside_the_merged_model(family: str, exports: Path) -> None:
+    """peft alone loads them on the base, and has the logits of training."""
+    from peft import PeftModel
+
+    folder = exports / f"{family}-lora"
+    base = load_pilot(exports / family, dtype=torch.float32)
+    with torch.no_grad():
+        found = logits(PeftModel.from_pretrained(base, folder / "adapter").eval(), family)
+    wanted = torch.load(folder / "logits.pt")
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert is_whole(folder / "adapter") and not (exports / f"{family}-full" / "adapter").exists()
 
 
 def tied_adapters(model: Path, out: Path) -> None:
