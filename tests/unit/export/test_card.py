@@ -72,7 +72,7 @@ def test_a_hub_id_is_the_base(source: CardSource, tmp_path: Path) -> None:
     assert of("smollm2-135m-instruct")["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_licences(source: CardSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_licences(source: CardSource, tmp_path: Path) -> None:
     assert licence_of("smollm2-135m-instruct").name == "apache-2.0"
     base = tmp_path / "base"
     base.mkdir()
