@@ -101,6 +101,7 @@ def card(kind: Kind, source: CardSource) -> str:
     loader = PackageLoader("tc_ray.export", "static")
     # Markdown: nothing is to be escaped as HTML
     templates = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined, autoescape=False)
+    first = _first(source.report)
     made_by = {"tc-ray": tc_ray.__version__, "Python": platform.python_version()}
     text = templates.get_template("card.md").render(
         head=head.to_yaml(),
@@ -112,7 +113,8 @@ def card(kind: Kind, source: CardSource) -> str:
         source=source,
         data_source=", ".join(shown(part) for part in str(source.data["source"]).split(", ")) if source.data else None,
         measured=_measured(kind, source.report or {}),
-        verdict=_verdict(source.report) if kind == "fused" else None,
+        alone=first.get("copilot") is None,
+        verdict=first.get("verdict") if kind == "fused" else None,
         versions=made_by | {package: version(package) for package in PACKAGES},
     )
     return redact(text)
@@ -124,9 +126,10 @@ def shown(place: str) -> str:
     return path.name if path.is_absolute() or path.exists() else place
 
 
-def _verdict(report: Mapping[str, Any] | None) -> str | None:
+def _first(report: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The run's own source in its report."""
     sources: Mapping[str, Any] = report["sources"] if report else {}
-    return next((source.get("verdict") for source in sources.values()), None)
+    return next(iter(sources.values()), {})
 
 
 def _measured(kind: Kind, report: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tc_ray.config.load import load_saved_config
+from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.compare import Line
 from tc_ray.export.card import LIBRARIES, CardSource, card, write_card
 from tc_ray.export.licence import licence_of
+from tc_ray.export.write import export_fused
+from tc_ray.files import is_whole
 from tc_ray.models.folder import FusionSettings
+from tests.support.evaluation_samples import report_of
 from tests.support.pilot_runs import make_pilot_run
 
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n"
@@ -51,9 +56,25 @@ def test_the_hub_reads_the_front_matter(kind: str, source: CardSource, run: Path
     assert ("dtype=torch.bfloat16" in text) == (kind == "adapter")
 
 
-def test_the_fields_of_a_report_are_those_that_are_read() -> None:
-    """The sample report of these tests has the names that an evaluation writes."""
-    assert {"metric", "rows", "value", "low", "high", "nll"} <= Line.__dataclass_fields__.keys()
+@pytest.mark.parametrize("no_copilot", [None, "it failed"])
+def test_a_run_writes_one(no_copilot: str | None, tmp_path: Path) -> None:
+    """Beside the fused model, with the numbers of the report that it is exported by."""
+    run = make_pilot_run(tmp_path)
+    shutil.copytree(run / "pilot" / "final", run / "copilot" / "final")
+    names = ["m"] if no_copilot else ["m/pilot", "m"]
+    lines = [
+        Line(name, "test", "nll", 40, LeftOut(), 1.25, 1.0, 1.5, 1.25, None, None, 0.0, "logits") for name in names
+    ]
+    report = report_of(lines, [], 0.5, no_copilot=no_copilot, exports=True)
+    export = export_fused(load_saved_config(run / "config.yaml"), report, rounds=3)
+    assert is_whole(export)
+    text = (export / "README.md").read_text()
+    assert ModelCard.load(export / "README.md").data.library_name == "tc-ray"
+    assert ("| fused | test | 40 | NLL | 1.2500 | 1.0000 to 1.5000 | 1.2500 |" in text) == (no_copilot is None)
+    assert "| Pilot | test | 40 | NLL | 1.2500 | 1.0000 to 1.5000 | 1.2500 |" in text
+    assert str(report.first) in text
+    assert ("there is nothing to fuse" in text) == ("FusedModel" not in text) == (no_copilot is not None)
+    assert ("| lambda | 0" in text) == (no_copilot is None)
 
 
 def test_a_run_that_was_not_measured(source: CardSource) -> None:
