@@ -32,6 +32,16 @@ The value of a text or path field is taken as it is typed, quotes and `#` includ
 an error that names the nearest valid one, with the file and line. The run folder keeps the resolved configuration as
 `config.yaml`, without secrets.
 
+In a value of a recipe, a study or a Serve config file, `${NAME}` is the environment variable NAME, `${NAME:-default}`
+the default where that is not set or empty; the result is read as on the command line. A variable that is not set and
+has no default is an error, unless another value replaces the field. `$${` are the characters `${`; `${{` stays as it
+is. In a flow list or mapping quote them: `["${A}", "${B}"]`. Values on the command line and saved configurations are
+not expanded. Secrets belong in `log.storage_options` or in an address; there they are struck out of whatever is saved.
+
+`tc-ray config schema` prints the JSON schema of a recipe, `--study` that of a study. `tc-ray init` writes it beside the
+recipe, whose first line names it: an editor with the YAML language server then completes fields and marks mistakes.
+The option `--install-completion` of `tc-ray` makes the shell complete commands and options.
+
 A run that is resumed must have the settings of its first start, except for the fields whose column "on resume" says
 "may change": they change nothing that was already written.
 

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from tc_ray import __version__
 from tc_ray.cli.command import end_stopped, run_command, say
+from tc_ray.cli.config import config
 from tc_ray.cli.export import export
 from tc_ray.cli.init import init
 from tc_ray.cli.log import log
@@ -39,7 +40,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Fine-tune language models that learn from their own mistakes, on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("init")(init)
@@ -52,6 +52,7 @@ app.command("export")(export)
 app.command("serve")(serve)
 app.command("status")(status)
 app.add_typer(log, name="log")
+app.add_typer(config, name="config")
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,7 +72,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors become one message and exit code 2."""
-    run_command(app)
+    run_command(lambda: app(prog_name="tc-ray"))  # also as `python -m`, for the shell's completion
 
 
 if __name__ == "__main__":

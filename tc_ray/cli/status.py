@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ def status(
         ProgressView,
         Status,
         facts,
+        failure,
         read_status,
         silence,
         silent_seconds,
@@ -34,14 +36,22 @@ def status(
     if follow:
         read_status(run_folder)
         ProgressView().follow(read, threading.Event())
+        _print(failure(read()).items())
         return
     if as_json:
         say(json.dumps(read_status(run_folder), indent=1))
         return
     now = read()
-    lines = [(name, now[name]) for name in ("run", "phase", "state")]
+    lines: list[tuple[str, object]] = [(name, now[name]) for name in ("run", "phase", "state")]
+    lines += failure(now).items()
     lines += [("waiting", waiting_text(now.get("waiting", {}))), *facts(now).items(), ("", silence(now))]
     lines += [("folder", str(run_folder)), ("mlflow", (now.get("mlflow") or {}).get("command"))]
+    _print(lines)
+
+
+def _print(lines: Iterable[tuple[str, object]]) -> None:
+    """Names in a column of their own, the lines of a value below each other."""
     for name, value in lines:
         if value:
-            say(f"{name:<13} {value}" if name else value)
+            text = f"\n{' ' * 14}".join(str(value).splitlines())
+            say(f"{name:<13} {text}" if name else text)

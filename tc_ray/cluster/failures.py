@@ -38,10 +38,18 @@ def first_final(errors: dict[int, Exception]) -> tuple[int, Exception]:
 
 
 def short(error: BaseException) -> str:
-    """Type and last line of the error that was raised first."""
+    """Type and last line of the error that was raised first; of Ray's about memory the first lines, the last ones are advice."""
     *_, cause = _causes(error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"[:SHOWN]
+    said = " ".join(lines[:2]) if "OutOfMemory" in type(cause).__name__ else (lines or [""])[-1]
+    return f"{type(cause).__name__}: {said}"[:SHOWN]
+
+
+def reason(error: BaseException) -> str:
+    """Why a run has failed: this package's own words, which may be several lines, else type and line as in `short`."""
+    *_, cause = _causes(error)
+    own = type(cause).__module__.partition(".")[0] == "tc_ray"
+    return str(cause).strip() if own else short(cause)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tc_ray.cluster.address import check_address
 from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity
 from tc_ray.cluster.signals import Stopped, take_signals
 from tc_ray.config.schema import RunConfig
@@ -66,6 +67,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     try:
         # workers report errors through their results; their prints stay in Ray's session folder
         if address:
+            check_address(address)
             ray.init(address=address, log_to_driver=False)
         else:
             cores = os.cpu_count() or 1

@@ -52,7 +52,13 @@ def _named_sets(given: Any) -> Any:
     return sets
 
 
-HeldOutSets = Annotated[str | dict[str, HeldOutSet] | None, BeforeValidator(_named_sets)]
+HeldOutSets = Annotated[
+    str | dict[str, HeldOutSet] | None,
+    BeforeValidator(
+        _named_sets,
+        json_schema_input_type=str | dict[Annotated[str, Field(pattern=SET_NAME)], str | HeldOutSet] | None,
+    ),
+]
 """Of `validation` and `test`: one file or folder, or named ones."""
 
 

@@ -51,10 +51,10 @@ def names_in(section: KeyPath) -> list[str]:
 def types_at(key: KeyPath) -> set[Any]:
     """Types that the field at `key` takes, entries of a mapping counted as fields; empty: there is no such field."""
     if key in config_fields():
-        return _members(config_fields()[key].info.annotation)
+        return members(config_fields()[key].info.annotation)
     mapping = config_fields().get(key[:-1])
     if mapping is not None and get_origin(mapping.info.annotation) is dict:
-        return _members(get_args(mapping.info.annotation)[1])
+        return members(get_args(mapping.info.annotation)[1])
     return {dict} if names_in(key) else set()
 
 
@@ -67,9 +67,10 @@ def _walk(model: type[BaseModel], above: KeyPath = (), free: bool = False) -> It
             yield path, ConfigField(".".join(path), info, may_change)
 
 
-def _members(annotation: Any) -> set[Any]:
+def members(annotation: Any) -> set[Any]:
+    """The types that an annotation joins."""
     if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
+        return members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return {kind for member in get_args(annotation) for kind in _members(member)}
+        return {kind for member in get_args(annotation) for kind in members(member)}
     return {annotation}

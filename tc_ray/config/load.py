@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,15 @@ import yaml
 from pydantic import ValidationError
 
 from tc_ray.config.data import EMBEDDED
+from tc_ray.config.environment import PATHS, expand, typed
 from tc_ray.config.fields import config_fields, names_in, types_at
 from tc_ray.config.redact import STRUCK_OUT, redact_override, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.serving import ServingSection
 from tc_ray.config.training import PAPER_FORM
-from tc_ray.config.yaml_file import ConfigError, ConfigLoader, KeyPath, find_recipe, read_sections, text_of
+from tc_ray.config.yaml_file import ConfigDumper, ConfigError, KeyPath, find_recipe, read_sections, text_of
 from tc_ray.files import write_file
 
-_PATHS = (
-    ("data", "train"),
-    ("data", "validation"),
-    ("data", "test"),
-    ("data", "task"),
-    ("model", "pilot"),
-    ("model", "copilot"),
-)
 SERVING = "serving"
 _END = "# end of the saved configuration"
 
@@ -61,13 +54,16 @@ def load_config(
     """
     path = None if path is None else find_recipe(Path(path))
     origins: dict[KeyPath, str] = {}
-    values = read_sections(path, origins) if path else {}
+    given = [_key(override) for override in overrides]
+    replaced = {*given, *(tuple(name.split(".")) for layer in layers for name in layer.values)}
+    values = _followed(read_sections(path, origins), path, origins, replaced) if path else {}
     in_file = dict(origins)
     for layer in layers:
         _drop_what_a_preset_sets(layer.values, values, origins)
         for name, value in layer.values.items():
-            _set(tuple(name.split(".")), value, layer.places[name], values, origins)
-    _drop_what_a_preset_sets([override.partition("=")[0].strip() for override in overrides], values, origins)
+            key, place = tuple(name.split(".")), layer.places[name]
+            _set(key, expand(value, key, {}, place, given), place, values, origins)
+    _drop_what_a_preset_sets([".".join(key) for key in given], values, origins)
     _apply_all(overrides, values, origins)
     config = _checked(values, origins, path)
     _drop_fallback_for_given_files(config, {key for key, where in origins.items() if in_file.get(key) != where})
@@ -89,13 +85,30 @@ def load_serving(
     read = read_sections(path, origins) if path else {}
     values = {name: section for name, section in read.items() if name == SERVING or not names_in((str(name),))}
     origins |= {(SERVING, name): f"args.{name}" for name in fields or {}}
+    given = [_key(override) for override in overrides]
+    if path:
+        values = _followed(values, path, origins, {*given, *((SERVING, name) for name in fields or {})})
     if isinstance(section := values.setdefault(SERVING, {}), dict):
-        section |= fields or {}
+        section |= expand(dict(fields or {}), (SERVING,), origins, replaced=given)
     for override in overrides:
         if not override.startswith(f"{SERVING}."):
             raise ConfigError(f"override {redact_override(override)!r}: a server takes {SERVING}.FIELD=VALUE only")
     _apply_all(overrides, values, origins)
     return _checked(values, origins, path).serving
+
+
+def _followed(
+    values: dict[str, Any], path: Path, origins: dict[KeyPath, str], replaced: Collection[KeyPath]
+) -> dict[str, Any]:
+    """The values of a file with its references to the environment followed; a saved config holds none."""
+    if text_of(path).rstrip().endswith(_END):
+        return values
+    followed: dict[str, Any] = expand(values, (), origins, str(path), replaced)
+    return followed
+
+
+def _key(override: str) -> KeyPath:
+    return tuple(override.partition("=")[0].strip().split("."))
 
 
 def _apply_all(overrides: Sequence[str], values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
@@ -138,7 +151,7 @@ def require_secrets(config: RunConfig) -> None:
 
 def dump_config(config: RunConfig) -> str:
     """The whole config as YAML, every default written out; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.public_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.public_dump(), Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -184,7 +197,8 @@ def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
         raise ConfigError(f"override {shown!r}: write section.field=value, for instance pilot.learning_rate=1e-4")
-    _set(keys, _override_value(text, keys, shown), f"override {shown!r}", values, origins)
+    where = f"override {shown!r}"
+    _set(keys, typed(text, keys, types_at(keys), where), where, values, origins)
 
 
 def _set(keys: KeyPath, value: Any, where: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
@@ -199,26 +213,6 @@ def _set(keys: KeyPath, value: Any, where: str, values: dict[str, Any], origins:
         del origins[stale]
     # a rule over a section is broken by whoever changed it last
     origins.update(dict.fromkeys((keys[:size] for size in range(1, len(keys) + 1)), where))
-
-
-def _override_value(text: str, keys: KeyPath, shown: str) -> Any:
-    """Text and paths as they were typed, the rest as YAML."""
-    kinds = types_at(keys)
-    plain = kinds - {type(None)}
-    # a path, unless it is a mapping of names to paths, as `data.test` may be
-    if plain <= {str, Path} or (
-        keys in _PATHS and not text.lstrip().startswith("{")
-    ):  # also of an unknown key, which is refused by its name whatever its value is
-        if text == "null" and type(None) in kinds:
-            return None
-        if (Path in plain or keys in _PATHS) and not text.strip():
-            remedy = "write null for the default" if type(None) in kinds else "name a file or folder"
-            raise ConfigError(f"override {shown!r}: the path is empty; {remedy}")
-        return text
-    try:
-        return yaml.load(text, ConfigLoader) if text.strip() else ""
-    except yaml.YAMLError:
-        raise ConfigError(f"override {shown!r}: not a YAML value; quote what is text in it") from None
 
 
 def _unknown_keys(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[KeyPath]:
@@ -288,7 +282,7 @@ def _place_paths(config: RunConfig, folders: Sequence[Path]) -> None:
         found = (root / Path(source).expanduser() for root in roots)
         return next((os.path.normpath(path) for path in found if path.exists()), source)
 
-    for section, name in _PATHS:
+    for section, name in PATHS:
         source = getattr(getattr(config, section), name)
         if isinstance(source, dict):
             for held_out in source.values():

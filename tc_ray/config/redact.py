@@ -84,6 +84,13 @@ def redact_options(options: Mapping[str, str]) -> dict[str, str]:
     return {name: _redact_option(name, value) for name, value in options.items()}
 
 
+def names_secret(variable: str) -> bool:
+    """Whether an environment variable of this name holds a secret; one that names a file does not."""
+    return bool(re.fullmatch(_SECRET_NAME, variable, re.IGNORECASE)) and not re.search(
+        r"_(file|path|dir|folder)$", variable, re.IGNORECASE
+    )
+
+
 def redact_override(text: str) -> str:
     """A word of a command line, such as `log.storage_options.aws_secret_access_key=...`, without the secret in it."""
     name, equals, value = text.partition("=")

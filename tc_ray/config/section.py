@@ -23,7 +23,7 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
-Lam = Annotated[float, BeforeValidator(_no_flag), Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False)]
+Lam = Annotated[float, Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False), BeforeValidator(_no_flag)]
 Metric = Literal["exact_match", "choice", "ranking", "nll"]
 """How a set of held-out rows is measured: right final answers; options ranked by likelihood; the rank of an item; NLL."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

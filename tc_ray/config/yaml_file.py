@@ -45,9 +45,14 @@ class ConfigLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-ConfigLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class ConfigDumper(yaml.SafeDumper):
+    """Writes what `ConfigLoader` reads back equal: a text such as 1e5 in quotes."""
+
+
+for _language in (ConfigLoader, ConfigDumper):
+    _language.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def find_recipe(path: Path) -> Path:

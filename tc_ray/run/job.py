@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tc_ray.cluster.failures import reason
 from tc_ray.cluster.session import check_room, ray_session
 from tc_ray.cluster.signals import end_within, resumable
 from tc_ray.config.load import require_secrets
@@ -27,6 +28,7 @@ from tc_ray.run.folder import FolderLock, check_owner
 from tc_ray.run.prepare import open_run, prepare
 from tc_ray.run.state import JobError, Run, check_resume
 from tc_ray.run.train import copilot_is_done, finish_copilot, pilot_is_done, start_copilot, train_pilot
+from tc_ray.tracking.statusfile import ProgressView, note_failure
 
 END_SECONDS = 20.0
 """Time for a stopped run to end its workers, after its status is written."""
@@ -97,11 +99,21 @@ def run_job(config: RunConfig) -> JobResult:
     check_resume(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     # `resumable` also around the start of Ray, as the folder may hold an earlier start
-    with FolderLock(folder, f"run {config.run.name}"), resumable(folder), ray_session(config):
+    with FolderLock(folder, f"run {config.run.name}"), _noted(config), resumable(folder), ray_session(config):
         check_room(config)
         run = Run(config, folder, Location(config.log_location, config.log.storage_options))
         with resumable(folder), _leased(run):
             return _work(run)
+
+
+@contextmanager
+def _noted(config: RunConfig) -> Iterator[None]:
+    """A failure before the run has its Tracker, such as bad data, stands in the status too."""
+    try:
+        yield
+    except Exception as error:
+        note_failure(config.run.path, config.run.name, reason(error))
+        raise
 
 
 @contextmanager
@@ -123,7 +135,7 @@ def _work(run: Run) -> JobResult:
 
     from tc_ray.tracking.mlflow_writer import mlflow_command, resolve_uri
 
-    end, status, shown = threading.Event(), "failed", PHASES[0].status
+    end, status, why, shown = threading.Event(), "failed", None, PHASES[0].status
     watchers = start_watchers(run, end)
     try:
         with resumable(run.folder):  # prints how to resume first, as the process may be killed within seconds
@@ -144,13 +156,14 @@ def _work(run: Run) -> JobResult:
     except KeyboardInterrupt:
         status = "stopped"
         raise
-    except Exception:
+    except Exception as error:
         run.check_lease()  # if another process has taken the log, that is the error to report
+        why = reason(error)
         raise
     finally:
         end.set()
         if run.tracker is not None:
-            ray.get(run.tracker.finish.remote(status))
+            ray.get(run.tracker.finish.remote(status, why))
         if status == "stopped":
             end_within(END_SECONDS)
         if run.copilot is not None:
@@ -203,8 +216,6 @@ def _watch_log(run: Run, end: threading.Event) -> None:
 
 def _show(run: Run, end: threading.Event) -> None:
     import ray
-
-    from tc_ray.tracking.statusfile import ProgressView
 
     def status() -> Any:
         if run.tracker is None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tc_ray.config.data import EMBEDDED
+from tc_ray.config.environment import expand
 from tc_ray.config.fields import names_in
 from tc_ray.config.load import Layer, load_config
 from tc_ray.config.schema import RunConfig
@@ -34,6 +35,7 @@ CONTROLS = {
 PILOT = "/pilot"
 """Ends the name of the line of a variant's Pilot alone."""
 _SET_HERE = ("run.name", "run.folder", "run.seed", "tracking.parent_run")
+_CELLS = ("tasks", "variants")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Name = Annotated[str, Field(pattern=_NAME)]
@@ -158,7 +160,9 @@ def load_study(path: Path) -> Study:
     """Read and check a study's file, every cell's settings too. Raises ConfigError."""
     places: dict[KeyPath, str] = {}
     values = read_sections(path, places, StudyFile.model_fields)
+    own = {name: value for name, value in values.items() if name not in _CELLS}  # a cell's are expanded with its config
     try:
+        values |= expand(own, (), places, str(path))
         file = StudyFile.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_messages(error, places, path))) from None

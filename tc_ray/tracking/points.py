@@ -17,7 +17,6 @@ import numpy as np
 
 from tc_ray.files import write_file
 
-METRICS_FILE = "metrics.jsonl"
 LOSSES_FILE = "losses.png"
 RESTART = "restart"
 """Kind of the events that are counted as restarts."""

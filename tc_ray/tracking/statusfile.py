@@ -7,6 +7,7 @@ old one belongs to a dead run. Texts are shown as characters and cannot steer th
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,10 +18,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tc_ray.files import DamagedFileError, disk_time, read_json
+from tc_ray.config.redact import redact
+from tc_ray.files import DamagedFileError, disk_time, read_json, write_json
 from tc_ray.text import byte_size, visible
 
 STATUS_FILE = "status.json"
+METRICS_FILE = "metrics.jsonl"
+"""Written by a Tracker from its start."""
 STATUS_SECONDS = 2.0
 """Between two writes."""
 STALE_SECONDS = 60.0
@@ -63,6 +67,21 @@ def read_status(folder: Path) -> Status:
     if missing := sorted(_NEEDED - set(status)):
         raise DamagedFileError(f"{folder / STATUS_FILE} is damaged: it lacks {', '.join(missing)}")
     return status
+
+
+def note_failure(folder: Path, run: str, why: str) -> None:
+    """Leave a status for a run that failed before it had a Tracker; one that a Tracker wrote stays. Never raises OSError."""
+    if (folder / METRICS_FILE).exists():
+        return
+    now = time.time()
+    status = {"run": run, "folder": str(folder), "state": "failed", "phase": "prepare", "started": now, "updated": now}
+    empty: dict[str, Any] = {name: {} for name in ("plan", "waiting", "pilot", "copilot", "error_ratio", "log")}
+    with contextlib.suppress(OSError):  # the error itself is what has to be shown
+        write_json(
+            folder / STATUS_FILE,
+            status | empty | {"failure": redact(why), "events": [], "restarts": 0, "mlflow": None},
+            indent=1,
+        )
 
 
 def silent_seconds(folder: Path) -> float:
@@ -145,7 +164,19 @@ def silence(status: Status) -> str:
     age_s = status.get("silent_seconds", 0.0)
     if status["state"] != "running" or age_s < STALE_SECONDS:
         return ""
-    return f"no sign of life for {clock(age_s)}: it was killed; `tc-ray train` with the same recipe resumes it"
+    return (
+        f"no sign of life for {clock(age_s)}: its driver was killed (by hand, for want of memory, or with its machine); "
+        "`tc-ray train` with the same recipe resumes it"
+    )
+
+
+def failure(status: Status) -> dict[str, str]:
+    """Why a run has failed, and the last thing that went wrong in one that failed or was killed, as text by name."""
+    why, events = status.get("failure") or "", status["events"]
+    found = {"why": why}
+    if events and (why or silence(status)) and events[-1]["text"] not in why:
+        found["last event"] = f"[{events[-1]['kind']}] {events[-1]['text']}"
+    return {name: text for name, text in found.items() if text}
 
 
 def facts(status: Status) -> dict[str, str]:

@@ -28,8 +28,8 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.files import finite, write_json
 from tc_ray.text import first_line
 from tc_ray.tracking.mlflow_writer import MlflowRun, MlflowWriter, mlflow_command, open_run
-from tc_ray.tracking.points import LOSSES_FILE, METRICS_FILE, PointFile, draw_losses
-from tc_ray.tracking.statusfile import STATUS_FILE, STATUS_SECONDS, Status
+from tc_ray.tracking.points import LOSSES_FILE, PointFile, draw_losses
+from tc_ray.tracking.statusfile import METRICS_FILE, STATUS_FILE, STATUS_SECONDS, Status
 
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Ways a run ends -> MLflow's words for them."""
@@ -64,6 +64,7 @@ class Tracker:
             "started": self._points.started or time.time(),
             "plan": plan or {},
             "waiting": {},
+            "failure": None,
             **{kind: self._points.latest(kind) for kind in ("pilot", "copilot", "error_ratio", "log")},
             "processes": {},
             "evaluation": self._points.latest("evaluation"),
@@ -147,9 +148,12 @@ class Tracker:
         if self._mlflow:
             self._mlflow.ask("log_artifacts", str(folder), name)
 
-    def finish(self, status: str) -> Status:
-        """End as `status` (see ENDS): draw losses.png, send everything to MLflow, write the last status and return it."""
-        self._status["waiting"] = {}
+    def finish(self, status: str, failure: str | None = None) -> Status:
+        """End as `status` (see ENDS): draw losses.png, send everything to MLflow, write the last status and return it.
+
+        failure: why a run has failed, shown by `tc-ray status`.
+        """
+        self._status |= {"waiting": {}, "failure": failure and redact(failure)}
         if status != "done":
             self._write_status(state=status)  # first, as the process may be killed within seconds
         picture = self._folder / LOSSES_FILE
@@ -170,7 +174,7 @@ class Tracker:
         """What the run is doing, as JSON values.
 
         Keys: run, folder, state (running, done, failed, stopped), phase, started, updated (unix seconds), plan,
-        waiting {who: {text, since}}, pilot {round, metrics}, copilot {round, step, metrics}, error_ratio {round, metrics},
+        waiting {who: {text, since}}, failure (why it failed, else null), pilot {round, metrics}, copilot {round, step, metrics}, error_ratio {round, metrics},
         log {metrics},
         tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events {time, kind, text, count},
         processes (pid by name), evaluation, mlflow (null when off).

@@ -121,7 +121,7 @@ ROOMS = {
         "run",
     },
     "serving": set(),
-    "serving.deploy": {"config", "export", "serving", "serving.engine", "serving.http", "serving.models"},
+    "serving.deploy": {"cluster", "config", "export", "serving", "serving.engine", "serving.http", "serving.models"},
     "serving.engine": {"config", "models", "models.decoding", "models.fusion", "serving", "serving.text"},
     "serving.failover": {"config", "serving"},
     "serving.http": {"config", "serving", "serving.engine", "serving.models", "serving.page", "serving.text"},

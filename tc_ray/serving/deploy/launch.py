@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tc_ray.cluster.address import check_address
 from tc_ray.config.serving import ServingSection
 from tc_ray.export.check import check_tokenizer, weight_bytes
 from tc_ray.serving.deploy.settings import ReplicaSettings, is_loopback
@@ -154,9 +155,10 @@ def _connect(serving: ServingSection) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            check_address(address)
             ray.init(address=address, runtime_env={"env_vars": variables})
         except ConnectionError as error:
-            raise ServingError(f"RAY_ADDRESS {address} cannot be joined: {error}") from error
+            raise ServingError(str(error)) from error
         return False
     os.environ.update(variables)
     # Ray starts its workers, Serve's proxy among them, with the priority of background work (niceness 15)

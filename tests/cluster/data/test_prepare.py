@@ -19,6 +19,7 @@ from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.records import DataError
 from tc_ray.data.source.sequences import read_items
 from tc_ray.run.job import JobError, run_job
+from tc_ray.tracking.statusfile import read_status
 from tests.support.data_cases import CASES, strict_tokenizer
 from tests.support.local_ray import local_ray
 from tests.support.tiny_model import make_tokenizer
@@ -242,6 +243,8 @@ def test_the_job_refuses_a_token_without_an_embedding_before_any_worker(tmp_path
     with pytest.raises(DataError, match="token '<tool>' has the id 258, but the model embeds 258 tokens"):
         run_job(config)
     assert not (config.run.path / "pilot").exists() and not (config.run.path / "config.yaml").exists()
+    status = read_status(config.run.path)
+    assert status["state"] == "failed" and status["failure"].startswith("token '<tool>' has the id 258"), status
 
 
 def test_the_job_refuses_too_few_rows_and_no_test_rows(tmp_path: Path) -> None:

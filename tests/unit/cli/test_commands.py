@@ -14,7 +14,7 @@ import pytest
 from tc_ray.cli.command import message
 from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.table.errors import LogFullError
-from tc_ray.tracking.statusfile import NoRunError
+from tc_ray.tracking.statusfile import NoRunError, note_failure
 from tc_ray.tracking.tracker import Tracker
 from tests.support.command_line import tc_ray, tc_ray_process
 
@@ -69,6 +69,39 @@ def test_status_of_a_killed_run_says_so(run_folder: Path) -> None:
     then = time.time() - 600
     os.utime(path, (then, then))
     assert "no sign of life for 10:0" in tc_ray("status", run_folder).stdout
+
+
+def test_status_of_a_failed_run_says_why(run_folder: Path) -> None:
+    """With what went wrong last; a run that was started again and goes on says nothing of it."""
+    config = RunConfig.model_validate({"run": {"name": "trial", "folder": run_folder}, "tracking": {"enabled": False}})
+    Tracker(config, run_folder).finish("failed", "the Pilot stopped: worker 0: OutOfMemoryError: killed\nsecond line")
+    lines = tc_ray("status", run_folder).stdout.splitlines()
+    why = lines.index("why           the Pilot stopped: worker 0: OutOfMemoryError: killed")
+    assert lines[why - 1 : why + 3] == [
+        "state         failed",
+        lines[why],
+        "              second line",
+        "last event    [restart] worker 1 was restarted",
+    ]
+    assert "why           the Pilot stopped" in tc_ray("status", run_folder, "--follow").stdout
+    Tracker(config, run_folder).finish("done")
+    assert "why" not in tc_ray("status", run_folder).stdout
+
+
+def test_a_run_that_failed_before_it_had_a_tracker_says_why(tmp_path: Path) -> None:
+    """Bad data, a cluster that is too small. What a Tracker wrote is kept."""
+    note_failure(tmp_path, "trial", "train.jsonl, line 3: bad; secret_key=abcdefghij")
+    shown = tc_ray("status", tmp_path).stdout
+    assert (
+        "phase         prepare\nstate         failed\nwhy           train.jsonl, line 3: bad; secret_key=***" in shown
+    )
+    assert "[failed]" not in tc_ray("status", tmp_path, "--follow").stdout
+    note_failure(tmp_path, "trial", "now something else")
+    assert "why           now something else" in tc_ray("status", tmp_path).stdout
+    config = RunConfig.model_validate({"run": {"name": "trial", "folder": tmp_path}, "tracking": {"enabled": False}})
+    Tracker(config, tmp_path).finish("done")
+    note_failure(tmp_path, "trial", "a resume that was refused")
+    assert "state         done" in tc_ray("status", tmp_path).stdout
 
 
 @pytest.mark.parametrize(
@@ -140,3 +173,8 @@ def test_an_error_without_a_file_name_is_a_surprise() -> None:
     # ours name what they are about in their own words
     assert message(NoRunError("x: no run has started in it")) == "x: no run has started in it"
     assert message(LogFullError("no space left at /log")) == "[Errno 28] no space left at /log"
+
+
+def test_the_shell_completes_commands() -> None:
+    words = {"_TC_RAY_COMPLETE": "complete_bash", "COMP_WORDS": "tc-ray tra", "COMP_CWORD": "1"}
+    assert tc_ray_process(**words).stdout.split() == ["train", "train-copilot"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tc_ray.cli.init import InitError, init
+from tc_ray.config.json_schema import SCHEMA_FILE
 from tc_ray.config.load import load_config
 
 
@@ -20,6 +21,9 @@ def test_the_folder_is_a_run_that_loads_from_anywhere(tmp_path: Path, monkeypatc
     assert config.data.train == str(folder / "train.jsonl")
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 240 and all(row.keys() == {"prompt", "completion"} for row in rows)
+    first = (folder / "recipe.yaml").read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=recipe.schema.json"
+    assert (folder / "recipe.schema.json").read_text() == SCHEMA_FILE.read_text()
     assert "outputs/My-first-run" in (folder / "README.md").read_text()
 
 

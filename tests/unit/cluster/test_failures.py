@@ -11,7 +11,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
-from tc_ray.cluster.failures import first_final, is_final, short
+from tc_ray.cluster.failures import first_final, is_final, reason, short
 from tc_ray.cluster.session import copilot_need, pilot_need
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import group as copilot_group
@@ -56,6 +56,16 @@ def test_the_error_that_says_most_is_shown() -> None:
     errors: dict[int, Exception] = {0: RuntimeError("Connection closed by peer"), 1: IndexError("token 300 of 258")}
     assert first_final(errors)[0] == 1
     assert short(task_error(IndexError("token\n300 of 258"))) == "IndexError: 300 of 258"
+
+
+def test_why_a_run_failed() -> None:
+    """This package's own words as they are; Ray's about memory without the advice that they end with."""
+    assert reason(task_error(DataError("train.jsonl, line 3\nis no object"))) == "train.jsonl, line 3\nis no object"
+    assert reason(KeyError("round")) == "KeyError: 'round'"
+    memory = OutOfMemoryError(
+        "Task was killed due to the node running low on memory.\nMemory: 1.0/1.0 GB\nTo disable ..."
+    )
+    assert short(memory).endswith("running low on memory. Memory: 1.0/1.0 GB")
 
 
 class Calls:
