@@ -29,6 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## the main job on generated data: train, choose lambda, evaluate, export
 	$(BIN)/tc-ray train $(RECIPE)
+	@echo 'tc-ray is $(BIN)/tc-ray; "source $(BIN)/activate" puts it on the path of this shell'
 
 # Two processes, which keep two cores busy; files of tests in this order, so that the long ones begin first.
 TESTS := $(BIN)/python -m pytest tests/cluster tests/faults tests/unit -n 2 --dist loadfile --no-loadscope-reorder

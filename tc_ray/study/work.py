@@ -38,7 +38,8 @@ from tc_ray.study.latest import write_latest_log
 from tc_ray.study.measure import answers_of, held, measure, with_correction
 from tc_ray.study.pilots import AveragedPilots, best_temperature, results_by, scaled_sums
 from tc_ray.study.results import Answers, Model, Result, find_result, without_folders
-from tc_ray.tracking.statusfile import METRICS_FILE, read_points
+from tc_ray.tracking.points import read_points
+from tc_ray.tracking.statusfile import METRICS_FILE
 
 
 @dataclass(frozen=True)
