@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from tc_ray import __version__
+from tc_ray.cli.chat import chat
 from tc_ray.cli.command import end_stopped, run_command, say
 from tc_ray.cli.config import config
 from tc_ray.cli.export import export
@@ -50,6 +51,7 @@ app.command("study")(study)
 app.command("fuse")(fuse)
 app.command("export")(export)
 app.command("serve")(serve)
+app.command("chat")(chat)
 app.command("status")(status)
 app.add_typer(log, name="log")
 app.add_typer(config, name="config")
