@@ -62,20 +62,16 @@ class Conversation:
 
         Closing the iterator stops the answers.
         """
-        room = Room(
-            self._served.engine.context_tokens - self._max_tokens, self._served.engine.context_tokens, self._max_tokens
-        )
+        engine = self._served.engine
+        room = Room(engine.context_tokens - self._max_tokens, engine.context_tokens, self._max_tokens)
         turn = {"role": "user", "content": message}
-        requests = [
-            GenerationRequest(
-                self._served.encoder.chat([*self._said[side], turn], room),
-                self._max_tokens,
-                lam=self.lam if side == FUSED else 0.0,
-            )
-            for side in self.sides
-        ]
+        requests = []
+        for side in self.sides:
+            ids = self._served.encoder.chat([*self._said[side], turn], room)
+            most = min(self._max_tokens, engine.room_after(len(ids)))
+            requests.append(GenerationRequest(ids, most, lam=self.lam if side == FUSED else 0.0))
         events: queue.Queue[tuple[int, Event]] = queue.Queue()
-        handles = self._served.engine.submit(requests, lambda number, event: events.put((number, event)))
+        handles = engine.submit(requests, lambda number, event: events.put((number, event)))
         answers, sides = dict.fromkeys(self.sides, ""), self.sides
         self.cut = set()
         left = len(handles)

@@ -24,6 +24,11 @@ from tc_ray.text import visible
 SIDE_BY_SIDE = 80
 """Columns of a terminal from which on the answers stand beside each other."""
 PROMPT = "you> "
+_ADVICE = {
+    "context_length_exceeded": " /clear begins anew.",
+    "no_chat_template": " That is a route of `tc-ray serve`: only a model with a chat template can chat.",
+}
+"""What to do about errors, by their code."""
 HELP = """/lam 0.5   weight of the Copilot's correction from now on; 0 is the Pilot alone; /lam shows it
 /clear     forget what was said
 /quit      end (also Ctrl-D); Ctrl-C stops an answer
@@ -77,9 +82,7 @@ def _answer(conversation: Conversation, message: str, console: Console) -> None:
         with contextlib.closing(pieces):
             (_beside if wide else _below)(conversation, pieces, console)
     except RequestError as error:
-        _say(
-            console, f"\n{error.message}" + (" /clear begins anew." if error.code == "context_length_exceeded" else "")
-        )
+        _say(console, f"\n{error.message}{_ADVICE.get(str(error.code), '')}")
     except KeyboardInterrupt:
         _say(console, "\nstopped; this exchange is forgotten")
 

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,18 @@ def test_lines_without_a_terminal(export: Path, monkeypatch: pytest.MonkeyPatch)
         assert f"/lam is {wrong}: lambda must be a number from 0 to 10" in after
     assert "/wrong: no such command" in after and after.count("/clear     forget what was said") == 2
     assert done.stderr == ""
+
+
+def test_what_cannot_be_answered_is_said(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed(monkeypatch, "w" * 300, "an apple")
+    shown = tc_ray("chat", export, "--max-tokens", TOKENS).stdout
+    assert "maximum context length is 256 tokens" in shown and "/clear begins anew." in shown
+    assert "fused (lambda 0.5)> " in shown.partition("you> an apple")[2], "it goes on"
+    copied = tmp_path / "export"
+    shutil.copytree(export, copied)
+    (copied / "pilot" / "chat_template.jinja").unlink()
+    feed(monkeypatch, "an apple")
+    assert "only a model with a chat template can chat" in tc_ray("chat", copied).stdout
 
 
 def test_quit_ends_and_clear_forgets(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
