@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +33,8 @@ class _Commands(TyperGroup):
             end_stopped(interrupt)
         except Exception as error:
             if hasattr(error, "message"):  # of typer, about a wrong word on the command line
-                error.message = redact(str(error.message))
+                with suppress(AttributeError):  # jinja's cannot be set
+                    error.message = redact(str(error.message))
             raise
 
 
