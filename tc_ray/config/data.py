@@ -109,6 +109,11 @@ class DataSection(Section):
     plain_template: str = Field(
         "### Instruction:\n{prompt}\n\n### Response:\n", description="used by template: plain; {prompt} is replaced"
     )
+    train_on: Literal["all", "last"] = Field(
+        "all",
+        description="which assistant messages of a conversation are trained on: all, each after the messages before it, or the last "
+        "one alone. Held-out conversations are measured on their last one",
+    )
     completion_pattern: str | None = Field(
         None,
         description="regular expression; only its first match in the completion is trained on (its last group, if any); "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tc_ray.config.data import DataSection
 from tc_ray.config.section import Metric
-from tc_ray.data.encode.tokenize import completion_ids, prompt_ids
+from tc_ray.data.encode.tokenize import completion_ids, prompt_ids, text_ids
 from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.data.source.records import read_prepared
 from tc_ray.data.source.shapes import Turn
@@ -30,7 +30,7 @@ _COLUMNS = ["sample_id", "input_ids", "target_start", "answer", "completion", "p
 @dataclass(frozen=True)
 class HeldOut:
     """One held-out row. input_ids[target_start:]: the gold tokens, none without a completion. answer: what a completion is
-    compared with. prompt: its text, without the template. options: completions to choose from."""
+    compared with. prompt: its text, without the template; "" of a text alone. options: completions to choose from."""
 
     sample_id: int
     input_ids: list[int]
@@ -112,8 +112,11 @@ def encoded_for(
     """
     made = []
     for row in rows:
-        ids = prompt_ids((Turn("user", row.prompt),), config, tokenizer, encoder_decoder)
-        gold = [] if row.completion is None else completion_ids(row.completion, tokenizer)
+        if row.prompt:
+            ids = prompt_ids((Turn("user", row.prompt),), config, tokenizer, encoder_decoder)
+            gold = [] if row.completion is None else completion_ids(row.completion, tokenizer)
+        else:
+            ids, gold = text_ids(row.completion or "", tokenizer)
         if gold and row.input_ids[-1] != read_by.eos_token_id:
             gold = completion_ids(read_by.decode(row.input_ids[row.target_start :]), tokenizer)[:-1]
         made.append(replace(row, input_ids=ids + gold, target_start=len(ids)))

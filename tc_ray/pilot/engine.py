@@ -7,12 +7,15 @@ would have to be compiled.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.data.encode.conversations import EARLIER
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
@@ -25,6 +28,12 @@ def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) ->
     if round_index < warmup:
         return (round_index + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (round_index - warmup) / max(1, rounds - warmup)))
+
+
+def step_inputs(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch of `TrainTable` as the arguments of `PilotStep`, all but `loss_scale`, int64 on the device."""
+    names = {"input_ids": "input_ids", "lengths": "lengths", "target_start": "target_start", EARLIER: "earlier"}
+    return {name: torch.from_numpy(batch[key]).to(device, torch.int64) for key, name in names.items() if key in batch}
 
 
 def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:

@@ -29,7 +29,7 @@ from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.weights import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
-from tc_ray.pilot.engine import build_engine, take_step
+from tc_ray.pilot.engine import build_engine, step_inputs, take_step
 from tc_ray.pilot.export import PROBE_ROWS, save_merged
 from tc_ray.pilot.record import Recorder
 
@@ -190,11 +190,7 @@ class Worker:
         for at in range(first, last + 1, micro):
             part = slice(at, at + micro)
             batch = self.table.batch(rows[part])
-            given = [
-                torch.from_numpy(batch[name]).to(self.device, torch.int64)
-                for name in ("input_ids", "lengths", "target_start")
-            ]
-            loss, record = self.engine(*given, scale)
+            loss, record = self.engine(loss_scale=scale, **step_inputs(batch, self.device))
             if self.recorder is not None and record is not None:
                 # before the backward pass, so that a copy from a device runs beside it
                 self.recorder.record(record, batch, seen[part], number)

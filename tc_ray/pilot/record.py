@@ -16,6 +16,7 @@ import torch
 
 from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
+from tc_ray.data.prepared.batches import targets_of
 from tc_ray.mistakelog.rows.ragged import offsets_of
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
@@ -38,12 +39,12 @@ class Recorder:
         self._tokens = 0
 
     def record(self, step: StepRecord, batch: Mapping[str, np.ndarray], seen: np.ndarray, round: int) -> None:
-        """Queue the records of one micro-batch of `round`; batch as of `TrainTable.batch`, seen: int16 [B]."""
+        """Queue the records of one micro-batch of `round`, one for each target; batch as of `TrainTable.batch`, seen: int16 [B]."""
         self._tokens += int(batch["lengths"].sum())
-        rows = chosen_rows(step, batch, self._log, seed=self._seed, round=round)
-        if rows is not None:
-            self.skipped += len(seen) - len(rows)
-            if not len(rows):
+        chosen = chosen_records(step, batch, self._log, seed=self._seed, round=round)
+        if chosen is not None:
+            self.skipped += len(targets_of(batch).row) - len(chosen)
+            if not len(chosen):
                 return
         records, wait = to_records(
             step,
@@ -53,7 +54,7 @@ class Recorder:
             round=round,
             rank=self.writer.rank,
             attempt=self.writer.attempt,
-            rows=rows,
+            chosen=chosen,
             copy=self._copy,
         )
         self.writer.put(records, round, wait)
@@ -70,15 +71,16 @@ class Recorder:
         return stats
 
 
-def chosen_rows(
+def chosen_records(
     step: StepRecord, batch: Mapping[str, np.ndarray], log: LogSection, *, seed: int, round: int
 ) -> np.ndarray | None:
-    """int64 rows of the batch that `log.sampling` keeps, ascending; None: all. `mistakes` waits for the forward pass."""
+    """int64 targets of the batch (`targets_of`) that `log.sampling` keeps, ascending; None: all. `mistakes` waits for the pass."""
+    targets = targets_of(batch)
     if log.sampling == "fraction":
-        rounds = np.full(len(batch["sample_id"]), round)
-        return np.flatnonzero(in_fraction(log.sampling_fraction, seed, rounds, batch["sample_id"]))
+        rounds = np.full(len(targets.row), round)
+        return np.flatnonzero(in_fraction(log.sampling_fraction, seed, rounds, targets.sample_id))
     if log.sampling == "mistakes":
-        offsets = offsets_of(batch["lengths"] - batch["target_start"])
+        offsets = offsets_of(targets.end - targets.start)
         correct, loss = step.token_correct.cpu().numpy(), step.token_loss.cpu().numpy()
         return np.flatnonzero(has_mistake(correct, loss, offsets, log.mistake_loss))
     return None
@@ -93,21 +95,24 @@ def to_records(
     round: int,
     rank: int,
     attempt: int,
-    rows: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
     copy: HostCopy | None = None,
 ) -> tuple[Records, Callable[[], object] | None]:
-    """Records of one micro-batch of B examples, and on CUDA a call that waits until the arrays from the device have their values.
+    """Records of one micro-batch, and on CUDA a call that waits until the arrays from the device have their values.
 
-    batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]. seen: int [B].
-    log: as the step had it. rows: int64, examples to keep, ascending; None: all. copy: of the step's device; None: a new one.
+    A record is one target with all that stands before it: of a row with several targets each has its own, cut off at its end, as
+    if it had been a row by itself. (A causal model's states do not depend on what follows.)
+
+    batch: input_ids int [B, S] right padded; lengths, target_start, sample_id: int [B]; earlier_targets: see `collate`. seen: int
+    [B]. log: as the step had it. chosen: int64, targets to keep, ascending; None: all. copy: of the step's device; None: a new one.
     """
     copy = copy or HostCopy(step.rationale.device)
-    input_ids = batch["input_ids"]
-    lengths, starts = batch["lengths"].astype(np.int64), batch["target_start"].astype(np.int64)
-    count, position = len(lengths), np.arange(input_ids.shape[1])
-    taken = np.ones(count, bool) if rows is None else np.isin(np.arange(count), rows)
-    first = np.zeros(count, np.int64) if log.positions == "all" else starts - 1
-    kept = taken[:, None] & (position >= first[:, None]) & (position < (lengths - 1)[:, None])
+    targets = targets_of(batch)
+    start, end = targets.start, targets.end
+    count, position = len(targets.row), np.arange(batch["input_ids"].shape[1])
+    taken = np.ones(count, bool) if chosen is None else np.isin(np.arange(count), chosen)
+    first = np.zeros(count, np.int64) if log.positions == "all" else start - 1
+    kept = taken[:, None] & (position >= first[:, None]) & (position < (end - 1)[:, None])
     tensors = {
         "error_ids": step.errors.ids.to(torch.int32),
         "error_values": step.errors.values,
@@ -116,37 +121,40 @@ def to_records(
         "token_correct": step.token_correct,
     }
     if not taken.all():
-        tokens = copy.to_device(np.flatnonzero(np.repeat(taken, lengths - starts)))
+        tokens = copy.to_device(np.flatnonzero(np.repeat(taken, end - start)))
         tensors = {name: values.index_select(0, tokens) for name, values in tensors.items()}
-    tensors["rationale"] = _at(step.rationale, kept, copy)
+    tensors["rationale"] = _at(step.rationale, kept, targets.row, copy)
     if step.question is not None:
-        asked = taken[:, None] & (position[: step.question.shape[1]] < starts[:, None])
-        tensors["question"] = _at(step.question, asked, copy)
+        asked = taken[:, None] & (position[: step.question.shape[1]] < start[:, None])
+        tensors["question"] = _at(step.question, asked, targets.row, copy)
     arrays, wait = copy.arrays(tensors)
     number = int(taken.sum())
     records = Records(
         round=np.full(number, round, np.int64),
         rank=np.full(number, rank, np.int32),
         attempt=np.full(number, attempt, np.int32),
-        sample_id=batch["sample_id"][taken].astype(np.int64),
-        seen=seen[taken].astype(np.int16),
-        input_ids=input_ids[taken[:, None] & (position < lengths[:, None])].astype(np.int32),
-        seq_offsets=offsets_of(lengths[taken]),
-        target_start=starts[taken].astype(np.int32),
+        sample_id=targets.sample_id[taken],
+        seen=seen[targets.row][taken].astype(np.int16),
+        input_ids=batch["input_ids"][targets.row][taken[:, None] & (position < end[:, None])].astype(np.int32),
+        seq_offsets=offsets_of(end[taken]),
+        target_start=start[taken].astype(np.int32),
         rationale_offsets=offsets_of(kept.sum(1)[taken]),
         rationale_layers=step.rationale.shape[2] if step.rationale.ndim == 4 else 1,
         rationale_dim=step.rationale.shape[-1],
-        target_offsets=offsets_of((lengths - starts)[taken]),
+        target_offsets=offsets_of((end - start)[taken]),
         error=log.error,
         **arrays,
     )
     return records, wait
 
 
-def _at(states: torch.Tensor, mask: np.ndarray, copy: HostCopy) -> torch.Tensor:
-    """bf16 [positions, ..] of states [B, S, ..] where the host's mask [B, S] is set; does not wait for the device."""
-    index = copy.to_device(np.flatnonzero(mask))
-    return states.flatten(0, 1).index_select(0, index).to(torch.bfloat16)
+def _at(states: torch.Tensor, mask: np.ndarray, row: np.ndarray, copy: HostCopy) -> torch.Tensor:
+    """bf16 [positions, ..] of states [B, S, ..] where the host's mask [M, S] is set, line m in row[m]; does not wait for the device."""
+    width = mask.shape[1]
+    index = np.flatnonzero(mask)
+    line = index // width
+    index += (row[line] - line) * width
+    return states.flatten(0, 1).index_select(0, copy.to_device(index)).to(torch.bfloat16)
 
 
 class HostCopy:

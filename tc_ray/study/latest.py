@@ -20,7 +20,7 @@ from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.pilot.load import DTYPES, load_pilot
-from tc_ray.pilot.engine import pilot_step
+from tc_ray.pilot.engine import pilot_step, step_inputs
 from tc_ray.pilot.record import Recorder
 
 
@@ -65,8 +65,7 @@ def _record(config: RunConfig, run: Path, writer: RecordWriter, rounds: int) -> 
         rows, seen = order.sample_rows(number), order.seen(number)
         for at in range(0, len(rows), micro):
             batch = table.batch(rows[at : at + micro])
-            given = [torch.from_numpy(batch[name]).to(device) for name in ("input_ids", "lengths", "target_start")]
-            _, record = step(*given, 1.0)
+            _, record = step(loss_scale=1.0, **step_inputs(batch, device))
             recorder.record(record, batch, seen[at : at + micro], number)
         recorder.end_round(number)
     step.close()

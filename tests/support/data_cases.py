@@ -42,6 +42,11 @@ class Case:
     bad: tuple[tuple[int, str, str], ...] = ()
     said: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Callable[[], PreTrainedTokenizerFast] | None = None
+
+    def make_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The case's own, else by its template."""
+        return (self.tokenizer or (strict_tokenizer if self.config.get("template") == "chat" else make_tokenizer))()
 
 
 def lines(file: Path, rows: Iterable[Any]) -> Path:
@@ -183,26 +188,6 @@ CASES = [
         text("\n".join(json.dumps(row, indent=2) for row in SUMS), "t.json"),
         refused=("t.json, line 1", ONE_OBJECT),
     ),
-    Case(
-        "text",
-        one_file(lambda: [{"text": f"Q: {i}"} for i in range(60)]),
-        refused=("has the fields text", "prompt + completion"),
-    ),
-    Case(
-        "sharegpt",
-        one_file(lambda: [{"conversations": [{"from": "human", "value": "q"}]} for _ in range(60)]),
-        refused=("has the fields conversations", "give messages"),
-    ),
-    Case(
-        "trl_conversation",
-        one_file(lambda: [{"prompt": [USER], "completion": [SAYS]} for _ in range(60)]),
-        refused=("field prompt: is list, not text",),
-    ),
-    Case(
-        "tools",
-        one_file(lambda: [{"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}, SAYS]}] * 60),
-        refused=("field messages[1].content: is missing",),
-    ),
     # -- nothing is left: refused with the arithmetic
     Case("empty", one_file(list), refused=("no row is left: its files hold no record; correct the path",)),
     Case("one_row", one_file(lambda: SUMS[:1]), refused=("1 rows with 1 different prompts", "of 1 records 0 are bad")),
@@ -339,11 +324,6 @@ CASES = [
     ),
     Case(
         "nan_prompt", one_file(with_odd('{"prompt": NaN, "completion": "c"}')), ROWS, bad=((4, "prompt", "is missing"),)
-    ),
-    Case(
-        "multiturn",
-        one_file(lambda: [{"messages": [USER, SAYS, {**USER, "content": f"u{i}"}, SAYS]} for i in range(60)]),
-        (48, 6, 6),
     ),
     Case("bom_crlf", text("\ufeff" + "\r\n\r\n".join(map(json.dumps, SUMS)), "t.jsonl"), ROWS),
     Case(

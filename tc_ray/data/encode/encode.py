@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from tc_ray.config.data import DataSection
 from tc_ray.config.tasks import TaskForm, load_task
 from tc_ray.data.encode.prompts import readable_prompt
-from tc_ray.data.encode.tokenize import encode
+from tc_ray.data.encode.tokenize import TemplateLacksError, encode
 from tc_ray.data.source.records import BadRow, DataError, Record, quarantined
 from tc_ray.data.source.shapes import Example, to_example
 from tc_ray.data.source.tasks import shaped
@@ -37,23 +37,25 @@ _SCHEMA = pa.schema(
         ("place", pa.int64()),
         ("input_ids", pa.list_(pa.int32())),
         ("target_start", pa.int32()),
+        ("turn", pa.int16()),
         ("was_cut", pa.bool_()),
         ("options", pa.list_(pa.string())),
         *((name, pa.string()) for name in _TEXTS),
     ]
 )
-"""kind: row (encoded), long (prompt over the cut-off), bad (quarantined)."""
+"""kind: row (encoded), long (prompt over the cut-off), bad (quarantined). turn: which answer to learn of its record, from 0."""
 
 
 @dataclass
 class Encoded:
     """Rows of one source: `rows` as in _SCHEMA with kind `row`, in file order; counts and bad rows of the rest.
 
-    sets: of a held-out part, by the name of a set (the column `set`), its rows that are too long and those that are bad.
+    too_long: records whose prompt is over the cut-off. long_turns: later answers of conversations whose first one is not. sets: of a held-out part, by the name of a set (the column `set`), its rows that are too long and those that are bad.
     """
 
     rows: pa.Table
     too_long: int = 0
+    long_turns: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
     sets: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -71,7 +73,7 @@ class Encoded:
     @property
     def records(self) -> int:
         """Records read, bad ones included."""
-        return int(self.rows.num_rows) + self.too_long + len(self.bad)
+        return int(pc.sum(pc.equal(self.rows["turn"], 0)).as_py() or 0) + self.too_long + len(self.bad)
 
 
 @dataclass(frozen=True)
@@ -116,44 +118,88 @@ class Encoder:
                 "embedding (model.resize_token_embeddings(len(tokenizer))) and save model and tokenizer again"
             )
 
-    def row(self, record: Record, *, held_out: bool) -> dict[str, Any]:
-        """The row; a bad one, whatever exception the record causes. `held_out`: see `to_example`."""
+    def rows(self, record: Record, *, held_out: bool) -> list[dict[str, Any]]:
+        """One row for each answer to learn (held out: for the last one); a bad one, whatever exception the record causes.
+
+        held_out: see `to_example`.
+        """
         try:
-            found = self._row(record, held_out)
+            found = self._rows(record, held_out)
+        except TemplateLacksError as error:
+            fix = "take a model whose chat template knows tools and reasoning, or leave such records out"
+            found = BadRow("messages", str(error), fix)
         except Exception as error:  # noqa: BLE001 - one record never ends a run; where all fail, they are too many bad ones
             fix = (
                 "correct the record or leave it out; what the chat template refuses may be read by data.template=plain"
             )
             found = BadRow("", f"cannot be encoded: {_named(error)}", fix)
         if isinstance(found, BadRow):
-            return {"kind": "bad", **quarantined(record, found)}
-        return {"place": record.place, "unit": record.unit, **found}
+            return [{"kind": "bad", **quarantined(record, found)}]
+        return [{"place": record.place, "unit": record.unit, **row} for row in found]
 
-    def _row(self, record: Record, held_out: bool) -> dict[str, Any] | BadRow:
+    def _rows(self, record: Record, held_out: bool) -> list[dict[str, Any]] | BadRow:
         value = record.value
         if self.task is not None and not isinstance(value, BadRow):
             value = shaped(value, self.task)
         example = value if isinstance(value, BadRow) else to_example(value, held_out=held_out)
-        if not isinstance(example, BadRow) and self.config.completion_pattern and example.completion is not None:
-            example = _with_pattern(example, self.config.completion_pattern)
         if isinstance(example, BadRow):
             return example
+        if misfit := self._misfit(example):
+            return misfit
+        replies = example.replies() if self.config.train_on == "all" and not held_out else example.replies()[-1:]
+        # of all that is said before the last answer: many conversations begin alike
+        key = prompt_key(readable_prompt(example.turns) or example.completion or "", self.seed)
+        rows = []
+        for turn, reply in enumerate(replies):
+            row = self._row(reply)
+            if isinstance(row, BadRow):
+                return row
+            rows.append({**row, "turn": turn, "key": key})
+        return rows
+
+    def _misfit(self, example: Example) -> BadRow | None:
+        """What the run's settings cannot do with an example."""
+        if example.renders and self.config.template == "plain":
+            return BadRow(
+                "messages", "holds tool calls or reasoning", "set data.template=chat: plain has no form for them"
+            )
+        if example.whole and self.encoder_decoder:
+            return BadRow(
+                "text", "has no prompt for the encoder", "give prompt + completion, or train a decoder-only model"
+            )
+        if example.whole and self.config.completion_pattern:
+            return BadRow("text", "has no completion for data.completion_pattern", "leave the pattern out")
+        return None
+
+    def _row(self, example: Example) -> dict[str, Any] | BadRow:
+        if self.config.completion_pattern and example.completion is not None:
+            found = _with_pattern(example, self.config.completion_pattern)
+            if isinstance(found, BadRow):
+                return found
+            example = found
         tokens = encode(example, self.config, self.tokenizer, self.encoder_decoder)
         if tokens is None:
             return {"kind": "long"}
-        if example.completion is not None and len(tokens.input_ids) == tokens.target_start + 1 and not tokens.was_cut:
+        fewest = 1 if example.whole else 2  # of a completion the end token alone is none
+        if (
+            example.completion is not None
+            and len(tokens.input_ids) < tokens.target_start + fewest
+            and not tokens.was_cut
+        ):
             return BadRow("completion", "has no tokens", "fill it in or leave the record out")
-        prompt = readable_prompt(example.turns)
+        completion = example.completion
+        if example.more:  # as the chat template writes it
+            ids = tokens.input_ids[tokens.target_start :]
+            completion = self.tokenizer.decode(ids[: len(ids) - (ids[-1] == self.tokenizer.eos_token_id)])
         return {
             "kind": "row",
-            "prompt": prompt,
-            "completion": example.completion,
+            "prompt": readable_prompt(example.turns),
+            "completion": completion,
             "answer": example.answer,
             "options": list(example.options) or None,
             "input_ids": tokens.input_ids,
             "target_start": tokens.target_start,
             "was_cut": tokens.was_cut,
-            "key": prompt_key(prompt, self.seed),
         }
 
 
@@ -181,7 +227,8 @@ def encode_files(
     of_kind = {kind: table.filter(pc.equal(table["kind"], kind)) for kind in ("row", "long", "bad")}
     shown = ("unit", "place", "field", "problem", "fix", "raw")
     bad = [{"file": str(files[row["file"]]), **{n: row[n] for n in shown}} for row in of_kind["bad"].to_pylist()]
-    return Encoded(of_kind["row"].combine_chunks(), of_kind["long"].num_rows, bad)
+    too_long = pc.sum(pc.equal(of_kind["long"]["turn"], 0)).as_py() or 0
+    return Encoded(of_kind["row"].combine_chunks(), too_long, of_kind["long"].num_rows - too_long, bad)
 
 
 def joined(sets: Mapping[str, Encoded]) -> Encoded:
@@ -189,6 +236,7 @@ def joined(sets: Mapping[str, Encoded]) -> Encoded:
     return Encoded(
         pa.concat_tables([named(found.rows, name) for name, found in sets.items()]).combine_chunks(),
         sum(found.too_long for found in sets.values()),
+        0,
         [row for found in sets.values() for row in found.bad],
         {name: (found.too_long, len(found.bad)) for name, found in sets.items()},
     )
@@ -214,7 +262,7 @@ def _encode_file(path: Path, encoder: Encoder, read: Callable[[Path], Iterable[R
     try:
         records = iter(read(path))
         while chunk := list(islice(records, _CHUNK_ROWS)):  # Python's lists of ids take ten times the space of Arrow's
-            rows = [encoder.row(record, held_out=held_out) for record in chunk]
+            rows = [row for record in chunk for row in encoder.rows(record, held_out=held_out)]
             tables.append(pa.Table.from_pylist(rows, schema=_SCHEMA))
         return pa.concat_tables(tables)
     except DataError:

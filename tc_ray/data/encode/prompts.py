@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from tc_ray.data.source.shapes import Turn
+from tc_ray.data.source.messages import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ _CLOCK = "{% macro strftime_now(format) %}{{ format" + _DAY + " }}{% endmacro +%
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     opens: bool = True,
     continues: bool = False,
@@ -50,15 +50,24 @@ def render_chat(
     return text
 
 
-def render_prompt(turns: Sequence[Turn], config: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+def render_prompt(
+    turns: Sequence[Turn],
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Any] = (),
+    *,
+    opens: bool = True,
+) -> str:
     """The full prompt text, up to where the completion begins.
 
-    Contents are unchanged, unless the tokenizer's own chat template changes them (many strip blanks).
+    Contents are unchanged, unless the tokenizer's own chat template changes them (many strip blanks). tools: definitions that the
+    chat template gets. opens: as for `render_chat`; the plain template always opens.
     """
     turns = with_system(turns, config)
     if config.template == "plain":
         return config.plain_template.replace("{prompt}", readable_prompt([t for t in turns if t.content]))
-    return render_chat(tokenizer, [{"role": turn.role, "content": turn.content} for turn in turns])
+    messages = [{"role": turn.role, "content": turn.content, **turn.more} for turn in turns]
+    return render_chat(tokenizer, messages, opens=opens, variables={"tools": list(tools)} if tools else None)
 
 
 def with_system(turns: Sequence[Turn], config: DataSection) -> Sequence[Turn]:
@@ -72,10 +81,16 @@ def with_system(turns: Sequence[Turn], config: DataSection) -> Sequence[Turn]:
 
 
 def readable_prompt(turns: Sequence[Turn]) -> str:
-    """The prompt for people and for the split: the user's text alone, or all turns with their roles."""
+    """The prompt for people and for the split: the user's text alone, or all turns with their roles and tool calls."""
     if len(turns) == 1:
-        return turns[0].content
-    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+        return turns[0].content or ""
+    return "\n".join(f"{turn.role}: {_readable(turn)}" for turn in turns)
+
+
+def _readable(turn: Turn) -> str:
+    calls = [call["function"] for call in turn.more.get("tool_calls", ())]
+    written = [turn.content or "", *(json.dumps(call, ensure_ascii=False) for call in calls)]
+    return "\n".join(part for part in written if part)
 
 
 def serving_template(config: DataSection) -> str | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tc_ray.data.encode.conversations import EARLIER
 from tc_ray.data.source.records import DataError, read_prepared
 
 
@@ -69,32 +71,65 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, NDArray
     """Pad rows (as in the prepared Parquet files) on the right into one batch of int64 arrays.
 
     input_ids [B, S] filled with `pad_id`, attention_mask [B, S] (1 where a token stands), lengths [B],
-    target_start [B], sample_id [B]; S is the longest row.
+    target_start [B], sample_id [B]; S is the longest row. If a row has earlier targets: earlier_targets [B, K, 2], start and end of
+    each, 0 and 0 where a row has fewer.
     """
     lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
     input_ids = np.full((len(rows), int(lengths.max())), pad_id, dtype=np.int64)
     for index, row in enumerate(rows):
         input_ids[index, : lengths[index]] = row["input_ids"]
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64),
         "lengths": lengths,
         "target_start": np.array([row["target_start"] for row in rows], dtype=np.int64),
         "sample_id": np.array([row["sample_id"] for row in rows], dtype=np.int64),
     }
+    earlier = [np.asarray([] if (spans := row.get(EARLIER)) is None else spans, np.int64) for row in rows]
+    if any(map(len, earlier)):
+        batch[EARLIER] = np.zeros((len(rows), max(map(len, earlier)) // 2, 2), np.int64)
+        for index, spans in enumerate(earlier):
+            batch[EARLIER][index, : len(spans) // 2] = spans.reshape(-1, 2)
+    return batch
+
+
+class Targets(NamedTuple):
+    """Targets of a batch in the order of its tokens, int64 [M] each: input_ids[row, start:end]; all before `start` is the prompt."""
+
+    row: NDArray[np.int64]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    sample_id: NDArray[np.int64]
+
+
+def targets_of(batch: Mapping[str, NDArray[Any]]) -> Targets:
+    """The targets of a batch as of `collate`: one of each row, or several."""
+    rows, start = np.arange(len(batch["lengths"])), batch["target_start"].astype(np.int64)
+    end, sample_id = batch["lengths"].astype(np.int64), batch["sample_id"].astype(np.int64)
+    if EARLIER not in batch:
+        return Targets(rows, start, end, sample_id)
+    spans = np.concatenate([batch[EARLIER], np.stack([start, end], 1)[:, None]], 1)
+    row, place = np.nonzero(spans[:, :, 1] > 0)
+    found = spans[row, place]
+    number = np.arange(len(row)) - np.searchsorted(row, row)  # of the target in its row
+    return Targets(row, found[:, 0], found[:, 1], sample_id[row] + number)
 
 
 class TrainTable:
     """Rows of a prepared train.parquet as flat arrays (4 bytes per token). Raises DataError for rows without a target."""
 
     def __init__(self, file: Path) -> None:
-        table = read_prepared(file, ["sample_id", "input_ids", "target_start"])
+        table = read_prepared(file, ["sample_id", "input_ids", "target_start", EARLIER])
         ids = table["input_ids"].combine_chunks()
         self._ids = ids.values.to_numpy()
         self._offsets = ids.offsets.to_numpy().astype(np.int64)
         self._lengths = np.diff(self._offsets)
         self._target_start = table["target_start"].to_numpy().astype(np.int64)
         self._sample_id = table["sample_id"].to_numpy()
+        earlier = table[EARLIER].combine_chunks()
+        self._earlier = earlier.flatten().to_numpy()
+        self._earlier_offsets = np.zeros(len(table) + 1, np.int64)
+        np.cumsum(pc.fill_null(pc.list_value_length(earlier), 0).to_numpy(), out=self._earlier_offsets[1:])
         bare = int((self._target_start >= self._lengths).sum())
         if bare:  # the loss of a round is divided by its target tokens
             raise DataError(f"{file}: {bare} rows have no target token; remove the folder, and it is prepared again")
@@ -108,12 +143,23 @@ class TrainTable:
 
     def target_tokens(self, rows: NDArray[np.int64]) -> int:
         """Completion tokens of these rows."""
-        return int((self._lengths[rows] - self._target_start[rows]).sum())
+        last = int((self._lengths[rows] - self._target_start[rows]).sum())
+        if not len(self._earlier):
+            return last
+        return last + sum(int((spans[1::2] - spans[::2]).sum()) for spans in map(self._earlier_of, rows.tolist()))
 
     def target_ids(self) -> NDArray[np.int64]:
         """Sorted token ids that occur in completions."""
         starts = np.repeat(self._offsets[:-1] + self._target_start, self._lengths)
-        return np.unique(self._ids[np.arange(len(self._ids)) >= starts]).astype(np.int64)
+        targets = np.arange(len(self._ids)) >= starts
+        for row in np.flatnonzero(np.diff(self._earlier_offsets)).tolist():
+            for start, end in self._earlier_of(row).reshape(-1, 2) + self._offsets[row]:
+                targets[start:end] = True
+        return np.unique(self._ids[targets]).astype(np.int64)
+
+    def _earlier_of(self, row: int) -> NDArray[np.int32]:
+        found: NDArray[np.int32] = self._earlier[self._earlier_offsets[row] : self._earlier_offsets[row + 1]]
+        return found
 
     def batch(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """These rows as one right-padded batch, see `collate`. Padding is token 0; nothing attends to it."""
@@ -123,6 +169,7 @@ class TrainTable:
                     "input_ids": self._ids[self._offsets[row] : self._offsets[row + 1]],
                     "target_start": self._target_start[row],
                     "sample_id": self._sample_id[row],
+                    EARLIER: self._earlier_of(row),
                 }
                 for row in rows
             ],

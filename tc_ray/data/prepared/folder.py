@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tc_ray.data.encode.conversations import EARLIER
 from tc_ray.data.source.find import PARTS
 from tc_ray.data.source.records import DataError
 from tc_ray.files import sync_tree, write_json
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
         ("sample_id", pa.int64()),
         ("input_ids", pa.list_(pa.int32())),
         ("target_start", pa.int32()),
+        (EARLIER, pa.list_(pa.int32())),
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("answer", pa.string()),
@@ -31,8 +33,9 @@ SCHEMA = pa.schema(
         ("set", pa.string()),
     ]
 )
-"""Columns of train, validation and test.parquet. sample_id: the row's index in its file. options: completions to choose from.
-set: name of the held-out set; null in train.parquet."""
+"""Columns of train, validation and test.parquet. sample_id: the row's index in its file; where rows have several targets, the number
+of the row's first one. earlier_targets: see `encode.conversations`. options: completions to choose from. set: name of the held-out
+set; null in train.parquet."""
 _TRAINED = ["sample_id", "target_start", "input_ids"]
 RECORD = "data.json"
 LEFT_OUT = b"tc-ray.left_out"
@@ -81,7 +84,7 @@ class LeftOut:
 class PreparedData:
     """What a data folder holds. Counts are by part: train, validation, test.
 
-    records: read from each source, bad ones included.
+    records: read from each source, bad ones included. long_turns: later answers of conversations, left out as too long.
     """
 
     folder: Path
@@ -92,6 +95,7 @@ class PreparedData:
     cut_completions: int
     records: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    long_turns: int = 0
 
     def file(self, part: str) -> Path:
         """Parquet file of a part's rows; without test data that of the test rows is empty."""
@@ -116,6 +120,11 @@ class PreparedData:
         if self.too_long or self.cut_completions:
             left_out = f"left out because the prompt is longer than data.cutoff_tokens: {self.too_long} rows"
             lines.append(f"{left_out}; completions cut there: {self.cut_completions}")
+        if self.long_turns:
+            lines.append(
+                f"left out because the messages before them are longer than data.cutoff_tokens: {self.long_turns} later "
+                "assistant messages"
+            )
         return lines
 
 
@@ -127,12 +136,16 @@ def rows_hashes(folder: Path) -> dict[str, str]:
     """
     texts = ["prompt", "completion", "answer", "options", "set"]
     return {
-        part: _hash(pq.read_table(folder / f"{part}.parquet", columns=_TRAINED + (texts if part != "train" else [])))
+        part: _hash(
+            pq.read_table(folder / f"{part}.parquet", columns=_TRAINED + ([EARLIER] if part == "train" else texts))
+        )
         for part in PARTS
     }
 
 
 def _hash(rows: pa.Table) -> str:
+    if EARLIER in rows.column_names and rows[EARLIER].null_count == rows.num_rows:
+        rows = rows.drop_columns(EARLIER)  # rows of one target each count as they did before there were others
     found = hashlib.sha256(str(rows.num_rows).encode())
     for name, column in zip(rows.column_names, rows.columns, strict=True):
         found.update(name.encode())

@@ -14,11 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tc_ray.config.data import DataSection
+from tc_ray.data.encode.conversations import EARLIER, first_rows, joined_turns, last_rows
 from tc_ray.data.encode.encode import Encoded, Encoder, cut, encode_files, joined, named
 from tc_ray.data.prepared.folder import LEFT_OUT, QUARANTINE, SCHEMA, LeftOut, PreparedData, save
 from tc_ray.data.source.embedded import for_fallback, generated_set, write_generated_set
@@ -51,7 +53,7 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
             notes.append("data.completion_pattern and data.task are meant for the absent files and left out")
             encoder = replace(encoder, config=for_fallback(config))
     encoded, bad = _encode(sources["train"], found.sets, encoder, folder, notes)
-    prepared = _write(folder, source, _parts(config, encoded, notes), encoded, bad, notes)
+    prepared = _write(folder, source, _parts(encoder, encoded, notes), encoded, bad, notes)
     save(prepared)
     return prepared
 
@@ -168,13 +170,15 @@ def _arithmetic(rows: Encoded) -> str:
     )
 
 
-def _parts(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
+def _parts(encoder: Encoder, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
     """The tables as they are written: each part its own rows, or cut from the training rows."""
+    config = encoder.config
     if not encoded["train"].rows.num_rows:
         raise DataError(f"data.train {config.train}: no row is left: {_arithmetic(encoded['train'])}")
     tables = {part: rows.rows for part, rows in encoded.items()}
     if config.format == "examples":
         tables = _cut(config, encoded, notes) | {part: tables[part] for part in encoded if part != "train"}
+    tables["train"] = _joined(tables["train"], encoder, notes)
     if config.max_train_rows:
         tables["train"] = tables["train"].slice(0, config.max_train_rows)
     for part in ("validation", "test"):
@@ -183,19 +187,37 @@ def _parts(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -
     return {part: _finish(table) for part, table in tables.items()}
 
 
+def _joined(rows: pa.Table, encoder: Encoder, notes: list[str]) -> pa.Table:
+    """Training rows with the answers of a conversation in one row, where their tokens allow it."""
+    made = joined_turns(rows, share=not encoder.encoder_decoder)
+    conversations = int(first_rows(rows).sum())
+    if conversations < rows.num_rows:
+        notes.append(
+            f"{rows.num_rows} assistant messages of {conversations} training records are trained on, in {made.num_rows} rows "
+            "(data.train_on=last: the last ones alone)"
+        )
+    return made
+
+
 def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
-    """All parts cut from the training rows; a part that has files of its own gets none of them."""
+    """All parts cut from the training rows; a part that has files of its own gets none of them.
+
+    The records are cut, so all rows of a conversation fall into one part; held out, its last row stands for it.
+    """
     rows = encoded["train"].rows
+    first = first_rows(rows)
     try:
-        part_of = cut(
-            rows["key"].to_pylist(),
+        of_record = cut(
+            rows["key"].filter(pa.array(first)).to_pylist(),
             validation=0 if "validation" in encoded else config.validation_size,
             test=0 if "test" in encoded else config.test_size,
         )
     except DataError as error:
         raise DataError(f"{error} ({_arithmetic(encoded['train'])})") from None
-    tables = {part: rows.filter(pa.array([found == part for found in part_of], pa.bool_())) for part in PARTS}
-    tables |= {part: named(tables[part], part) for part in PARTS[1:]}
+    part_of = np.array(of_record, object)[np.cumsum(first) - 1]
+    tables = {"train": rows.filter(pa.array(part_of == "train", pa.bool_()))}
+    last = last_rows(rows)
+    tables |= {part: named(rows.filter(pa.array((part_of == part) & last, pa.bool_())), part) for part in PARTS[1:]}
     for part in [part for part in encoded if part != "train"]:
         own = encoded[part].rows["key"].combine_chunks()
         shared = pc.sum(pc.is_in(tables["train"]["key"], value_set=own)).as_py()
@@ -205,9 +227,14 @@ def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> 
 
 
 def _finish(rows: pa.Table) -> pa.Table:
+    """The columns of SCHEMA. sample_id numbers targets: a row with earlier ones has as many numbers."""
     if "set" not in rows.column_names:
         rows = rows.append_column("set", pa.nulls(rows.num_rows, pa.string()))
-    return rows.append_column("sample_id", pa.array(range(rows.num_rows), pa.int64())).select(SCHEMA.names).cast(SCHEMA)
+    if EARLIER not in rows.column_names:
+        rows = rows.append_column(EARLIER, pa.nulls(rows.num_rows, pa.list_(pa.int32())))
+    targets = 1 + pc.fill_null(pc.list_value_length(rows[EARLIER]), 0).to_numpy().astype(np.int64) // 2
+    ids = pa.array(np.cumsum(targets) - targets, pa.int64())
+    return rows.append_column("sample_id", ids).select(SCHEMA.names).cast(SCHEMA)
 
 
 def _write(
@@ -231,6 +258,7 @@ def _write(
         rows={part: parts[part].num_rows if part in parts else 0 for part in PARTS},
         quarantined=bad,
         too_long=sum(rows.too_long for rows in encoded.values()),
+        long_turns=sum(rows.long_turns for rows in encoded.values()),
         cut_completions=sum(rows.cut_completions for rows in encoded.values()),
         records={part: rows.records for part, rows in encoded.items()},
         notes=notes,

@@ -13,7 +13,7 @@ from typing import Any
 from tc_ray.config.tasks import TaskForm
 from tc_ray.data.source.records import BadRow
 
-_OWN_PROMPT = ("messages", "prompt", "instruction")
+_OWN_PROMPT = ("messages", "conversations", "prompt", "instruction")
 
 
 class _Missing(Exception):

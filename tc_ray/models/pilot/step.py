@@ -87,14 +87,20 @@ class PilotStep(nn.Module):
         self._tap = LayerTap(self._family.layers(model), pooling, layers) if record else None
 
     def forward(
-        self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor, loss_scale: float
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        target_start: torch.Tensor,
+        loss_scale: float,
+        earlier: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, StepRecord | None]:
         """Summed cross-entropy of the completion tokens times `loss_scale`, and the record.
 
         input_ids: int64 [B, S], right padded: prompt and completion (encoder-decoder: source and target). lengths: int64 [B].
         target_start: int64 [B]; targets are input_ids[b, target_start[b]:lengths[b]]. loss_scale: 1 / target tokens of the round.
+        earlier: int64 [B, K, 2], decoder-only: start and end of further targets of each row, 0 and 0 for none.
         """
-        measured = self.measure(input_ids, lengths, target_start)
+        measured = self.measure(input_ids, lengths, target_start, earlier)
         return measured.token_loss.sum() * loss_scale, measured.record
 
     def close(self) -> None:
@@ -102,12 +108,21 @@ class PilotStep(nn.Module):
         if self._tap is not None:
             self._tap.close()
 
-    def measure(self, input_ids: torch.Tensor, lengths: torch.Tensor, target_start: torch.Tensor) -> Measured:
-        """The forward pass itself: log-probabilities and targets of the N target rows, and the record."""
+    def measure(
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        target_start: torch.Tensor,
+        earlier: torch.Tensor | None = None,
+    ) -> Measured:
+        """The forward pass itself: log-probabilities and targets of the N target rows, and the record. Arguments: of `forward`."""
         run = self._encoder_decoder if self._family.encoder_decoder else self._decoder_only
         position = torch.arange(input_ids.shape[1] - 1, device=lengths.device)
         # position j predicts a target token if target_start - 1 <= j < length - 1
         rows = (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
+        if earlier is not None:
+            within = (position + 1 >= earlier[..., :1]) & (position + 1 < earlier[..., 1:])
+            rows = rows | within.any(1)
         final, rationale, question = run(input_ids, lengths, target_start, rows)
         targets = input_ids[:, 1:][rows]
         log_probs = self._family.logits(self.model, final).float().log_softmax(-1)

@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tc_ray.config.data import DataSection
+from tc_ray.data.encode.conversations import chains
 from tc_ray.data.encode.encode import Encoder, row_count
 from tc_ray.data.source.embedded import for_fallback, write_generated_set
 from tc_ray.data.source.find import find_sources
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataEstimate:
-    """rows: training rows after the cuts. Means are tokens per row over `sampled` rows.
+    """rows: training rows after the cuts. Means are tokens per row over `sampled` rows. records_per_row: targets of a row, each a
+    record of `mean_record_tokens` in the log.
 
     target_ids: different token ids in the completions of the sampled rows; all rows may hold more. notes: which files are
     read as what, and which are left out.
@@ -38,6 +40,8 @@ class DataEstimate:
     mean_target_tokens: float
     target_ids: int
     sampled: int
+    records_per_row: float
+    mean_record_tokens: float
     notes: tuple[str, ...]
 
 
@@ -65,27 +69,37 @@ def estimate(
             files = [write_generated_set(config, Path(folder), seed)]
             encoder = replace(encoder, config=for_fallback(config), task=None)
         records, total = _sample(_records(config, files, seed), sample_rows, seed)
-    rows = [encoder.row(record, held_out=False) for record in records]
-    good, bad = ([row for row in rows if row["kind"] == kind] for kind in ("row", "bad"))
-    if not good or len(bad) > math.ceil(config.max_bad_fraction * len(rows)):
-        text = (
-            f"of {len(rows)} records {len(bad)} are bad, {len(rows) - len(bad) - len(good)} have a prompt longer than "
-        )
+    sampled = [encoder.rows(record, held_out=False) for record in records]
+    found_good = [[row for row in rows if row["kind"] == "row"] for rows in sampled]
+    good = [row for rows in found_good for row in rows]
+    bad = [row for rows in sampled for row in rows if row["kind"] == "bad"]
+    usable = sum(map(bool, found_good))
+    if not good or len(bad) > math.ceil(config.max_bad_fraction * len(sampled)):
+        text = f"of {len(sampled)} records {len(bad)} are bad, {len(sampled) - len(bad) - usable} have a prompt longer than "
         first = "; the first bad one: {unit} {place}: {field} {problem}; {fix}".format(**bad[0]) if bad else ""
         raise DataError(f"{text}data.cutoff_tokens{first}")
     encoder.check_id(max(max(row["input_ids"]) for row in good))
-    readable = round(total * len(good) / len(rows))
+    readable = round(total * usable / len(sampled))
     cuts = {"validation": config.validation_size, "test": config.test_size} if config.format == "examples" else {}
     held_out = [max(1, row_count(size, readable)) for part, size in cuts.items() if size and not found.files[part]]
     targets = [row["input_ids"][row["target_start"] :] for row in good]
+    joined = good if encoder_decoder else [row for rows in found_good for row in _joined(rows)]
+    rows = round(max(0, readable - sum(held_out)) * len(joined) / usable)
     return DataEstimate(
-        rows=min(max(0, readable - sum(held_out)), config.max_train_rows or readable),
-        mean_tokens=sum(len(row["input_ids"]) for row in good) / len(good),
-        mean_target_tokens=sum(map(len, targets)) / len(good),
+        rows=min(rows, config.max_train_rows or rows),
+        mean_tokens=sum(len(row["input_ids"]) for row in joined) / len(joined),
+        mean_target_tokens=sum(map(len, targets)) / len(joined),
         target_ids=len(set().union(*targets)),
-        sampled=len(good),
+        sampled=len(joined),
+        records_per_row=len(good) / len(joined),
+        mean_record_tokens=sum(len(row["input_ids"]) for row in good) / len(good),
         notes=tuple(found.notes),
     )
+
+
+def _joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one record that remain when the Pilot reads shared tokens once."""
+    return [rows[place] for place, _ in chains([(row["input_ids"], row["target_start"]) for row in rows])]
 
 
 def _records(config: DataSection, files: list[Path], seed: int) -> Iterable[Record]:

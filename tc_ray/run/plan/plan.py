@@ -115,7 +115,11 @@ def make_plan(config: RunConfig) -> Plan:
     per_round = None
     if sizes is not None and data is not None and config.log.enabled:
         per_round = log_bytes_per_round(
-            config, sizes, mean_tokens=data.mean_tokens, mean_targets=data.mean_target_tokens
+            config,
+            sizes,
+            mean_tokens=data.mean_record_tokens,
+            mean_targets=data.mean_target_tokens / data.records_per_row,
+            records_per_row=data.records_per_row,
         )
         if config.log.sampling == "mistakes":
             notes.append("the log's bytes are predicted with every record")
@@ -165,7 +169,9 @@ def _check_models(config: RunConfig, pilot: ModelConfig, base: ModelConfig | Non
         raise JobError(str(error)) from None
 
 
-def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: float, mean_targets: float) -> int:
+def log_bytes_per_round(
+    config: RunConfig, sizes: ModelSizes, *, mean_tokens: float, mean_targets: float, records_per_row: float = 1.0
+) -> int:
     """Bytes that one round of all workers adds to the log's data files, uncompressed.
 
     A record is bf16 states, one or several a position (of an encoder-decoder or with log.question: states also one for
@@ -179,7 +185,8 @@ def log_bytes_per_round(config: RunConfig, sizes: ModelSizes, *, mean_tokens: fl
         states += mean_tokens - mean_targets
     errors = 4 * sizes.vocab_size if log.error == "dense" else 8 * (min(log.top_k, sizes.vocab_size - 1) + 1)
     record = states * sizes.hidden_size * 2 + mean_tokens * 4 + mean_targets * (errors + 4 + 4 + 1 / 8) + _ROW_BYTES
-    records = record * config.pilot.batch_size * (log.sampling_fraction if log.sampling == "fraction" else 1.0)
+    rows = config.pilot.batch_size * records_per_row
+    records = record * rows * (log.sampling_fraction if log.sampling == "fraction" else 1.0)
     workers = config.resources.pilot_workers
     flush_rounds = 1 if config.copilot.schedule == "lockstep" else log.flush_rounds
     rounds_a_file = min(flush_rounds, max(1.0, log.file_bytes / (records / workers)))

@@ -17,13 +17,16 @@ import pytest
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode import encode as encode_module
 from tc_ray.data.encode.encode import Encoder
-from tc_ray.data.prepared.folder import PreparedData
+from tc_ray.data.prepared.folder import SCHEMA, PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.records import DataError
-from tests.support.data_cases import CASES, HELD, SUMS, Case, lines, strict_tokenizer
+from tests.support.data_cases import CASES as ODD_CASES
+from tests.support.data_cases import HELD, SUMS, Case, lines
+from tests.support.shape_cases import SHAPE_CASES
 from tests.support.tiny_model import make_tokenizer
 
 PARTS = ("train", "validation", "test")
+CASES = [*ODD_CASES, *SHAPE_CASES]
 
 
 def section(source: Path, **values: Any) -> DataSection:
@@ -31,8 +34,7 @@ def section(source: Path, **values: Any) -> DataSection:
 
 
 def prepare_case(case: Case, folder: Path) -> PreparedData:
-    tokenizer = strict_tokenizer() if case.config.get("template") == "chat" else make_tokenizer()
-    return prepare(Encoder(section(case.make(folder), **case.config), tokenizer, 1), folder / "out")
+    return prepare(Encoder(section(case.make(folder), **case.config), case.make_tokenizer(), 1), folder / "out")
 
 
 def rows_of(prepared: PreparedData) -> Iterator[dict[str, Any]]:
@@ -103,7 +105,7 @@ def test_the_training_table_refuses_rows_without_a_target(tmp_path: Path) -> Non
         {"sample_id": 0, "input_ids": [5, 6], "target_start": 1},
         {"sample_id": 1, "input_ids": [5], "target_start": 1},
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "train.parquet")
     with pytest.raises(DataError, match=r"train\.parquet: 1 rows have no target token"):
         TrainTable(tmp_path / "train.parquet")
 

@@ -114,7 +114,7 @@ def test_shapes(value: dict[str, Any], example: Example) -> None:
     ("value", "field"),
     [
         ([], ""),
-        ({"text": "t"}, ""),
+        ({"texts": "t"}, ""),
         ({"prompt": "p"}, "completion"),
         ({"prompt": "", "completion": "c"}, "prompt"),
         ({"prompt": 3, "completion": "c"}, "prompt"),

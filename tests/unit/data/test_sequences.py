@@ -190,7 +190,7 @@ def test_the_recipe_s_tokenizer_takes_digits_in_pairs(tmp_path: Path) -> None:
     labels = label_items(found.items, seed=5)
     data = DataSection(template="plain", plain_template="{prompt}", format="sequences")
     (record,) = SequenceReader("test", labels, found.left_out, SequencesSection(history=3))(path)
-    row = Encoder(data, tokenizer, 0, encoder_decoder=True).row(record, held_out=True)
+    row = Encoder(data, tokenizer, 0, encoder_decoder=True).rows(record, held_out=True)[0]
     numbers = [int(labels[f"i{n}"]) for n in (146, 147, 148, 149)]
     pairs = [part + 3 for number in numbers for part in (number // 100, number % 100)]
     assert row["input_ids"] == [*pairs[:6], 1, *pairs[6:], 1] and row["target_start"] == 7

@@ -85,7 +85,7 @@ def test_another_model_is_measured_on_the_same_text(cutoff: int) -> None:
     """Also where the completion was too long for the model that read the file."""
     form, tokenizer = DataSection(template="plain", plain_template="{prompt}:", cutoff_tokens=cutoff), make_tokenizer()
     record = {"prompt": "count", "completion": "one two three four five six"}
-    row = Encoder(form, tokenizer, 1).row(Record(1, "line", "", record), held_out=True)
+    row = Encoder(form, tokenizer, 1).rows(Record(1, "line", "", record), held_out=True)[0]
     given = HeldOut(0, row["input_ids"], row["target_start"], "", row["prompt"], row["completion"])
     assert row["was_cut"] == (cutoff == 20)
     other = form.model_copy(update={"plain_template": "Please {prompt}:", "cutoff_tokens": 200})

@@ -25,7 +25,7 @@ PLAIN = DataSection(template="plain", plain_template="{prompt}\n", cutoff_tokens
 
 def encoded(task: str, record: Any, *, held_out: bool = True) -> dict[str, Any]:
     encoder = Encoder(PLAIN, make_tokenizer(), 1).for_task(task)
-    return encoder.row(Record(1, "line", "", record), held_out=held_out)
+    return encoder.rows(Record(1, "line", "", record), held_out=held_out)[0]
 
 
 def as_held_out(row: dict[str, Any]) -> HeldOut:
@@ -117,7 +117,7 @@ def test_options_come_from_the_row_too() -> None:
     encoder = Encoder(PLAIN, make_tokenizer(), 1)
 
     def row(**fields: Any) -> dict[str, Any]:
-        return encoder.row(Record(1, "line", "", {"prompt": "p", **fields}), held_out=True)
+        return encoder.rows(Record(1, "line", "", {"prompt": "p", **fields}), held_out=True)[0]
 
     by_text = row(options=["a cat", "a dog"], answer="a dog")
     by_number = row(options=["a cat", "a dog"], answer=1)

@@ -141,6 +141,7 @@ def a_worker_without_ray(model: Path, meeting: Path, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     rows = [list(range(5, 13)), list(range(20, 28)), list(range(40, 48)), list(range(60, 68))]
     table = {"sample_id": range(4), "input_ids": pa.array(rows, pa.list_(pa.int32())), "target_start": [3] * 4}
+    table["earlier_targets"] = pa.nulls(4, pa.list_(pa.int32()))
     pq.write_table(pa.table(table), folder / "train.parquet")
 
     def worker(name: str, **pilot: Any) -> tuple[Worker, Heard]:

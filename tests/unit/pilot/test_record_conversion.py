@@ -15,7 +15,7 @@ from tc_ray.mistakelog.rows.records import Records
 from tc_ray.mistakelog.rows.sampling import has_mistake, in_fraction
 from tc_ray.mistakelog.rows.schema import LogSchemaError
 from tc_ray.models.pilot.step import PilotStep, StepRecord, full_errors, sparse_errors
-from tc_ray.pilot.record import HostCopy, chosen_rows, to_records
+from tc_ray.pilot.record import HostCopy, chosen_records, to_records
 from tests.support.family_samples import new_pilot, quiet
 from tests.support.mistakelog_samples import assert_same, random_records
 from tests.support.reference_samples import dense_errors
@@ -160,23 +160,23 @@ def test_mistakes(bound: float | None) -> None:
 @pytest.mark.parametrize("rows", [[1, 4], [0], [], [0, 1, 2, 3, 4]])
 def test_rows_left_out_are_as_if_selected_afterwards(family: str, positions: str, rows: list[int]) -> None:
     step = forward(family, pooling="none")
-    whole, part = records_of(step, positions), records_of(step, positions, rows=np.array(rows, np.int64))
+    whole, part = records_of(step, positions), records_of(step, positions, chosen=np.array(rows, np.int64))
     part.validate()
     assert_same(part, whole.select(rows))
 
 
-def test_chosen_rows_are_those_of_the_policies() -> None:
+def test_chosen_records_are_those_of_the_policies() -> None:
     step, given = forward("llama"), batch()
     whole = records_of(step)
     options: dict[str, Any] = {"seed": 17, "round": 7}
-    assert chosen_rows(step, given, LogSection(), **options) is None
-    some = chosen_rows(step, given, LogSection(sampling="fraction", sampling_fraction=0.5), **options)
+    assert chosen_records(step, given, LogSection(), **options) is None
+    some = chosen_records(step, given, LogSection(sampling="fraction", sampling_fraction=0.5), **options)
     assert some is not None
     assert some.tolist() == np.flatnonzero(in_fraction(0.5, 17, whole.round, whole.sample_id)).tolist()
     for bound in (None, 1.0):
         log = LogSection(sampling="mistakes", mistake_loss=bound)
         expected = has_mistake(whole.token_correct, whole.token_loss, whole.target_offsets, bound)
-        some = chosen_rows(step, given, log, **options)
+        some = chosen_records(step, given, log, **options)
         assert some is not None and some.tolist() == np.flatnonzero(expected).tolist()
 
 
@@ -211,14 +211,14 @@ def test_errors_are_the_step_s_own_memory_on_the_cpu() -> None:
 def test_a_copy_from_a_device_is_what_the_device_had(family: str, rows: np.ndarray | None) -> None:
     """On a side stream, while the device is kept busy; what is written over afterwards must not show."""
     step = forward(family, pooling="none", device="cuda")
-    expected = records_of(StepRecord(*(_on_cpu(part) for part in step)), rows=rows)
+    expected = records_of(StepRecord(*(_on_cpu(part) for part in step)), chosen=rows)
     copy = HostCopy(torch.device("cuda"))
     busy = torch.randn(4096, 4096, device="cuda")
     for _ in range(20):
         busy = busy @ busy / 64
     log = LogSection(positions="target")
     seen = np.arange(len(SHAPES), dtype=np.int16)
-    records, wait = to_records(step, batch(), seen, log, round=7, rank=1, attempt=2, rows=rows, copy=copy)
+    records, wait = to_records(step, batch(), seen, log, round=7, rank=1, attempt=2, chosen=rows, copy=copy)
     assert wait is not None and len(records) == len(expected)
     del step
     for _ in range(20):  # takes the memory of the step again

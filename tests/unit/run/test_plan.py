@@ -61,11 +61,12 @@ def write_prepared(config: RunConfig, data: Path, encoder_decoder: bool) -> None
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(config.model.pilot)
     encoder = Encoder(config.data, tokenizer, config.run.seed, encoder_decoder)
-    rows = [encoder.row(record, held_out=False) for record in iter_records(data)]
+    rows = [encoder.rows(record, held_out=False)[0] for record in iter_records(data)]
     columns = {
         "sample_id": pa.array(range(len(rows)), pa.int64()),
         "input_ids": pa.array([row["input_ids"] for row in rows], pa.list_(pa.int32())),
         "target_start": pa.array([row["target_start"] for row in rows], pa.int32()),
+        "earlier_targets": pa.nulls(len(rows), pa.list_(pa.int32())),
     }
     pq.write_table(pa.table(columns), folder / "train.parquet")
 

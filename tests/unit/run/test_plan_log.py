@@ -20,7 +20,7 @@ from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.pilot.load import load_pilot
 from tc_ray.pilot.engine import pilot_step
-from tc_ray.pilot.record import chosen_rows, log_metadata, to_records
+from tc_ray.pilot.record import chosen_records, log_metadata, to_records
 from tc_ray.run.plan.plan import make_plan
 from tc_ray.run.state import JobError
 from tests.support import plan_samples
@@ -44,7 +44,7 @@ def written(config: RunConfig, data: Path, family: str) -> tuple[float, int]:
     model = load_pilot(folder_of(family), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder_of(family))
     encoder = Encoder(config.data, tokenizer, 0, encoder_decoder)
-    rows = [encoder.row(record, held_out=False) for record in iter_records(data)]
+    rows = [encoder.rows(record, held_out=False)[0] for record in iter_records(data)]
     step = pilot_step(model, config).eval()
     store = LogStore.create(config.log_location, log_metadata(config, model.config, tokenizer))
     ledger = Ledger(store.location, writers=1, run="plan")
@@ -63,9 +63,9 @@ def written(config: RunConfig, data: Path, family: str) -> tuple[float, int]:
             tensors = [torch.from_numpy(batch[n]) for n in ("input_ids", "lengths", "target_start")]
             record = step.measure(*tensors).record
             assert record is not None
-            rows_kept = chosen_rows(record, batch, config.log, seed=17, round=number)
+            chosen = chosen_records(record, batch, config.log, seed=17, round=number)
             seen = np.zeros(MICRO, np.int16)
-            records, _ = to_records(record, batch, seen, config.log, round=number, rank=0, attempt=1, rows=rows_kept)
+            records, _ = to_records(record, batch, seen, config.log, round=number, rank=0, attempt=1, chosen=chosen)
             writer.put(records, number)
         writer.end_round(number)
     writer.close()
