@@ -147,14 +147,12 @@ class Encoder:
         if misfit := self._misfit(example):
             return misfit
         replies = example.replies() if self.config.train_on == "all" and not held_out else example.replies()[-1:]
-        # of all that is said before the last answer: many conversations begin alike
-        key = prompt_key(readable_prompt(example.turns) or example.completion or "", self.seed)
         rows = []
         for turn, reply in enumerate(replies):
             row = self._row(reply)
             if isinstance(row, BadRow):
                 return row
-            rows.append({**row, "turn": turn, "key": key})
+            rows.append({**row, "turn": turn})
         return rows
 
     def _misfit(self, example: Example) -> BadRow | None:
@@ -191,15 +189,17 @@ class Encoder:
         if example.more:  # as the chat template writes it
             ids = tokens.input_ids[tokens.target_start :]
             completion = self.tokenizer.decode(ids[: len(ids) - (ids[-1] == self.tokenizer.eos_token_id)])
+        prompt = readable_prompt(example.turns)
         return {
             "kind": "row",
-            "prompt": readable_prompt(example.turns),
+            "prompt": prompt,
             "completion": completion,
             "answer": example.answer,
             "options": list(example.options) or None,
             "input_ids": tokens.input_ids,
             "target_start": tokens.target_start,
             "was_cut": tokens.was_cut,
+            "key": prompt_key(prompt or example.completion or "", self.seed),
         }
 
 

@@ -153,7 +153,7 @@ def _hash(rows: pa.Table) -> str:
             found.update("".join(json.dumps(text) + "\n" for text in column.to_pylist()).encode())
             continue
         if pa.types.is_list(column.type):
-            found.update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
+            found.update(pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype("<i8").tobytes())
             column = pc.list_flatten(column)
         found.update(column.to_numpy().astype("<i8").tobytes())
     return found.hexdigest()[:16]

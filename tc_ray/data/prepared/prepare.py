@@ -166,7 +166,7 @@ def _arithmetic(rows: Encoded) -> str:
         return "its files hold no record; correct the path or fill them"
     return (
         f"of {rows.records} records {len(rows.bad)} are bad, {rows.too_long} have a prompt longer than "
-        f"data.cutoff_tokens, {rows.rows.num_rows} are left"
+        f"data.cutoff_tokens, {rows.records - len(rows.bad) - rows.too_long} are left"
     )
 
 
@@ -202,13 +202,14 @@ def _joined(rows: pa.Table, encoder: Encoder, notes: list[str]) -> pa.Table:
 def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
     """All parts cut from the training rows; a part that has files of its own gets none of them.
 
-    The records are cut, so all rows of a conversation fall into one part; held out, its last row stands for it.
+    The records are cut, by what is said before their last answers, so all rows of a conversation fall into one part. Held out, its
+    last row stands for it, and no training conversation keeps a target that answers the same.
     """
     rows = encoded["train"].rows
-    first = first_rows(rows)
+    first, last = first_rows(rows), last_rows(rows)
     try:
         of_record = cut(
-            rows["key"].filter(pa.array(first)).to_pylist(),
+            rows["key"].filter(pa.array(last)).to_pylist(),
             validation=0 if "validation" in encoded else config.validation_size,
             test=0 if "test" in encoded else config.test_size,
         )
@@ -216,8 +217,12 @@ def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> 
         raise DataError(f"{error} ({_arithmetic(encoded['train'])})") from None
     part_of = np.array(of_record, object)[np.cumsum(first) - 1]
     tables = {"train": rows.filter(pa.array(part_of == "train", pa.bool_()))}
-    last = last_rows(rows)
     tables |= {part: named(rows.filter(pa.array((part_of == part) & last, pa.bool_())), part) for part in PARTS[1:]}
+    held_out = pa.concat_tables([tables[part].select(["key"]) for part in PARTS[1:]])["key"].combine_chunks()
+    answered = pc.is_in(tables["train"]["key"], value_set=held_out)
+    if dropped := pc.sum(answered).as_py():  # of one prompt in two conversations: the last ones went by it
+        notes.append(f"{dropped} earlier assistant messages answer what a held-out row asks, and are not trained on")
+        tables["train"] = tables["train"].filter(pc.invert(answered))
     for part in [part for part in encoded if part != "train"]:
         own = encoded[part].rows["key"].combine_chunks()
         shared = pc.sum(pc.is_in(tables["train"]["key"], value_set=own)).as_py()

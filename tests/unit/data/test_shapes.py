@@ -167,7 +167,7 @@ def test_every_answer_of_a_conversation_is_a_target_after_what_was_said_before_i
     )
     assert learned(value) == [first, second]
     assert learned(value, train_on="last") == [second]
-    assert [row["turn"] for row in rows_of(value)] == [0, 1] and len({row["key"] for row in rows_of(value)}) == 1
+    assert [row["turn"] for row in rows_of(value)] == [0, 1] and len({row["key"] for row in rows_of(value)}) == 2
     assert [row["completion"] for row in rows_of(value, held_out=True)] == ["b"]
     # what no longer fits is left out: the answers before it stay
     assert [row["kind"] for row in rows_of(value, cutoff_tokens=40)] == ["row", "long"]
