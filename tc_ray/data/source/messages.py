@@ -67,7 +67,8 @@ def said(role: str, content: str) -> Conversation:
 def conversation(messages: Any, name: str) -> Conversation:
     """The messages in the record's field `name`. Raises Refused."""
     if not isinstance(messages, list) or not messages:
-        raise Refused(name, f"is {type(messages).__name__}", "give a list of {role, content} objects")
+        kind = "an empty list" if messages == [] else type(messages).__name__
+        raise Refused(name, f"is {kind}", "give a list of {role, content} objects")
     turns = [_turn(message, f"{name}[{index}]") for index, message in enumerate(messages)]
     for index, (turn, before) in enumerate(zip(turns[1:], turns, strict=False), start=1):
         if turn.role == "system":

@@ -42,7 +42,8 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
     assert "absent.jsonl on this machine: " in refusals(tmp_path / "absent.jsonl")
     assert "absent.jsonl; correct the path" in refusals(tmp_path / "absent.jsonl")
     chats = write(tmp_path / "chats.jsonl", [{"conversations": []}] * 3)
-    assert "3 are bad" in refusals(chats) and "line 1:  has the fields conversations; give messages" in refusals(chats)
+    assert "3 are bad" in refusals(chats)
+    assert "line 1: conversations is an empty list; give a list of {role, content}" in refusals(chats)
     assert "no test rows to measure with" in refusals(data={"test_size": 0})
     assert refusals(data={"test_size": 0}, log={"enabled": False}) == ""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
