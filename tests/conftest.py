@@ -16,5 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(autouse=True)
 def _no_foreign_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tracking server or a cluster of the person who runs the tests must not be used by them."""
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "TC_RAY_DEBUG"):
+    mlflow = [name for name in os.environ if name.startswith("MLFLOW_")]
+    for name in (*mlflow, "RAY_ADDRESS", "TC_RAY_DEBUG"):
         monkeypatch.delenv(name, raising=False)

@@ -114,6 +114,12 @@ def secrets_of(options: Mapping[str, str], *addresses: str | None) -> set[str]:
     return found
 
 
+def named_like_secrets(values: Mapping[str, str]) -> set[str]:
+    """The values whose names say that they are secrets, and the secrets in addresses among the others."""
+    found = {value for name, value in values.items() if re.fullmatch(_SECRET_NAME, name, re.IGNORECASE)}
+    return found.union(*(_parts(value) for value in values.values()))
+
+
 def _redact_option(name: str, value: str) -> str:
     plain = name.strip().lower()
     for store in _STORES:

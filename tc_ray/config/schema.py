@@ -17,12 +17,11 @@ from tc_ray.config.log import LogSection
 from tc_ray.config.redact import STRUCK_OUT, redact_address, redact_options, secrets_of
 from tc_ray.config.section import MayChange, Positive, Section
 from tc_ray.config.serving import ServingSection
+from tc_ray.config.tracking import TrackingSection
 from tc_ray.config.training import PAPER_TOP_K, CopilotSection, PilotSection
 
 _TRAINED_TEXT = ("plain_template", "completion_pattern", "system")
 """Fields of `data` that shape what is trained on: saved to the letter, whatever looks like an address in them."""
-TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
-"""Environment variable of MLflow that stands in for `tracking.uri`."""
 
 
 class RunSection(Section):
@@ -58,18 +57,6 @@ class ModelSection(Section):
     )
     cache: MayChange[Path | None] = Field(
         None, description="where converted builtin models are kept; default $TC_RAY_CACHE, else ~/.cache/tc-ray"
-    )
-
-
-class TrackingSection(Section):
-    """MLflow."""
-
-    enabled: bool = Field(True, description="write metrics, config and results to MLflow")
-    uri: str | None = Field(None, description="default MLFLOW_TRACKING_URI, else sqlite in the run folder's parent")
-    experiment: str = Field("tc-ray", description="experiment that the MLflow run belongs to")
-    log_model: bool = Field(True, description="log the exported model as an artifact")
-    parent_run: str | None = Field(
-        None, description="id of the MLflow run that this one is shown under (a study sets it)"
     )
 
 
@@ -172,7 +159,10 @@ class RunConfig(Section):
 
     def secrets_to_give(self) -> list[str]:
         """Fields the run uses that hold a secret struck out in a saved config, which has to be given again."""
-        addresses = {"log.path": self.log.path, "tracking.uri": self.tracking.uri if self.tracking.enabled else None}
+        addresses = {
+            "log.path": self.log.path,
+            "tracking.uri": self.tracking.uri if "mlflow" in self.tracking.targets else None,
+        }
         addresses |= {f"log.storage_options.{name}": value for name, value in self.log.storage_options.items()}
         return [name for name, value in addresses.items() if value is not None and STRUCK_OUT in value]
 

@@ -66,8 +66,18 @@ def export(run: Run) -> None:
 
     assert run.report is not None
     run.export = export_fused(run.config, run.report, rounds=run.prepared.rounds)
-    if run.config.tracking.log_model:
-        run.tracker.artifact.remote(run.export, "export")
+    tracking = run.config.tracking
+    if tracking.log_model and "mlflow" in tracking.targets:
+        run.tracker.model.remote(_to_log(run, run.export))
+
+
+def _to_log(run: Run, exported: Path) -> Any:
+    from tc_ray.export.pyfunc import describe
+    from tc_ray.tracking.logged_model import ModelToLog
+
+    sets, _ = run_rows(run.folder, run.config)
+    example = next((row.prompt for rows in sets for row in rows.rows), "")
+    return ModelToLog(**describe(exported, run.config), example=example, register=run.config.tracking.register)
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,14 @@ from tc_ray.mistakelog.table.repair import is_table
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.identity import weights_hash
 from tc_ray.pilot.checkpoint import latest_checkpoint
+from tc_ray.tracking.datasets import Context, UsedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS = ("train_rows", "validation_rows", "test_rows")
+CONTEXTS: dict[str, Context] = {"train": "training", "validation": "validation", "test": "testing"}
+"""Trackers' words for the parts."""
 WEIGHTS = ("pilot_weights", "copilot_weights")
 
 
@@ -96,6 +99,17 @@ def prepare_rows(
         os.replace(file, folder / file.name)
     aside.rmdir()
     return replace(found, folder=folder), hashes
+
+
+def used_rows(config: RunConfig, data: PreparedData, inputs: Mapping[str, str]) -> list[UsedRows]:
+    """The parts of the rows that hold any, for the trackers. inputs: the hashes of `prepare_rows`."""
+    found = []
+    for part, context in CONTEXTS.items():
+        own = config.data.held_out_sets(part) if part != "train" else {}  # type: ignore[arg-type]
+        source = next(iter(own.values())).file if len(own) == 1 else data.source
+        if data.rows[part]:
+            found.append(UsedRows(context, inputs[f"{part}_rows"], source, data.rows[part]))
+    return found
 
 
 def check_inputs(config: RunConfig, recorded: list[Recorded], inputs: Mapping[str, str], now: str = "") -> None:

@@ -29,6 +29,7 @@ from tc_ray.run.prepare import open_run, prepare
 from tc_ray.run.state import JobError, Run, check_resume
 from tc_ray.run.train import copilot_is_done, finish_copilot, pilot_is_done, start_copilot, train_pilot
 from tc_ray.tracking.statusfile import ProgressView, note_failure
+from tc_ray.tracking.targets import check_installed
 
 END_SECONDS = 20.0
 """Time for a stopped run to end its workers, after its status is written."""
@@ -90,6 +91,7 @@ def run_job(config: RunConfig) -> JobResult:
         ConfigError, JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
     """
     require_secrets(config)
+    check_installed(config)
     folder = config.run.path
     config.run.folder = folder  # absolute: workers have other working directories
     if config.log.path is not None:
@@ -133,7 +135,7 @@ def _work(run: Run) -> JobResult:
     """All phases in order. At their end, also by an error or a signal, the status is written and workers and threads end."""
     import ray
 
-    from tc_ray.tracking.mlflow_writer import mlflow_command, resolve_uri
+    from tc_ray.tracking.mlflow_address import mlflow_command, resolve_uri
 
     end, status, why, shown = threading.Event(), "failed", None, PHASES[0].status
     watchers = start_watchers(run, end)
@@ -147,7 +149,7 @@ def _work(run: Run) -> JobResult:
                     shown = phase.status
                     run.tracker.phase.remote(shown)
                 phase.work(run)
-            mlflow = mlflow_command(resolve_uri(run.config)) if run.config.tracking.enabled else None
+            mlflow = mlflow_command(resolve_uri(run.config)) if "mlflow" in run.config.tracking.targets else None
             result = JobResult(run.folder, run.export, run.report, mlflow)
             if run.no_copilot is not None:
                 raise NoCopilotError(run.no_copilot, result)

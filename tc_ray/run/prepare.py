@@ -11,7 +11,7 @@ from typing import Any
 from tc_ray.config.load import save_config
 from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.run.evaluate import check_measurable
-from tc_ray.run.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs
+from tc_ray.run.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs, used_rows
 from tc_ray.run.state import JobError, Prepared, Run
 from tc_ray.text import first_line, visible
 
@@ -62,7 +62,8 @@ def open_run(run: Run) -> None:
         _open_log(run)
     save_config(run.config, run.folder / "config.yaml")
     plan = {"rounds_total": run.prepared.rounds, "copilot_steps_total": run.copilot_steps}
-    run.tracker = start_tracker(run.config, run.folder, plan)
+    used = used_rows(run.config, run.prepared.data, run.prepared.inputs)
+    run.tracker = start_tracker(run.config, run.folder, plan, used)
 
 
 def _read_model(name: str, path: Any) -> tuple[Any, Any]:

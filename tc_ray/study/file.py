@@ -126,7 +126,8 @@ class Study:
 
     def config(self, task: str, seed: int, *variants: str) -> RunConfig:
         """Settings of a cell, without its name and folder: those of the task, then of each variant. Raises ConfigError."""
-        fixed = {"run.seed": seed, "data.seed": self.file.seeds[0], "tracking.log_model": False}
+        fixed: dict[str, Any] = {"run.seed": seed, "data.seed": self.file.seeds[0]}
+        fixed |= {"tracking.log_model": False, "tracking.register": None}
         layers = [Layer(fixed, dict.fromkeys(fixed, f"{self.path}: seeds"), self.path.parent)]
         layers += [self._layer("tasks", task), *(self._layer("variants", variant) for variant in variants)]
         return load_config(find_recipe(self._place(Path(self.file.recipe))), layers=layers)

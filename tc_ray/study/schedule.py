@@ -26,6 +26,7 @@ from tc_ray.study.file import Study
 from tc_ray.study.results import Result, find_result, without_folders
 from tc_ray.study.tracking import StudyTracking
 from tc_ray.text import visible
+from tc_ray.tracking.mlflow_address import tracker_variables
 from tc_ray.tracking.statusfile import read_status
 
 SHOW_SECONDS = 30.0
@@ -151,7 +152,7 @@ class _Runs:
         task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(do_cell)
         _print(f"study: {cell.name} starts ({cell.kind})")
         command = " ".join(["tc-ray", *(without_folders(redact_override(word)) for word in sys.argv[1:])])
-        return task.remote(cell, config, needs, self._study.result_folders[-1], command)
+        return task.remote(cell, config, needs, self._study.result_folders[-1], command, tracker_variables())
 
     def _end(self, task: Any, cell: Cell) -> None:
         import ray

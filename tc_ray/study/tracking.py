@@ -1,7 +1,7 @@
 """The MLflow run of a study, which the runs of its cells stand under.
 
 Invariant: it is opened before any cell starts, so that no two processes make the store at once. A cell that is no run of the main
-job gets a run of its own with what was measured. Without `tracking.enabled` nothing is done.
+job gets a run of its own with what was measured. Without mlflow among its trackers nothing is done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StudyTracking:
         self.uri: str | None = None
         self.run_id: str | None = None
         self._client: Any = None
-        if not config.tracking.enabled:
+        if "mlflow" not in config.tracking.targets:
             return
         from mlflow import MlflowClient
 
@@ -65,7 +65,10 @@ class StudyTracking:
         """Tracking must not end a study."""
         if self._client is None:
             return
+        from tc_ray.tracking.mlflow_address import refused_soon
+
         try:
-            call()
+            with refused_soon():  # a study must not wait for it either
+                call()
         except Exception as error:  # noqa: BLE001 - whatever the store raises
             log.warning("MLflow fails, the study goes on: %s", first_line(error))

@@ -38,6 +38,7 @@ from tc_ray.study.latest import write_latest_log
 from tc_ray.study.measure import answers_of, held, measure, with_correction
 from tc_ray.study.pilots import AveragedPilots, best_temperature, results_by, scaled_sums
 from tc_ray.study.results import Answers, Model, Result, find_result, without_folders
+from tc_ray.tracking.mlflow_address import take_variables
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import METRICS_FILE
 
@@ -84,9 +85,23 @@ Made = tuple[dict[str, Model], Costs]
 _Made = TypeVar("_Made")
 
 
-def do_cell(cell: Cell, config: RunConfig, needs: tuple[Done, ...], results: Path, command: str) -> Result:
-    """Do a cell and save its result. config: that of `cells.placed`. command: that it was asked for by."""
+def do_cell(
+    cell: Cell,
+    config: RunConfig,
+    needs: tuple[Done, ...],
+    results: Path,
+    command: str,
+    variables: Mapping[str, str] | None = None,
+) -> Result:
+    """Do a cell and save its result.
+
+    Args:
+        config: that of `cells.placed`.
+        command: that it was asked for by.
+        variables: `tracker_variables` of the study's process; this one may be on another machine.
+    """
     started = time.time()
+    take_variables(variables or {})
     if cell.kind in ("longer", "wider"):
         config = raised(cell, config, needs[0].result)
     models, costs = KINDS[cell.kind](Work(cell, config, needs))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import re
 import threading
 from collections import deque
@@ -25,10 +24,20 @@ from mlflow.exceptions import MlflowException
 
 from tc_ray.config.fields import public_values
 from tc_ray.config.redact import redact, redact_address
-from tc_ray.config.schema import TRACKING_VARIABLE, RunConfig
+from tc_ray.config.schema import RunConfig
+from tc_ray.config.tracking import TRACKING_VARIABLE
 from tc_ray.files import DamagedFileError, read_json, write_json
 from tc_ray.text import first_line
+from tc_ray.tracking.mlflow_address import (
+    EXPERIMENT_VARIABLE,
+    experiment_id,
+    experiment_name,
+    refused_soon,
+    resolve_uri,
+    sqlite_file,
+)
 from tc_ray.tracking.points import Point, read_lines
+from tc_ray.tracking.targets import TrackingError, axis_of
 
 RUN_ID_FILE = "mlflow.json"
 PARAM_CHARACTERS = 500
@@ -40,29 +49,12 @@ SEND_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
-class TrackingError(RuntimeError):
-    """MLflow cannot be used with this configuration."""
-
-
 @dataclass(frozen=True)
 class MlflowRun:
     """An open MLflow run, and the tracking URI of its store."""
 
     uri: str
     run_id: str
-
-
-def resolve_uri(config: RunConfig) -> str:
-    """Tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
-    return (
-        config.tracking.uri or os.environ.get(TRACKING_VARIABLE) or f"sqlite:///{config.run.path.parent / 'mlflow.db'}"
-    )
-
-
-def mlflow_command(uri: str) -> str:
-    """The shell command that shows a tracking URI in a browser, or a server's address. Without secrets."""
-    shown = redact_address(uri)
-    return shown if uri.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
 
 
 def flat_params(config: RunConfig) -> dict[str, str]:
@@ -89,14 +81,14 @@ class MlflowWriter:
         """Bytes of the file that MLflow has."""
         self._unsure = points.stat().st_size
         """MLflow may have points before this byte, so it is asked: an earlier start, or a call that failed, sent them."""
-        self._asked: deque[tuple[str, tuple[Any, ...]]] = deque()
+        self._asked: deque[Callable[[MlflowClient, str], Any]] = deque()
         self._end, self._ended_as, self._is_complete = threading.Event(), "", False
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
-    def ask(self, method: str, *args: Any) -> None:
-        """Queue a call of MlflowClient about this run, for instance `log_text`. It is tried once."""
-        self._asked.append((method, args))
+    def ask(self, call: Callable[[MlflowClient, str], Any]) -> None:
+        """Queue something to do with the client and the run's id. It is tried once."""
+        self._asked.append(call)
 
     def finish(self, mlflow_status: str, timeout_s: float) -> bool:
         """Send the rest, set the run's status, stop the thread. False: not done within timeout_s, or MLflow fails."""
@@ -112,8 +104,7 @@ class MlflowWriter:
             errors = self.errors
             self._attempt(self._send_points)
             while self._asked:
-                method, args = self._asked.popleft()
-                self._attempt(getattr(self._client, method), self.run.run_id, *args)
+                self._attempt(self._asked.popleft(), self._client, self.run.run_id)
         self._attempt(self._client.set_terminated, self.run.run_id, self._ended_as)
         self._is_complete = self.errors == errors
 
@@ -142,14 +133,18 @@ class MlflowWriter:
 
 
 def _to_mlflow(point: Point) -> list[Metric]:
-    """The MLflow metrics of one point: key `kind/name`, step = round. Events and starts have none.
+    """The MLflow metrics of one point: key `kind/name`, step = round, of the Copilot its own step. Events and starts have none.
+
+    A point of the Copilot has the Pilot's round as one more metric, `copilot/round`.
 
     What MLflow allows in no name becomes `_` (Hit@10: Hit_10), since it refuses the whole batch for one name.
     """
-    time_ms = round(point["time"] * 1000)
-    names = {re.sub(r"[^\w.: -]", "_", name): value for name, value in point.get("metrics", {}).items()}
+    time_ms, metrics, (axis, place) = round(point["time"] * 1000), point.get("metrics", {}), axis_of(point)
+    if axis == "step":
+        metrics = {**metrics, "round": point["round"]}
+    names = {re.sub(r"[^\w.: -]", "_", name): value for name, value in metrics.items()}
     return [
-        Metric(f"{point['kind']}/{name}", float("nan") if value is None else value, time_ms, point.get("round", 0))
+        Metric(f"{point['kind']}/{name}", float("nan") if value is None else value, time_ms, place)
         for name, value in names.items()
     ]
 
@@ -163,32 +158,39 @@ def open_run(config: RunConfig, folder: Path) -> MlflowRun:
     uri = resolve_uri(config)
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # a new database logs each of its migrations
-    # a wrong address is reported within seconds; by default MLflow retries for minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     try:
-        if uri.startswith("sqlite:///"):  # MLflow would try for minutes to make a database that cannot be written
-            path = Path(uri.removeprefix("sqlite:///"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        client = MlflowClient(tracking_uri=uri)
-        run_id = _known_run(client, folder, uri) or _new_run(client, config, folder, uri)
-        known = client.get_run(run_id).data.params
-        wanted = flat_params(config)
-        params = [Param(k, v) for k, v in wanted.items() if k not in known]
-        for first in range(0, len(params), BATCH_PARAMS):
-            client.log_batch(run_id, params=params[first : first + BATCH_PARAMS])
-        changed = [RunTag(f"changed.{k}", v) for k, v in wanted.items() if known.get(k, v) != v]
-        client.log_batch(run_id, tags=changed)
-        client.update_run(run_id, status="RUNNING")
+        file = sqlite_file(uri)
+        if file is not None:  # MLflow would try for minutes to make a database that cannot be written
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        with refused_soon():
+            run_id = _open(MlflowClient(tracking_uri=uri), config, folder, uri)
+    except TrackingError:
+        raise
     except Exception as error:
+        why = redact(first_line(error))
+        mend = "Give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; or correct"
+        mend = mend if re.search(r"\b40[13]\b", why) else "Correct"
         raise TrackingError(
-            f"MLflow cannot be used at {redact_address(uri)!r}: {redact(first_line(error))}. Correct tracking.uri or {TRACKING_VARIABLE}, "
-            "or switch MLflow off with tracking.enabled=false"
+            f"MLflow cannot be used at {redact_address(uri)!r}: {why}. {mend} tracking.uri or {TRACKING_VARIABLE}, or take "
+            "mlflow out of tracking.to"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_ID_FILE, asdict(MlflowRun(redact_address(uri), run_id)))
     return MlflowRun(uri, run_id)
+
+
+def _open(client: MlflowClient, config: RunConfig, folder: Path, uri: str) -> str:
+    run_id = _known_run(client, folder, uri) or _new_run(client, config, folder, uri)
+    known = client.get_run(run_id).data.params
+    wanted = flat_params(config)
+    params = [Param(k, v) for k, v in wanted.items() if k not in known]
+    for first in range(0, len(params), BATCH_PARAMS):
+        client.log_batch(run_id, params=params[first : first + BATCH_PARAMS])
+    changed = [RunTag(f"changed.{k}", v) for k, v in wanted.items() if known.get(k, v) != v]
+    client.log_batch(run_id, tags=changed)
+    client.update_run(run_id, status="RUNNING")
+    return run_id
 
 
 def _known_run(client: MlflowClient, folder: Path, uri: str) -> str | None:
@@ -211,15 +213,27 @@ def _known_run(client: MlflowClient, folder: Path, uri: str) -> str | None:
 
 
 def _new_run(client: MlflowClient, config: RunConfig, folder: Path, uri: str) -> str:
-    name = config.tracking.experiment
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        # without it, a local store puts artifacts under the working directory of the writing process
-        location = f"file://{config.run.path.parent / 'mlartifacts'}" if uri.startswith("sqlite") else None
-        experiment_id = client.create_experiment(name, artifact_location=location)
-    else:
-        experiment_id = experiment.experiment_id
     tags = {"tc_ray.folder": str(folder)}
     if config.tracking.parent_run is not None:
         tags["mlflow.parentRunId"] = config.tracking.parent_run
-    return str(client.create_run(experiment_id, run_name=config.run.name, tags=tags).info.run_id)
+    made = client.create_run(_experiment(client, config, uri), run_name=config.run.name, tags=tags)
+    return str(made.info.run_id)
+
+
+def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
+    """Id of the run's experiment, which is made where it is not there."""
+    given = experiment_id(config)
+    if given is not None:
+        return str(client.get_experiment(given).experiment_id)
+    name = experiment_name(config)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # without it, a local store puts artifacts under the working directory of the writing process
+        location = (config.run.path.parent / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        return str(client.create_experiment(name, artifact_location=location))
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the MLflow experiment {name!r} at {redact_address(uri)} is deleted: restore it (mlflow experiments restore "
+            f"--experiment-id {found.experiment_id}), or name another one in tracking.experiment or {EXPERIMENT_VARIABLE}"
+        )
+    return str(found.experiment_id)

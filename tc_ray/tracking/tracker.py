@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +28,48 @@ from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import finite, write_json
 from tc_ray.text import first_line
-from tc_ray.tracking.mlflow_writer import MlflowRun, MlflowWriter, mlflow_command, open_run
+from tc_ray.tracking.datasets import UsedRows, dataset_inputs
+from tc_ray.tracking.follower import Follower
+from tc_ray.tracking.logged_model import ModelToLog, log_model
+from tc_ray.tracking.mlflow_address import mlflow_command, take_variables, tracker_variables
+from tc_ray.tracking.mlflow_writer import MlflowRun, MlflowWriter, flat_params, open_run
 from tc_ray.tracking.points import LOSSES_FILE, PointFile, draw_losses
 from tc_ray.tracking.statusfile import METRICS_FILE, STATUS_FILE, STATUS_SECONDS, Status
+from tc_ray.tracking.targets import open_target
 
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Ways a run ends -> MLflow's words for them."""
 RATE_WINDOW = 64
 MLFLOW_SECONDS = 120.0
 """Longest wait for MLflow at the end."""
+FOLLOWER_SECONDS = 30.0
+"""The same for each of the others."""
 log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Writes metrics.jsonl, status.json, MLflow and, at the end, losses.png.
+    """Writes metrics.jsonl, status.json, MLflow, the other trackers of the config and, at the end, losses.png.
 
     Args:
         config: the run's config.
         folder: run folder; the metrics of an earlier start are continued. An event says which lines of them are damaged.
         plan: rounds_total and copilot_steps_total, the bounds of progress and ETA.
         mlflow: the open MLflow run; None: without MLflow.
+        used: the rows of the run, which MLflow gets as its dataset inputs.
+        variables: the caller's `MLFLOW_*` variables (user, password, token, certificates), which hold for this process too.
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, plan: dict[str, int] | None = None, mlflow: MlflowRun | None = None
+        self,
+        config: RunConfig,
+        folder: Path,
+        plan: dict[str, int] | None = None,
+        mlflow: MlflowRun | None = None,
+        used: Sequence[UsedRows] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         remember(config.secrets())  # in this process too: an event's text may hold any of them
+        take_variables(variables or {})
         self._lock = threading.RLock()
         self._folder = folder
         self._points = PointFile(folder / METRICS_FILE)
@@ -75,7 +92,16 @@ class Tracker:
         }
         self._tokens = 0.0
         self._gauges: dict[str, Any] = {}
-        self._mlflow = mlflow and MlflowWriter(mlflow, folder / METRICS_FILE, self._mlflow_failed)
+        self._mlflow = mlflow and MlflowWriter(mlflow, folder / METRICS_FILE, self._failed)
+        if self._mlflow and used:
+            self._mlflow.ask(lambda client, run_id: client.log_inputs(run_id, dataset_inputs(used)))
+        self._followers = [
+            Follower(
+                name, partial(open_target, name, config, folder, flat_params(config)), self._points.path, self._failed
+            )
+            for name in config.tracking.targets
+            if name != "mlflow"
+        ]
         self._points.append("start", {"time": self._now(), "round": self._round})
         if self._points.damage:
             self.event("tracking", f"{METRICS_FILE}: {self._points.damage}")
@@ -140,13 +166,13 @@ class Tracker:
         with self._lock:
             self._record("evaluation", dict(_numbers("", table)), axis=self._round, round=self._round)
         if self._mlflow:
-            self._mlflow.ask("log_text", markdown, "evaluation.md")
+            self._mlflow.ask(lambda client, run_id: client.log_text(run_id, markdown, "evaluation.md"))
         self._write_status(evaluation=json.loads(json.dumps(table, default=float)))
 
-    def artifact(self, folder: Path, name: str) -> None:
-        """Keep a folder in MLflow, under artifact folder `name`. Returns at once; `finish` waits for the copy."""
+    def model(self, model: ModelToLog) -> None:
+        """Keep the exported model in MLflow, and in its registry if it has a name there. Returns at once; `finish` waits for it."""
         if self._mlflow:
-            self._mlflow.ask("log_artifacts", str(folder), name)
+            self._mlflow.ask(lambda client, run_id: log_model(client, run_id, model))
 
     def finish(self, status: str, failure: str | None = None) -> Status:
         """End as `status` (see ENDS): draw losses.png, send everything to MLflow, write the last status and return it.
@@ -163,9 +189,12 @@ class Tracker:
             self.event("tracking", f"{LOSSES_FILE} could not be drawn: {first_line(error)}")
         if self._mlflow:
             if picture.exists():
-                self._mlflow.ask("log_artifact", str(picture))
+                self._mlflow.ask(lambda client, run_id: client.log_artifact(run_id, str(picture)))
             if not self._mlflow.finish(ENDS[status], MLFLOW_SECONDS):
-                self.event("mlflow", f"not everything reached MLflow; all of it is in {METRICS_FILE}")
+                self._failed(f"not everything reached MLflow; all of it is in {METRICS_FILE}")
+        for follower in self._followers:
+            if not follower.finish(status == "done", FOLLOWER_SECONDS):
+                self._failed(f"not everything reached {follower.name}; all of it is in {METRICS_FILE}")
         self._ended.set()
         self._write_status(state=status, phase=self._status["phase"] if status == "stopped" else status)
         return self.status()
@@ -280,12 +309,14 @@ class Tracker:
                 waits.append((total - now) / speed)
         return max(waits, default=0.0)
 
-    def _mlflow_failed(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk must not end MLflow's thread
-            self.event("mlflow", text)
+    def _failed(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the thread of a tracker
+            self.event("tracking", text)
 
 
-def start_tracker(config: RunConfig, folder: Path, plan: dict[str, int] | None = None) -> Any:
+def start_tracker(
+    config: RunConfig, folder: Path, plan: dict[str, int] | None = None, used: Sequence[UsedRows] = ()
+) -> Any:
     """Open MLflow, start the Tracker as a Ray actor on the caller's node, wait until it is ready, and return its handle.
 
     It takes no CPU and is restarted if it dies, as all it knows is in the run folder. Raises TrackingError as `open_run` does.
@@ -295,10 +326,11 @@ def start_tracker(config: RunConfig, folder: Path, plan: dict[str, int] | None =
 
     # here, as a worker process on a cluster does not see the caller's environment, and an actor that is restarted while MLflow
     # is away must go on
-    mlflow = open_run(config, folder) if config.tracking.enabled else None
+    variables = tracker_variables()
+    mlflow = open_run(config, folder) if "mlflow" in config.tracking.targets else None
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": here}
-    tracker = ray.remote(Tracker).options(**options).remote(config, folder, plan, mlflow)
+    tracker = ray.remote(Tracker).options(**options).remote(config, folder, plan, mlflow, used, variables)
     ray.get(tracker.status.remote())
     return tracker
 

@@ -32,8 +32,20 @@ SECRETS = {
 
 
 MLFLOW_SERVER = """
+import os
+
+from flask import Response, request
 from mlflow.server import app
 from werkzeug.serving import make_server
+
+wanted = os.environ.get("WANTED_AUTHORIZATION")
+
+
+@app.before_request
+def check():
+    if wanted and request.headers.get("Authorization") != wanted:
+        return Response("who are you?", 401)
+
 
 server = make_server("127.0.0.1", 0, app, threaded=True)
 print(server.server_port, flush=True)
@@ -42,8 +54,8 @@ server.serve_forever()
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[int]:
-    """MLflow's own server, with all it keeps in `folder`; yields its port.
+def mlflow_server(folder: Path, authorization: str = "") -> Iterator[int]:
+    """MLflow's own server, with all it keeps in `folder`; yields its port. authorization: header that each request needs.
 
     A process of its own: the server sets MLflow's tracking address for the whole process that it runs in.
     """
@@ -53,6 +65,7 @@ def mlflow_server(folder: Path) -> Iterator[int]:
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "WANTED_AUTHORIZATION": authorization,
     }
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(

@@ -35,7 +35,7 @@ def pretender(log: Path, fails: str = "") -> Callable[..., Result]:
         name: Model({"test": answers([True, False])}, 0.5 if name == "fused" else None) for name in ("pilot", "fused")
     }
 
-    def do(cell: Cell, config: RunConfig, needs: Any, results: Path, command: str) -> Result:
+    def do(cell: Cell, config: RunConfig, needs: Any, results: Path, *_: Any) -> Result:
         def note(what: str) -> None:
             with log.open("a") as file:
                 file.write(json.dumps({"cell": cell.name, "what": what}) + "\n")

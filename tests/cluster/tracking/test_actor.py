@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import ray
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.tracking.mlflow_writer import TrackingError, resolve_uri
+from tc_ray.tracking.mlflow_address import resolve_uri
 from tc_ray.tracking.points import read_points
+from tc_ray.tracking.targets import TrackingError
 from tc_ray.tracking.tracker import start_tracker
+from tests.support.secret_run import mlflow_server
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,3 +58,34 @@ def test_wrong_store_is_a_clear_error_of_the_caller(tmp_path: Path) -> None:
     config = make_config(tmp_path, tracking={"uri": "nonsense://x"})
     with pytest.raises(TrackingError, match="nonsense://x"):
         start_tracker(config, config.run.path)
+
+
+def test_address_user_and_password_of_the_environment_reach_the_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray was started without these variables, as a cluster is that a run joins: its workers do not have them."""
+    from mlflow import MlflowClient
+
+    password = "Tr0ub4dor-actor"
+    known = base64.b64encode(f"somebody:{password}".encode()).decode()
+    with mlflow_server(tmp_path, authorization=f"Basic {known}") as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+        config = make_config(tmp_path)
+        with pytest.raises(TrackingError, match=r"401.*Give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
+            start_tracker(config, config.run.path)
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "somebody")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        tracker = start_tracker(config, config.run.path)
+        tracker.pilot.remote(1, {"loss": 1.0})
+        tracker.event.remote("note", f"refused with {password}")
+        status = ray.get(tracker.finish.remote("done"), timeout=60)
+        ray.kill(tracker)
+        client = MlflowClient(tracking_uri=resolve_uri(config))
+        run = client.get_run(status["mlflow"]["run_id"])
+        assert client.get_experiment(run.info.experiment_id).name == "theirs"
+        assert [p.step for p in client.get_metric_history(run.info.run_id, "pilot/loss")] == [1]
+    assert status["mlflow"]["errors"] == 0
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    for file in (path for folder in (tmp_path, logs) for path in folder.rglob("*") if path.is_file()):
+        assert password.encode() not in file.read_bytes(), file

@@ -16,7 +16,9 @@ from tc_ray.config.redact import redact, redact_address, redact_options, redact_
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.run.plan.plan import make_plan
-from tc_ray.tracking.mlflow_writer import TrackingError, flat_params, mlflow_command, open_run
+from tc_ray.tracking.mlflow_address import mlflow_command
+from tc_ray.tracking.mlflow_writer import flat_params, open_run
+from tc_ray.tracking.targets import TrackingError
 from tc_ray.tracking.tracker import Tracker
 from tests.support.tiny_run import tiny_config
 
