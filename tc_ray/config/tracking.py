@@ -29,8 +29,7 @@ with warnings.catch_warnings():
         )
         log_model: bool = Field(
             True,
-            description="log the exported model to MLflow as a pyfunc model: linked on the run's own disk, copied elsewhere up to "
-            "2 GiB, else named",
+            description="log the exported model to MLflow, as a pyfunc model",
         )
         register: str | None = Field(
             None,

@@ -54,7 +54,7 @@ class Follower:
             except Exception as error:  # noqa: BLE001 - tracking must not end a run, whatever a tracker raises
                 self.errors += 1
                 if self.errors == 1:
-                    self._on_error(f"{self.name} fails, the run continues without it: {redact(first_line(error))}")
+                    self._on_error(f"{self.name} fails, the run continues and tries again: {redact(first_line(error))}")
 
     def _send(self) -> None:
         if self._target is None:

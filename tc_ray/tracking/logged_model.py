@@ -57,9 +57,15 @@ def log_model(client: MlflowClient, run_id: str, model: ModelToLog) -> str:
 
 
 def _known(client: MlflowClient, run_id: str, model: ModelToLog) -> str | None:
+    """Id of the same model under the run, from an earlier start. One that was deleted since is logged anew."""
     outputs = client.get_run(run_id).outputs
     for output in outputs.model_outputs if outputs else ():
-        found = client.get_logged_model(output.model_id)
+        try:
+            found = client.get_logged_model(output.model_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            continue
         if found.tags.get(VERSION_TAG) == model.version and found.status == LoggedModelStatus.READY:
             return str(found.model_id)
     return None

@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 import yaml
+from mlflow import MlflowClient
 
 from tc_ray.cli.command import message
 from tc_ray.cli.status import status as show_status
@@ -191,6 +192,15 @@ def test_what_is_no_secret_is_kept(made: Made) -> None:
     assert saved["tracking"]["uri"].startswith("http://***@127.0.0.1:")
     assert "log.storage_options.aws_secret_access_key=***" in made.command
     assert json.loads(made.said["status"])["mlflow"]["command"].startswith("http://***@127.0.0.1:")
+
+
+def test_mlflow_has_the_rows_and_the_model_of_the_run(made: Made, config: RunConfig, result: JobResult) -> None:
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    run = client.get_run(json.loads((made.run / "mlflow.json").read_text())["run_id"])
+    rows = {one.tags[0].value: one.dataset for one in run.inputs.dataset_inputs}
+    assert rows["training"].digest == MistakeLog(config.log_location).metadata.train_rows
+    assert client.get_logged_model(run.outputs.model_outputs[0].model_id).tags["tc_ray.weights"] == "copied"
+    assert sorted(file.parent.name for file in made.mlflow.rglob("*.safetensors")) == ["copilot", "pilot"]
 
 
 def test_a_struck_out_secret_is_not_used_as_if_it_were_one(made: Made) -> None:

@@ -31,6 +31,7 @@ from tests.support.mlflow_store import new_store
 from tests.support.tiny_model import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
+LAM = 3.0
 PROMPTS = ["3+4", "hello there"]
 
 
@@ -50,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     )
     copilot, _ = make_copilot("llama", base="pilot", pilot="pilot")
     export = config.run.path / "export"
-    FusedModel.join(new_pilot("llama", "pilot"), copilot, lam=0.3, space="logits", feedback="own").save_pretrained(
+    FusedModel.join(new_pilot("llama", "pilot"), copilot, lam=LAM, space="logits", feedback="own").save_pretrained(
         export
     )
     make_tokenizer().save_pretrained(export / "pilot")
@@ -102,7 +103,7 @@ def test_a_fresh_process_loads_it_from_the_registry_and_gets_the_runs_answers(co
     client, run_id = start(config, to_log(config))
     again, _ = start(config, to_log(config))
     (version,) = again.search_model_versions("name='helper'")
-    assert (version.version, version.run_id) == ("1", run_id), "a run that is started again registers nothing anew"
+    assert (str(version.version), version.run_id) == ("1", run_id), "a run that is started again registers nothing anew"
     (output,) = client.get_run(run_id).outputs.model_outputs
     assert version.source == client.get_logged_model(output.model_id).artifact_location
     command = [sys.executable, "-c", FRESH, resolve_uri(config), "models:/helper/1", json.dumps(PROMPTS)]
@@ -110,7 +111,7 @@ def test_a_fresh_process_loads_it_from_the_registry_and_gets_the_runs_answers(co
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["said"] == [answers(config, 0.3), answers(config, 0.0)]
+    assert told["said"] == [answers(config, LAM), answers(config, 0.0)]
     assert told["said"][0] != told["said"][1], "the correction changes something, so the test sees lambda"
     assert json.loads(told["inputs"])[0] == {"type": "string", "name": "prompt", "required": True}
     assert told["example"] == [PROMPTS[0]]
@@ -143,7 +144,8 @@ def test_elsewhere_they_are_copied_up_to_a_size_and_else_named(
         assert logged_model._placing(export, other.as_uri()) == placing
     monkeypatch.setattr(logged_model, "_placing", lambda *_: placing)
     client, run_id = start(config, replace(to_log(config), version=f"another {placing}", register=None))
-    found = client.get_logged_model(client.get_run(run_id).outputs.model_outputs[-1].model_id)
+    logged = [client.get_logged_model(one.model_id) for one in client.get_run(run_id).outputs.model_outputs]
+    (found,) = [one for one in logged if one.tags["tc_ray.weights"] == placing]
     folder = Path(found.artifact_location.removeprefix("file://"))
     assert bool(list(folder.rglob("*.safetensors"))) == (placing == "copied")
     if placing == "named":

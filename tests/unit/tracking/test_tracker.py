@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.tracking.datasets import UsedRows
 from tc_ray.tracking.mlflow_address import resolve_uri
 from tc_ray.tracking.mlflow_writer import MlflowRun, MlflowWriter, flat_params, open_run
 from tc_ray.tracking.points import EVENTS_SHOWN, PointFile
@@ -54,6 +55,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[s
     assert killed._mlflow is not None
     killed._mlflow._end.set()  # its thread ends, like a killed process: no finish, no terminated run
     killed._mlflow._thread.join()
+    killed._ended.set()  # nor does it write the status any more
     first_id = (config.run.path / "mlflow.json").read_text()
     config = make_config(config.run.path.parent, pilot={"learning_rate": 9e-4})
     tracker = run_part(config, range(3, 7), range(4, 10))
@@ -72,6 +74,31 @@ def test_both_models_have_each_round_and_step_once(resumed: tuple[RunConfig, dic
     lines = [json.loads(text) for text in (config.run.path / "metrics.jsonl").read_text().splitlines()]
     assert [p["round"] for p in lines if p["kind"] == "pilot"] == [1, 2, 3, 4, 5, 6]
     assert [p["kind"] for p in lines].count("start") == 2
+
+
+def test_rows_are_dataset_inputs_with_their_hash_and_source(tmp_path: Path) -> None:
+    """Once, however often the run starts; other rows under the same name are another dataset."""
+    new_store(tmp_path)
+    config = make_config(tmp_path)
+    used = [
+        UsedRows("training", "aaaa", str(tmp_path / "50% own?.jsonl"), 80),
+        UsedRows("validation", "bbbb", "s3://somebody:Tr0ub4dor-rows@bucket/rows.parquet", 12),
+        UsedRows("testing", "cccc", "embedded: chain sums", 7),
+    ]
+    for _ in range(2):
+        mlflow = open_run(config, config.run.path)
+        Tracker(config, config.run.path, mlflow=mlflow, used=used).finish("done")
+    inputs = MlflowClient(tracking_uri=mlflow.uri).get_run(mlflow.run_id).inputs.dataset_inputs
+    found = {made.tags[0].value: made.dataset for made in inputs}
+    assert len(inputs) == 3 and {context: found[context].digest for context in found} == {
+        "training": "aaaa",
+        "validation": "bbbb",
+        "testing": "cccc",
+    }
+    assert json.loads(found["training"].source) == {"uri": str(tmp_path / "50% own?.jsonl")}
+    assert json.loads(found["validation"].source) == {"uri": "s3://***@bucket/rows.parquet"}
+    assert json.loads(found["testing"].source)["tags"] == {"tc_ray.source": "embedded: chain sums"}
+    assert json.loads(found["training"].profile) == {"num_rows": 80}
 
 
 def test_changed_param_does_not_stop_a_resumed_run(resumed: tuple[RunConfig, dict[str, Any]]) -> None:
