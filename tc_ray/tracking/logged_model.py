@@ -6,7 +6,6 @@ its run is started. Called in `mlflow_writer`'s thread.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,8 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
+
+from tc_ray.files import write_json
 
 NAME = "fused"
 """Of the logged model, under its run."""
@@ -82,8 +83,7 @@ def _new(client: MlflowClient, run_id: str, model: ModelToLog) -> str:
             described = Path(temporary) / "model"
             _describe(described, run_id, made, model)
             if placing == "named":
-                named = {"folder": str(model.folder), "version": model.version}
-                (described / REFERENCE).write_text(json.dumps(named), encoding="utf-8")
+                write_json(described / REFERENCE, {"folder": str(model.folder), "version": model.version})
             client.log_model_artifacts(model_id, str(described))
         if placing == "linked":
             target = Path(local_file_uri_to_path(made.artifact_location)) / EXPORT

@@ -154,7 +154,7 @@ def test_dumps_and_parameters(tmp_path: Path) -> None:
     assert SECRET not in dump_config(config) + json.dumps(flat_params(config)) + str(Location(config.log.path or ""))
     assert config.public_dump()["tracking"]["uri"] == "postgresql://***@host/db"
     assert config.public_dump()["data"]["system"] == config.data.system, "what is trained on is saved to the letter"
-    assert mlflow_command(config.tracking.uri or "") == "mlflow ui --backend-store-uri postgresql://***@host/db"
+    assert mlflow_command(config.tracking.uri or "") == "mlflow ui --backend-store-uri 'postgresql://***@host/db'"
 
 
 def test_plan(tmp_path: Path) -> None:
