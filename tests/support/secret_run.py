@@ -16,6 +16,7 @@ import yaml
 
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
+from tc_ray.mistakelog.read.reader import MistakeLog
 from tests.support.tiny_run import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,3 +153,17 @@ def make_run(folder: Path, port: int, mlflow: Path, **settings: Any) -> Made:
     said["refused"] = refused.stdout + refused.stderr
     command = json.loads((folder / "run" / "export" / "provenance.json").read_text())["command"]
     return Made(recipe, overrides, said, command, folder / "run", rows, mlflow)
+
+
+def assert_mlflow_has_rows_and_model(made: Made) -> None:
+    """On a server, after two starts: the rows with the log's hash, the model once with its weights."""
+    from mlflow import MlflowClient
+
+    config = made.config()
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    run = client.get_run(json.loads((made.run / "mlflow.json").read_text())["run_id"])
+    rows = {one.tags[0].value: one.dataset for one in run.inputs.dataset_inputs}
+    assert rows["training"].digest == MistakeLog(config.log_location).metadata.train_rows
+    assert str(made.rows) in rows["training"].source
+    assert client.get_logged_model(run.outputs.model_outputs[0].model_id).tags["tc_ray.weights"] == "copied"
+    assert sorted(file.parent.name for file in made.mlflow.rglob("*.safetensors")) == ["copilot", "pilot"]

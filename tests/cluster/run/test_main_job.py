@@ -13,7 +13,6 @@ import pytest
 import ray
 import torch
 import yaml
-from mlflow import MlflowClient
 
 from tc_ray.cli.command import message
 from tc_ray.cli.status import status as show_status
@@ -38,7 +37,7 @@ from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tc_ray.tracking.tracker import Tracker
 from tests.support.local_ray import local_ray
-from tests.support.secret_run import SECRETS, Made, make_run, mlflow_server, tc_ray
+from tests.support.secret_run import SECRETS, Made, assert_mlflow_has_rows_and_model, make_run, mlflow_server, tc_ray
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 from tests.support.torn_files import files_opened, torn, torn_forms
 
@@ -194,13 +193,8 @@ def test_what_is_no_secret_is_kept(made: Made) -> None:
     assert json.loads(made.said["status"])["mlflow"]["command"].startswith("http://***@127.0.0.1:")
 
 
-def test_mlflow_has_the_rows_and_the_model_of_the_run(made: Made, config: RunConfig, result: JobResult) -> None:
-    client = MlflowClient(tracking_uri=config.tracking.uri)
-    run = client.get_run(json.loads((made.run / "mlflow.json").read_text())["run_id"])
-    rows = {one.tags[0].value: one.dataset for one in run.inputs.dataset_inputs}
-    assert rows["training"].digest == MistakeLog(config.log_location).metadata.train_rows
-    assert client.get_logged_model(run.outputs.model_outputs[0].model_id).tags["tc_ray.weights"] == "copied"
-    assert sorted(file.parent.name for file in made.mlflow.rglob("*.safetensors")) == ["copilot", "pilot"]
+def test_mlflow_has_the_rows_and_the_model_of_the_run(made: Made, result: JobResult) -> None:
+    assert_mlflow_has_rows_and_model(made)
 
 
 def test_a_struck_out_secret_is_not_used_as_if_it_were_one(made: Made) -> None:
