@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
 from tc_ray.cli.command import say
 from tc_ray.config.data import SET_NAME
-from tc_ray.config.section import Metric
+from tc_ray.config.section import check_metric
 
 
 def evaluate(
@@ -29,7 +29,10 @@ def evaluate(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=METRIC", help="What a set is measured by: exact_match, choice, ranking or nll."),
+        typer.Option(
+            metavar="NAME=METRIC",
+            help="What a set is measured by: exact_match, choice, ranking, nll or module:function.",
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -50,9 +53,11 @@ def evaluate(
 
     metrics = _named("--metric", metric)
     for name, value in metrics.items():
-        if value not in get_args(Metric):
-            raise typer.BadParameter(f"--metric {name}={value}: the metrics are {', '.join(get_args(Metric))}")
-    asked = Asked(_named("--data", data), metrics, _named("--task", task), choose_again, out)  # type: ignore[arg-type]
+        try:
+            check_metric(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"--metric {name}={value}: {error}") from None
+    asked = Asked(_named("--data", data), metrics, _named("--task", task), choose_again, out)
     report, folder = evaluate_models(models, asked)
     say("\n".join([*report.lines(), "", f"report: {folder / 'report.md'}"]))
 

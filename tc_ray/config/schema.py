@@ -15,7 +15,7 @@ from tc_ray.config.data import DataSection
 from tc_ray.config.fusion import FusionSection
 from tc_ray.config.log import LogSection
 from tc_ray.config.redact import STRUCK_OUT, redact_address, redact_options, secrets_of
-from tc_ray.config.section import MayChange, Positive, Section
+from tc_ray.config.section import MayChange, Named, Positive, Section
 from tc_ray.config.serving import ServingSection
 from tc_ray.config.tracking import TrackingSection
 from tc_ray.config.training import PAPER_TOP_K, CopilotSection, PilotSection
@@ -60,6 +60,22 @@ class ModelSection(Section):
     )
 
 
+class CallbacksSection(Section):
+    """Functions of the user that a run calls, each as module:function (docs/extending.md)."""
+
+    on_round: Named | None = Field(
+        None,
+        description="called with (round, metrics) after each round of the Pilot, in its first worker, which waits for it",
+    )
+    on_checkpoint: Named | None = Field(
+        None,
+        description="called with (round, folder) after each checkpoint of the Pilot, in its first worker, which waits for it",
+    )
+    on_evaluation: Named | None = Field(
+        None, description="called with (report, folder) after the run's evaluation, in the driver"
+    )
+
+
 class ResourcesSection(Section):
     """Processes and what each may use."""
 
@@ -83,6 +99,7 @@ class RunConfig(Section):
     copilot: CopilotSection = Field(default_factory=CopilotSection)
     fusion: MayChange[FusionSection] = Field(default_factory=FusionSection)
     tracking: MayChange[TrackingSection] = Field(default_factory=TrackingSection)
+    callbacks: MayChange[CallbacksSection] = Field(default_factory=CallbacksSection)
     resources: ResourcesSection = Field(default_factory=ResourcesSection)
     serving: MayChange[ServingSection] = Field(default_factory=ServingSection)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+import re
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -24,8 +25,33 @@ def _no_flag(value: Any) -> Any:
 
 
 Lam = Annotated[float, Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False), BeforeValidator(_no_flag)]
-Metric = Literal["exact_match", "choice", "ranking", "nll"]
+NAMED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+"""A function of the user, as `module:function`."""
+OwnMetric = Literal["exact_match", "choice", "ranking", "nll"]
+METRICS: tuple[str, ...] = get_args(OwnMetric)
 """How a set of held-out rows is measured: right final answers; options ranked by likelihood; the rank of an item; NLL."""
+
+
+def is_named(value: Any) -> bool:
+    """Whether a value names a function, as `module:function`."""
+    return isinstance(value, str) and re.match(NAMED, value) is not None
+
+
+def _named_function(value: Any) -> Any:
+    if value is not None and not is_named(value):
+        raise ValueError("write module:function, such as my_module:my_function")
+    return value
+
+
+def check_metric(value: Any) -> Any:
+    """The metric. ValueError if it is neither one of METRICS nor `module:function`."""
+    if value is not None and value not in METRICS and not is_named(value):
+        raise ValueError(f"it should be one of {', '.join(METRICS)}, or a function as module:function")
+    return value
+
+
+Named = Annotated[str, BeforeValidator(_named_function), Field(pattern=NAMED)]
+Metric = Annotated[OwnMetric | Annotated[str, Field(pattern=NAMED)], BeforeValidator(check_metric)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

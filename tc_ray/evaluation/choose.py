@@ -2,7 +2,7 @@
 
 One teacher-forced pass gives every lambda. For choice and nll its scores are the metric, and decide. Else the two best and
 lambda 0 are decoded, and the metric decides among these three. The two best: for exact_match by the share of rows whose gold
-tokens are all ranked first, then by NLL; for ranking by NLL. The rule itself is `statistics.choose`. Called by `procedure`.
+tokens are all ranked first, then by NLL; for ranking, and for a function of the user, by NLL. The rule itself is `statistics.choose`. Called by `procedure`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tc_ray.config.fusion import FusionSection
+from tc_ray.config.section import Metric
 from tc_ray.evaluation.compare import forced_means
 from tc_ray.evaluation.passes import Pass
 from tc_ray.evaluation.pool import Pool
 from tc_ray.evaluation.rows import RowResult, RowSet
-from tc_ray.evaluation.scores import forced_result, result
+from tc_ray.evaluation.scores import decoded_as, forced_result, result
 from tc_ray.evaluation.sources import ModelSource
 from tc_ray.evaluation.statistics import Choice, Comparison, choose
 from tc_ray.models.folder import SPACES
@@ -59,8 +60,8 @@ class Passes:
 
     def said(self, rows: RowSet, choices: Sequence[Choice]) -> list[Any] | None:
         """What is decoded for every row, by choice; None for a metric that needs nothing decoded."""
-        kinds = {"exact_match": "said", "ranking": "ranked"}
-        return self._run(kinds[rows.metric], rows, choices) if rows.metric in kinds else None
+        kind = decoded_as(rows.metric)
+        return None if kind is None else self._run(kind, rows, choices)
 
     def _run(self, kind: Any, rows: RowSet, choices: Sequence[Choice]) -> list[Any]:
         fusion = self.fusion
@@ -85,7 +86,7 @@ def choose_lambda(passes: Passes, validation: RowSet) -> Chosen:
     forced = passes.forced(validation, choices)
     grid = [_forced_row(choice, number, validation, forced) for number, choice in enumerate(choices)]
     decided = list(choices)
-    if validation.metric in ("exact_match", "ranking") and grid[0]["nll"] is not None:
+    if decoded_as(validation.metric) is not None and grid[0]["nll"] is not None:
         best = sorted(range(1, len(choices)), key=lambda i: _rank(grid[i], validation.metric))[:DECODED]
         decided = [choices[0], *(choices[i] for i in sorted(best))]
     said = passes.said(validation, decided)
@@ -94,9 +95,9 @@ def choose_lambda(passes: Passes, validation: RowSet) -> Chosen:
         for number, choice in enumerate(decided)
     }
     return Chosen(
-        *_best(results, dict(zip(choices, grid, strict=True))),
+        *_best(results, dict(zip(choices, grid, strict=True)), validation.metric),
         passes.feedback,
-        f"chosen on {validation.left_out.counted(len(validation.rows), 'validation')}",
+        f"chosen on {validation.left_out.counted(len(validation.rows), 'validation')}{_hint(validation, results)}",
         len(validation.rows),
         tuple(
             row | _decoded_row(results.get(choice), results[choices[0]])
@@ -115,11 +116,19 @@ def results_of(
     ]
 
 
-def _best(results: Mapping[Choice, Sequence[RowResult]], grid: Mapping[Choice, Mapping[str, Any]]) -> Choice:
+def _hint(validation: RowSet, results: Mapping[Choice, Sequence[RowResult]]) -> str:
+    """Where no answer is exactly right, as of free text, all choices tie and lambda is 0: what to do."""
+    if validation.metric != "exact_match" or any(one.right for rows in results.values() for one in rows):
+        return ""
+    return "; no answer was right with any lambda: for free text choose by fusion.metric nll, or a metric of your own"
+
+
+def _best(
+    results: Mapping[Choice, Sequence[RowResult]], grid: Mapping[Choice, Mapping[str, Any]], metric: Metric
+) -> Choice:
     # a mean over rows of NLL per token would weigh long rows less: sums of nats are compared
     scores = {
-        choice: [one.score if one.right is not None else one.score * one.tokens for one in rows]
-        for choice, rows in results.items()
+        choice: [one.score * (one.tokens if metric == "nll" else 1) for one in rows] for choice, rows in results.items()
     }
     return choose(scores, {choice: row["nll"] for choice, row in grid.items() if row["nll"] is not None})
 

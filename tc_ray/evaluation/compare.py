@@ -16,7 +16,7 @@ import numpy as np
 from tc_ray.config.section import Metric
 from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.evaluation.rows import RowResult, RowSet
-from tc_ray.evaluation.scores import ranking_measures
+from tc_ray.evaluation.scores import COUNTED, KNOWS_RIGHT, ranking_measures
 from tc_ray.evaluation.statistics import (
     Choice,
     Comparison,
@@ -28,7 +28,8 @@ from tc_ray.evaluation.statistics import (
 )
 
 POOLED = "all sets"
-"""In place of a set's name: the rows of all sets that know right and wrong, together; where none does, of all sets."""
+"""In place of a set's name: the rows of all sets that know right and wrong, together; where none does, of all with the first one's
+metric."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def forced_means(
 
 
 def _value(metric: Metric, results: Sequence[RowResult]) -> Measure:
-    if metric in ("exact_match", "choice"):
+    if metric in COUNTED:
         return _share([bool(one.right) for one in results])
     scores = np.array([[one.score] for one in results])
     weights = np.array([float(one.tokens) for one in results]) if metric == "nll" else np.ones(len(results))
@@ -165,9 +166,9 @@ def pairs_of(results: Results, sets: Sequence[RowSet]) -> list[Pair]:
         for a, b in both
         for rows in sets
     ]
-    known = [rows.name for rows in sets if rows.metric != "nll"]
-    metric: Metric = "exact_match" if known else "nll"
-    known = known or [rows.name for rows in sets]
+    known = [rows.name for rows in sets if rows.metric in KNOWS_RIGHT]
+    metric: Metric = "exact_match" if known else sets[0].metric
+    known = known or [rows.name for rows in sets if rows.metric == metric]
     pooled = []
     for a, b in both if len(known) > 1 else ():
         first, second = ([one for name in known for one in results[model][name]] for model in (a, b))
@@ -182,10 +183,10 @@ def _corrected(pairs: list[Pair]) -> list[Pair]:
 
 def _pair(a: str, b: str, name: str, metric: Metric, first: Sequence[RowResult], second: Sequence[RowResult]) -> Pair:
     compared = None
-    if metric != "nll":
+    if metric in KNOWS_RIGHT:
         compared = Comparison.of([bool(one.right) for one in first], [bool(one.right) for one in second])
     wins, losses = (None, None) if compared is None else (compared.wins, compared.losses)
-    if compared is not None and metric in ("exact_match", "choice"):
+    if compared is not None and metric in COUNTED:
         of_values = compared.difference, *compared.interval, compared.p_value
     else:
         of_values = _value_difference(metric, first, second)
@@ -206,9 +207,9 @@ def _value_difference(
 
 
 def averages(lines: Sequence[Line]) -> dict[str, float]:
-    """Mean value of each model over its sets, NLL left out; empty where that is one set for each."""
+    """Mean value of each model over its sets whose values are shares of 1; empty where that is one set for each."""
     values: dict[str, list[float]] = {}
     for line in lines:
-        if line.metric != "nll":
+        if line.metric in KNOWS_RIGHT:
             values.setdefault(line.model, []).append(line.value)
     return {model: sum(found) / len(found) for model, found in values.items() if len(found) > 1}

@@ -16,6 +16,8 @@ from typing import Any
 
 import tc_ray
 from tc_ray.config.fusion import FusionSection
+from tc_ray.config.named import source_hash
+from tc_ray.config.section import is_named
 from tc_ray.evaluation.choose import Chosen, Passes, choose_lambda, grid_of, results_of
 from tc_ray.evaluation.compare import Line, line_of, pairs_of
 from tc_ray.evaluation.pool import Pool
@@ -132,6 +134,8 @@ def _choice_key(source: ModelSource, validation: RowSet, passes: Passes) -> str:
     ]
     decides += [validation.option_by, grid_of(fusion), passes.feedback, fusion.max_new_tokens, fusion.num_beams]
     decides += [fusion.ranking.cutoffs, passes.labels]
+    if is_named(validation.metric):
+        decides.append(source_hash(validation.metric, f"metric of {validation.name}"))
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tc_ray.evaluation.choose import Chosen
 from tc_ray.evaluation.compare import POOLED, Line, Pair, averages
 from tc_ray.evaluation.rows import RowResult, RowSet
-from tc_ray.evaluation.scores import VALUE_NAMES
+from tc_ray.evaluation.scores import COUNTED, KNOWS_RIGHT, value_name
 from tc_ray.evaluation.sources import ModelSource
 from tc_ray.files import finite, write_file, write_json
 
@@ -54,8 +54,8 @@ class Verdict:
         """The difference in words."""
         pair = self.pair
         assert pair is not None
-        name = "" if pair.metric in ("exact_match", "choice") else f"{VALUE_NAMES[pair.metric]} "
-        scale, unit, digits = (1, "", 4) if pair.metric == "nll" else (100, " points", 1 if not name else 2)
+        name = "" if pair.metric in COUNTED else f"{value_name(pair.metric)} "
+        scale, unit, digits = (100, " points", 1 if not name else 2) if pair.metric in KNOWS_RIGHT else (1, "", 4)
         size, low, high = (f"{scale * end:+.{digits}f}" for end in (pair.difference, pair.low, pair.high))
         return f"{name}{size}{unit} (95% interval {low} to {high}, p = {pair.p:.2g})"
 
@@ -70,7 +70,7 @@ class Verdict:
         if self.pair is None:
             return f"The Copilot does not help: no lambda beat the Pilot on validation data.{exported}"
         if not self.helps:
-            pair, counted = self.pair, self.pair.metric in ("exact_match", "choice")
+            pair, counted = self.pair, self.pair.metric in COUNTED
             how = f"it won {pair.wins} and lost {pair.losses} of {pair.rows} test rows" if counted else self.gain
             return f"The Copilot does not help: with lambda {self.chosen.lam:g}, {how}.{exported}"
         if self.pair.p < SIGNIFICANT_P:
@@ -127,7 +127,7 @@ class Report:
                     line.model,
                     line.set,
                     count,
-                    VALUE_NAMES[line.metric],
+                    value_name(line.metric),
                     _shown(line, line.value),
                     f"{_shown(line, line.low, bare=True)} to {_shown(line, line.high, bare=True)}",
                     number(line.error_ratio, "%.3f"),
@@ -250,8 +250,8 @@ def percent(share: float | None, digits: int = 2) -> str:
 
 
 def _shown(line: Line, value: float, *, bare: bool = False) -> str:
-    """A value of the line's metric, an NLL as it is, anything else in percent."""
-    if line.metric == "nll":
+    """A value of the line's metric: a share of 1 in percent, an NLL or what a function gives as it is."""
+    if line.metric not in KNOWS_RIGHT:
         return f"{value:.4f}"
     text = percent(value, 2 if line.metric == "ranking" else 1)
     return text.rstrip("%") if bare else text
@@ -259,7 +259,7 @@ def _shown(line: Line, value: float, *, bare: bool = False) -> str:
 
 def _difference(pair: Pair) -> str:
     """Difference and interval, as two cells."""
-    scale, form = (1, "%+.4f") if pair.metric == "nll" else (100, "%+.2f")
+    scale, form = (100, "%+.2f") if pair.metric in KNOWS_RIGHT else (1, "%+.4f")
     size, low, high = (form % (scale * end) for end in (pair.difference, pair.low, pair.high))
     return f"{size} | {low} to {high}"
 

@@ -2,7 +2,8 @@
 
 exact_match: is the final answer the gold answer? choice: is the right option the likeliest, by its log-likelihood as it is
 (sum), per token or per character? ranking: Hit@K = 1 if the item is among the first K, NDCG@K = 1 / log2(rank + 1) if it is,
-else 0 (one relevant item per row, so the ideal DCG is 1). nll: nats per gold token. Called by `procedure`.
+else 0 (one relevant item per row, so the ideal DCG is 1). nll: nats per gold token. module:function: what the user's function gives for
+the decoded text and its row. Called by `procedure`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,43 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from tc_ray.config.section import Metric
+from tc_ray.config.named import load_named
+from tc_ray.config.section import Metric, is_named
 from tc_ray.evaluation.answers.scoring import matches
 from tc_ray.evaluation.rows import HeldOut, RowResult, RowSet
+from tc_ray.text import first_line
 
 OPTIONS_BY = ("sum", "token", "character")
 NLL = 1
 """Its column in what a pass of gold completions gives."""
 RIGHT_WITHIN = 10
 """Of a ranking, wins and losses are counted by Hit@10; NDCG@10 is its score."""
-VALUE_NAMES: dict[Metric, str] = {
+_VALUE_NAMES = {
     "exact_match": "accuracy",
     "choice": "accuracy",
     "ranking": f"NDCG@{RIGHT_WITHIN}",
     "nll": "NLL",
 }
-"""What a metric's value is called."""
+KNOWS_RIGHT = ("exact_match", "choice", "ranking")
+"""Metrics by which a row is right or wrong; their values are shares of 1."""
+COUNTED = ("exact_match", "choice")
+"""Metrics whose value is the share of right rows."""
+
+
+def value_name(metric: Metric) -> str:
+    """What a metric's value is called; that of a function has its name."""
+    return _VALUE_NAMES.get(metric, metric.partition(":")[2])
+
+
+def decoded_as(metric: Metric) -> Literal["said", "ranked"] | None:
+    """The pass that decodes what the metric scores; None: it scores what teacher forcing gives."""
+    return None if metric in ("choice", "nll") else "ranked" if metric == "ranking" else "said"
+
+
+class MetricError(RuntimeError):
+    """The user's metric failed on a row; the message names set and row."""
 
 
 class NoGoldError(ValueError):
@@ -54,7 +74,12 @@ def gold_option(row: HeldOut) -> int | None:
 
 
 def check_gold(rows: RowSet, labels: Collection[str] = ()) -> None:
-    """Raise NoGoldError for a row that lacks what the set's metric compares with. labels: the items of a ranking."""
+    """Raise NoGoldError for a row that lacks what the set's metric compares with. labels: the items of a ranking.
+
+    Raises ConfigError: the metric is a function that cannot be imported.
+    """
+    if is_named(rows.metric):
+        load_named(rows.metric, f"metric of {rows.name}")
     for number, row in enumerate(rows.rows):
         if rows.metric == "ranking" and row.answer not in labels:
             why, fix = "`answer` is no item", "only a run of item sequences (data.format: sequences) has items to rank"
@@ -101,8 +126,22 @@ def _scored(row: HeldOut, rows: RowSet, forced: Any, said: Any, choice: int, nll
         right = chosen[rows.option_by] == gold
         measures = {f"accuracy by {by}": float(number == gold) for by, number in chosen.items()}
         return right, float(right), row.options[chosen[rows.option_by]], measures
-    assert nll is not None
-    return None, -nll, "", {}
+    if rows.metric == "nll":
+        assert nll is not None
+        return None, -nll, "", {}
+    return None, _own_score(said, row, rows), said, {}
+
+
+def _own_score(said: str, row: HeldOut, rows: RowSet) -> float:
+    function = load_named(rows.metric, f"metric of {rows.name}")
+    where = f"{rows.metric}, sample {row.sample_id} of {rows.name} ({rows.source})"
+    try:
+        score = float(function(said, row))
+    except Exception as error:
+        raise MetricError(f"metric {where}: {type(error).__name__}: {first_line(error)}") from error
+    if not math.isfinite(score):
+        raise MetricError(f"metric {where}: gave {score}; give a finite number, higher for a better answer")
+    return score
 
 
 def _chosen(row: HeldOut, forced: Any, choice: int, by: str) -> int:

@@ -18,6 +18,7 @@ from tc_ray.cluster.failures import reason
 from tc_ray.cluster.session import check_room, ray_session
 from tc_ray.cluster.signals import end_within, resumable
 from tc_ray.config.load import require_secrets
+from tc_ray.config.named import check_named
 from tc_ray.config.schema import RunConfig
 from tc_ray.mistakelog.table.errors import LeaseLostError
 from tc_ray.mistakelog.table.lease import RunLease
@@ -92,6 +93,7 @@ def run_job(config: RunConfig) -> JobResult:
     """
     require_secrets(config)
     check_installed(config)
+    check_named(config)
     folder = config.run.path
     config.run.folder = folder  # absolute: workers have other working directories
     if config.log.path is not None:

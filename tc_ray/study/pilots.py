@@ -24,7 +24,7 @@ from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.decode import rankings
 from tc_ray.evaluation.item_trie import ItemTrie
 from tc_ray.evaluation.rows import RowResult, RowSet
-from tc_ray.evaluation.scores import result
+from tc_ray.evaluation.scores import decoded_as, result
 from tc_ray.evaluation.teacher_forced import NLL_FLOOR, TINY, Text
 from tc_ray.study.gold import MOVED, GoldTokens, gold_sums, gold_tokens
 
@@ -80,7 +80,7 @@ class AveragedPilots:
         found: list[Any] = []
         for at in range(0, len(rows.rows), fusion.eval_batch_size):
             part = rows.rows[at : at + fusion.eval_batch_size]
-            if rows.metric == "exact_match":
+            if decoded_as(rows.metric) == "said":
                 found += self._completions([row.prompt_ids for row in part], tokenizer, fusion)
             elif rows.metric == "ranking":
                 trie = ItemTrie([completion_ids(label, tokenizer) for label in labels])

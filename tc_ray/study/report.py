@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tc_ray.config.redact import redact_override
+from tc_ray.evaluation.scores import KNOWS_RIGHT
 from tc_ray.files import write_file
 from tc_ray.inspection.report import render
 from tc_ray.inspection.tables import Table
@@ -25,8 +26,6 @@ from tc_ray.study.file import CONTROLS, PILOT, Study
 from tc_ray.study.numbers import Mean, Numbers, Shown, Tested, mean_of
 from tc_ray.study.results import Result, without_folders
 
-NO_SHARE = ("nll",)
-"""Metrics whose score is no share of 1."""
 _COLUMNS = (
     *("line", "task", "seed", "set", "metric", "rows", "left_out", "value", "nll", "lam", "space", "temperature"),
     *("error_ratio", "correction", "compute", "pilot_seconds", "copilot_seconds", "rounds", "pilot_parameters"),
@@ -128,7 +127,7 @@ class Report:
 
     def _is_share(self, task: str) -> bool:
         found = (shown for line in self.numbers.lines for shown in self.numbers.at(line, task).values())
-        return all(shown.answers.metric not in NO_SHARE for shown in found)
+        return all(shown.answers.metric in KNOWS_RIGHT for shown in found)
 
     def _against(self, against: str) -> Part:
         numbers = self.numbers

@@ -26,6 +26,7 @@ from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import checkpoint
 from tc_ray.copilot.from_log import train_from_log
+from tc_ray.evaluation.scores import decoded_as
 from tc_ray.evaluation.teacher_forced import Text
 from tc_ray.files import is_whole
 from tc_ray.mistakelog.read.reader import MistakeLog
@@ -209,9 +210,9 @@ def _scaled(config: RunConfig, part: str, answers: Answers) -> Model:
     found = held(config, part)
     texts = [Text(row.input_ids, row.target_start) for row in found.validation.rows]
     temperature = best_temperature(found.pilot, texts)
-    decoded = found.rows.metric in ("exact_match", "ranking")
+    decoded = decoded_as(found.rows.metric)
     # what was decoded does not matter here: greedy answers and rankings are those of the Pilot
-    said = [("" if found.rows.metric == "exact_match" else (None, "")) for _ in found.rows.rows] if decoded else None
+    said = [("" if decoded == "said" else (None, "")) for _ in found.rows.rows] if decoded else None
     results = results_by(found.rows, found.tokenizer, scaled_sums(found.pilot, temperature), said)
     made = answers_of(found.rows, results)
     return Model({part: replace(answers, nll=made.nll) if decoded else made}, temperature=temperature)

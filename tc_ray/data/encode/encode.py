@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tc_ray.config.data import DataSection
+from tc_ray.config.named import load_named
 from tc_ray.config.tasks import TaskForm, load_task
 from tc_ray.data.encode.prompts import readable_prompt
 from tc_ray.data.encode.tokenize import TemplateLacksError, encode
@@ -137,8 +139,25 @@ class Encoder:
             return [{"kind": "bad", **quarantined(record, found)}]
         return [{"place": record.place, "unit": record.unit, **row} for row in found]
 
+    @cached_property
+    def _convert(self) -> Callable[[Any], Any]:
+        return load_named(self.config.convert or "", "data.convert")
+
+    def _converted(self, value: Any) -> Any:
+        """What `data.convert` makes of a record; a record that it raises an error for is bad."""
+        convert = self._convert
+        try:
+            made = convert(value)
+        except Exception as error:  # noqa: BLE001 - the user's code, on the user's record
+            return BadRow("", f"data.convert fails: {_named(error)}", "correct the record, or data.convert")
+        if not isinstance(made, dict):
+            return BadRow("", f"data.convert gave {type(made).__name__}, no dict", "return a dict, or raise an error")
+        return made
+
     def _rows(self, record: Record, held_out: bool) -> list[dict[str, Any]] | BadRow:
         value = record.value
+        if self.config.convert is not None and not isinstance(value, BadRow):
+            value = self._converted(value)
         if self.task is not None and not isinstance(value, BadRow):
             value = shaped(value, self.task)
         example = value if isinstance(value, BadRow) else to_example(value, held_out=held_out)

@@ -50,7 +50,9 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
     if not sources["train"]:
         sources["train"] = [write_generated_set(config, folder, encoder.seed)]
         if config.format == "examples" and for_fallback(config) != config:
-            notes.append("data.completion_pattern and data.task are meant for the absent files and left out")
+            notes.append(
+                "data.completion_pattern, data.task and data.convert are meant for the absent files and left out"
+            )
             encoder = replace(encoder, config=for_fallback(config))
     encoded, bad = _encode(sources["train"], found.sets, encoder, folder, notes)
     prepared = _write(folder, source, _parts(encoder, encoded, notes), encoded, bad, notes)

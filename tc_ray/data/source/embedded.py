@@ -48,8 +48,8 @@ def write_generated_set(config: DataSection, folder: Path, seed: int) -> Path:
 
 
 def for_fallback(config: DataSection) -> DataSection:
-    """The settings with which the embedded data set replaces absent files: pattern and task made for those are left out."""
-    made_for_files = {"completion_pattern": None, "task": None}
+    """The settings with which the embedded data set replaces absent files: pattern, task and converter made for those are left out."""
+    made_for_files = {"completion_pattern": None, "task": None, "convert": None}
     return config if config.train == EMBEDDED else config.model_copy(update=made_for_files)
 
 

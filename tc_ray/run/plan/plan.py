@@ -14,6 +14,7 @@ from typing import Any
 
 from tc_ray.cluster.session import cpus_needed, training_needs
 from tc_ray.config.load import require_secrets
+from tc_ray.config.named import check_named
 from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.records import DataError
@@ -97,11 +98,12 @@ def make_plan(config: RunConfig) -> Plan:
     """Plan of a run.
 
     Raises:
-        ConfigError: a secret is struck out. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without
+        ConfigError: a secret is struck out, or a function that the config names is not there. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without
             an adapter. ValueError: layers that the model does not have, a base of the other architecture. WeightsError:
             weights that are missing. JobError: positions it has no states of, adapters on a matrix that is shared.
     """
     require_secrets(config)
+    check_named(config)
     notes: list[str] = []
     refusals = _refusals(config)
     pilot, base = find_models(config, notes, refusals)
