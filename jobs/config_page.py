@@ -55,6 +55,8 @@ Rules over several fields:
 - `log.keep_rounds` must be at least `copilot.buffer_rounds`.
 - `serving.drain_s` must be at least `serving.request_timeout_s`, `serving.max_replicas` at least `serving.replicas`.
 - `fusion.lam_grid` must contain 0.
+- `pilot.patience` and `pilot.final: best` need `pilot.validate_every`.
+- `data.convert` is for `data.format: examples`.
 - `fusion.metric: ranking` needs `data.format: sequences`, which excludes `data.validation` and `data.test`.
 """
 _HEAD = "| field | default | allowed | on resume | meaning |\n| --- | --- | --- | --- | --- |"

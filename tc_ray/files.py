@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,11 +146,13 @@ def find_whole(root: Path, prefix: str, kind: type[_Kind]) -> tuple[list[_Kind],
     return whole, damaged
 
 
-def remove_before(folder: Path) -> None:
-    """Remove the marked folders beside `folder`, PREFIX-NUMBER, with a smaller number."""
+def remove_before(folder: Path, spared: Collection[Path] = ()) -> None:
+    """Remove the marked folders beside `folder`, PREFIX-NUMBER, with a smaller number, but for those spared."""
     for old in _numbered(folder.parent, folder.name.partition("-")[0]):
         if old == folder:
             return
+        if old in spared:
+            continue
         (old / FOLDER_MARKER).unlink()  # first, so that a half-removed folder does not count
         shutil.rmtree(old)
 

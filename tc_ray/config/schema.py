@@ -55,6 +55,11 @@ class ModelSection(Section):
     random_weights: bool = Field(
         False, description="build the Pilot from its config with random weights (tests, training from scratch)"
     )
+    attn_implementation: str | None = Field(
+        None,
+        description="how the Pilot computes attention in training, as transformers names it: eager, sdpa, flash_attention_2, ...; "
+        "null: transformers' choice",
+    )
     cache: MayChange[Path | None] = Field(
         None, description="where converted builtin models are kept; default $TC_RAY_CACHE, else ~/.cache/tc-ray"
     )

@@ -11,7 +11,9 @@ from pydantic import Field, model_validator
 from tc_ray.config.section import Fraction, MayChange, NonNegative, Positive, Section
 
 _METHOD = "lora: train adapters on frozen weights; full: train all weights"
-_WARMUP = "share of the steps in which the learning rate rises from 0 to its peak; it then falls along a cosine"
+_WARMUP = "share of the steps in which the learning rate rises from 0 to its peak"
+_SCHEDULE = "the learning rate after the warm-up: to 0 along a cosine or a line, or constant at its peak"
+Schedule = Literal["cosine", "linear", "constant"]
 _DECAY = "weight decay of AdamW"
 _CLIP = "gradients are scaled down to this norm"
 PAPER_TOP_K = 256
@@ -58,6 +60,7 @@ class PilotSection(Section):
     learning_rate: float = Field(3e-4, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.0, ge=0, description=_DECAY)
     warmup_ratio: Fraction = Field(0.03, description=_WARMUP)
+    lr_schedule: Schedule = Field("cosine", description=_SCHEDULE)
     epochs: Positive = Field(1, description="passes over the training rows")
     max_rounds: Positive | None = Field(None, description="stop after this many rounds; default: the epochs' rounds")
     batch_size: Positive = Field(16, description="examples per round, over all workers and accumulation steps")
@@ -78,6 +81,30 @@ class PilotSection(Section):
     max_failures: MayChange[int] = Field(
         3, ge=-1, description="restarts of the worker group before the run fails; -1: no limit"
     )
+    validate_every: Positive | None = Field(
+        None,
+        description="rounds between two measurements of the NLL on validation rows, and one after the last round; null: none",
+    )
+    validation_rows: Positive = Field(
+        256, description="rows that such a measurement takes at most, spread evenly over the validation rows"
+    )
+    patience: Positive | None = Field(
+        None,
+        description="the Pilot ends when so many measurements in a row found no lower NLL, as if that round had been the last; "
+        "null: never early",
+    )
+    final: Literal["last", "best"] = Field(
+        "last",
+        description="weights that are evaluated and exported: of the last round, or of the round with the lowest NLL on validation "
+        "rows, whose checkpoint is then made and kept",
+    )
+
+    @model_validator(mode="after")
+    def _measures_what_it_ends_by(self) -> PilotSection:
+        if self.validate_every is None and (self.patience is not None or self.final == "best"):
+            name = "patience" if self.patience is not None else "final best"
+            raise ValueError(f"{name} goes by the NLL on validation rows: set validate_every to the rounds between two")
+        return self
 
 
 class CopilotLoraSection(LoraSection):
@@ -136,6 +163,7 @@ class CopilotSection(Section):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.0, ge=0, description=_DECAY)
     warmup_ratio: Fraction = Field(0.03, description=_WARMUP)
+    lr_schedule: Schedule = Field("cosine", description=_SCHEDULE)
     max_grad_norm: float = Field(1.0, gt=0, description=_CLIP)
     batch_size: Positive = Field(16, description="records per Copilot step, over all learner workers")
     steps_per_round: Positive = Field(3, description="Copilot steps for each Pilot round")

@@ -158,7 +158,6 @@ def train_from_log(
         source,
         config,
         out,
-        rounds=source.rounds,
         report=report,
         restored=restored,
         measured=ratios.append,

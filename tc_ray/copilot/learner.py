@@ -1,4 +1,4 @@
-"""The Copilot's learner: steps on its loss (equation 7) with AdamW and a cosine schedule. Plain torch, no Ray.
+"""The Copilot's learner: steps on its loss (equation 7) with AdamW. Plain torch, no Ray.
 
 Invariant: W ranks, each with its slice of a draw, do what one does on the whole batch: DistributedDataParallel adds gradients over
 ranks, and the loss's sums and token counts are added before the loss makes its value of them. Stepped by `training.train`.
@@ -32,6 +32,7 @@ from tc_ray.models.identity import vocabulary_hash
 from tc_ray.models.losses import LOSSES, TokenLoss, inner_products
 from tc_ray.models.pilot.load import load_pilot, lora_config
 from tc_ray.models.pilot.taps import tapped_layers
+from tc_ray.models.schedule import rate_factor
 from tc_ray.models.weights import LeftOut, check_finite
 
 
@@ -51,7 +52,7 @@ class StepResult:
 
 
 class Learner:
-    """Trains a Copilot, fp32, on batches. total_steps: of the cosine schedule. world_size: ranks that step together."""
+    """Trains a Copilot, fp32, on batches. total_steps: that the schedule of the learning rate is made for. world_size: ranks that step together."""
 
     def __init__(
         self, copilot: Copilot, config: CopilotSection, *, total_steps: int, device: str = "cpu", world_size: int = 1
@@ -70,14 +71,9 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        warmup = max(1, round(config.warmup_ratio * total_steps))
+        form: dict[str, Any] = {"warmup_ratio": config.warmup_ratio, "schedule": config.lr_schedule}
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda i: (
-                (i + 1) / warmup
-                if i < warmup
-                else 0.5 * (1 + math.cos(math.pi * min(1.0, (i - warmup) / max(1, total_steps - warmup))))
-            ),
+            self.optimizer, lambda index: rate_factor(index, steps=total_steps, **form)
         )
         self.step_count = 0
         self.left_out = LeftOut(

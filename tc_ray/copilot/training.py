@@ -33,6 +33,8 @@ class Feed(Protocol):
     buffer: RoundBuffer
     version: int
     """Of the table, as the buffer holds it."""
+    rounds: int
+    """Of the run: those planned, or fewer once the Pilot is known to have ended early."""
 
     def rounds_for(self, step: int) -> int:
         """Bring the buffer up to date for this step; the newest round whose steps are due, the same on every rank."""
@@ -45,7 +47,6 @@ def train(
     config: RunConfig,
     folder: Path,
     *,
-    rounds: int,
     report: Callable[[Position, StepResult | None], None],
     restored: Callable[[Position, list[str]], None] = lambda at, damaged: None,
     measured: Callable[[ErrorRatio], None] = lambda found: None,
@@ -54,13 +55,13 @@ def train(
 ) -> Position:
     """Train from the newest whole checkpoint in `folder` to the last step, then export to `folder/final` (rank 0).
 
-    rounds: of the run, `copilot.steps_per_round` steps each. inputs: kept in every checkpoint.
+    A round of the feed has `copilot.steps_per_round` steps. inputs: kept in every checkpoint.
     report: called on every rank after each step, and with None while there is nothing to do.
     restored: called once, before the first step, with the faults of damaged checkpoints that were passed over.
     measured: called on every rank with each new error ratio, before the step that first draws from its records.
     """
     per_round, size = config.copilot.steps_per_round, config.copilot.batch_size
-    total, part = rounds * per_round, size // learner.world_size
+    part = size // learner.world_size
     own = range(rank * part, (rank + 1) * part)
     held_out = HeldOut(config, rank)
 
@@ -69,13 +70,21 @@ def train(
     def position(step: int) -> Position:
         return Position(step, step // per_round, feed.version, dict(inputs or {}), held_out.state())
 
+    def save(at: Position) -> None:
+        if rank == 0:
+            checkpoint.save(learner, folder / "checkpoints", at)
+        if learner.world_size > 1:
+            dist.barrier()
+
     found, damaged = checkpoint.restore(learner, folder / "checkpoints")
     if found is not None:
         held_out.restore(found.held_out)
     at = found or position(0)
+    saved = at.step
     restored(at, damaged)
-    while at.step < total:
-        due = min(feed.rounds_for(at.step) * per_round, total)
+    while at.step < feed.rounds * per_round:
+        due = feed.rounds_for(at.step) * per_round
+        due = min(due, feed.rounds * per_round)  # the feed knows only now whether the Pilot has ended
         if at.step < due and len(feed.buffer):
             began = clock()
             ratio = held_out.measure(learner, feed.buffer, at.step)
@@ -87,17 +96,17 @@ def train(
             held_out.trained_on(feed.buffer)
             at = position(at.step + 1)
             report(at, result)
-            if at.step % config.copilot.checkpoint_every_steps == 0 or at.step == total:
-                if rank == 0:
-                    checkpoint.save(learner, folder / "checkpoints", at)
-                if learner.world_size > 1:
-                    dist.barrier()
+            if at.step % config.copilot.checkpoint_every_steps == 0 or at.step == feed.rounds * per_round:
+                save(at)
+                saved = at.step
             continue
         if at.step < due:
             at = position(due)  # every record so far was left out by log.sampling: there is nothing to learn from
         else:
             time.sleep(IDLE_SECONDS)
         report(at, None)  # again and again: a restarted Ledger has forgotten it
+    if at.step != saved:  # the Pilot ended early, after its last step
+        save(at)
     if rank == 0:
         learner.export(folder / "final")
     return at

@@ -43,7 +43,7 @@ class CopilotJob:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Steps of the whole run as it is planned."""
         return self.rounds * self.config.copilot.steps_per_round
 
 
@@ -54,7 +54,7 @@ class CopilotWorker:
         torch.set_num_threads(job.config.resources.copilot_threads)
         self.job, self.config, self.rank, self.world_size = job, job.config, rank, world_size
         self.buffer = RoundBuffer(job.config.copilot.buffer_rounds, job.config.log.pooling)
-        self.version = -1
+        self.version, self.rounds = -1, job.rounds
 
     def address(self) -> str:
         """host:port that the process group meets at."""
@@ -90,7 +90,6 @@ class CopilotWorker:
             self,
             self.config,
             self.config.run.path / "copilot",
-            rounds=self.job.rounds,
             report=self._report,
             restored=self._restored,
             measured=self._measured,
@@ -100,7 +99,8 @@ class CopilotWorker:
 
     def rounds_for(self, step: int) -> int:
         """Bring the buffer to the newest table version, the same on every rank; the round committed in it."""
-        version, committed = self._log_position()
+        version, committed, last = self._log_position()
+        self.rounds = last or self.job.rounds
         if version > self.version:
             poll = partial(self.tail.poll, version, min_round=self._first_round(committed))
             update = retry(poll, f"Copilot {self.rank}")
@@ -115,18 +115,19 @@ class CopilotWorker:
             self.version = version
         return committed
 
-    def _log_position(self) -> tuple[int, int]:
+    def _log_position(self) -> tuple[int, int, int]:
+        """Version, committed round, and the Pilot's last round (0 until it has ended)."""
         import ray
 
-        position = torch.zeros(2, dtype=torch.int64)
+        position = torch.zeros(3, dtype=torch.int64)
         if self.rank == 0:
             state = ray.get(self.job.ledger.state.remote())
-            position = torch.tensor([state.version, state.round], dtype=torch.int64)
+            position = torch.tensor([state.version, state.round, state.last_round], dtype=torch.int64)
         if self.world_size > 1:
             position = position.cuda() if self.config.resources.gpus else position
             dist.broadcast(position, 0)
-        version, committed = position.tolist()
-        return version, committed
+        version, committed, last = position.tolist()
+        return version, committed, last
 
     def _first_round(self, committed: int) -> int:
         """Files that end before this round are not read: the buffer takes the newest, and the Pilot may go back a checkpoint."""

@@ -17,7 +17,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.evaluation.report import Report
 from tc_ray.export.card import CardSource, write_card
 from tc_ray.export.check import PROVENANCE_FILE
-from tc_ray.files import FOLDER_MARKER, finite, publish_folder, write_json
+from tc_ray.files import FOLDER_MARKER, finite, publish_folder, read_json, write_json
 from tc_ray.models.folder import COPILOT, PILOT, FusionSettings
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "deltalake")
@@ -39,7 +39,9 @@ def export_fused(config: RunConfig, report: Report, *, rounds: int) -> Path:
     fusion = FusionSettings(verdict.exported_lam, verdict.chosen.space, verdict.chosen.feedback)
     fusion.write(temporary)
     save_config(config, temporary / "config.yaml")
-    of_run = {"run": config.run.name, "pilot": config.model.pilot, "rounds": rounds, "verdict": str(verdict)}
+    weights = read_json(run / PILOT / "final" / FOLDER_MARKER).get("round", rounds)
+    of_run = {"run": config.run.name, "pilot": config.model.pilot, "rounds": rounds}
+    of_run |= {"pilot_round": weights, "verdict": str(verdict)}
     write_provenance(temporary, of_run, PACKAGES)
     measured = finite(report.to_dict())
     write_card(temporary, "fused", CardSource.of_run(run, config, temporary / PILOT, report=measured, fusion=fusion))

@@ -8,11 +8,12 @@ learning rate and random state follow from it. Called by `pilot.loop`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tc_ray.files import find_whole, mark_whole, remove_before, sync, sync_tree
+from tc_ray.pilot.validated import Validated
 
 _TAG = "state"
 
@@ -27,6 +28,8 @@ class PilotCheckpoint:
     zero_stage: int
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Hashes of the rows and base weights that the run started from."""
+    validated: Validated = field(default_factory=Validated)
+    """What validations had found up to its round."""
 
 
 def latest_checkpoint(root: Path) -> PilotCheckpoint | None:
@@ -40,9 +43,14 @@ def find_checkpoints(root: Path) -> tuple[list[PilotCheckpoint], list[str]]:
     return find_whole(root, "round", PilotCheckpoint)
 
 
+def folder_of(root: Path, round_number: int) -> Path:
+    """The folder of a round's checkpoint."""
+    return root / f"round-{round_number:06d}"
+
+
 def save_files(engine: Any, root: Path, round_number: int) -> Path:
     """Write this rank's part of a checkpoint (collective: every rank calls it); `mark_complete` makes it count."""
-    folder = root / f"round-{round_number:06d}"
+    folder = folder_of(root, round_number)
     engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
     sync_tree(folder)  # a marker that survives a power cut must not name files that did not
     return folder
@@ -56,13 +64,20 @@ def mark_complete(
     zero_stage: int,
     keep: int,
     inputs: Mapping[str, str] | None = None,
+    validated: Validated | None = None,
+    keep_best: bool = False,
 ) -> None:
-    """Rank 0, after a barrier: write the marker, then remove everything older than the newest `keep` checkpoints."""
-    mark_whole(folder, round=round_number, world_size=world_size, zero_stage=zero_stage, inputs=dict(inputs or {}))
+    """Rank 0, after a barrier: write the marker, then remove everything older than the newest `keep` checkpoints.
+
+    keep_best: the checkpoints of the rounds that these know as best stay too.
+    """
+    found = {"round": round_number, "world_size": world_size, "zero_stage": zero_stage, "inputs": dict(inputs or {})}
+    mark_whole(folder, **found, validated=asdict(validated or Validated()))
     sync(folder.parent)
     kept = find_checkpoints(folder.parent)[0][-keep:]
     if kept:
-        remove_before(kept[0].folder)
+        best = {folder_of(folder.parent, one.validated.best) for one in kept} if keep_best else set()
+        remove_before(kept[0].folder, best)
 
 
 def load_checkpoint(engine: Any, checkpoint: PilotCheckpoint, *, world_size: int, zero_stage: int) -> None:

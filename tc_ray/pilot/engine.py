@@ -1,4 +1,4 @@
-"""DeepSpeed engine of the Pilot: ZeRO stage 0 to 3, precision, clipping, cosine schedule with warm-up.
+"""DeepSpeed engine of the Pilot: ZeRO stage 0 to 3, precision, clipping, schedule of the learning rate.
 
 Called by the loop on every worker, once per attempt. The optimizer is torch's AdamW, which runs on any device: DeepSpeed's own
 would have to be compiled.
@@ -6,7 +6,6 @@ would have to be compiled.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,7 @@ from tc_ray.models.families import family_of
 from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import log_pooling, tapped_layers
-
-
-def cosine_with_warmup(round_index: int, *, rounds: int, warmup_ratio: float) -> float:
-    """Factor on the learning rate of the 0-based round: linear warm-up, then cosine to zero."""
-    warmup = max(1, round(warmup_ratio * rounds))
-    if round_index < warmup:
-        return (round_index + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (round_index - warmup) / max(1, rounds - warmup)))
+from tc_ray.models.schedule import rate_factor
 
 
 def step_inputs(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
@@ -41,7 +33,12 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     import deepspeed
 
     torch.manual_seed(config.run.seed)
-    model = load_pilot(model_path, dtype=DTYPES[config.pilot.dtype], random_weights=config.model.random_weights)
+    model = load_pilot(
+        model_path,
+        dtype=DTYPES[config.pilot.dtype],
+        random_weights=config.model.random_weights,
+        attention=config.model.attn_implementation,
+    )
     model.config.use_cache = False
     if config.pilot.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -52,9 +49,8 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     optimizer = AdamW(
         trainable, lr=config.pilot.learning_rate, weight_decay=config.pilot.weight_decay, betas=(0.9, 0.999)
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda index: cosine_with_warmup(index, rounds=rounds, warmup_ratio=config.pilot.warmup_ratio)
-    )
+    form: dict[str, Any] = {"warmup_ratio": config.pilot.warmup_ratio, "schedule": config.pilot.lr_schedule}
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda index: rate_factor(index, steps=rounds, **form))
     # On CPUs its collectives in shared memory would be compiled at first use, for minutes; gloo does without.
     deepspeed.ops.__compatible_ops__ = {}
     engine, *_ = deepspeed.initialize(

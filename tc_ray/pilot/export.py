@@ -37,11 +37,19 @@ Row = Mapping[str, np.ndarray]
 
 
 def save_merged(
-    engine: Any, config: RunConfig, model_path: Path | str, folder: Path, *, probe: Sequence[Row], rank: int
+    engine: Any,
+    config: RunConfig,
+    model_path: Path | str,
+    folder: Path,
+    *,
+    probe: Sequence[Row],
+    rank: int,
+    round_number: int = 0,
 ) -> None:
     """Merge on a copy in fp32, and write model (in the training dtype) and tokenizer to `folder` (collective; rank 0 writes).
 
     With LoRA the adapters (fp32) are written beside `folder` first: where that is whole, they are.
+    round_number: whose weights they are; it stands in the folder's marker.
 
     Raises ExportMismatchError: the folder, loaded anew, has other losses on `probe` than the trained model.
     NotFiniteError: a merged weight is not finite.
@@ -73,7 +81,7 @@ def save_merged(
     check_export(merged, temporary, trained, config.pilot.dtype, probe, engine.device)
     if adapter.exists():
         publish_folder(adapter, adapter.with_name(ADAPTER))
-    publish_folder(temporary, folder)
+    publish_folder(temporary, folder, round=round_number)
 
 
 def check_export(

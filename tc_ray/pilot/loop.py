@@ -28,10 +28,20 @@ from tc_ray.mistakelog.table.errors import may_pass
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tc_ray.models.weights import LeftOut, NotFiniteError, first_not_finite
-from tc_ray.pilot.checkpoint import find_checkpoints, load_checkpoint, mark_complete, save_files
+from tc_ray.pilot.callbacks import call_back
+from tc_ray.pilot.checkpoint import (
+    PilotCheckpoint,
+    find_checkpoints,
+    folder_of,
+    load_checkpoint,
+    mark_complete,
+    save_files,
+)
 from tc_ray.pilot.engine import build_engine, step_inputs, take_step
 from tc_ray.pilot.export import PROBE_ROWS, save_merged
 from tc_ray.pilot.record import Recorder
+from tc_ray.pilot.validated import Validated
+from tc_ray.pilot.validation import ValidationRows
 
 LOCKSTEP_POLL_SECONDS = 0.05
 SPACE_POLL_SECONDS = 1.0
@@ -62,6 +72,9 @@ def train_worker(settings: dict[str, Any]) -> None:
 class Worker:
     """One rank of the Pilot."""
 
+    validated = Validated()
+    """What validations have found so far."""
+
     def __init__(self, job: PilotJob, rank: int, world_size: int) -> None:
         self.job, self.config, self.rank, self.world_size = job, job.config, rank, world_size
         torch.set_num_threads(self.config.resources.pilot_threads)
@@ -69,6 +82,15 @@ class Worker:
         self.table = TrainTable(job.train_file)
         pilot = self.config.pilot
         self.order = RoundOrder(len(self.table), pilot.batch_size, pilot.epochs, self.config.run.seed)
+        self.validation: ValidationRows | None = None
+        if pilot.validate_every is not None:
+            self.validation = ValidationRows(
+                job.train_file.with_name("validation.parquet"),
+                most=pilot.validation_rows,
+                batch_size=pilot.micro_batch_size,
+                rank=rank,
+                world_size=world_size,
+            )
         self._wait_for("loading weights")
         self.engine = build_engine(self.config, job.model_path, job.rounds)
         self.device = self.engine.device
@@ -81,8 +103,8 @@ class Worker:
         )
 
     def run(self) -> None:
-        """Train from the last checkpoint to the last round, then export the merged Pilot."""
-        start = self._restore()
+        """Train from the last checkpoint to the last round, or to the early end, then export the merged Pilot."""
+        number = start = self._restore()
         self.job.tracker.process.remote(f"pilot-{self.rank}", os.getpid())
         if self.config.log.enabled:
             self.recorder = self._begin_attempt(start)
@@ -90,7 +112,8 @@ class Worker:
         # what a round costs: on a device that is not the processor, the processor's time says nothing
         clock = time.monotonic if self.config.resources.gpus else time.process_time
         started, tokens, checkpoint_due = time.monotonic(), 0.0, False
-        for number in range(start + 1, self.job.rounds + 1):
+        while number < self.job.rounds and not self.validated.ended(self.config.pilot):
+            number += 1
             began, busy = time.monotonic(), clock()
             metrics = self._round(number)
             tokens += metrics["tokens"]
@@ -103,19 +126,56 @@ class Worker:
             metrics["mean_tokens_per_second"] = tokens / (time.monotonic() - started)
             if self.rank == 0:
                 self.job.tracker.pilot.remote(number, metrics)
+                call_back(self.config.callbacks, "on_round", number, metrics, report=self._event)
+            self._validate(number)
             if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
                 self._wait_for_copilot(number)
-            last = number == self.job.rounds
-            checkpoint_due |= last or number % self.config.pilot.checkpoint_every_rounds == 0
+            last = number == self.job.rounds or self.validated.ended(self.config.pilot)
+            needed = last or (self.config.pilot.final == "best" and self.validated.best == number)
+            checkpoint_due |= needed or number % self.config.pilot.checkpoint_every_rounds == 0
             if checkpoint_due:
-                checkpoint_due = not self._checkpoint(number, wait=last)
-        final = self.checkpoints.with_name("final")
-        probe = [self.table.batch(np.array([row])) for row in range(min(PROBE_ROWS, len(self.table)))]
-        save_merged(self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank)
+                checkpoint_due = not self._checkpoint(number, wait=needed)
+        self._export(number)
         if self.recorder is not None:
             self.recorder.writer.close()
             if self.rank == 0:
-                self._committed("finish_pilot", self.job.rounds)
+                self._committed("finish_pilot", number)
+
+    def _validate(self, number: int) -> None:
+        """Where one is due: measure, report, and note what it means; the same on every rank."""
+        pilot = self.config.pilot
+        if self.validation is None or (number % (pilot.validate_every or 1) and number != self.job.rounds):
+            return
+        self.validated = found = self.validated.then(number, self.validation.nll(self.engine))
+        if self.rank == 0:
+            self.job.tracker.validation.remote(number, found.metrics(pilot))
+        if found.ended(pilot) and number < self.job.rounds:
+            lowest = (
+                "none was finite" if found.lowest is None else f"the lowest is {found.lowest:.4f} of round {found.best}"
+            )
+            self._event(
+                "early end",
+                f"round {number} is the Pilot's last: {found.waited} validations in a row found no lower NLL ({lowest})",
+            )
+
+    def _export(self, last: int) -> None:
+        """Publish `pilot/final`: of the last round, or of the best one, whose checkpoint is then loaded."""
+        kept = last
+        if self.config.pilot.final == "best" and self.validated.best not in (0, last):
+            kept = self.validated.best
+            wanted = folder_of(self.checkpoints, kept)
+            found = next((one for one in find_checkpoints(self.checkpoints)[0] if one.round == kept), None)
+            if found is None:
+                raise ValueError(
+                    f"{wanted}: the checkpoint of the round with the lowest NLL is absent or damaged: restore it. Without "
+                    "it this run cannot end; train anew in another run.folder"
+                )
+            self._load(found)
+        final = self.checkpoints.with_name("final")
+        probe = [self.table.batch(np.array([row])) for row in range(min(PROBE_ROWS, len(self.table)))]
+        save_merged(
+            self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank, round_number=kept
+        )
 
     def _restore(self) -> int:
         """Load the newest whole checkpoint; returns its round, 0 without one."""
@@ -126,9 +186,13 @@ class Worker:
             self._event("checkpoint", f"{'; '.join(damaged)}. The Pilot {resumes}")
         if checkpoint is None:
             return 0
+        self._load(checkpoint)
+        self.validated = checkpoint.validated
+        return checkpoint.round
+
+    def _load(self, checkpoint: PilotCheckpoint) -> None:
         load_checkpoint(self.engine, checkpoint, world_size=self.world_size, zero_stage=self.config.pilot.zero_stage)
         self._check_weights(f"{checkpoint.folder}: the checkpoint", "remove the folder to resume from the one before")
-        return checkpoint.round
 
     def _begin_attempt(self, watermark: int) -> Recorder:
         """Rank 0 fences the log past the watermark and shares the attempt's number; then every rank writes."""
@@ -232,9 +296,12 @@ class Worker:
                 zero_stage=self.config.pilot.zero_stage,
                 keep=self.config.pilot.keep_checkpoints,
                 inputs=self.job.inputs,
+                validated=self.validated,
+                keep_best=self.config.pilot.final == "best",
             )
             if self.recorder is not None:
                 self.job.ledger.report_checkpoint.remote(number)
+            call_back(self.config.callbacks, "on_checkpoint", number, folder, report=self._event)
         self._barrier()
         return True
 

@@ -31,6 +31,7 @@ from tc_ray.evaluation.scores import check_gold
 from tc_ray.evaluation.sources import ModelSource, NotFinishedError, find_source, own_form, plain_name, run_source
 from tc_ray.files import finite
 from tc_ray.models.identity import tokenizer_hash
+from tc_ray.pilot.callbacks import call_back
 from tc_ray.run.folder import FolderLock
 from tc_ray.run.state import Run
 from tc_ray.text import visible
@@ -58,6 +59,7 @@ def evaluate(run: Run) -> None:
         report = _measured([task], config, out, progress, labels=item_labels(run.folder, config), exports=True)
     run.tracker.evaluation.remote(finite(report.to_dict()), report.markdown())
     run.report = report
+    call_back(config.callbacks, "on_evaluation", finite(report.to_dict()), out, report=run.tracker.event.remote)
 
 
 def export(run: Run) -> None:
@@ -65,7 +67,7 @@ def export(run: Run) -> None:
     from tc_ray.export.write import export_fused
 
     assert run.report is not None
-    run.export = export_fused(run.config, run.report, rounds=run.prepared.rounds)
+    run.export = export_fused(run.config, run.report, rounds=run.last_round)
     tracking = run.config.tracking
     if tracking.log_model and "mlflow" in tracking.targets:
         run.tracker.model.remote(_to_log(run, run.export))

@@ -23,7 +23,7 @@ def prepare(run: Run) -> None:
         JobError: a model cannot be used, or nothing would be measured. DataError: see `prepare_rows`. OtherInputsError: the
             run was started with other rows or weights.
     """
-    from tc_ray.data.prepared.batches import RoundOrder
+    from tc_ray.data.prepared.batches import RoundOrder, TrainTable
     from tc_ray.models.families import family_of
     from tc_ray.models.hub import resolve_model
 
@@ -43,6 +43,11 @@ def prepare(run: Run) -> None:
     data.check_rounds(pilot.batch_size)
     if config.log.enabled and not data.rows["test"]:
         raise JobError("no test rows to measure with: set data.test or a data.test_size above 0")
+    if pilot.validate_every is not None and not len(TrainTable(data.file("validation"), held_out=True).with_target()):
+        raise JobError(
+            "pilot.validate_every: no validation row has a completion; set data.validation or data.validation_size, or leave "
+            "validate_every out"
+        )
     order = RoundOrder(data.rows["train"], pilot.batch_size, pilot.epochs, config.run.seed)
     rounds = min(order.rounds, pilot.max_rounds or order.rounds)
     if config.log.enabled:

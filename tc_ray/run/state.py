@@ -52,6 +52,8 @@ class Run:
     copilot: CopilotGroup | None = None
     no_copilot: str | None = None
     """Why the Copilot failed for good; the run then continues with the Pilot alone."""
+    last_round: int = 0
+    """Of the Pilot, once it has ended; it may end before the planned one."""
     report: Report | None = None
     export: Path | None = None
 

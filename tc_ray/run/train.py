@@ -30,7 +30,8 @@ def copilot_is_done(run: Run) -> bool:
         return True
     if not is_whole(run.folder / "copilot" / "final"):
         return False
-    run.ledger.report_copilot.remote(run.prepared.rounds, run.copilot_steps)
+    rounds = _pilot_end(run) or run.prepared.rounds
+    run.ledger.report_copilot.remote(rounds, rounds * run.config.copilot.steps_per_round)
     return True
 
 
@@ -44,15 +45,22 @@ def train_pilot(run: Run) -> None:
         run.config, made.pilot_path, made.data.file("train"), made.rounds, run.ledger, run.tracker, made.inputs
     )
     fit_pilot(job, pilot_need(run.config))
+    run.last_round = _pilot_end(run)
 
 
 def pilot_is_done(run: Run) -> bool:
     """`pilot/final` is whole and, where there is a log, the Ledger has all of its rounds."""
-    import ray
-
     if not is_whole(run.folder / "pilot" / "final"):
         return False
-    return run.ledger is None or ray.get(run.ledger.state.remote()).pilot_done
+    run.last_round = _pilot_end(run)
+    return run.ledger is None or run.last_round > 0
+
+
+def _pilot_end(run: Run) -> int:
+    """The Pilot's last round, as the Ledger knows it; 0 before its end, and without a log."""
+    import ray
+
+    return 0 if run.ledger is None else int(ray.get(run.ledger.state.remote()).last_round)
 
 
 def finish_copilot(run: Run) -> None:

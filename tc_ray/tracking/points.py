@@ -23,8 +23,8 @@ RESTART = "restart"
 EVENTS_SHOWN = 40
 
 Point = dict[str, Any]
-"""One line: `kind` ("start", "pilot", "copilot", "error_ratio", "log", "evaluation" or "event"), `time` (unix seconds), `round` (Pilot
-round known at that time), for "copilot" also `step`, and `metrics` (name -> number or null for NaN) or, for an event,
+"""One line: `kind` ("start", "pilot", "copilot", "validation", "error_ratio", "log", "evaluation" or "event"), `time` (unix seconds),
+`round` (Pilot round known at that time), for "copilot" also `step`, and `metrics` (name -> number or null for NaN) or, for an event,
 `event` and `text`."""
 
 

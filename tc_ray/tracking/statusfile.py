@@ -186,6 +186,7 @@ def facts(status: Status) -> dict[str, str]:
     found = {
         "round": _of(pilot.get("round"), plan.get("rounds_total")),
         "pilot loss": _text(of_pilot.get("loss"), "{:.4f}"),
+        "validation NLL": _validation(status.get("validation", {})),
         "copilot step": _of(copilot.get("step"), plan.get("copilot_steps_total")),
         "copilot loss": _text(copilot.get("metrics", {}).get("loss"), "{:.4f}"),
         "error ratio": _error_ratio(status["error_ratio"]),
@@ -198,6 +199,16 @@ def facts(status: Status) -> dict[str, str]:
         "eta": _text(status.get("eta_seconds"), of=clock),
     }
     return {name: text for name, text in found.items() if text}
+
+
+def _validation(measured: Mapping[str, Any]) -> str:
+    """The newest NLL on validation rows and its round, and the lowest one where that is another."""
+    found = measured.get("metrics", {})
+    if found.get("nll") is None or found.get("lowest") is None:
+        return ""
+    best = int(found["best_round"])
+    lowest = "" if best == measured["round"] else f", lowest {found['lowest']:.4f} at {best}"
+    return f"{found['nll']:.4f} (round {measured['round']}{lowest})"
 
 
 def _error_ratio(measured: Mapping[str, Any]) -> str:

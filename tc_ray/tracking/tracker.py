@@ -82,10 +82,12 @@ class Tracker:
             "plan": plan or {},
             "waiting": {},
             "failure": None,
-            **{kind: self._points.latest(kind) for kind in ("pilot", "copilot", "error_ratio", "log")},
+            **{kind: self._points.latest(kind) for kind in ("pilot", "copilot", "validation", "error_ratio", "log")},
             "processes": {},
             "evaluation": self._points.latest("evaluation"),
         }
+        self._plan = plan or {}
+        self._shorten_plan()
         self._latest_time = 0.0
         self._readings: dict[str, deque[tuple[float, float]]] = {
             name: deque(maxlen=RATE_WINDOW) for name in ("pilot", "copilot", "tokens")
@@ -123,6 +125,12 @@ class Tracker:
         """A Copilot step ended (1-based), trained on the log up to Pilot round `round`. A replayed step is not written again."""
         with self._lock:
             self._read("copilot", self._record("copilot", metrics, axis=step, round=round, step=step), step)
+
+    def validation(self, round: int, metrics: Mapping[str, Any]) -> None:
+        """The Pilot was measured on validation rows after a round. `nll`, `lowest`, `best_round` are shown; `ended`: it ends early."""
+        with self._lock:
+            self._record("validation", metrics, axis=round, round=round)
+            self._shorten_plan()
 
     def error_ratio(self, round: int, metrics: Mapping[str, Any]) -> None:
         """The Copilot was measured on records up to `round` that it had not trained on. `held_out`, `in_sample`, `lam` are shown."""
@@ -203,7 +211,8 @@ class Tracker:
         """What the run is doing, as JSON values.
 
         Keys: run, folder, state (running, done, failed, stopped), phase, started, updated (unix seconds), plan,
-        waiting {who: {text, since}}, failure (why it failed, else null), pilot {round, metrics}, copilot {round, step, metrics}, error_ratio {round, metrics},
+        waiting {who: {text, since}}, failure (why it failed, else null), pilot {round, metrics}, copilot {round, step, metrics},
+        validation and error_ratio {round, metrics},
         log {metrics},
         tokens_per_second, rounds_per_minute, eta_seconds (null when unknown), restarts, events {time, kind, text, count},
         processes (pid by name), evaluation, mlflow (null when off).
@@ -241,6 +250,15 @@ class Tracker:
     def _work(self) -> None:
         while not self._ended.wait(STATUS_SECONDS):
             self._write_status()
+
+    def _shorten_plan(self) -> None:
+        """After the Pilot's early end less is left to do than was planned."""
+        point, plan = self._status["validation"], self._plan
+        total = plan.get("rounds_total", 0)
+        self._status["plan"] = plan
+        if point.get("metrics", {}).get("ended") and point["round"] < total:
+            steps = plan.get("copilot_steps_total", 0) * point["round"] // total
+            self._status["plan"] = {"rounds_total": point["round"], "copilot_steps_total": steps}
 
     @property
     def _round(self) -> int:

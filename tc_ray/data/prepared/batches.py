@@ -116,9 +116,12 @@ def targets_of(batch: Mapping[str, NDArray[Any]]) -> Targets:
 
 
 class TrainTable:
-    """Rows of a prepared train.parquet as flat arrays (4 bytes per token). Raises DataError for rows without a target."""
+    """Rows of a prepared Parquet file as flat arrays (4 bytes per token).
 
-    def __init__(self, file: Path) -> None:
+    held_out: rows without a target may be among them, see `with_target`; else they raise DataError.
+    """
+
+    def __init__(self, file: Path, *, held_out: bool = False) -> None:
         table = read_prepared(file, ["sample_id", "input_ids", "target_start", EARLIER])
         ids = table["input_ids"].combine_chunks()
         self._ids = ids.values.to_numpy()
@@ -131,11 +134,19 @@ class TrainTable:
         self._earlier_offsets = np.zeros(len(table) + 1, np.int64)
         np.cumsum(pc.fill_null(pc.list_value_length(earlier), 0).to_numpy(), out=self._earlier_offsets[1:])
         bare = int((self._target_start >= self._lengths).sum())
-        if bare:  # the loss of a round is divided by its target tokens
+        if bare and not held_out:  # the loss of a round is divided by its target tokens
             raise DataError(f"{file}: {bare} rows have no target token; remove the folder, and it is prepared again")
 
     def __len__(self) -> int:
         return len(self._lengths)
+
+    def with_target(self) -> NDArray[np.int64]:
+        """Indices of the rows that have a target token."""
+        return np.flatnonzero(self._target_start < self._lengths)
+
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each of these rows, prompt and completion."""
+        return self._lengths[rows]
 
     def tokens(self, rows: NDArray[np.int64]) -> int:
         """Tokens of these rows, prompt and completion."""

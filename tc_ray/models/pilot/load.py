@@ -15,6 +15,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.config.training import LoraSection, PilotSection
 from tc_ray.models.families import Family, family_of
 from tc_ray.models.weights import HEADS, load_whole
+from tc_ray.text import first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -26,11 +27,13 @@ def load_pilot(
     random_weights: bool = False,
     safetensors: bool | None = None,
     names_only: bool = False,
+    attention: str | None = None,
 ) -> Any:
     """Load a language model from a folder or hub id. Code that comes with it is never run.
 
     random_weights: read only its config. safetensors: True: weights in no other format.
     names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
+    attention: transformers' name of how attention is computed; None: its choice.
     Raises UnknownFamilyError: a family without an adapter, refused before any weight is read.
     OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
     """
@@ -38,10 +41,11 @@ def load_pilot(
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     auto = AutoModelForSeq2SeqLM if family_of(config).encoder_decoder else AutoModelForCausalLM
+    how = {} if attention is None else {"attn_implementation": attention}
     if random_weights:
-        return auto.from_config(config, dtype=dtype)
+        return auto.from_config(config, dtype=dtype, **how)
     place = {"device_map": "meta"} if names_only else {}
-    return load_whole(auto, path, dtype=dtype, use_safetensors=safetensors, **place)
+    return load_whole(auto, path, dtype=dtype, use_safetensors=safetensors, **place, **how)
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
@@ -76,15 +80,39 @@ def lora_config(lora: LoraSection, family: Family, layers: int | None, **more: A
     )
 
 
+def check_attention(config: RunConfig) -> None:
+    """Raise ValueError if transformers knows no such `model.attn_implementation`, or it needs GPUs that the run does not use."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = config.model.attn_implementation
+    if name is None:
+        return
+    known = sorted({"eager", *(one for one in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in one)})
+    if name not in known:
+        raise ValueError(f"model.attn_implementation {name} is unknown; transformers has {', '.join(known)}")
+    if name.startswith("flash") and not config.resources.gpus:
+        raise ValueError(f"model.attn_implementation {name} computes on GPUs: set resources.gpus=true, or use sdpa")
+
+
 def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:
     """Refuse, before a worker starts, folders that the workers would refuse to load. Reads no weight; hub ids are left to them.
 
     Raises WeightsError: missing or unexpected tensors, or of another shape. OSError: a folder has no weights at all.
+    ValueError: `model.attn_implementation` is unknown, or the model cannot be computed so.
     """
     from transformers import AutoModel
 
+    check_attention(config)
     if config.model.random_weights or not isinstance(pilot, Path):
         return
-    load_pilot(pilot, dtype=torch.float32, names_only=True)
+    attention = config.model.attn_implementation
+    try:
+        # whether a flash implementation is installed is for the workers' machines to say
+        own = None if attention is None or attention.startswith("flash") else attention
+        load_pilot(pilot, dtype=torch.float32, names_only=True, attention=own)
+    except (ValueError, ImportError) as error:
+        if own is None or type(error).__module__.startswith("tc_ray."):
+            raise
+        raise ValueError(f"model.attn_implementation {own}: {first_line(error)}") from None
     if config.log.enabled and isinstance(base, Path) and base != pilot:
         load_whole(AutoModel, base, leave_out=HEADS, device_map="meta")

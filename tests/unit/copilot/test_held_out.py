@@ -102,6 +102,7 @@ class Stored:
 
     def __init__(self, rounds: list[Records]) -> None:
         self.buffer, self._rounds, self._at = Noted(8), rounds, 0
+        self.rounds = ROUNDS
 
     def rounds_for(self, step: int) -> int:
         while self._at * PER_ROUND <= step and self._at < len(self._rounds):
@@ -137,7 +138,7 @@ def run(
         ratios.append(found)
         measured(learner, feed, found)
 
-    train(learner, feed, settings, out, rounds=ROUNDS, report=report, measured=take, rank=rank)
+    train(learner, feed, settings, out, report=report, measured=take, rank=rank)
     return ratios, feed, {name: p.detach().clone() for name, p in learner.parameters.items()}
 
 

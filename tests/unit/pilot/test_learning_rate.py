@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from tc_ray.data.prepared.folder import SCHEMA
-from tc_ray.pilot.engine import cosine_with_warmup
+from tc_ray.models.schedule import rate_factor
 from tc_ray.pilot.loop import PilotJob, Worker
 from tests.support.tiny_model import make_tokenizer
 from tests.support.tiny_run import tiny_config
@@ -92,5 +92,5 @@ def test_each_round_logs_its_own_learning_rate(tmp_path: Path) -> None:
         assert points.rates.keys() == expected, "rounds 4 to 6 are those of the restarted worker"
     base = config.pilot.learning_rate
     for number in range(1, ROUNDS + 1):
-        scheduled = base * cosine_with_warmup(number - 1, rounds=ROUNDS, warmup_ratio=0.4)
+        scheduled = base * rate_factor(number - 1, steps=ROUNDS, warmup_ratio=0.4, schedule="cosine")
         assert rates[number] == pytest.approx(scheduled), f"round {number}"

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import is_whole
+from tc_ray.models.schedule import rate_factor
 from tc_ray.models.weights import MOST_IN_A_ROW, LeftOut, NotFiniteError
 from tc_ray.pilot.checkpoint import mark_complete, save_files
-from tc_ray.pilot.engine import build_engine, cosine_with_warmup, take_step
+from tc_ray.pilot.engine import build_engine, take_step
 from tc_ray.pilot.loop import PilotJob, Worker
 from tests.support.tiny_model import make_tiny_llama
 
@@ -106,7 +107,7 @@ def test_a_round_that_one_rank_spoils_changes_nothing_on_any(kind: tuple[int, st
             assert same == (number in BAD), number
             assert all(bool(value.isfinite().all()) for value in after.values())
         # the schedule goes by rounds, whatever was left out
-        factors = [cosine_with_warmup(index, rounds=ROUNDS, warmup_ratio=0.03) for index in range(ROUNDS)]
+        factors = [rate_factor(index, steps=ROUNDS, warmup_ratio=0.03, schedule="cosine") for index in range(ROUNDS)]
         assert rates == pytest.approx([3e-4 * factor for factor in factors])
     first, second = (rank[kind][0][-1] for rank in made)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.models.schedule import rate_factor
 from tc_ray.pilot.checkpoint import PilotCheckpoint, latest_checkpoint, load_checkpoint, mark_complete
-from tc_ray.pilot.engine import cosine_with_warmup, deepspeed_config
+from tc_ray.pilot.engine import deepspeed_config
 
 
 def complete(root: Path, number: int, keep: int = 2) -> Path:
@@ -50,14 +51,14 @@ def test_checkpoint_of_another_topology_is_refused(tmp_path: Path, world_size: i
 
 
 def test_learning_rate_rises_then_falls_to_nothing() -> None:
-    factors = [cosine_with_warmup(i, rounds=100, warmup_ratio=0.1) for i in range(100)]
+    factors = [rate_factor(i, steps=100, warmup_ratio=0.1, schedule="cosine") for i in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert factors[10] == pytest.approx(1.0)
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
     assert all(a > b for a, b in pairwise(factors[10:]))
     assert 0 < factors[99] < 0.001
     # never a first round that trains nothing, nor a division by zero
-    assert cosine_with_warmup(0, rounds=1, warmup_ratio=0.0) == 1.0
+    assert rate_factor(0, steps=1, warmup_ratio=0.0, schedule="cosine") == 1.0
 
 
 def test_batch_arithmetic_reaches_deepspeed() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tc_ray.data.prepared.batches import RoundOrder
-from tc_ray.pilot.engine import cosine_with_warmup
+from tc_ray.models.schedule import rate_factor
 from tc_ray.study import work
 from tc_ray.study.cells import Cell, cells_of, placed
 from tc_ray.study.results import Model, Result, find_result
@@ -40,8 +40,8 @@ def test_longer_has_rounds_and_rows_for_the_copilots_compute(tmp_path: Path, sha
     # its first rounds train on the same rows as the Pilot it is held against, at another rate
     base = RoundOrder(rows, batch, 2, 1)
     assert all((order.sample_rows(r) == base.sample_rows(r)).all() for r in range(1, rounds + 1))
-    assert cosine_with_warmup(rounds - 1, rounds=wanted, warmup_ratio=0.03) > cosine_with_warmup(
-        rounds - 1, rounds=rounds, warmup_ratio=0.03
+    assert rate_factor(rounds - 1, steps=wanted, warmup_ratio=0.03, schedule="cosine") > rate_factor(
+        rounds - 1, steps=rounds, warmup_ratio=0.03, schedule="cosine"
     )
 
 
