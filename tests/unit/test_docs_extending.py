@@ -56,7 +56,7 @@ def test_a_metric_that_fails_names_the_row(here: Path) -> None:
 
 
 def test_the_converter() -> None:
-    config = load_config("demo", ["data.convert=my_module:from_tickets", "data.template=plain"]).data
+    config = load_config("demo", ["data.convert=my_module:from_questions", "data.template=plain"]).data
     encoder = Encoder(config, make_tokenizer(), seed=1)
     ticket = {"subject": " Printer ", "body": "It smokes.", "replies": [{"text": "Unplug it.", "accepted": True}]}
     row = encoder.row(Record(1, "line", "", ticket), held_out=False)

@@ -19,7 +19,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.copilot import held_out
 from tc_ray.copilot.batch import batch_from_records
 from tc_ray.copilot.buffer import RoundBuffer
-from tc_ray.copilot.checkpoint import Position
+from tc_ray.copilot.checkpoint import Position, latest
 from tc_ray.copilot.held_out import ErrorRatio, HeldOut
 from tc_ray.copilot.learner import Learner
 from tc_ray.copilot.training import train
@@ -314,3 +314,27 @@ def test_products_that_are_not_finite_are_left_out() -> None:
     assert measured(found, (float("nan"), 0.1), 1) is None
     ratio = measured(found, (0.2, 0.1), 2)
     assert ratio is not None and ratio.best == pytest.approx(0.8)
+
+
+def test_the_learner_ends_with_a_pilot_that_ends_early(model_folder: Path, tmp_path: Path) -> None:
+    """After the steps of the Pilot's last round, whether it is known before or only after them; with a checkpoint of them."""
+    last, rounds = 2 * BURST, make_rounds(model_folder)[: 2 * BURST]
+
+    class Ended(Stored):
+        late = polls = 0
+        """The step at which the Pilot's end is first known; how often it was asked for since then."""
+
+        def rounds_for(self, step: int) -> int:
+            found = super().rounds_for(step)
+            self.polls += step == self.late
+            if self.polls:
+                self.rounds = last
+            return found
+
+    for name, late in (("known before", (last - 1) * PER_ROUND), ("known after", last * PER_ROUND)):
+        learner, feed = make_learner(model_folder, config()), Ended(rounds)
+        feed.late = late
+        at = train(learner, feed, config(), tmp_path / name, report=lambda *_: None)
+        found = latest(tmp_path / name / "checkpoints")
+        assert (at.step, feed.rounds) == (last * PER_ROUND, last) and found is not None and found.step == at.step
+        assert (tmp_path / name / "final" / "complete.json").is_file()

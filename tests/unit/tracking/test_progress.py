@@ -69,6 +69,22 @@ def test_the_error_ratio_stays_with_its_round(tracker: Tracker) -> None:
     assert "| error ratio 0.941 at lambda 0.5, in-sample 0.850 (round 4)" in out.getvalue()
 
 
+def test_validations_and_an_early_end(tracker: Tracker) -> None:
+    """The plan is that of the rounds which are left; a worker that goes back before the end takes that back."""
+    shown, out = view(line_seconds=0.0)
+    found = {"nll": 1.25, "lowest": 1.25, "best_round": 2.0, "waited": 0.0, "ended": 0.0}
+    tracker.pilot(4, {"loss": 2.5})
+    tracker.validation(2, found)
+    shown.show(tracker.status())
+    assert "| validation NLL 1.2500 (round 2)" in out.getvalue()
+    planned = tracker.status()["plan"]
+    tracker.validation(4, found | {"nll": 1.5, "waited": 1.0, "ended": 1.0})
+    shown.show(tracker.status())
+    assert "round 4/4" in out.getvalue() and "| validation NLL 1.5000 (round 4, lowest 1.2500 at 2)" in out.getvalue()
+    tracker.validation(4, found | {"nll": None})
+    assert tracker.status()["plan"] == planned and planned["rounds_total"] == 10
+
+
 def test_one_line_changes_on_a_terminal(tracker: Tracker) -> None:
     shown, out = view(is_terminal=True)
     tracker.phase("train")

@@ -1,0 +1,103 @@
+"""A run that its validations end early, with functions named by the config: the whole job agrees on the last round.
+
+The learning rate is far too high, so that the NLL on validation rows soon rises.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tc_ray.config.schema import RunConfig
+from tc_ray.copilot.checkpoint import latest
+from tc_ray.run.job import JobResult, run_job
+from tc_ray.tracking.points import read_points
+from tc_ray.tracking.statusfile import line, read_status
+from tests.support.local_ray import local_ray
+from tests.support.tiny_run import assert_log_is_exact, tiny_config
+
+PLANNED = 40
+MODULE = """
+import json
+from pathlib import Path
+
+def length(said, row):
+    return float(len(said))
+
+def convert(record):
+    return record | {"prompt": "sum: " + record["prompt"]}
+
+def on_round(number, metrics):
+    with Path(__file__).with_name("rounds.jsonl").open("a") as file:
+        file.write(json.dumps([number, metrics["loss"]]) + chr(10))
+
+def on_evaluation(report, folder):
+    raise ValueError("no mail server")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory of the driver, before Ray is started in it."""
+    made = tmp_path_factory.mktemp("early")
+    (made / "job_functions.py").write_text(MODULE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        yield made
+
+
+cluster = local_ray(cpus=2)
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> RunConfig:
+    return tiny_config(
+        folder,
+        pilot__max_rounds=PLANNED,
+        pilot__learning_rate=0.05,
+        pilot__validate_every=2,
+        pilot__patience=2,
+        pilot__final="best",
+        data__convert="job_functions:convert",
+        fusion__metric="job_functions:length",
+        callbacks__on_round="job_functions:on_round",
+        callbacks__on_evaluation="job_functions:on_evaluation",
+    )
+
+
+def test_all_parts_end_with_the_same_round(config: RunConfig, result: JobResult, folder: Path) -> None:
+    run = config.run.path
+    found = [point for point in read_points(run / "metrics.jsonl") if point["kind"] == "validation"]
+    last, best = found[-1]["round"], int(found[-1]["metrics"]["best_round"])
+    assert last < PLANNED and found[-1]["metrics"]["ended"] == 1 and last == best + 4
+    train = json.loads((run / "data" / "data.json").read_text())["rows"]["train"]
+    assert_log_is_exact(config, last, train)
+    numbers = [json.loads(text)[0] for text in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert numbers == list(range(1, last + 1))
+    at = latest(run / "copilot" / "checkpoints")
+    assert at is not None and at.step == last * config.copilot.steps_per_round
+    status = read_status(run)
+    assert status["plan"] == {"rounds_total": last, "copilot_steps_total": at.step}
+    assert f"round {last}/{last}" in line(status) and f"lowest {found[-1]['metrics']['lowest']:.4f} at {best}" in line(
+        status
+    )
+    kinds = {event["kind"]: event["text"] for event in status["events"]}
+    assert kinds["callback"].endswith("on_evaluation job_functions:on_evaluation failed: ValueError: no mail server")
+    assert "early end" in kinds
+    provenance = json.loads((run / "export" / "provenance.json").read_text())
+    assert (provenance["rounds"], provenance["pilot_round"]) == (last, best)
+    assert {one.metric for one in result.report.measured} == {"job_functions:length"}
+    assert pq.read_table(run / "data" / "train.parquet")["prompt"][0].as_py().startswith("sum: ")
+
+
+def test_the_same_command_skips_what_is_done(config: RunConfig, result: JobResult) -> None:
+    weights = config.run.path / "pilot" / "final" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again = run_job(config)
+    assert weights.stat().st_mtime_ns == before
+    assert again.report.to_dict()["results"] == result.report.to_dict()["results"]
+    assert json.loads((again.folder / "export" / "provenance.json").read_text())["rounds"] < PLANNED
