@@ -98,8 +98,8 @@ def make_plan(config: RunConfig) -> Plan:
     """Plan of a run.
 
     Raises:
-        ConfigError: a secret is struck out, or a function that the config names is not there. ModelSourceError: a model folder is not there. UnknownFamilyError: a family without
-            an adapter. ValueError: layers that the model does not have, a base of the other architecture. WeightsError:
+        ConfigError: a secret is struck out, or a function that the config names is not there. ModelSourceError: a model folder
+            is not there. UnknownFamilyError: a family without an adapter. ValueError: layers that the model does not have, a base of the other architecture. WeightsError:
             weights that are missing. JobError: positions it has no states of, adapters on a matrix that is shared.
     """
     require_secrets(config)
