@@ -13,6 +13,7 @@ import pytest
 from tc_ray.config.load import load_config
 from tc_ray.config.named import check_named
 from tc_ray.config.schema import CallbacksSection
+from tc_ray.config.yaml_file import ConfigError
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.source.records import Record
 from tc_ray.evaluation.scores import MetricError, result
@@ -70,6 +71,12 @@ def test_a_converter_that_returns_no_record(here: Path) -> None:
     config = load_config("demo", ["data.convert=my_module:nothing"]).data
     bad = Encoder(config, make_tokenizer(), seed=1).row(Record(1, "line", "", {}), held_out=False)
     assert bad["problem"] == "data.convert gave NoneType, no dict"
+
+
+def test_a_converter_that_a_worker_cannot_import_is_no_fault_of_the_records() -> None:
+    config = load_config("demo", ["data.convert=elsewhere:f"]).data
+    with pytest.raises(ConfigError, match="data.convert is elsewhere:f: there is no module elsewhere"):
+        Encoder(config, make_tokenizer(), seed=1).row(Record(1, "line", "", {}), held_out=False)
 
 
 def test_the_callbacks(here: Path) -> None:

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from tc_ray.config.data import DataSection
 from tc_ray.config.named import load_named
 from tc_ray.config.tasks import TaskForm, load_task
+from tc_ray.config.yaml_file import ConfigError
 from tc_ray.data.encode.prompts import readable_prompt
 from tc_ray.data.encode.tokenize import TemplateLacksError, encode
 from tc_ray.data.source.records import BadRow, DataError, Record, quarantined
@@ -123,10 +124,12 @@ class Encoder:
     def rows(self, record: Record, *, held_out: bool) -> list[dict[str, Any]]:
         """One row for each answer to learn (held out: for the last one); a bad one, whatever exception the record causes.
 
-        held_out: see `to_example`.
+        held_out: see `to_example`. Raises ConfigError: `data.convert` cannot be imported here.
         """
         try:
             found = self._rows(record, held_out)
+        except ConfigError:  # the converter cannot be imported: no record is at fault
+            raise
         except TemplateLacksError as error:
             fix = "take a model whose chat template knows tools and reasoning, or leave such records out"
             found = BadRow("messages", str(error), fix)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.checkpoint import latest
 from tc_ray.run.job import JobResult, run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import line, read_status
-from tests.support.local_ray import local_ray
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 PLANNED = 40
@@ -40,7 +40,7 @@ def on_evaluation(report, folder):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of the driver, before Ray is started in it."""
     made = tmp_path_factory.mktemp("early")
@@ -50,7 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield made
 
 
-cluster = local_ray(cpus=2)
+@pytest.fixture(scope="module", autouse=True)
+def cluster(folder: Path) -> Iterator[None]:
+    """A Ray that is started there, as the command starts or joins one."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
