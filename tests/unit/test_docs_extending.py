@@ -75,7 +75,7 @@ def test_a_converter_that_returns_no_record(here: Path) -> None:
 
 def test_a_converter_that_a_worker_cannot_import_is_no_fault_of_the_records() -> None:
     config = load_config("demo", ["data.convert=elsewhere:f"]).data
-    with pytest.raises(ConfigError, match="data.convert is elsewhere:f: there is no module elsewhere"):
+    with pytest.raises(ConfigError, match=r"data\.convert is elsewhere:f: there is no module elsewhere"):
         Encoder(config, make_tokenizer(), seed=1).row(Record(1, "line", "", {}), held_out=False)
 
 
