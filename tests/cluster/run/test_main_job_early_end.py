@@ -1,6 +1,6 @@
 """A run that its validations end early, with functions named by the config: the whole job agrees on the last round.
 
-The learning rate is far too high, so that the NLL on validation rows soon rises.
+The validation rows say letters where the training rows say sums, so that their NLL soon rises.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of the driver, before Ray is started in it."""
     made = tmp_path_factory.mktemp("early")
     (made / "job_functions.py").write_text(MODULE)
+    letters = [{"prompt": f"{n} + 1", "completion": "qz" * 12} for n in range(8)]
+    (made / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in letters))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
         yield made
@@ -63,7 +65,9 @@ def config(folder: Path) -> RunConfig:
     return tiny_config(
         folder,
         pilot__max_rounds=PLANNED,
-        pilot__learning_rate=0.05,
+        pilot__learning_rate=0.03,
+        pilot__lr_schedule="constant",
+        data__validation=str(folder / "letters.jsonl"),
         pilot__validate_every=2,
         pilot__patience=2,
         pilot__final="best",
