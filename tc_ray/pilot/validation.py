@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tc_ray.data.prepared.batches import TrainTable
+from tc_ray.pilot.engine import step_inputs
 
 
 class ValidationRows:
@@ -39,11 +40,7 @@ class ValidationRows:
             # under ZeRO-3 all ranks take part in each forward pass: one without a batch repeats the first
             own = first + self._rank < len(self._batches)
             batch = self._table.batch(self._batches[first + self._rank if own else 0])
-            given = [
-                torch.from_numpy(batch[name]).to(device, torch.int64)
-                for name in ("input_ids", "lengths", "target_start")
-            ]
-            loss = engine(*given, 1.0)[0]
+            loss = engine(loss_scale=1.0, **step_inputs(batch, device))[0]
             if own:
                 total += loss.double()
         engine.train()
