@@ -16,11 +16,11 @@ from tc_ray.cluster.session import evaluation_need, ray_session
 from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.section import Metric
-from tc_ray.config.tasks import load_task
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import LeftOut
 from tc_ray.data.source.records import DataError
 from tc_ray.data.source.sequences import ITEMS_FILE, read_items
+from tc_ray.data.source.task_form import load_task
 from tc_ray.evaluation.pool import Pool
 from tc_ray.evaluation.procedure import PARTS, Task
 from tc_ray.evaluation.procedure import evaluate as measure

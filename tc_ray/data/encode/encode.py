@@ -21,12 +21,12 @@ import pyarrow.compute as pc
 
 from tc_ray.config.data import DataSection
 from tc_ray.config.named import load_named
-from tc_ray.config.tasks import TaskForm, load_task
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.data.encode.prompts import readable_prompt
 from tc_ray.data.encode.tokenize import TemplateLacksError, encode
 from tc_ray.data.source.records import BadRow, DataError, Record, quarantined
 from tc_ray.data.source.shapes import Example, to_example
+from tc_ray.data.source.task_form import TaskForm, load_task
 from tc_ray.data.source.tasks import shaped
 from tc_ray.text import first_line
 

@@ -10,8 +10,8 @@ import math
 import re
 from typing import Any
 
-from tc_ray.config.tasks import TaskForm
 from tc_ray.data.source.records import BadRow
+from tc_ray.data.source.task_form import TaskForm
 
 _OWN_PROMPT = ("messages", "conversations", "prompt", "instruction")
 

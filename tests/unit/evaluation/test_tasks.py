@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tc_ray.config.data import DataSection
-from tc_ray.config.tasks import TASKS, load_task
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.source.records import Record
 from tc_ray.data.source.sequences import SequenceReader, label_items, scan
+from tc_ray.data.source.task_form import TASKS, load_task
 from tc_ray.evaluation.rows import HeldOut
 from tc_ray.evaluation.scores import check_gold, ranking_measures, result
 from tests.support.evaluation_samples import row_set

@@ -173,9 +173,9 @@ def test_rows_are_spread_and_every_rank_has_as_many_turns(tmp_path: Path) -> Non
         device = torch.device("cpu")
         eval = train = staticmethod(lambda: None)
 
-        def __call__(self, ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, scale: float) -> Any:
-            calls.append(len(ids))
-            return (lengths - starts).sum() * 2.0, None
+        def __call__(self, input_ids: Any, lengths: Any, target_start: Any, loss_scale: float) -> Any:
+            calls.append(len(input_ids))
+            return (lengths - target_start).sum() * 2.0, None
 
     found = []
     with pytest.MonkeyPatch.context() as patch:
