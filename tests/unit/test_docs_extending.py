@@ -60,23 +60,23 @@ def test_the_converter() -> None:
     config = load_config("demo", ["data.convert=my_module:from_questions", "data.template=plain"]).data
     encoder = Encoder(config, make_tokenizer(), seed=1)
     ticket = {"subject": " Printer ", "body": "It smokes.", "replies": [{"text": "Unplug it.", "accepted": True}]}
-    row = encoder.row(Record(1, "line", "", ticket), held_out=False)
+    (row,) = encoder.rows(Record(1, "line", "", ticket), held_out=False)
     assert (row["kind"], row["prompt"], row["completion"]) == ("row", "Printer\n\nIt smokes.", "Unplug it.")
-    bad = encoder.row(Record(2, "line", "", ticket | {"replies": []}), held_out=False)
+    (bad,) = encoder.rows(Record(2, "line", "", ticket | {"replies": []}), held_out=False)
     assert (bad["kind"], bad["problem"]) == ("bad", "data.convert fails: ValueError: no reply was accepted")
 
 
 def test_a_converter_that_returns_no_record(here: Path) -> None:
     (here / "my_module.py").write_text("def nothing(record): return None\n")
     config = load_config("demo", ["data.convert=my_module:nothing"]).data
-    bad = Encoder(config, make_tokenizer(), seed=1).row(Record(1, "line", "", {}), held_out=False)
+    (bad,) = Encoder(config, make_tokenizer(), seed=1).rows(Record(1, "line", "", {}), held_out=False)
     assert bad["problem"] == "data.convert gave NoneType, no dict"
 
 
 def test_a_converter_that_a_worker_cannot_import_is_no_fault_of_the_records() -> None:
     config = load_config("demo", ["data.convert=elsewhere:f"]).data
     with pytest.raises(ConfigError, match=r"data\.convert is elsewhere:f: there is no module elsewhere"):
-        Encoder(config, make_tokenizer(), seed=1).row(Record(1, "line", "", {}), held_out=False)
+        Encoder(config, make_tokenizer(), seed=1).rows(Record(1, "line", "", {}), held_out=False)
 
 
 def test_the_callbacks(here: Path) -> None:
