@@ -7,7 +7,7 @@ and, as the `args` of a Serve config file, by `serving/deploy`; passed unchanged
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,11 @@ class ServingSection(Section):
         "1 on a cluster",
     )
     gpu: bool = Field(False, description="put the models on a GPU, one GPU per replica")
+    dtype: Literal["bf16", "fp32"] = Field(
+        "fp32",
+        description="type of the weights, the caches and of computing; bf16 halves them and is for a GPU or a processor with "
+        "instructions for it: nearly equal tokens may swap, scores have two digits",
+    )
     failover: bool = Field(
         True, description="put the failover proxy into the Ray that the server starts: streams survive a dead replica"
     )

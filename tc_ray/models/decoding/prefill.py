@@ -1,8 +1,9 @@
-"""A prompt being computed, by itself and some tokens at a time, and what another prompt can begin with.
+"""A prompt being computed, by itself and some tokens at a time, or with others in one pass; and what another can begin with.
 
 An encoder-decoder's prompt is its source: the encoder reads it at once, and the decoder begins with its start token.
 
-Invariant: a prompt is computed exactly as `generate` computes it alone. Used by the serving engine and the evaluation.
+Invariant: by itself a prompt is computed exactly as `generate` computes it alone, with others up to rounding. Used by the serving
+engine and the evaluation.
 """
 
 from __future__ import annotations
@@ -136,6 +137,54 @@ class Prefill:
         if any(keys is None or keys.shape[2] != len(self.ids) for keys, _ in entries):
             return None
         return PromptPrefix(self.ids, tuple(entries), torch.cat(self._states, 1))
+
+
+@torch.inference_mode()
+def advance_together(prefills: Sequence[Prefill]) -> int:
+    """Compute whole prompts of a decoder-only model, none of them begun, in one pass; returns its tokens, padding among them.
+
+    They are padded on the left, as `generate` pads a batch; each prompt takes a copy of what is its own.
+    """
+    model, widest = prefills[0]._model, max(len(prefill.ids) for prefill in prefills)
+    lefts = [widest - len(prefill.ids) for prefill in prefills]
+    device = model.get_input_embeddings().weight.device
+    padded = [(0,) * left + prefill.ids for left, prefill in zip(lefts, prefills, strict=True)]
+    ids = torch.tensor(padded, device=device)
+    attended = torch.arange(widest, device=device) >= torch.tensor(lefts, device=device)[:, None]
+    positions, cache, states = (attended.cumsum(1) - 1).clamp_min(0), model.new_cache(), None
+    given = {"input_ids": ids, "attention_mask": attended.long(), "position_ids": positions, "logits_to_keep": 1}
+    with model.tap.recording() if model.tap else nullcontext():
+        out = model.pilot(**given, past_key_values=cache, use_cache=True)
+    if model.tap:
+        states = model.tap.take()
+    pilot, f = out.logits[:, -1].float(), None
+    if any(prefill.lam for prefill in prefills):
+        assert isinstance(model, FusedModel) and states is not None
+        cache.copilot.ask(model.question_memory(ids), attended)
+        f = model.corrections(out.logits, cache.copilot, ids, states, attended)[:, 0]
+    for row, prefill in enumerate(prefills):
+        prefill.computed = len(prefill.ids)
+        prefill.pilot = prefill.fused = pilot[row : row + 1]
+        _copy_row(cache, prefill.cache, row, attended[row])
+        if states is not None:
+            prefill._states.append(states[row : row + 1, lefts[row] :].clone())
+        if prefill.lam and f is not None:
+            prefill._f = f[row : row + 1]
+            prefill.fused = prefill._fused(prefill.lam)
+            ours, own = cache.copilot, prefill.cache.copilot
+            _copy_row(ours.self_attention, own.self_attention, row, attended.new_ones(ours.rows))
+            _copy_row(ours.memory, own.memory, row, ours.visible[row])
+            own.see(ours.visible[row : row + 1, ours.visible[row]])
+            own.feed(ours.feedback[row : row + 1])
+    return ids.numel()
+
+
+def _copy_row(source: Any, target: Any, row: int, real: torch.Tensor) -> None:
+    """Put the `real` (bool [columns]) keys and values of a row into the empty cache `target`; windows keep the last columns."""
+    for number, layer in enumerate(source.layers):
+        if layer.is_initialized:
+            kept = real[-layer.keys.shape[2] :]
+            target.update(layer.keys[row : row + 1, :, kept], layer.values[row : row + 1, :, kept], number)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 Invariants: sequences are admitted in the order of arrival, each when the caches hold it to its last token; the caches never
 pass `limits.cache_bytes`, except for the moment in which one is copied to a larger block. An error in the batch fails the
-sequences in it and no others. A request enters the batch in `_join`.
+sequences in it and no others, one in a pass over several prompts these. A request enters the batch in `_join`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
-from tc_ray.models.decoding.prefill import Prefill, encoded
+from tc_ray.models.decoding.prefill import Prefill, advance_together, encoded
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
 from tc_ray.models.weights import NotFiniteError
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 _NOT_FINITE = "logits that are not finite"
 _SCORED_ROWS = 16
 """Rows scored between two steps of the batch."""
+_UNLIKE = 1 / 8
+"""Prompts computed in one pass differ in length by this share at most: padding costs what a pass saves from about 30% on."""
 
 
 class Worker:
@@ -141,32 +143,66 @@ class Worker:
         others = [other for place, other in enumerate(others) if not other.begins_like(oldest, *others[:place])]
         others.sort(key=lambda sequence: sequence.prompt_left)
         left = float(self.limits.prefill_tokens)
-        left -= self._compute(oldest, left / 2 if others else left, at_least=1)
-        for other in others:
+        left -= self._compute(oldest, left / 2 if others else left, others, at_least=1)
+        for place, other in enumerate(others):
+            if other not in self._joining:
+                continue
             # one begun prompt beside the oldest holds caches of its own; another may only be begun to be ended at once
             if other.prefill or other.prompt_left <= left or not any(one.prefill for one in others):
-                left -= self._compute(other, left)
+                left -= self._compute(other, left, others[place + 1 :])
         if oldest in self._joining:
             self._compute(oldest, left)
 
-    def _compute(self, sequence: Sequence, work: float, at_least: int = 0) -> float:
-        """Compute a part of a prompt; returns its work. A token far behind the beginning is more work: it attends to more."""
+    def _compute(self, sequence: Sequence, work: float, others: list[Sequence] | None = None, at_least: int = 0) -> float:
+        """Compute a part of a prompt, or the whole one and those of `others` that are like it in one pass; returns the work.
+
+        A token far behind the beginning is more work: it attends to more.
+        """
         cost = 1 + (sequence.prefill.computed if sequence.prefill else 0) / self._even_tokens
         tokens = max(at_least, int(work / cost))
         if not tokens:
             return 0.0
-        spent, stays = 1.0, False
+        spent, sequences = 1.0, self._alike(sequence, others or [], tokens)
         try:
-            prefill = sequence.prefill or self._begin(sequence)
-            computed = prefill.advance(tokens)
-            spent = computed * cost
-            self._count(prompt_tokens=computed)
-            stays = not prefill.done or self._join(sequence, prefill)
-        except Exception as error:  # noqa: BLE001 - logged, and reported to the client
-            self._fail(error, [sequence.handle])
-        if not stays:
-            self._joining.remove(sequence)
+            prefills = [one.prefill or self._begin(one) for one in sequences]
+            before = sum(prefill.computed for prefill in prefills)
+            spent = cost * (prefills[0].advance(tokens) if len(prefills) == 1 else advance_together(prefills))
+            self._count(prompt_tokens=sum(prefill.computed for prefill in prefills) - before)
+        except Exception as error:  # noqa: BLE001 - logged, and reported to the clients
+            self._drop(error, sequences)
+            return spent
+        for one, prefill in zip(sequences, prefills, strict=True):
+            try:
+                if prefill.done and not self._join(one, prefill):
+                    self._joining.remove(one)
+            except Exception as error:  # noqa: BLE001 - logged, and reported to the client
+                self._drop(error, [one])
         return spent
+
+    def _drop(self, error: Exception, sequences: list[Sequence]) -> None:
+        """Fail prompts that are being computed."""
+        self._fail(error, [sequence.handle for sequence in sequences])
+        for sequence in sequences:
+            self._joining.remove(sequence)
+
+    def _alike(self, first: Sequence, others: list[Sequence], tokens: int) -> list[Sequence]:
+        """`first`, and those of `others` whose prompts are computed in its pass: whole ones of like length, none begun, without a
+        prefix, of at most `tokens` tokens with their padding."""
+        length, found = len(first.request.prompt_ids), [first]
+        if not self._whole(first):
+            return found
+        for other in others:
+            longest = max(len(one.request.prompt_ids) for one in (*found, other))
+            like = abs(len(other.request.prompt_ids) - length) <= length * _UNLIKE and bool(other.lam) == bool(first.lam)
+            if like and longest * (len(found) + 1) <= tokens and self._whole(other):
+                found.append(other)
+        return found
+
+    def _whole(self, sequence: Sequence) -> bool:
+        """Nothing of the prompt is computed, and it is the decoder that reads it."""
+        request = sequence.request
+        begun = sequence.prefill or self._start
+        return not begun and self._prefixes.longest(request.prompt_ids, request.owner) is None
 
     def _begin(self, sequence: Sequence) -> Prefill:
         ids, owner = sequence.request.prompt_ids, sequence.request.owner

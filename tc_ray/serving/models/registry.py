@@ -26,7 +26,7 @@ from tc_ray.models.copilot.probe import check_answers
 from tc_ray.models.folder import FusionSettings
 from tc_ray.models.fusion import FusedModel
 from tc_ray.models.identity import vocabulary_hash
-from tc_ray.models.pilot.load import load_pilot
+from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.serving.engine.engine import Engine, Turns
 from tc_ray.serving.errors import RequestError, ServingError
 from tc_ray.serving.text.prompt import PromptEncoder
@@ -98,10 +98,10 @@ class LoadedRun:
     def __init__(self, name: str, export: Path, serving: ServingSection, turns: Turns) -> None:
         self.name, self.export = name, export
         self._serving, self._turns = serving, turns
-        self._device = "cuda" if serving.gpu else "cpu"
+        self._device, self._dtype = "cuda" if serving.gpu else "cpu", DTYPES[serving.dtype]
         folder = self.export / "pilot"
         try:
-            self._pilot: Any = _in_memory(load_pilot(folder, dtype=torch.float32, safetensors=True)).to(self._device)
+            self._pilot: Any = _in_memory(load_pilot(folder, dtype=self._dtype, safetensors=True)).to(self._device)
             # Never used itself: fast tokenizers may not be used by two threads at once, so each engine gets a copy.
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
@@ -140,7 +140,7 @@ class LoadedRun:
             check_tokenizer(source, self._vocabulary)
             fusion = FusionSettings.read(source)
             copilot = _in_memory(
-                Copilot.from_pretrained(source / "copilot", dtype=torch.float32, use_safetensors=True)
+                Copilot.from_pretrained(source / "copilot", dtype=self._dtype, use_safetensors=True)
             ).to(self._device)
             check_answers(copilot.eval(), f"{source / 'copilot'}")
             with self._turns:  # the tap's hooks are put on the Pilot's layers: not while a forward pass walks over them

@@ -11,7 +11,7 @@ import torch
 from tc_ray.models.decoding.alone import PilotAlone
 from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
 from tc_ray.models.decoding.kv_rows import RowStore
-from tc_ray.models.decoding.prefill import Prefill, encoded
+from tc_ray.models.decoding.prefill import Prefill, advance_together, encoded
 from tc_ray.models.fusion import FusedModel
 from tests.support.family_samples import PAPER, make_copilot, new_pilot, output_ids, quiet
 from tests.support.tiny_families import DECODER_ONLY, ENCODER_DECODER, VOCAB
@@ -119,6 +119,41 @@ def test_a_pilot_without_a_copilot_decodes_too(family: str) -> None:
         ids = torch.tensor([PROMPTS[number]])
         out = pilot.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert tokens == out[0, len(PROMPTS[number]) :].tolist()
+
+
+@pytest.mark.parametrize(("family", "name"), [case for case in CASES if case[0] in DECODER_ONLY])
+def test_prompts_computed_in_one_pass_are_as_if_alone(family: str, name: str) -> None:
+    """Lengths from 1 to 25, lambda 0 among others; with windows (gemma) shorter than a prompt."""
+    model = fused_model(family, **SETTINGS[name])
+    prefills = [Prefill(model, prompt, lam) for prompt, lam in zip(PROMPTS, LAMS, strict=True)]
+    assert advance_together(prefills) == len(PROMPTS) * 25
+    batch = FusedBatch(model)
+    batch.reserve([batch.need(len(prompt), 8, lam != 0) for prompt, lam in zip(PROMPTS, LAMS, strict=True)])
+    for prefill in prefills:
+        assert prefill.done
+        batch.join(prefill)
+    logits = [torch.cat([prefill.fused for prefill in prefills])]
+    for _ in range(7):
+        logits.append(batch.step(logits[-1].argmax(1).tolist()).fused)
+    for number, prompt in enumerate(PROMPTS):
+        tokens, expected = alone(model, prompt, LAMS[number], 8)
+        found = torch.stack([step[number] for step in logits])
+        assert found.argmax(1).tolist() == tokens, number
+        torch.testing.assert_close(found[:4].softmax(1), expected[:4].softmax(1), atol=1e-4, rtol=1e-3)
+        prefix = prefills[number].prefix()
+        if prefix is not None:  # another prompt goes on with what is its own, and holds none of the padding
+            assert prefix.states.shape[1] == len(prompt) and prefix.entries[0][0].shape[2] == len(prompt)
+            assert prefix.states.untyped_storage().nbytes() == prefix.states.nbytes
+
+
+def test_a_pilot_alone_computes_prompts_in_one_pass() -> None:
+    model = PilotAlone(new_pilot("llama"))
+    prefills = [Prefill(model, prompt, 0.0) for prompt in PROMPTS]
+    advance_together(prefills)
+    for prompt, prefill in zip(PROMPTS, prefills, strict=True):
+        by_itself = Prefill(model, prompt, 0.0)
+        by_itself.advance(100)
+        torch.testing.assert_close(prefill.pilot, by_itself.pilot, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine import engine as engine_module
 from tc_ray.serving.engine.contract import Finished, GenerationRequest, Piece
 from tc_ray.serving.engine.engine import Engine
-from tests.support.serving_samples import LIMITS, Collector
+from tc_ray.serving.errors import RequestError
+from tests.support.serving_samples import LIMITS, Collector, offline
 
 
 def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Path, prompt: tuple[int, ...]) -> None:
@@ -104,6 +107,53 @@ def test_prompts_that_begin_alike_are_computed_once(engine: Engine, prompt: tupl
         one.all()
     load = engine.load()
     assert load.prompt_tokens < 1.2 * len(given) and load.cached_tokens > 2.8 * len(given)
+
+
+def test_prompts_of_like_length_are_computed_in_one_pass(
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...]
+) -> None:
+    """Those that wait in a round, within its work; a prompt of another length, or without the Copilot, is computed by itself."""
+    shapes: list[tuple[int, int]] = []
+    lengths = (8, 9, 8, 20, 8)
+    requests = [GenerationRequest((*range(60 + 9 * i, 60 + 9 * i + n),), 6) for i, n in enumerate(lengths)]
+    requests[4] = replace(requests[4], lam=0.0)
+    handle = model.pilot.register_forward_pre_hook(
+        lambda _module, _args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        found = many(engine, requests)
+    finally:
+        handle.remove()
+    # 32 tokens a round: half of them for the oldest, and what is like it; then the shortest ones
+    assert [shape for shape in shapes if shape[1] > 1][:3] == [(2, 8), (1, 8), (1, 8)]
+    for request, tokens in zip(requests, found, strict=True):
+        assert tokens == offline(model, request.prompt_ids, max_new_tokens=6, do_sample=False, lam=request.lam)
+
+
+def many(engine: Engine, requests: list[GenerationRequest]) -> list[list[int] | RequestError]:
+    """Tokens of requests that are submitted at once, or what they failed by."""
+    events: queue.Queue[tuple[int, object]] = queue.Queue()
+    engine.submit(requests, lambda number, event: events.put((number, event)))
+    tokens: list[list[int]] = [[] for _ in requests]
+    ended: dict[int, RequestError] = {}
+    left = len(requests)
+    while left:
+        number, event = events.get(timeout=60)
+        if isinstance(event, Piece):
+            tokens[number] += [token.id for token in event.tokens]
+        else:
+            left -= 1
+            if isinstance(event, RequestError):
+                ended[number] = event
+    return [ended.get(number, given) for number, given in enumerate(tokens)]
+
+
+def test_a_pass_over_several_prompts_that_fails_fails_these_only(engine: Engine, prompt: tuple[int, ...]) -> None:
+    running = Collector(engine, GenerationRequest(prompt, 200))
+    running.next()
+    found = many(engine, [GenerationRequest(ids, 4) for ids in ((9,) * 8, (10**6,) * 8, tuple(range(60, 75)))])
+    assert [isinstance(one, RequestError) for one in found] == [True, True, False]
+    assert isinstance(running.all()[1], Finished)
 
 
 def test_a_busy_engine_that_computes_nothing_is_unhealthy(
