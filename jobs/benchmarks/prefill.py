@@ -101,7 +101,9 @@ def together(fused: FusedModel, lengths: Sequence[int], lam: float, arguments: a
 
 
 @torch.inference_mode()
-def one_pass(fused: FusedModel, running: int, chunk: int, context: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def one_pass(
+    fused: FusedModel, running: int, chunk: int, context: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """A step of `running` rows and a chunk of a prompt, by lambda 0, against one pass over as many tokens."""
     batch, (prompt, both) = FusedBatch(fused), prompts(fused, (chunk, running + chunk))
     batch.reserve([batch.need(context, 2 * arguments.rounds + 4, False)] * running)
@@ -168,9 +170,7 @@ def main() -> None:
         shared = measure_sharing(fused, arguments)
         print(device_line(arguments.device))
         print_sharing(shared, f"one pass / apart, {arguments.dtype}, Copilot of {len(fused.copilot.layers)} layers")
-        write_json(
-            arguments.json, {"machine": device_line(arguments.device), "settings": settings, "sharing": shared}
-        )
+        write_json(arguments.json, {"machine": device_line(arguments.device), "settings": settings, "sharing": shared})
         return
     results = [measure(fused, batch, length, arguments) for batch in arguments.batches for length in arguments.prompts]
     print(device_line(arguments.device))

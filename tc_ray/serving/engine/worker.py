@@ -153,7 +153,9 @@ class Worker:
         if oldest in self._joining:
             self._compute(oldest, left)
 
-    def _compute(self, sequence: Sequence, work: float, others: list[Sequence] | None = None, at_least: int = 0) -> float:
+    def _compute(
+        self, sequence: Sequence, work: float, others: list[Sequence] | None = None, at_least: int = 0
+    ) -> float:
         """Compute a part of a prompt, or the whole one and those of `others` that are like it in one pass; returns the work.
 
         A token far behind the beginning is more work: it attends to more.
@@ -193,8 +195,9 @@ class Worker:
             return found
         for other in others:
             longest = max(len(one.request.prompt_ids) for one in (*found, other))
-            like = abs(len(other.request.prompt_ids) - length) <= length * _UNLIKE and bool(other.lam) == bool(first.lam)
-            if like and longest * (len(found) + 1) <= tokens and self._whole(other):
+            like = abs(len(other.request.prompt_ids) - length) <= length * _UNLIKE
+            corrected = bool(other.lam) == bool(first.lam)
+            if like and corrected and longest * (len(found) + 1) <= tokens and self._whole(other):
                 found.append(other)
         return found
 
