@@ -74,6 +74,7 @@ class NoEnd:
     """The engine's tokenizer here: text costs are part of serving, end tokens are not part of this measurement."""
 
     eos_token_id = None
+    all_special_ids: tuple[int, ...] = ()
 
     def decode(self, ids: list[int], **_: Any) -> str:
         """A word a token."""

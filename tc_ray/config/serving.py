@@ -56,8 +56,8 @@ class ServingSection(Section):
     gpu: bool = Field(False, description="put the models on a GPU, one GPU per replica")
     dtype: Literal["bf16", "fp32"] = Field(
         "fp32",
-        description="type of the weights, the caches and of computing; bf16 halves them and is for a GPU or a processor with "
-        "instructions for it: nearly equal tokens may swap, scores have two digits",
+        description="type of the weights, the caches and of computing; bf16 takes half the bytes, and is slow on a processor "
+        "without instructions for it (serving.md says what stays equal)",
     )
     failover: bool = Field(
         True, description="put the failover proxy into the Ray that the server starts: streams survive a dead replica"

@@ -1,6 +1,6 @@
 """A running batch of fused decoding that sequences join and leave at any token.
 
-A prompt is computed by itself, exactly as `generate` computes it (prefill.py), then joins. `step` takes one token of every
+A prompt is computed by itself or with others (prefill.py), as `generate` computes it, then joins. `step` takes one token of every
 sequence and returns the next distributions of all. Invariant: a sequence's numbers depend on the others by rounding only:
 rows are independent in every operation, and masks hide what is not a row's own. Sequences with lam 0 do not run the
 Copilot. An encoder-decoder's rows are its decoder's; the keys and values of each source, made once, have a store of their own.

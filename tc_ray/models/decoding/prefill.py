@@ -172,10 +172,11 @@ def advance_together(prefills: Sequence[Prefill]) -> int:
             prefill._f = f[row : row + 1]
             prefill.fused = prefill._fused(prefill.lam)
             ours, own = cache.copilot, prefill.cache.copilot
+            assert ours.visible is not None and ours.feedback is not None
             _copy_row(ours.self_attention, own.self_attention, row, attended.new_ones(ours.rows))
             _copy_row(ours.memory, own.memory, row, ours.visible[row])
             own.see(ours.visible[row : row + 1, ours.visible[row]])
-            own.feed(ours.feedback[row : row + 1])
+            own.feed(ours.feedback[row : row + 1].clone())
     return ids.numel()
 
 

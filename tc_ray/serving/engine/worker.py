@@ -2,7 +2,7 @@
 
 Invariants: sequences are admitted in the order of arrival, each when the caches hold it to its last token; the caches never
 pass `limits.cache_bytes`, except for the moment in which one is copied to a larger block. An error in the batch fails the
-sequences in it and no others, one in a pass over several prompts these. A request enters the batch in `_join`.
+sequences in it and no others; one in a pass over several prompts fails these. A request enters the batch in `_join`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 _NOT_FINITE = "logits that are not finite"
 _SCORED_ROWS = 16
 """Rows scored between two steps of the batch."""
-_UNLIKE = 1 / 8
-"""Prompts computed in one pass differ in length by this share at most: padding costs what a pass saves from about 30% on."""
+_UNLIKE = 1 / 16
+"""Prompts computed in one pass differ in length from the first by this share at most: padding costs what a pass saves."""
 
 
 class Worker:

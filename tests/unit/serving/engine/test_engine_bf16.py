@@ -2,7 +2,7 @@
 
 A product in another batch is added in another order, and bf16 keeps eight bits of it. What holds (docs/serving.md): given the text
 before it, a token is offline decoding's where the two likeliest are further apart than TOLERANCE of the largest logit, and the
-log-probability of a token that is not nearly impossible agrees to that. Measured with these weights: a third of it.
+log-probability of a token that is not nearly impossible agrees to that. Measured with these weights: up to a third of it (0.13 of 0.37).
 """
 
 from __future__ import annotations
