@@ -202,10 +202,11 @@ class Worker:
         return found
 
     def _whole(self, sequence: Sequence) -> bool:
-        """Nothing of the prompt is computed, and it is the decoder that reads it."""
+        """The prompt waits, nothing of it is computed or kept, and it is the decoder that reads it."""
         request = sequence.request
-        begun = sequence.prefill or self._start
-        return not begun and self._prefixes.longest(request.prompt_ids, request.owner) is None
+        if sequence not in self._joining or sequence.prefill or self._start:
+            return False
+        return self._prefixes.longest(request.prompt_ids, request.owner) is None
 
     def _begin(self, sequence: Sequence) -> Prefill:
         ids, owner = sequence.request.prompt_ids, sequence.request.owner

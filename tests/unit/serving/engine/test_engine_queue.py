@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 import threading
 import time
 from dataclasses import replace
@@ -128,6 +129,21 @@ def test_prompts_of_like_length_are_computed_in_one_pass(
     assert [shape for shape in shapes if shape[1] > 1][:3] == [(2, 8), (1, 8), (1, 8)]
     for request, tokens in zip(requests, found, strict=True):
         assert tokens == offline(model, request.prompt_ids, max_new_tokens=6, do_sample=False, lam=request.lam)
+
+
+def test_no_prompt_is_computed_twice_in_a_round(model: FusedModel, export: Path) -> None:
+    """The second is too short for the first one's pass, but like the third, which has entered the batch with the first."""
+    limits = LIMITS.model_copy(update={"prefill_tokens": 300, "prefix_bytes": 0})
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), limits)
+    dice = random.Random(4)
+    requests = [GenerationRequest(tuple(dice.choices(range(3, 260), k=n)), 6) for n in (48, 44, 46)]
+    try:
+        found = many(engine, requests)
+        assert engine.load().prompt_tokens == 48 + 44 + 46
+    finally:
+        engine.close()
+    for request, tokens in zip(requests, found, strict=True):
+        assert tokens == offline(model, request.prompt_ids, max_new_tokens=6, do_sample=False)
 
 
 def many(engine: Engine, requests: list[GenerationRequest]) -> list[list[int] | RequestError]:
