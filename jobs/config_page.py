@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 
 from tc_ray.config.fields import ConfigField, config_fields
 from tc_ray.config.schema import RunConfig
@@ -110,6 +111,8 @@ def _allowed(annotation: Any, metadata: Any = ()) -> str:
         return " or ".join(dict.fromkeys(_allowed(argument) for argument in arguments))
     if origin is Literal:
         return ", ".join(str(argument) for argument in arguments)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     if origin is list:
         return f"a list of {_allowed(arguments[0])}"
     if origin is dict:

@@ -33,6 +33,15 @@ class HeldOutSet(Section):
     task: str | None = None
 
 
+class TrainSource(Section):
+    """One place of training files in a mixture, and how often its rows are trained on in an epoch."""
+
+    file: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+
+
+TEMPLATES = ("prompt", "completion", "answer")
+"""Fields of a record that may be given as templates over a row's columns."""
 SET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -50,6 +59,24 @@ def _named_sets(given: Any) -> Any:
             problem = error.errors(include_url=False)[0]
             raise ValueError(f"{'.'.join(map(str, (name, *problem['loc'])))}: {problem['msg']}") from None
     return sets
+
+
+def _mixture(given: Any) -> Any:
+    """A list of training files, each entry checked by itself: a union's own errors would speak of all its types."""
+    if not isinstance(given, list):
+        return given
+    if not given:
+        raise ValueError("the list of training files is empty")
+    sources = []
+    for number, one in enumerate(given):
+        try:
+            sources.append(TrainSource.model_validate({"file": one} if isinstance(one, str) else one))
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise ValueError(f"{'.'.join(map(str, (number, *problem['loc'])))}: {problem['msg']}") from None
+        if sources[-1].file == EMBEDDED:
+            raise ValueError(f"{number}: the embedded data set cannot be mixed with files")
+    return sources
 
 
 HeldOutSets = Annotated[
@@ -71,10 +98,21 @@ class DataSection(Section):
         "then item ids in time order. Each user's last item is a test row, the one before it a validation row, the earlier "
         "ones are training rows",
     )
-    train: str = Field(
+    train: Annotated[
+        str | list[TrainSource], BeforeValidator(_mixture, json_schema_input_type=str | list[str | TrainSource])
+    ] = Field(
         EMBEDDED,
-        description="JSON, JSONL (.gz too) or Parquet file or folder (.txt with format: sequences), or 'embedded'",
+        description="file, folder, pattern (shards/*.jsonl), s3:// address or hf://datasets/OWNER/NAME; JSON, JSONL, CSV, TSV "
+        "(.gz, .zst too), Parquet or Arrow (.txt with format: sequences); or a list of {file: ..., weight: ...}: rows of "
+        "weight 2 are trained on twice an epoch, of weight 0.5 a half of them; or 'embedded'",
     )
+    prompt: str | None = Field(
+        None,
+        description="Jinja template of the prompt over a row's columns, as in {{question}} and {{choices.text[0]}}; a column "
+        "of any name is {{row['NAME']}}",
+    )
+    completion: str | None = Field(None, description="as prompt: template of the text to learn")
+    answer: str | None = Field(None, description="as prompt: template of the answer that counts as right")
     fallback: Literal["embedded"] | None = Field(
         None,
         description="what to use, with a message, when a recipe's files of train are absent; null: absent files are an "
@@ -100,8 +138,8 @@ class DataSection(Section):
     )
     convert: Named | None = Field(
         None,
-        description="module:function that gets each record as it was read, and its part, and returns the record to use, or null to "
-        "leave it out (docs/extending.md)",
+        description="module:function that gets each record as it was read and returns the record to use, before task and "
+        "templates see it; one that it raises an error for is bad (docs/extending.md)",
     )
     test_size: float = Field(0.1, ge=0, description="rows cut from train when test is null: fraction or count")
     seed: int | None = Field(
@@ -147,6 +185,39 @@ class DataSection(Section):
         if self.sequences.clusters * 2 > self.sequences.items:
             raise ValueError("sequences.items must be at least twice sequences.clusters")
         return self
+
+    @model_validator(mode="after")
+    def _templates_are_templates(self) -> DataSection:
+        given = self.templates
+        if given and (self.task or self.format == "sequences"):
+            other = f"task {self.task}" if self.task else "format: sequences"
+            raise ValueError(f"{other} makes the records, so leave out {', '.join(given)}")
+        for name, text in given.items():
+            from jinja2 import Environment, TemplateSyntaxError
+
+            try:
+                Environment(autoescape=False).parse(text)
+            except TemplateSyntaxError as error:
+                raise ValueError(f"{name} is no Jinja template: {error.message} (its line {error.lineno})") from None
+        return self
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """The templates that are given, by the field of the record that each makes."""
+        return {name: text for name in TEMPLATES if (text := getattr(self, name)) is not None}
+
+    def train_sources(self) -> list[TrainSource]:
+        """The places of training files; none for the embedded data set."""
+        if isinstance(self.train, list):
+            return self.train
+        return [] if self.train == EMBEDDED else [TrainSource(file=self.train)]
+
+    @property
+    def train_text(self) -> str:
+        """`train` for messages."""
+        if isinstance(self.train, str):
+            return self.train
+        return ", ".join(f"{one.file} (weight {one.weight:g})" for one in self.train)
 
     def held_out_sets(self, part: Literal["validation", "test"]) -> dict[str, HeldOutSet]:
         """The sets that `validation` or `test` names; one without a name is called as the part is."""

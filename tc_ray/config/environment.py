@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 
 from tc_ray.config.fields import members, types_at
 from tc_ray.config.redact import names_secret, remember
@@ -60,6 +61,12 @@ def _leaf(value: Any, key: KeyPath, place: str, kinds: set[Any]) -> Any:
     if isinstance(value, list):
         inside = {member for kind in kinds if get_origin(kind) is list for member in members(get_args(kind)[0])}
         return [_leaf(inner, key, place, inside) for inner in value]
+    if isinstance(value, dict):  # an entry of a list: with the fields of the model that the list takes
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        fields = {name: members(info.annotation) for model in models for name, info in model.model_fields.items()}
+        return {
+            name: _leaf(inner, (*key, str(name)), place, fields.get(str(name), set())) for name, inner in value.items()
+        }
     if not isinstance(value, str) or "${" not in value:
         return value
     where = f"{place}: {'.'.join(key)}"
@@ -107,7 +114,7 @@ def typed(text: str, key: KeyPath, kinds: set[Any], where: str) -> Any:
     plain = kinds - {type(None)}
     # a path, unless it is a mapping of names to paths, as `data.test` may be
     if plain <= {str, Path} or (
-        key in PATHS and not text.lstrip().startswith("{")
+        key in PATHS and not text.lstrip().startswith(("{", "[{"))
     ):  # also of an unknown key, which is refused by its name whatever its value is
         if text == "null" and type(None) in kinds:
             return None

@@ -8,6 +8,7 @@ and the tests. Imports neither torch nor ray.
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -279,12 +280,18 @@ def _place_paths(config: RunConfig, folders: Sequence[Path]) -> None:
     roots = [Path.cwd(), *folders]
 
     def placed(source: str) -> str:
-        found = (root / Path(source).expanduser() for root in roots)
-        return next((os.path.normpath(path) for path in found if path.exists()), source)
+        for root in roots:
+            path = root / Path(source).expanduser()
+            if path.exists() or (glob.has_magic(source) and glob.glob(str(path))):
+                return os.path.normpath(path)
+        return source
 
     for section, name in PATHS:
         source = getattr(getattr(config, section), name)
-        if isinstance(source, dict):
+        if isinstance(source, list):
+            for one in source:
+                one.file = placed(one.file)
+        elif isinstance(source, dict):
             for held_out in source.values():
                 held_out.file = placed(held_out.file)
                 held_out.task = held_out.task and placed(held_out.task)

@@ -130,9 +130,9 @@ def check_inputs(config: RunConfig, recorded: list[Recorded], inputs: Mapping[st
 
 def _what(name: str, config: RunConfig, now: str) -> str:
     data, model = config.data, config.model
-    source = f", read from {now}" if now not in ("", data.train) else ""
+    source = f", read from {now}" if now not in ("", data.train_text) else ""
     return {
-        "train_rows": f"the training rows differ (data.train={data.train}{source}; tokenizer and template count too)",
+        "train_rows": f"the training rows differ (data.train={data.train_text}{source}; tokenizer and template count too)",
         "validation_rows": f"the validation rows differ (data.validation={data.validation or 'cut from data.train'})",
         "test_rows": f"the test rows differ (data.test={data.test or 'cut from data.train'})",
         "pilot_weights": f"the base weights differ (model.pilot={model.pilot})",

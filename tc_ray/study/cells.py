@@ -6,8 +6,10 @@ it needs; not from names, folders or machines. So equal work is one cell, and a 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -220,18 +222,22 @@ def _of_files(source: Any) -> Any:
     """Of a path, or of named sets."""
     if isinstance(source, dict):
         return {name: {key: _of_file(value) for key, value in given.items()} for name, given in source.items()}
+    if isinstance(source, list):
+        return [given | {"file": _of_file(given["file"])} for given in source]
     return _of_file(source)
 
 
 @cache
 def _of_file(source: str | None) -> str | None:
-    """A path by the content of its files; a name that is no path as it is."""
+    """A path or a pattern by the content of its files; a name that is neither, an address too, as it is."""
     path = Path(source) if source else None
-    if path is None or not path.exists():
+    found = [path] if path is not None and path.exists() else sorted(map(Path, glob.glob(source or "", recursive=True)))
+    if path is None or not found:
         return source
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path)}\0".encode())
+    files = [file for one in found for file in ([one] if one.is_file() else sorted(one.rglob("*"))) if file.is_file()]
+    for file in files:
+        digest.update(f"{os.path.relpath(file, path)}\0".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

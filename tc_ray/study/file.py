@@ -7,6 +7,7 @@ config is the recipe with the values of its task, then of its variant, over it.
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from tc_ray.config.data import EMBEDDED
 from tc_ray.config.environment import expand
 from tc_ray.config.fields import names_in
 from tc_ray.config.load import Layer, load_config
@@ -197,11 +197,11 @@ def _check_data(where: str, config: RunConfig, part: str) -> None:
     """Before hours of training: files are there, in place of which `data.fallback` would train on other rows, and one set is shown."""
     sets = config.data.held_out_sets("test")
     given = [
-        ("train", config.data.train),
+        *(("train", of.file) for of in config.data.train_sources()),
         *(("validation", of.file) for of in config.data.held_out_sets("validation").values()),
     ]
     for name, file in [*given, *(("test", of.file) for of in sets.values())]:
-        if file != EMBEDDED and not Path(file).exists():
+        if "://" not in file and not Path(file).exists() and not glob.glob(file, recursive=True):
             raise ConfigError(f"{where}: data.{name} is {file}: no such file or folder; a study uses no data.fallback")
     if part == "test" and len(sets) > 1:
         raise ConfigError(f"{where}: data.test has the sets {', '.join(sets)}: in a study give each a task of its own")

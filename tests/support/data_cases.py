@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.data_writers import (
+    HELD,
+    SUMS,
+    bad_utf8,
+    folder_of,
+    one_file,
+    parquet,
+    saved_by_datasets,
+    text,
+    with_links,
+)
 from tests.support.tiny_model import make_tokenizer
 
 STRICT_TEMPLATE = (
@@ -24,8 +34,6 @@ STRICT_TEMPLATE = (
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
     "<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-SUMS = [{"prompt": f"{i // 8}+{i % 8}", "completion": str(i // 8 + i % 8)} for i in range(64)]
-HELD = [{"prompt": f"HELD {i}", "completion": "T"} for i in range(20)]
 
 
 @dataclass(frozen=True)
@@ -47,53 +55,6 @@ class Case:
     def make_tokenizer(self) -> PreTrainedTokenizerFast:
         """The case's own, else by its template."""
         return (self.tokenizer or (strict_tokenizer if self.config.get("template") == "chat" else make_tokenizer))()
-
-
-def lines(file: Path, rows: Iterable[Any]) -> Path:
-    """JSON lines; a row that is text or bytes is written as it is."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    raw = [row if isinstance(row, (str, bytes)) else json.dumps(row) for row in rows]
-    content = b"".join((row.encode() if isinstance(row, str) else row) + b"\n" for row in raw)
-    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
-    return file
-
-
-def one_file(rows: Callable[[], Iterable[Any]], name: str = "t.jsonl") -> Callable[[Path], Path]:
-    return lambda folder: lines(folder / name, rows())
-
-
-def folder_of(files: dict[str, Iterable[Any]]) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        for name, rows in files.items():
-            lines(folder / "d" / name, rows)
-        return folder / "d"
-
-    return make
-
-
-def with_links(folder: Path) -> Path:
-    """The sums in a folder, with a link to a folder of more and one to nothing."""
-    lines(folder / "elsewhere" / "a.jsonl", HELD)
-    lines(folder / "d" / "a.jsonl", SUMS)
-    (folder / "d" / "more").symlink_to(folder / "elsewhere")
-    (folder / "d" / "gone.jsonl").symlink_to(folder / "nowhere.jsonl")
-    return folder / "d"
-
-
-def parquet(**columns: Any) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        pq.write_table(pa.table(columns), folder / "t.parquet")
-        return folder / "t.parquet"
-
-    return make
-
-
-def text(content: str | bytes, name: str) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return folder / name
-
-    return make
 
 
 def with_odd(row: Any, at: int = 3) -> Callable[[], list[Any]]:
@@ -190,7 +151,22 @@ CASES = [
     ),
     # -- nothing is left: refused with the arithmetic
     Case("empty", one_file(list), refused=("no row is left: its files hold no record; correct the path",)),
-    Case("one_row", one_file(lambda: SUMS[:1]), refused=("1 rows with 1 different prompts", "of 1 records 0 are bad")),
+    Case(
+        "one_row",
+        one_file(lambda: SUMS[:1]),
+        refused=(
+            "data.test_size 0.1 (1 rows) is 2 rows, more than the 1 usable rows of data.train",
+            "of 1 records 0 are bad",
+        ),
+    ),
+    Case(
+        "parts_larger_than_the_rows",
+        one_file(lambda: SUMS[:50]),
+        refused=(
+            "data.validation_size 200 + data.test_size 300 is 500 rows, more than the 50 usable rows of data.train",
+        ),
+        config={"validation_size": 200, "test_size": 300},
+    ),
     Case(
         "same_prompt",
         one_file(lambda: [{"prompt": "Write a haiku", "completion": f"h{i}"} for i in range(60)]),
@@ -265,9 +241,9 @@ CASES = [
         said=("left out of", "gone.jsonl, more"),
     ),
     Case(
-        "only_held_out_beside_csv",
-        folder_of({"train.csv": ["prompt,completion", "p,c"], "test.jsonl": SUMS}),
-        refused=("file of train rows, only test.jsonl, train.csv; convert",),
+        "only_held_out_beside_a_sheet",
+        folder_of({"train.xlsx": ["PK"], "test.jsonl": SUMS}),
+        refused=("file of train rows, only test.jsonl, train.xlsx; convert",),
     ),
     Case(
         "three_parts",
@@ -292,10 +268,10 @@ CASES = [
     Case("gz_cut", text(gzip.compress(b"x" * 5000)[:-12], "t.jsonl.gz"), refused=("t.jsonl.gz: cannot be read",)),
     Case(
         "csv_folder",
-        folder_of({"a.jsonl": SUMS, "b.csv": ["prompt,completion", "p,c"]}),
+        folder_of({"a.jsonl": SUMS[:60], "b.csv": ["prompt,completion", *(f'"{i}, ""q""",c' for i in range(4))]}),
         ROWS,
-        said=("left out of", "b.csv"),
     ),
+    Case("sheet", folder_of({"a.jsonl": SUMS, "b.xlsx": ["PK"]}), ROWS, said=("left out of", "b.xlsx")),
     Case(
         "hub_folder",
         folder_of({"README.md": ["# rows"], "data/train-0.jsonl": SUMS, "dataset_infos.json": ['{"default": {}}']}),
@@ -304,8 +280,26 @@ CASES = [
     ),
     Case(
         "saved_by_datasets",
-        folder_of({"data-00000-of-00001.arrow": ["x"], "state.json": ["{}"], "dataset_info.json": ["{}"]}),
-        refused=("holds no .json, .jsonl or .parquet (or .jsonl.gz) file", "data-00000-of-00001.arrow"),
+        saved_by_datasets,
+        (58, 6, 20),
+        said=("test rows by their names: test/data-00000-of-00001.arrow", "train/dataset_info.json, train/state.json"),
+    ),
+    Case(
+        "no_arrow_file",
+        folder_of({"data-00000-of-00001.arrow": ["x"], "state.json": ["{}"]}),
+        refused=("data-00000-of-00001.arrow: not a readable Arrow file",),
+    ),
+    Case(
+        "parquet_badutf8",
+        bad_utf8,
+        ROWS,
+        bad=((4, "prompt", "not UTF-8 at byte 4"),),
+    ),
+    Case(
+        "double",
+        one_file(lambda: [f'{{"prompt":"a{i}","prompt":"b{i}","completion":"c"}}' for i in range(64)]),
+        ROWS,
+        said=("t.jsonl, line 1: the key prompt stands twice in one object; the last one counts",),
     ),
     # -- values, and what is not read
     Case(

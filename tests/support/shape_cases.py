@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from tests.support.data_cases import CHAT, SAYS, USER, Case, one_file
+from tests.support.data_cases import CHAT, SAYS, USER, Case
+from tests.support.data_writers import one_file
 from tests.support.tiny_model import make_tokenizer
 
 

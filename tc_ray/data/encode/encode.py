@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -24,10 +23,12 @@ from tc_ray.config.named import load_named
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.data.encode.prompts import readable_prompt
 from tc_ray.data.encode.tokenize import TemplateLacksError, encode
+from tc_ray.data.source.files import DataFile
 from tc_ray.data.source.records import BadRow, DataError, Record, quarantined
 from tc_ray.data.source.shapes import Example, to_example
 from tc_ray.data.source.task_form import TaskForm, load_task
 from tc_ray.data.source.tasks import shaped
+from tc_ray.data.source.templates import filled
 from tc_ray.text import first_line
 
 if TYPE_CHECKING:
@@ -163,6 +164,8 @@ class Encoder:
             value = self._converted(value)
         if self.task is not None and not isinstance(value, BadRow):
             value = shaped(value, self.task)
+        elif self.task is None:
+            value = filled(value, self.config.templates)
         example = value if isinstance(value, BadRow) else to_example(value, held_out=held_out)
         if isinstance(example, BadRow):
             return example
@@ -226,7 +229,7 @@ class Encoder:
 
 
 def encode_files(
-    files: Sequence[Path], encoder: Encoder, read: Callable[[Path], Iterable[Record]], *, held_out: bool
+    files: Sequence[DataFile], encoder: Encoder, read: Callable[[DataFile], Iterable[Record]], *, held_out: bool
 ) -> Encoded:
     """Read, check and tokenise `files` in Ray's tasks.
 
@@ -236,7 +239,7 @@ def encode_files(
     Raises DataError: a file cannot be read at all.
     """
 
-    def encode_one(path: Path) -> pa.Table:
+    def encode_one(path: DataFile) -> pa.Table:
         return _encode_file(path, encoder, read, held_out)
 
     tables = [_SCHEMA.empty_table(), *_in_ray(encode_one, files)]
@@ -269,7 +272,7 @@ def named(rows: pa.Table, name: str) -> pa.Table:
     return rows.append_column("set", pa.array([name] * rows.num_rows, pa.string()))
 
 
-def _in_ray(encode_one: Callable[[Path], pa.Table], files: Sequence[Path]) -> list[pa.Table]:
+def _in_ray(encode_one: Callable[[DataFile], pa.Table], files: Sequence[DataFile]) -> list[pa.Table]:
     import ray
 
     task = ray.remote(encode_one)
@@ -279,7 +282,9 @@ def _in_ray(encode_one: Callable[[Path], pa.Table], files: Sequence[Path]) -> li
         raise error.cause from None
 
 
-def _encode_file(path: Path, encoder: Encoder, read: Callable[[Path], Iterable[Record]], held_out: bool) -> pa.Table:
+def _encode_file(
+    path: DataFile, encoder: Encoder, read: Callable[[DataFile], Iterable[Record]], held_out: bool
+) -> pa.Table:
     tables = [_SCHEMA.empty_table()]
     try:
         records = iter(read(path))

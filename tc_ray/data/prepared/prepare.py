@@ -22,14 +22,18 @@ import pyarrow.parquet as pq
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode.conversations import EARLIER, first_rows, joined_turns, last_rows
 from tc_ray.data.encode.encode import Encoded, Encoder, cut, encode_files, joined, named
+from tc_ray.data.encode.sizes import check_sizes
 from tc_ray.data.prepared.folder import LEFT_OUT, QUARANTINE, SCHEMA, LeftOut, PreparedData, save
 from tc_ray.data.source.embedded import for_fallback, generated_set, write_generated_set
+from tc_ray.data.source.files import DataFile
 from tc_ray.data.source.find import PARTS, find_sources, part_files
-from tc_ray.data.source.records import DataError, iter_records
+from tc_ray.data.source.readers import doubled_key, iter_records, shares
+from tc_ray.data.source.records import DataError, bad_row_text
 from tc_ray.data.source.sequences import ITEMS_FILE, SequenceReader, label_items, scan, write_items
-from tc_ray.text import visible
 
 _SHOWN_BAD_ROWS = 5
+_LOOKED_AT = 20
+"""Training files whose first records are searched for keys that stand twice."""
 
 
 def prepare(encoder: Encoder, folder: Path) -> PreparedData:
@@ -48,14 +52,16 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
     sources, notes = found.files, found.notes
     source = ", ".join(map(str, sources["train"])) or generated_set(config)
     if not sources["train"]:
-        sources["train"] = [write_generated_set(config, folder, encoder.seed)]
+        sources["train"] = [DataFile(str(write_generated_set(config, folder, encoder.seed)))]
         if config.format == "examples" and for_fallback(config) != config:
             notes.append(
-                "data.completion_pattern, data.task and data.convert are meant for the absent files and left out"
+                "data.completion_pattern, data.task, data.convert and templates are meant for the absent files and left out"
             )
             encoder = replace(encoder, config=for_fallback(config))
-    encoded, bad = _encode(sources["train"], found.sets, encoder, folder, notes)
-    prepared = _write(folder, source, _parts(encoder, encoded, notes), encoded, bad, notes)
+    train = shares(sources["train"], cpus())
+    encoded, bad = _encode(train, found.sets, encoder, folder, notes)
+    weights = [found.weights.get(file.place, 1.0) for file in train]
+    prepared = _write(folder, source, _parts(encoder, encoded, weights, notes), encoded, bad, notes)
     save(prepared)
     return prepared
 
@@ -80,9 +86,16 @@ def prepare_test_file(encoder: Encoder, source: str, target: Path, name: str = "
     return _write(target, source, {"test": table}, encoded, bad, notes)
 
 
+def cpus() -> int:
+    """Tasks that Ray runs at once."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
 def _encode(
-    train: Sequence[Path],
-    sets: Mapping[str, Mapping[str, Sequence[Path]]],
+    train: Sequence[DataFile],
+    sets: Mapping[str, Mapping[str, Sequence[DataFile]]],
     encoder: Encoder,
     folder: Path,
     notes: list[str],
@@ -96,31 +109,31 @@ def _encode(
         encoded, bad = _encode_sequences(train, encoder, folder, notes)
     else:
         known = encoder if encoder.task is not None else encoder.for_task(config.task)
+        firsts = [file for file in train if file.first][:_LOOKED_AT]
+        notes += [note for file in firsts if (note := doubled_key(file))]
         encoded = {"train": encode_files(train, known, iter_records, held_out=False)} if train else {}
         for part in ("validation", "test"):
             own = config.held_out_sets(part)
-            found = {
-                name: encode_files(
-                    files, known.for_task(own[name].task if name in own else None), iter_records, held_out=True
-                )
-                for name, files in sets.get(part, {}).items()
-            }
+            found = {}
+            for name, files in sets.get(part, {}).items():
+                form = known.for_task(own[name].task if name in own else None)
+                found[name] = encode_files(shares(files, cpus()), form, iter_records, held_out=True)
             for name, rows in found.items():
                 if not rows.rows.num_rows and len(found) > 1:
                     raise DataError(f"data.{part}.{name}: no row is left: {_arithmetic(rows)}")
             if found:
                 encoded[part] = joined(found)
-        bad = _quarantine({part: (rows.bad, rows.records) for part, rows in encoded.items()}, encoder, folder)
+        bad = _quarantine({part: (rows.bad, rows.records) for part, rows in encoded.items()}, encoder, folder, notes)
     encoder.check_id(max(rows.largest_id for rows in encoded.values()))
     return encoded, bad
 
 
 def _encode_sequences(
-    files: Sequence[Path], encoder: Encoder, folder: Path, notes: list[str]
+    files: Sequence[DataFile], encoder: Encoder, folder: Path, notes: list[str]
 ) -> tuple[dict[str, Encoded], int]:
     """Rows of all parts, leave-one-out, and the labels of the items, which are written to items.parquet."""
-    found = scan(files)
-    bad = _quarantine({"train": (found.bad, found.records)}, encoder, folder)
+    found = scan(list(dict.fromkeys(replace(file, rows=None) for file in files)))
+    bad = _quarantine({"train": (found.bad, found.records)}, encoder, folder, notes)
     labels = label_items(found.items, encoder.seed)
     write_items(labels, folder / ITEMS_FILE)
     notes.append(
@@ -137,8 +150,10 @@ def _encode_sequences(
     return encoded, bad
 
 
-def _quarantine(bad: Mapping[str, tuple[list[dict[str, Any]], int]], encoder: Encoder, folder: Path) -> int:
-    """Write the bad rows of all sources; returns their number.
+def _quarantine(
+    bad: Mapping[str, tuple[list[dict[str, Any]], int]], encoder: Encoder, folder: Path, notes: list[str]
+) -> int:
+    """Write the bad rows of all sources, and note the first of them; returns their number.
 
     Raises DataError: a source has too many of them among its records.
     """
@@ -150,15 +165,12 @@ def _quarantine(bad: Mapping[str, tuple[list[dict[str, Any]], int]], encoder: En
     for name, (rows, records) in bad.items():
         # rounded up to whole rows: a single bad row among few does not stop a run
         if len(rows) > math.ceil(allowed * records) or (rows and len(rows) == records):
-            first = "\n".join(
-                f"  {row['file']}, {row['unit']} {row['place']}{', field ' + row['field'] if row['field'] else ''}: "
-                f"{row['problem']}; {row['fix']}"
-                for row in rows[:_SHOWN_BAD_ROWS]
-            )
+            first = "\n".join(f"  {bad_row_text(row)}" for row in rows[:_SHOWN_BAD_ROWS])
             raise DataError(
                 f"data.{name}: {len(rows)} of {records} rows are bad, more than data.max_bad_fraction "
-                f"{allowed:g} allows, or none is left. The first:\n{visible(first)}\nAll of them: {target}"
+                f"{allowed:g} allows, or none is left. The first:\n{first}\nAll of them: {target}"
             )
+        notes += [f"bad: {bad_row_text(row)}" for row in rows[:_SHOWN_BAD_ROWS]]
     return sum(len(rows) for rows, _ in bad.values())
 
 
@@ -172,15 +184,20 @@ def _arithmetic(rows: Encoded) -> str:
     )
 
 
-def _parts(encoder: Encoder, encoded: dict[str, Encoded], notes: list[str]) -> dict[str, pa.Table]:
-    """The tables as they are written: each part its own rows, or cut from the training rows."""
+def _parts(
+    encoder: Encoder, encoded: dict[str, Encoded], weights: Sequence[float], notes: list[str]
+) -> dict[str, pa.Table]:
+    """The tables as they are written: each part its own rows, or cut from the training rows. weights: of the training files."""
     config = encoder.config
     if not encoded["train"].rows.num_rows:
-        raise DataError(f"data.train {config.train}: no row is left: {_arithmetic(encoded['train'])}")
+        raise DataError(f"data.train {config.train_text}: no row is left: {_arithmetic(encoded['train'])}")
     tables = {part: rows.rows for part, rows in encoded.items()}
     if config.format == "examples":
         tables = _cut(config, encoded, notes) | {part: tables[part] for part in encoded if part != "train"}
     tables["train"] = _joined(tables["train"], encoder, notes)
+    if any(weight != 1 for weight in weights):
+        tables["train"] = weighted(tables["train"], weights, encoder.seed)
+        notes.append(f"{tables['train'].num_rows} training rows after the weights of data.train")
     if config.max_train_rows:
         tables["train"] = tables["train"].slice(0, config.max_train_rows)
     for part in ("validation", "test"):
@@ -210,6 +227,7 @@ def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> 
     rows = encoded["train"].rows
     first, last = first_rows(rows), last_rows(rows)
     try:
+        check_sizes(config, int(first.sum()), [part for part in PARTS[1:] if part not in encoded])
         of_record = cut(
             rows["key"].filter(pa.array(last)).to_pylist(),
             validation=0 if "validation" in encoded else config.validation_size,
@@ -231,6 +249,21 @@ def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> 
         if shared:
             notes.append(f"warning: {shared} training rows have a prompt that also stands in data.{part}")
     return tables
+
+
+def weighted(rows: pa.Table, weights: Sequence[float], seed: int) -> pa.Table:
+    """Each row as often as its file's weight says, in order; of a fraction a seeded choice of that share of the file's rows.
+
+    weights: by the column `file`. Each copy is a training row, and a record of the log, of its own.
+    """
+    file = rows["file"].to_numpy()
+    times = np.zeros(len(file), np.int64)
+    for number, weight in enumerate(weights):
+        own = np.flatnonzero(file == number)
+        times[own] = int(weight)
+        extra = round((weight - int(weight)) * len(own))
+        times[np.random.default_rng([seed, number]).permutation(own)[:extra]] += 1
+    return rows.take(pa.array(np.repeat(np.arange(len(file)), times)))
 
 
 def _finish(rows: pa.Table) -> pa.Table:

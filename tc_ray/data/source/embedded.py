@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tc_ray.config.data import EMBEDDED, DataSection, SequencesSection
+from tc_ray.config.data import EMBEDDED, TEMPLATES, DataSection, SequencesSection
 from tc_ray.data.source.records import DataError
 
 # Short enough for a 135M model to learn part of it in minutes on a CPU, hard enough to leave mistakes to learn from.
@@ -48,8 +48,8 @@ def write_generated_set(config: DataSection, folder: Path, seed: int) -> Path:
 
 
 def for_fallback(config: DataSection) -> DataSection:
-    """The settings with which the embedded data set replaces absent files: pattern, task and converter made for those are left out."""
-    made_for_files = {"completion_pattern": None, "task": None, "convert": None}
+    """The settings with which the embedded data set replaces absent files: what is made for those is left out."""
+    made_for_files = dict.fromkeys(("completion_pattern", "task", "convert", *TEMPLATES))
     return config if config.train == EMBEDDED else config.model_copy(update=made_for_files)
 
 

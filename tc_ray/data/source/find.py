@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from tc_ray.config.data import EMBEDDED, DataSection
+from tc_ray.config.data import DataSection
+from tc_ray.data.source.files import COMPRESSED, DataFile, Listing, is_address, is_pattern, list_place
+from tc_ray.data.source.hub import HUB, list_hub
+from tc_ray.data.source.readers import BINARY
 from tc_ray.data.source.records import DataError
 from tc_ray.text import visible
 
 PARTS = ("train", "validation", "test")
-EXAMPLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+EXAMPLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 SEQUENCE_SUFFIXES = (".txt",)
 SIDE_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside data files."""
@@ -28,8 +31,6 @@ _WORDS = {
 }
 _PART_OF_WORD = {word: part for part, words in _WORDS.items() for word in words.split()}
 _SHOWN_NAMES = 5
-_Found = dict[str, list[Path]]
-"""Data files of one place by the part in their names, "" without one; _OTHERS: files that are not read."""
 _OTHERS = "left out"
 
 
@@ -37,98 +38,125 @@ _OTHERS = "left out"
 class Sources:
     """Files of each part (train without files: the embedded data set), and notes on what was chosen and left out.
 
-    sets: of validation and test, the files of each named set; one that is not named is called as its part is.
+    sets: of validation and test, the files of each named set; one that is not named is called as its part is. weights: how
+    often the rows of a training file are trained on in an epoch, where that is not once.
     """
 
-    files: dict[str, list[Path]]
+    files: dict[str, list[DataFile]]
     notes: list[str]
-    sets: dict[str, dict[str, list[Path]]] = field(default_factory=dict)
+    sets: dict[str, dict[str, list[DataFile]]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place's files by the part in their names ("" without one), as relative names; _OTHERS: what is not read."""
+
+    source: str
+    listing: Listing
+    parts: dict[str, list[str]]
+
+    def files(self, *parts: str) -> list[DataFile]:
+        """The data files of these parts, in the order of their names."""
+        names = sorted(name for part in parts for name in self.parts.get(part, []))
+        return [file for name in names if (file := self.listing.files[name]) is not None]
+
+    def named(self, parts: Iterable[str]) -> str:
+        """Names of the files of these parts, for a message."""
+        return _names([name for part in parts for name in self.parts.get(part, [])])
 
 
 def find_sources(config: DataSection) -> Sources:
     """Files of every part that has its own; the other parts are cut from train.
 
-    In a folder of training data, a file or folder is test rows if its name holds the word test (testset, heldout), and
-    validation rows if it holds eval, validation, valid, val or dev (evalset, ...). data.test and
+    In a folder, a pattern or a data set of training data, a file or folder is test rows if its name holds the word test
+    (testset, heldout), and validation rows if it holds eval, validation, valid, val or dev (evalset, ...). data.test and
     data.validation override this.
 
     Raises DataError: files are absent, of no known kind, or named so that their part is not clear.
     """
     sources = Sources({part: [] for part in PARTS}, [])
-    if config.train != EMBEDDED:
-        place = Path(config.train).expanduser().absolute()
-        if config.fallback == EMBEDDED and not place.exists():
-            sources.notes.append(
-                f"data.train {place} is absent: using the embedded data set, all parts are cut from it"
-            )
-            return sources
+    given = config.train_sources()
+    places = [_find(one.file, config) for one in given]
+    absent = [place.source for place in places if not place.listing.files and not Path(place.source).exists()]
+    if absent and config.fallback is not None:
+        sources.notes.append(
+            f"data.train {', '.join(absent)} is absent: using the embedded data set, all parts are cut from it"
+        )
+        return sources
+    for one, place in zip(given, places, strict=True):
+        before = set(sources.files["train"])
         _take_train(place, config, sources)
+        if len(set(sources.files["train"])) < len(sources.files["train"]):
+            raise DataError(f"data.train: a file of {one.file} stands in two of its entries; name each file once")
+        if one.weight != 1:
+            sources.weights |= {file.place: one.weight for file in sources.files["train"] if file not in before}
     for part in ("validation", "test"):
-        given = config.held_out_sets(part)
-        named = {name: part_files(one.file, part, config, sources.notes) for name, one in given.items()}
+        sets = config.held_out_sets(part)
+        named = {name: part_files(one.file, part, config, sources.notes) for name, one in sets.items()}
         sources.files[part] = [file for files in named.values() for file in files] or sources.files[part]
         sources.sets[part] = named or ({part: sources.files[part]} if sources.files[part] else {})
     return sources
 
 
-def part_files(source: str, part: str, config: DataSection, notes: list[str]) -> list[Path]:
-    """Files of `source` (file or folder) for "validation" or "test": those named so, else those without a part."""
-    place = Path(source).expanduser().absolute()
-    found = _find(place, config)
-    files = found[part] or found[""]
+def part_files(source: str, part: str, config: DataSection, notes: list[str]) -> list[DataFile]:
+    """Files of `source` (as data.train, but one place) for "validation" or "test": those named so, else those without a part."""
+    place = _find(source, config)
+    chosen = part if place.parts.get(part) else ""
+    files = place.files(chosen)
     if not files:
-        raise _nothing(place, found, part, config)
-    _note(
-        notes, f"data.{part}: left out of {place}", place, [f for own in found.values() for f in own if f not in files]
-    )
+        raise _nothing(place, part, config)
+    _note(notes, f"data.{part}: left out of {place.source}", place, [other for other in place.parts if other != chosen])
     return files
 
 
-def _take_train(place: Path, config: DataSection, sources: Sources) -> None:
-    found = _find(place, config)
+def _take_train(place: _Place, config: DataSection, sources: Sources) -> None:
     files, notes = sources.files, sources.notes
-    files["train"] = sorted(found[""] + found["train"])
-    if not files["train"]:
-        raise _nothing(place, found, "train", config)
+    found = place.files("", "train")
+    if not found:
+        raise _nothing(place, "train", config)
+    files["train"] += found
     for part in PARTS[1:]:
-        if found[part] and config.format == "sequences":
+        if place.parts.get(part) and config.format == "sequences":
             raise DataError(
-                f"data.train: {place} holds {_names(place, found[part])} beside other files, but format: sequences holds out "
-                "the last items of each user; name the file itself"
+                f"data.train: {place.source} holds {place.named([part])} beside other files, but format: sequences holds "
+                "out the last items of each user; name the file itself"
             )
         if getattr(config, part):
-            _note(notes, f"left out of {place}, because data.{part} is set", place, found[part])
+            _note(notes, f"left out of {place.source}, because data.{part} is set", place, [part])
         else:
-            files[part] = found[part]
-            _note(notes, f"{part} rows by their names", place, found[part])
-    _note(notes, f"left out of {place}", place, found[_OTHERS])
+            files[part] += place.files(part)
+            _note(notes, f"{part} rows by their names", place, [part])
+    _note(notes, f"left out of {place.source}", place, [_OTHERS])
 
 
-def _find(place: Path, config: DataSection) -> _Found:
+def _find(source: str, config: DataSection) -> _Place:
     """Data files of a place. Raises DataError for a file of another kind."""
-    found: _Found = defaultdict(list)
-    if place.is_file():
-        if not _is_data(place, config):
-            raise DataError(f"{place}: unknown kind of file; convert it to {_kinds(config)}")
-        found[""].append(place)
-    for file in sorted(path for path in place.rglob("*") if path.is_file() or path.is_symlink()):
-        relative = file.relative_to(place)
-        is_data = file.is_file() and _is_data(file, config)
-        hidden = any(part.startswith((".", "_")) for part in relative.parts)
-        if is_data and not hidden and file.name.lower() not in SIDE_FILES:
-            found[_part_by_name(relative, place)].append(file)
+    listing = list_hub(source) if source.startswith(HUB) else list_place(source)
+    shown = source if is_address(source) else str(Path(source).expanduser().absolute())
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name, file in listing.files.items():
+        is_data = file is not None and _is_data(file, config)
+        if listing.one:
+            if not is_data:
+                raise DataError(f"{shown}: unknown kind of file; convert it to {_kinds(config)}")
+            parts[""].append(name)
+            continue
+        hidden = any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
+        if is_data and not hidden and PurePosixPath(name).name.lower() not in SIDE_FILES:
+            parts[_part_by_name(name, listing.root)].append(name)
         elif is_data or not hidden:
-            found[_OTHERS].append(file)
-    return found
+            parts[_OTHERS].append(name)
+    return _Place(shown, listing, parts)
 
 
-def _part_by_name(file: Path, folder: Path) -> str:
+def _part_by_name(file: str, folder: str) -> str:
     """The part whose word stands in the file's name, else in the name of the nearest folder; "" without one."""
-    for name in reversed(file.parts):
+    for name in reversed(PurePosixPath(file).parts):
         parts = {_PART_OF_WORD[word] for word in re.split(r"[\W\d_]+", name.lower()) if word in _PART_OF_WORD}
         if len(parts) > 1:
             raise DataError(
-                f"{folder / file}: its name {name} holds the words of {' and '.join(sorted(parts))} rows; rename it, "
+                f"{folder}/{file}: its name {name} holds the words of {' and '.join(sorted(parts))} rows; rename it, "
                 "name each file in data.train, data.validation and data.test"
             )
         if parts:
@@ -136,35 +164,38 @@ def _part_by_name(file: Path, folder: Path) -> str:
     return ""
 
 
-def _is_data(file: Path, config: DataSection) -> bool:
-    suffixes = SEQUENCE_SUFFIXES if config.format == "sequences" else EXAMPLE_SUFFIXES
-    # Parquet is compressed inside
-    return file.name.lower().endswith((*suffixes, *(f"{suffix}.gz" for suffix in suffixes if suffix != ".parquet")))
+def _is_data(file: DataFile, config: DataSection) -> bool:
+    if file.kind in BINARY and file.name.lower().endswith(COMPRESSED):  # these are compressed inside
+        return False
+    return file.kind in (SEQUENCE_SUFFIXES if config.format == "sequences" else EXAMPLE_SUFFIXES)
 
 
 def _kinds(config: DataSection) -> str:
-    return ".txt (or .txt.gz)" if config.format == "sequences" else ".json, .jsonl or .parquet (or .jsonl.gz)"
+    if config.format == "sequences":
+        return ".txt (or .txt.gz, .txt.zst)"
+    return ".jsonl, .json, .csv, .tsv (.gz or .zst too), .parquet or .arrow"
 
 
-def _names(place: Path, files: Sequence[Path]) -> str:
-    names = [visible(file.relative_to(place).as_posix()) for file in sorted(files)[:_SHOWN_NAMES]]
-    more = len(files) - len(names)
-    return ", ".join(names) + (f" and {more} more" if more else "")
+def _names(names: Sequence[str]) -> str:
+    shown = [visible(name) for name in sorted(names, key=lambda name: PurePosixPath(name).parts)[:_SHOWN_NAMES]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _note(notes: list[str], what: str, place: Path, files: Sequence[Path]) -> None:
-    if files:
-        notes.append(f"{what}: {_names(place, files)}")
+def _note(notes: list[str], what: str, place: _Place, parts: Sequence[str]) -> None:
+    if any(place.parts.get(part) for part in parts):
+        notes.append(f"{what}: {place.named(parts)}")
 
 
-def _nothing(place: Path, found: _Found, part: str, config: DataSection) -> DataError:
-    others = [file for files in found.values() for file in files]
-    if others:
+def _nothing(place: _Place, part: str, config: DataSection) -> DataError:
+    if place.listing.files:
         return DataError(
-            f"data.{part}: {place} holds no {_kinds(config)} file of {part} rows, only {_names(place, others)}; convert, "
-            "rename or name the file itself"
+            f"data.{part}: {place.source} holds no {_kinds(config)} file of {part} rows, only {place.named(place.parts)}; "
+            "convert, rename or name the file itself"
         )
-    hint = "; or set data.train=embedded, or data.fallback=embedded" if part == "train" else ""
-    return DataError(
-        f"data.{part}: no {_kinds(config)} file at {place}; correct the path (relative paths start at the current folder){hint}"
-    )
+    hint = "" if is_address(place.source) else " (relative paths start at the current folder"
+    hint += "; a data set of the hub is hf://datasets/OWNER/NAME)" if hint else ""
+    if part == "train":
+        hint += "; or set data.train=embedded, or data.fallback=embedded"
+    what = "matches" if is_pattern(place.source) else "at"
+    return DataError(f"data.{part}: no {_kinds(config)} file {what} {place.source}; correct the path{hint}")

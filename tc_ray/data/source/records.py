@@ -1,22 +1,17 @@
-"""Read the records of a data file one by one, each with its place.
+"""A record of a data file with its place, what is wrong with a bad one, and the one error of data.
 
-Invariant: a line that cannot be read comes out as a `BadRow` in its place and does not end the reading. A JSON array or a
-Parquet file that cannot be read raises DataError. Called in Ray's tasks by `encode`, and by plans.
+Invariant: a message about a record names its file, its place there, the field and what to do. Pure; `readers` makes records.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tc_ray.files import DamagedFileError
-from tc_ray.text import first_line
+from tc_ray.text import first_line, visible
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +35,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Record:
-    """One record: `place` counts from 1 in `unit` (line of JSONL, item of a JSON array, row of Parquet)."""
+    """One record: `place` counts from 1 in `unit` (line of JSONL or CSV, item of a JSON array, row of Parquet)."""
 
     place: int
     unit: str
@@ -55,86 +50,15 @@ def quarantined(record: Record, bad: BadRow) -> dict[str, Any]:
     return {"unit": record.unit, "place": record.place, **valid}
 
 
-@contextmanager
-def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed where its name ends in .gz. Raises DataError when they cannot be read."""
-    try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            yield cast(IO[bytes], file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line without a byte order mark) of the lines that are not blank."""
-    with open_bytes(path) as lines:
-        for place, line in enumerate(lines, start=1):
-            if line.strip():
-                yield place, line.removeprefix(b"\xef\xbb\xbf")
-
-
-def iter_records(path: Path) -> Iterator[Record]:
-    """Yield the records of one file in order; `value` is the parsed JSON value, or a BadRow."""
-    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-    if suffix == ".parquet":
-        return _parquet(path)
-    return _json_array(path) if suffix == ".json" and _starts_with_bracket(path) else _json_lines(path)
-
-
-def _json_lines(path: Path) -> Iterator[Record]:
-    for place, line in iter_lines(path):
-        value: Any
-        try:
-            value = json.loads(line.decode("utf-8"))  # of bytes json would guess the encoding, line by line
-        except UnicodeDecodeError as error:
-            value = not_utf8(error)
-        except json.JSONDecodeError as error:
-            value = BadRow("", f"not JSON: {error.msg} at column {error.colno}", ONE_OBJECT)
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, nested too deeply
-            value = BadRow("", f"cannot be read: {first_line(error)}", "write one flat JSON object per line")
-        yield Record(place, "line", line.decode("utf-8", errors="replace").rstrip("\r\n"), value)
-
-
 def not_utf8(error: UnicodeDecodeError) -> BadRow:
     """A line that is not UTF-8."""
     return BadRow("", f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8")
 
 
-def _starts_with_bracket(path: Path) -> bool:
-    with open_bytes(path) as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _json_array(path: Path) -> Iterator[Record]:
-    with open_bytes(path) as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")
-    try:
-        values = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: not JSON ({first_line(error)}); repair the array, or write one JSON object per line so that single bad "
-            "lines can be left out"
-        ) from error
-    for place, value in enumerate(values, start=1):
-        yield Record(place, "item", _shown(value), value)
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    place = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                place += 1
-                yield Record(place, "row", _shown(value), value)
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also what Python cannot hold of a value
-        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)}); write it again") from error
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+def bad_row_text(row: Mapping[str, Any]) -> str:
+    """A quarantined row for people: file, place, field, what is wrong and what to do."""
+    field = f", field {row['field']}" if row["field"] else ""
+    return visible(f"{row['file']}, {row['unit']} {row['place']}{field}: {row['problem']}; {row['fix']}")
 
 
 def read_prepared(file: Path, columns: Sequence[str]) -> pa.Table:

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tc_ray.config.data import SequencesSection
-from tc_ray.data.source.records import BadRow, DataError, Record, iter_lines, not_utf8, quarantined, read_prepared
+from tc_ray.data.source.files import DataFile, iter_lines
+from tc_ray.data.source.records import BadRow, DataError, Record, not_utf8, quarantined, read_prepared
 
 ITEMS_FILE = "items.parquet"
 """The items of a run and their labels, in its data folder."""
@@ -41,7 +42,7 @@ class Sequences:
         return self.users + len(self.bad)
 
 
-def scan(files: Sequence[Path]) -> Sequences:
+def scan(files: Sequence[DataFile]) -> Sequences:
     """Read all lines once and check them. Raises DataError: a file cannot be read."""
     items: set[str] = set()
     first_place: dict[str, str] = {}
@@ -88,7 +89,7 @@ class SequenceReader:
     left_out: frozenset[tuple[str, int]]
     config: SequencesSection
 
-    def __call__(self, file: Path) -> Iterator[Record]:
+    def __call__(self, file: DataFile) -> Iterator[Record]:
         """Yield the records of `file` in order; the place of a record is its user's line."""
         for place, line in iter_lines(file):
             found = None if (str(file), place) in self.left_out else _parse(line)

@@ -60,7 +60,7 @@ class Plan:
             ("pilot", f"{config.model.pilot}: {_known(self.sizes, 'pilot')} parameters"),
             ("", f"{_method(config.pilot)}, {_known(self.sizes, 'pilot_trainable')} trained"),
             *self._copilot(),
-            ("data", config.data.train),
+            ("data", config.data.train_text),
             ("", f"{rows}, {_known(data, 'mean_target_tokens', '.0f')} of them targets"),
             ("batch", f"{config.pilot.batch_size} examples per round = {split} accumulation step(s)"),
             ("rounds", f"{_known(self, 'rounds')} ({config.pilot.epochs} epoch(s))"),
@@ -219,7 +219,7 @@ def _data(config: RunConfig, pilot: ModelConfig | None, notes: list[str], refusa
             vocab_size=pilot.config.vocab_size,
         )
     except DataError as error:
-        refusals.append(f"data.train {config.data.train} on this machine: {error}")
+        refusals.append(f"data.train {config.data.train_text} on this machine: {error}")
     else:
         notes += [*found.notes, f"rows and lengths are estimated from {found.sampled} rows; the run measures them"]
         return found

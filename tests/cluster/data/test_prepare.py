@@ -15,7 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import SCHEMA, PreparedData
-from tc_ray.data.prepared.prepare import prepare, prepare_test_file
+from tc_ray.data.prepared.prepare import cpus, prepare, prepare_test_file
+from tc_ray.data.source.files import DataFile
+from tc_ray.data.source.readers import shares
 from tc_ray.data.source.records import DataError
 from tc_ray.data.source.sequences import read_items
 from tc_ray.run.job import JobError, run_job
@@ -207,7 +209,7 @@ def test_absent_sequences_fall_back_to_a_generated_set(tmp_path: Path, tokenizer
     assert prepared.rows["test"] == prepared.rows["validation"] == 25 and prepared.rows["train"] > 50
     assert "25 users over 20 items" in prepared.source
     assert any("none.txt is absent: using the embedded data set" in line for line in prepared.describe())
-    with pytest.raises(DataError, match=r"no \.txt \(or \.txt\.gz\) file at .*none\.txt"):
+    with pytest.raises(DataError, match=r"no \.txt \(or \.txt\.gz, \.txt\.zst\) file at .*none\.txt"):
         prepare(Encoder(sequence_section(train=str(tmp_path / "none.txt")), tokenizer, 1), tmp_path / "out")
 
 
@@ -258,3 +260,17 @@ def test_the_job_refuses_too_few_rows_and_no_test_rows(tmp_path: Path) -> None:
         run_job(tiny_config(tmp_path, **settings, data__test_size=2))
     with pytest.raises(JobError, match=r"no test rows .*data\.test_size"):
         run_job(tiny_config(tmp_path, **settings, data__test_size=0, pilot__batch_size=4, pilot__micro_batch_size=4))
+
+
+def test_one_large_file_is_tokenised_by_as_many_tasks_as_there_are_cpus(tmp_path: Path) -> None:
+    """Issue 18: one file was one task. Templates and the raw columns travel to the tasks too."""
+    rows = [{"question": f"question {n} " + "x" * 200, "reply": {"text": [f"answer {n}"]}} for n in range(1500)]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:900], {"question": 3}, *rows[900:]]))
+    config = section(train=str(file), prompt="{{question}}", completion="{{reply.text[0]}}", validation_size=10)
+    assert [share.rows for share in shares([DataFile(str(file))], cpus())] == [(0, 750), (750, 1501)]
+    prepared = prepare(Encoder(config, make_tokenizer(), 1), tmp_path / "out")
+    assert sum(prepared.rows.values()) == 1500 and prepared.quarantined == 1
+    numbers = [int(row["prompt"].split()[1]) for row in read(prepared)["train"]]
+    assert numbers == sorted(numbers)
+    assert any(f"bad: {file}, line 901, field data.completion: 'reply' is undefined" in note for note in prepared.notes)

@@ -12,7 +12,7 @@ from tc_ray.data.prepared.batches import RoundOrder
 from tc_ray.mistakelog.maintain.verify import verify_log
 from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.run.job import run_job
-from tests.support.data_cases import lines
+from tests.support.data_writers import lines
 from tests.support.local_ray import local_ray
 from tests.support.shape_cases import TOOLS_TEMPLATE
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer

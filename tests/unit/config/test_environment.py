@@ -72,6 +72,21 @@ data:
     assert load_config(None, ["data.system=${T_NAME}"]).data.system == "${T_NAME}", "a shell expands the command line"
 
 
+def test_entries_of_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ROWS": "s3://b/rows", "WEIGHT": "2", "FILE": "2024"}.items():
+        monkeypatch.setenv(f"T_{name}", value)
+    train = "['${T_ROWS}/a.jsonl', {file: '${T_FILE}', weight: '${T_WEIGHT}'}, {file: '${T_NONE:-c}', weight: 0.5}]"
+    found = load_config(recipe(tmp_path, f"data:\n  train: {train}\n")).data.train_sources()
+    assert [(one.file, one.weight) for one in found] == [("s3://b/rows/a.jsonl", 1), ("2024", 2), ("c", 0.5)]
+    for entry, message in (
+        ("{file: '${T_GONE}'}", r"line 2: data\.train\.file needs the environment variable T_GONE"),
+        ("{file: '${T_GONE:-}'}", r"data\.train.* 0\.file: String should have at least 1 character"),
+        ("'${T_GONE:-}'", r"line 2: data\.train.*: the path is empty"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(recipe(tmp_path, f"data:\n  train: [{entry}]\n"))
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

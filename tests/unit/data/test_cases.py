@@ -21,7 +21,8 @@ from tc_ray.data.prepared.folder import SCHEMA, PreparedData
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.records import DataError
 from tests.support.data_cases import CASES as ODD_CASES
-from tests.support.data_cases import HELD, SUMS, Case, lines
+from tests.support.data_cases import Case
+from tests.support.data_writers import HELD, SUMS, lines
 from tests.support.shape_cases import SHAPE_CASES
 from tests.support.tiny_model import make_tokenizer
 

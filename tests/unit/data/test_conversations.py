@@ -12,7 +12,7 @@ from tc_ray.data.encode.conversations import chains
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import PreparedData, rows_hashes
 from tc_ray.data.prepared.prepare import prepare
-from tests.support.data_cases import lines
+from tests.support.data_writers import lines
 from tests.support.shape_cases import tools_tokenizer
 from tests.support.tiny_model import make_tokenizer
 

@@ -17,7 +17,7 @@ from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.evaluation.compare import line_of
 from tc_ray.evaluation.report import Report
 from tc_ray.evaluation.rows import RowResult, RowSet, read_sets
-from tests.support.data_cases import SUMS, lines
+from tests.support.data_writers import SUMS, lines
 from tests.support.evaluation_samples import report_of
 from tests.support.tiny_model import make_tokenizer
 

@@ -17,7 +17,8 @@ from tc_ray.data.encode.encode import Encoder, cut, prompt_key
 from tc_ray.data.encode.prompts import render_prompt
 from tc_ray.data.encode.tokenize import encode
 from tc_ray.data.source.embedded import write_embedded
-from tc_ray.data.source.records import BadRow, DataError, iter_records
+from tc_ray.data.source.readers import iter_records
+from tc_ray.data.source.records import BadRow, DataError
 from tc_ray.data.source.shapes import Example, Turn, to_example
 from tc_ray.evaluation.answers.numbers import evaluate_expression
 

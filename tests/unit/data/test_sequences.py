@@ -16,6 +16,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.encode.tokenize import completion_ids, encode, prompt_ids
 from tc_ray.data.source.embedded import FOLLOW, SUCCESSORS, write_generated
+from tc_ray.data.source.files import DataFile
 from tc_ray.data.source.find import find_sources
 from tc_ray.data.source.records import DataError
 from tc_ray.data.source.sequences import SequenceReader, label_items, read_items, scan, write_items
@@ -34,10 +35,10 @@ def write(folder: Path, text: str | bytes, name: str = "s.txt") -> Path:
 
 def rows(path: Path, part: str, **config: int) -> list[tuple[str, str]]:
     """(prompt, completion) of a part, with items labelled by themselves."""
-    found = scan([path])
+    found = scan([DataFile(str(path))])
     same = {item: item for item in found.items}
     read = SequenceReader(part, same, found.left_out, SequencesSection.model_validate(config))
-    records = list(read(path))
+    records = list(read(DataFile(str(path))))
     assert all(record.value["answer"] == record.value["completion"] for record in records)
     return [(record.value["prompt"], record.value["completion"]) for record in records]
 
@@ -65,9 +66,9 @@ def test_no_part_sees_a_later_target(tmp_path: Path) -> None:
     write_generated(SequencesSection(users=30, items=40, clusters=4), path, seed=3)
     given = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
     trained: dict[str, list[str]] = defaultdict(list)
-    found = scan([path])
+    found = scan([DataFile(str(path))])
     read = SequenceReader("train", {i: i for i in found.items}, found.left_out, SequencesSection(history=5))
-    for record in read(path):
+    for record in read(DataFile(str(path))):
         user = record.raw.split(":")[0]
         trained[user] = [*trained[user], record.value["completion"]]
         items = given[user].split()
@@ -82,7 +83,7 @@ def test_no_part_sees_a_later_target(tmp_path: Path) -> None:
 
 def test_bad_lines_are_named_and_left_out_of_rows_and_items(tmp_path: Path) -> None:
     path = write(tmp_path, b"\xef\xbb\xbfu1 a b c\n\nu2 a only\nu3 \xff b c\nu1 d e f\nu4 a b c d\n")
-    found = scan([path])
+    found = scan([DataFile(str(path))])
     assert (found.users, found.records, found.items) == (2, 5, ["a", "b", "c", "d"])
     assert [(row["place"], row["field"]) for row in found.bad] == [(3, "items"), (4, ""), (5, "user")]
     assert "user u2 has 2 items" in found.bad[0]["problem"] and "at least 3" in found.bad[0]["fix"]
@@ -94,7 +95,7 @@ def test_bad_lines_are_named_and_left_out_of_rows_and_items(tmp_path: Path) -> N
 
 def test_an_absent_file_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
-        scan([tmp_path / "none.txt"])
+        scan([DataFile(str(tmp_path / "none.txt"))])
     with pytest.raises(DataError, match="not prepared from item sequences"):
         read_items(tmp_path / "items.parquet")
 
@@ -102,8 +103,8 @@ def test_an_absent_file_is_a_data_error(tmp_path: Path) -> None:
 def test_only_text_files_hold_sequences(tmp_path: Path) -> None:
     text, lines = write(tmp_path, "u a b c"), write(tmp_path, "{}", "x.jsonl")
     found = find_sources(DataSection(train=str(tmp_path), format="sequences"))
-    assert found.files["train"] == [text] and "x.jsonl" in found.notes[0]
-    assert find_sources(DataSection(train=str(tmp_path))).files["train"] == [lines]
+    assert found.files["train"] == [DataFile(str(text))] and "x.jsonl" in found.notes[0]
+    assert find_sources(DataSection(train=str(tmp_path))).files["train"] == [DataFile(str(lines))]
     with pytest.raises(DataError, match=r"unknown kind of file; convert it to \.txt"):
         find_sources(DataSection(train=str(lines), format="sequences"))
     (tmp_path / "test.txt").write_text("u a b c")
@@ -140,7 +141,7 @@ def test_generated_sequences_repeat_and_can_be_learned(tmp_path: Path) -> None:
         write_generated(config, tmp_path / name, seed)
     a, b, c = ((tmp_path / name).read_text() for name in "abc")
     assert a == b != c
-    found = scan([tmp_path / "a"])
+    found = scan([DataFile(str(tmp_path / "a"))])
     assert (found.users, found.bad) == (300, []) and len(found.items) > 50
     following: dict[str, Counter[str]] = defaultdict(Counter)
     for line in a.splitlines():
@@ -186,10 +187,10 @@ def test_the_recipe_s_tokenizer_takes_digits_in_pairs(tmp_path: Path) -> None:
     assert len(tokenizer) == config.vocab_size == 103 and config.is_encoder_decoder
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (config.pad_token_id, config.eos_token_id) == (0, 1)
     path = write(tmp_path, "u " + " ".join(f"i{n}" for n in range(150)))
-    found = scan([path])
+    found = scan([DataFile(str(path))])
     labels = label_items(found.items, seed=5)
     data = DataSection(template="plain", plain_template="{prompt}", format="sequences")
-    (record,) = SequenceReader("test", labels, found.left_out, SequencesSection(history=3))(path)
+    (record,) = SequenceReader("test", labels, found.left_out, SequencesSection(history=3))(DataFile(str(path)))
     row = Encoder(data, tokenizer, 0, encoder_decoder=True).rows(record, held_out=True)[0]
     numbers = [int(labels[f"i{n}"]) for n in (146, 147, 148, 149)]
     pairs = [part + 3 for number in numbers for part in (number // 100, number % 100)]

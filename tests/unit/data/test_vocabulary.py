@@ -15,7 +15,7 @@ from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.prepare import prepare, prepare_test_file
 from tc_ray.data.source.records import DataError
 from tc_ray.run.plan.plan import make_plan
-from tests.support.data_cases import SUMS, lines
+from tests.support.data_writers import SUMS, lines
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer
 
 ROWS = [{"prompt": f"<tool>{i}", "completion": "x"} for i in range(60)]
@@ -81,7 +81,7 @@ def test_a_plan_reads_the_files_that_the_run_reads(tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path / "model")
     lines(tmp_path / "d" / "train.jsonl", SUMS)
     lines(tmp_path / "d" / "eval.jsonl", SUMS[:20])
-    lines(tmp_path / "d" / "b.csv", ["prompt,completion"])
+    lines(tmp_path / "d" / "b.xlsx", ["prompt,completion"])
     config = RunConfig.model_validate(
         {
             "run": {"folder": tmp_path / "run"},
@@ -92,6 +92,6 @@ def test_a_plan_reads_the_files_that_the_run_reads(tmp_path: Path) -> None:
     )
     plan = make_plan(config)
     assert plan.data is not None and plan.data.rows == 60
-    assert "eval.jsonl" in str(plan) and "b.csv" in str(plan)
+    assert "eval.jsonl" in str(plan) and "b.xlsx" in str(plan)
     prepared = prepare(Encoder(config.data, make_tokenizer(), 1), tmp_path / "out")
     assert prepared.rows["train"] == plan.data.rows

@@ -11,6 +11,7 @@ import pytest
 from tc_ray.config.data import DataSection
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.data.encode.encode import Encoder
+from tc_ray.data.source.files import DataFile
 from tc_ray.data.source.records import Record
 from tc_ray.data.source.sequences import SequenceReader, label_items, scan
 from tc_ray.data.source.task_form import TASKS, load_task
@@ -72,10 +73,10 @@ def test_recommendation_reads_sequences(name: str) -> None:
     """Ranked by label: places, hits and NDCG follow by hand."""
     assert load_task(name).metric == "ranking"
     file = FILES / f"{name}.txt"
-    found = scan([file])
+    found = scan([DataFile(str(file))])
     labels = label_items(found.items, 1)
     rows = []
-    for record in SequenceReader("test", labels, found.left_out, PLAIN.sequences)(file):
+    for record in SequenceReader("test", labels, found.left_out, PLAIN.sequences)(DataFile(str(file))):
         row = encoded(name, record.value)
         items = file.read_text().splitlines()[len(rows)].split()[1:]
         assert row["answer"] == labels[items[-1]]

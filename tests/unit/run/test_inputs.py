@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from tc_ray.copilot import checkpoint
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.data.encode import encode
+from tc_ray.data.prepared import prepare
 from tc_ray.data.prepared.folder import SCHEMA, rows_hashes
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.models.identity import ModelSourceError, weights_hash
 from tc_ray.pilot.checkpoint import mark_complete
 from tc_ray.run.inputs import OtherInputsError, base_weights, check_inputs, prepare_rows, recorded_inputs
-from tests.support.data_cases import SUMS, lines
+from tests.support.data_writers import SUMS, lines
 from tests.support.mistakelog_samples import metadata
 from tests.support.tiny_model import make_tiny_llama, make_tokenizer
 from tests.support.tiny_run import tiny_config
@@ -177,6 +178,7 @@ def test_another_base_of_the_copilot_is_another_hash(tmp_path: Path) -> None:
 def test_files_of_a_user_in_the_data_folder_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault found by attack: a start put a new folder in place of data/, in which data.train and an evaluation's rows lay."""
     monkeypatch.setattr(encode, "_in_ray", lambda encode_one, files: [encode_one(file) for file in files])
+    monkeypatch.setattr(prepare, "cpus", lambda: 1)
     data = tmp_path / "run" / "data"
     own = lines(data / "mine.jsonl", SUMS)
     (evaluated := data / "evaluation-more-test.jsonl").mkdir()

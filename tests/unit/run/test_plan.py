@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tc_ray.config.load import load_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import Encoder
-from tc_ray.data.source.records import iter_records
+from tc_ray.data.source.readers import iter_records
 from tc_ray.models.families import UnknownFamilyError
 from tc_ray.models.identity import ModelSourceError
 from tc_ray.models.pilot.load import load_pilot

@@ -14,7 +14,7 @@ from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.batches import collate
-from tc_ray.data.source.records import iter_records
+from tc_ray.data.source.readers import iter_records
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter

@@ -14,7 +14,7 @@ import torch
 from tc_ray.config.load import save_config
 from tc_ray.run.plan.plan import make_plan
 from tests.support.command_line import tc_ray
-from tests.support.plan_samples import BATCH, config_of
+from tests.support.plan_samples import BATCH, ROWS, config_of
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -37,13 +37,23 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
     few = write(tmp_path / "few.jsonl", [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(12)])
     assert f"cannot fill a round of pilot.batch_size {BATCH}" in refusals(few)
     bad = [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(60)] + [{"prompt": 5}, {"prompt": "3+4"}]
-    assert "of 62 records 2 are bad" in refusals(write(tmp_path / "bad.jsonl", bad))
+    said = refusals(write(tmp_path / "bad.jsonl", bad))
+    assert "data.train: of 62 records 2 are bad, 0 have a prompt longer than data.cutoff_tokens" in said
+    assert f"bad: {tmp_path / 'bad.jsonl'}, line 61, field prompt: is int, not text; write it as a string" in said
+    assert "bad.jsonl, line 62, field completion: is missing" in said
     assert refusals(tmp_path / "bad.jsonl", data={"max_bad_fraction": 0.1}) == ""
     assert "absent.jsonl on this machine: " in refusals(tmp_path / "absent.jsonl")
     assert "absent.jsonl; correct the path" in refusals(tmp_path / "absent.jsonl")
     chats = write(tmp_path / "chats.jsonl", [{"conversations": []}] * 3)
     assert "3 are bad" in refusals(chats)
-    assert "line 1: conversations is an empty list; give a list of {role, content}" in refusals(chats)
+    assert "line 1, field conversations: is an empty list; give a list of {role, content}" in refusals(chats)
+    chats = write(tmp_path / "chats.jsonl", [{"dialogue": []}] * 3)
+    assert "3 are bad" in refusals(chats) and "line 1: has the fields dialogue; give" in refusals(chats)
+    sizes = {"validation_size": 200, "test_size": 300}
+    arithmetic = (
+        f"data.validation_size 200 + data.test_size 300 is 500 rows, more than the {ROWS} usable rows of data.train"
+    )
+    assert arithmetic in refusals(data=sizes)
     assert "no test rows to measure with" in refusals(data={"test_size": 0})
     assert refusals(data={"test_size": 0}, log={"enabled": False}) == ""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -55,6 +65,37 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
     (tmp_path / "run").mkdir()
     save_config(earlier, tmp_path / "run" / "config.yaml")
     assert "holds a run with other settings (pilot.learning_rate: 0.5" in refusals()
+
+
+def test_a_plan_shows_why_rows_of_each_part_are_not_usable(tiny: Path, tmp_path: Path) -> None:
+    """Issue 18: the messages were there and the plan threw them away; held-out files were not looked at."""
+    good: list[dict[str, Any]] = [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(60)]
+    train = write(tmp_path / "t.jsonl", [*good[:7], {"prompt": "p", "completion": " "}, *good[7:]])
+    long = [{"prompt": "w " * 300, "completion": "c"}] * 3
+    test = {"mine": str(write(tmp_path / "x.jsonl", [*good, *long, {"prompt": "q"}]))}
+    plan = make_plan(config_of(tiny, str(train), tmp_path / "run", data={"test": test, "max_bad_fraction": 0.05}))
+    assert plan.refusals == []
+    for said in (
+        "data.train: of 61 records 1 are bad, 0 have a prompt longer than data.cutoff_tokens",
+        f"bad: {train}, line 8, field completion: is empty; fill it in or leave the record out",
+        "data.test.mine: of 64 records 1 are bad, 3 have a prompt longer than data.cutoff_tokens",
+        f"bad: {test['mine']}, line 64, field answer: neither a completion nor an answer",
+    ):
+        assert said in str(plan)
+    test["mine"] = str(write(tmp_path / "y.jsonl", long))
+    (refused,) = make_plan(config_of(tiny, str(train), tmp_path / "run", data={"test": test})).refusals
+    assert "data.test.mine: of 3 records 0 are bad, 3 have a prompt longer" in refused
+
+
+def test_a_plan_counts_rows_by_their_weights(tiny: Path, tmp_path: Path) -> None:
+    short = write(tmp_path / "a.jsonl", [{"prompt": f"{i}", "completion": "c"} for i in range(50)])
+    more = write(tmp_path / "b.jsonl", [{"prompt": f"{i} and more words", "completion": "c"} for i in range(50)])
+    mixture = [{"file": str(short), "weight": 3}, {"file": str(more), "weight": 0.5}]
+    once = make_plan(config_of(tiny, f"{tmp_path}/?.jsonl", tmp_path / "run")).data
+    plan = make_plan(config_of(tiny, "", tmp_path / "run", data={"train": mixture}))
+    assert once is not None and plan.data is not None
+    assert (once.rows, plan.data.rows) == (80, 140) and plan.data.mean_tokens < once.mean_tokens
+    assert "a.jsonl (weight 3)" in str(plan)
 
 
 def test_the_command_ends_with_2_and_prints_the_plan_all_the_same(
@@ -83,4 +124,5 @@ def test_values_that_python_cannot_hold_are_named_as_data(tiny: Path, tmp_path: 
         columns["prompt"] = pa.array([b"\xff\xfe"] * 60).cast(pa.string(), safe=False)
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     (refused,) = make_plan(config_of(tiny, str(tmp_path / "t.parquet"), tmp_path / "run")).refusals
-    assert "t.parquet: not a readable Parquet file" in refused and "tokenizer" not in refused
+    field, problem = ("day", "cannot be read") if damage == "a date" else ("prompt", "not UTF-8 at byte 1")
+    assert f"t.parquet, row 1, field {field}: {problem}" in refused and "tokenizer" not in refused
