@@ -246,7 +246,9 @@ def test_the_job_refuses_a_token_without_an_embedding_before_any_worker(tmp_path
         run_job(config)
     assert not (config.run.path / "pilot").exists() and not (config.run.path / "config.yaml").exists()
     status = read_status(config.run.path)
-    assert status["state"] == "failed" and status["failure"].startswith("the tokenizer's token '<tool>' has the id"), status
+    assert status["state"] == "failed" and status["failure"].startswith("the tokenizer's token '<tool>' has the id"), (
+        status
+    )
 
 
 def test_the_job_refuses_too_few_rows_and_no_test_rows(tmp_path: Path) -> None:
