@@ -102,7 +102,8 @@ class ProgressView:
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS) -> None:
-        self._console = console or Console()
+        # in a notebook too: rich would show each line as an HTML block of its own
+        self._console = console or Console(force_jupyter=False)
         self._line_seconds = line_seconds
         self._live = Live(console=self._console, auto_refresh=False)
         self._shown: tuple[str, float] = ("", float("-inf"))

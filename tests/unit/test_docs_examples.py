@@ -179,6 +179,6 @@ def test_links_lead_somewhere(name: str) -> None:
     """Links to files of the repository, and paths of it in code."""
     linked = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text_of(name))]
     files = [(ROOT / name).parent / link for link in linked if link and "://" not in link]
-    paths = re.findall(r"`((?:tc_ray|tests|jobs|cluster|docs)/[\w./-]+\.\w+)`", text_of(name))
+    paths = re.findall(r"`((?:tc_ray|tests|jobs|cluster|docs|examples)/[\w./-]+\.\w+)`", text_of(name))
     files += [ROOT / path for path in paths]
     assert [file for file in files if not file.exists()] == []

@@ -43,6 +43,15 @@ def test_lines_come_at_phase_changes_and_when_due(tracker: Tracker) -> None:
     assert len(out.getvalue().splitlines()) == 2
 
 
+def test_in_a_notebook_lines_are_printed(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not shown as an HTML block each, which is what rich does where it finds a notebook."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    ProgressView().show(tracker.status())
+    assert capsys.readouterr().out.split()[1] == "prepare"
+
+
 def test_an_event_is_printed_once_and_as_it_is(tracker: Tracker) -> None:
     shown, out = view()
     tracker.event("restart", "[red] worker 3")
