@@ -102,8 +102,7 @@ class ProgressView:
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = LINE_SECONDS) -> None:
-        # in a notebook too: rich would show each line as an HTML block of its own
-        self._console = console or Console(force_jupyter=False)
+        self._console = console or _standard_output()
         self._line_seconds = line_seconds
         self._live = Live(console=self._console, auto_refresh=False)
         self._shown: tuple[str, float] = ("", float("-inf"))
@@ -142,6 +141,12 @@ class ProgressView:
 
     def _print(self, text: str) -> None:
         self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _standard_output() -> Console:
+    """In a notebook it is plain text: rich would show each line as an HTML block, and FORCE_COLOR is set there."""
+    console = Console()
+    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def line(status: Status) -> str:

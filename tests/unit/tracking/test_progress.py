@@ -48,8 +48,12 @@ def test_in_a_notebook_lines_are_printed(
 ) -> None:
     """Not shown as an HTML block each, which is what rich does where it finds a notebook."""
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    ProgressView().show(tracker.status())
-    assert capsys.readouterr().out.split()[1] == "prepare"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter's kernels do
+    shown = ProgressView()
+    shown.show(tracker.status())
+    shown.show(tracker.status())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["prepare"] and "\x1b" not in lines[0]
 
 
 def test_an_event_is_printed_once_and_as_it_is(tracker: Tracker) -> None:
