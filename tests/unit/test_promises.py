@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.support.page_tests import MARKS, cells_of, functions, named_tests
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "promises.md"
 HEAD = "| promise | made in | test |"
-MARKS = ("slow", "gpu")
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,6 @@ class Promise:
     words: str
     made_in: tuple[str, ...]
     tests: tuple[tuple[str, str, frozenset[str]], ...]
-
-
-def cells_of(line: str) -> list[str]:
-    """Of a row; a bar inside code or with a backslash before it is none of the table's."""
-    bare = re.sub(r"`[^`]*`", lambda code: code[0].replace("|", "\0"), line)
-    return [cell.strip().replace("\0", "|") for cell in re.split(r"(?<!\\)\|", bare)[1:-1]]
 
 
 def read(text: str) -> Iterator[Promise]:
@@ -48,36 +41,10 @@ def read(text: str) -> Iterator[Promise]:
             topic = cells[0].strip("*")
             continue
         made_in = tuple(re.findall(r"(?<![\w/])[\w./-]+\.(?:md|py|yaml|json|toml)(?![\w:])", cells[1]))
-        tests = tuple(
-            (file, name, frozenset(re.findall(r"\(([\w-]+)\)", marks)))
-            for file, name, marks in re.findall(
-                r"(tests/[\w/]+\.py)::(\w+)(?:\[[^\]]*\])?`?((?: \([\w-]+\))*)", cells[2]
-            )
-        )
+        tests = named_tests(cells[2])
         if not cells[0] or not made_in or not tests or cells[2].count("::") != len(tests):
             raise ValueError(f"line {number}: a promise, where it is made, and tests/FILE.py::test_name; not {line}")
         yield Promise(number, topic, cells[0], made_in, tests)
-
-
-@cache
-def functions(file: str) -> dict[str, frozenset[str]]:
-    """Test functions of a file with their marks, and those of the whole file. Parameters' own marks do not count."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    whole = {mark for node in tree.body for mark in named(node, "pytestmark")}
-
-    def marks(function: ast.FunctionDef | ast.AsyncFunctionDef) -> frozenset[str]:
-        own = {ast.unparse(decorator).removeprefix("pytest.mark.") for decorator in function.decorator_list}
-        return frozenset((own | whole) & set(MARKS))
-
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return {node.name: marks(node) for node in tree.body if isinstance(node, kinds) and node.name.startswith("test_")}
-
-
-def named(node: ast.stmt, variable: str) -> list[str]:
-    """Marks in an assignment to `variable`."""
-    if not isinstance(node, ast.Assign) or ast.unparse(node.targets[0]) != variable:
-        return []
-    return re.findall(r"pytest\.mark\.(\w+)", ast.unparse(node.value))
 
 
 PROMISES = list(read(PAGE.read_text(encoding="utf-8")))
