@@ -10,6 +10,7 @@ import pytest
 from tc_ray.cli.init import InitError, init
 from tc_ray.config.json_schema import SCHEMA_FILE
 from tc_ray.config.load import load_config
+from tc_ray.data.encode.encode import cut
 
 
 def test_the_folder_is_a_run_that_loads_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +38,13 @@ def test_an_empty_folder_is_filled_and_another_one_left_alone(tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(InitError):
         init(tmp_path / "file")
+
+
+@pytest.mark.parametrize("rows", [12, 50])
+def test_a_few_rows_of_one_s_own_fill_rounds(rows: int, tmp_path: Path) -> None:
+    """The parts for validation and test are shares: in counts they would take all of a small file."""
+    init(tmp_path / "mine")
+    config = load_config(tmp_path / "mine" / "recipe.yaml")
+    parts = cut([str(row) for row in range(rows)], config.data.validation_size, config.data.test_size)
+    assert parts.count("train") >= config.pilot.batch_size and {"validation", "test"} <= set(parts)
+    assert config.data.template == "chat" and config.fusion.max_new_tokens >= 64
