@@ -63,7 +63,8 @@ class Conversation:
         Closing the iterator stops the answers.
         """
         engine = self._served.engine
-        room = Room(engine.context_tokens - self._max_tokens, engine.context_tokens, self._max_tokens)
+        answer = 0 if engine.encoder_decoder else self._max_tokens  # a source takes no room from the answer
+        room = Room(engine.context_tokens - answer, engine.context_tokens, answer)
         turn = {"role": "user", "content": message}
         requests = []
         for side in self.sides:

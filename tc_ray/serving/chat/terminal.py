@@ -7,6 +7,7 @@ of the input does. Without a terminal, lines are read and answers are printed on
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -145,6 +146,8 @@ def _print(console: Console, text: str) -> None:
 
 def _lines(console: Console) -> Iterator[str]:
     """What the person types, with the terminal's editing; else the lines of standard input, shown as they are read."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - arrow keys and earlier lines in `input`

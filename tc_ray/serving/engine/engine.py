@@ -226,4 +226,4 @@ def _context_tokens(config: Any, tokenizer: Any, limits: ServingSection) -> int:
     if not config.is_encoder_decoder:
         return int(config.max_position_embeddings)
     named = int(tokenizer.model_max_length)
-    return limits.max_prompt_tokens or (named if named < 10**6 else SOURCE_TOKENS)
+    return max(limits.max_prompt_tokens or 0, named if named < 10**6 else SOURCE_TOKENS)

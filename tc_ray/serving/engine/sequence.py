@@ -15,6 +15,7 @@ import torch
 
 from tc_ray.models.decoding.batch import CacheNeed
 from tc_ray.models.decoding.prefill import Prefill, shared_length
+from tc_ray.models.weights import NotFiniteError
 from tc_ray.serving.engine.contract import Explained, Finished, GenerationRequest, Piece, RequestHandle, Token
 from tc_ray.serving.engine.prefixes import MIN_TOKENS
 from tc_ray.serving.text.incremental import IncrementalText
@@ -115,9 +116,14 @@ class Sequence:
         )
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> int:
-        """The next token for fused logits, fp32 [V], which are not changed; `likeliest` is their argmax."""
+        """The next token for fused logits, fp32 [V], which are not changed; `likeliest` is their argmax.
+
+        Raises NotFiniteError: what the request forbids are the only tokens that can come.
+        """
         request = self.request
         shaped = self._shaped(logits)
+        if shaped is not logits and not shaped.max().isfinite():
+            raise NotFiniteError("no token is left")
         if request.temperature == 0:
             return likeliest if shaped is logits else int(shaped.argmax())
         logits = shaped

@@ -140,7 +140,8 @@ class Worker:
         if not self._joining:
             return
         oldest, *others = self._joining
-        others = [other for place, other in enumerate(others) if not other.begins_like(oldest, *others[:place])]
+        if self._start or self.limits.prefix_bytes:  # what is kept of one saves the others' computation
+            others = [other for place, other in enumerate(others) if not other.begins_like(oldest, *others[:place])]
         others.sort(key=lambda sequence: sequence.prompt_left)
         left = float(self.limits.prefill_tokens)
         left -= self._compute(oldest, left / 2 if others else left, others, at_least=1)
@@ -264,7 +265,11 @@ class Worker:
                     continue
                 fused = step.fused[row]
                 pilot = fused if step.pilot is step.fused else step.pilot[row]
-                chosen = sequence.choose(fused, likeliest[row])
+                try:
+                    chosen = sequence.choose(fused, likeliest[row])
+                except NotFiniteError:
+                    broken.append(row)
+                    continue
                 if sequence.append(chosen, pilot, fused):
                     ended.append(row)
         except Exception as error:  # noqa: BLE001 - logged, and reported to the clients

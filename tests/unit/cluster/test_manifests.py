@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
-from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+from ray._private.ray_constants import (
+    DEFAULT_DASHBOARD_AGENT_LISTEN_PORT,
+    DEFAULT_OBJECT_STORE_MEMORY_PROPORTION,
+    REQUIRE_SHM_SIZE_THRESHOLD,
+)
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 
 from tc_ray.cluster.capacity import fits
@@ -172,6 +176,10 @@ def test_pods_run_as_a_user_over_a_read_only_root(name: str) -> None:
         assert "emptyDir" in mounted["/tmp"], "Ray's sessions"
         if role != "submitter":
             assert mounted["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+            # where the object store does not fit, Ray puts it on the disk: 30% of the memory, 10 GB at most
+            memory = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
+            shared = int(mounted["/dev/shm"]["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30
+            assert shared > min(DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * memory, REQUIRE_SHM_SIZE_THRESHOLD)
             assert mounted["/mnt/tc-ray"]["persistentVolumeClaim"]["claimName"] == claim()["metadata"]["name"]
         assert {one["name"] for one in container["volumeMounts"]} == set(volumes), "no volume for nothing"
 

@@ -224,3 +224,13 @@ def test_sources_end_as_in_training(tokenizer: Any) -> None:
     assert encoder.ids("ab", Room(100)) == (*chatty("ab")["input_ids"], encoder.end)
     assert encoder.ids("ab", Room(100), special=False) == tuple(chatty("ab")["input_ids"])
     assert encoder.ids([5, 6], Room(100)) == (5, 6)
+
+
+def test_a_limit_of_sources_is_none_of_answers(model: FusedModel, tokenizer: Any) -> None:
+    """Answers were cut at `serving.max_prompt_tokens`."""
+    for most, longest in ((8, SOURCE_TOKENS), (SOURCE_TOKENS + 8, SOURCE_TOKENS + 8)):
+        engine = Engine(model, tokenizer, LIMITS.model_copy(update={"max_prompt_tokens": most}))
+        try:
+            assert engine.room_after(5) == engine.context_tokens == longest
+        finally:
+            engine.close()

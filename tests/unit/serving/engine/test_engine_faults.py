@@ -12,8 +12,10 @@ from transformers import AutoTokenizer
 
 from tc_ray.models.decoding.batch import FusedBatch
 from tc_ray.models.fusion import FusedModel
+from tc_ray.models.weights import NotFiniteError
 from tc_ray.serving.engine.contract import Finished, GenerationRequest, ScoreRequest
 from tc_ray.serving.engine.engine import FAILURES, Engine, Turns
+from tc_ray.serving.engine.sequence import Sequence
 from tc_ray.serving.errors import RequestError
 from tests.support.serving_samples import LIMITS, Collector, failure, offline
 
@@ -93,6 +95,27 @@ def test_logits_that_are_not_finite_fail_their_own_request_and_the_health_check(
         with torch.no_grad():
             weight.copy_(before)
         engine.close()
+
+
+def test_a_request_that_leaves_no_token_fails_alone(
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens end the text, and none may yet: greedy decoding gave token 0, drawing failed all in the batch."""
+    forbidden = {"end_ids": frozenset(range(model.vocab_size)), "min_new_tokens": 3}
+    for temperature in (0.0, 1.0):
+        request = GenerationRequest(prompt, 8, temperature=temperature, **forbidden)
+        assert failure(Collector(engine, request).all()[1]) == generation_failed("NotFiniteError")
+    choose = Sequence.choose
+
+    def late(self: Sequence, logits: torch.Tensor, likeliest: int) -> int:
+        if self.request.min_new_tokens and self._count == 2:
+            raise NotFiniteError("no token is left")
+        return choose(self, logits, likeliest)
+
+    monkeypatch.setattr(Sequence, "choose", late)
+    other, fails = (Collector(engine, GenerationRequest(prompt, 40, min_new_tokens=least)) for least in (0, 1))
+    assert failure(fails.all()[1]) == generation_failed("NotFiniteError")
+    assert isinstance(other.all()[1], Finished)
 
 
 def test_a_prompt_that_was_spoilt_once_spoils_no_later_request(
