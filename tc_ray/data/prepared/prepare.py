@@ -60,8 +60,8 @@ def prepare(encoder: Encoder, folder: Path) -> PreparedData:
             encoder = replace(encoder, config=for_fallback(config))
     train = shares(sources["train"], cpus())
     encoded, bad = _encode(train, found.sets, encoder, folder, notes)
-    weights = [found.weights.get(file.place, 1.0) for file in train]
-    prepared = _write(folder, source, _parts(encoder, encoded, weights, notes), encoded, bad, notes)
+    mixture = [(found.entries.get(file.place, 0), found.weights.get(file.place, 1.0)) for file in train]
+    prepared = _write(folder, source, _parts(encoder, encoded, mixture, notes), encoded, bad, notes)
     save(prepared)
     return prepared
 
@@ -185,9 +185,9 @@ def _arithmetic(rows: Encoded) -> str:
 
 
 def _parts(
-    encoder: Encoder, encoded: dict[str, Encoded], weights: Sequence[float], notes: list[str]
+    encoder: Encoder, encoded: dict[str, Encoded], mixture: Sequence[tuple[int, float]], notes: list[str]
 ) -> dict[str, pa.Table]:
-    """The tables as they are written: each part its own rows, or cut from the training rows. weights: of the training files."""
+    """The tables as they are written: each part its own rows, or cut from the training rows. mixture: as `weighted` takes it."""
     config = encoder.config
     if not encoded["train"].rows.num_rows:
         raise DataError(f"data.train {config.train_text}: no row is left: {_arithmetic(encoded['train'])}")
@@ -195,10 +195,14 @@ def _parts(
     if config.format == "examples":
         tables = _cut(config, encoded, notes) | {part: tables[part] for part in encoded if part != "train"}
     tables["train"] = _joined(tables["train"], encoder, notes)
-    if any(weight != 1 for weight in weights):
-        tables["train"] = weighted(tables["train"], weights, encoder.seed)
+    if any(weight != 1 for _, weight in mixture):
+        tables["train"] = weighted(tables["train"], mixture, encoder.seed)
         notes.append(f"{tables['train'].num_rows} training rows after the weights of data.train")
-    if config.max_train_rows:
+    if config.max_train_rows and config.max_train_rows < tables["train"].num_rows:
+        notes.append(
+            f"data.max_train_rows: the first {config.max_train_rows} of {tables['train'].num_rows} training rows, in the order "
+            "of data.train: later files may have none"
+        )
         tables["train"] = tables["train"].slice(0, config.max_train_rows)
     for part in ("validation", "test"):
         if part in encoded and not tables[part].num_rows:
@@ -251,19 +255,21 @@ def _cut(config: DataSection, encoded: dict[str, Encoded], notes: list[str]) -> 
     return tables
 
 
-def weighted(rows: pa.Table, weights: Sequence[float], seed: int) -> pa.Table:
-    """Each row as often as its file's weight says, in order; of a fraction a seeded choice of that share of the file's rows.
+def weighted(rows: pa.Table, mixture: Sequence[tuple[int, float]], seed: int) -> pa.Table:
+    """Each row as often as its weight says, in order; of a fraction a seeded choice of that share of its entry's rows.
 
-    weights: by the column `file`. Each copy is a training row, and a record of the log, of its own.
+    mixture: by the column `file`, the index of the entry of data.train and its weight. The choice is among the rows of an entry,
+    not of a file or its share, so it does not depend on how many tasks read them. Each copy is a training row, and a record of
+    the log, of its own.
     """
-    file = rows["file"].to_numpy()
-    times = np.zeros(len(file), np.int64)
-    for number, weight in enumerate(weights):
-        own = np.flatnonzero(file == number)
+    entry = np.array([index for index, _ in mixture])[rows["file"].to_numpy()]
+    times = np.zeros(len(entry), np.int64)
+    for index, weight in dict(mixture).items():
+        own = np.flatnonzero(entry == index)
         times[own] = int(weight)
         extra = round((weight - int(weight)) * len(own))
-        times[np.random.default_rng([seed, number]).permutation(own)[:extra]] += 1
-    return rows.take(pa.array(np.repeat(np.arange(len(file)), times)))
+        times[np.random.default_rng([seed, index]).permutation(own)[:extra]] += 1
+    return rows.take(pa.array(np.repeat(np.arange(len(entry)), times)))
 
 
 def _finish(rows: pa.Table) -> pa.Table:

@@ -38,13 +38,15 @@ _OTHERS = "left out"
 class Sources:
     """Files of each part (train without files: the embedded data set), and notes on what was chosen and left out.
 
-    sets: of validation and test, the files of each named set; one that is not named is called as its part is. weights: how
-    often the rows of a training file are trained on in an epoch, where that is not once.
+    sets: of validation and test, the files of each named set; one that is not named is called as its part is. entries: of a
+    training file, the index of its entry of data.train. weights: how often its rows are trained on in an epoch, where that is
+    not once.
     """
 
     files: dict[str, list[DataFile]]
     notes: list[str]
     sets: dict[str, dict[str, list[DataFile]]] = field(default_factory=dict)
+    entries: dict[str, int] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
 
@@ -84,13 +86,14 @@ def find_sources(config: DataSection) -> Sources:
             f"data.train {', '.join(absent)} is absent: using the embedded data set, all parts are cut from it"
         )
         return sources
-    for one, place in zip(given, places, strict=True):
-        before = set(sources.files["train"])
+    for index, (one, place) in enumerate(zip(given, places, strict=True)):
         _take_train(place, config, sources)
         if len(set(sources.files["train"])) < len(sources.files["train"]):
             raise DataError(f"data.train: a file of {one.file} stands in two of its entries; name each file once")
+        own = [file.place for file in sources.files["train"] if file.place not in sources.entries]
+        sources.entries |= dict.fromkeys(own, index)
         if one.weight != 1:
-            sources.weights |= {file.place: one.weight for file in sources.files["train"] if file not in before}
+            sources.weights |= dict.fromkeys(own, one.weight)
     for part in ("validation", "test"):
         sets = config.held_out_sets(part)
         named = {name: part_files(one.file, part, config, sources.notes) for name, one in sets.items()}

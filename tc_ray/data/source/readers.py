@@ -30,6 +30,8 @@ _SHARE_ROWS = 500
 """Fewest records that are worth a task of their own."""
 _LARGEST_ARRAY = 2**27
 """Bytes of a JSON array above which one task reads it: each that does holds all of it."""
+_RECORD_LINES = 100
+"""Lines of a table's record above which a quote that is not closed is likelier than a text of so many lines."""
 Reader = Callable[[DataFile], Iterator[Record]]
 
 
@@ -142,7 +144,11 @@ def _json_array(file: DataFile) -> Iterator[Record]:
 
 
 def _table(file: DataFile, separator: str) -> Iterator[Record]:
-    """Rows of a CSV or TSV file with a header, all values text; an empty cell is null. A record's place is its first line."""
+    """Rows of a CSV or TSV file with a header, all values text; an empty cell is null. A record's place is its first line.
+
+    Raises DataError: a record of several lines is bad, or one has more than _RECORD_LINES. A stray quote takes the records up
+    to the next quote into one, so it would cost all of them and count as one bad row, or as none.
+    """
     csv.field_size_limit(2**31 - 1)
     with open_bytes(file) as content:
         # bytes that are no UTF-8 cost their record, not the file
@@ -171,7 +177,23 @@ def _table(file: DataFile, separator: str) -> Iterator[Record]:
                 )
             first, place = place, rows.line_num + 1
             if row or problem:
-                yield Record(first, "line", _shown(row), problem or _cells(header, row))
+                value = problem or _cells(header, row)
+                _check_lines(file, first, rows.line_num, value)
+                yield Record(first, "line", _shown(row), value)
+
+
+def _check_lines(file: DataFile, first: int, last: int, value: dict[str, str | None] | BadRow) -> None:
+    """Refuse the file if a record seems to be several, from its first line to its last one."""
+    if isinstance(value, BadRow) and not value.field and last > first:
+        raise DataError(
+            f"{file}, lines {first} to {last}: a quote is not closed, so they are read as one record ({value.problem}); "
+            f'close the quote (a quote within a text is written twice: ""), or, where it is closed, {value.fix}'
+        )
+    if last - first >= _RECORD_LINES:
+        raise DataError(
+            f"{file}, lines {first} to {last}: a quote is not closed, or one text has more than {_RECORD_LINES} lines; close "
+            "the quote, or save the rows as JSON lines (.jsonl), which have one line per row"
+        )
 
 
 def _check_header(file: DataFile, header: list[str], separator: str) -> None:

@@ -17,6 +17,7 @@ from tc_ray.config.data import DataSection
 from tc_ray.config.load import load_config
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.data.encode.encode import Encoder
+from tc_ray.data.prepared import prepare as prepare_module
 from tc_ray.data.prepared.folder import PreparedData
 from tc_ray.data.prepared.prepare import prepare
 from tc_ray.data.source import readers
@@ -103,6 +104,27 @@ def test_a_table_that_would_be_misread_is_refused(tmp_path: Path, text: str, pro
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=problem):
         list(iter_records(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    ("end", "problem"),
+    [
+        ('he said "x"\n', r"lines 3 to 203: a quote is not closed, so they are read as one record \(.* expected after"),
+        ('c"\n', r"lines 3 to 203: a quote is not closed, or one text has more than 100 lines; .* save the rows as JSON lines"),
+        ('","d"\n', r"lines 3 to 203: a quote is not closed, .* \(has 3 cells, the header names 2 columns\)"),
+    ],
+)
+def test_a_stray_quote_does_not_cost_rows_without_a_word(tmp_path: Path, end: str, problem: str) -> None:
+    """All records up to the next quote were one bad row, or one good one."""
+    (tmp_path / "t.csv").write_text('prompt,completion\np,c\np,"c\n' + "p,c\n" * 199 + f"p,{end}" + "p,c\n")
+    with pytest.raises(DataError, match=rf"t\.csv, {problem}"):
+        list(iter_records(tmp_path / "t.csv"))
+
+
+def test_texts_of_a_hundred_lines_stand_in_a_table(tmp_path: Path) -> None:
+    text = "\n".join("x" * 100)
+    (tmp_path / "t.csv").write_text(f'prompt,completion\np,"{text}"\n')
+    assert [record.value["completion"] for record in iter_records(tmp_path / "t.csv")] == [text]
 
 
 # -- patterns -------------------------------------------------------------------------------------------------------------
@@ -220,6 +242,24 @@ def test_weights_say_how_often_a_row_is_trained_on(tmp_path: Path) -> None:
     assert pq.read_table(data.file("train"))["sample_id"].to_pylist() == list(range(len(prompts)))
     assert any("after the weights" in note for note in data.notes)
     assert prompts == pq.read_table(prepared(tmp_path, train, **sizes).file("train"))["prompt"].to_pylist()
+
+
+def test_the_choice_of_a_fraction_is_of_an_entry_not_of_files_or_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on a cluster of other size chose other rows, so its resume was refused; 100 files of one row had none of 50."""
+    monkeypatch.setattr(readers, "_SHARED_BYTES", 1)
+    monkeypatch.setattr(readers, "_SHARE_ROWS", 10)
+    file = lines(tmp_path / "t.jsonl", [{"prompt": f"p{i}", "completion": "x"} for i in range(300)])
+    chosen = []
+    for tasks in (1, 4):
+        monkeypatch.setattr(prepare_module, "cpus", lambda tasks=tasks: tasks)
+        data = prepared(tmp_path, [{"file": str(file), "weight": 0.37}], max_train_rows=60)
+        chosen.append(pq.read_table(data.file("train"))["prompt"].to_pylist())
+        assert any("max_train_rows: the first 60 of 89 training rows" in note for note in data.notes)
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 60
+    rows = pa.table({"file": pa.array(range(100), pa.int32())})
+    assert prepare_module.weighted(rows, [(0, 0.5)] * 100, 1).num_rows == 50
 
 
 def test_a_mixture_that_is_wrong_is_refused(tmp_path: Path) -> None:
