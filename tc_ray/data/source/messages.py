@@ -147,7 +147,10 @@ def _from_text(found: Any, place: str) -> Any:
 
 
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls as chat templates want them: each with its function, the arguments an object."""
+    """Tool calls as chat templates want them: each with its function, the arguments an object.
+
+    A null in an object of arguments is left out: Arrow gives each row the arguments of all rows. In JSON text it stays.
+    """
     if not isinstance(calls, list):
         raise Refused(place, f"is {type(calls).__name__}", _CALLS)
     made = []
@@ -159,6 +162,8 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):  # OpenAI writes them as JSON text, which a template would quote once more
             read = _json(arguments)
             arguments = read if isinstance(read, dict) else arguments
+        else:
+            arguments = _without_nulls(arguments)
         shown = {"name": function["name"], "arguments": {} if arguments in (None, "") else arguments}
         identity = {"id": call["id"]} if call.get("id") is not None else {}
         made.append({**identity, "type": "function", "function": shown})

@@ -25,8 +25,10 @@ SHAPES = (
     "or text alone"
 )
 _NOT_READ = {
-    "text": ("label", "labels"),
-    "question": ("context", "choices", "passage", "input", "options"),
+    "text": ("label", "labels", "completion", "output", "answer", "options", "input", "system", "tools"),
+    "question": ("context", "choices", "passage", "input", "options", "completion", "output"),
+    "prompt": ("input", "context"),
+    "instruction": ("context",),
 }
 """Fields that belong to a row but have no place in a shape: to leave them out without a word would train on something else."""
 
@@ -86,7 +88,8 @@ def _example(value: dict[str, Any], held_out: bool) -> Example:
     found, own_answer = _conversation(value, held_out)
     tools = () if get(value, "tools") is None else tool_definitions(value["tools"])
     answer, options = _answer(value) if own_answer else None, _options(value)
-    if isinstance(number := value.get("answer"), int) and options and answer not in options:
+    number = value.get("answer")
+    if isinstance(number, int) and not isinstance(number, bool) and options and answer not in options:
         answer = options[number] if 0 <= number < len(options) else answer
     turns, trained = found.turns, found.trained
     if turns[-1].role == "assistant":
@@ -123,7 +126,7 @@ def _text_alone(value: dict[str, Any]) -> str | None:
 
 def _check_read(value: dict[str, Any], shape: str) -> None:
     for name in _NOT_READ[shape]:
-        if get(value, name) is not None:
+        if get(value, name) not in (None, "", [], {}):
             fix = "write prompt + completion that hold it, or leave the field out"
             raise Refused(name, f"stands beside {shape} and would not be read", fix)
 
@@ -137,6 +140,7 @@ def _conversation(value: dict[str, Any], held_out: bool) -> tuple[Conversation, 
     pairs = sorted((("prompt", "completion"), ("instruction", "output")), key=lambda pair: get(value, pair[0]) is None)
     for prompt, completion in pairs:
         if prompt in value and (get(value, prompt) is not None or get(value, "question") is None):
+            _check_read(value, prompt)
             asked = _asked(value, prompt)
             if held_out and get(value, completion) is None:
                 return _with_system(value, asked), True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from tc_ray.config.data import DataSection
@@ -84,6 +85,16 @@ def learned(record: dict[str, Any], **data: Any) -> list[tuple[str, str]]:
         ({"question": "u", "answer": 3.0}, Example((ASKED,), "3", None)),
         ({"prompt": None, "completion": None, "question": "u", "answer": "a"}, Example((ASKED,), "a", None)),
         ({"text": " t\n"}, Example((), " t\n", None, whole=True)),
+        ({"text": "t", "output": None, "answer": "", "tools": []}, Example((), "t", None, whole=True)),
+        ({"prompt": "u", "completion": "a", "input": "", "context": None}, Example((ASKED,), "a", None)),
+        (
+            {"prompt": "u", "completion": "a", "options": ["a", "b"], "answer": 1},
+            Example((ASKED,), "a", "b", ("a", "b")),
+        ),
+        (
+            {"prompt": "u", "completion": "a", "options": ["a", "b"], "answer": True},
+            Example((ASKED,), "a", "true", ("a", "b")),
+        ),
     ],
 )
 def test_shapes_of_other_tools(value: dict[str, Any], example: Example) -> None:
@@ -111,6 +122,23 @@ def test_calls_in_three_spellings_are_one() -> None:
     call = {"type": "function", "function": {"name": "w", "arguments": {"city": "Bonn"}}}
     for value in spellings:
         assert to_example(value, held_out=False) == Example((ASKED,), "", None, more={"tool_calls": [call]})
+
+
+def test_a_call_has_its_own_arguments_after_a_table_too() -> None:
+    """Arrow gives each row the arguments of all rows, as null; a null in JSON text was written by someone."""
+
+    def made(arguments: Any) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": "w", "arguments": arguments}}]
+        return {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": calls}]}
+
+    rows = pa.Table.from_pylist([made({"city": "Bonn", "at": {"day": 1}}), made({"unit": "C", "at": {"hour": 2}})])
+    found = [to_example(row, held_out=False) for row in rows.to_pylist()]
+    found.append(to_example(made('{"city": null}'), held_out=False))
+    assert [example.more["tool_calls"][0]["function"]["arguments"] for example in found] == [
+        {"city": "Bonn", "at": {"day": 1}},
+        {"unit": "C", "at": {"hour": 2}},
+        {"city": None},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +172,19 @@ def test_calls_in_three_spellings_are_one() -> None:
         ({"question": "q", "answer": "a", "context": "c"}, "context", "would not be read"),
         ({"question": "q"}, "answer", "is missing"),
         ({"text": "t", "label": 1}, "label", "would not be read"),
+        *(
+            ({"text": "t", name: "x"}, name, "stands beside text and would not be read")
+            for name in ("completion", "output", "answer", "options", "input", "system", "tools")
+        ),
+        *(
+            ({"question": "q", "answer": "a", name: "x"}, name, "stands beside question")
+            for name in ("completion", "output")
+        ),
+        *(
+            ({"prompt": "p", "completion": "c", name: "x"}, name, "stands beside prompt")
+            for name in ("input", "context")
+        ),
+        ({"instruction": "i", "output": "o", "context": "c"}, "context", "stands beside instruction"),
     ],
 )
 def test_what_no_shape_has_is_named(value: dict[str, Any], field: str, problem: str) -> None:
