@@ -13,9 +13,10 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -135,20 +136,25 @@ def _list_store(place: str) -> Listing:
     scheme = place.partition("://")[0]
     one = info.type == FileType.File
     base = path.rpartition("/")[0] if one else path
-    matches = _matcher(address[len(root) :].lstrip("/")) if is_pattern(address) else None
+    pattern = address[len(root) :].lstrip("/").split("/") if is_pattern(address) else None
     files: dict[str, DataFile | None] = {}
     for entry in sorted(found, key=lambda entry: entry.path):
         name = entry.path[len(base) :].lstrip("/")
-        if entry.type == FileType.File and (matches is None or matches.fullmatch(name)):
+        if entry.type == FileType.File and (pattern is None or _matches(name.split("/"), pattern)):
             files[name] = DataFile(f"{scheme}://{quote(entry.path)}{options}")
     return Listing(base if one else root, files, one)
 
 
-def _matcher(pattern: str) -> re.Pattern[str]:
-    """A pattern as the local `glob` reads it: `*` stays within a folder, `**/` is any number of them."""
-    pieces = re.split(r"(\*\*/|\*|\?|\[[^]]+\])", pattern)
-    meaning = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(meaning.get(p, p if p.startswith("[") else re.escape(p)) for p in pieces))
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a file (folders and its name) is one that the pattern, in the same parts, means on a disk.
+
+    As of the local `glob`, `**` is any number of folders; of a folder that matches, all files below are meant.
+    """
+    if not pattern or not names:
+        return not pattern
+    if pattern[0] == "**":
+        return any(_matches(names[skipped:], pattern[1:]) for skipped in range(len(names)))
+    return fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
 def _store(address: str) -> tuple[FileSystem, str]:

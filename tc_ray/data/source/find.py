@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from tc_ray.config.data import DataSection
@@ -24,6 +25,8 @@ EXAMPLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".
 SEQUENCE_SUFFIXES = (".txt",)
 SIDE_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside data files."""
+_CACHE = "cache-*.arrow"
+"""What `datasets` keeps of `map` and `filter` in a saved folder: rows of it, changed or repeated."""
 _WORDS = {
     "train": "train training trainset",
     "validation": "eval evaluation evalset validation valid validset val valset dev devset",
@@ -146,7 +149,8 @@ def _find(source: str, config: DataSection) -> _Place:
             parts[""].append(name)
             continue
         hidden = any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
-        if is_data and not hidden and PurePosixPath(name).name.lower() not in SIDE_FILES:
+        last = PurePosixPath(name).name.lower()
+        if is_data and not hidden and last not in SIDE_FILES and not fnmatchcase(last, _CACHE):
             parts[_part_by_name(name, listing.root)].append(name)
         elif is_data or not hidden:
             parts[_OTHERS].append(name)

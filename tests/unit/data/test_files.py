@@ -21,7 +21,7 @@ from tc_ray.data.prepared import prepare as prepare_module
 from tc_ray.data.prepared.folder import PreparedData
 from tc_ray.data.prepared.prepare import prepare
 from tc_ray.data.source import readers
-from tc_ray.data.source.files import DataFile, _matcher
+from tc_ray.data.source.files import DataFile, _matches, list_place
 from tc_ray.data.source.find import find_sources
 from tc_ray.data.source.readers import iter_records, shares
 from tc_ray.data.source.records import BadRow, DataError
@@ -110,7 +110,10 @@ def test_a_table_that_would_be_misread_is_refused(tmp_path: Path, text: str, pro
     ("end", "problem"),
     [
         ('he said "x"\n', r"lines 3 to 203: a quote is not closed, so they are read as one record \(.* expected after"),
-        ('c"\n', r"lines 3 to 203: a quote is not closed, or one text has more than 100 lines; .* save the rows as JSON lines"),
+        (
+            'c"\n',
+            r"lines 3 to 203: a quote is not closed, or one text has more than 100 lines; .* save the rows as JSON lines",
+        ),
         ('","d"\n', r"lines 3 to 203: a quote is not closed, .* \(has 3 cells, the header names 2 columns\)"),
     ],
 )
@@ -148,15 +151,44 @@ def test_a_pattern_names_files_and_tells_their_parts_apart(tmp_path: Path) -> No
     assert find_sources(DataSection(train=str(odd))).files["train"] == [DataFile(str(odd))], "a name, not a pattern"
 
 
-def test_a_pattern_in_a_store_means_what_it_means_on_a_disk() -> None:
-    some = ["a/train-0.jsonl", "a/b/c.jsonl", "c.jsonl"]
-    for pattern, matched in (
-        ("*/*.jsonl", some[:1]),
-        ("**/*.jsonl", some),
-        ("*.jsonl", some[2:]),
-        ("a/b/[a-c].*", some[1:2]),
-    ):
-        assert [name for name in some if _matcher(pattern).fullmatch(name)] == matched, pattern
+def test_a_pattern_in_a_store_means_what_it_means_on_a_disk(tmp_path: Path) -> None:
+    some = ["a/b/c.jsonl", "a/b/c/0.jsonl", "a/train-0.jsonl", "a/train-1.jsonl", "b/^0.jsonl", "c.jsonl"]
+    for name in some:
+        lines(tmp_path / name, SUMS[:2])
+    for pattern, count in {
+        "*/*.jsonl": 3,
+        "**/*.jsonl": 6,
+        "*.jsonl": 1,
+        "a/b/[a-c].*": 1,
+        "a/train-[!0].jsonl": 1,
+        "b/[^x]0.jsonl": 1,
+        "**": 6,
+        "a/**": 4,
+        "a/b/**": 2,
+        "*/**": 5,
+        "**/c": 1,
+        "[!a]*": 2,
+        "a/**/[!t]*.jsonl": 2,
+        "x/**": 0,
+    }.items():
+        found = [name for name in some if _matches(name.split("/"), pattern.split("/"))]
+        here = [
+            Path(str(file)).relative_to(tmp_path).as_posix()
+            for file in list_place(f"{tmp_path}/{pattern}").files.values()
+        ]
+        assert found == sorted(here) and len(found) == count, pattern
+
+
+def test_what_datasets_keeps_of_its_work_in_a_saved_folder_is_left_out(tmp_path: Path) -> None:
+    """Rows of `map` and `filter` were trained on beside those that they were made from."""
+    for name in ("data-00000-of-00001.arrow", "cache-1f2e.arrow", "train/cache-1f2e_00000_of_00002.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_sources(DataSection(train=str(tmp_path)))
+    assert names(found.files["train"]) == ["data-00000-of-00001.arrow"]
+    assert any(note.startswith("left out of") and "cache-1f2e.arrow, train/cache" in note for note in found.notes)
+    one = tmp_path / "cache-1f2e.arrow"
+    assert find_sources(DataSection(train=str(one))).files["train"] == [DataFile(str(one))], "named itself"
 
 
 def test_patterns_stand_beside_their_recipe(tmp_path: Path) -> None:

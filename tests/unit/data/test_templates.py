@@ -81,6 +81,16 @@ def test_a_wrong_column_refuses_the_run_with_row_column_and_columns(tmp_path: Pa
         ("{{nan}}", "it prints a null"),
         ("{{choices.items}}", "it prints the method items"),
         ("{{choices}}", "it prints dict"),
+        ("{{choices.text}}", "it prints list"),
+        ("{{choices.text|map('upper')}}", "it prints generator"),
+        ("{{question_stem ~ ' ' ~ nothing}}", "it prints a null"),
+        ("{{nothing|trim}}", "it prints a null"),
+        ("{{nan|string}}", "it prints a null"),
+        ("{{[question_stem, nothing]|join}}", "it prints a null"),
+        ("{{'%s'|format(nothing)}}", "it prints a null"),
+        ("{{'{}'.format(nothing)}}", "it prints a null"),
+        ("{{row['deep'].list|join}}", "it prints a null"),
+        ("{{'' ~ row['deep']}}", "it prints a null"),
         ("{{question_stem.__class__.__mro__}}", "unsafe"),
         ("{{range(10**9)|list}}", "Range too big"),
         ("{{1/0}}", "division by zero"),
@@ -88,9 +98,27 @@ def test_a_wrong_column_refuses_the_run_with_row_column_and_columns(tmp_path: Pa
     ],
 )
 def test_what_a_template_cannot_print_is_a_bad_row(template: str, problem: str) -> None:
-    bad = filled(QUESTIONS[0] | {"nothing": None, "nan": float("nan")}, {"prompt": template})
+    nulls = {"nothing": None, "nan": float("nan"), "deep": {"list": ["a", None]}}
+    bad = filled(QUESTIONS[0] | nulls, {"prompt": template})
     assert isinstance(bad, BadRow) and bad.field == "data.prompt"
     assert problem in bad.problem and "the row has the columns id, question_stem, choices" in bad.problem
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{c or ''}}|{{nan or ''}}", "|"),
+        ("{% if c %}x{% endif %}{% if not c %}y{% endif %}", "y"),
+        ("{{c is none}} {{q is none}} {{c == none}} {{c is not none}}", "True False True False"),
+        ("{{q if c is none else c}}{{c|default('d', true)}}", "qd"),
+        ("{{[q, c, q]|select|join(' ')}}{{[q, c]|reject('none')|join}}", "q qq"),
+        ("{{deep|tojson}}", '{"list": ["a", null]}'),
+        ("{{deep.list[0] ~ (deep.list[1] or '-')}}", "a-"),
+    ],
+)
+def test_a_null_can_be_asked_for(template: str, text: str) -> None:
+    row = {"q": "q", "c": None, "nan": float("nan"), "deep": {"list": ["a", None]}}
+    assert filled(row, {"prompt": template}) == {"prompt": text}
 
 
 def test_templates_take_columns_of_any_name_and_keep_what_they_do_not_replace() -> None:
