@@ -7,12 +7,14 @@ process that has nothing but the model's folder; `describe` is called by `run.ev
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tc_ray
 from tc_ray.config.fusion import FusionSection
+from tc_ray.config.load import load_saved_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.export.check import ExportError, read_part
 from tc_ray.models.folder import COPILOT, FUSION_FILE, PILOT, FusionSettings
@@ -45,9 +47,15 @@ def describe(export: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def export_version(export: Path) -> str:
-    """Names of the models' contents and the fusion settings: another one is another model."""
+    """Names of the models' contents, the fusion settings and the length of an answer: another one is another model.
+
+    All of it is read from the folder, so that a process which has nothing else computes the same. Raises ConfigError, and what
+    reading a damaged fusion.json does.
+    """
     parts = [model_identity(export / part) for part in (PILOT, COPILOT) if (export / part).is_dir()]
-    return " ".join([*parts, f"lam={FusionSettings.read(export).lam}"])
+    decides = asdict(FusionSettings.read(export))
+    decides["max_new_tokens"] = load_saved_config(export / "config.yaml").fusion.max_new_tokens
+    return " ".join([*parts, *(f"{name}={value}" for name, value in decides.items())])
 
 
 class ExportedModel:

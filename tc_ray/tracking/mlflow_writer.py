@@ -82,7 +82,9 @@ class MlflowWriter:
         self._unsure = points.stat().st_size
         """MLflow may have points before this byte, so it is asked: an earlier start, or a call that failed, sent them."""
         self._asked: deque[Callable[[MlflowClient, str], Any]] = deque()
+        self._uploads: deque[Callable[[MlflowClient, str], Any]] = deque()
         self._end, self._ended_as, self._is_complete = threading.Event(), "", False
+        self._is_ended, self._is_uploaded = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
@@ -90,23 +92,39 @@ class MlflowWriter:
         """Queue something to do with the client and the run's id. It is tried once."""
         self._asked.append(call)
 
+    def upload(self, call: Callable[[MlflowClient, str], Any]) -> None:
+        """Queue what may take long, as `ask` does, for after the run's end: MLflow takes it of an ended run too."""
+        self._uploads.append(call)
+
     def finish(self, mlflow_status: str, timeout_s: float) -> bool:
-        """Send the rest, set the run's status, stop the thread. False: not done within timeout_s, or MLflow fails."""
+        """Send the rest and set the run's status; then the uploads begin. False: not done within timeout_s, or MLflow fails."""
         self._ended_as = mlflow_status
         self._end.set()
-        self._thread.join(timeout_s)
+        self._is_ended.wait(timeout_s)
         return self._is_complete
+
+    def finish_uploads(self, timeout_s: float) -> bool:
+        """After `finish`: wait for the uploads. False: one has not ended within timeout_s, or has failed."""
+        self._thread.join(timeout_s)
+        return self._is_uploaded
 
     def _work(self) -> None:
         ending = False
-        while not ending:
-            ending = self._end.wait(SEND_SECONDS)
-            errors = self.errors
-            self._attempt(self._send_points)
-            while self._asked:
-                self._attempt(self._asked.popleft(), self._client, self.run.run_id)
-        self._attempt(self._client.set_terminated, self.run.run_id, self._ended_as)
-        self._is_complete = self.errors == errors
+        try:
+            while not ending:
+                ending = self._end.wait(SEND_SECONDS)
+                errors = self.errors
+                self._attempt(self._send_points)
+                while self._asked:
+                    self._attempt(self._asked.popleft(), self._client, self.run.run_id)
+            self._attempt(self._client.set_terminated, self.run.run_id, self._ended_as)
+            self._is_complete = self.errors == errors
+        finally:
+            self._is_ended.set()
+        errors = self.errors
+        while self._uploads:
+            self._attempt(self._uploads.popleft(), self._client, self.run.run_id)
+        self._is_uploaded = self.errors == errors
 
     def _send_points(self) -> None:
         present: dict[str, set[tuple[int, int]]] = {}

@@ -41,7 +41,9 @@ ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Ways a run ends -> MLflow's words for them."""
 RATE_WINDOW = 64
 MLFLOW_SECONDS = 120.0
-"""Longest wait for MLflow at the end."""
+"""Longest wait at the end for MLflow to have the metrics and the run's state."""
+UPLOAD_SECONDS = 120.0
+"""Longest wait for the upload of the model after that."""
 FOLLOWER_SECONDS = 30.0
 """The same for each of the others."""
 log = logging.getLogger(__name__)
@@ -178,9 +180,9 @@ class Tracker:
         self._write_status(evaluation=json.loads(json.dumps(table, default=float)))
 
     def model(self, model: ModelToLog) -> None:
-        """Keep the exported model in MLflow, and in its registry if it has a name there. Returns at once; `finish` waits for it."""
+        """Keep the exported model in MLflow, and in its registry if it has a name there. Returns at once; `finish` uploads it."""
         if self._mlflow:
-            self._mlflow.ask(lambda client, run_id: log_model(client, run_id, model))
+            self._mlflow.upload(lambda client, run_id: log_model(client, run_id, model))
 
     def finish(self, status: str, failure: str | None = None) -> Status:
         """End as `status` (see ENDS): draw losses.png, send everything to MLflow, write the last status and return it.
@@ -200,6 +202,11 @@ class Tracker:
                 self._mlflow.ask(lambda client, run_id: client.log_artifact(run_id, str(picture)))
             if not self._mlflow.finish(ENDS[status], MLFLOW_SECONDS):
                 self._failed(f"not everything reached MLflow; all of it is in {METRICS_FILE}")
+            elif not self._mlflow.finish_uploads(UPLOAD_SECONDS):
+                self._failed(
+                    f"the upload of the model to MLflow failed, or did not end within {UPLOAD_SECONDS:.0f} s; MLflow has the run's "
+                    "metrics and state, and the run's folder the model: start the run again to upload it"
+                )
         for follower in self._followers:
             if not follower.finish(status == "done", FOLLOWER_SECONDS):
                 self._failed(f"not everything reached {follower.name}; all of it is in {METRICS_FILE}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,7 +23,8 @@ from transformers import AutoTokenizer
 from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
 from tc_ray.export.check import ExportError
-from tc_ray.export.pyfunc import ExportedModel, _load_pyfunc, describe
+from tc_ray.export.pyfunc import ExportedModel, _load_pyfunc, describe, export_version
+from tc_ray.models.folder import FusionSettings
 from tc_ray.models.fusion import FusedModel
 from tc_ray.tracking import logged_model
 from tc_ray.tracking.logged_model import ModelToLog
@@ -160,10 +165,49 @@ def test_elsewhere_they_are_copied_up_to_a_size_and_else_named(
             _load_pyfunc(str(folder))
 
 
+@pytest.mark.parametrize("changed", [{"space": "probability"}, {"feedback": "realised"}, {"lam": 1.0}, {}])
+def test_what_changes_the_answers_is_another_version(
+    config: RunConfig, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    """A resumed run may have another fusion; {} stands for max_new_tokens."""
+    export = tmp_path / "export"
+    shutil.copytree(config.run.path / "export", export)
+    assert export_version(export) == to_log(config).version
+    if changed:
+        replace(FusionSettings.read(export), **changed).write(export)
+    else:
+        other = config.model_copy(update={"fusion": config.fusion.model_copy(update={"max_new_tokens": 7})})
+        save_config(other, export / "config.yaml")
+    assert export_version(export) != to_log(config).version
+
+
+def test_a_slow_upload_leaves_the_run_ended_and_is_an_event(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended with its picture before the upload begins; the upload goes on, of an ended run."""
+    client, seen, go = MlflowClient(tracking_uri=resolve_uri(config)), [], threading.Event()
+
+    def slow(found: MlflowClient, run_id: str, model: ModelToLog) -> None:
+        state = found.get_run(run_id).info.status
+        seen.append((state, {artifact.path for artifact in found.list_artifacts(run_id)}))
+        go.wait(60)
+
+    monkeypatch.setattr("tc_ray.tracking.tracker.log_model", slow)
+    monkeypatch.setattr("tc_ray.tracking.tracker.UPLOAD_SECONDS", 0.5)
+    mlflow = open_run(config, config.run.path)
+    tracker = Tracker(config, config.run.path, mlflow=mlflow)
+    for round in (1, 2):
+        tracker.pilot(round, {"loss": 1.0 / round})
+    tracker.model(to_log(config))
+    time.sleep(1.5)
+    assert not seen, "the upload waits for the end"
+    status = tracker.finish("done")
+    go.set()
+    assert client.get_run(mlflow.run_id).info.status == "FINISHED"
+    assert seen[0][0] == "FINISHED" and "losses.png" in seen[0][1]
+    assert [event["text"] for event in status["events"] if "did not end within" in event["text"]]
+
+
 def test_a_pilot_alone_answers_too(config: RunConfig, tmp_path: Path) -> None:
     """Of a run whose Copilot failed. Frames keep their index, also an empty one."""
-    import shutil
-
     alone = tmp_path / "export"
     shutil.copytree(config.run.path / "export", alone, ignore=shutil.ignore_patterns("copilot"))
     assert "lam" not in describe(alone, config)["parameters"]
