@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,14 @@ def load_named(name: str, field: str) -> Callable[..., Any]:
 
 
 def source_hash(name: str, field: str) -> str:
-    """16 hex digits over the file that the function stands in; "" if it is in none. Arguments and errors: as `load_named`."""
-    module = sys.modules[load_named(name, field).__module__]
-    file = getattr(module, "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
+    """16 hex digits over the file of the module that is named and the file that the function stands in, which may be another; of a
+    `functools.partial`, the function inside it. "" if it is in none. Arguments and errors: as `load_named`."""
+    found = load_named(name, field)
+    while isinstance(found, partial):
+        found = found.func
+    modules = (sys.modules.get(one) for one in (name.partition(":")[0], getattr(found, "__module__", None) or ""))
+    files = dict.fromkeys(file for module in modules if (file := getattr(module, "__file__", None)))
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16] if files else ""
 
 
 def check_named(config: RunConfig) -> None:

@@ -65,11 +65,16 @@ def remember(values: Iterable[str]) -> None:
 
 def redact(text: str) -> str:
     """A text for people (an error, an event, a line of a log) without the secrets in it."""
-    for value in sorted(_known, key=len, reverse=True):
-        text = text.replace(value, STRUCK_OUT)
-    text = redact_address(text)
+    text = redact_address(redact_known(text))
     text = _AUTHORIZATION.sub(rf"\1{STRUCK_OUT}", text)
     return _NAMED.sub(lambda match: re.split(r"(?<=[=:])", match[0], maxsplit=1)[0] + STRUCK_OUT, text)
+
+
+def redact_known(text: str) -> str:
+    """A text without the values that were remembered, wherever they stand in it."""
+    for value in sorted(_known, key=len, reverse=True):
+        text = text.replace(value, STRUCK_OUT)
+    return text
 
 
 def redact_address(text: str) -> str:

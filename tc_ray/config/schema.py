@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from tc_ray.config.data import DataSection
 from tc_ray.config.fusion import FusionSection
 from tc_ray.config.log import LogSection
-from tc_ray.config.redact import STRUCK_OUT, redact_address, redact_options, secrets_of
+from tc_ray.config.redact import STRUCK_OUT, redact_address, redact_known, redact_options, secrets_of
 from tc_ray.config.section import MayChange, Named, Positive, Section
 from tc_ray.config.serving import ServingSection
 from tc_ray.config.tracking import TrackingSection
@@ -169,9 +169,10 @@ class RunConfig(Section):
         return self.log.path or str(self.run.path / "log")
 
     def public_dump(self) -> dict[str, Any]:
-        """JSON-ready, with secrets struck out (storage options, addresses): what is saved, tracked and printed."""
+        """JSON-ready, with secrets struck out (storage options, addresses, what this process remembers as one): what is saved,
+        tracked and printed."""
         dump: dict[str, Any] = _redacted(self.model_dump(mode="json"))
-        dump["log"]["storage_options"] = redact_options(self.log.storage_options)
+        dump["log"]["storage_options"] = _redacted(redact_options(self.log.storage_options))
         dump["data"] |= {name: getattr(self.data, name) for name in _TRAINED_TEXT}
         return dump
 
@@ -199,4 +200,4 @@ def _redacted(tree: Any) -> Any:
         return {key: _redacted(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_redacted(value) for value in tree]
-    return redact_address(tree) if isinstance(tree, str) else tree
+    return redact_address(redact_known(tree)) if isinstance(tree, str) else tree

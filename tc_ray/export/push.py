@@ -6,6 +6,7 @@ folder counts as uploaded when the hub has listed every file with its size. Used
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +65,21 @@ class Repository:
                 file.rfilename: file.size for file in api.model_info(self.name, files_metadata=True).siblings or ()
             }
         except Exception as error:  # of several libraries
-            raise _unreachable(self.name, error) from error
+            raise _unreachable(self.name, error, self._advice(folder)) from error
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_file() and name != FOLDER_MARKER and stored.get(name) != path.stat().st_size:
-                raise PushError(f"--push {self.name}: the hub has not stored {name} whole; {folder} is, push it again")
+                raise PushError(f"--push {self.name}: the hub has not stored {name} whole. {self._advice(folder)}")
         return str(address)
 
+    def _advice(self, folder: Path) -> str:
+        """The same command refuses a folder that exists, so what remains to be done is said with the error."""
+        private = [] if self.public else ["--private"]
+        command = ["hf", "upload", self.name, str(folder), ".", "--exclude", FOLDER_MARKER, *private]
+        return f"{folder} is written and whole: upload it with `{shlex.join(command)}`, or remove it and run the command again"
 
-def _unreachable(name: str, error: Exception) -> PushError:
+
+def _unreachable(name: str, error: Exception, advice: str = "") -> PushError:
     reason = f"{type(error).__name__}: {first_line(error, 200)}"
-    return PushError(f"--push {name}: the hub cannot be used ({reason}); check HF_TOKEN, HF_ENDPOINT and the network")
+    check = "check HF_TOKEN, HF_ENDPOINT and the network"
+    return PushError(f"--push {name}: the hub cannot be used ({reason}); {check}{advice and f'. {advice}'}")

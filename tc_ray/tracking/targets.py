@@ -93,7 +93,7 @@ class Wandb:
             config=params,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        for kind in ("pilot", "copilot", "error_ratio", "log", "evaluation"):
+        for kind in ("pilot", "copilot", "validation", "error_ratio", "log", "evaluation"):
             axis = f"{kind}/{'step' if kind == 'copilot' else 'round'}"
             self._run.define_metric(f"{kind}/*", step_metric=axis)
         self._has = self._run.step if self._run.resumed else 0

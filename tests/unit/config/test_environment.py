@@ -127,6 +127,9 @@ def test_secrets_of_the_environment_are_struck_out(tmp_path: Path, monkeypatch: 
         load_config(recipe(tmp_path, "pilot:\n  epochs: ${T_API_TOKEN}\n"))
     assert SECRET not in str(caught.value) and "line 2: pilot.epochs is '***'" in str(caught.value)
     assert redact(f"signed with {SECRET}-token") == "signed with ***"
+    text = "tracking:\n  uri: http://h/${T_API_TOKEN}/f\ndata:\n  train: s3://b/${T_API_TOKEN}/rows\n"
+    saved = dump_config(load_config(recipe(tmp_path, text)))
+    assert SECRET not in saved and "http://h/***/f" in saved and "s3://b/***/rows" in saved
 
 
 def test_a_path_in_a_variable_that_is_named_like_a_secret_is_shown(

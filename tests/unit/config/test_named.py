@@ -33,6 +33,18 @@ def test_a_function_of_the_working_directory_is_found(here: Path) -> None:
     assert source_hash("own_functions:f1", "fusion.metric") != before
 
 
+def test_the_source_of_a_partial_is_the_users(here: Path) -> None:
+    """Of the module that is named, which has its arguments, and of the function inside it."""
+    (here / "own_partial.py").write_text(
+        "import own_functions\nfrom functools import partial\nf2 = partial(own_functions.f1, 1)\n"
+    )
+    hashes = {source_hash("own_partial:f2", "fusion.metric")}
+    for name in ("own_partial.py", "own_functions.py"):
+        (here / name).write_text((here / name).read_text() + "# changed\n")
+        hashes.add(source_hash("own_partial:f2", "fusion.metric"))
+    assert len(hashes) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [

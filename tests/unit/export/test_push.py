@@ -98,8 +98,21 @@ def test_a_public_repository_is_asked_for(tmp_path: Path, used: HubServer) -> No
 
 def test_a_file_that_the_hub_has_not_is_named(tmp_path: Path, used: HubServer) -> None:
     used.lose.add("pilot.gguf")
-    with pytest.raises(PushError, match=r"the hub has not stored pilot\.gguf whole"):
+    with pytest.raises(PushError, match=r"the hub has not stored pilot\.gguf whole") as caught:
         Repository.checked("me/pilot", public=False).push(folder_of(tmp_path))
+    assert f"hf upload me/pilot {tmp_path} . --exclude complete.json --private" in str(caught.value)
+
+
+def test_an_upload_that_fails_says_what_to_do_with_the_folder(
+    tmp_path: Path, used: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command would refuse the folder, which exists by then."""
+    repository = Repository.checked("me/pilot", public=True)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(PushError, match="the hub cannot be used") as caught:
+        repository.push(folder_of(tmp_path))
+    assert "or remove it and run the command again" in str(caught.value)
+    assert f"`hf upload me/pilot {tmp_path} . --exclude complete.json`" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["pilot", "me/pi lot", "me/you/pilot", "me/--"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 from tensorboardX.proto.event_pb2 import Event
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.tracking.targets import TrackingError, check_installed
+from tc_ray.tracking.targets import TrackingError, Wandb, check_installed
 from tc_ray.tracking.tracker import Tracker
 
 
@@ -53,6 +55,19 @@ def test_tensorboard_has_each_round_and_step_once_over_resumed_runs(tmp_path: Pa
     assert [name for name, *_ in found if name.startswith("events")] == ["events/text_summary"] * 2
     assert not any("nothing" in name for name, *_ in found)
     assert status["mlflow"] is None and not (tmp_path / "mlflow.db").exists(), "MLflow was not asked for"
+
+
+def test_every_kind_of_point_has_its_axis_in_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account is another's, so a module in its place takes down what is defined."""
+    axes: dict[str, str] = {}
+    run = SimpleNamespace(resumed=False, define_metric=lambda name, step_metric: axes.update({name: step_metric}))
+    module = SimpleNamespace(init=lambda **_: run, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    Wandb(make_config(tmp_path), tmp_path, {})
+    rounds = ("pilot", "validation", "error_ratio", "log", "evaluation")
+    assert axes == {"copilot/*": "copilot/step"} | {f"{kind}/*": f"{kind}/round" for kind in rounds}
 
 
 def test_a_tracker_that_fails_is_one_event_and_the_run_goes_on(tmp_path: Path) -> None:
