@@ -200,4 +200,8 @@ def _redacted(tree: Any) -> Any:
         return {key: _redacted(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_redacted(value) for value in tree]
-    return redact_address(redact_known(tree)) if isinstance(tree, str) else tree
+    if not isinstance(tree, str):
+        return tree
+    # a local path is read again by its name, and a weak password may be a word of it
+    is_path = "/" in tree and "://" not in tree
+    return tree if is_path else redact_address(redact_known(tree))

@@ -130,6 +130,8 @@ def test_secrets_of_the_environment_are_struck_out(tmp_path: Path, monkeypatch: 
     text = "tracking:\n  uri: http://h/${T_API_TOKEN}/f\ndata:\n  train: s3://b/${T_API_TOKEN}/rows\n"
     saved = dump_config(load_config(recipe(tmp_path, text)))
     assert SECRET not in saved and "http://h/***/f" in saved and "s3://b/***/rows" in saved
+    folder = f"/runs/{SECRET}-token"
+    assert f"folder: {folder}\n" in dump_config(load_config(None, [f"run.folder={folder}"])), "a path is read again"
 
 
 def test_a_path_in_a_variable_that_is_named_like_a_secret_is_shown(
