@@ -204,4 +204,4 @@ def _redacted(tree: Any) -> Any:
         return tree
     # a local path is read again by its name, and a weak password may be a word of it
     is_path = "/" in tree and "://" not in tree
-    return tree if is_path else redact_address(redact_known(tree))
+    return redact_address(tree if is_path else redact_known(tree))

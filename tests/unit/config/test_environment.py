@@ -132,6 +132,7 @@ def test_secrets_of_the_environment_are_struck_out(tmp_path: Path, monkeypatch: 
     assert SECRET not in saved and "http://h/***/f" in saved and "s3://b/***/rows" in saved
     folder = f"/runs/{SECRET}-token"
     assert f"folder: {folder}\n" in dump_config(load_config(None, [f"run.folder={folder}"])), "a path is read again"
+    assert "x?token=***" in dump_config(load_config(None, ["data.train=h/x?token=abc"]))
 
 
 def test_a_path_in_a_variable_that_is_named_like_a_secret_is_shown(
