@@ -112,4 +112,6 @@ def test_a_ray_that_is_too_small_is_refused_before_anything_starts(tmp_path: Pat
         CapacityError, match=r"asks for 8 CPUs .*1 node \(2 CPUs\), no autoscaler\. Lower resources\.pilot"
     ):
         run_job(config)
-    assert [path.name for path in config.run.path.iterdir()] == ["run.lock"]
+    assert {path.name for path in config.run.path.iterdir()} == {"run.lock", "status.json"}
+    status = read_status(config.run.path)
+    assert status["state"] == "failed" and "asks for 8 CPUs" in status["failure"]

@@ -266,6 +266,7 @@ WRITERS = {
     "files.py",
     "inspection/samples.py",  # large files, synced before the rename
     "export/join.py",  # renames a folder that is synced and marked, never in place of another
+    "export/pilot.py",  # so does it
     "run/inputs.py",  # moves what was prepared, and synced, aside
 }
 
