@@ -186,6 +186,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_chat(tmp_path: Path) -> None:
         os.write(ours, b"/lam 0.3\n")
         until("fused with lambda 0.3")
         until("you> ")
+        time.sleep(1)  # readline writes the prompt a moment before it listens: a signal between the two waits for a key
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(60) == 0
     finally:
