@@ -50,8 +50,8 @@ Relative paths of data and model folders start at the current folder, else at th
 
 Rules over several fields:
 
-- `pilot.batch_size` must be a multiple of `resources.pilot_workers` times `pilot.micro_batch_size`.
-- `copilot.batch_size` must be a multiple of `resources.copilot_workers`.
+- `pilot.batch_size` must be at least `resources.pilot_workers`, `copilot.batch_size` at least
+  `resources.copilot_workers`. They need not divide.
 - `copilot.schedule: lockstep` needs `log.enabled`.
 - `log.keep_rounds` must be at least `copilot.buffer_rounds`.
 - `serving.drain_s` must be at least `serving.request_timeout_s`, `serving.max_replicas` at least `serving.replicas`.

@@ -109,24 +109,14 @@ class RunConfig(Section):
     serving: MayChange[ServingSection] = Field(default_factory=ServingSection)
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> RunConfig:
-        workers = self.resources.pilot_workers
-        if self.pilot.batch_size % workers:
-            raise ValueError(
-                f"pilot.batch_size {self.pilot.batch_size} must be a multiple of resources.pilot_workers {workers}"
-            )
-        per_worker = self.pilot.batch_size // workers
-        micro = self.pilot.micro_batch_size
-        if per_worker % micro:
-            raise ValueError(
-                f"pilot.batch_size {self.pilot.batch_size} over {workers} workers is {per_worker} per worker, "
-                f"which must be a multiple of pilot.micro_batch_size {micro}"
-            )
-        if self.copilot.batch_size % self.resources.copilot_workers:
-            raise ValueError(
-                f"copilot.batch_size {self.copilot.batch_size} must be a multiple of "
-                f"resources.copilot_workers {self.resources.copilot_workers}"
-            )
+    def _parts_agree(self) -> RunConfig:
+        for who, section in (("pilot", self.pilot), ("copilot", self.copilot)):
+            workers = getattr(self.resources, f"{who}_workers")
+            if section.batch_size < workers:
+                raise ValueError(
+                    f"{who}.batch_size {section.batch_size} must be at least resources.{who}_workers {workers}: "
+                    "each takes a row of every batch"
+                )
         if self.log.keep_rounds is not None and self.log.keep_rounds < self.copilot.buffer_rounds:
             raise ValueError(
                 f"log.keep_rounds {self.log.keep_rounds} must be at least copilot.buffer_rounds "
@@ -191,8 +181,9 @@ class RunConfig(Section):
 
     @property
     def accumulation_steps(self) -> int:
-        """Forward passes of one worker in one round."""
-        return self.pilot.batch_size // (self.resources.pilot_workers * self.pilot.micro_batch_size)
+        """Forward passes of each worker in one round, however its rows divide (`data.prepared.split`)."""
+        most_rows = -(-self.pilot.batch_size // self.resources.pilot_workers)
+        return -(-most_rows // self.pilot.micro_batch_size)
 
 
 def _redacted(tree: Any) -> Any:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder, TrainTable
+from tc_ray.data.prepared.split import micro_batches
 from tc_ray.mistakelog.commit.ledger_actor import submit_to
 from tc_ray.mistakelog.table.errors import may_pass
 from tc_ray.mistakelog.table.location import Location
@@ -244,23 +245,22 @@ class Worker:
 
     def _forward_backward(self, number: int, rows: np.ndarray) -> torch.Tensor:
         """Gradients and records of this rank's micro-batches; returns the sum of their losses, each scaled for DeepSpeed."""
-        accumulation, micro = self.config.accumulation_steps, self.config.pilot.micro_batch_size
+        steps = self.config.accumulation_steps
         # DeepSpeed divides by accumulation steps and by ranks; a token of the round must count once in the mean
-        scale = self.world_size * accumulation / self.table.target_tokens(rows)
+        scale = self.world_size * steps / self.table.target_tokens(rows)
         seen = self.order.seen(number)
-        first = self.rank * micro * accumulation
-        last = first + micro * (accumulation - 1)
         loss_sum = torch.zeros((), device=self.device)
-        for at in range(first, last + 1, micro):
-            part = slice(at, at + micro)
+        for step, places in enumerate(micro_batches(len(rows), self.rank, self.world_size, steps), 1):
+            # collectives need every rank in every pass: one without rows left repeats a row, which counts nothing
+            part = slice(places.start, places.stop) if places else slice(places.start - 1, places.start)
             batch = self.table.batch(rows[part])
-            loss, record = self.engine(loss_scale=scale, **step_inputs(batch, self.device))
-            if self.recorder is not None and record is not None:
+            loss, record = self.engine(loss_scale=scale if places else 0.0, **step_inputs(batch, self.device))
+            if self.recorder is not None and record is not None and places:
                 # before the backward pass, so that a copy from a device runs beside it
                 self.recorder.record(record, batch, seen[part], number)
             del record
             self.engine.backward(loss)
-            if at != last:  # the last one takes the optimizer step, see `_round`
+            if step < steps:  # the last one takes the optimizer step, see `_round`
                 self.engine.step()
             loss_sum += loss.detach()
         return loss_sum

@@ -53,7 +53,9 @@ class Plan:
         )
         gpus = f" and {sum(need.count for need in training_needs(config))} GPUs" if resources.gpus else ""
         rows = f"{_known(data, 'rows')} training rows, mean {_known(data, 'mean_tokens', '.0f')} tokens"
-        split = f"{resources.pilot_workers} worker(s) x {config.pilot.micro_batch_size} x {config.accumulation_steps}"
+        micro_batches = resources.pilot_workers * config.accumulation_steps
+        largest = -(-config.pilot.batch_size // micro_batches)
+        split = f"{resources.pilot_workers} worker(s) x {config.accumulation_steps} pass(es) of up to {largest}"
         lines = [
             ("run", f"{run.name} in {run.path}"),
             ("ray", f"{where}; the run asks for {cpus_needed(config):g} CPUs{gpus}"),
@@ -62,7 +64,7 @@ class Plan:
             *self._copilot(),
             ("data", config.data.train_text),
             ("", f"{rows}, {_known(data, 'mean_target_tokens', '.0f')} of them targets"),
-            ("batch", f"{config.pilot.batch_size} examples per round = {split} accumulation step(s)"),
+            ("batch", f"{config.pilot.batch_size} examples per round, {split}"),
             ("rounds", f"{_known(self, 'rounds')} ({config.pilot.epochs} epoch(s))"),
         ]
         if config.log.enabled:

@@ -12,16 +12,12 @@ from tc_ray.config.yaml_file import ConfigError
 
 RULES: list[tuple[list[str], str]] = [
     (
-        ["pilot.batch_size=10", "resources.pilot_workers=3"],
-        "pilot.batch_size 10 must be a multiple of resources.pilot_workers 3",
+        ["pilot.batch_size=2", "resources.pilot_workers=3"],
+        "pilot.batch_size 2 must be at least resources.pilot_workers 3",
     ),
     (
-        ["pilot.batch_size=12", "resources.pilot_workers=2", "pilot.micro_batch_size=4"],
-        "6 per worker, which must be a multiple of pilot.micro_batch_size 4",
-    ),
-    (
-        ["copilot.batch_size=9", "resources.copilot_workers=2"],
-        "copilot.batch_size 9 must be a multiple of resources.copilot_workers 2",
+        ["copilot.batch_size=1", "resources.copilot_workers=2"],
+        "copilot.batch_size 1 must be at least resources.copilot_workers 2",
     ),
     (["copilot.schedule=lockstep", "log.enabled=false"], "copilot.schedule lockstep needs log.enabled"),
     (["log.keep_rounds=127"], "log.keep_rounds 127 must be at least copilot.buffer_rounds 128"),
@@ -42,8 +38,9 @@ def test_each_rule_is_refused_by_name(overrides: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["pilot.batch_size=12", "resources.pilot_workers=3", "pilot.micro_batch_size=2"],
-        ["copilot.batch_size=8", "resources.copilot_workers=2"],
+        ["pilot.batch_size=16", "resources.pilot_workers=7", "pilot.micro_batch_size=2"],
+        ["pilot.batch_size=3", "resources.pilot_workers=3"],
+        ["copilot.batch_size=9", "resources.copilot_workers=2"],
         ["log.keep_rounds=128"],
         ["data.format=sequences", "fusion.metric=ranking"],
     ],

@@ -64,13 +64,14 @@ def test_learning_rate_rises_then_falls_to_nothing() -> None:
 def test_batch_arithmetic_reaches_deepspeed() -> None:
     config = RunConfig.model_validate(
         {
-            "pilot": {"batch_size": 48, "micro_batch_size": 4, "zero_stage": 3, "max_grad_norm": 0.7, "dtype": "bf16"},
+            "pilot": {"batch_size": 47, "micro_batch_size": 4, "zero_stage": 3, "max_grad_norm": 0.7, "dtype": "bf16"},
             "resources": {"pilot_workers": 3},
         }
     )
     made = deepspeed_config(config)
-    assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"]) == (48, 4)
-    assert made["gradient_accumulation_steps"] == 4
+    assert made["train_micro_batch_size_per_gpu"] == 4
+    assert made["gradient_accumulation_steps"] == 4  # of 16 rows on two of the workers, of 15 on the third
+    assert "train_batch_size" not in made  # DeepSpeed would refuse one that is not the product
     assert made["zero_optimization"]["stage"] == 3
     assert made["gradient_clipping"] == 0.7
     assert made["bf16"] == {"enabled": True}

@@ -83,7 +83,7 @@ def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
     text = str(plan)
     for words in (
         "76 training rows",
-        f"{BATCH} examples per round = 1 worker(s) x 4 x 2 accumulation",
+        f"{BATCH} examples per round, 1 worker(s) x 2 pass(es) of up to 4",
         "layers 1, 3 of",
         "free disk",
     ):
