@@ -116,7 +116,7 @@ def _allowed(annotation: Any, metadata: Any = ()) -> str:
     if origin is list:
         return f"a list of {_allowed(arguments[0])}"
     if origin is dict:
-        values = "text (true, false and numbers in quotes)" if arguments[1] is str else "values"
+        values = "text (true, false and numbers in quotes)" if arguments[1] is str else _allowed(arguments[1])
         return f"a mapping of names to {values}"
     return _NAMES.get(annotation, str(annotation)) + "".join(map(_bounds, metadata))
 

@@ -30,7 +30,7 @@ PAPER_FORM: dict[str, Any] = {
     "scaled_output": False,
 }
 """Fields of the `copilot` section that `copilot.preset: paper` sets: sections 3.1 and E.2 to the letter."""
-_DTYPE = "default: bf16 with resources.gpus or on a processor with instructions for it, else fp32"
+_DTYPE = "default: bf16 on a GPU (resources) or on a processor with instructions for it, else fp32"
 
 
 def fast_dtype() -> Literal["bf16", "fp32"]:

@@ -219,7 +219,7 @@ def make_learner(
         tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
         random_weights=config.model.random_weights,
     )
-    device = "cuda" if config.resources.gpus else "cpu"
+    device = "cuda" if config.resources.copilot_gpus else "cpu"
     return Learner(copilot, config.copilot, total_steps=total_steps, device=device, world_size=world_size)
 
 

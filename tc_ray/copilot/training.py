@@ -65,7 +65,7 @@ def train(
     own = part_of(size, rank, learner.world_size)
     held_out = HeldOut(config, rank)
 
-    clock = time.monotonic if config.resources.gpus else time.process_time
+    clock = time.monotonic if config.resources.copilot_gpus else time.process_time
 
     def position(step: int) -> Position:
         return Position(step, step // per_round, feed.version, dict(inputs or {}), held_out.state())

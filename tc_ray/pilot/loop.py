@@ -66,8 +66,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Entry of a Ray Train worker; `settings["job"]` is a PilotJob."""
     import ray.train
 
-    context = ray.train.get_context()
-    Worker(settings["job"], context.get_world_rank(), context.get_world_size()).run()
+    context, job = ray.train.get_context(), settings["job"]
+    if not job.config.resources.pilot_gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it sees, one of the Copilot perhaps
+    Worker(job, context.get_world_rank(), context.get_world_size()).run()
 
 
 class Worker:
@@ -111,7 +113,7 @@ class Worker:
             self.recorder = self._begin_attempt(start)
         self._wait_for("")
         # what a round costs: on a device that is not the processor, the processor's time says nothing
-        clock = time.monotonic if self.config.resources.gpus else time.process_time
+        clock = time.monotonic if self.config.resources.pilot_gpus else time.process_time
         started, tokens, checkpoint_due = time.monotonic(), 0.0, False
         while number < self.job.rounds and not self.validated.ended(self.config.pilot):
             number += 1

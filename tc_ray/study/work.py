@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tc_ray
+from tc_ray.cluster.capacity import ray_options
 from tc_ray.cluster.session import evaluation_need
 from tc_ray.config.fields import public_values
 from tc_ray.config.load import save_config
@@ -239,11 +240,10 @@ def _averaged(config: RunConfig, part: str, second: Path) -> Model:
 
 
 def with_room(config: RunConfig, work: Callable[..., _Made], *arguments: Any) -> _Made:
-    """work(config, *arguments) in a Ray task that has the CPUs, and the GPU, of one worker. Raises what it raises."""
+    """work(config, *arguments) in a Ray task that has the resources of one worker. Raises what it raises."""
     import ray
 
-    bundle = evaluation_need(config).bundle
-    options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "max_calls": 1, "max_retries": 0}
+    options = {**ray_options(evaluation_need(config).bundle), "max_calls": 1, "max_retries": 0}
     try:
         made: _Made = ray.get(ray.remote(**options)(work).remote(config, *arguments))
     except ray.exceptions.RayTaskError as error:
