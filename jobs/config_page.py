@@ -116,8 +116,8 @@ def _allowed(annotation: Any, metadata: Any = ()) -> str:
     if origin is list:
         return f"a list of {_allowed(arguments[0])}"
     if origin is dict:
-        values = "text (true, false and numbers in quotes)" if arguments[1] is str else _allowed(arguments[1])
-        return f"a mapping of names to {values}"
+        text = "text (true, false and numbers in quotes)" if arguments[1] is str else "values"
+        return f"a mapping of names to {_allowed(arguments[1]) if get_origin(arguments[1]) is Annotated else text}"
     return _NAMES.get(annotation, str(annotation)) + "".join(map(_bounds, metadata))
 
 

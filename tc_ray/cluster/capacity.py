@@ -38,8 +38,8 @@ class Need:
     settings: tuple[str, ...]
 
     def __str__(self) -> str:
-        one = f"{self.count} {self.who} with {amounts(self.bundle)}"
-        return one if self.count == 1 else f"{self.count} {self.who}s with {amounts(self.bundle)} each"
+        each = amounts(self.bundle, self.bundle)
+        return f"1 {self.who} with {each}" if self.count == 1 else f"{self.count} {self.who}s with {each} each"
 
     def waiting(self) -> str:
         """The message of a wait: the need, and what is free now. Ray must run."""
@@ -55,14 +55,14 @@ class Need:
 
 
 def amounts(resources: Mapping[str, float], asked: Iterable[str] = ()) -> str:
-    """CPUs, GPUs and what else is `asked` as text, for instance "4 CPUs, 1 GPU and 0.5 rack_a"."""
+    """CPUs, GPUs and what else is `asked` as text, for instance "4 CPUs and 1 GPU and 0.5 rack_a"."""
     custom = sorted(set(asked) - {"CPU", "GPU"})
-    shown = ["CPU", *(name for name in ("GPU", *custom) if resources.get(name))]
     parts = []
-    for name in shown:
+    for name in ("CPU", "GPU", *custom):
         amount = resources.get(name, 0.0)
-        parts.append(f"{amount:g} {name}{'' if amount == 1 or name in custom else 's'}")
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+        if amount or name == "CPU":
+            parts.append(f"{amount:g} {name}{'' if amount == 1 or name in custom else 's'}")
+    return " and ".join(parts)
 
 
 def total(needs: Iterable[Need]) -> dict[str, float]:

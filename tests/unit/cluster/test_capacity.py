@@ -109,7 +109,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapacityError) as refused:
         check_capacity(needs)
     for words in (
-        "asks for 3 CPUs, 2 GPUs and 0.5 rack_b (2 Pilot workers with 1 CPU and 1 GPU each; 1 Copilot learner with",
+        "asks for 3 CPUs and 2 GPUs and 0.5 rack_b (2 Pilot workers with 1 CPU and 1 GPU each; 1 Copilot learner with",
         "1 Copilot learner with 1 CPU and 0.5 rack_b), and this Ray",
         "1 node (4 CPUs and 1 GPU), no autoscaler. Missing: 1 GPU, 0.5 rack_b. ",
         "Lower resources.pilot_workers, resources.pilot_cpus, resources.pilot_gpus, resources.copilot_workers, resources.",
@@ -117,6 +117,9 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert words in str(refused.value)
     nodes.append({"Alive": True, "Resources": {"CPU": 1.0, "GPU": 1.0, "rack_b": 0.5}})
+    with pytest.raises(CapacityError, match=r"1 CPU and 1 GPU and 0.5 rack_b\), no autoscaler\. Lower"):
+        check_capacity(needs)  # of CPUs one too few is where the GPU and the rack are
+    nodes[1]["Resources"] = {"CPU": 2.0, "GPU": 1.0, "rack_b": 0.5}
     check_capacity(needs)
 
 
