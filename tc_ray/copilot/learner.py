@@ -1,7 +1,8 @@
 """The Copilot's learner: steps on its loss (equation 7) with AdamW. Plain torch, no Ray.
 
-Invariant: W ranks, each with its slice of a draw (which may differ in rows), do what one does on the whole batch: DistributedDataParallel adds gradients over
-ranks, and the loss's sums and token counts are added before the loss makes its value of them. Stepped by `training.train`.
+Invariant: W ranks, each with its slice of a draw (their rows may differ in number), do what one does on the whole batch:
+DistributedDataParallel adds gradients over ranks, and the loss's sums and token counts are added before the loss makes its value
+of them. Stepped by `training.train`.
 """
 
 from __future__ import annotations
