@@ -50,8 +50,8 @@ Relative paths of data and model folders start at the current folder, else at th
 
 Rules over several fields:
 
-- `pilot.batch_size` must be a multiple of `resources.pilot_workers` times `pilot.micro_batch_size`.
-- `copilot.batch_size` must be a multiple of `resources.copilot_workers`.
+- `pilot.batch_size` must be at least `resources.pilot_workers`, `copilot.batch_size` at least
+  `resources.copilot_workers`. They need not divide.
 - `copilot.schedule: lockstep` needs `log.enabled`.
 - `log.keep_rounds` must be at least `copilot.buffer_rounds`.
 - `serving.drain_s` must be at least `serving.request_timeout_s`, `serving.max_replicas` at least `serving.replicas`.
@@ -116,8 +116,8 @@ def _allowed(annotation: Any, metadata: Any = ()) -> str:
     if origin is list:
         return f"a list of {_allowed(arguments[0])}"
     if origin is dict:
-        values = "text (true, false and numbers in quotes)" if arguments[1] is str else "values"
-        return f"a mapping of names to {values}"
+        text = "text (true, false and numbers in quotes)" if arguments[1] is str else "values"
+        return f"a mapping of names to {_allowed(arguments[1]) if get_origin(arguments[1]) is Annotated else text}"
     return _NAMES.get(annotation, str(annotation)) + "".join(map(_bounds, metadata))
 
 

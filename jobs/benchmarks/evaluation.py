@@ -101,7 +101,7 @@ def workers(
     """Seconds of today's procedure, by part; the first worker's start and load are in the first."""
     seconds = {}
     grid = grid_of(fusion)
-    with Progress() as progress, Pool(folder / "parts", progress, cpus=1, gpus=False) as pool:
+    with Progress() as progress, Pool(folder / "parts", progress, bundle={"CPU": 1.0}) as pool:
         passes = Passes(pool, source, fusion, fusion.feedback)
         began = time.perf_counter()
         choose_lambda(passes, validation)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 SAY_SECONDS = 30.0
 """How often a wait is reported again."""
@@ -20,7 +21,7 @@ _SLACK = 1e-6
 """Ray counts resources in units of 1/10000."""
 
 Bundle = Mapping[str, float]
-"""Amounts of Ray resources by name, "CPU" and "GPU"."""
+"""Amounts of Ray resources by name: "CPU", "GPU" (at most 1) and custom ones."""
 
 
 class CapacityError(RuntimeError):
@@ -37,14 +38,14 @@ class Need:
     settings: tuple[str, ...]
 
     def __str__(self) -> str:
-        one = f"{self.count} {self.who} with {amounts(self.bundle)}"
-        return one if self.count == 1 else f"{self.count} {self.who}s with {amounts(self.bundle)} each"
+        each = amounts(self.bundle, self.bundle)
+        return f"1 {self.who} with {each}" if self.count == 1 else f"{self.count} {self.who}s with {each} each"
 
     def waiting(self) -> str:
         """The message of a wait: the need, and what is free now. Ray must run."""
         import ray
 
-        return f"waiting for room: {self}; free now: {amounts(ray.available_resources())}"
+        return f"waiting for room: {self}; free now: {amounts(ray.available_resources(), self.bundle)}"
 
     def starting(self) -> str:
         """The message of a start, or of a wait if too little is free. Ray must run."""
@@ -53,10 +54,30 @@ class Need:
         return f"starting {self}" if fits([ray.available_resources()], [self]) else self.waiting()
 
 
-def amounts(resources: Mapping[str, float]) -> str:
-    """CPUs and GPUs as text, for instance "4 CPUs and 1 GPU"."""
-    parts = [("CPU", resources.get("CPU", 0.0)), *([("GPU", resources["GPU"])] if resources.get("GPU") else [])]
-    return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in parts)
+def amounts(resources: Mapping[str, float], asked: Iterable[str] = ()) -> str:
+    """CPUs, GPUs and what else is `asked` as text, for instance "4 CPUs and 1 GPU and 0.5 rack_a"."""
+    custom = sorted(set(asked) - {"CPU", "GPU"})
+    parts = []
+    for name in ("CPU", "GPU", *custom):
+        amount = resources.get(name, 0.0)
+        if amount or name == "CPU":
+            parts.append(f"{amount:g} {name}{'' if amount == 1 or name in custom else 's'}")
+    return " and ".join(parts)
+
+
+def total(needs: Iterable[Need]) -> dict[str, float]:
+    """What they ask for together, by name."""
+    found: dict[str, float] = {"CPU": 0.0}
+    for need in needs:
+        for name, amount in need.bundle.items():
+            found[name] = found.get(name, 0.0) + need.count * amount
+    return found
+
+
+def ray_options(bundle: Bundle) -> dict[str, Any]:
+    """Options of a Ray task or actor that takes the bundle."""
+    custom = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "resources": custom}
 
 
 def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None:
@@ -73,12 +94,15 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
     for needs in filter(None, ([*together], *([need] for need in alone))):
         if fits(nodes, needs) or can_grow():
             continue
-        there = ", ".join(amounts(node) for node in nodes)
-        asked = {name: sum(need.count * need.bundle.get(name, 0.0) for need in needs) for name in ("CPU", "GPU")}
+        asked = total(needs)
+        there = ", ".join(amounts(node, asked) for node in nodes)
+        short = {name: amount - sum(node.get(name, 0.0) for node in nodes) for name, amount in asked.items()}
+        missing = [f"{amount:g} {name}" for name, amount in short.items() if amount > _SLACK]
         settings = list(dict.fromkeys(setting for need in needs for setting in need.settings))
         raise CapacityError(
-            f"the run asks for {amounts(asked)} ({'; '.join(map(str, needs))}), and this Ray cannot hold that: "
+            f"the run asks for {amounts(asked, asked)} ({'; '.join(map(str, needs))}), and this Ray cannot hold that: "
             f"{len(nodes)} node{'s' if len(nodes) != 1 else ''} ({there}), no autoscaler. "
+            + (f"Missing: {', '.join(missing)}. " if missing else "")
             + (f"Lower {', '.join(settings)}, or add nodes." if settings else "Add nodes.")
         )
 
@@ -86,18 +110,44 @@ def check_capacity(together: Sequence[Need], alone: Iterable[Need] = ()) -> None
 def fits(nodes: Sequence[Mapping[str, float]], needs: Sequence[Need]) -> bool:
     """Whether empty nodes hold all bundles at the same time, each on one node. Exact for one or two needs."""
     first, *others = needs
-    # most[n]: bundles of the other need that fit beside n of the first
-    most = [0] + [-1] * first.count
-    for node in nodes:
-        here = []
-        for placed in range(min(first.count, _times(node, first.bundle)) + 1):
-            rest = {name: amount - placed * first.bundle.get(name, 0.0) for name, amount in node.items()}
-            here.append(_times(rest, others[0].bundle) if others else 0)
+    other: Bundle = others[0].bundle if others else {}
+    most = _most((_beside(node, first, other) for node in nodes), first.count)
+    return most[-1] >= (others[0].count if others else 0)
+
+
+def _most(places: Iterable[Sequence[int]], count: int) -> list[int]:
+    """[n], n <= count: most bundles of another kind that fit beside n of the first, over all places; -1: n do not fit.
+
+    places: the same list for each place alone, as far as n fit.
+    """
+    most = [0] + [-1] * count
+    for here in places:
         most = [
             max((most[n - k] + here[k] for k in range(min(n + 1, len(here))) if most[n - k] >= 0), default=-1)
-            for n in range(first.count + 1)
+            for n in range(count + 1)
         ]
-    return most[-1] >= (others[0].count if others else 0)
+    return most
+
+
+def _beside(node: Mapping[str, float], first: Need, other: Bundle) -> list[int]:
+    """[n]: most bundles of `other` that an empty node holds beside n of the first need, as far as n fit."""
+    count = min(first.count, _times(node, first.bundle))
+    by_sum = [
+        _times({name: amount - n * first.bundle.get(name, 0.0) for name, amount in node.items()}, other)
+        for n in range(count + 1)
+    ]
+    own, others = first.bundle.get("GPU", 0.0), other.get("GPU", 0.0)
+    if not own and not others:
+        return by_sum
+    # a fraction is taken from one GPU: of 0.6 one fits into a GPU, and three not into two
+    whole, part = divmod(node.get("GPU", 0.0), 1.0)
+    places = []
+    for free in (part, *[1.0] * int(whole)):
+        fit = _times({"GPU": free}, {"GPU": own}) if own else 0
+        places.append([_times({"GPU": free - n * own}, {"GPU": others}) for n in range(fit + 1)])
+    if not own:  # those of the first need take no GPU
+        places.append([0] * (count + 1))
+    return [min(both) for both in zip(by_sum, _most(places, count), strict=True) if both[1] >= 0]
 
 
 def _times(node: Mapping[str, float], bundle: Bundle) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tc_ray.cluster.address import check_address
-from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity
+from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity, total
 from tc_ray.cluster.signals import Stopped, take_signals
 from tc_ray.config.schema import RunConfig
 from tc_ray.text import visible
@@ -28,15 +28,10 @@ def copilot_need(config: RunConfig) -> Need | None:
     return _need(config, "copilot", "Copilot learner") if config.log.enabled else None
 
 
-def _need(config: RunConfig, who: str, process: str) -> Need:
-    count, cpus = (getattr(config.resources, f"{who}_{of}") for of in ("workers", "cpus"))
-    return Need(process, count, _bundle(config, cpus), (f"resources.{who}_workers", f"resources.{who}_cpus"))
-
-
 def evaluation_need(config: RunConfig) -> Need:
     """Resources of one evaluation worker. They start when training has released its own, as many as the cluster has room for."""
-    bundle = _bundle(config, config.resources.pilot_cpus)
-    return Need("evaluation worker", 1, bundle, ("resources.pilot_cpus", "resources.gpus"))
+    of_training = pilot_need(config)
+    return Need("evaluation worker", 1, of_training.bundle, of_training.settings[1:])
 
 
 def training_needs(config: RunConfig) -> list[Need]:
@@ -44,13 +39,18 @@ def training_needs(config: RunConfig) -> list[Need]:
     return [need for need in (pilot_need(config), copilot_need(config)) if need is not None]
 
 
-def _bundle(config: RunConfig, cpus: float) -> dict[str, float]:
-    return {"CPU": cpus} | ({"GPU": 1.0} if config.resources.gpus else {})
+def _need(config: RunConfig, who: str, process: str) -> Need:
+    count, cpus, gpus, custom = (
+        getattr(config.resources, f"{who}_{of}") for of in ("workers", "cpus", "gpus", "resources")
+    )
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {}) | custom
+    used = ["workers", "cpus", *(["gpus"] if gpus else []), *(["resources"] if custom else [])]
+    return Need(process, count, bundle, tuple(f"resources.{who}_{of}" for of in used))
 
 
 def cpus_needed(config: RunConfig) -> float:
     """Ray CPUs that the run's processes ask for together."""
-    return sum(need.count * need.bundle["CPU"] for need in training_needs(config))
+    return total(training_needs(config))["CPU"]
 
 
 @contextmanager

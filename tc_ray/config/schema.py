@@ -7,7 +7,7 @@ unchanged. The larger sections have modules of their own; rules over several sec
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -81,16 +81,52 @@ class CallbacksSection(Section):
     )
 
 
+_GPUS = (
+    "1: it computes on a GPU of its own (nccl); a fraction: on one that it shares; 0: on the CPU (gloo). For more GPUs "
+    "set more workers"
+)
+_PINS = "a worker runs only on a node that has them, for instance {'accelerator_type:H100': 0.01}"
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+"""Resources of every node, which have fields of their own or none."""
+CustomResources = dict[str, Annotated[float, Field(ge=1e-4)]]
+"""Amounts by name; Ray counts in units of 1e-4."""
+
+
 class ResourcesSection(Section):
-    """Processes and what each may use."""
+    """Processes, what each may use, and where they run."""
 
     pilot_workers: Positive = Field(1, description="processes that train the Pilot, each on a part of every batch")
     pilot_cpus: MayChange[float] = Field(1, gt=0, description="Ray CPUs per Pilot worker")
+    pilot_gpus: MayChange[float] = Field(0, ge=0, le=1, description=f"GPU per Pilot worker. {_GPUS}")
+    pilot_resources: MayChange[CustomResources] = Field(
+        default_factory=dict, description=f"custom Ray resources per Pilot worker and evaluation worker: {_PINS}"
+    )
     pilot_threads: MayChange[Positive] = Field(1, description="torch threads per Pilot worker")
     copilot_workers: Positive = Field(1, description="processes that train the Copilot, each on a part of every batch")
     copilot_cpus: MayChange[float] = Field(1, gt=0, description="Ray CPUs per Copilot worker")
+    copilot_gpus: MayChange[float] = Field(0, ge=0, le=1, description=f"GPU per Copilot worker. {_GPUS}")
+    copilot_resources: MayChange[CustomResources] = Field(
+        default_factory=dict, description=f"custom Ray resources per Copilot worker: {_PINS}"
+    )
     copilot_threads: MayChange[Positive] = Field(1, description="torch threads per Copilot worker")
-    gpus: bool = Field(False, description="one GPU for each Pilot and Copilot worker (nccl), else CPU (gloo)")
+    placement: MayChange[Literal["pack", "spread"]] = Field(
+        "pack", description="each model's workers on as few nodes as can be (pack), or on as many (spread)"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_placed(self) -> ResourcesSection:
+        for who in ("pilot", "copilot"):
+            workers, gpus = getattr(self, f"{who}_workers"), getattr(self, f"{who}_gpus")
+            if workers > 1 and 0 < gpus <= 0.5:
+                raise ValueError(
+                    f"resources.{who}_gpus {gpus:g} lets two of {workers} workers share a GPU, which NCCL refuses: set it above "
+                    f"0.5, or resources.{who}_workers=1"
+                )
+            for name in _RAYS_OWN:
+                if name in getattr(self, f"{who}_resources"):
+                    advice = f"set resources.{who}_{name.lower()}s" if name in ("CPU", "GPU") else "leave it out"
+                    raise ValueError(f"resources.{who}_resources {name} is no custom resource: {advice}")
+        return self
 
 
 class RunConfig(Section):
@@ -109,24 +145,14 @@ class RunConfig(Section):
     serving: MayChange[ServingSection] = Field(default_factory=ServingSection)
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> RunConfig:
-        workers = self.resources.pilot_workers
-        if self.pilot.batch_size % workers:
-            raise ValueError(
-                f"pilot.batch_size {self.pilot.batch_size} must be a multiple of resources.pilot_workers {workers}"
-            )
-        per_worker = self.pilot.batch_size // workers
-        micro = self.pilot.micro_batch_size
-        if per_worker % micro:
-            raise ValueError(
-                f"pilot.batch_size {self.pilot.batch_size} over {workers} workers is {per_worker} per worker, "
-                f"which must be a multiple of pilot.micro_batch_size {micro}"
-            )
-        if self.copilot.batch_size % self.resources.copilot_workers:
-            raise ValueError(
-                f"copilot.batch_size {self.copilot.batch_size} must be a multiple of "
-                f"resources.copilot_workers {self.resources.copilot_workers}"
-            )
+    def _parts_agree(self) -> RunConfig:
+        for who, section in (("pilot", self.pilot), ("copilot", self.copilot)):
+            workers = getattr(self.resources, f"{who}_workers")
+            if section.batch_size < workers:
+                raise ValueError(
+                    f"{who}.batch_size {section.batch_size} must be at least resources.{who}_workers {workers}: "
+                    "each takes a row of every batch"
+                )
         if self.log.keep_rounds is not None and self.log.keep_rounds < self.copilot.buffer_rounds:
             raise ValueError(
                 f"log.keep_rounds {self.log.keep_rounds} must be at least copilot.buffer_rounds "
@@ -138,8 +164,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _gpus_compute_bf16(self) -> RunConfig:
-        for section in (self.pilot, self.copilot) if self.resources.gpus else ():
-            if "dtype" not in section.model_fields_set:
+        for section, gpus in ((self.pilot, self.resources.pilot_gpus), (self.copilot, self.resources.copilot_gpus)):
+            if gpus and "dtype" not in section.model_fields_set:
                 section.dtype = "bf16"
         return self
 
@@ -191,8 +217,9 @@ class RunConfig(Section):
 
     @property
     def accumulation_steps(self) -> int:
-        """Forward passes of one worker in one round."""
-        return self.pilot.batch_size // (self.resources.pilot_workers * self.pilot.micro_batch_size)
+        """Forward passes of each worker in one round, however its rows divide (`data.prepared.split`)."""
+        most_rows = -(-self.pilot.batch_size // self.resources.pilot_workers)
+        return -(-most_rows // self.pilot.micro_batch_size)
 
 
 def _redacted(tree: Any) -> Any:

@@ -30,7 +30,7 @@ PAPER_FORM: dict[str, Any] = {
     "scaled_output": False,
 }
 """Fields of the `copilot` section that `copilot.preset: paper` sets: sections 3.1 and E.2 to the letter."""
-_DTYPE = "default: bf16 with resources.gpus or on a processor with instructions for it, else fp32"
+_DTYPE = "default: bf16 on a GPU (resources) or on a processor with instructions for it, else fp32"
 
 
 def fast_dtype() -> Literal["bf16", "fp32"]:
@@ -63,8 +63,10 @@ class PilotSection(Section):
     lr_schedule: Schedule = Field("cosine", description=_SCHEDULE)
     epochs: Positive = Field(1, description="passes over the training rows")
     max_rounds: Positive | None = Field(None, description="stop after this many rounds; default: the epochs' rounds")
-    batch_size: Positive = Field(16, description="examples per round, over all workers and accumulation steps")
-    micro_batch_size: Positive = Field(16, description="examples of one forward pass of one worker")
+    batch_size: Positive = Field(16, description="examples per round, over all workers")
+    micro_batch_size: Positive = Field(
+        16, description="most examples of one forward pass; a worker's share of a round is cut as evenly as it can be"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="what DeepSpeed ZeRO divides among the workers: 0 nothing, 1 optimizer, 2 gradients too, 3 weights too",

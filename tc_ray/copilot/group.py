@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tc_ray.cluster.capacity import SAY_SECONDS, Need
+from tc_ray.cluster.capacity import SAY_SECONDS, Need, ray_options
 from tc_ray.cluster.failures import is_final, short
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.worker import CopilotJob, CopilotWorker
@@ -40,7 +40,8 @@ class CopilotGroup:
 
     def start(self) -> None:
         """Reserve the bundles, before the Pilot takes the rest, and start the learners. Waits, and reports it, for room."""
-        self._placement = placement_group([dict(self._need.bundle)] * self._need.count, strategy="PACK")
+        strategy = self._job.config.resources.placement.upper()
+        self._placement = placement_group([dict(self._need.bundle)] * self._need.count, strategy=strategy)
         pause = 1.0
         while not self._placement.wait(pause):
             self._job.tracker.waiting.remote("copilot", self._need.waiting())
@@ -104,8 +105,7 @@ class CopilotGroup:
         actor = ray.remote(CopilotWorker)
         self._workers = [
             actor.options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
+                **ray_options(bundle),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
             ).remote(self._job, index, count)
             for index in range(count)

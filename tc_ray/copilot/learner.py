@@ -1,7 +1,8 @@
 """The Copilot's learner: steps on its loss (equation 7) with AdamW. Plain torch, no Ray.
 
-Invariant: W ranks, each with its slice of a draw, do what one does on the whole batch: DistributedDataParallel adds gradients over
-ranks, and the loss's sums and token counts are added before the loss makes its value of them. Stepped by `training.train`.
+Invariant: W ranks, each with its slice of a draw (their rows may differ in number), do what one does on the whole batch:
+DistributedDataParallel adds gradients over ranks, and the loss's sums and token counts are added before the loss makes its value
+of them. Stepped by `training.train`.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def make_learner(
         tokenizer=vocabulary_hash(AutoTokenizer.from_pretrained(pilot_path, trust_remote_code=False)),
         random_weights=config.model.random_weights,
     )
-    device = "cuda" if config.resources.gpus else "cpu"
+    device = "cuda" if config.resources.copilot_gpus else "cpu"
     return Learner(copilot, config.copilot, total_steps=total_steps, device=device, world_size=world_size)
 
 

@@ -22,6 +22,7 @@ from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
 from tc_ray.copilot.held_out import ErrorRatio, HeldOut
 from tc_ray.copilot.learner import Learner, StepResult
+from tc_ray.data.prepared.split import part_of
 
 IDLE_SECONDS = 0.1
 _DRAW = 0xC0  # keeps the draws' seeds apart from other uses of run.seed
@@ -61,11 +62,10 @@ def train(
     measured: called on every rank with each new error ratio, before the step that first draws from its records.
     """
     per_round, size = config.copilot.steps_per_round, config.copilot.batch_size
-    part = size // learner.world_size
-    own = range(rank * part, (rank + 1) * part)
+    own = part_of(size, rank, learner.world_size)
     held_out = HeldOut(config, rank)
 
-    clock = time.monotonic if config.resources.gpus else time.process_time
+    clock = time.monotonic if config.resources.copilot_gpus else time.process_time
 
     def position(step: int) -> Position:
         return Position(step, step // per_round, feed.version, dict(inputs or {}), held_out.state())

@@ -67,7 +67,7 @@ class CopilotWorker:
     def join(self, address: str) -> int:
         """Form the learners' own process group; returns this worker's pid."""
         if self.world_size > 1:
-            backend = "nccl" if self.config.resources.gpus else "gloo"
+            backend = "nccl" if self.config.resources.copilot_gpus else "gloo"
             dist.init_process_group(backend, init_method=f"tcp://{address}", rank=self.rank, world_size=self.world_size)
         return os.getpid()
 
@@ -124,7 +124,7 @@ class CopilotWorker:
             state = ray.get(self.job.ledger.state.remote())
             position = torch.tensor([state.version, state.round, state.last_round], dtype=torch.int64)
         if self.world_size > 1:
-            position = position.cuda() if self.config.resources.gpus else position
+            position = position.cuda() if self.config.resources.copilot_gpus else position
             dist.broadcast(position, 0)
         version, committed, last = position.tolist()
         return version, committed, last

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tc_ray.cluster.capacity import Bundle, ray_options
 from tc_ray.evaluation.passes import Numbered, Pass, read_parts
 from tc_ray.evaluation.progress import Progress
 
@@ -29,13 +30,13 @@ class EvaluationError(RuntimeError):
 class Pool:
     """As many workers as the cluster has room for; a context manager.
 
-    folder: where the parts of all passes are kept. cpus: of each worker, one torch thread per CPU. gpus: each holds a GPU.
+    folder: where the parts of all passes are kept. bundle: Ray resources of each worker, which has one torch thread per CPU.
     memory_bytes: what one needs; without GPUs there are no more than the memory holds.
     """
 
-    def __init__(self, folder: Path, progress: Progress, *, cpus: float, gpus: bool, memory_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, progress: Progress, *, bundle: Bundle, memory_bytes: int = 0) -> None:
         self._folder, self._progress = folder, progress
-        self._cpus, self._gpus, self._memory_bytes = cpus, gpus, memory_bytes
+        self._bundle, self._memory_bytes = bundle, memory_bytes
         self._starting: dict[Any, Any] = {}
         """Workers by the answer that says that they run: of more than fit, some never do."""
         self._idle: list[Any] = []
@@ -109,12 +110,12 @@ class Pool:
                 ray.kill(worker)
 
     def _start(self, useful: int) -> None:
-        """Workers for so many batches, no more than the cluster has CPUs (or GPUs) for; those that run are kept."""
+        """Workers for so many batches, no more than the cluster has resources for; those that run are kept."""
         import ray
 
         resources = ray.cluster_resources()
-        room = int(resources.get("GPU", 0)) if self._gpus else int(resources.get("CPU", 1) / self._cpus)
-        if self._memory_bytes and not self._gpus:
+        room = min(int(resources.get(name, 0.0) / amount) for name, amount in self._bundle.items())
+        if self._memory_bytes and not self._bundle.get("GPU"):
             room = min(room, int(resources.get("memory", 0) / self._memory_bytes))
         for _ in range(min(useful, max(1, room)) - len(self._starting) - len(self._idle)):
             self._add()
@@ -124,9 +125,9 @@ class Pool:
 
         from tc_ray.evaluation.worker import EvaluationWorker
 
-        options = {"num_cpus": self._cpus, "num_gpus": int(self._gpus), "scheduling_strategy": "SPREAD"}
-        threads, device = max(1, int(self._cpus)), "cuda" if self._gpus else "cpu"
-        worker = ray.remote(EvaluationWorker).options(**options).remote(threads, device)
+        options = ray_options(self._bundle)
+        threads, device = max(1, int(self._bundle["CPU"])), "cuda" if self._bundle.get("GPU") else "cpu"
+        worker = ray.remote(EvaluationWorker).options(**options, scheduling_strategy="SPREAD").remote(threads, device)
         self._starting[worker.ready.remote()] = worker
 
 

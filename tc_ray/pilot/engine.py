@@ -67,7 +67,7 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """What DeepSpeed reads of the run's config."""
     return {
-        "train_batch_size": config.pilot.batch_size,
+        # no train_batch_size: it would have to be their product, and a round need not divide
         "train_micro_batch_size_per_gpu": config.pilot.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps,
         "gradient_clipping": config.pilot.max_grad_norm,

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder, TrainTable
+from tc_ray.data.prepared.split import micro_batches
 from tc_ray.mistakelog.commit.ledger_actor import submit_to
 from tc_ray.mistakelog.table.errors import may_pass
 from tc_ray.mistakelog.table.location import Location
@@ -65,8 +66,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Entry of a Ray Train worker; `settings["job"]` is a PilotJob."""
     import ray.train
 
-    context = ray.train.get_context()
-    Worker(settings["job"], context.get_world_rank(), context.get_world_size()).run()
+    context, job = ray.train.get_context(), settings["job"]
+    if not job.config.resources.pilot_gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it sees, one of the Copilot perhaps
+    Worker(job, context.get_world_rank(), context.get_world_size()).run()
 
 
 class Worker:
@@ -110,7 +113,7 @@ class Worker:
             self.recorder = self._begin_attempt(start)
         self._wait_for("")
         # what a round costs: on a device that is not the processor, the processor's time says nothing
-        clock = time.monotonic if self.config.resources.gpus else time.process_time
+        clock = time.monotonic if self.config.resources.pilot_gpus else time.process_time
         started, tokens, checkpoint_due = time.monotonic(), 0.0, False
         while number < self.job.rounds and not self.validated.ended(self.config.pilot):
             number += 1
@@ -244,23 +247,22 @@ class Worker:
 
     def _forward_backward(self, number: int, rows: np.ndarray) -> torch.Tensor:
         """Gradients and records of this rank's micro-batches; returns the sum of their losses, each scaled for DeepSpeed."""
-        accumulation, micro = self.config.accumulation_steps, self.config.pilot.micro_batch_size
+        steps = self.config.accumulation_steps
         # DeepSpeed divides by accumulation steps and by ranks; a token of the round must count once in the mean
-        scale = self.world_size * accumulation / self.table.target_tokens(rows)
+        scale = self.world_size * steps / self.table.target_tokens(rows)
         seen = self.order.seen(number)
-        first = self.rank * micro * accumulation
-        last = first + micro * (accumulation - 1)
         loss_sum = torch.zeros((), device=self.device)
-        for at in range(first, last + 1, micro):
-            part = slice(at, at + micro)
+        for step, places in enumerate(micro_batches(len(rows), self.rank, self.world_size, steps), 1):
+            # collectives need every rank in every pass: one without rows left repeats a row, which counts nothing
+            part = slice(places.start, places.stop) if places else slice(places.start - 1, places.start)
             batch = self.table.batch(rows[part])
-            loss, record = self.engine(loss_scale=scale, **step_inputs(batch, self.device))
-            if self.recorder is not None and record is not None:
+            loss, record = self.engine(loss_scale=scale if places else 0.0, **step_inputs(batch, self.device))
+            if self.recorder is not None and record is not None and places:
                 # before the backward pass, so that a copy from a device runs beside it
                 self.recorder.record(record, batch, seen[part], number)
             del record
             self.engine.backward(loss)
-            if at != last:  # the last one takes the optimizer step, see `_round`
+            if step < steps:  # the last one takes the optimizer step, see `_round`
                 self.engine.step()
             loss_sum += loss.detach()
         return loss_sum

@@ -59,9 +59,12 @@ def _fit(job: PilotJob, need: Need) -> None:
     trainer = Trainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if resources.pilot_gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=need.count, use_gpu=resources.gpus, resources_per_worker=dict(need.bundle)
+            num_workers=need.count,
+            use_gpu=resources.pilot_gpus > 0,
+            resources_per_worker=dict(need.bundle),
+            placement_strategy=resources.placement.upper(),
         ),
         run_config=RunConfig(
             # a name of its own for each start: nothing is ever restored from Ray Train's snapshot

@@ -122,12 +122,11 @@ def evaluate_part(folder: Path, config: RunConfig, part: str, out: Path) -> Repo
 
 
 def _measured(tasks: Sequence[Task], config: RunConfig, out: Path, progress: Progress, **options: Any) -> Report:
-    need = evaluation_need(config)
+    bundle = evaluation_need(config).bundle
     memory = max(task.source.memory_bytes for task in tasks)
-    cpus, gpus = need.bundle["CPU"], bool(need.bundle.get("GPU"))
     out.mkdir(parents=True, exist_ok=True)
     with FolderLock(out, "an evaluation", name=f"{FOLDER}.lock"):
-        with Pool(out / PARTS, progress, cpus=cpus, gpus=gpus, memory_bytes=memory) as pool:
+        with Pool(out / PARTS, progress, bundle=bundle, memory_bytes=memory) as pool:
             report = measure(tasks, config.fusion, pool, out, **options)
         report.save(out)
     return report

@@ -27,11 +27,11 @@ VERSION = 1
 FUSED, ALONE = "fused", "pilot"
 """The models of a cell."""
 _MODEL_OF = {name: FUSED if name in ("latest", "transfer") else ALONE for name in CONTROLS}
-_RESOURCES = ("resources.pilot_workers", "resources.copilot_workers", "resources.gpus")
+_RESOURCES = tuple(f"resources.{who}_{of}" for who in ("pilot", "copilot") for of in ("workers", "gpus"))
 _NO_CONTENT = ("run.name", "run.folder", "run.trust_folder", "model.cache")
 _FILES = ("data.train", "data.validation", "data.test", "data.task")
 _MODELS = ("model.pilot", "model.copilot")
-_OF_COPILOT = ("copilot.", "fusion.", "model.copilot", "resources.copilot_workers")
+_OF_COPILOT = ("copilot.", "fusion.", "model.copilot", "resources.copilot_")
 _ASKED = (
     "fusion.metric",
     "fusion.choose_option_by",

@@ -32,7 +32,7 @@ def write_latest_log(config: RunConfig, run: Path, target: Path, rounds: int) ->
     cost = target.with_name("latest.json")
     if target.exists():
         return float(read_json(cost)["compute_seconds"])
-    clock = time.monotonic if config.resources.gpus else time.process_time
+    clock = time.monotonic if config.resources.pilot_gpus else time.process_time
     began = clock()
     made = target.with_name(f"{target.name}.new")
     shutil.rmtree(made, ignore_errors=True)
@@ -55,7 +55,7 @@ def write_latest_log(config: RunConfig, run: Path, target: Path, rounds: int) ->
 
 @torch.no_grad()
 def _record(config: RunConfig, run: Path, writer: RecordWriter, rounds: int) -> None:
-    device = torch.device("cuda" if config.resources.gpus else "cpu")
+    device = torch.device("cuda" if config.resources.pilot_gpus else "cpu")
     pilot = load_pilot(run / "pilot" / "final", dtype=DTYPES[config.pilot.dtype]).to(device)
     step = pilot_step(pilot, config).eval()
     table, micro = TrainTable(run / "data" / "train.parquet"), config.pilot.micro_batch_size

@@ -127,4 +127,4 @@ def fused_by(space: str, lam: float) -> Any:
 
 
 def _device(config: RunConfig) -> str:
-    return "cuda" if config.resources.gpus else "cpu"
+    return "cuda" if config.resources.pilot_gpus else "cpu"

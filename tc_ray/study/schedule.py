@@ -212,7 +212,12 @@ def _needs(cell: Cell) -> list[Need]:
 def fit(nodes: Iterable[Mapping[str, float]], needs: Iterable[Need]) -> bool:
     """Whether empty nodes hold all bundles, each on one node: the largest first, each where it fits first."""
     free = [dict(node) for node in nodes]
-    bundles = [need.bundle for need in needs for _ in range(need.count)]
+    bundles: list[dict[str, float]] = []
+    for need in needs:
+        bundle = dict(need.bundle)
+        if gpus := bundle.get("GPU"):  # a fraction is taken from one GPU, which holds a whole number of them
+            bundle["GPU"] = 1 / int(1 / gpus + 1e-6)
+        bundles += [bundle] * need.count
     for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0.0), b["CPU"]), reverse=True):
         room = next((node for node in free if all(node.get(k, 0.0) + 1e-6 >= v for k, v in bundle.items())), None)
         if room is None:

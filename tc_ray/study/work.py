@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tc_ray
-from tc_ray.cluster.session import evaluation_need
+from tc_ray.cluster.capacity import Need, ray_options
+from tc_ray.cluster.session import copilot_need, evaluation_need
 from tc_ray.config.fields import public_values
 from tc_ray.config.load import save_config
 from tc_ray.config.schema import RunConfig
@@ -163,7 +164,7 @@ def _latest(work: Work) -> Made:
 def _from_log(work: Work, log: Path, more_seconds: float) -> Made:
     config, target = work.config, work.folder / "copilot"
     if not is_whole(target / "final"):
-        with_room(config, _train, log, target)
+        with_room(config, _train, log, target, need=copilot_need(config))
     points = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
     base = work.host.result
     seconds = sum(point["compute_seconds"] for point in points) + more_seconds
@@ -238,12 +239,14 @@ def _averaged(config: RunConfig, part: str, second: Path) -> Model:
     return Model({part: answers_of(found.rows, results_by(found.rows, found.tokenizer, both.sums, said))})
 
 
-def with_room(config: RunConfig, work: Callable[..., _Made], *arguments: Any) -> _Made:
-    """work(config, *arguments) in a Ray task that has the CPUs, and the GPU, of one worker. Raises what it raises."""
+def with_room(config: RunConfig, work: Callable[..., _Made], *arguments: Any, need: Need | None = None) -> _Made:
+    """work(config, *arguments) in a Ray task that has the resources of one worker. Raises what it raises.
+
+    need: of such workers; None: those of the evaluation.
+    """
     import ray
 
-    bundle = evaluation_need(config).bundle
-    options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "max_calls": 1, "max_retries": 0}
+    options = {**ray_options((need or evaluation_need(config)).bundle), "max_calls": 1, "max_retries": 0}
     try:
         made: _Made = ray.get(ray.remote(**options)(work).remote(config, *arguments))
     except ray.exceptions.RayTaskError as error:

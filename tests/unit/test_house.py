@@ -55,6 +55,7 @@ ROOMS = {
     "data.prepared": {"config", "data.encode", "data.source"},
     "data.source": {"config"},
     "evaluation": {
+        "cluster",
         "config",
         "data.encode",
         "data.prepared",

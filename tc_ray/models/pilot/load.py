@@ -90,8 +90,8 @@ def check_attention(config: RunConfig) -> None:
     known = sorted({"eager", *(one for one in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in one)})
     if name not in known:
         raise ValueError(f"model.attn_implementation {name} is unknown; transformers has {', '.join(known)}")
-    if name.startswith("flash") and not config.resources.gpus:
-        raise ValueError(f"model.attn_implementation {name} computes on GPUs: set resources.gpus=true, or use sdpa")
+    if name.startswith("flash") and not config.resources.pilot_gpus:
+        raise ValueError(f"model.attn_implementation {name} computes on GPUs: set resources.pilot_gpus=1, or use sdpa")
 
 
 def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tc_ray.cluster.session import cpus_needed, training_needs
+from tc_ray.cluster.capacity import Need, amounts, fits, total
+from tc_ray.cluster.session import training_needs
 from tc_ray.config.load import require_secrets
 from tc_ray.config.named import check_named
 from tc_ray.config.redact import redact
@@ -51,18 +53,20 @@ class Plan:
         where = (
             f"joins the cluster at {address}" if address else f"a local one is started ({os.cpu_count()} cores here)"
         )
-        gpus = f" and {sum(need.count for need in training_needs(config))} GPUs" if resources.gpus else ""
+        asked = total(training_needs(config))
         rows = f"{_known(data, 'rows')} training rows, mean {_known(data, 'mean_tokens', '.0f')} tokens"
-        split = f"{resources.pilot_workers} worker(s) x {config.pilot.micro_batch_size} x {config.accumulation_steps}"
+        micro_batches = resources.pilot_workers * config.accumulation_steps
+        largest = -(-config.pilot.batch_size // micro_batches)
+        split = f"{resources.pilot_workers} worker(s) x {config.accumulation_steps} pass(es) of up to {largest}"
         lines = [
             ("run", f"{run.name} in {run.path}"),
-            ("ray", f"{where}; the run asks for {cpus_needed(config):g} CPUs{gpus}"),
+            ("ray", f"{where}; the run asks for {amounts(asked, asked)}"),
             ("pilot", f"{config.model.pilot}: {_known(self.sizes, 'pilot')} parameters"),
             ("", f"{_method(config.pilot)}, {_known(self.sizes, 'pilot_trainable')} trained"),
             *self._copilot(),
             ("data", config.data.train_text),
             ("", f"{rows}, {_known(data, 'mean_target_tokens', '.0f')} of them targets"),
-            ("batch", f"{config.pilot.batch_size} examples per round = {split} accumulation step(s)"),
+            ("batch", f"{config.pilot.batch_size} examples per round, {split}"),
             ("rounds", f"{_known(self, 'rounds')} ({config.pilot.epochs} epoch(s))"),
         ]
         if config.log.enabled:
@@ -145,13 +149,29 @@ def _refusals(config: RunConfig) -> list[str]:
         found.append(str(error))
     if config.log.enabled and config.data.format == "examples" and not config.data.test and not config.data.test_size:
         found.append("no test rows to measure with: set data.test or a data.test_size above 0")
-    gpus = sum(need.count for need in training_needs(config) if need.bundle.get("GPU"))
-    if gpus and not os.environ.get("RAY_ADDRESS") and torch.cuda.device_count() < gpus:
-        found.append(
-            f"the run asks for {gpus} GPUs, this machine has {torch.cuda.device_count()}: set resources.gpus=false, lower "
-            "resources.pilot_workers or resources.copilot_workers, or join a cluster by RAY_ADDRESS"
-        )
+    if not os.environ.get("RAY_ADDRESS"):
+        found += _missing_here(training_needs(config), torch.cuda.device_count())
     return found
+
+
+def _missing_here(needs: Sequence[Need], gpus: int) -> Iterator[str]:
+    """What a Ray of this machine alone cannot hold, with so many GPUs; it gets as many CPUs as are asked for."""
+    asked = total(needs)
+    # Ray itself gives a node these
+    custom = [
+        name for name in asked if name not in ("CPU", "GPU") and not name.startswith(("accelerator_type:", "node:"))
+    ]
+    if not fits([{**dict.fromkeys(asked, 1e9), "GPU": gpus}], needs):
+        yield (
+            f"the run asks for {asked['GPU']:g} GPU{'' if asked['GPU'] == 1 else 's'}, this machine has {gpus}: lower "
+            "resources.pilot_gpus, resources.copilot_gpus, resources.pilot_workers or resources.copilot_workers, or join a "
+            "cluster by RAY_ADDRESS"
+        )
+    if custom:
+        yield (
+            f"no node of a local Ray has {', '.join(custom)}: join a cluster by RAY_ADDRESS whose nodes have it, or leave it out "
+            "of resources.pilot_resources and resources.copilot_resources"
+        )
 
 
 def _check_models(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, refusals: list[str]) -> None:

@@ -36,8 +36,12 @@ def steps_of(config: RunConfig) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_two_learners_do_what_one_does(tmp_path: Path) -> None:
-    """A lock-step run, whose draws follow from the steps' numbers, against one learner that replays its log."""
-    config = config_of(tmp_path / "run", 2, pilot__max_rounds=ROUNDS, copilot__schedule="lockstep")
+    """A lock-step run, whose draws follow from the steps' numbers, against one learner that replays its log.
+
+    Of the 7 records of a batch one learner takes four, the other three.
+    """
+    changes = {"copilot__schedule": "lockstep", "copilot__batch_size": 7}
+    config = config_of(tmp_path / "run", 2, pilot__max_rounds=ROUNDS, **changes)
     run_job(config)
     processes = read_status(config.run.path)["processes"]
     assert {name for name in processes if name.startswith("copilot")} == {"copilot-0", "copilot-1"}

@@ -118,6 +118,21 @@ def test_two_workers_at_stage_3_leave_the_records_of_one_at_stage_0(runs: Runs) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        (3, {"pilot__micro_batch_size": 1, "pilot__batch_size": 16}),  # 6, 5 and 5 rows in six passes: two are empty
+        (1, {"pilot__micro_batch_size": 4, "pilot__batch_size": 16}),  # two passes of 3 and 3, 3 and 2, 3 and 2 rows
+        (0, {"pilot__micro_batch_size": 2}),
+    ],
+)
+def test_three_workers_divide_a_round_that_does_not_divide(runs: Runs, stage: int, settings: dict[str, Any]) -> None:
+    """Each token counts once in the mean of the round, whatever the parts; a rank without rows left waits in no collective."""
+    alone = {name: value for name, value in settings.items() if name == "pilot__batch_size"}
+    assert_same_training(runs.of(0, workers=1, **alone), runs.of(stage, workers=3, **settings))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_workers_at_other_stages_leave_the_same_records(runs: Runs, stage: int) -> None:
     assert_same_training(runs.of(0, workers=1), runs.of(stage))

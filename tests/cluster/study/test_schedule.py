@@ -108,4 +108,6 @@ def test_room_is_counted_by_node() -> None:
     assert not fit(nodes, [needs(3, 3)]), "8 CPUs are there, but no node has 3 left for the third"
     assert fit(nodes, [needs(1, 1, 1.0), needs(1, 4), needs(1, 3)])
     assert not fit(nodes, [needs(2, 1, 1.0)])
+    assert fit(nodes, [needs(2, 1, 0.5)]) and not fit(nodes, [needs(2, 1, 0.6)])
+    assert not fit([{"CPU": 4.0, "GPU": 2.0}], [needs(3, 1, 0.6)]), "1.8 of 2 GPUs, but two of them share no GPU"
     assert nodes == [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}]

@@ -218,7 +218,7 @@ def test_the_workers_of_a_job_hold_its_run(name: str) -> None:
         node = {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))}
         nodes += [node] * group["replicas"]
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    assert config.resources.gpus == ("/gpu/" in name)
+    assert (config.resources.pilot_gpus, config.resources.copilot_gpus) == ((1, 1) if "/gpu/" in name else (0, 0))
     assert fits(nodes, training_needs(config))
     assert not fits(nodes[1:], training_needs(config)), "a pod more than the run can use"
     assert str(config.run.path).startswith("/mnt/tc-ray/") and str(config.model.cache).startswith("/mnt/tc-ray/")
@@ -257,7 +257,7 @@ def test_the_gpu_service_serves_what_the_cpu_service_does() -> None:
 
 def test_the_gpu_job_trains_what_the_cpu_job_does() -> None:
     cpu, gpu = (read(f"overlays/{size}/job")[0]["spec"]["entrypoint"].split() for size in ("cpu", "gpu"))
-    assert sorted(gpu) == sorted([*cpu, "resources.gpus=true"])
+    assert sorted(gpu) == sorted([*cpu, "resources.copilot_gpus=1", "resources.pilot_gpus=1"])
 
 
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name.endswith("-autoscaling")])

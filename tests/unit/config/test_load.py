@@ -92,9 +92,9 @@ def test_no_file_gives_the_defaults() -> None:
         ("pilot:\n  dtype: fp16\n", [], ["pilot.dtype", "'fp16'", "'bf16' or 'fp32'"]),
         ("", ["data.max_bad_fraction=2"], ["override", "data.max_bad_fraction", "less than or equal to 1"]),
         (
-            "pilot:\n  batch_size: 10\n  micro_batch_size: 4\n",
+            "pilot:\n  batch_size: 2\nresources:\n  pilot_workers: 4\n",
             [],
-            ["recipe.yaml", "multiple of pilot.micro_batch_size"],
+            ["recipe.yaml", "at least resources.pilot_workers 4"],
         ),
         ("pilot: 3\n", [], ["line 1", "pilot", "section with the fields method, lora"]),
         ("", ["data.plain_template=x"], ["override", "data: plain_template must contain {prompt}"]),

@@ -43,7 +43,7 @@ class Here(Pool):
     """Its workers raise what `errors` holds, then answer."""
 
     def __init__(self, folder: Path, errors: list[Exception]) -> None:
-        super().__init__(folder, Progress(Console(file=io.StringIO())), cpus=1, gpus=False)
+        super().__init__(folder, Progress(Console(file=io.StringIO())), bundle={"CPU": 1.0})
         self.errors = errors
 
     def _start(self, useful: int) -> None:

@@ -158,7 +158,9 @@ def test_a_lease_that_is_lost_during_a_merge(tmp_path: Path, gate: Gate, caplog:
     with RunLease.take(place, "run B") as other:
         version = LogStore(place).version
         gate.opened.set()
-        until(lambda: f"{tmp_path / 'log'}: another process has taken this log over" in caplog.text)  # not another test's
+        until(
+            lambda: f"{tmp_path / 'log'}: another process has taken this log over" in caplog.text
+        )  # not another test's
         with pytest.raises(LeaseLostError):
             ledger.state()
         assert LogStore(place).version == version and not leftovers(tmp_path / "log")

@@ -39,7 +39,7 @@ def test_the_asked_attention_is_computed(tmp_path: Path) -> None:
     ("name", "why"),
     [
         ("flesh_attention_2", "flesh_attention_2 is unknown; transformers has eager, .*sdpa"),
-        ("flash_attention_2", "flash_attention_2 computes on GPUs: set resources.gpus=true, or use sdpa"),
+        ("flash_attention_2", "flash_attention_2 computes on GPUs: set resources.pilot_gpus=1, or use sdpa"),
     ],
 )
 def test_attention_that_cannot_be_is_refused_by_name(tmp_path: Path, name: str, why: str) -> None:

@@ -83,7 +83,7 @@ def test_numbers_of_a_run(tiny: Path, data: Path, tmp_path: Path) -> None:
     text = str(plan)
     for words in (
         "76 training rows",
-        f"{BATCH} examples per round = 1 worker(s) x 4 x 2 accumulation",
+        f"{BATCH} examples per round, 1 worker(s) x 2 pass(es) of up to 4",
         "layers 1, 3 of",
         "free disk",
     ):
@@ -206,7 +206,7 @@ def test_a_log_that_does_not_fit_is_told(tiny: Path, data: Path, tmp_path: Path)
 def test_plain_fine_tuning_has_no_log(tiny: Path, data: Path, tmp_path: Path) -> None:
     plan = make_plan(config_of(tiny, str(data), tmp_path / "run", log={"enabled": False}))
     assert plan.log_bytes is None and plan.copilot_steps is None
-    assert "none: log.enabled is false" in str(plan) and "asks for 1 CPUs" in str(plan)
+    assert "none: log.enabled is false" in str(plan) and "asks for 1 CPU\n" in str(plan)
 
 
 def test_builtin_model_is_not_fetched_for_a_plan(tmp_path: Path) -> None:

@@ -57,9 +57,13 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
     assert "no test rows to measure with" in refusals(data={"test_size": 0})
     assert refusals(data={"test_size": 0}, log={"enabled": False}) == ""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "asks for 2 GPUs, this machine has 1" in refusals(resources={"gpus": True})
+    assert "asks for 2 GPUs, this machine has 1" in refusals(resources={"pilot_gpus": 1, "copilot_gpus": 1})
+    assert "asks for 1.1 GPUs, this machine has 1" in refusals(resources={"pilot_gpus": 0.6, "copilot_gpus": 0.5})
+    assert refusals(resources={"pilot_gpus": 1}) == refusals(resources={"pilot_gpus": 0.6, "copilot_gpus": 0.4}) == ""
+    pinned = {"copilot_resources": {"rack_b": 1}, "pilot_resources": {"accelerator_type:H100": 0.01}}
+    assert "no node of a local Ray has rack_b: join a cluster" in refusals(resources=pinned)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert refusals(resources={"gpus": True}) == ""
+    assert refusals(resources=pinned | {"pilot_gpus": 1, "copilot_gpus": 1}) == ""
 
     earlier = config_of(tiny, str(data), tmp_path / "run", pilot={"learning_rate": 0.5})
     (tmp_path / "run").mkdir()
