@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -170,3 +171,17 @@ def test_log_memory(tmp_path: Path) -> None:
     assert result["last"]["write"]["round"] > 20 and result["last"]["read"]["buffer_megabytes"] > 1
     assert result["machine"] in printed and "MB / hour" in printed
     assert not list(disk.iterdir()), "the log is left on the disk"
+
+
+@pytest.mark.slow
+def test_gpu_check_on_a_processor(tmp_path: Path) -> None:
+    """The commands of the GPU check with tiny models, the whole run under Ray among them."""
+    script = SCRIPTS / "gpu_check.sh"
+    environment = os.environ | {"DEVICE": "cpu", "PYTHON": sys.executable, "PYTHONPATH": str(SCRIPTS.parents[1])}
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0 and "not done" not in done.stdout, done.stdout[-3000:]
+    for part in ("logging", "copilot_step", "decoding", "prefill", "serving"):
+        assert json.loads((tmp_path / f"{part}.json").read_text())["machine"]
+    assert (tmp_path / "run" / "export").is_dir()
