@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.files import find_whole, mark_whole, remove_before, sync, sync_tree
-from tc_ray.pilot.reshard import load_resharded
 from tc_ray.pilot.validated import Validated
 
 _TAG = "state"
@@ -87,6 +86,8 @@ def load_checkpoint(engine: Any, checkpoint: PilotCheckpoint, *, world_size: int
     Returns whether these were others, so that it was divided anew. Raises ValueError: it holds other trained weights.
     """
     if (checkpoint.world_size, checkpoint.zero_stage) != (world_size, zero_stage):
+        from tc_ray.pilot.reshard import load_resharded  # imports torch, which the driver does without
+
         made = {"workers": checkpoint.world_size, "zero_stage": checkpoint.zero_stage}
         load_resharded(engine, checkpoint.folder / _TAG, **made)
         return True

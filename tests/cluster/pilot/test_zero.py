@@ -69,7 +69,7 @@ class Runs:
         job = PilotJob(config, config.model.pilot, data.file("train"), rounds, ledger, start_tracker(config, run))
         for death, *division in deaths:
             names = ("resources__pilot_workers", "pilot__zero_stage", "callbacks__on_round", "pilot__max_failures")
-            changed = dict(zip(names, (*division, f"tests.support.deaths:{death}", 0), strict=True))
+            changed = dict(zip(names, (*division, f"tests.support.round_callbacks:{death}", 0), strict=True))
             dying = tiny_config(folder, **settings | changed)
             with pytest.raises(PilotError, match="the Pilot stopped"):
                 fit_pilot(replace(job, config=dying), pilot_need(dying))

@@ -18,7 +18,7 @@ from tc_ray.run.job import run_job
 from tc_ray.tracking.statusfile import read_status
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
-ROUNDS = 900
+ROUNDS = 300
 NODE = {"num_cpus": 2, "include_dashboard": False}
 
 
@@ -101,12 +101,13 @@ def test_the_pilot_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, 
     config = tiny_config(
         tmp_path,
         pilot__max_rounds=ROUNDS,
-        pilot__epochs=200,
+        pilot__epochs=50,
         pilot__micro_batch_size=2,
         pilot__zero_stage=1,
         resources__pilot_workers=2,
         resources__pilot_min_workers=1,
         copilot__steps_per_round=1,
+        callbacks__on_round="tests.support.round_callbacks:slowly",
     )
     run = config.run.path
     with ComeAndGo(cluster, run) as nodes:

@@ -1,9 +1,10 @@
-"""Callbacks of a run (`callbacks.on_round`) that kill the Pilot's first worker in a round of their name."""
+"""Callbacks of a run (`callbacks.on_round`), called in the Pilot's first worker: they kill it, or make rounds last longer."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 
@@ -15,6 +16,11 @@ def after_round_3(number: int, metrics: dict[str, Any]) -> None:
 def after_round_6(number: int, metrics: dict[str, Any]) -> None:
     """SIGKILL to this process after round 6."""
     _die(number, 6)
+
+
+def slowly(number: int, metrics: dict[str, Any]) -> None:
+    """At most ten rounds a second."""
+    time.sleep(0.1)
 
 
 def _die(number: int, last: int) -> None:
