@@ -11,10 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.copilot.checkpoint import latest
 from tc_ray.copilot.from_log import train_from_log
 from tc_ray.mistakelog.read.reader import MistakeLog
-from tc_ray.run.job import NoCopilotError, run_job
+from tc_ray.run.job import run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import read_status
 from tests.support.local_ray import local_ray
@@ -75,31 +74,4 @@ def test_one_of_two_learners_dies(tmp_path: Path) -> None:
     status = read_status(run)
     assert (status["state"], status["restarts"]) == ("done", 1)
     assert [p["step"] for p in steps_of(config)] == list(range(1, rounds + 1))
-    assert_log_is_exact(config, rounds, json.loads((run / "data" / "data.json").read_text())["rows"]["train"])
-
-
-@pytest.mark.slow
-def test_another_number_of_learners_goes_on(tmp_path: Path) -> None:
-    """Two learners fail for good; one goes on from their last checkpoint, and then takes every step that is left, once."""
-    rounds = 60
-    settings = {"pilot__max_rounds": rounds, "copilot__steps_per_round": 1}
-    config = config_of(tmp_path / "run", 2, **settings, copilot__max_restarts=0)
-    run = config.run.path
-    with (
-        Killer(run, "copilot-1", lambda status: status["copilot"].get("step", 0) >= 15) as killer,
-        pytest.raises(NoCopilotError),
-    ):
-        run_job(config)
-    assert killer.killed_at is not None
-    at = latest(run / "copilot" / "checkpoints")
-    assert at is not None and at.step >= 10
-    run_job(tiny_config(tmp_path / "run", resources__copilot_workers=1, **settings))
-    status = read_status(run)
-    assert status["state"] == "done" and f"Copilot resumes after step {at.step}" in [
-        event["text"] for event in status["events"]
-    ]
-    assert [p["step"] for p in steps_of(config)] == list(range(1, rounds + 1))
-    losses = [p["metrics"]["loss"] for p in steps_of(config)]
-    before, after = losses[at.step - 5 : at.step], losses[at.step : at.step + 5]
-    assert np.mean(after) < 1.2 * np.mean(before), "the optimizer began anew"
     assert_log_is_exact(config, rounds, json.loads((run / "data" / "data.json").read_text())["rows"]["train"])
