@@ -201,9 +201,9 @@ class RunConfig(Section):
         return self
 
     def with_pilot_workers(self, count: int) -> RunConfig:
-        """This config with another number of Pilot workers. Raises ValidationError: the batch cannot be divided among them."""
+        """This config with another number of Pilot workers, from 1 to the batch's size."""
         resources = self.resources.model_copy(update={"pilot_workers": count})
-        return RunConfig.model_validate(dict(self) | {"resources": resources})
+        return self.model_copy(update={"resources": resources})
 
     @property
     def data_seed(self) -> int:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from pydantic import ValidationError
-
-from tc_ray.cluster.capacity import Bundle, Need
+from tc_ray.cluster.capacity import Need
 from tc_ray.config.schema import RunConfig
 from tc_ray.pilot.checkpoint import latest_checkpoint
 from tc_ray.pilot.loop import PilotJob
@@ -28,19 +26,17 @@ class MoreRoomError(Exception):
     """A start was ended because a larger one has room."""
 
 
-def room_for(job: PilotJob, need: Need) -> RunConfig:
-    """The run's config with the number of workers that a start has; blocks while there is no room for the fewest."""
+def room_for(job: PilotJob, need: Need) -> int:
+    """The number of workers that a start has; blocks while there is no room for the fewest."""
     least = job.config.resources.pilot_min_workers
     if least is None or least == need.count:
-        return job.config
-    choices = _choices(job.config, least, need.count)
+        return need.count
     while True:
-        for config in choices:
-            count = config.resources.pilot_workers
-            if _has_room(need.bundle, count, ALL_SECONDS if config is choices[0] else FEWER_SECONDS):
-                if config is not choices[0]:
+        for count in range(need.count, least - 1, -1):
+            if _has_room(job.config, need, count, ALL_SECONDS if count == need.count else FEWER_SECONDS):
+                if count < need.count:
                     job.tracker.event.remote("resize", f"there is room for {count} of {need.count} Pilot workers")
-                return config
+                return count
         job.tracker.waiting.remote("pilot", need.waiting())
 
 
@@ -87,27 +83,17 @@ class Growth:
 
     def _more(self) -> int:
         """The most workers that there is room for; 0: for no more than there are."""
-        configs = _choices(self._job.config, self._count + 1, self._need.count)
-        counts = (config.resources.pilot_workers for config in configs)
-        return next((n for n in counts if _has_room(self._need.bundle, n - self._count, FEWER_SECONDS)), 0)
+        for count in range(self._need.count, self._count, -1):
+            if _has_room(self._job.config, self._need, count - self._count, FEWER_SECONDS):
+                return count
+        return 0
 
 
-def _choices(config: RunConfig, least: int, most: int) -> list[RunConfig]:
-    """The config for each number of workers that divides its batch, the largest first."""
-    found = []
-    for count in range(most, least - 1, -1):
-        try:
-            found.append(config.with_pilot_workers(count))
-        except ValidationError:
-            continue
-    return found
-
-
-def _has_room(bundle: Bundle, count: int, seconds: float) -> bool:
+def _has_room(config: RunConfig, need: Need, count: int, seconds: float) -> bool:
     """Whether the cluster has room for so many bundles within so many seconds. They are given back at once."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group([dict(bundle)] * count, strategy="PACK")
+    group = placement_group([dict(need.bundle)] * count, strategy=config.resources.placement.upper())
     try:
         return bool(group.wait(seconds))
     finally:

@@ -35,11 +35,10 @@ def fit_pilot(job: PilotJob, need: Need) -> None:
     failed = 0
     while True:
         job.tracker.waiting.remote("pilot", need.starting())
-        config = room_for(job, need)
-        count = config.resources.pilot_workers
+        count = room_for(job, need)
         growth = Growth(job, need, count)
         try:
-            _fit(replace(job, config=config), replace(need, count=count), growth)
+            _fit(replace(job, config=job.config.with_pilot_workers(count)), replace(need, count=count), growth)
         except MoreRoomError:
             continue
         except TrainingFailedError as error:

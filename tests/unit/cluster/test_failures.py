@@ -124,7 +124,7 @@ def test_restarts_of_the_pilot_are_counted_with_the_log_off(monkeypatch: pytest.
 
 
 def test_a_start_has_as_many_workers_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the numbers that divide the batch; a start that ends for a larger one is no failure."""
+    """A start that ends for a larger one is no failure."""
     room, starts = [3, 4, 8], []
 
     def fit(job: PilotJob, need: Any, growth: Any) -> None:
@@ -132,7 +132,7 @@ def test_a_start_has_as_many_workers_as_have_room(monkeypatch: pytest.MonkeyPatc
         if need.count < 8:
             raise MoreRoomError
 
-    def has_room(bundle: Any, count: int, seconds: float) -> bool:
+    def has_room(config: RunConfig, need: Any, count: int, seconds: float) -> bool:
         return count <= room[len(starts)]
 
     monkeypatch.setattr(trainer, "_fit", fit)
@@ -144,9 +144,8 @@ def test_a_start_has_as_many_workers_as_have_room(monkeypatch: pytest.MonkeyPatc
     )
     tracker = Calls()
     fit_pilot(PilotJob(config, "model", Path("train"), 1, None, tracker), pilot_need(config))
-    assert [start[:2] for start in starts] == [(2, 2), (4, 4), (8, 8)]
-    assert [workers * steps for workers, _, steps in starts] == [8, 8, 8], "the batch is the same"
-    said = [f"there is room for {count} of 8 Pilot workers" for count in (2, 4)]
+    assert starts == [(3, 3, 3), (4, 4, 2), (8, 8, 1)], "with as many forward passes as the batch then needs"
+    said = [f"there is room for {count} of 8 Pilot workers" for count in (3, 4)]
     assert (tracker.events("resize"), tracker.events("restart")) == (said, [])
 
 

@@ -18,6 +18,7 @@ from tc_ray.pilot import loop
 from tc_ray.pilot.checkpoint import PilotCheckpoint, latest_checkpoint, mark_complete
 from tc_ray.pilot.engine import deepspeed_config
 from tc_ray.pilot.loop import PilotJob, train_worker
+from tc_ray.pilot.room import Growth
 from tc_ray.pilot.trainer import _fit
 
 
@@ -101,7 +102,8 @@ def test_what_ray_train_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
     ):
         config = RunConfig.model_validate({"run": {"folder": tmp_path}, "resources": resources})
-        _fit(PilotJob(config, "model", tmp_path / "train.parquet", 1, None, None), pilot_need(config))
+        job, need = PilotJob(config, "model", tmp_path / "train.parquet", 1, None, None), pilot_need(config)
+        _fit(job, need, Growth(job, need, need.count))
         scaling = asked["scaling_config"]
         assert asked["torch_config"].backend == backend
         assert (scaling.placement_strategy, scaling.num_workers) == (strategy, 1)
