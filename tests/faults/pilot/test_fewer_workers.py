@@ -96,7 +96,7 @@ def resumed_at(status: dict[str, Any]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_pilot_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path,
