@@ -138,6 +138,28 @@ def two(folder: Path, made: dict[Any, Any]) -> None:
         made[kind, old, stage] = (*at, losses, state_of(worker.engine), heard.heard)
 
 
+CHAIN = {4: (1, 2), 2: (3, 4), 3: (0, AFTER)}
+"""Workers: their stage, and the round of the checkpoint that they leave."""
+
+
+def chain(folder: Path, made: dict[Any, Any]) -> None:
+    """One start of a run that changes at each of them."""
+    workers = dist.get_world_size()
+    stage, last = CHAIN[workers]
+    worker = run_of(folder, "full", stage, 9, workers)
+    first = worker._restore() + 1
+    made["losses"] = rounds_of(worker, first, last)
+    worker._checkpoint(last, wait=True)
+    made["end"] = state_of(worker.engine)
+
+
+def alone(folder: Path, made: dict[Any, Any]) -> None:
+    """The run of one worker that never changes."""
+    worker = run_of(folder, "full", 0, 8, 1)
+    made["losses"] = rounds_of(worker, 1, AFTER)
+    made["end"] = state_of(worker.engine)
+
+
 def rank_of(work: Any, rank: int, workers: int, folder: Path) -> None:
     """In a process of its own."""
     torch.set_num_threads(1)
@@ -151,32 +173,41 @@ def rank_of(work: Any, rank: int, workers: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """What three workers made, then what two made of it."""
-    folder = tmp_path_factory.mktemp("reshard")
+def group(work: Any, workers: int, folder: Path) -> dict[Any, Any]:
+    """What `work` left in the first of so many ranks."""
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(
+        ["deepspeed", "transformers.models.llama", "tc_ray.pilot.loop"]
+    )  # once, not by each rank
+    ranks = [fork.Process(target=rank_of, args=(work, rank, workers, folder), daemon=True) for rank in range(workers)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+    assert [process.exitcode for process in ranks] == [0] * workers
+    found: dict[Any, Any] = torch.load(folder / f"{work.__name__}.pt")
+    return found
+
+
+def write_inputs(folder: Path) -> None:
+    """The model and the rows of `run_of`."""
     make_tiny_llama(folder / "model", layers=1)
     random = np.random.default_rng(0)
     rows = [random.integers(2, 258, size).tolist() for size in random.integers(6, 14, 24)]
     table = {"sample_id": range(24), "input_ids": pa.array(rows, pa.list_(pa.int32())), "target_start": [3] * 24}
     table["earlier_targets"] = pa.nulls(24, pa.list_(pa.int32()))
     pq.write_table(pa.table(table), folder / "train.parquet")
-    fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(
-        ["deepspeed", "transformers.models.llama", "tc_ray.pilot.loop"]
-    )  # once, not by each rank
-    for work, workers in ((three, 3), (two, 2)):
-        ranks = [
-            fork.Process(target=rank_of, args=(work, rank, workers, folder), daemon=True) for rank in range(workers)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(240)
-        assert [process.exitcode for process in ranks] == [0] * workers
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """What three workers made, then what two made of it."""
+    folder = tmp_path_factory.mktemp("reshard")
+    write_inputs(folder)
+    found = group(three, 3, folder), group(two, 2, folder)
     whole = latest_checkpoint(folder / "full-1" / "pilot" / "checkpoints")
     assert whole is not None and (whole.world_size, whole.zero_stage) == (3, 1), "loading wrote nothing"
-    return torch.load(folder / "three.pt"), torch.load(folder / "two.pt")
+    return found
 
 
 @pytest.mark.parametrize(("kind", "old", "stage"), CHANGES)
@@ -212,6 +243,20 @@ def test_the_rounds_after_it_are_those_of_a_run_without_the_change(
         if exact:
             torch.testing.assert_close(new_first, first, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(new_second, second, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_four_then_two_then_three_workers_train_what_one_does(tmp_path: Path) -> None:
+    """At ZeRO stages 1, 3 and 0, with uneven micro-batches where the rows do not divide."""
+    write_inputs(tmp_path)
+    one = group(alone, 1, tmp_path)
+    starts = [group(chain, workers, tmp_path) for workers in CHAIN]
+    assert [len(start["losses"]) for start in starts] == [2, 2, 2]
+    assert [loss for start in starts for loss in start["losses"]] == pytest.approx(one["losses"], rel=1e-5)
+    for name, (weights, *_, step) in one["end"].items():
+        changed, *_, changed_step = starts[-1]["end"][name]
+        assert float(step) == float(changed_step) == AFTER
+        assert float((weights - changed).abs().mean()) < 1e-4, name
 
 
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
