@@ -52,6 +52,7 @@ Rules over several fields:
 
 - `pilot.batch_size` must be at least `resources.pilot_workers`, `copilot.batch_size` at least
   `resources.copilot_workers`. They need not divide.
+- `resources.pilot_min_workers` must not be above `resources.pilot_workers`.
 - `copilot.schedule: lockstep` needs `log.enabled`.
 - `log.keep_rounds` must be at least `copilot.buffer_rounds`.
 - `serving.drain_s` must be at least `serving.request_timeout_s`, `serving.max_replicas` at least `serving.replicas`.

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from tc_ray.cluster.address import check_address
 from tc_ray.cluster.capacity import SAY_SECONDS, Need, amounts, check_capacity, total
@@ -91,7 +92,9 @@ def check_room(config: RunConfig) -> None:
     import ray
 
     alone = [Need("task that prepares data", 1, {"CPU": 1.0}, ())]
-    check_capacity(training_needs(config), alone + ([evaluation_need(config)] if config.log.enabled else []))
+    pilot, *copilot = training_needs(config)
+    least = replace(pilot, count=config.resources.pilot_min_workers or pilot.count)
+    check_capacity([least, *copilot], alone + ([evaluation_need(config)] if config.log.enabled else []))
     first = ray.remote(num_cpus=1)(lambda: None).remote()  # while it is pending, an autoscaler adds nodes
     while not ray.wait([first], timeout=SAY_SECONDS)[0]:
         free = amounts(ray.available_resources())

@@ -95,14 +95,23 @@ CustomResources = dict[str, Annotated[float, Field(ge=1e-4)]]
 class ResourcesSection(Section):
     """Processes, what each may use, and where they run."""
 
-    pilot_workers: Positive = Field(1, description="processes that train the Pilot, each on a part of every batch")
+    pilot_workers: MayChange[Positive] = Field(
+        1, description="processes that train the Pilot, each on a part of every batch"
+    )
+    pilot_min_workers: MayChange[Positive | None] = Field(
+        None,
+        description="fewest workers that the Pilot starts with while the cluster has no room for pilot_workers; it goes on with more "
+        "once there is room; null: it waits for all",
+    )
     pilot_cpus: MayChange[float] = Field(1, gt=0, description="Ray CPUs per Pilot worker")
     pilot_gpus: MayChange[float] = Field(0, ge=0, le=1, description=f"GPU per Pilot worker. {_GPUS}")
     pilot_resources: MayChange[CustomResources] = Field(
         default_factory=dict, description=f"custom Ray resources per Pilot worker and evaluation worker: {_PINS}"
     )
     pilot_threads: MayChange[Positive] = Field(1, description="torch threads per Pilot worker")
-    copilot_workers: Positive = Field(1, description="processes that train the Copilot, each on a part of every batch")
+    copilot_workers: MayChange[Positive] = Field(
+        1, description="processes that train the Copilot, each on a part of every batch"
+    )
     copilot_cpus: MayChange[float] = Field(1, gt=0, description="Ray CPUs per Copilot worker")
     copilot_gpus: MayChange[float] = Field(0, ge=0, le=1, description=f"GPU per Copilot worker. {_GPUS}")
     copilot_resources: MayChange[CustomResources] = Field(
@@ -163,6 +172,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _fewest_workers(self) -> RunConfig:
+        least, most = self.resources.pilot_min_workers, self.resources.pilot_workers
+        if least is not None and least > most:
+            raise ValueError(f"resources.pilot_min_workers {least} must not be above resources.pilot_workers {most}")
+        return self
+
+    @model_validator(mode="after")
     def _gpus_compute_bf16(self) -> RunConfig:
         for section, gpus in ((self.pilot, self.resources.pilot_gpus), (self.copilot, self.resources.copilot_gpus)):
             if gpus and "dtype" not in section.model_fields_set:
@@ -183,6 +199,11 @@ class RunConfig(Section):
         if self.fusion.metric == "ranking" and self.data.format != "sequences":
             raise ValueError("fusion.metric ranking needs data.format sequences: it ranks the items of those")
         return self
+
+    def with_pilot_workers(self, count: int) -> RunConfig:
+        """This config with another number of Pilot workers, from 1 to the batch's size."""
+        resources = self.resources.model_copy(update={"pilot_workers": count})
+        return self.model_copy(update={"resources": resources})
 
     @property
     def data_seed(self) -> int:

@@ -64,10 +64,10 @@ class PilotSection(Section):
     epochs: Positive = Field(1, description="passes over the training rows")
     max_rounds: Positive | None = Field(None, description="stop after this many rounds; default: the epochs' rounds")
     batch_size: Positive = Field(16, description="examples per round, over all workers")
-    micro_batch_size: Positive = Field(
+    micro_batch_size: MayChange[Positive] = Field(
         16, description="most examples of one forward pass; a worker's share of a round is cut as evenly as it can be"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
+    zero_stage: MayChange[Literal[0, 1, 2, 3]] = Field(
         1,
         description="what DeepSpeed ZeRO divides among the workers: 0 nothing, 1 optimizer, 2 gradients too, 3 weights too",
     )

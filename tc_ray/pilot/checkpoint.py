@@ -80,17 +80,18 @@ def mark_complete(
         remove_before(kept[0].folder, best)
 
 
-def load_checkpoint(engine: Any, checkpoint: PilotCheckpoint, *, world_size: int, zero_stage: int) -> None:
-    """Restore model, optimizer and scheduler (collective).
+def load_checkpoint(engine: Any, checkpoint: PilotCheckpoint, *, world_size: int, zero_stage: int) -> bool:
+    """Restore model, optimizer and scheduler (collective): bit for bit for the workers and the ZeRO stage that made it.
 
-    Raises ValueError: the checkpoint was made by another number of workers or another ZeRO stage.
+    Returns whether these were others, so that it was divided anew. Raises ValueError: it holds other trained weights.
     """
     if (checkpoint.world_size, checkpoint.zero_stage) != (world_size, zero_stage):
-        raise ValueError(
-            f"{checkpoint.folder} was made by {checkpoint.world_size} workers at ZeRO stage {checkpoint.zero_stage}; "
-            f"this run has {world_size} at stage {zero_stage}. Set resources.pilot_workers and pilot.zero_stage back, "
-            "or start in a new run.folder."
-        )
+        from tc_ray.pilot.reshard import load_resharded  # imports torch, which the driver does without
+
+        made = {"workers": checkpoint.world_size, "zero_stage": checkpoint.zero_stage}
+        load_resharded(engine, checkpoint.folder / _TAG, **made)
+        return True
     path, _ = engine.load_checkpoint(str(checkpoint.folder), tag=_TAG, load_module_strict=False)
     if path is None:
         raise RuntimeError(f"DeepSpeed found no state in {checkpoint.folder}")
+    return False

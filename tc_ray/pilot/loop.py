@@ -194,7 +194,10 @@ class Worker:
         return checkpoint.round
 
     def _load(self, checkpoint: PilotCheckpoint) -> None:
-        load_checkpoint(self.engine, checkpoint, world_size=self.world_size, zero_stage=self.config.pilot.zero_stage)
+        stage = self.config.pilot.zero_stage
+        if load_checkpoint(self.engine, checkpoint, world_size=self.world_size, zero_stage=stage):
+            made = f"{checkpoint.world_size} worker(s) at ZeRO stage {checkpoint.zero_stage}"
+            self._event("resume", f"{checkpoint.folder.name} of {made} is divided anew: {self.world_size} at {stage}")
         self._check_weights(f"{checkpoint.folder}: the checkpoint", "remove the folder to resume from the one before")
 
     def _begin_attempt(self, watermark: int) -> Recorder:

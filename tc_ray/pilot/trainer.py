@@ -2,17 +2,20 @@
 
 Invariant: each start is a Ray Train run of its own that never retries: restarts are counted here, and an error that would come again
 (`failures.is_final`) ends the Pilot at once. Workers resume by the run folder. Ray Train's own book-keeping of checkpoints is not
-used: `report` is a barrier of about two seconds, and its snapshot file is written in place (ray 2.60). Called by `tc_ray.run.job`.
+used: `report` is a barrier of about two seconds, and its snapshot file is written in place (ray 2.60). How many workers a start has
+is chosen here too (`room`): Ray Train's elastic policy takes all of a node's CPUs for free. Called by `tc_ray.run.job`.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from tc_ray.cluster.capacity import Need
 from tc_ray.cluster.failures import first_final, is_final, short
 from tc_ray.pilot.loop import PilotJob, train_worker
+from tc_ray.pilot.room import Growth, MoreRoomError, room_for
 
 NO_ROOM = "WorkerGroupStartupTimeoutError"
 """Ray Train's error when workers found no free node within a minute: no failure, they keep waiting."""
@@ -23,14 +26,21 @@ class PilotError(RuntimeError):
 
 
 def fit_pilot(job: PilotJob, need: Need) -> None:
-    """Run the Pilot to its last round on workers of `need`; blocks. Raises PilotError, with Ray Train's error as cause."""
+    """Run the Pilot to its last round on workers of `need`, or on fewer (`resources.pilot_min_workers`); blocks.
+
+    Raises PilotError, with Ray Train's error as cause.
+    """
     from ray.train import TrainingFailedError
 
     failed = 0
     while True:
         job.tracker.waiting.remote("pilot", need.starting())
+        count = room_for(job, need)
+        growth = Growth(job, need, count)
         try:
-            _fit(job, need)
+            _fit(replace(job, config=job.config.with_pilot_workers(count)), replace(need, count=count), growth)
+        except MoreRoomError:
+            continue
         except TrainingFailedError as error:
             who, first = _first(error)
             if type(first).__name__ == NO_ROOM:
@@ -43,7 +53,7 @@ def fit_pilot(job: PilotJob, need: Need) -> None:
             return
 
 
-def _fit(job: PilotJob, need: Need) -> None:
+def _fit(job: PilotJob, need: Need, growth: Growth) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -53,7 +63,7 @@ def _fit(job: PilotJob, need: Need) -> None:
         controller: Any = None
 
         def _register_sigint_handler(self, controller: Any) -> None:
-            self.controller = controller
+            self.controller = growth.controller = controller
 
     resources = job.config.resources
     trainer = Trainer(
@@ -74,12 +84,13 @@ def _fit(job: PilotJob, need: Need) -> None:
         ),
     )
     try:
-        trainer.fit()
-    except TrainingFailedError:
-        raise
-    except BaseException:  # the driver is stopped, and a Ray that outlives it would keep the workers
-        if trainer.controller is not None:
-            import ray
+        with growth:
+            trainer.fit()
+    except BaseException as error:
+        if growth.ended and isinstance(error, Exception):
+            raise MoreRoomError from error
+        if trainer.controller is not None and not isinstance(error, TrainingFailedError):
+            import ray  # the driver is stopped, and a Ray that outlives it would keep the workers
 
             ray.kill(trainer.controller)
         raise

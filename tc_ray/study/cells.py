@@ -27,7 +27,12 @@ VERSION = 1
 FUSED, ALONE = "fused", "pilot"
 """The models of a cell."""
 _MODEL_OF = {name: FUSED if name in ("latest", "transfer") else ALONE for name in CONTROLS}
-_RESOURCES = tuple(f"resources.{who}_{of}" for who in ("pilot", "copilot") for of in ("workers", "gpus"))
+_DIVISION = (
+    *(f"resources.{who}_{of}" for who in ("pilot", "copilot") for of in ("workers", "gpus")),
+    "pilot.micro_batch_size",
+    "pilot.zero_stage",
+)
+"""How the work is divided: no result follows from it but for dropout and rounding, and what is compared has it alike."""
 _NO_CONTENT = ("run.name", "run.folder", "run.trust_folder", "model.cache")
 _FILES = ("data.train", "data.validation", "data.test", "data.task")
 _MODELS = ("model.pilot", "model.copilot")
@@ -204,7 +209,7 @@ def content(config: RunConfig) -> dict[str, Any]:
     kept = {
         field.path
         for field in fields
-        if field.path.startswith("fusion.") or field.path in _RESOURCES or not field.may_change
+        if field.path.startswith("fusion.") or field.path in _DIVISION or not field.may_change
     } - set(_NO_CONTENT)
     if not config.log.enabled:
         kept = {name for name in kept if not name.startswith(("copilot.", "log.")) and name not in _MODELS[1:]}

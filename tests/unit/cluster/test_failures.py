@@ -21,6 +21,7 @@ from tc_ray.data.source.records import DataError
 from tc_ray.mistakelog.table.errors import WriterError
 from tc_ray.pilot import trainer
 from tc_ray.pilot.loop import PilotJob
+from tc_ray.pilot.room import MoreRoomError
 from tc_ray.pilot.trainer import PilotError, fit_pilot
 
 
@@ -120,6 +121,32 @@ def test_restarts_of_the_pilot_are_counted_with_the_log_off(monkeypatch: pytest.
     assert (starts, error, len(tracker.events("restart"))) == (6, None, 2)
     tracker, starts, error = pilot(monkeypatch, died, died, died, None)
     assert (starts, len(tracker.events("restart"))) == (3, 2) and error is not None
+
+
+def test_a_start_has_as_many_workers_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that ends for a larger one is no failure."""
+    room, starts = [3, 4, 8], []
+
+    def fit(job: PilotJob, need: Any, growth: Any) -> None:
+        starts.append((job.config.resources.pilot_workers, need.count, job.config.accumulation_steps))
+        if need.count < 8:
+            raise MoreRoomError
+
+    def has_room(config: RunConfig, need: Any, count: int, seconds: float) -> bool:
+        return count <= room[len(starts)]
+
+    monkeypatch.setattr(trainer, "_fit", fit)
+    monkeypatch.setattr("tc_ray.pilot.room._has_room", has_room)
+    monkeypatch.setattr("tc_ray.cluster.capacity.Need.starting", lambda self: "starting")
+    resources = {"pilot_workers": 8, "pilot_min_workers": 2}
+    config = RunConfig.model_validate(
+        {"pilot": {"batch_size": 16, "micro_batch_size": 2, "max_failures": 0}, "resources": resources}
+    )
+    tracker = Calls()
+    fit_pilot(PilotJob(config, "model", Path("train"), 1, None, tracker), pilot_need(config))
+    assert starts == [(3, 3, 3), (4, 4, 2), (8, 8, 1)], "with as many forward passes as the batch then needs"
+    said = [f"there is room for {count} of 8 Pilot workers" for count in (3, 4)]
+    assert (tracker.events("resize"), tracker.events("restart")) == (said, [])
 
 
 def copilot(

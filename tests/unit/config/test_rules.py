@@ -28,6 +28,10 @@ RULES: list[tuple[list[str], str]] = [
     (["resources.pilot_resources={GPU: 1}"], "GPU is no custom resource: set resources.pilot_gpus"),
     (["resources.copilot_resources={memory: 1e9}"], "memory is no custom resource: leave it out"),
     (["resources.copilot_resources={rack: 0}"], "greater than or equal to 0.0001"),
+    (
+        ["resources.pilot_min_workers=3", "resources.pilot_workers=2"],
+        "resources.pilot_min_workers 3 must not be above resources.pilot_workers 2",
+    ),
     (["copilot.schedule=lockstep", "log.enabled=false"], "copilot.schedule lockstep needs log.enabled"),
     (["log.keep_rounds=127"], "log.keep_rounds 127 must be at least copilot.buffer_rounds 128"),
     (["fusion.lam_grid=[0.1, 0.5]"], "lam_grid must contain 0"),

@@ -91,6 +91,7 @@ def one_of_two(rank: int, folder: Path, meeting: Path, out: Path) -> None:
     checkpoint.restore(again, out)
     assert train(again, folder, range(STEPS + 1, STEPS + 3), part) == straight
     assert all(torch.equal(p, weights(learner)[name]) for name, p in weights(again).items())
+    torch.save((straight, weights(again)), out / f"later{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -119,6 +120,16 @@ def test_two_ranks_do_what_one_does(model_folder: Path, tmp_path: Path) -> None:
         moved = float((after - before[name]).abs().max())
         assert moved > 1e-4, f"{name} was not trained"
         assert float((first[1][name] - after).abs().max()) < 1e-3 * moved, name
+    # another number of ranks goes on from their checkpoint: here one, with the whole batches
+    alone = Learner(make_copilot(model_folder, seed=9), section(), total_steps=10)
+    found, _ = checkpoint.restore(alone, tmp_path)
+    assert found is not None and alone.step_count == STEPS + 1, "the step that was left out counts too"
+    losses, after = torch.load(tmp_path / "later0.pt", weights_only=True)
+    restored = weights(alone)
+    assert train(alone, model_folder, range(STEPS + 1, STEPS + 3)) == pytest.approx(losses, rel=1e-5)
+    for name, value in weights(alone).items():
+        moved = float((value - restored[name]).abs().max())
+        assert float((after[name] - value).abs().max()) < 1e-3 * moved, name
 
 
 @pytest.mark.gpu

@@ -17,8 +17,10 @@ FIRST = ["log.storage_options.aws_region=here", "data.embedded_task_options.max_
     [
         ["resources.pilot_threads=2", "log.keep_rounds=500", "pilot.max_failures=0"],
         ["fusion.lam_grid=[0.0, 0.2]", "tracking.enabled=false"],
+        ["resources.pilot_workers=2", "pilot.micro_batch_size=8", "pilot.zero_stage=3", "resources.copilot_workers=4"],
+        ["resources.pilot_workers=4", "resources.pilot_min_workers=2", "pilot.micro_batch_size=4"],
     ],
-    ids=["fields", "whole sections"],
+    ids=["fields", "whole sections", "division", "fewest workers"],
 )
 def test_marked_fields_may_change(tmp_path: Path, changes: list[str]) -> None:
     save_config(load_config(None, FIRST), tmp_path / "config.yaml")
