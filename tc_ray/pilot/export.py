@@ -148,19 +148,23 @@ def _write(
     Returns the digests of its weights by name (collective: rank 0's part).
     """
     dtype = DTYPES[config.pilot.dtype]
-    # its shapes alone. From its folder: that shows whether a T5 has a head of its own, which one made from its config never has
+    # modules without weights. From its folder: that shows whether a T5 has a head of its own, which one made from its config never has
     with torch.device("meta"):
-        plain = load_pilot(model_path, dtype=dtype, random_weights=config.model.random_weights, names_only=True).eval()
+        plain = load_pilot(model_path, dtype=dtype, random_weights=config.model.random_weights, names_only=True)
         adapters = getattr(model, "peft_config", None)
-        shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
         shell = plain
         if adapters:
             from peft import get_peft_model
 
-            shell = get_peft_model(plain, adapters["default"]).eval()
-    other = {name for name, _ in shell.named_parameters()} ^ {name for unit in units.values() for name in unit}
+            shell = get_peft_model(plain, adapters["default"])
+        shell.eval()
+    parameters = {name: p for unit in units.values() for name, p in unit.items()}
+    # which of them are shared, the trained model says: without weights it is not known
+    other = parameters.keys() - {name for name, _ in shell.named_parameters(remove_duplicate=False)}
     if other:
         raise ExportMismatchError(f"the exported Pilot would have other weights than the trained one: {min(other)}")
+    # under ZeRO-3 a parameter is empty while it is split
+    shapes = {_plain(n): getattr(p, "ds_shape", p.shape) for n, p in parameters.items() if "lora_" not in n}
     kept: dict[str, torch.Tensor] = {}
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
@@ -185,6 +189,11 @@ def _write(
     return digests
 
 
+def _plain(name: str) -> str:
+    """A parameter's name in the plain model, from that in peft's."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
 def _merge(module: Any, owner: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of a module by their names in the plain model, its adapters merged (by peft, in fp32) and compared with.
 
@@ -192,11 +201,8 @@ def _merge(module: Any, owner: str, weights: Mapping[str, torch.Tensor]) -> dict
     """
     from peft.tuners.lora import LoraLayer
 
-    def plain(name: str) -> str:
-        return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
     if not isinstance(module, LoraLayer):
-        return {plain(name): weight for name, weight in weights.items()}
+        return {_plain(name): weight for name, weight in weights.items()}
     places = {}
     for name, weight in weights.items():
         inside, _, leaf = name.removeprefix(f"{owner}.").rpartition(".")
@@ -223,7 +229,7 @@ def _merge(module: Any, owner: str, weights: Mapping[str, torch.Tensor]) -> dict
     merged = {}
     for name, (holder, leaf, before) in places.items():
         if "lora_" not in name:
-            merged[plain(name)] = getattr(holder, leaf).detach()
+            merged[_plain(name)] = getattr(holder, leaf).detach()
         setattr(holder, leaf, before)
     return merged
 
