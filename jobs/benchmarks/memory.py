@@ -234,11 +234,11 @@ def measure(part: str, model: Path, arguments: argparse.Namespace, checkout: Pat
 
 
 def predicted(part: str, model: Path, arguments: argparse.Namespace) -> int | None:
-    """What the plan says of the process, in bytes: with the program itself."""
+    """What the plan says that the process takes beside the program itself, in bytes."""
     from transformers import AutoConfig
 
+    from tc_ray.run.plan.memory import PROGRAM, pilot_worker
     from tc_ray.run.plan.memory import learner as planned_learner
-    from tc_ray.run.plan.memory import pilot_worker
     from tc_ray.run.plan.model_sizes import ModelConfig, model_sizes
 
     if part not in ("learner", "pilot", "full"):
@@ -252,7 +252,7 @@ def predicted(part: str, model: Path, arguments: argparse.Namespace) -> int | No
         if part == "learner"
         else pilot_worker(config, sizes, round_bytes=0)
     )
-    return made.kept + made.passing
+    return made.kept + made.passing - PROGRAM
 
 
 def main() -> None:
@@ -295,7 +295,7 @@ def main() -> None:
             taken = now[name] - now[start]
             row.append(f"{taken / 1e6:.0f}")
             row.append(f"{taken / (older[name] - older[start]):.2f}" if older else "")
-        reached = now.get("steps", now["peak"])
+        reached = now.get("steps", now["peak"]) - now["began"]
         rows.append([*row, f"{said / reached:.2f}" if said else ""])
     head = ["MB above the start", "peak", "to older", "own", "to older", "predicted / measured"]
     print_table(f"model of {result['weights'] / 1e6:.0f} MB", head, rows)

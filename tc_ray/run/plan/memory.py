@@ -8,14 +8,14 @@ DeepSpeed 0.19, torch's AdamW and this package allocate; `jobs/benchmarks/memory
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tc_ray.cluster.session import copilot_need, evaluation_need, pilot_need
 from tc_ray.config.schema import RunConfig
 from tc_ray.run.plan.model_sizes import ModelSizes
 
 GB = 10**9
-PROGRAM = int(0.9 * GB)
+PROGRAM = int(0.7 * GB)
 """Python with torch, transformers, DeepSpeed and Ray in a process without a GPU."""
 GPU_PROGRAM = 3 * GB
 """The same with CUDA's libraries."""
@@ -34,7 +34,7 @@ _BYTES = {"bf16": 2, "fp32": 4}
 class ProcessMemory:
     """`count` processes of one kind. gpus: that each takes. kept, passing: bytes where it computes, GPU or RAM. host: bytes of RAM.
 
-    together: it runs beside the others that say so. advice: settings that lower it.
+    together: it runs beside the others that say so. advice: settings that lower it. of_run: False: what serves the run later.
     """
 
     who: str
@@ -45,6 +45,7 @@ class ProcessMemory:
     host: int
     together: bool
     advice: tuple[str, ...]
+    of_run: bool = True
 
     def __str__(self) -> str:
         most = gigabytes(self.kept + self.passing)
@@ -140,7 +141,8 @@ def replica(config: RunConfig, sizes: ModelSizes) -> ProcessMemory:
     kept = _BYTES[serving.dtype] * (sizes.pilot + sizes.copilot)
     cache = serving.cache_bytes + serving.prefix_bytes
     advice = ("serving.dtype", "serving.cache_bytes", "serving.prefix_bytes")
-    return _process("replica of the server", 1, float(serving.gpu), kept, cache, kept, 0, advice, together=False)
+    made = _process("replica of the server", 1, float(serving.gpu), kept, cache, kept, 0, advice, together=False)
+    return replace(made, of_run=False)
 
 
 def pilot_states(parameters: int, trained: int, number: int, *, stage: int, workers: int, gpu: bool) -> int:

@@ -68,7 +68,7 @@ def compare(
         room, what = (gpu * min(1.0, process.gpus), "GPU memory") if process.gpus else (ram, "RAM")
         if not room:
             continue
-        if process.kept > room:
+        if process.kept > room and process.of_run:
             fits = _what_fits(config, sizes, nodes, room) if process.who.startswith("Pilot worker") else ""
             advice = fits or f"Change {', '.join(process.advice)}"
             refusals.append(

@@ -89,5 +89,5 @@ def test_a_mapped_model_takes_the_memory_of_what_is_touched(tmp_path: Path) -> N
     before = resident()
     mapped = load_pilot(tmp_path, dtype=None)
     assert resident() - before < 0.3 * table
-    assert float(mapped.get_input_embeddings().weight.sum()) != 0.0
+    assert float(mapped.get_input_embeddings().weight.detach().sum()) != 0.0
     assert 0.9 * table < resident() - before < 1.4 * table
