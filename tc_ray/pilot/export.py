@@ -109,7 +109,7 @@ Unit = Mapping[str, torch.nn.Parameter]
 """Parameters by name that are gathered together: of one module, or of a matrix with its adapters."""
 
 
-def _units(model: Any) -> dict[str, Unit]:
+def _units(model: Any) -> Mapping[str, Unit]:
     """Module name -> its parameters, each once, the same on every rank. Raises ExportMismatchError for a shared adapted weight."""
     from peft.tuners.lora import LoraLayer
 

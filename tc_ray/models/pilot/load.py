@@ -42,12 +42,12 @@ def load_pilot(
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     auto = AutoModelForSeq2SeqLM if family_of(config).encoder_decoder else AutoModelForCausalLM
-    how = {} if attention is None else {"attn_implementation": attention}
+    how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if random_weights:
         return auto.from_config(config, dtype=dtype, **how)
-    place = {"device_map": "meta"} if names_only else {}
-    kind = {"mapped": True} if dtype is None else {"dtype": dtype}
-    return load_whole(auto, path, use_safetensors=safetensors, **kind, **place, **how)
+    how |= {"device_map": "meta"} if names_only else {}
+    how |= {"mapped": True} if dtype is None else {"dtype": dtype}
+    return load_whole(auto, path, use_safetensors=safetensors, **how)
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:

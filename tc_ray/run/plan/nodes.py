@@ -52,7 +52,8 @@ def this_machine() -> Node:
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
             memory = min(memory, int(text))
     gpus = torch.cuda.device_count()
-    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(gpus)]
+    asked = range(gpus if torch.cuda.is_available() else 0)
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in asked]
     return Node(memory, gpus, min(sizes, default=None))
 
 
