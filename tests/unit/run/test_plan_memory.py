@@ -68,7 +68,7 @@ def test_all_weights_of_8b_need_more_workers(tmp_path: Path) -> None:
     full = ["pilot.method=full", "log.question=ids", "resources.pilot_workers=1", "pilot.zero_stage=0"]
     plan = plan_of(recipe_of("8b"), tmp_path, described("8x80"), *full)
     [text] = [text for text in about_memory(plan.refusals) if text.startswith("a Pilot worker needs")]
-    assert "with resources.pilot_workers=4 needs" in text
+    assert "with resources.pilot_workers=3 needs" in text
     one = plan_of(recipe_of("8b"), tmp_path, described("1x80"), *full, "pilot.batch_size=4")
     assert any("No zero_stage with up to 1 workers fits: pilot.method=lora needs less" in t for t in one.refusals)
 
