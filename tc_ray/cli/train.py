@@ -27,22 +27,34 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change fields, e.g. pilot.epochs=2.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the resolved plan and start nothing.")] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", metavar="NODES", help="Plan for nodes: 8x80 (8 GPUs of 80 GB), 2x8x80+1000 (two, RAM each)."
+        ),
+    ] = None,
 ) -> None:
     """Train Pilot and Copilot, evaluate, export. Starts a local Ray or joins RAY_ADDRESS; an existing run is resumed."""
-    start(recipe, overrides or [], only_plan=plan)
+    if on is not None and not plan:
+        raise typer.BadParameter("it describes the nodes of a plan: give --plan too", param_hint="--on")
+    start(recipe, overrides or [], only_plan=plan, on=on)
 
 
-def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False) -> None:
-    """Load the config, then print its plan or run it. Raises JobError if the run would refuse its plan, and what the job raises."""
+def start(recipe: Path, overrides: Sequence[str], only_plan: bool = False, on: str | None = None) -> None:
+    """Load the config, then print its plan (`on`: for these nodes, see `nodes.described`) or run it.
+
+    Raises JobError if the run would refuse its plan, ValueError for another form of `on`, and what the job raises.
+    """
     from tc_ray.config.load import load_config
 
     config = load_config(recipe, overrides)
     keep_outside_upload(config)
     if only_plan:
+        from tc_ray.run.plan.nodes import described
         from tc_ray.run.plan.plan import make_plan
         from tc_ray.run.state import JobError
 
-        made = make_plan(config)
+        made = make_plan(config, None if on is None else described(on))
         say(str(made))
         if made.refusals:
             raise JobError(f"the run would refuse: {'; '.join(made.refusals)}")

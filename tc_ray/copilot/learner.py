@@ -205,7 +205,8 @@ def make_learner(
     from transformers import AutoConfig, AutoTokenizer
 
     torch.manual_seed(config.run.seed)
-    pilot = load_pilot(pilot_path, dtype=torch.float32, random_weights=config.model.random_weights)
+    made = config.model.random_weights
+    pilot = load_pilot(pilot_path, dtype=torch.float32 if made else None, random_weights=made)  # for its embedding
     base_config = AutoConfig.from_pretrained(base_path, trust_remote_code=False)
     copilot = Copilot.from_decoder(
         base_path,

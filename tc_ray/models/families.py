@@ -65,9 +65,9 @@ class Family:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def embedding_table(self, model: nn.Module) -> torch.Tensor:
-        """Token embedding [V, d] as the layers see it, detached (Gemma multiplies it by sqrt(d))."""
+        """Token embedding [V, d] as the layers see it, fp32, detached (Gemma multiplies it by sqrt(d))."""
         embedding = unwrapped(model).get_input_embeddings()
-        table = embedding.weight.detach()
+        table = embedding.weight.detach().float()
         scale = getattr(embedding, "scalar_embed_scale", 1.0)
         return table if scale == 1.0 else table * torch.tensor(scale, dtype=table.dtype, device=table.device)
 

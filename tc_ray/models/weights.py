@@ -82,19 +82,24 @@ class ExportMismatchError(RuntimeError):
     """A written folder is not the trained model; nothing was published."""
 
 
-def load_whole(kind: Any, path: Path | str, *, leave_out: Collection[str] = (), **options: Any) -> Any:
+def load_whole(
+    kind: Any, path: Path | str, *, leave_out: Collection[str] = (), mapped: bool = False, **options: Any
+) -> Any:
     """`kind.from_pretrained(path, **options)`, refused unless it is whole and finite. Code in a folder is never run.
 
     leave_out: prefixes of names that the folder may hold beyond the model.
+    mapped: in the type of the files, as maps of them: what is not touched takes no memory. Who uses a tensor checks that it is
+    finite (`check_finite`).
     options: with `device_map="meta"` no weight is read: names and shapes are checked alone.
     Raises WeightsError: missing or unexpected tensors, or of another shape. NotFiniteError: NaN or infinity in a tensor.
     """
     # other shapes are also refused here, by name, not by the library
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     with library_quiet():
-        model, found = kind.from_pretrained(path, **known, **options)
+        model, found = kind.from_pretrained(path, **known, **options, **({"dtype": "auto"} if mapped else {}))
     _check_names(found, path, leave_out)
-    check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), str(path))
+    if not mapped:
+        check_finite(itertools.chain(model.named_parameters(), model.named_buffers()), str(path))
     return model
 
 

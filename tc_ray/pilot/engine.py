@@ -20,6 +20,7 @@ from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.pilot.taps import log_pooling, tapped_layers
 from tc_ray.models.schedule import rate_factor
+from tc_ray.pilot.split import split_over_ranks
 
 
 def step_inputs(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
@@ -33,9 +34,10 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
     import deepspeed
 
     torch.manual_seed(config.run.seed)
+    dtype, split = DTYPES[config.pilot.dtype], config.pilot.zero_stage == 3 and not config.model.random_weights
     model = load_pilot(
         model_path,
-        dtype=DTYPES[config.pilot.dtype],
+        dtype=None if split else dtype,
         random_weights=config.model.random_weights,
         attention=config.model.attn_implementation,
     )
@@ -45,14 +47,16 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         model.enable_input_require_grads()
     model = add_adapters(model, config.pilot)
     step = pilot_step(model, config).train()
+    # On CPUs its collectives in shared memory would be compiled at first use, for minutes; gloo does without.
+    deepspeed.ops.__compatible_ops__ = {}
+    if split:
+        split_over_ranks(step, deepspeed_config(config), dtype, str(model_path))
     trainable = [p for p in step.parameters() if p.requires_grad]
     optimizer = AdamW(
         trainable, lr=config.pilot.learning_rate, weight_decay=config.pilot.weight_decay, betas=(0.9, 0.999)
     )
     form: dict[str, Any] = {"warmup_ratio": config.pilot.warmup_ratio, "schedule": config.pilot.lr_schedule}
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda index: rate_factor(index, steps=rounds, **form))
-    # On CPUs its collectives in shared memory would be compiled at first use, for minutes; gloo does without.
-    deepspeed.ops.__compatible_ops__ = {}
     engine, *_ = deepspeed.initialize(
         model=step,
         model_parameters=trainable,

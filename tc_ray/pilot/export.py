@@ -8,9 +8,8 @@ the run. Called by the loop after the last round.
 
 from __future__ import annotations
 
-import itertools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tc_ray.files import publish_folder
 from tc_ray.models.folder import ADAPTER
 from tc_ray.models.pilot.load import DTYPES, load_pilot
 from tc_ray.models.pilot.step import PilotStep
+from tc_ray.models.shards import digest, write_shards
 from tc_ray.models.weights import ExportMismatchError, check_finite
 
 PROBE_ROWS = 4
@@ -31,7 +31,9 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
 """Difference of a row's mean loss that is allowed, as a share of that loss (of 1, if the loss is less).
 
 bf16: a merged weight is rounded once, to 8 bits, while training adds two products: 0.105 was measured where the loss falls fastest,
-0.015 later (SmolLM2-135M, LoRA of rank 16). The merge is checked in fp32, because bf16 would hide an error of that size."""
+0.015 later (SmolLM2-135M, LoRA of rank 16). Each merge is checked in fp32, because bf16 would hide an error of that size."""
+PROBE_INPUTS, MERGED = 8, 1e-4
+"""Inputs that a matrix is tried with, and how far what it gives with its adapters merged may be from what it gave (of the largest)."""
 Row = Mapping[str, np.ndarray]
 """A batch of one row, see `TrainTable.batch`."""
 
@@ -46,52 +48,56 @@ def save_merged(
     rank: int,
     round_number: int = 0,
 ) -> None:
-    """Merge on a copy in fp32, and write model (in the training dtype) and tokenizer to `folder` (collective; rank 0 writes).
+    """Merge in fp32, and write model (in the training dtype) and tokenizer to `folder` (collective; rank 0 writes).
 
-    With LoRA the adapters (fp32) are written beside `folder` first: where that is whole, they are.
-    round_number: whose weights they are; it stands in the folder's marker.
+    One weight is gathered, merged and written at a time. With LoRA the adapters (fp32) are written beside `folder` first: where
+    that is whole, they are. round_number: whose weights they are; it stands in the folder's marker.
 
     Raises ExportMismatchError: the folder, loaded anew, has other losses on `probe` than the trained model.
     NotFiniteError: a merged weight is not finite.
     """
-    import deepspeed
     from transformers import AutoTokenizer
 
     engine.eval()
     trained = _losses(engine, probe, engine.device)
-    model = engine.module.model
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
-            if rank == 0:
-                state[name] = parameter.detach().float().cpu().clone()
     engine.train()
-    if rank:
-        return
     temporary, adapter = folder.with_name(folder.name + ".tmp"), folder.with_name(ADAPTER + ".tmp")
+    model = engine.module.model
+    units = _units(model)
+    if rank:
+        for unit in units.values():
+            _gathered(unit, keep=False)
+        return
     for old in (temporary, adapter):
         shutil.rmtree(old, ignore_errors=True)
-    merged = _merged(model, state, config, model_path, probe, adapter)
-    del state
-    merged.save_pretrained(temporary)
+    temporary.mkdir(parents=True)
+    digests = _write(model, units, config, model_path, temporary, adapter)
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     # served chats must be asked as the training rows were
     tokenizer.chat_template = serving_template(config.data) or tokenizer.chat_template
     tokenizer.save_pretrained(temporary)
-    check_export(merged, temporary, trained, config.pilot.dtype, probe, engine.device)
+    check_export(digests, temporary, trained, config.pilot.dtype, probe, engine.device)
     if adapter.exists():
         publish_folder(adapter, adapter.with_name(ADAPTER))
     publish_folder(temporary, folder, round=round_number)
 
 
 def check_export(
-    merged: Any, folder: Path, trained: Sequence[float], dtype: str, probe: Sequence[Row], device: torch.device
+    digests: Mapping[str, str],
+    folder: Path,
+    trained: Sequence[float],
+    dtype: str,
+    probe: Sequence[Row],
+    device: torch.device,
 ) -> None:
-    """Raise ExportMismatchError unless the folder, loaded anew, has the merged weights, bit for bit, and the trained losses."""
+    """Raise ExportMismatchError unless the folder, loaded anew, has the weights of `digests`, bit for bit, and the trained losses.
+
+    On the CPU its weights are maps of its files, which the system may take back: no second copy.
+    """
     written = load_pilot(folder, dtype=DTYPES[dtype], safetensors=True)
     found = dict(written.named_parameters(remove_duplicate=False))
-    for name, wanted in merged.named_parameters(remove_duplicate=False):
-        if name not in found or not torch.equal(found[name], wanted):
+    for name, wanted in digests.items():
+        if name not in found or digest(found[name]) != wanted:
             raise ExportMismatchError(
                 f"the exported Pilot was not published: {folder} has another weight {name} than was written"
             )
@@ -99,36 +105,132 @@ def check_export(
     _compare(trained, _losses_of(written, probe, device), TOLERANCE[dtype], f"{folder} after loading it anew")
 
 
-def _merged(
-    model: Any,
-    state: dict[str, torch.Tensor],
-    config: RunConfig,
-    model_path: Path | str,
-    probe: Sequence[Row],
-    adapter: Path,
-) -> Any:
-    """The plain model of the trained weights, in the training dtype, on the CPU. Leaves its adapters, if any, in `adapter`."""
-    # with its weights: they show whether a T5 has a head of its own, which one made from its config never has
-    merged = load_pilot(model_path, dtype=torch.float32, random_weights=config.model.random_weights)
-    adapters = getattr(model, "peft_config", None)
-    if adapters:
-        from peft import get_peft_model
+Unit = Mapping[str, torch.nn.Parameter]
+"""Parameters by name that are gathered together: of one module, or of a matrix with its adapters."""
 
-        merged = get_peft_model(merged, adapters["default"])
-    other = {name for name, _ in merged.named_parameters()} ^ state.keys()
+
+def _units(model: Any) -> Mapping[str, Unit]:
+    """Module name -> its parameters, each once, the same on every rank. Raises ExportMismatchError for a shared adapted weight."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    owners: dict[str, str] = {}
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[name] = next((one[:-1] for one in adapted if name.startswith(one)), name.rpartition(".")[0])
+        places.setdefault(id(parameter), []).append(name)
+    for names in places.values():
+        if len(names) > 1 and any(f"{owners[name]}." in adapted for name in names):
+            raise ExportMismatchError(
+                f"the exported Pilot is not the trained one, and was not published: {' and '.join(names)} are one matrix, so "
+                "adapters cannot be merged into one of them alone. Choose pilot.lora.target_modules without it"
+            )
+    units: dict[str, dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        units.setdefault(owners[name], {})[name] = parameter
+    return units
+
+
+def _gathered(unit: Unit, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Whole parameters of a unit as fp32 copies on the CPU (collective under ZeRO-3; keep: on this rank)."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(unit.values()), modifier_rank=None):
+        cpu = torch.device("cpu")
+        return {name: p.detach().to(cpu, torch.float32, copy=True) for name, p in unit.items()} if keep else {}
+
+
+def _write(
+    model: Any, units: Mapping[str, Unit], config: RunConfig, model_path: Path | str, folder: Path, adapter: Path
+) -> dict[str, str]:
+    """Write the plain model of the trained weights, in the training dtype; leaves its adapters, if any, in `adapter`.
+
+    Returns the digests of its weights by name (collective: rank 0's part).
+    """
+    dtype = DTYPES[config.pilot.dtype]
+    # modules without weights. From its folder: that shows whether a T5 has a head of its own, which one made from its config never has
+    with torch.device("meta"):
+        plain = load_pilot(model_path, dtype=dtype, random_weights=config.model.random_weights, names_only=True)
+        adapters = getattr(model, "peft_config", None)
+        shell = plain
+        if adapters:
+            from peft import get_peft_model
+
+            shell = get_peft_model(plain, adapters["default"])
+        shell.eval()
+    parameters = {name: p for unit in units.values() for name, p in unit.items()}
+    # which of them are shared, the trained model says: without weights it is not known
+    other = parameters.keys() - {name for name, _ in shell.named_parameters(remove_duplicate=False)}
     if other:
         raise ExportMismatchError(f"the exported Pilot would have other weights than the trained one: {min(other)}")
-    merged.load_state_dict(state, strict=False)
-    if adapters:
-        cpu = torch.device("cpu")
-        adapted = _losses_of(merged, probe, cpu)
-        if not config.model.random_weights:  # then the adapters' base is nowhere but in the merged model
-            # False: embeddings are never resized, and peft would ask the hub whether they were
-            merged.save_pretrained(adapter, save_embedding_layers=False)
-        merged = merged.merge_and_unload()
-        _compare(adapted, _losses_of(merged, probe, cpu), TOLERANCE["fp32"], "the model with its adapters merged")
-    merged = merged.to(DTYPES[config.pilot.dtype])
-    check_finite(itertools.chain(merged.named_parameters(), merged.named_buffers()), "the exported Pilot")
+    # under ZeRO-3 a parameter is empty while it is split
+    shapes = {_plain(n): getattr(p, "ds_shape", p.shape) for n, p in parameters.items() if "lora_" not in n}
+    kept: dict[str, torch.Tensor] = {}
+
+    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+        for owner, unit in units.items():
+            weights = _gathered(unit)
+            if adapters:
+                kept.update((name, weight.clone()) for name, weight in weights.items() if "lora_" in name)
+                weights = _merge(shell.get_submodule(owner), owner, weights)
+            for name in list(weights):
+                written = weights.pop(name).to(dtype)
+                check_finite([(name, written)], "the exported Pilot")
+                yield name, written
+
+    digests = write_shards(folder, shapes, dtype, merged())
+    if adapters and not config.model.random_weights:  # then the adapters' base is nowhere but in the merged model
+        # False: embeddings are never resized, and peft would ask the hub whether they were
+        shell.save_pretrained(adapter, save_embedding_layers=False, state_dict=kept)
+    plain.config.dtype, plain.config.architectures = str(dtype).removeprefix("torch."), [type(plain).__name__]
+    plain.config.save_pretrained(folder)
+    if plain.can_generate():
+        plain.generation_config.save_pretrained(folder)
+    return digests
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in the plain model, from that in peft's."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _merge(module: Any, owner: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a module by their names in the plain model, its adapters merged (by peft, in fp32) and compared with.
+
+    module: on the meta device, of peft's model; it is left so.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        return {_plain(name): weight for name, weight in weights.items()}
+    places = {}
+    for name, weight in weights.items():
+        inside, _, leaf = name.removeprefix(f"{owner}.").rpartition(".")
+        holder = module.get_submodule(inside)
+        places[name] = holder, leaf, getattr(holder, leaf)
+        setattr(holder, leaf, torch.nn.Parameter(weight, requires_grad=False))
+    base: Any = module.get_base_layer()
+    draw = torch.Generator().manual_seed(0)
+    if isinstance(base, torch.nn.Embedding):
+        given = torch.randint(base.num_embeddings, (PROBE_INPUTS,), generator=draw)
+    else:
+        given = torch.randn(PROBE_INPUTS, base.in_features, generator=draw)
+    with torch.no_grad():
+        wanted = module(given)
+        module.merge()
+        found = base(given)
+        scale = float(wanted.abs().max())
+        # not "greater than": NaN is never close
+        if not float((found - wanted).abs().max()) <= MERGED * scale:
+            raise ExportMismatchError(
+                f"the exported Pilot is not the trained one, and was not published: {owner} with its adapters merged gives other "
+                "values. This model cannot be exported with these settings of pilot.lora"
+            )
+    merged = {}
+    for name, (holder, leaf, before) in places.items():
+        if "lora_" not in name:
+            merged[_plain(name)] = getattr(holder, leaf).detach()
+        setattr(holder, leaf, before)
     return merged
 
 

@@ -21,8 +21,10 @@ from tc_ray.models.copilot.batch import CopilotBatch
 from tc_ray.models.copilot.stacks import CopilotConfig, DecoderOnlyStack, EncoderDecoderStack, Places
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.taps import tap_definition
-from tc_ray.models.weights import HEADS, load_whole
+from tc_ray.models.weights import HEADS, check_finite, load_whole
 
+EMBEDDING = "of the token embedding"
+"""Its name in a refusal: the table is the same by another name in each family."""
 OUTPUT_STD = 1e-2
 """Of W_out's first weights: small beside the errors, large enough to give the tokens different directions."""
 
@@ -140,15 +142,18 @@ class Copilot(PreTrainedModel):
     ) -> Copilot:
         """Copilot for `pilot`, initialised from chosen layers of a pretrained decoder, fp32.
 
-        base: folder or hub id of a model of the Pilot's kind, of any width. layers: of its decoder, in order.
+        base: folder or hub id of a model of the Pilot's kind, of any width. layers: of its decoder, in order; no others are read.
+        pilot: its embedding alone is read.
         output_ids: int64 [A], the tokens f can be non-zero for; None is the whole vocabulary.
         random_weights: read only the base's config. pooling, tap_layers, config: fields of `CopilotConfig`.
-        Raises ValueError: see `check_base`. WeightsError, NotFiniteError: the base's folder is not whole.
+        Raises ValueError: see `check_base`. WeightsError: the base's folder is not whole. NotFiniteError: NaN or infinity in
+        what is read of base or Pilot.
         """
         base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         family, pilot_family = family_of(base_config), family_of(pilot)
         check_base(base, base_config, pilot, layers)
-        table = pilot_family.embedding_table(pilot).float()
+        table = pilot_family.embedding_table(pilot)
+        check_finite([(EMBEDDING, table)], str(getattr(pilot, "name_or_path", "") or "the Pilot"))
         if family.encoder_decoder:
             config |= {"positions": "target", "question": "states"}
         copilot = cls(
@@ -168,12 +173,14 @@ class Copilot(PreTrainedModel):
             copilot.question_embedding.weight.data.copy_(table)
         if output_ids is not None:
             copilot.output_ids.copy_(output_ids)
-        decoder = AutoModel.from_config(base_config) if random_weights else load_whole(AutoModel, base, leave_out=HEADS)
-        decoder = decoder.float()
-        if not random_weights:
-            copilot.stack.load_layers(decoder, layers)
+        if random_weights:
+            decoder = AutoModel.from_config(base_config).float()
+        else:
+            decoder = load_whole(AutoModel, base, leave_out=HEADS, mapped=True)
+            check_finite(copilot.stack.load_layers(decoder, layers), str(base))
         if copilot.error_embedding is not None and not copilot.free_input:
             own = family.embedding_table(decoder)
+            check_finite([(EMBEDDING, own)], str(base))
             # vocabularies of one family may be padded to different sizes: ids both have mean the same token
             common = min(len(own), len(table))
             copilot.error_embedding.weight.data[:common].copy_(own[:common])

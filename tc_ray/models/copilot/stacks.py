@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig
 
 from tc_ray.models.families import family_of
 
+Weights = list[tuple[str, torch.Tensor]]
+"""Names and tensors."""
 PATTERNS: dict[str, Callable[[int, int], bool]] = {
     "alternate": lambda layer, count: layer % 2 == 1,
     "early": lambda layer, count: layer < count // 2,
@@ -134,12 +136,13 @@ class DecoderOnlyStack(nn.Module):
         # eager attention (the only one with Gemma 2's softcap) adds its mask, and is causal only by the mask
         self._eager = decoder.config._attn_implementation == "eager"
 
-    def load_layers(self, base: nn.Module, layers: Sequence[int]) -> None:
-        """Copy these layers and the final norm of a pretrained `AutoModel`."""
+    def load_layers(self, base: nn.Module, layers: Sequence[int]) -> Weights:
+        """Copy these layers and the final norm of a pretrained `AutoModel`; returns each weight read, by its name in the base."""
         decoder: Any = base
+        read: Weights = []
         for own, index in zip(self.layers, layers, strict=True):
-            own.load_state_dict(decoder.layers[index].state_dict())
-        self.norm.load_state_dict(decoder.norm.state_dict())
+            read += _copied(own, decoder.layers[index].state_dict(), f"layers.{index}")
+        return read + _copied(self.norm, decoder.norm.state_dict(), "norm")
 
     def forward(
         self,
@@ -200,6 +203,12 @@ def attention_mask(seen: torch.Tensor, dtype: torch.dtype, *, added: bool) -> to
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
+def _copied(module: nn.Module, weights: dict[str, torch.Tensor], name: str) -> Weights:
+    """Copy weights into a module; each of them, its name below `name`."""
+    module.load_state_dict(weights)
+    return [(f"{name}.{key}", weight) for key, weight in weights.items()]
+
+
 class _Given:
     """A cache for one attention call: it returns the keys and values to attend to."""
 
@@ -248,17 +257,18 @@ class EncoderDecoderStack(nn.Module):
             first.has_relative_attention_bias = False
             del first.relative_attention_bias
 
-    def load_layers(self, base: nn.Module, layers: Sequence[int]) -> None:
-        """Copy these decoder blocks, the relative position bias (block 0 holds it) and the final norm of a base."""
+    def load_layers(self, base: nn.Module, layers: Sequence[int]) -> Weights:
+        """Copy these decoder blocks, the relative position bias (block 0 holds it) and the final norm of a base, as above."""
         decoder: Any = base.decoder
+        read: Weights = []
         bias = "layer.0.SelfAttention.relative_attention_bias.weight"
         for number, (own, index) in enumerate(zip(self.block, layers, strict=True)):
             weights = decoder.block[index].state_dict()
             weights.pop(bias, None)
             if number == 0 and self._numbered:
                 weights[bias] = decoder.block[0].state_dict()[bias]
-            own.load_state_dict(weights)
-        self.final_layer_norm.load_state_dict(decoder.final_layer_norm.state_dict())
+            read += _copied(own, weights, f"decoder.block.{index}")
+        return read + _copied(self.final_layer_norm, decoder.final_layer_norm.state_dict(), "decoder.final_layer_norm")
 
     def forward(
         self,

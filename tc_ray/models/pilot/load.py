@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def load_pilot(
     path: Path | str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     random_weights: bool = False,
     safetensors: bool | None = None,
     names_only: bool = False,
@@ -31,6 +31,7 @@ def load_pilot(
 ) -> Any:
     """Load a language model from a folder or hub id. Code that comes with it is never run.
 
+    dtype: None: mapped (`load_whole`): for those who need some of its tensors, or one at a time. Not with random_weights.
     random_weights: read only its config. safetensors: True: weights in no other format.
     names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
     attention: transformers' name of how attention is computed; None: its choice.
@@ -41,11 +42,12 @@ def load_pilot(
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     auto = AutoModelForSeq2SeqLM if family_of(config).encoder_decoder else AutoModelForCausalLM
-    how = {} if attention is None else {"attn_implementation": attention}
+    how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if random_weights:
         return auto.from_config(config, dtype=dtype, **how)
-    place = {"device_map": "meta"} if names_only else {}
-    return load_whole(auto, path, dtype=dtype, use_safetensors=safetensors, **place, **how)
+    how |= {"device_map": "meta"} if names_only else {}
+    how |= {"mapped": True} if dtype is None else {"dtype": dtype}
+    return load_whole(auto, path, use_safetensors=safetensors, **how)
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:

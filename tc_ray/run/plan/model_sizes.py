@@ -32,6 +32,7 @@ class ModelConfig:
 class ModelSizes:
     """Widths, decoder layers of the Pilot, and parameter counts. The Copilot's include the Pilot's frozen embedding.
 
+    inner_size: of the Pilot's feed-forward layers. kv_size: numbers in the keys of a token and layer.
     None: the Copilot's base cannot be read; of its counts also: the target tokens that its output covers are unknown.
     """
 
@@ -45,6 +46,8 @@ class ModelSizes:
     copilot_trainable: int | None = None
     copilot_hidden_size: int | None = None
     copilot_layers: int | None = None
+    inner_size: int | None = None
+    kv_size: int | None = None
 
 
 def find_models(
@@ -123,8 +126,16 @@ def model_sizes(
         encoder_decoder=encoder_decoder,
         pilot=sum(p.numel() for key, p in pilot.named_parameters() if "lora_" not in key),
         pilot_trainable=sum(p.numel() for p in pilot.parameters() if p.requires_grad),
+        inner_size=getattr(pilot_config, "d_ff", None) or getattr(pilot_config, "intermediate_size", None),
+        kv_size=_kv_size(pilot_config),
         **copilot,
     )
+
+
+def _kv_size(config: Any) -> int:
+    heads = config.num_attention_heads
+    head = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int((getattr(config, "num_key_value_heads", None) or heads) * head)
 
 
 def _has_own_head(model: ModelConfig) -> bool:

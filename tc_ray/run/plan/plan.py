@@ -21,7 +21,9 @@ from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.source.records import DataError
 from tc_ray.run.plan.data_estimate import DataEstimate, estimate
+from tc_ray.run.plan.memory import ProcessMemory, processes
 from tc_ray.run.plan.model_sizes import ModelConfig, ModelSizes, find_models, model_sizes
+from tc_ray.run.plan.nodes import Node, compare, this_machine
 from tc_ray.run.state import JobError, check_resume
 from tc_ray.text import byte_size, first_line
 
@@ -44,6 +46,8 @@ class Plan:
     log_bytes_per_round: int | None
     log_bytes: int | None
     free_bytes: int
+    memory: list[ProcessMemory]
+    """Peak of each process; empty: sizes unknown."""
     notes: list[str]
     refusals: list[str]
 
@@ -78,8 +82,8 @@ class Plan:
                 ("", f"{steps}, {config.copilot.steps_per_round} per round"),
                 ("log", f"{per_round} per round, {whole} for the run{compressed}; free disk {free}"),
             ]
-        for label, texts in (("note", self.notes), ("refused", self.refusals)):
-            lines += zip([label, *[""] * len(texts)], texts, strict=False)
+        for label, texts in (("memory", self.memory), ("note", self.notes), ("refused", self.refusals)):
+            lines += zip([label, *[""] * len(texts)], map(str, texts), strict=False)
         return "\n".join(redact(f"{label:<10} {text}".rstrip()) for label, text in lines)
 
     def _copilot(self) -> list[tuple[str, str]]:
@@ -98,8 +102,10 @@ class Plan:
         ]
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, nodes: Sequence[Node] | None = None) -> Plan:
     """Plan of a run.
+
+    nodes: that it is compared with; None: this machine, or nothing where RAY_ADDRESS names a cluster.
 
     Raises:
         ConfigError: a secret is struck out, or a function that the config names is not there. ModelSourceError: a model folder
@@ -109,7 +115,7 @@ def make_plan(config: RunConfig) -> Plan:
     require_secrets(config)
     check_named(config)
     notes: list[str] = []
-    refusals = _refusals(config)
+    refusals = _refusals(config, nodes)
     pilot, base = find_models(config, notes, refusals)
     if pilot is not None:
         _check_models(config, pilot, base, refusals)
@@ -136,10 +142,30 @@ def make_plan(config: RunConfig) -> Plan:
             "the predicted log does not fit on the disk: free space, lower pilot.epochs or log.top_k, or set log.positions=target"
         )
     steps = rounds * config.copilot.steps_per_round if rounds is not None and config.log.enabled else None
-    return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes, refusals)
+    memory = []
+    if sizes is not None:
+        memory = processes(config, sizes, round_bytes=per_round or 0, rounds=rounds)
+        _compare(config, sizes, memory, nodes, notes, refusals)
+    return Plan(config, sizes, data, rounds, steps, per_round, total, free, memory, notes, refusals)
 
 
-def _refusals(config: RunConfig) -> list[str]:
+def _compare(
+    config: RunConfig,
+    sizes: ModelSizes,
+    memory: list[ProcessMemory],
+    nodes: Sequence[Node] | None,
+    notes: list[str],
+    refusals: list[str],
+) -> None:
+    if nodes is None and os.environ.get("RAY_ADDRESS"):
+        notes.append("memory is not compared with the cluster's nodes: --on says what they have")
+        return
+    may, cannot = compare(config, sizes, memory, nodes or [this_machine()])
+    notes += may
+    refusals += cannot
+
+
+def _refusals(config: RunConfig, nodes: Sequence[Node] | None) -> list[str]:
     import torch
 
     found = []
@@ -149,25 +175,27 @@ def _refusals(config: RunConfig) -> list[str]:
         found.append(str(error))
     if config.log.enabled and config.data.format == "examples" and not config.data.test and not config.data.test_size:
         found.append("no test rows to measure with: set data.test or a data.test_size above 0")
-    if not os.environ.get("RAY_ADDRESS"):
-        found += _missing_here(training_needs(config), torch.cuda.device_count())
+    if nodes is not None:
+        found += _missing(training_needs(config), [node.gpus for node in nodes], "the nodes have", known=False)
+    elif not os.environ.get("RAY_ADDRESS"):
+        found += _missing(training_needs(config), [torch.cuda.device_count()], "this machine has", known=True)
     return found
 
 
-def _missing_here(needs: Sequence[Need], gpus: int) -> Iterator[str]:
-    """What a Ray of this machine alone cannot hold, with so many GPUs; it gets as many CPUs as are asked for."""
+def _missing(needs: Sequence[Need], gpus: Sequence[int], who: str, *, known: bool) -> Iterator[str]:
+    """What nodes with so many GPUs cannot hold; they have as many CPUs as are asked for. known: they have no custom resources."""
     asked = total(needs)
     # Ray itself gives a node these
     custom = [
         name for name in asked if name not in ("CPU", "GPU") and not name.startswith(("accelerator_type:", "node:"))
     ]
-    if not fits([{**dict.fromkeys(asked, 1e9), "GPU": gpus}], needs):
+    if not fits([{**dict.fromkeys(asked, 1e9), "GPU": count} for count in gpus], needs):
         yield (
-            f"the run asks for {asked['GPU']:g} GPU{'' if asked['GPU'] == 1 else 's'}, this machine has {gpus}: lower "
+            f"the run asks for {asked['GPU']:g} GPU{'' if asked['GPU'] == 1 else 's'}, {who} {sum(gpus)}: lower "
             "resources.pilot_gpus, resources.copilot_gpus, resources.pilot_workers or resources.copilot_workers, or join a "
             "cluster by RAY_ADDRESS"
         )
-    if custom:
+    if custom and known:
         yield (
             f"no node of a local Ray has {', '.join(custom)}: join a cluster by RAY_ADDRESS whose nodes have it, or leave it out "
             "of resources.pilot_resources and resources.copilot_resources"

@@ -100,7 +100,7 @@ class LoadedRun:
         self._device, self._dtype = "cuda" if serving.gpu else "cpu", DTYPES[serving.dtype]
         folder = self.export / "pilot"
         try:
-            self._pilot: Any = _in_memory(load_pilot(folder, dtype=self._dtype, safetensors=True)).to(self._device)
+            self._pilot: Any = _in_memory(load_pilot(folder, dtype=self._dtype, safetensors=True), self._device)
             # Never used itself: fast tokenizers may not be used by two threads at once, so each engine gets a copy.
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
@@ -139,8 +139,8 @@ class LoadedRun:
             check_tokenizer(source, self._vocabulary)
             fusion = FusionSettings.read(source)
             copilot = _in_memory(
-                Copilot.from_pretrained(source / "copilot", dtype=self._dtype, use_safetensors=True)
-            ).to(self._device)
+                Copilot.from_pretrained(source / "copilot", dtype=self._dtype, use_safetensors=True), self._device
+            )
             check_answers(copilot.eval(), f"{source / 'copilot'}")
             with self._turns:  # the tap's hooks are put on the Pilot's layers: not while a forward pass walks over them
                 return FusedModel.join(
@@ -158,9 +158,11 @@ class LoadedRun:
             engine.model.release()
 
 
-def _in_memory(model: Any) -> Any:
-    """The model with weights of its own. As loaded they may be pages of the file, and a process that writes into the file in
-    place would change what is served, or crash the server."""
+def _in_memory(model: Any, device: str) -> Any:
+    """The model on its device, with weights of its own. As loaded they may be pages of the file, and a process that writes into
+    the file in place would change what is served, or crash the server."""
+    if device != "cpu":  # copied there: a copy in RAM would be a second one
+        return model.to(device)
     copied: dict[tuple[int, Any], Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         place = (tensor.data_ptr(), tensor.shape)
