@@ -295,7 +295,7 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
     )
     return Setup(
         row,
-        rows=config.pilot.batch_size // config.resources.pilot_workers,
+        rows=max(1, config.pilot.batch_size // config.resources.pilot_workers),
         round_seconds=costs.pilot.each,
         step_seconds=costs.copilot.each * config.resources.copilot_workers,
         steps_per_round=config.copilot.steps_per_round,

@@ -17,7 +17,7 @@ from tc_ray.tracking.statusfile import clock
 
 COMPARED = (
     *("model.pilot", "pilot.method", "pilot.dtype", "pilot.batch_size", "pilot.micro_batch_size", "pilot.zero_stage"),
-    *("data.cutoff_tokens", "resources.pilot_workers", "resources.pilot_threads", "resources.gpus"),
+    *("data.cutoff_tokens", "resources.pilot_workers", "resources.pilot_threads", "resources.pilot_gpus"),
 )
 """Settings that a run with a log and one without must share, or their times say nothing about the log."""
 
