@@ -16,6 +16,7 @@ from tc_ray.cli.export import export
 from tc_ray.cli.init import init
 from tc_ray.cli.log import log
 from tc_ray.cli.models import evaluate, fuse, serve
+from tc_ray.cli.report import report
 from tc_ray.cli.status import status
 from tc_ray.cli.study import study
 from tc_ray.cli.train import train
@@ -55,6 +56,7 @@ app.command("export")(export)
 app.command("serve")(serve)
 app.command("chat")(chat)
 app.command("status")(status)
+app.command("report")(report)
 app.add_typer(log, name="log")
 app.add_typer(config, name="config")
 

@@ -80,9 +80,13 @@ def keep_outside_upload(config: RunConfig) -> None:
 
 def summary(result: JobResult) -> list[str]:
     """The results of a run and what to do with them, as lines."""
+    from tc_ray.run.costs.measured import read_costs
+    from tc_ray.run.costs.tables import lines as cost_lines
+
+    costs = cost_lines(read_costs(result.folder))
     if result.report is None or result.export is None:
-        return [f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
-    lines = ["", *result.report.lines(), ""]
+        return [*costs, f"done: {result.folder} (log.enabled is false: plain fine-tuning, no Copilot)"]
+    lines = ["", *result.report.lines(), "", *costs]
     lines += [f"report    {result.folder / 'evaluation' / 'report.md'}", f"losses    {result.folder / 'losses.png'}"]
     if result.report.first.no_copilot is not None:
         return [*lines, f"exported  {result.export} (pilot/ alone)"]

@@ -42,7 +42,8 @@ class StepResult:
     """One step: loss is that of `copilot.loss`; error_size the root mean square of the logged errors (rmse of f = 0).
 
     taken: False: loss or gradient was not finite on some rank; weights and optimizer stayed as they were. seconds: of the
-    processor (on a GPU: of time) that this rank used, with the draw of its batch and the measurement before."""
+    processor (on a GPU: of time) that this rank used, with the draw of its batch and the measurement before. wall_seconds: of time,
+    with the look at the log's position and the reading of new records too."""
 
     loss: float
     error_size: float
@@ -50,6 +51,7 @@ class StepResult:
     learning_rate: float
     taken: bool = True
     seconds: float = 0.0
+    wall_seconds: float = 0.0
 
 
 class Learner:

@@ -83,6 +83,7 @@ def train(
     saved = at.step
     restored(at, damaged)
     while at.step < feed.rounds * per_round:
+        turn = time.monotonic()
         due = feed.rounds_for(at.step) * per_round
         due = min(due, feed.rounds * per_round)  # the feed knows only now whether the Pilot has ended
         if at.step < due and len(feed.buffer):
@@ -92,7 +93,7 @@ def train(
                 measured(ratio)
             records = feed.buffer.draw(size, (config.run.seed, _DRAW, at.step))
             result = learner.step(batch_from_records(records, own))
-            result = replace(result, seconds=clock() - began)
+            result = replace(result, seconds=clock() - began, wall_seconds=time.monotonic() - turn)
             held_out.trained_on(feed.buffer)
             at = position(at.step + 1)
             report(at, result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tc_ray.cluster.measure import peak_memory
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.buffer import RoundBuffer
 from tc_ray.copilot.checkpoint import Position
@@ -26,6 +28,7 @@ from tc_ray.copilot.training import train
 from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.mistakelog.read.reader import LogTail
 from tc_ray.mistakelog.table.errors import retry
+from tc_ray.models.hub import on_this_node
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,20 @@ class CopilotWorker:
 
     def run(self) -> Position:
         """Train until every step of the run is done, then export to `copilot/final` (rank 0)."""
+        self.began = time.monotonic()
         self.job.tracker.process.remote(f"copilot-{self.rank}", os.getpid())
         self._wait_for("loading weights")
         self.learner = make_learner(
             self.config,
-            self.job.pilot_path,
-            self.job.base_path,
+            on_this_node(self.job.pilot_path),
+            on_this_node(self.job.base_path),
             output_ids_of(self.config),
             total_steps=self.job.total_steps,
             world_size=self.world_size,
         )
         location, options = self.config.log_location, self.config.log.storage_options
         self.tail = retry(lambda: LogTail(location, storage_options=options), f"Copilot {self.rank}")
-        return train(
+        position = train(
             self.learner,
             self,
             self.config,
@@ -96,6 +100,8 @@ class CopilotWorker:
             inputs=self.job.inputs,
             rank=self.rank,
         )
+        self._report_memory()
+        return position
 
     def rounds_for(self, step: int) -> int:
         """Bring the buffer to the newest table version, the same on every rank; the round committed in it."""
@@ -139,9 +145,16 @@ class CopilotWorker:
         if at.step:
             self._event("resume", f"Copilot resumes after step {at.step}")
         self._wait_for("")
+        if self.rank == 0:
+            self.job.tracker.spent.remote({"copilot load": time.monotonic() - self.began})
         self._report(at, None)
 
+    def _report_memory(self) -> None:
+        self.job.tracker.memory.remote(peak_memory(f"copilot-{self.rank}"))
+
     def _report(self, at: Position, result: StepResult | None) -> None:
+        if result is not None and at.step % self.config.copilot.checkpoint_every_steps == 0:
+            self._report_memory()
         if self.rank:
             return
         self.job.ledger.report_copilot.remote(at.round, at.step)
@@ -158,6 +171,7 @@ class CopilotWorker:
             "tokens": float(result.tokens),
             "left_out_steps": float(left_out),
             "compute_seconds": result.seconds,
+            "step_seconds": result.wall_seconds,
         }
         self.job.tracker.copilot.remote(at.round, at.step, metrics)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         import ray
 
+        peaks = [worker.peak_memory.remote(f"evaluation-{number}") for number, worker in enumerate(self._idle)]
+        for peak in ray.wait(peaks, num_returns=len(peaks), timeout=TICK_SECONDS)[0] if peaks else ():
+            with suppress(ray.exceptions.RayError):  # it has died meanwhile
+                self._progress.memory(ray.get(peak))
         for worker in (*self._starting.values(), *self._idle):
             ray.kill(worker)
         self._starting, self._idle = {}, []

@@ -7,6 +7,7 @@ Called by `pool` about once a second and at every batch.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +59,9 @@ class Progress:
         """Say something once."""
         self._line(f"evaluate: {text}", True)
 
+    def memory(self, peaks: Mapping[str, float]) -> None:
+        """Peak memory of workers by name, in bytes; for a Tracker."""
+
     def _line(self, text: str, last: bool) -> None:
         """last: nothing more follows on this pass."""
         self._console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
@@ -72,6 +76,9 @@ class TrackedProgress(Progress):
 
     def __exit__(self, *_: object) -> None:
         self._tracker.waiting.remote("evaluation", "")
+
+    def memory(self, peaks: Mapping[str, float]) -> None:
+        self._tracker.memory.remote(peaks)
 
     def _line(self, text: str, last: bool) -> None:
         text = text.removeprefix("evaluate: ")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tc_ray.cluster.measure import peak_memory
 from tc_ray.data.encode.tokenize import completion_ids
 from tc_ray.evaluation.decode import completions, rankings
 from tc_ray.evaluation.item_trie import ItemTrie
@@ -36,6 +37,10 @@ class EvaluationWorker:
     def ready(self) -> int:
         """Its process."""
         return os.getpid()
+
+    def peak_memory(self, name: str) -> dict[str, float]:
+        """Of its process, as `name`."""
+        return peak_memory(name)
 
     def compute(self, job: Pass, rows: Sequence[Numbered], folder: Path) -> dict[int, Any]:
         """Write the part of these rows into `folder`; returns what it holds."""

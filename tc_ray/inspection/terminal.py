@@ -37,10 +37,11 @@ def stats_view(stats: LogStats, texts: TokenTexts, top: int) -> RenderableType:
         tables.missed_tokens(stats, texts, top),
         tables.hardest_samples(stats, top),
     ]
-    return Group(facts, *map(_table_view, shown))
+    return Group(facts, *map(table_view, shown))
 
 
-def _table_view(table: tables.Table) -> Group:
+def table_view(table: tables.Table) -> Group:
+    """A table under its title."""
     view = rich.table.Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for place, name in enumerate(table.head):
         text = place in table.texts

@@ -1,7 +1,8 @@
 """Where a model comes from: a local folder, a hub id, or the builtin name that the package registry serves (SmolLM2, converted once).
 
 Invariant: a builtin folder that is returned is complete: made beside its place, synced, marked and only then renamed. A lock lets one
-process of this machine do the work; the driver does it before any worker starts.
+process of this machine do the work; the driver does it before any worker starts. A hub id becomes one commit in the driver
+(`fetch_model`); workers load that commit, which the first of a node fetches where the driver's cache is not shared (`on_this_node`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tc_ray.files import is_whole, publish_folder
-from tc_ray.models.identity import ModelSourceError
-from tc_ray.text import visible
+from tc_ray.models.identity import ModelSourceError, snapshot_of
+from tc_ray.text import first_line, visible
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,47 @@ def resolve_model(name: str, cache: Path | None = None) -> Path | str:
             f"or one of: {', '.join(BUILTIN_MODELS)}"
         )
     return name
+
+
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
+"""Of a model on the hub: no second copy of the weights in another format, unless there is no other."""
+
+
+def fetch_model(name: str, cache: Path | None = None, commit: str | None = None) -> Path:
+    """The folder of a model on this machine: as `resolve_model`; of a hub id its files at one commit, fetched if they are not here.
+
+    commit: of a hub id, as an earlier start used it; None: the newest. With HF_HUB_OFFLINE=1, or without the hub, the one in the
+    hub's cache (HF_HOME). Raises ModelSourceError as `resolve_model` does, and where the hub's files cannot be had.
+    """
+    place = resolve_model(name, cache)
+    return place if isinstance(place, Path) else _fetched(place, commit)
+
+
+def on_this_node(place: Path | str) -> Path | str:
+    """What a worker can load: a folder of the hub's cache that is not there is fetched at the same commit. Errors: see `fetch_model`.
+
+    Workers of one node share its cache: the first fetches, the others wait for the hub's own lock.
+    """
+    known = None if Path(place).is_dir() else snapshot_of(place)
+    return place if known is None else _fetched(*known)
+
+
+def _fetched(name: str, commit: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def download(patterns: Sequence[str]) -> Path:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns), ignore_patterns="*/*"))
+
+    try:
+        folder = download(_FILES)
+        return folder if any(folder.glob("*.safetensors")) else download([*_FILES, "*.bin"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        at = f" at commit {commit}" if commit else ""
+        raise ModelSourceError(
+            f"model {name}{at} cannot be had from the hub: {first_line(error)}. Check the name and the network; a gated model needs "
+            "HF_TOKEN; with HF_HUB_OFFLINE=1 it must be in the hub's cache (HF_HOME), where `hf download` puts it"
+        ) from error
 
 
 def builtin_folder(name: str, cache: Path | None) -> Path:

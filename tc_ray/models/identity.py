@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,13 @@ class ModelSourceError(RuntimeError):
 def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     """16 hex digits over config and weights of a model, every byte of them. Raises ModelSourceError for a damaged file.
 
-    path: model folder; or a hub id, which is identified by its commit.
+    path: model folder; or a hub id or the hub's own folder for one, which is identified by its commit.
     random_weights: the weights are made from the config and not read.
     """
     folder = Path(path)
+    known = snapshot_of(folder)
+    if known is not None:
+        return _digest(["hub", *known])
     if not folder.is_dir():
         from transformers import AutoConfig
 
@@ -48,6 +52,12 @@ def weights_hash(path: Path | str, *, random_weights: bool = False) -> str:
     if files:
         return _digest([*content, sorted(tensor for file in files for tensor in _tensors(file))])
     return _digest([*content, [_sha256(file) for file in sorted(folder.glob("*.bin"))]])
+
+
+def snapshot_of(folder: Path | str) -> tuple[str, str] | None:
+    """(hub id, commit) of a folder in the hub's cache, models--OWNER--NAME/snapshots/COMMIT, there or not; None: another folder."""
+    found = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})/?$", str(folder))
+    return (found[1].replace("--", "/"), found[2]) if found else None
 
 
 def model_identity(folder: Path) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tc_ray.cluster.measure import peak_memory, timed
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.prepared.batches import RoundOrder, TrainTable
 from tc_ray.data.prepared.split import micro_batches
@@ -28,6 +29,7 @@ from tc_ray.mistakelog.commit.ledger_actor import submit_to
 from tc_ray.mistakelog.table.errors import may_pass
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.write.writer import RecordWriter
+from tc_ray.models.hub import on_this_node
 from tc_ray.models.weights import LeftOut, NotFiniteError, first_not_finite
 from tc_ray.pilot.callbacks import call_back
 from tc_ray.pilot.checkpoint import (
@@ -79,6 +81,7 @@ class Worker:
     """What validations have found so far."""
 
     def __init__(self, job: PilotJob, rank: int, world_size: int) -> None:
+        self.made = time.monotonic()
         self.job, self.config, self.rank, self.world_size = job, job.config, rank, world_size
         torch.set_num_threads(self.config.resources.pilot_threads)
         self.checkpoints = self.config.run.path / "pilot" / "checkpoints"
@@ -95,7 +98,8 @@ class Worker:
                 world_size=world_size,
             )
         self._wait_for("loading weights")
-        self.engine = build_engine(self.config, job.model_path, job.rounds)
+        self.model_path = on_this_node(job.model_path)
+        self.engine = build_engine(self.config, self.model_path, job.rounds)
         self.device = self.engine.device
         self.recorder: Recorder | None = None
         self.postponed = False
@@ -112,6 +116,8 @@ class Worker:
         if self.config.log.enabled:
             self.recorder = self._begin_attempt(start)
         self._wait_for("")
+        if self.rank == 0:
+            self.job.tracker.spent.remote({"pilot load": time.monotonic() - self.made})
         # what a round costs: on a device that is not the processor, the processor's time says nothing
         clock = time.monotonic if self.config.resources.pilot_gpus else time.process_time
         started, tokens, checkpoint_due = time.monotonic(), 0.0, False
@@ -132,13 +138,18 @@ class Worker:
                 call_back(self.config.callbacks, "on_round", number, metrics, report=self._event)
             self._validate(number)
             if self.config.copilot.schedule == "lockstep" and self.recorder is not None:
-                self._wait_for_copilot(number)
+                with timed(self.job.tracker, "pilot lockstep", enabled=self.rank == 0):
+                    self._wait_for_copilot(number)
             last = number == self.job.rounds or self.validated.ended(self.config.pilot)
             needed = last or (self.config.pilot.final == "best" and self.validated.best == number)
             checkpoint_due |= needed or number % self.config.pilot.checkpoint_every_rounds == 0
             if checkpoint_due:
-                checkpoint_due = not self._checkpoint(number, wait=needed)
-        self._export(number)
+                with timed(self.job.tracker, "pilot checkpoints", enabled=self.rank == 0):
+                    checkpoint_due = not self._checkpoint(number, wait=needed)
+                self.job.tracker.memory.remote(peak_memory(f"pilot-{self.rank}"))
+        with timed(self.job.tracker, "pilot export", enabled=self.rank == 0):
+            self._export(number)
+        self.job.tracker.memory.remote(peak_memory(f"pilot-{self.rank}"))
         if self.recorder is not None:
             self.recorder.writer.close()
             if self.rank == 0:
@@ -149,7 +160,8 @@ class Worker:
         pilot = self.config.pilot
         if self.validation is None or (number % (pilot.validate_every or 1) and number != self.job.rounds):
             return
-        self.validated = found = self.validated.then(number, self.validation.nll(self.engine))
+        with timed(self.job.tracker, "pilot validation", enabled=self.rank == 0):
+            self.validated = found = self.validated.then(number, self.validation.nll(self.engine))
         if self.rank == 0:
             self.job.tracker.validation.remote(number, found.metrics(pilot))
         if found.ended(pilot) and number < self.job.rounds:
@@ -176,9 +188,7 @@ class Worker:
             self._load(found)
         final = self.checkpoints.with_name("final")
         probe = [self.table.batch(np.array([row])) for row in range(min(PROBE_ROWS, len(self.table)))]
-        save_merged(
-            self.engine, self.config, self.job.model_path, final, probe=probe, rank=self.rank, round_number=kept
-        )
+        save_merged(self.engine, self.config, self.model_path, final, probe=probe, rank=self.rank, round_number=kept)
 
     def _restore(self) -> int:
         """Load the newest whole checkpoint; returns its round, 0 without one."""

@@ -19,10 +19,12 @@ from tc_ray.copilot.checkpoint import latest
 from tc_ray.data.encode.encode import Encoder
 from tc_ray.data.prepared.folder import PreparedData, rows_hashes
 from tc_ray.data.prepared.prepare import prepare
+from tc_ray.files import read_json
 from tc_ray.mistakelog.table.location import Location
 from tc_ray.mistakelog.table.repair import is_table
 from tc_ray.mistakelog.table.store import LogStore
-from tc_ray.models.identity import weights_hash
+from tc_ray.models.hub import fetch_model
+from tc_ray.models.identity import snapshot_of, weights_hash
 from tc_ray.pilot.checkpoint import latest_checkpoint
 from tc_ray.tracking.datasets import Context, UsedRows
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 ROWS = ("train_rows", "validation_rows", "test_rows")
 CONTEXTS: dict[str, Context] = {"train": "training", "validation": "validation", "test": "testing"}
 """Trackers' words for the parts."""
+COMMITS_FILE = "models.json"
+"""In the run folder: commit by hub id."""
 WEIGHTS = ("pilot_weights", "copilot_weights")
 
 
@@ -63,6 +67,23 @@ def recorded_inputs(config: RunConfig, folder: Path, log: Location) -> list[Reco
     if copilot is not None:
         found.append(Recorded(str(folder / "copilot" / "checkpoints"), copilot.round, copilot.inputs))
     return found
+
+
+def fetch_models(config: RunConfig, folder: Path) -> tuple[Path, Path, dict[str, str]]:
+    """Folders of Pilot and Copilot's base, and the commits of those that are hub ids: those of an earlier start in `folder`.
+
+    Raises ModelSourceError: a model cannot be had.
+    """
+    name = config.model.pilot
+    try:
+        commits: dict[str, str] = read_json(folder / COMMITS_FILE)
+    except FileNotFoundError:
+        commits = {}
+    pilot = fetch_model(name, config.model.cache, commits.get(name))
+    other = config.model.copilot
+    base = fetch_model(other, config.model.cache, commits.get(other)) if other else pilot
+    found = {known[0]: known[1] for known in (snapshot_of(pilot), snapshot_of(base)) if known is not None}
+    return pilot, base, found
 
 
 def base_weights(config: RunConfig, pilot: Path | str, copilot: Path | str) -> dict[str, str]:

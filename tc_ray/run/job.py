@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_ray.cluster.failures import reason
+from tc_ray.cluster.measure import peak_memory
 from tc_ray.cluster.session import check_room, ray_session
 from tc_ray.cluster.signals import end_within, resumable
 from tc_ray.config.load import require_secrets
@@ -91,6 +92,7 @@ def run_job(config: RunConfig) -> JobResult:
     Raises:
         ConfigError, JobError, PilotError, CopilotError, DataError, ...: one clear message each; the run folder stays resumable.
     """
+    began = time.time()
     require_secrets(config)
     check_installed(config)
     check_named(config)
@@ -105,7 +107,8 @@ def run_job(config: RunConfig) -> JobResult:
     # `resumable` also around the start of Ray, as the folder may hold an earlier start
     with FolderLock(folder, f"run {config.run.name}"), _noted(config), resumable(folder), ray_session(config):
         check_room(config)
-        run = Run(config, folder, Location(config.log_location, config.log.storage_options))
+        run = Run(config, folder, Location(config.log_location, config.log.storage_options), began=began)
+        run.times["ray"] = time.time() - began
         with resumable(folder), _leased(run):
             return _work(run)
 
@@ -150,7 +153,8 @@ def _work(run: Run) -> JobResult:
                 if phase.status != shown:
                     shown = phase.status
                     run.tracker.phase.remote(shown)
-                phase.work(run)
+                with run.timed(phase.work.__name__):
+                    phase.work(run)
             mlflow = mlflow_command(resolve_uri(run.config)) if "mlflow" in run.config.tracking.targets else None
             result = JobResult(run.folder, run.export, run.report, mlflow)
             if run.no_copilot is not None:
@@ -197,6 +201,8 @@ def _watch_log(run: Run, end: threading.Event) -> None:
             continue
         if time.monotonic() > maintained + MAINTENANCE_SECONDS or (run.lease is not None and run.lease.lost):
             run.ledger.maintain_soon.remote()
+            run.tracker.memory.remote(run.ledger.peak_memory.remote())
+            run.tracker.memory.remote(peak_memory("driver"))
             maintained = time.monotonic()
         try:
             state = ray.get(run.ledger.state.remote())
@@ -227,6 +233,6 @@ def _show(run: Run, end: threading.Event) -> None:
         try:
             return ray.get(run.tracker.status.remote())
         except ray.exceptions.RayActorError:
-            return None  # lost with its node: it is restarted on another
+            return None  # it is being restarted
 
     ProgressView().follow(status, end)

@@ -9,9 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from tc_ray.config.load import save_config
+from tc_ray.files import write_json
 from tc_ray.mistakelog.table.lease import RunLease
 from tc_ray.run.evaluate import check_measurable
-from tc_ray.run.inputs import base_weights, check_inputs, prepare_rows, recorded_inputs, used_rows
+from tc_ray.run.inputs import (
+    COMMITS_FILE,
+    base_weights,
+    check_inputs,
+    fetch_models,
+    prepare_rows,
+    recorded_inputs,
+    used_rows,
+)
 from tc_ray.run.state import JobError, Prepared, Run
 from tc_ray.text import first_line, visible
 
@@ -25,20 +34,21 @@ def prepare(run: Run) -> None:
     """
     from tc_ray.data.prepared.batches import RoundOrder, TrainTable
     from tc_ray.models.families import family_of
-    from tc_ray.models.hub import resolve_model
 
     config, pilot = run.config, run.config.pilot
-    pilot_path = resolve_model(config.model.pilot, config.model.cache)
-    base_path = resolve_model(config.model.copilot, config.model.cache) if config.model.copilot else pilot_path
+    pilot_path, base_path, commits = fetch_models(config, run.folder)
     tokenizer, model_config = _read_model(config.model.pilot, pilot_path)
     encoder_decoder = family_of(model_config).encoder_decoder
     _check_models(run, model_config, pilot_path, base_path)
     recorded = recorded_inputs(config, run.folder, run.log)
     weights = base_weights(config, pilot_path, base_path)
     check_inputs(config, recorded, weights)
-    data, rows = prepare_rows(
-        config, tokenizer, recorded, encoder_decoder=encoder_decoder, vocab_size=model_config.vocab_size
-    )
+    if commits:
+        write_json(run.folder / COMMITS_FILE, commits)
+    with run.timed("data"):
+        data, rows = prepare_rows(
+            config, tokenizer, recorded, encoder_decoder=encoder_decoder, vocab_size=model_config.vocab_size
+        )
     _print(*data.describe())
     data.check_rounds(pilot.batch_size)
     if config.log.enabled and not data.rows["test"]:
@@ -68,7 +78,7 @@ def open_run(run: Run) -> None:
     save_config(run.config, run.folder / "config.yaml")
     plan = {"rounds_total": run.prepared.rounds, "copilot_steps_total": run.copilot_steps}
     used = used_rows(run.config, run.prepared.data, run.prepared.inputs)
-    run.tracker = start_tracker(run.config, run.folder, plan, used)
+    run.tracker = start_tracker(run.config, run.folder, plan, used, run.began)
 
 
 def _read_model(name: str, path: Any) -> tuple[Any, Any]:

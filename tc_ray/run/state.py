@@ -5,6 +5,9 @@ Each phase reads what earlier ones left in `Run` and adds its own. Used by `run.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +59,22 @@ class Run:
     """Of the Pilot, once it has ended; it may end before the planned one."""
     report: Report | None = None
     export: Path | None = None
+    began: float = field(default_factory=time.time)
+    """Unix time of this start."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Seconds by part that the Tracker has not been sent yet."""
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Report the seconds of the block as those of `part`: at its end, or once the run has a Tracker."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.times[part] = self.times.get(part, 0.0) + time.monotonic() - began
+            if self.tracker is not None:
+                self.tracker.spent.remote(self.times)
+                self.times = {}
 
     def check_lease(self) -> None:
         """Raises LeaseLostError if another process has taken the log over: this run may not touch it any more."""

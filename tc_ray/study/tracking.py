@@ -30,12 +30,17 @@ class StudyTracking:
         self._client: Any = None
         if "mlflow" not in config.tracking.targets:
             return
+        import ray
         from mlflow import MlflowClient
 
+        from tc_ray.tracking.mlflow_address import resolve_uri
         from tc_ray.tracking.mlflow_writer import open_run
+        from tc_ray.tracking.targets import check_one_node
 
         config = config.model_copy(deep=True)
         config.run.name, config.run.folder = study.file.name, study.folder / "cells"  # the store is made beside it
+        # each cell has a Tracker of its own, on the node that it runs on
+        check_one_node(resolve_uri(config), sum(node["Alive"] for node in ray.nodes()))
         opened = open_run(config, study.folder)
         self.uri, self.run_id = opened.uri, opened.run_id
         self._client = MlflowClient(tracking_uri=opened.uri)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ RESTART = "restart"
 EVENTS_SHOWN = 40
 
 Point = dict[str, Any]
-"""One line: `kind` ("start", "pilot", "copilot", "validation", "error_ratio", "log", "evaluation" or "event"), `time` (unix seconds),
-`round` (Pilot round known at that time), for "copilot" also `step`, and `metrics` (name -> number or null for NaN) or, for an event,
-`event` and `text`."""
+"""One line: `kind` ("start", "pilot", "copilot", "validation", "error_ratio", "log", "evaluation", "time", "memory" or "event"), `time`
+(unix seconds), `round` (Pilot round known at that time), for "copilot" also `step`, and `metrics` (name -> number or null for NaN) or,
+for an event, `event` and `text`. "time": seconds by part of the run. "memory": peak bytes by process. A "start" has `began`: when the
+driver began, before the Tracker."""
 
 
 def read_points(path: Path) -> Iterator[Point]:
@@ -56,6 +58,22 @@ def _parsed(line: bytes) -> Point | None:
         return point if all(name in point for name in needed) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Python, numpy and torch scalars as JSON numbers, None for NaN and infinities."""
+    numbers = {name: math.nan if value is None else float(value) for name, value in metrics.items()}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
+def numbers_of(prefix: str, tree: Mapping[str, Any]) -> Any:
+    """Numeric leaves of a JSON tree as dotted names; lists and texts are left out."""
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            yield from numbers_of(name, value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
 
 
 class PointFile:

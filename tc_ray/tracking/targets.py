@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tc_ray.config.schema import RunConfig
+from tc_ray.config.tracking import TRACKING_VARIABLE
 from tc_ray.files import DamagedFileError, read_json, write_json
-from tc_ray.tracking.mlflow_address import EXPERIMENT
+from tc_ray.tracking.mlflow_address import EXPERIMENT, sqlite_file
 from tc_ray.tracking.points import Point
 
 TENSORBOARD_FOLDER, WANDB_FILE = "tensorboard", "wandb.json"
@@ -45,6 +46,16 @@ def check_installed(config: RunConfig) -> None:
                 f"tracking.to has {name}, and its Python package {module} is not installed: pip install {module}, on every node "
                 f"of a cluster; or take {name} out of tracking.to"
             )
+
+
+def check_one_node(uri: str, nodes: int) -> None:
+    """Raise TrackingError that names the database file if processes on several nodes would write to it."""
+    file = sqlite_file(uri)
+    if file is not None and nodes > 1:
+        raise TrackingError(
+            f"MLflow's database {file} would be written from {nodes} nodes at once, which SQLite's locks do not survive on shared "
+            f"storage: set tracking.uri or {TRACKING_VARIABLE} to a server (`mlflow server`), or take mlflow out of tracking.to"
+        )
 
 
 def open_target(name: str, config: RunConfig, folder: Path, params: dict[str, str]) -> Target:
@@ -93,7 +104,7 @@ class Wandb:
             config=params,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        for kind in ("pilot", "copilot", "validation", "error_ratio", "log", "evaluation"):
+        for kind in ("pilot", "copilot", "validation", "error_ratio", "log", "evaluation", "time", "memory"):
             axis = f"{kind}/{'step' if kind == 'copilot' else 'round'}"
             self._run.define_metric(f"{kind}/*", step_metric=axis)
         self._has = self._run.step if self._run.resumed else 0

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import json
 import logging
-import math
 import re
 import sys
 import threading
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tc_ray.cluster.measure import peak_memory
 from tc_ray.config.redact import redact, redact_address, remember
 from tc_ray.config.schema import RunConfig
 from tc_ray.files import finite, write_json
@@ -33,7 +33,7 @@ from tc_ray.tracking.follower import Follower
 from tc_ray.tracking.logged_model import ModelToLog, log_model
 from tc_ray.tracking.mlflow_address import mlflow_command, take_variables, tracker_variables
 from tc_ray.tracking.mlflow_writer import MlflowRun, MlflowWriter, flat_params, open_run
-from tc_ray.tracking.points import LOSSES_FILE, PointFile, draw_losses
+from tc_ray.tracking.points import LOSSES_FILE, PointFile, draw_losses, numbers_of, plain_numbers
 from tc_ray.tracking.statusfile import METRICS_FILE, STATUS_FILE, STATUS_SECONDS, Status
 from tc_ray.tracking.targets import open_target
 
@@ -59,6 +59,7 @@ class Tracker:
         mlflow: the open MLflow run; None: without MLflow.
         used: the rows of the run, which MLflow gets as its dataset inputs.
         variables: the caller's `MLFLOW_*` variables (user, password, token, certificates), which hold for this process too.
+        began: unix time at which the driver began this start of the run; None: now.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Tracker:
         mlflow: MlflowRun | None = None,
         used: Sequence[UsedRows] = (),
         variables: Mapping[str, str] | None = None,
+        began: float | None = None,
     ) -> None:
         remember(config.secrets())  # in this process too: an event's text may hold any of them
         take_variables(variables or {})
@@ -96,6 +98,7 @@ class Tracker:
         }
         self._tokens = 0.0
         self._gauges: dict[str, Any] = {}
+        self._peaks: dict[str, float] = {}
         self._mlflow = mlflow and MlflowWriter(mlflow, folder / METRICS_FILE, self._failed)
         if self._mlflow and used:
             self._mlflow.ask(lambda client, run_id: client.log_inputs(run_id, dataset_inputs(used)))
@@ -106,7 +109,8 @@ class Tracker:
             for name in config.tracking.targets
             if name != "mlflow"
         ]
-        self._points.append("start", {"time": self._now(), "round": self._round})
+        now = self._now()
+        self._points.append("start", {"time": now, "round": self._round, "began": now if began is None else began})
         if self._points.damage:
             self.event("tracking", f"{METRICS_FILE}: {self._points.damage}")
         self._ended = threading.Event()
@@ -161,6 +165,19 @@ class Tracker:
                 waits[who] = {"text": text, "since": time.time()}
         self._write_status()
 
+    def spent(self, seconds: Mapping[str, float]) -> None:
+        """Parts of the run took so many seconds each. A part may come again: `tc-ray report` adds them."""
+        with self._lock:
+            self._append("time", seconds)
+
+    def memory(self, peaks: Mapping[str, float]) -> None:
+        """Peak memory of processes by name, in bytes. What has not grown by a hundredth is not written again."""
+        with self._lock:
+            grown = {name: size for name, size in peaks.items() if size > 1.01 * self._peaks.get(name, 0.0)}
+            if grown:
+                self._peaks |= grown
+                self._append("memory", grown)
+
     def process(self, name: str, pid: int) -> None:
         """A worker process (`pilot-0`, `copilot-1`) runs as `pid` on its node; shown in the status."""
         with self._lock:
@@ -174,7 +191,7 @@ class Tracker:
     def evaluation(self, table: Mapping[str, Any], markdown: str) -> None:
         """Results on held-out data: `table` a JSON tree whose numbers become metrics, `markdown` the report."""
         with self._lock:
-            self._record("evaluation", dict(_numbers("", table)), axis=self._round, round=self._round)
+            self._record("evaluation", dict(numbers_of("", table)), axis=self._round, round=self._round)
         if self._mlflow:
             self._mlflow.ask(lambda client, run_id: client.log_text(run_id, markdown, "evaluation.md"))
         self._write_status(evaluation=json.loads(json.dumps(table, default=float)))
@@ -257,6 +274,8 @@ class Tracker:
     def _work(self) -> None:
         while not self._ended.wait(STATUS_SECONDS):
             self._write_status()
+            with contextlib.suppress(OSError):  # a full disk must not end this thread
+                self.memory(peak_memory("tracker"))
 
     def _shorten_plan(self) -> None:
         """After the Pilot's early end less is left to do than was planned."""
@@ -283,12 +302,16 @@ class Tracker:
             axis: round or step: a metric that was written there before is not written again.
             at: `round` and, of the Copilot, `step`.
         """
-        now, numbers = self._now(), _plain_numbers(metrics)
+        now, numbers = self._now(), plain_numbers(metrics)
         if kind != "evaluation":
             self._status[kind] = {**at, "metrics": numbers}
         self._points.append(kind, {"time": now, **at, "metrics": numbers}, axis)
         self._set_gauges(kind, {**at, **numbers})
         return now
+
+    def _append(self, kind: str, metrics: Mapping[str, Any]) -> None:
+        point = {"time": self._now(), "round": self._round, "metrics": plain_numbers(metrics)}
+        self._points.append(kind, point)
 
     def _set_gauges(self, kind: str, numbers: Mapping[str, float | None]) -> None:
         """Show numbers at Ray's Prometheus endpoint as `ray_tc_ray_KIND_NAME`, with the run's name as label `run`."""
@@ -340,11 +363,16 @@ class Tracker:
 
 
 def start_tracker(
-    config: RunConfig, folder: Path, plan: dict[str, int] | None = None, used: Sequence[UsedRows] = ()
+    config: RunConfig,
+    folder: Path,
+    plan: dict[str, int] | None = None,
+    used: Sequence[UsedRows] = (),
+    began: float | None = None,
 ) -> Any:
     """Open MLflow, start the Tracker as a Ray actor on the caller's node, wait until it is ready, and return its handle.
 
-    It takes no CPU and is restarted if it dies, as all it knows is in the run folder. Raises TrackingError as `open_run` does.
+    It takes no CPU and is restarted if it dies, as all it knows is in the run folder; on no other node, because a database file of
+    MLflow must be written from one. Raises TrackingError as `open_run` does.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -353,24 +381,8 @@ def start_tracker(
     # is away must go on
     variables = tracker_variables()
     mlflow = open_run(config, folder) if "mlflow" in config.tracking.targets else None
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 3, "max_task_retries": 3, "scheduling_strategy": here}
-    tracker = ray.remote(Tracker).options(**options).remote(config, folder, plan, mlflow, used, variables)
+    tracker = ray.remote(Tracker).options(**options).remote(config, folder, plan, mlflow, used, variables, began)
     ray.get(tracker.status.remote())
     return tracker
-
-
-def _plain_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Python, numpy and torch scalars as JSON numbers, None for NaN and infinities."""
-    numbers = {name: math.nan if value is None else float(value) for name, value in metrics.items()}
-    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-
-
-def _numbers(prefix: str, tree: Mapping[str, Any]) -> Any:
-    """Numeric leaves of a JSON tree as dotted names; lists and texts are left out."""
-    for key, value in tree.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            yield from _numbers(name, value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield name, value

@@ -1,4 +1,4 @@
-"""The calls of the Hugging Face hub that creating a repository, uploading a folder and listing it need, on a local port.
+"""The calls of the Hugging Face hub that uploading a folder, listing it and downloading a commit need, on a local port.
 
 Files go through the commit itself or through LFS' basic transfer, as with the hub; Xet storage is not offered.
 """
@@ -6,6 +6,7 @@ Files go through the commit itself or through LFS' basic transfer, as with the h
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -16,7 +17,9 @@ from typing import Any
 
 
 class HubServer(ThreadingHTTPServer):
-    """repositories: name -> whether it is private. files: name -> path -> content. lose: paths that are not kept."""
+    """repositories: name -> whether it is private. files: name -> path -> content. lose: paths that are not kept.
+
+    commits: name -> commit -> path -> content, the newest last, for downloads."""
 
     daemon_threads = True
 
@@ -27,6 +30,7 @@ class HubServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.calls: list[tuple[str, str, str]] = []
         self.lose: set[str] = set()
+        self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
 
     @property
     def url(self) -> str:
@@ -55,8 +59,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Nothing on stderr."""
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         self._body()
+        if self._download():
+            return
         if not (match := re.match(r"/api/models/([^/?]+/[^/?]+)(/revision/main)?(\?|$)", self.path)):
             return self._answer(404, {"error": self.path})
         name = match.group(1)
@@ -65,6 +74,28 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path, "size": len(content)} for path, content in self.server.files[name].items()]
         about = {"id": name, "modelId": name, "private": self.server.repositories[name], "sha": "0" * 40}
         self._answer(200, about | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
+
+    def _download(self) -> bool:
+        """Answer calls about `commits`."""
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        name = "/".join(parts[2:4] if api else parts[:2])
+        commits = self.server.commits.get(name)
+        if commits is None:
+            return False
+        parts = parts[4:] if api else parts[2:]
+        commit = parts[1] if len(parts) > 1 and parts[1] != "main" else next(reversed(commits))
+        if parts[:1] == ["tree"]:
+            files = commits[commit].items()
+            oid = {path: hashlib.sha1(content).hexdigest() for path, content in files}
+            listed = [{"type": "file", "path": path, "size": len(content), "oid": oid[path]} for path, content in files]
+            self._answer(200, listed)
+        elif parts[:1] == ["resolve"]:
+            content = commits[commit][parts[2]]
+            self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit})
+        else:
+            self._answer(200, {"id": name, "sha": commit, "siblings": [], "tags": [], "downloads": 0, "likes": 0})
+        return True
 
     def do_PUT(self) -> None:
         self.server.objects[self.path.rpartition("/")[2]] = self._body()
@@ -128,11 +159,14 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def _answer(self, code: int, document: dict[str, Any], headers: dict[str, str] | None = None) -> None:
-        content = json.dumps(document).encode()
+    def _answer(self, code: int, document: Any, headers: dict[str, str] | None = None) -> None:
+        self._send(code, json.dumps(document).encode(), {"Content-Type": "application/json"} | (headers or {}))
+
+    def _send(self, code: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(code)
-        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)

@@ -31,6 +31,7 @@ ROOMS = {
         "mistakelog.read",
         "mistakelog.table",
         "run",
+        "run.costs",
         "run.plan",
         "serving.chat",
         "serving.deploy",
@@ -80,7 +81,7 @@ ROOMS = {
     },
     "inspection": {"config", "mistakelog.read", "mistakelog.rows", "mistakelog.table", "models"},
     "mistakelog": set(),
-    "mistakelog.commit": {"config", "mistakelog.maintain", "mistakelog.rows", "mistakelog.table"},
+    "mistakelog.commit": {"cluster", "config", "mistakelog.maintain", "mistakelog.rows", "mistakelog.table"},
     "mistakelog.maintain": {"config", "mistakelog.read", "mistakelog.rows", "mistakelog.table"},
     "mistakelog.read": {"mistakelog.rows", "mistakelog.table"},
     "mistakelog.rows": set(),
@@ -119,6 +120,7 @@ ROOMS = {
         "pilot",
         "tracking",
     },
+    "run.costs": {"config", "inspection", "tracking"},
     "run.plan": {
         "cluster",
         "config",
@@ -171,7 +173,7 @@ ROOMS = {
         "run.plan",
         "tracking",
     },
-    "tracking": {"config"},
+    "tracking": {"cluster", "config"},
 }
 """Every room (folder with modules) and the rooms that it imports: no other, and each of them is used."""
 

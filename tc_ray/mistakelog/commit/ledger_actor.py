@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tc_ray.cluster.measure import peak_memory
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger, LogState
 from tc_ray.mistakelog.rows.schema import LogMetadata
@@ -82,6 +83,11 @@ def start_ledger(
         @ray.method(concurrency_group="state")  # a thread of its own: answered during a commit
         def state(self) -> LogState:
             return super().state()
+
+        @ray.method(concurrency_group="state")
+        def peak_memory(self) -> dict[str, float]:
+            """Of the actor's process."""
+            return peak_memory("ledger")
 
     place = Location(location)
     # made here too, so that a bad location is reported to the caller at once and the restarted actor only opens

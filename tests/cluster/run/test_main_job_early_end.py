@@ -15,9 +15,11 @@ import ray
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.copilot.checkpoint import latest
+from tc_ray.run.costs.measured import read_costs
 from tc_ray.run.job import JobResult, run_job
 from tc_ray.tracking.points import read_points
 from tc_ray.tracking.statusfile import line, read_status
+from tests.support.command_line import tc_ray
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
 PLANNED = 40
@@ -101,6 +103,22 @@ def test_all_parts_end_with_the_same_round(config: RunConfig, result: JobResult,
     assert (provenance["rounds"], provenance["pilot_round"]) == (last, best)
     assert {one.metric for one in result.report.measured} == {"job_functions:length"}
     assert pq.read_table(run / "data" / "train.parquet")["prompt"][0].as_py().startswith("sum: ")
+
+
+def test_the_run_says_what_it_took(config: RunConfig, result: JobResult) -> None:
+    """By the real Tracker: each part and each process. Data tasks alone say nothing of their memory."""
+    costs = read_costs(config.run.path)
+    assert costs.starts == 1 and costs.copilot.count == costs.pilot.count * config.copilot.steps_per_round
+    assert sum(costs.parts.values()) == pytest.approx(costs.seconds)
+    named = ("data", "Pilot: loading", "Pilot: rounds", "Pilot: validation", "Pilot: checkpoints", "Pilot: export")
+    for part in (*named, "evaluation", "export"):
+        assert costs.parts[part] > 0, part
+    assert costs.parts["rest"] < 0.3 * costs.seconds, costs.parts
+    assert {"driver", "ledger", "tracker", "pilot-0", "copilot-0", "evaluation-0"} <= set(costs.memory)
+    assert all(1e7 < size < 1e11 for size in costs.memory.values())
+    assert 0 < costs.produced < 1e3 and 0 < costs.consumable < 1e3
+    assert costs.lag.y[-1] == 0 and costs.log is not None and costs.log.rounds == costs.pilot.count
+    assert "rounds/s consumable" in tc_ray("report", config.run.path).stdout
 
 
 def test_the_same_command_skips_what_is_done(config: RunConfig, result: JobResult) -> None:

@@ -76,7 +76,7 @@ class Points:
         self.pilot = SimpleNamespace(remote=lambda number, metrics: self.losses.update({number: metrics["loss"]}))
         self.validation = SimpleNamespace(remote=self._validation)
         self.event = SimpleNamespace(remote=lambda *event: self.events.append(event))
-        self.process = self.waiting = SimpleNamespace(remote=lambda *_: None)
+        self.process = self.waiting = self.spent = self.memory = SimpleNamespace(remote=lambda *_: None)
 
     def _validation(self, number: int, metrics: dict[str, Any]) -> None:
         if number == self._die_at:

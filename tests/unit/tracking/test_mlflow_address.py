@@ -22,7 +22,7 @@ from tc_ray.tracking.mlflow_address import (
     tracker_variables,
 )
 from tc_ray.tracking.mlflow_writer import open_run
-from tc_ray.tracking.targets import TrackingError
+from tc_ray.tracking.targets import TrackingError, check_one_node
 from tc_ray.tracking.tracker import Tracker
 from tests.support.mlflow_store import new_store
 
@@ -113,3 +113,12 @@ def test_short_waits_hold_for_their_block_only(monkeypatch: pytest.MonkeyPatch) 
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert tracker_variables() == {"MLFLOW_HTTP_REQUEST_TIMEOUT": "77"}
+
+
+def test_a_database_file_is_written_from_one_node(tmp_path: Path) -> None:
+    """Of a run the Tracker alone writes; the cells of a study write from every node."""
+    file = tmp_path / "mlflow.db"
+    check_one_node(sqlite_uri(file), nodes=1)
+    check_one_node("http://127.0.0.1:5000", nodes=8)
+    with pytest.raises(TrackingError, match=r"mlflow\.db would be written from 2 nodes.*mlflow server"):
+        check_one_node(sqlite_uri(file), nodes=2)

@@ -66,7 +66,7 @@ def test_every_kind_of_point_has_its_axis_in_weights_and_biases(
     module = SimpleNamespace(init=lambda **_: run, Settings=lambda **_: None)
     monkeypatch.setitem(sys.modules, "wandb", module)
     Wandb(make_config(tmp_path), tmp_path, {})
-    rounds = ("pilot", "validation", "error_ratio", "log", "evaluation")
+    rounds = ("pilot", "validation", "error_ratio", "log", "evaluation", "time", "memory")
     assert axes == {"copilot/*": "copilot/step"} | {f"{kind}/*": f"{kind}/round" for kind in rounds}
 
 
