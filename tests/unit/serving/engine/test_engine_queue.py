@@ -8,13 +8,16 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tc_ray.models.decoding.batch import FusedBatch
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine import engine as engine_module
+from tc_ray.serving.engine import worker as worker_module
 from tc_ray.serving.engine.contract import Finished, GenerationRequest, Piece
 from tc_ray.serving.engine.engine import Engine
 from tc_ray.serving.errors import RequestError
@@ -59,11 +62,12 @@ def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Pat
 
 
 def test_a_long_prompt_is_computed_between_the_steps_of_others(
-    engine: Engine, model: FusedModel, prompt: tuple[int, ...]
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work of at most `prefill_tokens` at a time, so that streams under way are not held up by it. A token that attends to many
     is more work: the parts become smaller."""
     calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(worker_module, "_DELAY", 1e9)
     running = Collector(engine, GenerationRequest(prompt, 400))
     running.next()
     handle = model.pilot.register_forward_pre_hook(
@@ -87,6 +91,36 @@ def test_a_long_prompt_is_computed_between_the_steps_of_others(
         computed += calls[at][1]
     assert calls[parts[0]][1] == LIMITS.prefill_tokens > 1.5 * calls[parts[-2]][1]
     assert all(calls[at + 1] == (1, 1) for at in parts[:-1]), "a step of the other one after each part"
+
+
+def test_a_long_prompt_holds_up_others_by_two_of_their_steps(
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step takes 1 s, a token of the prompt 0.05 s at its beginning and four times that far behind."""
+    now_s, computed, widths = 0.0, 0, []
+
+    def passes(_module: object, _arguments: object, given: dict[str, torch.Tensor]) -> None:
+        nonlocal now_s, computed
+        width = given["input_ids"].shape[1]
+        if width > 1:
+            widths.append(width)
+            computed += width
+        now_s += 1.0 if width == 1 else width * (0.05 if computed < 400 else 0.2)
+
+    running = Collector(engine, GenerationRequest(prompt, 400))
+    running.next()
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    handle = model.pilot.register_forward_pre_hook(passes, with_kwargs=True)
+    try:
+        long = Collector(engine, GenerationRequest((prompt * 100)[:901], 2))
+        assert isinstance(long.next(), Piece)
+    finally:
+        handle.remove()
+        running.handle.cancel()
+        long.handle.cancel()
+    assert max(widths[3:12]) > worker_module._LEAST, "the whole budget while it is cheap"
+    late = widths[-10:-1]
+    assert all(width * 0.2 <= 3.21 for width in late) and worker_module._LEAST in late, widths
 
 
 def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(engine: Engine, prompt: tuple[int, ...]) -> None:
