@@ -21,10 +21,10 @@ PYTHON = {
     "instructor": "1.17.0",
     "llm": "0.36",
     "lm-eval": "0.4.13",
-    "guidellm": "0.7.3",
+    "guidellm": "0.8.1",
 }
 """Clients and the versions that docs/serving.md says were tried."""
-NODE = {"openai": "7.1.0", "ai": "6.0.0", "@ai-sdk/openai-compatible": "2.0.0", "zod": "4.1.0"}
+NODE = {"openai": "7.59.0", "ai": "7.0.173", "@ai-sdk/openai-compatible": "3.0.92", "zod": "4.6.7"}
 
 
 def run(*command: str | Path, folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:

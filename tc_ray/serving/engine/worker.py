@@ -190,8 +190,10 @@ class Worker:
         """Of `tokens`, as many as a prompt that takes several rounds may compute in this one; measured, as its parts cost ever more."""
         if not self._running or not (sequence.prefill or tokens < sequence.prompt_left):
             return tokens
-        left_s, least = _DELAY * self._step_s - self._used_s, 0 if self._used_s else _LEAST
-        return min(tokens, max(least, int(left_s * (sequence.pace or self._pace))))
+        most = int((_DELAY * self._step_s - self._used_s) * (sequence.pace or self._pace))
+        if most < _LEAST:
+            most = 0 if self._used_s else _LEAST
+        return min(tokens, most)
 
     def _drop(self, error: Exception, sequences: list[Sequence]) -> None:
         """Fail prompts that are being computed."""
