@@ -25,13 +25,18 @@ CLIENTS = Path(__file__).parent / "clients"
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_export(tmp_path_factory.mktemp("serving"), positions=512)
+    return make_export(tmp_path_factory.mktemp("serving"), positions=2048)
 
 
 @pytest.fixture(scope="module")
 def url(export: Path) -> Iterator[str]:
     with served(make_app(settings_of(export, keys=(digest(KEY),)))) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(tmp_path_factory.mktemp("guidellm") / "venv", "guidellm").parent / "guidellm"
 
 
 @pytest.mark.parametrize("client", ["openai", "litellm", "langchain-openai", "instructor", "llm"])
@@ -53,18 +58,25 @@ def test_node_clients(tmp_path: Path, url: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_guidellm(tmp_path: Path, url: str, export: Path) -> None:
-    """A load generator: synthetic prompts of the served tokenizer, answers of a length that it fixes itself by `ignore_eos`."""
-    program = installed(tmp_path / "venv", "guidellm").parent / "guidellm"
-    asked = ("--rate-type", "concurrent", "--rate", "2", "--max-requests", "6", "--processor", export / "pilot")
-    lengths, key = {"prompt_tokens": 24, "output_tokens": 9}, {"api_key": KEY}
-    asked += ("--data", json.dumps(lengths), "--backend-kwargs", json.dumps(key), "--output-path", tmp_path / "r.json")
-    done = run(program, "benchmark", "run", "--target", url, *asked, folder=tmp_path)
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_guidellm(program: Path, tmp_path: Path, url: str, export: Path, route: str) -> None:
+    """A load generator: synthetic prompts of the served tokenizer, answers of a length that it fixes by `ignore_eos`."""
+
+    def kind(name: str, **fields: object) -> str:
+        return ",".join([f"kind={name}", *(f"{field}={value}" for field, value in fields.items())])
+
+    report = tmp_path / "report.json"
+    asked = ["--backend", kind("openai_http", target=url, api_key=KEY, request_format=route)]
+    asked += ["--profile", kind("concurrent", streams=2), "--constraint", kind("max_requests", count=6)]
+    asked += ["--tokenizer", kind("huggingface_auto", model=export / "pilot")]
+    asked += ["--data", kind("synthetic_text", prompt_tokens=24, output_tokens=9), "--output", kind("json", path=report)]
+    done = run(program, "run", *asked, "--disable-console", folder=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    [benchmark] = json.loads((tmp_path / "r.json").read_text())["benchmarks"]
+    [benchmark] = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
     requests = benchmark["requests"]
-    assert len(requests["successful"]) == 6 and not requests["errored"], requests["errored"]
-    assert all(one["output_tokens"] == 9 for one in requests["successful"])
+    assert len(requests["successful"]) == 6 and not requests["errored"] and not requests["incomplete"]
+    for one in requests["successful"]:
+        assert one["output_tokens"] == 9 and one["prompt_tokens"] >= 24 and one["time_to_first_token_ms"] > 0
 
 
 def test_curl(tmp_path: Path, url: str) -> None:

@@ -20,7 +20,9 @@ def client_in(mode):
     return instructor.from_openai(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0), mode=mode)
 
 
-asked = {"model": "demo", "max_tokens": 12, "stop": ["e"], "messages": [{"role": "user", "content": "2"}]}
+# the end token, as soon as it may come: an answer that is cut by its length is not asked for again
+asked = {"model": "demo", "max_tokens": 12, "logit_bias": {"2": 100}, "extra_body": {"min_tokens": 4}}
+asked["messages"] = [{"role": "user", "content": "2"}]
 client = client_in(instructor.Mode.MD_JSON)
 sent, answers = [], []
 client.on("completion:kwargs", lambda *_, **fields: sent.append(list(fields["messages"])))

@@ -27,7 +27,7 @@ for message in (joined, parsed, joined.model_dump(), parsed.model_dump()):
     again = [*messages, message, {"role": "user", "content": "and?"}]
     assert client.chat.completions.create(messages=again, **asked).usage.completion_tokens == 12
 try:
-    client.chat.completions.create(messages=[{"role": "user", "content": "ab " * 400}], **asked)
+    client.chat.completions.create(messages=[{"role": "user", "content": "ab " * 1600}], **asked)
 except openai.BadRequestError as error:
     assert error.code == "context_length_exceeded"
 else:
