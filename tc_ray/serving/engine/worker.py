@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -33,9 +34,9 @@ _NOT_FINITE = "logits that are not finite"
 _UNLIKE = 1 / 16
 """Prompts computed in one pass differ in length from the first by this share at most: padding costs what a pass saves."""
 _DELAY = 2.0
-"""A long prompt holds up the tokens of others by so many of their steps at most, or by `_LEAST` of its tokens."""
+"""A long prompt holds up the tokens of others by so many of their steps at most, or by its least part."""
 _LEAST = 16
-"""A smaller part of a prompt saves no time: the weights are read in any case."""
+"""Tokens of the least part at a prompt's beginning: the weights are read in any case. Far behind, attention is most of the work."""
 
 
 class Worker:
@@ -52,6 +53,9 @@ class Worker:
         self._source: tuple[tuple[bytes, tuple[int, ...]], torch.Tensor] | None = None
         """Owner and ids of the source read last, and the encoder's output."""
         self._start = (config.decoder_start_token_id,) if model.family.encoder_decoder else ()
+        if self._device.type == "cpu":
+            # transformers' own switch: with a mask its sdpa copies keys and values for every head, which this kernel does not need
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         weights = sum(parameter.numel() for parameter in model.pilot.parameters())
         self._even_tokens = weights / (2 * config.num_hidden_layers * config.hidden_size)
         """Context at which attention costs as much as the weights: 2 flops a weight, 4 flops a layer, channel and token before."""
@@ -160,7 +164,7 @@ class Worker:
         A token far behind the beginning is more work: it attends to more.
         """
         cost = 1 + (sequence.prefill.computed if sequence.prefill else 0) / self._even_tokens
-        tokens = self._bounded(sequence, max(at_least, int(work / cost)))
+        tokens = self._bounded(sequence, max(at_least, int(work / cost)), max(1, int(_LEAST / cost)))
         if not tokens:
             return 0.0
         spent, sequences = 1.0, self._alike(sequence, others or [], tokens)
@@ -186,13 +190,16 @@ class Worker:
                 self._drop(error, [one])
         return spent
 
-    def _bounded(self, sequence: Sequence, tokens: int) -> int:
-        """Of `tokens`, as many as a prompt that takes several rounds may compute in this one; measured, as its parts cost ever more."""
+    def _bounded(self, sequence: Sequence, tokens: int, least: int) -> int:
+        """Of `tokens`, as many as a prompt that takes several rounds may compute in this one; measured, as its parts cost ever more.
+
+        least: smaller parts save too little time.
+        """
         if not self._running or not (sequence.prefill or tokens < sequence.prompt_left):
             return tokens
         most = int((_DELAY * self._step_s - self._used_s) * (sequence.pace or self._pace))
-        if most < _LEAST:
-            most = 0 if self._used_s else _LEAST
+        if most < least:
+            most = 0 if self._used_s else least
         return min(tokens, most)
 
     def _drop(self, error: Exception, sequences: list[Sequence]) -> None:

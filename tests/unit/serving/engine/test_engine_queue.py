@@ -120,8 +120,8 @@ def test_a_long_prompt_holds_up_others_by_two_of_their_steps(
     finally:
         handle.remove()
         engine.close()
-    # two steps have room for 40 tokens at the beginning, and then for ten, which is too few to be worth a pass
-    assert set(widths[2:8]) <= {39, 40} and set(widths[-20:-1]) == {worker_module._LEAST}, widths
+    # two steps have room for 40 tokens at the beginning, and then for ten
+    assert set(widths[2:8]) <= {39, 40} and set(widths[-20:-1]) <= {9, 10}, widths
 
 
 def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(engine: Engine, prompt: tuple[int, ...]) -> None:
