@@ -69,7 +69,8 @@ def test_guidellm(program: Path, tmp_path: Path, url: str, export: Path, route: 
     asked = ["--backend", kind("openai_http", target=url, api_key=KEY, request_format=route)]
     asked += ["--profile", kind("concurrent", streams=2), "--constraint", kind("max_requests", count=6)]
     asked += ["--tokenizer", kind("huggingface_auto", model=export / "pilot")]
-    asked += ["--data", kind("synthetic_text", prompt_tokens=24, output_tokens=9), "--output", kind("json", path=report)]
+    asked += ["--data", kind("synthetic_text", prompt_tokens=24, output_tokens=9)]
+    asked += ["--output", kind("json", path=report)]
     done = run(program, "run", *asked, "--disable-console", folder=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     [benchmark] = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
