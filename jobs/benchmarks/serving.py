@@ -157,7 +157,8 @@ def continuous(
 def burst(model: FusedModel, lam: float, count: int, arguments: argparse.Namespace) -> list[float]:
     """Seconds to the first token of each of `count` requests that come at once."""
     engine = Engine(model, NoEnd(), ServingSection(max_running=count, prefix_bytes=0, cache_bytes=2**40))
-    series, events, found = requests(arguments, model.vocab_size, lam), queue.Queue[Any](), {}
+    series, events = requests(arguments, model.vocab_size, lam), queue.Queue[Any]()
+    found: dict[int, float] = {}
     began = time.perf_counter()
     given = [next(series) for _ in range(count)]
     engine.submit(given, lambda number, event: events.put((time.perf_counter(), number, event)))
