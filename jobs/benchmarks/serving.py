@@ -1,13 +1,14 @@
 """Throughput and time to the first token of the engine under streaming clients, Pilot alone against fused.
 
-python jobs/benchmarks/serving.py [--clients 1 8 32 64] [--seconds 20] [--json FILE]
+python jobs/benchmarks/serving.py [--clients 1 8 32 64] [--burst 32] [--long-prompt 100000] [--seconds 20] [--json FILE]
 
 Each of N clients sends one request after the other (prompts and answers of unlike lengths, the same in every row, no end
 token) and takes its tokens as they come. Rows: the engine with the Pilot alone (lambda 0) and fused, N clients each, in turn;
 and, for N of `--against`, what a server without continuous batching does with the same requests: one `generate` after the
 other (`one by one`), and batches of N that begin and end together (`static`), whose clients wait for the longest answer.
 `bound`: the fused engine cannot be faster than Pilot bytes / (Pilot + Copilot bytes) of the Pilot's, as every weight is read
-once a step. HTTP and Ray are left out.
+once a step. HTTP and Ray are left out. `--burst`: so many requests at once. `--long-prompt`: the gaps between the tokens of N
+clients alone, and while a prompt of so many tokens is computed. `--export FOLDER` writes the model for `tc-ray serve`, and ends.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ for folder in (ROOT, Path(__file__).resolve().parent):
 
 from decoding import copilot_bytes, pilot_bytes
 from fused_models import add_model_options, device_line, load_models
-from workload import BUILTIN, print_table, write_json
+from transformers import AutoTokenizer
+from workload import BUILTIN, model_folder, print_table, write_json
 
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.fusion import FusedModel
@@ -95,10 +97,20 @@ def stamped(events: queue.Queue[Any]) -> Callable[[int, Event], None]:
     return lambda _, event: events.put((time.perf_counter(), event))
 
 
-def continuous(model: FusedModel, lam: float, clients: int, arguments: argparse.Namespace) -> Figures:
-    """N clients at the engine for `--seconds`, after a warm-up; requests begun before the end count to their end."""
+def continuous(
+    model: FusedModel, lam: float, clients: int, arguments: argparse.Namespace, long_prompt: int = 0
+) -> Figures:
+    """N clients at the engine for `--seconds`, after a warm-up; requests begun before the end count to their end.
+
+    long_prompt: tokens of one more prompt, which is computed from the beginning of the warm-up on.
+    """
     limits = ServingSection(max_running=clients, max_waiting=clients, prefix_bytes=0)
+    if long_prompt:
+        limits = limits.model_copy(update={"max_running": clients + 1, "cache_bytes": 2**40})
     engine = Engine(model, NoEnd(), limits)
+    if long_prompt:
+        long = GenerationRequest(tuple(i % 1000 for i in range(long_prompt)), 1, lam=lam)
+        [handle] = engine.submit([long], lambda *_: None)
     series, lock, figures = requests(arguments, model.vocab_size, lam), threading.Lock(), Figures()
     begin = time.perf_counter() + arguments.warm_up
     end = begin + arguments.seconds
@@ -131,9 +143,57 @@ def continuous(model: FusedModel, lam: float, clients: int, arguments: argparse.
         thread.start()
     for thread in threads:
         thread.join()
+    if long_prompt:
+        print(
+            f"  of the long prompt {engine.load().prompt_tokens} tokens and those of the others are computed",
+            flush=True,
+        )
+        handle.cancel()
     engine.close()
     figures.seconds = arguments.seconds
     return figures
+
+
+def burst(model: FusedModel, lam: float, count: int, arguments: argparse.Namespace) -> list[float]:
+    """Seconds to the first token of each of `count` requests that come at once."""
+    engine = Engine(model, NoEnd(), ServingSection(max_running=count, prefix_bytes=0, cache_bytes=2**40))
+    series, events = requests(arguments, model.vocab_size, lam), queue.Queue[Any]()
+    found: dict[int, float] = {}
+    began = time.perf_counter()
+    given = [next(series) for _ in range(count)]
+    engine.submit(given, lambda number, event: events.put((time.perf_counter(), number, event)))
+    while len(found) < count:
+        now, number, event = events.get()
+        if not isinstance(event, Piece):
+            raise SystemExit(f"a generation failed: {event}")
+        found.setdefault(number, now - began)
+    engine.close()
+    return sorted(found.values())
+
+
+def measure_delays(model: FusedModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `--burst` and `--long-prompt` ask for, `--repeats` times."""
+    found: dict[str, Any] = {"burst": [], "long_prompt": {}}
+    for _ in range(arguments.repeats if arguments.burst else 0):
+        runs = {name: burst(model, lam, arguments.burst, arguments) for name, lam in (("Pilot", 0.0), ("fused", LAM))}
+        found["burst"].append(runs)
+        for name, first in runs.items():
+            print(
+                f"  {arguments.burst} at once, {name}: first token {statistics.median(first):.2f} s (median), {first[-1]:.2f} s"
+            )
+    for clients in arguments.clients if arguments.long_prompt else ():
+        gaps = [
+            sorted(continuous(model, LAM, clients, arguments, tokens).between_s)
+            for tokens in (0, arguments.long_prompt)
+        ]
+        rows = [(statistics.median(one), one[int(0.99 * len(one))], one[-1]) for one in gaps]
+        found["long_prompt"][clients] = rows
+        shown = "; ".join(f"{a:.3f}, {b:.3f}, {c:.3f} s" for a, b, c in rows)
+        print(
+            f"  {clients} clients, gaps between tokens (median, 99%, longest) alone; beside a long prompt: {shown}",
+            flush=True,
+        )
+    return found
 
 
 @torch.inference_mode()
@@ -212,11 +272,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="measured, of each row")
     parser.add_argument("--warm-up", type=float, default=5, help="seconds before that")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--burst", type=int, default=0, help="measure so many requests at once instead")
+    parser.add_argument("--long-prompt", type=int, default=0, help="measure beside a prompt of so many tokens instead")
+    parser.add_argument("--export", type=Path, help="write the model here and end")
     add_model_options(parser, BUILTIN)
     parser.set_defaults(dtype="fp32", threads=2)
     arguments = parser.parse_args()
     model = load_models(arguments)
+    if arguments.export:
+        model.default_lam = LAM
+        model.save_pretrained(arguments.export)
+        AutoTokenizer.from_pretrained(model_folder(arguments.model)).save_pretrained(arguments.export / "pilot")
+        return
     model.generation_config.eos_token_id = None
+    if arguments.burst or arguments.long_prompt:
+        print(device_line(arguments.device))
+        write_json(arguments.json, measure_delays(model, arguments))
+        return
     result = measure(model, arguments)
     print(result["machine"])
     middle = {

@@ -20,8 +20,12 @@ RESUME_HEADER = "X-TC-Ray-Resume"
 SEED_HEADER = "X-TC-Ray-Seed"
 """Request and response: seed of the sampling."""
 ALIVE_HEADER = "X-TC-Ray-Alive"
-"""Request: the failover proxy wants a sign of life (an empty comment) from a stream that has no event for ALIVE_S."""
+"""Request: the failover proxy wants a sign of life from an answer that has nothing to send for ALIVE_S."""
 ALIVE_S = 2.0
+ALIVE_EVENT: Message = {"type": "http.response.body", "body": b":\n\n", "more_body": True}
+"""That of a stream, an empty comment."""
+ALIVE_MESSAGE: Message = {"type": "tc_ray.alive"}
+"""That of another answer, before its head. ASGI has no such message; Serve passes it on, and the failover proxy keeps it."""
 COPILOT_HEADER = "X-TC-Ray-Copilot"
 """Response: version of the Copilot that made it."""
 FAILOVER_HEADER = "X-TC-Ray-Failover"

@@ -24,11 +24,13 @@ def event(index: int, text: str) -> bytes:
 class Client:
     """Sends one request through the failover proxy and keeps what came back."""
 
-    def __init__(self, app: App, *, body: bytes = b"{}", headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    def __init__(
+        self, app: App, *, body: bytes = b"{}", headers: list[tuple[bytes, bytes]] | None = None, method: str = "POST"
+    ) -> None:
         self.messages: list[Message] = []
         self.gone = asyncio.Event()
         self._body: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers or []}
+        scope = {"type": "http", "method": method, "path": "/v1/completions", "headers": headers or []}
         asyncio.run(self._run(FailoverProxy(app), scope))
 
     async def _run(self, proxy: FailoverProxy, scope: Scope) -> None:

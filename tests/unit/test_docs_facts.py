@@ -25,6 +25,7 @@ from tc_ray.serving.engine import engine, prefixes
 from tc_ray.serving.failover import proxy
 from tc_ray.serving.http import requests
 from tc_ray.serving.http.metrics import Metrics
+from tests.support import other_clients
 from tests.support.mistakelog_samples import metadata
 from tests.support.serving_client import client_of, settings_of
 from tests.support.serving_samples import make_export
@@ -169,3 +170,13 @@ def test_every_dependency_is_accounted_for() -> None:
     assert {"ray", "torch", "schemathesis"} <= names
     page = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
     assert [name for name in sorted(names) if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", page)] == []
+
+
+def test_the_clients_are_those_that_the_tests_install() -> None:
+    versions = {cells[0]: cells[1] for cells in rows_of("docs/serving.md", "| client | version |")}
+    for name, version in other_clients.PYTHON.items():
+        assert versions.pop(name) == version
+    for name in ("openai", "ai"):
+        [row] = [row for row in versions if row.startswith(f"{name} of npm")]
+        assert versions.pop(row) == other_clients.NODE[name]
+    assert versions.keys() == {"curl", "a browser"}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from tc_ray.models.decoding.alone import PilotAlone
@@ -39,6 +40,31 @@ class PromptPrefix:
         return self.states.nbytes + sum(keys.nbytes + values.nbytes for keys, values in self.entries)
 
 
+class _PromptLayer(DynamicLayer):
+    """Keys and values of a prompt of `tokens` tokens, written in place: with `DynamicLayer` each part would copy all before it."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+        self._room = torch.empty(0)
+        """[2, B, heads, tokens, head_dim]"""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [B, heads, n, head_dim]; returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, width = key_states.shape
+            self._room = key_states.new_empty(2, rows, heads, self._tokens, width)
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[2]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, begin:end] = states
+        self.keys, self.values = self._room[:, :, :, :end]
+        return self.keys, self.values
+
+
 class Prefill:
     """A prompt being computed, some tokens at a time. The Copilot runs unless lam is 0.
 
@@ -57,6 +83,10 @@ class Prefill:
         self.ids, self.lam = tuple(ids), lam
         self._model, self._question = model, question
         self.cache: Any = model.new_cache()
+        if question is None:
+            self.cache.layers = [  # those that keep every token; a window keeps the last ones
+                _PromptLayer(len(self.ids)) if type(layer) is DynamicLayer else layer for layer in self.cache.layers
+            ]
         self._states: list[torch.Tensor] = []
         self.reused = 0
         """Tokens whose computation a prefix saved."""

@@ -89,6 +89,8 @@ class Sequence:
         self.handle, self.request = handle, handle.request
         self.lam, self.need = lam, need
         self.prefill: Prefill | None = None
+        self.pace = 0.0
+        """Tokens of the prompt per second in its last part; 0: none was computed."""
         self.last = -1
         """The token chosen last."""
         self._text = IncrementalText(tokenizer, before, self.request.stops)

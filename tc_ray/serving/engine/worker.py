@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -21,28 +22,21 @@ import torch
 from tc_ray.config.serving import ServingSection
 from tc_ray.models.decoding.batch import CacheNeed, FusedBatch
 from tc_ray.models.decoding.prefill import Prefill, advance_together, encoded
-from tc_ray.models.fusion import FusedModel
-from tc_ray.models.fusion.scoring import Completions, log_probs_of, teacher_forced_rows
 from tc_ray.models.weights import NotFiniteError
-from tc_ray.serving.engine.contract import (
-    GenerationRequest,
-    Load,
-    Request,
-    RequestHandle,
-    Scored,
-    ScoredToken,
-    ScoreRequest,
-)
+from tc_ray.serving.engine.contract import GenerationRequest, Load, Request, RequestHandle, Scored
 from tc_ray.serving.engine.prefixes import Prefixes
+from tc_ray.serving.engine.scoring import scored
 from tc_ray.serving.engine.sequence import Sequence, end_ids_of
 from tc_ray.serving.errors import RequestError
 
 logger = logging.getLogger(__name__)
 _NOT_FINITE = "logits that are not finite"
-_SCORED_ROWS = 16
-"""Rows scored between two steps of the batch."""
 _UNLIKE = 1 / 16
 """Prompts computed in one pass differ in length from the first by this share at most: padding costs what a pass saves."""
+_DELAY = 2.0
+"""A long prompt holds up the tokens of others by so many of their steps at most, or by its least part."""
+_LEAST = 16
+"""Tokens of the least part at a prompt's beginning: the weights are read in any case. Far behind, attention is most of the work."""
 
 
 class Worker:
@@ -55,10 +49,13 @@ class Worker:
         self.limits, self.end_ids = limits, end_ids_of(model, tokenizer)
         self._model, self._tokenizer, self._lock = model, tokenizer, lock
         self.batch, config = FusedBatch(model), model.pilot.config
-        self._prefixes = Prefixes(limits.prefix_bytes)
+        self._device, self._prefixes = model.get_input_embeddings().weight.device, Prefixes(limits.prefix_bytes)
         self._source: tuple[tuple[bytes, tuple[int, ...]], torch.Tensor] | None = None
         """Owner and ids of the source read last, and the encoder's output."""
         self._start = (config.decoder_start_token_id,) if model.family.encoder_decoder else ()
+        if self._device.type == "cpu":
+            # transformers' own switch: with a mask its sdpa copies keys and values for every head, which this kernel does not need
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         weights = sum(parameter.numel() for parameter in model.pilot.parameters())
         self._even_tokens = weights / (2 * config.num_hidden_layers * config.hidden_size)
         """Context at which attention costs as much as the weights: 2 flops a weight, 4 flops a layer, channel and token before."""
@@ -67,6 +64,8 @@ class Worker:
         self._running: list[Sequence] = []
         """In the order of the batch's rows."""
         self._scoring: deque[tuple[RequestHandle, Iterator[Scored | None]]] = deque()
+        self._step_s = self._used_s = self._pace = 0.0
+        """Seconds of the last step, and of this round's prompts; prompt tokens per second in the pass before."""
         self._totals = Load(0, 0, 0, limits.cache_bytes)
         self.last_progress_s = time.monotonic()
         self.failures = 0
@@ -131,7 +130,9 @@ class Worker:
         """Compute prompts (work of at most `prefill_tokens`), one token for every sequence, and a part of one scoring."""
         self._compute_prompts()
         if self._running:
+            began_s = time.monotonic()
             self._step()
+            self._step_s = time.monotonic() - began_s
         if self._scoring:
             self._score()
 
@@ -139,6 +140,7 @@ class Worker:
         """Half of the work for the oldest prompt, the rest for the shortest ones: a short one does not wait for a long one's end."""
         if not self._joining:
             return
+        self._used_s = 0.0
         oldest, *others = self._joining
         if self._start or self.limits.prefix_bytes:  # what is kept of one saves the others' computation
             others = [other for place, other in enumerate(others) if not other.begins_like(oldest, *others[:place])]
@@ -162,14 +164,20 @@ class Worker:
         A token far behind the beginning is more work: it attends to more.
         """
         cost = 1 + (sequence.prefill.computed if sequence.prefill else 0) / self._even_tokens
-        tokens = max(at_least, int(work / cost))
+        tokens = self._bounded(sequence, max(at_least, int(work / cost)), max(1, int(_LEAST / cost)))
         if not tokens:
             return 0.0
         spent, sequences = 1.0, self._alike(sequence, others or [], tokens)
         try:
             prefills = [one.prefill or self._begin(one) for one in sequences]
-            before = sum(prefill.computed for prefill in prefills)
-            spent = cost * (prefills[0].advance(tokens) if len(prefills) == 1 else advance_together(prefills))
+            before, began_s = sum(prefill.computed for prefill in prefills), time.monotonic()
+            count = prefills[0].advance(tokens) if len(prefills) == 1 else advance_together(prefills)
+            spent = cost * count
+            if self._device.type == "cuda":  # the device is still computing
+                torch.cuda.synchronize(self._device)
+            seconds = time.monotonic() - began_s
+            self._used_s += seconds
+            sequence.pace = self._pace = count / max(seconds, 1e-9)
             self._count(prompt_tokens=sum(prefill.computed for prefill in prefills) - before)
         except Exception as error:  # noqa: BLE001 - logged, and reported to the clients
             self._drop(error, sequences)
@@ -181,6 +189,18 @@ class Worker:
             except Exception as error:  # noqa: BLE001 - logged, and reported to the client
                 self._drop(error, [one])
         return spent
+
+    def _bounded(self, sequence: Sequence, tokens: int, least: int) -> int:
+        """Of `tokens`, as many as a prompt that takes several rounds may compute in this one; measured, as its parts cost ever more.
+
+        least: smaller parts save too little time.
+        """
+        if not self._running or not (sequence.prefill or tokens < sequence.prompt_left):
+            return tokens
+        most = int((_DELAY * self._step_s - self._used_s) * (sequence.pace or self._pace))
+        if most < least:
+            most = 0 if self._used_s else least
+        return min(tokens, most)
 
     def _drop(self, error: Exception, sequences: list[Sequence]) -> None:
         """Fail prompts that are being computed."""
@@ -319,62 +339,3 @@ class Worker:
     def _count(self, **more: int) -> None:
         self.progress()
         self._totals = replace(self._totals, **{name: getattr(self._totals, name) + n for name, n in more.items()})
-
-
-def scored(
-    model: FusedModel, request: ScoreRequest, positions: int, encode: Callable[[tuple[int, ...], bytes], torch.Tensor]
-) -> Iterator[Scored | None]:
-    """Yields None after each part of the work, and the scores of `request` at the end.
-
-    positions: of the Pilot's forward pass that are computed in one part; an encoder-decoder's is one part. encode: gives the
-    encoder's output of an owner's source. Raises NotFiniteError for a score that is NaN.
-    """
-    lam = float(model.default_lam if request.lam is None else request.lam)
-    texts, question = [(request.ids, request.start, lam)], None
-    if model.family.encoder_decoder:
-        question = encode(request.ids[: request.start], request.owner)
-        texts = [((model.pilot.config.decoder_start_token_id, *request.ids[request.start :]), 1, lam)]
-    if request.before and request.start > 1:
-        texts.insert(0, (request.ids[: request.start], 1, 0.0))
-    tokens: list[ScoredToken] = []
-    for ids, start, weight in texts:
-        for more in _parts(model, ids, start, weight, request.top, positions, question):
-            tokens += more
-            yield None
-    yield Scored(tuple(tokens))
-
-
-def _parts(
-    model: FusedModel,
-    ids: tuple[int, ...],
-    start: int,
-    lam: float,
-    count: int,
-    positions: int,
-    question: torch.Tensor | None,
-) -> Iterator[list[ScoredToken]]:
-    """The scores of `ids[start:]`, some at a time; none after a part of the Pilot's pass."""
-    device = model.get_input_embeddings().weight.device
-    columns = torch.tensor([ids], device=device)
-    given = Completions(
-        columns,
-        torch.ones_like(columns, dtype=torch.bool),
-        start,
-        torch.tensor([len(ids) - start], device=device),
-        torch.tensor([lam], dtype=torch.float32, device=device),
-        question,
-        None if question is None else question.new_ones(question.shape[:2], dtype=torch.bool),
-    )
-    part = positions if question is None else None
-    for rows in teacher_forced_rows(model, given, rows_at_a_time=_SCORED_ROWS, positions_at_a_time=part):
-        chosen = given.tokens[:, rows.span]
-        pilot, fused = (log_probs_of(logits, chosen)[0].tolist() for logits in (rows.pilot, rows.fused))
-        if any(map(math.isnan, (*pilot, *fused))):
-            raise NotFiniteError("scores that are not finite")
-        tops: list[tuple[tuple[int, float], ...]] = [()] * len(pilot)
-        if count:
-            values, places = rows.fused[0].topk(min(count, rows.fused.shape[-1]))
-            values -= rows.fused.logsumexp(2)[0, :, None]  # as `log_probs_of`: the given token has one value everywhere
-            pairs = zip(places.tolist(), values.tolist(), strict=True)
-            tops = [tuple(zip(at, value, strict=True)) for at, value in pairs]
-        yield [ScoredToken(*one) for one in zip(chosen[0].tolist(), pilot, fused, tops, strict=True)]

@@ -15,7 +15,6 @@ import contextlib
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Awaitable, Callable
 
@@ -53,10 +52,10 @@ RESUME_WITHIN_S = 60.0
 """How long a stream waits for a replica with a free place."""
 MAX_WAIT_S = 5.0
 HUNG_S = 10.0
-"""A stream's replica that is silent for so long is taken for dead. It gives a sign of life every `wire.ALIVE_S`."""
+"""The replica of a stream is taken for dead when it is silent for so long. It gives a sign of life every `wire.ALIVE_S`."""
 HEAD_S = 20.0
-"""The same before the head of a stream. It comes at once from a replica, but Serve may have none: this costs no resume."""
-_STREAMS = re.compile(rb'"stream"\s*:\s*true')
+"""The same before the head of any answer. Serve may have no replica for now: this costs no resume."""
+_ALLOWED_ORIGIN = b"access-control-allow-origin"
 
 logger = logging.getLogger("tc_ray.serving")
 
@@ -79,13 +78,20 @@ class FailoverProxy:
         self._app = app
         self.max_body_bytes, self.max_held_bytes = max_body_bytes, max_held_bytes
         self.held_bytes = 0
+        self._origins: set[bytes] = set()
+        """Origins that a replica has let read its answers: a browser asks one first, and their pages may read these errors too."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http" or scope["path"] == "/-/healthz":
             await self._app(scope, receive, send)
             return
-        held = 0
+        held, origin = 0, dict(scope["headers"]).get(b"origin")
+
+        async def watched(message: Message) -> None:
+            if origin is not None and message["type"] == "http.response.start":
+                self._origins.update(value for name, value in message["headers"] if name == _ALLOWED_ORIGIN)
+            await send(message)
 
         def hold(count: int) -> None:
             nonlocal held
@@ -100,9 +106,10 @@ class FailoverProxy:
                 raise RequestError("Not Found.", status=404)
             body = await read_body(receive, self.max_body_bytes, hold=hold)
             if body is not None:
-                await _Relay(self._app, scope, body, receive, send).run()
+                await _Relay(self._app, scope, body, receive, watched).run()
         except RequestError as error:
-            await send_error(send, error.with_traceback(None))  # whose frames hold the body
+            readable = next((one for one in (origin, b"*") if one in self._origins), None)
+            await send_error(send, error.with_traceback(None), readable)  # without its frames, which hold the body
         finally:
             self.held_bytes -= held
 
@@ -113,7 +120,8 @@ class _Relay:
     def __init__(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._body = app, scope, body
         self._client_receive, self._client_send = receive, send
-        self._streams = _asks_for_stream(body)
+        self._works = scope["method"] == "POST"
+        """The answer takes work, so its replica gives signs of life."""
         self._attempts = 0
         """Number of the attempt whose messages count."""
         self._unheard = 0
@@ -186,14 +194,14 @@ class _Relay:
             self._stream.repeat()
 
     async def _answered(self, answering: asyncio.Future[None]) -> None:
-        """Wait until the replica has answered, or has been silent in a stream for too long."""
+        """Wait until the replica has answered, or has been silent for too long."""
         self._heard_s = time.monotonic()
         try:
             while not (await asyncio.wait((answering,), timeout=HUNG_S / 4))[0]:
                 limit_s = HUNG_S if self._begun else HEAD_S
-                watched = self._stream is not None if self._begun else self._streams and self._unheard < MAX_RESUMES
+                watched = self._stream is not None if self._begun else self._works and self._unheard < MAX_RESUMES
                 if watched and time.monotonic() > self._heard_s + limit_s:
-                    logger.warning("a replica says nothing for %g s; its stream goes to another", limit_s)
+                    logger.warning("a replica says nothing for %g s; its request goes to another", limit_s)
                     self._cut = True
                     return
             answering.result()
@@ -283,15 +291,6 @@ class _Relay:
             self._refusal = _refusal(self._start, bytes(self._refused))
 
 
-def _asks_for_stream(body: bytes) -> bool:
-    if _STREAMS.search(body) is None:
-        return False
-    try:
-        return bool(json.loads(body)["stream"] is True)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
 def _marked(start: Message) -> Message:
     return {**start, "headers": [*start["headers"], FAILOVER_HEADER]}
 
@@ -325,10 +324,12 @@ def _refusal(start: Message, body: bytes) -> RequestError:
     return RequestError(message, status=status, code=code, retry_after_s=retry_after_s)
 
 
-async def send_error(send: Send, error: RequestError) -> None:
-    """Send an error as a whole response."""
+async def send_error(send: Send, error: RequestError, origin: bytes | None = None) -> None:
+    """Send an error as a whole response, which pages of `origin` may read."""
     body = json.dumps(error.envelope()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), FAILOVER_HEADER]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    if origin is not None:
+        headers += [(_ALLOWED_ORIGIN, origin), (b"access-control-expose-headers", b"Retry-After"), (b"vary", b"Origin")]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

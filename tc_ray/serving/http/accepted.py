@@ -34,6 +34,7 @@ INSTEAD = {
     "tool_calls": "only an empty list: tools are not offered",
     "refusal": "only null",
     "annotations": "only an empty list",
+    "parsed": "only null: the form of an answer is not enforced",
 }
 """What is said of a field that has another value."""
 
@@ -96,3 +97,4 @@ class NeutralMessage(Strict):
     audio: None = None
     tool_calls: Nothing | None = None
     function_call: None = None
+    parsed: None = None

@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tc_ray.serving.engine.contract import Event, Piece, RequestHandle
 from tc_ray.serving.engine.contract import Request as EngineRequest
 from tc_ray.serving.errors import RequestError
 from tc_ray.serving.http.answers import as_json
 from tc_ray.serving.http.metrics import GONE
+from tc_ray.serving.wire import ALIVE_EVENT, ALIVE_MESSAGE
 
 Result = TypeVar("Result")
 Submit = Callable[[Sequence[EngineRequest], Callable[[int, Event], None]], list[RequestHandle]]
@@ -83,12 +84,28 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> R
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def whole(
-    request: Request, feed: Feed, answer: Coroutine[Any, Any, BaseModel], headers: Mapping[str, str]
-) -> Response:
-    """A response that is sent when it is complete."""
+async def _with_signs(coming: Awaitable[Result], alive_s: float | None, send: Send, sign: Message) -> Result:
+    """The result of `coming`; until it is there, `sign` every `alive_s` (see `wire.ALIVE_HEADER`; None: never)."""
+    task = asyncio.ensure_future(coming)
     try:
-        found = await _unless_gone(request.receive, answer)
+        while alive_s is not None and not (await asyncio.wait((task,), timeout=alive_s))[0]:
+            await send(sign)
+        return await task
+    finally:
+        task.cancel()
+
+
+async def whole(
+    request: Request,
+    feed: Feed,
+    answer: Coroutine[Any, Any, BaseModel],
+    headers: Mapping[str, str],
+    alive_s: float | None,
+) -> Response:
+    """A response that is sent when it is complete, after signs of life every `alive_s`."""
+    try:
+        work = _with_signs(answer, alive_s, request.state.send, ALIVE_MESSAGE)
+        found = await _unless_gone(request.receive, work)
         request.state.gone = found is None
         return Response(status_code=GONE) if found is None else json_response(found, headers)
     finally:
@@ -103,7 +120,7 @@ def json_response(answer: BaseModel, headers: Mapping[str, str] | None = None, s
 class EventStream(Response):
     """The streamed response. Its generations are cancelled however it ends, even before it begins.
 
-    alive_s: see `wire.ALIVE_HEADER`; None: nothing but events.
+    alive_s: see `_with_signs`.
     """
 
     media_type = "text/event-stream"
@@ -131,20 +148,10 @@ class EventStream(Response):
     async def _send(self, send: Send) -> bool:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         events = self._events()
-        while line := await self._next(events, send):
+        while line := await _with_signs(anext(events, ""), self._alive_s, send, ALIVE_EVENT):
             await send({"type": "http.response.body", "body": line.encode("utf-8"), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
-
-    async def _next(self, events: AsyncIterator[str], send: Send) -> str:
-        """The next event, "" after the last; until it comes, a comment every `alive_s`."""
-        coming = asyncio.ensure_future(anext(events, ""))
-        try:
-            while self._alive_s is not None and not (await asyncio.wait((coming,), timeout=self._alive_s))[0]:
-                await send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
-            return await coming
-        finally:
-            coming.cancel()
 
     async def _events(self) -> AsyncIterator[str]:
         try:

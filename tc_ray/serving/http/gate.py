@@ -28,7 +28,7 @@ class Gate:
     """Counts and times each request, and answers 401, 429, 415, 413 or 408 in place of the app.
 
     key_digests: SHA-256 of the API keys; none: no key is asked for. The scope's state gets `began_s` (perf_counter) and
-    `key`, the digest; the app sets `model`, `refused` (error code) and `gone` (the client has left) for the metrics.
+    `key`, the digest, and `send` for signs of life; the app sets `model`, `refused` (error code) and `gone` (the client has left) for the metrics.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Gate:
                 status = message["status"]
             await send(message)
 
+        state["send"] = watched
         try:
             await self._pass(scope, receive, watched)
         except RequestError as error:
@@ -69,6 +70,7 @@ class Gate:
             status = 500  # an outer middleware answers
             raise
         finally:
+            del state["send"]  # it leads back to the scope
             status = GONE if state.get("gone") else status
             route = scope["path"] if scope["path"] in ROUTES else "other"
             seconds = time.perf_counter() - began_s

@@ -112,9 +112,8 @@ def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: Serving
         headers = {SEED_HEADER: str(first_seed), **_copilot_header(generation.served)}
         builder = builder_class(generation, resume)
         if body.stream:
-            alive_s = ALIVE_S if ALIVE_HEADER in request.headers else None
-            return EventStream(feed, builder.chunks(feed), headers, alive_s)
-        return await whole(request, feed, builder.response(feed), headers)
+            return EventStream(feed, builder.chunks(feed), headers, _alive_s(request))
+        return await whole(request, feed, builder.response(feed), headers, _alive_s(request))
 
     @router.post("/v1/completions", response_model=Completion, responses=_STREAMED)
     async def completions(
@@ -141,7 +140,8 @@ def _add_work_routes(router: APIRouter, registry: ModelRegistry, limits: Serving
         """Log-probabilities under Pilot and fused model."""
         make = partial(make_scoring, body=body, limits=limits, owner=request.state.key)
         scoring, feed = await submit(request, body, make)
-        return await whole(request, feed, score_response(scoring, feed), _copilot_header(scoring.served))
+        headers = _copilot_header(scoring.served)
+        return await whole(request, feed, score_response(scoring, feed), headers, _alive_s(request))
 
 
 def _add_state_routes(router: APIRouter, registry: ModelRegistry) -> None:
@@ -173,6 +173,11 @@ def _card(served: ServedModel) -> ModelCard:
         context_tokens=served.engine.context_tokens,
         copilot=CopilotCard(lam=served.default_lam, version=served.copilot_version),
     )
+
+
+def _alive_s(request: Request) -> float | None:
+    """Seconds between signs of life, where the failover proxy wants them."""
+    return ALIVE_S if ALIVE_HEADER in request.headers else None
 
 
 def _copilot_header(served: ServedModel) -> dict[str, str]:

@@ -1,15 +1,9 @@
-"""EleutherAI's lm-eval, as it is, against a server: it gets the log-probabilities that /v1/score gives.
-
-lm-eval is no dependency of tc-ray: the test needs its program on the path, or named by TC_RAY_LM_EVAL.
-"""
+"""EleutherAI's lm-eval, as it is, against a server: it gets the log-probabilities that /v1/score gives. The test installs it."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +11,17 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from tests.support.other_clients import installed, run
 from tests.support.serving_process import ROOT, ServingProcess
 from tests.support.serving_samples import make_export
 
-PROGRAM = os.environ.get("TC_RAY_LM_EVAL") or shutil.which("lm_eval")
 ROWS = 4
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(PROGRAM is None, reason="no lm_eval: see jobs/lm_eval/README.md, name it by TC_RAY_LM_EVAL"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(tmp_path_factory.mktemp("lm-eval") / "venv", "lm-eval", "[api]").parent / "lm_eval"
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +35,16 @@ def server(export: Path) -> Iterator[ServingProcess]:
         yield server
 
 
-def evaluate(server: ServingProcess, export: Path, out: Path, query: str) -> dict[str, list[dict[str, Any]]]:
+def evaluate(
+    program: Path, server: ServingProcess, export: Path, out: Path, query: str
+) -> dict[str, list[dict[str, Any]]]:
     """Samples of each task, as lm-eval logs them."""
-    assert PROGRAM is not None
     model = f"model=demo,base_url={server.address}/v1/completions?{query},tokenizer={export / 'pilot'}"
     model += ",tokenizer_backend=huggingface,num_concurrent=2"
-    command = [PROGRAM, "--model", "local-completions", "--model_args", model, "--include_path", "jobs/lm_eval"]
-    command += ["--tasks", "tc_ray_family,tc_ray_family_generate", "--limit", str(ROWS), "--batch_size", "4"]
-    command += ["--log_samples", "--output_path", str(out)]
+    asked = ("--model", "local-completions", "--model_args", model, "--include_path", "jobs/lm_eval")
+    asked += ("--tasks", "tc_ray_family,tc_ray_family_generate", "--limit", str(ROWS), "--batch_size", "4")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(out / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
+    done = run(program, *asked, "--log_samples", "--output_path", out, folder=ROOT, **offline)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout[-1500:])
     found = {}
@@ -67,11 +62,11 @@ def ask(server: ServingProcess, path: str, body: dict[str, Any]) -> dict[str, An
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, None])
 def test_it_sees_the_models_own_log_probabilities(
-    server: ServingProcess, export: Path, tmp_path: Path, lam: float | None
+    program: Path, server: ServingProcess, export: Path, tmp_path: Path, lam: float | None
 ) -> None:
     weight = {} if lam is None else {"copilot": {"lambda": lam}}
     query = "score_after=.%0A" + ("" if lam is None else f"&lambda={lam}")
-    samples = evaluate(server, export, tmp_path, query)
+    samples = evaluate(program, server, export, tmp_path, query)
     assert [len(rows) for rows in samples.values()] == [ROWS, ROWS]
     for row in samples["tc_ray_family"]:
         question, choices = row["doc"]["question"], row["doc"]["choices"]
@@ -81,7 +76,7 @@ def test_it_sees_the_models_own_log_probabilities(
             ask(server, "/v1/score", {"model": "demo", "prompt": question + "\n", "completion": choice, **weight})
             for choice in choices
         ]
-        # token by token: an impossible one counts as -9999 each time
+        # token by token: an impossible one counts as LOG_OF_ZERO each time
         expected = [
             line_end["completions"][0]["pilot"] + sum(one["fused"] for one in answer["completions"][0]["tokens"])
             for answer in answers

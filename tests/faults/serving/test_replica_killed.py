@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,25 @@ def test_streams_of_a_frozen_replica_go_on(server: Server, export: Path) -> None
     ends = check(kill_during(server, given, 6, signal.SIGSTOP), given)
     assert ends == {"[DONE]": 12}
     print(f"12 streams, one replica frozen: {time.monotonic() - began:.1f} s")
+
+
+def test_whole_answers_of_a_frozen_replica_are_made_elsewhere(server: Server, export: Path) -> None:
+    assert soon(lambda: running_replicas() == 2, 180)
+    given = cases(export, 12, first=700)
+    victim, _ = replica_pids()
+    worked = cpu_seconds(victim)
+    with ThreadPoolExecutor(12) as pool:
+        url = f"{server.url}/v1/completions"
+        answers = [pool.submit(httpx.post, url, json=case.body, timeout=300) for case in given]
+        assert soon(lambda: cpu_seconds(victim) > worked + 0.05, 60)
+        os.kill(victim, signal.SIGSTOP)
+        began = time.monotonic()
+        try:
+            texts = [answer.result().json()["choices"][0]["text"] for answer in answers]
+        finally:
+            os.kill(victim, signal.SIGCONT)
+    assert texts == [case.text for case in given]
+    print(f"12 whole answers, one replica frozen: {time.monotonic() - began:.1f} s")
 
 
 @pytest.mark.slow

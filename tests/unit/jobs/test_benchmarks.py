@@ -133,6 +133,31 @@ def test_serving(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_serving_bursts_and_long_prompts(tmp_path: Path) -> None:
+    short = [
+        "--prompt",
+        "8",
+        "--new-tokens",
+        "6",
+        "--seconds",
+        "2",
+        "--warm-up",
+        "0.3",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+    ]
+    printed, result = alone(
+        "serving.py", tmp_path, *MODELS, *short, "--clients", "2", "--burst", "3", "--long-prompt", "3000"
+    )
+    [burst] = result["burst"]
+    assert all(len(first) == 3 and first == sorted(first) for first in burst.values()) and "3 at once" in printed
+    for median, late, longest in result["long_prompt"]["2"]:
+        assert 0 < median <= late <= longest
+
+
+@pytest.mark.slow
 def test_log_throughput(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

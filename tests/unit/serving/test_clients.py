@@ -14,7 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from openai.types.chat import ChatCompletion
+from openai.types.chat import ParsedChatCompletionMessage
 from transformers import AutoTokenizer
 
 from tc_ray.models.fusion import FusedModel
@@ -100,31 +100,73 @@ SHAPES = st.fixed_dictionaries(
         "logprobs": st.just(True),
         "temperature": st.sampled_from([0, 1]),
         "stop": st.sampled_from(["a", ["the", " "]]),
+        "logit_bias": st.just({"2": 100}),  # the end token: an empty text
         "copilot": st.sampled_from([{"explain": True}, {"lambda": 0}]),
         "max_tokens": st.integers(1, 12),
         "seed": st.integers(0, 9),
+        "tools": st.sampled_from([None, []]),
     },
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(SHAPES, st.sampled_from(["raw", "all fields", "set fields", "parts"]))
-def test_every_answer_is_taken_back(client: TestClient, fields: dict[str, Any], written: str) -> None:
-    """`messages.append(reply.message)`, as the openai package writes it, and as those that dump every field do."""
-    reply = post(client, CHAT_PATH, {**CHAT, **fields})
-    parsed = ChatCompletion.model_validate(reply)
-    for choice, raw in zip(parsed.choices, reply["choices"], strict=True):
-        message: dict[str, Any] = raw["message"]
-        if written == "all fields":
-            message = choice.message.model_dump()
-            assert {"refusal", "annotations", "audio", "function_call", "tool_calls"} < message.keys()
-        elif written == "set fields":
-            message = choice.message.model_dump(exclude_unset=True)
-        elif written == "parts":
-            message = {"role": "assistant", "content": [{"type": "text", "text": message["content"]}]}
-        again = [*CHAT["messages"], message, {"role": "user", "content": "and?"}]
-        assert client.post(CHAT_PATH, json={**CHAT, "messages": again}).status_code == 200
-        assert client.post(TEXT_PATH, json={**COMPLETION, "prompt": f"x{raw['message']['content']}"}).status_code == 200
+def joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of a stream's choices, their deltas added up field by field, as clients do."""
+    messages: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            message = messages.setdefault(choice["index"], {})
+            for name, value in choice["delta"].items():
+                message[name] = message.get(name) if value is None else (message.get(name) or "") + value
+    return [messages[index] for index in sorted(messages)]
+
+
+def as_written(message: dict[str, Any], form: str) -> dict[str, Any]:
+    """A message of an answer as different clients keep it."""
+    kept = ParsedChatCompletionMessage[None].model_validate(message)
+    if form == "every field":  # of the openai package, also those that its stream helper adds
+        every = kept.model_dump()
+        assert {"refusal", "annotations", "audio", "function_call", "tool_calls", "parsed"} < every.keys()
+        return every
+    if form == "set fields":
+        return kept.model_dump(exclude_unset=True)
+    if form == "parts":
+        return {"role": "assistant", "content": [{"type": "text", "text": message["content"]}]}
+    return message
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(SHAPES, st.sampled_from(["raw", "every field", "set fields", "parts"]), st.booleans())
+def test_every_answer_is_taken_back(client: TestClient, fields: dict[str, Any], form: str, stream: bool) -> None:
+    """`messages.append(reply.message)`, for every choice of whole answers and of streams, however it ended."""
+    body = {**CHAT, **fields}
+    if stream:
+        messages = joined(events(client.post(CHAT_PATH, json={**body, "stream": True})))
+    else:
+        messages = [choice["message"] for choice in post(client, CHAT_PATH, body)["choices"]]
+    assert len(messages) == fields.get("n", 1)
+    for message in messages:
+        again = [*CHAT["messages"], as_written(message, form), {"role": "user", "content": "and?"}]
+        post(client, CHAT_PATH, {**body, "messages": again})
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(SHAPES, st.booleans(), st.booleans())
+def test_every_text_is_taken_back(client: TestClient, fields: dict[str, Any], echo: bool, stream: bool) -> None:
+    """As a prompt, and with its tokens' ids, which /v1/score gives."""
+    given = {name: value for name, value in fields.items() if name not in ("tools", "logprobs")}
+    body = {**COMPLETION, **given, **({"logprobs": 2} if "logprobs" in fields else {}), "echo": echo}
+    answers = (
+        events(client.post(TEXT_PATH, json={**body, "stream": True})) if stream else [post(client, TEXT_PATH, body)]
+    )
+    texts = [""] * fields.get("n", 1)
+    for answer in answers:
+        for choice in answer["choices"]:
+            texts[choice["index"]] += choice["text"]
+    for text in texts:
+        prompt = f"{'' if echo else COMPLETION['prompt']}{text}"
+        post(client, TEXT_PATH, {**body, "prompt": prompt})
+        [scored] = post(client, "/v1/score", {**SCORE, "completion": prompt})["completions"]
+        post(client, TEXT_PATH, {**body, "prompt": [token["id"] for token in scored["tokens"]]})
 
 
 def test_an_assistant_s_null_is_an_empty_text(client: TestClient) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from tc_ray.serving.failover import proxy as proxy_module
 from tc_ray.serving.failover.proxy import FailoverProxy
+from tc_ray.serving.wire import ALIVE_MESSAGE
 from tests.support.failover_apps import (
     DONE,
     STREAMED,
@@ -106,27 +108,47 @@ def test_while_there_is_no_replica_a_stream_waits(monkeypatch: pytest.MonkeyPatc
     assert (client.status, client.text) == (200, event(0, "a") + event(0, "b") + DONE)
 
 
-def test_what_only_looks_like_a_stream_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_answer_of_a_replica_that_hangs_is_made_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_module, "HEAD_S", 0.3)
+    assert Client(Replicas(says_nothing, answers(200, b"{}"))).text == b"{}"
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_a_long_whole_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """While its replica gives signs of life; what takes no work of the engine gives none."""
     for name in ("HUNG_S", "HEAD_S"):
-        monkeypatch.setattr(proxy_module, name, 0.1)
+        monkeypatch.setattr(proxy_module, name, 0.3)
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.5)
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            if method == "POST":
+                await send(ALIVE_MESSAGE)
         await answers(200, b"{}")(scope, receive, send)
 
     replicas = Replicas(slow)
-    replicas.bodies = (b'{"metadata": {"stream": true}}',)
-    assert Client(replicas, body=replicas.bodies[0]).text == b"{}"
+    client = Client(replicas, method=method)
+    assert (client.status, client.text, len(replicas.asked)) == (200, b"{}", 1)
 
 
-def test_a_long_whole_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy_module, "HUNG_S", 0.1)
+ALLOWED = b"access-control-allow-origin"
 
-    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.5)
-        await answers(200, b"{}")(scope, receive, send)
 
-    assert Client(Replicas(slow)).text == b"{}"
+@pytest.mark.parametrize("allowed", [b"https://app.example", b"*"])
+def test_pages_that_may_read_answers_may_read_the_proxys_own_errors(allowed: bytes) -> None:
+    """A browser asks the replica first, without a body; the proxy learns from what that allows."""
+    proxy = FailoverProxy(Replicas(answers(200, b"", access_control_allow_origin=allowed)), max_body_bytes=3)
+    ours, other = ([(b"origin", name)] for name in (b"https://app.example", b"https://evil.example"))
+
+    def refused(headers: list[tuple[bytes, bytes]]) -> bytes | None:
+        sent = sent_by(proxy, part(b"xxxx", more=False), headers=headers)
+        assert sent[0]["status"] == 413
+        return dict(sent[0]["headers"]).get(ALLOWED)
+
+    assert refused(ours) is None
+    assert sent_by(proxy, part(b"{}", more=False), headers=ours)[0]["status"] == 200
+    assert refused(ours) == allowed
+    assert refused(other) == (b"*" if allowed == b"*" else None)
 
 
 def test_choices_may_come_in_another_order() -> None:
@@ -258,7 +280,7 @@ def test_headers_that_are_not_the_clients_business() -> None:
     assert replicas.asked[0] == {b"authorization": b"Bearer k", b"x-tc-ray-alive": b"1"}
 
 
-def sent_by(proxy: FailoverProxy, *parts: Message) -> list[Message]:
+def sent_by(proxy: FailoverProxy, *parts: Message, headers: Sequence[tuple[bytes, bytes]] = ()) -> list[Message]:
     """What a client gets that sends these parts of a body and then nothing more."""
     sent: list[Message] = []
     queue = list(parts)
@@ -272,7 +294,8 @@ def sent_by(proxy: FailoverProxy, *parts: Message) -> list[Message]:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    asyncio.run(proxy({"type": "http", "path": "/v1/completions", "headers": []}, receive, send))
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    asyncio.run(proxy(scope, receive, send))
     return sent
 
 
@@ -322,7 +345,7 @@ def test_nothing_is_sent_again_for_a_client_that_left() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "path": "/v1/completions", "headers": []}
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
         await FailoverProxy(replicas)(scope, receive, send)
         return len(replicas.asked)
 

@@ -14,11 +14,24 @@ import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
 from tc_ray.serving.deploy.replica import Replica
+from tc_ray.serving.http import routes
 from tc_ray.serving.http.answers import ErrorDetail, as_json
 from tests.support.recorded_metrics import RecordedMetrics
-from tests.support.serving_client import CHAT, COMPLETION, PATHS, client_of, events, make_app, post, served, settings_of
+from tests.support.serving_client import (
+    CHAT,
+    COMPLETION,
+    PATHS,
+    SCORE,
+    client_of,
+    events,
+    make_app,
+    post,
+    served,
+    settings_of,
+)
 from tests.support.serving_samples import make_export
 
 LONG_TOKENS = 3000
@@ -71,6 +84,41 @@ def test_no_text_ends_the_line_it_is_sent_in() -> None:
     text = "a\x85b\u2028c\u2029d\x0b\x0c\x1c\x1d\x1e\r\nü\U0001f600"
     sent = as_json(ErrorDetail(message=text, type="server_error", param=None, code=None))
     assert sent.splitlines() == [sent] and json.loads(sent)["message"] == text
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/v1/score"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_whole_answer_gives_signs_of_life_to_the_failover_proxy(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, watched: bool
+) -> None:
+    monkeypatch.setattr(routes, "ALIVE_S", 0.001)
+    body = json.dumps({**(PATHS | {"/v1/score": SCORE})[path], **({} if path not in PATHS else {"max_tokens": 60})})
+    headers = [(b"content-type", b"application/json"), *([(b"x-tc-ray-alive", b"1")] if watched else [])]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+    }
+    given: list[Message] = [{"type": "http.request", "body": body.encode(), "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if given:
+            return given.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(client.app(scope, receive, send))
+    kinds = [message["type"] for message in sent]
+    signs = kinds.index("http.response.start")
+    assert kinds[:signs] == ["tc_ray.alive"] * signs and kinds[signs + 1 :] == ["http.response.body"]
+    assert bool(signs) == watched and sent[signs]["status"] == 200
 
 
 @pytest.mark.parametrize("path", list(PATHS))

@@ -19,7 +19,7 @@ assert len(chat.batch([history, history[:2]])) == 2
 plain = OpenAI(model="demo", base_url=f"{url}/v1", api_key=key, max_tokens=12, temperature=0, max_retries=0)
 assert plain.invoke("Tom has 3 apples")
 try:
-    chat.invoke("ab " * 400)
+    chat.invoke("ab " * 1600)
 except openai.BadRequestError as error:
     assert error.code == "context_length_exceeded"
 else:

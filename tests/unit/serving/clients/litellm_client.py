@@ -24,7 +24,7 @@ text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk
 assert text == second.choices[0].message.content, (text, second.choices[0].message.content)
 assert chunks[-1].usage.completion_tokens == 12
 try:
-    litellm.completion(messages=[{"role": "user", "content": "ab " * 400}], num_retries=0, **asked)
+    litellm.completion(messages=[{"role": "user", "content": "ab " * 1600}], num_retries=0, **asked)
 except litellm.ContextWindowExceededError as error:
     assert "maximum context length" in str(error)
 else:

@@ -21,7 +21,7 @@ for await (const chunk of await client.chat.completions.create({ ...asked, messa
 }
 assert.equal(text, second.choices[0].message.content);
 assert.equal(usage.completion_tokens, 12);
-const tooLong = client.chat.completions.create({ ...asked, messages: [{ role: "user", content: "ab ".repeat(400) }] });
+const tooLong = client.chat.completions.create({ ...asked, messages: [{ role: "user", content: "ab ".repeat(1600) }] });
 await assert.rejects(tooLong, (error) => error.status === 400 && error.code === "context_length_exceeded");
 
 const provider = createOpenAICompatible({ name: "tc-ray", baseURL: `${url}/v1`, apiKey: key });

@@ -8,13 +8,16 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tc_ray.models.decoding.batch import FusedBatch
 from tc_ray.models.fusion import FusedModel
 from tc_ray.serving.engine import engine as engine_module
+from tc_ray.serving.engine import worker as worker_module
 from tc_ray.serving.engine.contract import Finished, GenerationRequest, Piece
 from tc_ray.serving.engine.engine import Engine
 from tc_ray.serving.errors import RequestError
@@ -59,11 +62,12 @@ def test_places_are_given_in_the_order_of_arrival(model: FusedModel, export: Pat
 
 
 def test_a_long_prompt_is_computed_between_the_steps_of_others(
-    engine: Engine, model: FusedModel, prompt: tuple[int, ...]
+    engine: Engine, model: FusedModel, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work of at most `prefill_tokens` at a time, so that streams under way are not held up by it. A token that attends to many
     is more work: the parts become smaller."""
     calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(worker_module, "_DELAY", 1e9)
     running = Collector(engine, GenerationRequest(prompt, 400))
     running.next()
     handle = model.pilot.register_forward_pre_hook(
@@ -87,6 +91,37 @@ def test_a_long_prompt_is_computed_between_the_steps_of_others(
         computed += calls[at][1]
     assert calls[parts[0]][1] == LIMITS.prefill_tokens > 1.5 * calls[parts[-2]][1]
     assert all(calls[at + 1] == (1, 1) for at in parts[:-1]), "a step of the other one after each part"
+
+
+def test_a_long_prompt_holds_up_others_by_two_of_their_steps(
+    model: FusedModel, export: Path, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step takes 1 s, a token of the prompt 0.05 s at its beginning and four times that far behind."""
+    now_s, computed, widths = 0.0, 0, []
+
+    def passes(_module: object, _arguments: object, given: dict[str, torch.Tensor]) -> None:
+        nonlocal now_s, computed
+        width = given["input_ids"].shape[1]
+        if width > 1:
+            widths.append(width)
+            computed += width
+        now_s += 1.0 if width == 1 else width * (0.05 if computed < 400 else 0.2)
+
+    limits = LIMITS.model_copy(update={"prefill_tokens": 1000, "prefix_bytes": 0})
+    engine = Engine(model, AutoTokenizer.from_pretrained(export / "pilot"), limits)
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    handle = model.pilot.register_forward_pre_hook(passes, with_kwargs=True)
+    try:
+        running = Collector(engine, GenerationRequest(prompt, 400))
+        for _ in range(3):
+            running.next()
+        long = Collector(engine, GenerationRequest((prompt * 200)[:1201], 2))
+        assert isinstance(long.next(), Piece)
+    finally:
+        handle.remove()
+        engine.close()
+    # two steps have room for 40 tokens at the beginning, and then for ten
+    assert set(widths[2:8]) <= {39, 40} and set(widths[-20:-1]) <= {9, 10}, widths
 
 
 def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(engine: Engine, prompt: tuple[int, ...]) -> None:
@@ -125,8 +160,9 @@ def test_prompts_of_like_length_are_computed_in_one_pass(
         found = many(engine, requests)
     finally:
         handle.remove()
-    # 32 tokens a round: half of them for the oldest, and what is like it; then the shortest ones
-    assert [shape for shape in shapes if shape[1] > 1][:3] == [(2, 8), (1, 8), (1, 8)]
+    # 32 tokens a round: half of them for the oldest, and what is like it; then the shortest ones. Now others run, and the one of
+    # nine tokens is not begun with the eight that are left
+    assert [shape for shape in shapes if shape[1] > 1][:3] == [(2, 8), (1, 8), (1, 9)]
     for request, tokens in zip(requests, found, strict=True):
         assert tokens == offline(model, request.prompt_ids, max_new_tokens=6, do_sample=False, lam=request.lam)
 
