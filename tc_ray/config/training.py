@@ -67,6 +67,11 @@ class PilotSection(Section):
     micro_batch_size: Positive = Field(
         16, description="most examples of one forward pass; a worker's share of a round is cut as evenly as it can be"
     )
+    packing: bool = Field(
+        False,
+        description="put several short examples of a forward pass into one row of data.cutoff_tokens at most, where each sees itself "
+        "alone: less padding; decoder-only Pilots with attention sdpa or eager",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="what DeepSpeed ZeRO divides among the workers: 0 nothing, 1 optimizer, 2 gradients too, 3 weights too",

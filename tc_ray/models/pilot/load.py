@@ -94,6 +94,15 @@ def check_attention(config: RunConfig) -> None:
         raise ValueError(f"model.attn_implementation {name} computes on GPUs: set resources.pilot_gpus=1, or use sdpa")
 
 
+def check_packing(config: RunConfig, pilot_config: Any) -> None:
+    """Raise ValueError if `pilot.packing` is set for a model that it does not fit."""
+    if config.pilot.packing and family_of(pilot_config).encoder_decoder:
+        raise ValueError(
+            f"pilot.packing is for decoder-only Pilots, and {config.model.pilot} is an encoder-decoder: leave it out, and "
+            "set data.group_by_length=true for less padding"
+        )
+
+
 def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:
     """Refuse, before a worker starts, folders that the workers would refuse to load. Reads no weight; hub ids are left to them.
 
