@@ -172,6 +172,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _quantized_weights_are_read(self) -> RunConfig:
+        if self.pilot.quantization and self.model.random_weights:
+            raise ValueError("pilot.quantization is for weights that are read: leave model.random_weights out")
+        return self
+
+    @model_validator(mode="after")
     def _gpus_compute_bf16(self) -> RunConfig:
         for section, gpus in ((self.pilot, self.resources.pilot_gpus), (self.copilot, self.resources.copilot_gpus)):
             if gpus and "dtype" not in section.model_fields_set:

@@ -49,6 +49,7 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         dtype=DTYPES[config.pilot.dtype],
         random_weights=config.model.random_weights,
         attention=config.model.attn_implementation,
+        nf4=config.pilot.quantization == "nf4",
     )
     model.config.use_cache = False
     if config.pilot.gradient_checkpointing:

@@ -21,7 +21,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.prompts import serving_template
 from tc_ray.files import publish_folder
 from tc_ray.models.folder import ADAPTER
-from tc_ray.models.pilot.load import DTYPES, load_pilot
+from tc_ray.models.pilot.load import DTYPES, load_pilot, whole_weight
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.weights import ExportMismatchError, check_finite
 
@@ -64,7 +64,7 @@ def save_merged(
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
             if rank == 0:
-                state[name] = parameter.detach().float().cpu().clone()
+                state[name] = whole_weight(parameter).float().cpu().clone()
     engine.train()
     if rank:
         return

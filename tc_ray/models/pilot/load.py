@@ -6,6 +6,7 @@ reading a weight (`check_folders`). Called by the driver, the workers, export an
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ def load_pilot(
     safetensors: bool | None = None,
     names_only: bool = False,
     attention: str | None = None,
+    nf4: bool = False,
 ) -> Any:
     """Load a language model from a folder or hub id. Code that comes with it is never run.
 
     random_weights: read only its config. safetensors: True: weights in no other format.
     names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
     attention: transformers' name of how attention is computed; None: its choice.
+    nf4: linear layers but the head in 4 bits, by bitsandbytes; they are computed in `dtype`.
     Raises UnknownFamilyError: a family without an adapter, refused before any weight is read.
     OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
     """
@@ -41,11 +44,26 @@ def load_pilot(
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     auto = AutoModelForSeq2SeqLM if family_of(config).encoder_decoder else AutoModelForCausalLM
-    how = {} if attention is None else {"attn_implementation": attention}
+    how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if nf4:
+        from transformers import BitsAndBytesConfig
+
+        kind: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        how["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
     if random_weights:
         return auto.from_config(config, dtype=dtype, **how)
     place = {"device_map": "meta"} if names_only else {}
     return load_whole(auto, path, dtype=dtype, use_safetensors=safetensors, **place, **how)
+
+
+def whole_weight(parameter: torch.Tensor) -> torch.Tensor:
+    """A weight, detached; of one in 4 bits the numbers that it is computed with, in the type of computing."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.detach(), state)
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
@@ -103,15 +121,25 @@ def check_packing(config: RunConfig, pilot_config: Any) -> None:
         )
 
 
+def check_quantization(config: RunConfig) -> None:
+    """Raise ValueError if `pilot.quantization` is set and its package is not installed."""
+    if config.pilot.quantization and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"pilot.quantization {config.pilot.quantization} needs the package bitsandbytes, on every node: "
+            "pip install tc-ray[qlora]"
+        )
+
+
 def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:
     """Refuse, before a worker starts, folders that the workers would refuse to load. Reads no weight; hub ids are left to them.
 
     Raises WeightsError: missing or unexpected tensors, or of another shape. OSError: a folder has no weights at all.
-    ValueError: `model.attn_implementation` is unknown, or the model cannot be computed so.
+    ValueError: `model.attn_implementation` is unknown, or the model cannot be computed so; bitsandbytes is absent.
     """
     from transformers import AutoModel
 
     check_attention(config)
+    check_quantization(config)
     if config.model.random_weights or not isinstance(pilot, Path):
         return
     attention = config.model.attn_implementation
