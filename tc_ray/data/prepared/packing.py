@@ -52,10 +52,11 @@ def shared_rows(lengths: Sequence[int], most: int) -> tuple[NDArray[np.int64], i
     is taken, of equal ones the larger, whose rows are narrower.
     """
     longest, total = max(lengths), sum(lengths)
+    most = max(most, longest)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     best, found = len(lengths) * longest, (np.arange(len(lengths)), longest)
-    for count in range(len(lengths) - 1, 0, -1):
-        if count * max(most, longest) < total:
+    for count in range(-(-total // most), len(lengths)):
+        if count * longest > best:  # and so have all larger numbers
             break
         rows, fills = [0] * len(lengths), [(0, row) for row in range(count)]
         heapify(fills)
@@ -63,6 +64,6 @@ def shared_rows(lengths: Sequence[int], most: int) -> tuple[NDArray[np.int64], i
             fill, rows[index] = fills[0]
             heapreplace(fills, (fill + lengths[index], rows[index]))
         width = max(fills)[0]
-        if width <= max(most, longest) and count * width < best:
+        if width <= most and count * width <= best:
             best, found = count * width, (np.array(rows), width)
     return found

@@ -117,6 +117,7 @@ def test_two_workers_at_stage_3_leave_the_records_of_one_at_stage_0(runs: Runs) 
     assert per_record[first].mean() - per_record[last].mean() > 0.05
 
 
+@pytest.mark.slow
 def test_packed_rows_leave_the_same_records(runs: Runs) -> None:
     """Two workers under ZeRO-3 whose micro-batches are each one row or two, against a row for each example."""
     other = runs.of(3, pilot__packing=True, pilot__micro_batch_size=4)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
@@ -17,12 +20,16 @@ from tc_ray.data.prepared.packing import packed, shared_rows
 from tc_ray.mistakelog.rows.records import Records
 from tc_ray.models.pilot.load import check_packing, load_pilot
 from tc_ray.models.pilot.step import PilotStep, StepRecord
+from tc_ray.pilot import engine
 from tc_ray.pilot.engine import step_inputs
+from tc_ray.pilot.loop import PilotJob, Worker
 from tc_ray.pilot.record import to_records
 from tests.support.family_samples import folder_of, new_pilot, quiet
 from tests.support.reference import dense_record
 from tests.support.reference_samples import close, dense_errors, states_of
 from tests.support.tiny_families import DECODER_ONLY, VOCAB
+from tests.support.tiny_run import tiny_config
+from tests.unit.pilot.test_validation import Points, write_rows
 
 quiet()
 
@@ -30,6 +37,17 @@ CPU = torch.device("cpu")
 TARGETS = [[(4, 7), (11, 12), (15, 21)], [(3, 9)], [(1, 2)], [(2, 5), (9, 17)], [(5, 8)], [(1, 3)], [(6, 14)]]
 """Targets of each sequence; the last one ends it. Longer and shorter than the families' windows of 4 and 5."""
 ROW = 24
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The process group of one worker; DeepSpeed wants one."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        yield
+    dist.destroy_process_group()
 
 
 def sequences() -> list[dict[str, Any]]:
@@ -158,6 +176,32 @@ def test_states_of_a_packed_record_are_the_slow_reference_s() -> None:
     for number, (row, start, end) in enumerate(spans):
         expected = dense_record(pilot, sequences()[row]["input_ids"][:end], start)
         torch.testing.assert_close(states_of(records, number), expected.states[:-1], rtol=1e-2, atol=1e-2)
+
+
+def test_the_worker_trains_alike_in_packed_rows(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real engine and loop: the losses of four rounds, the validations between them included, are those of rows of their own."""
+    rows = [(f"{n}" * (1 + n % 7) + "=", str(n + 1)) for n in range(16)]
+    file, _ = (write_rows(tmp_path / f"{name}.parquet", rows) for name in ("train", "validation"))
+    losses, computed = [], []
+    made = engine.packed
+    monkeypatch.setattr(engine, "packed", lambda *given: computed.append(made(*given)) or computed[-1])
+    for packing in (False, True):
+        points = Points()
+        sizes = {
+            "pilot__batch_size": 8,
+            "pilot__micro_batch_size": 4,
+            "pilot__packing": packing,
+            "run__name": f"p{packing}",
+        }
+        config = tiny_config(
+            tmp_path, log__enabled=False, run__folder=tmp_path / str(packing), pilot__validate_every=2, **sizes
+        )
+        Worker(PilotJob(config, config.model.pilot, file, 4, None, points), 0, 1).run()
+        losses.append([*points.losses.values(), *(found["nll"] for found in points.found.values())])
+        assert len(computed) == (8 if packing else 0)
+    assert any(len(one.ids) < len(one.places) for one in computed)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 6
+    assert losses[0][3] < losses[0][0]
 
 
 def test_what_cannot_be_packed_is_refused_by_name() -> None:
