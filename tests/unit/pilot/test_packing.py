@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from tc_ray.config.log import LogSection
 from tc_ray.config.schema import RunConfig
@@ -37,17 +35,6 @@ CPU = torch.device("cpu")
 TARGETS = [[(4, 7), (11, 12), (15, 21)], [(3, 9)], [(1, 2)], [(2, 5), (9, 17)], [(5, 8)], [(1, 3)], [(6, 14)]]
 """Targets of each sequence; the last one ends it. Longer and shorter than the families' windows of 4 and 5."""
 ROW = 24
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The process group of one worker; DeepSpeed wants one."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        yield
-    dist.destroy_process_group()
 
 
 def sequences() -> list[dict[str, Any]]:
