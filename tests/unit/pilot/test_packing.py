@@ -197,7 +197,6 @@ def test_what_cannot_be_packed_is_refused_by_name() -> None:
             {
                 "pilot": {"packing": True},
                 "model": {"attn_implementation": "flash_attention_2"},
-                "resources": {"gpus": True},
             }
         )
     config = RunConfig.model_validate({"pilot": {"packing": True}, "model": {"pilot": "my-t5"}})
