@@ -31,7 +31,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME=METRIC",
-            help="What a set is measured by: exact_match, choice, ranking, nll or module:function.",
+            help="What a set is measured by: exact_match, choice, ranking, nll, chrf or module:function.",
         ),
     ] = None,
     task: Annotated[

@@ -166,6 +166,10 @@ class DataSection(Section):
     cutoff_tokens: Positive = Field(
         256, description="longest sequence; longer completions are cut, rows with longer prompts left out, both counted"
     )
+    group_by_length: bool = Field(
+        False,
+        description="train on rows of like length together: less padding, but the rows of a round are then alike in more than length",
+    )
     max_bad_fraction: Fraction = Field(
         0.01, description="share of bad rows above which the run stops, in whole rows rounded up"
     )

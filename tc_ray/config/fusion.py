@@ -30,9 +30,9 @@ class FusionSection(Section):
     metric: Metric | None = Field(
         None,
         description="what lambda is chosen by and the test rows are measured with. exact_match: right final answers; choice: "
-        "the likeliest of a row's options; ranking: NDCG@10 over the items of data.format: sequences; nll: likelihood of "
-        "the completion, also for free text, where no answer is exactly right; module:function: a function of yours that scores what "
-        "was decoded (docs/extending.md). null: that of data.task, else exact_match",
+        "the likeliest of a row's options; ranking: NDCG@10 over the items of data.format: sequences; for free text, where "
+        "no answer is exactly right, nll: likelihood of the completion; chrf: chrF of what was decoded against the completion; "
+        "module:function: a function of yours that scores what was decoded (docs/extending.md). null: that of data.task, else exact_match",
     )
     choose_option_by: Literal["sum", "token", "character"] | None = Field(
         None,
@@ -47,14 +47,14 @@ class FusionSection(Section):
         "own", description="Copilot input at inference: its own f, or onehot(chosen token) - p of the Pilot"
     )
     num_beams: Positive = Field(
-        1, description="beams that completions are decoded with (metric: exact_match or a function); 1 is greedy"
+        1, description="beams that completions are decoded with (metric: exact_match, chrf or a function); 1 is greedy"
     )
     lam_grid: list[Lam] = Field(
         default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.8, 1.0],
         description="values of lambda that are tried on the validation rows; 0 must be among them",
     )
     max_new_tokens: Positive = Field(
-        64, description="tokens decoded per completion at most (metric: exact_match or a function)"
+        64, description="tokens decoded per completion at most (metric: exact_match, chrf or a function)"
     )
     eval_batch_size: Positive = Field(
         32, description="rows that a worker scores or decodes at a time, each with up to three lambdas"

@@ -179,6 +179,21 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _packing_has_a_mask(self) -> RunConfig:
+        if self.pilot.packing and self.model.attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"pilot.packing needs an attention that takes a mask: model.attn_implementation "
+                f"{self.model.attn_implementation} must be sdpa or eager"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_are_read(self) -> RunConfig:
+        if self.pilot.quantization and self.model.random_weights:
+            raise ValueError("pilot.quantization is for weights that are read: leave model.random_weights out")
+        return self
+
+    @model_validator(mode="after")
     def _gpus_compute_bf16(self) -> RunConfig:
         for section, gpus in ((self.pilot, self.resources.pilot_gpus), (self.copilot, self.resources.copilot_gpus)):
             if gpus and "dtype" not in section.model_fields_set:
@@ -235,6 +250,11 @@ class RunConfig(Section):
         }
         addresses |= {f"log.storage_options.{name}": value for name, value in self.log.storage_options.items()}
         return [name for name, value in addresses.items() if value is not None and STRUCK_OUT in value]
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens of a row that sequences of a Pilot's forward pass share; None: each has a row of its own."""
+        return self.data.cutoff_tokens if self.pilot.packing else None
 
     @property
     def accumulation_steps(self) -> int:

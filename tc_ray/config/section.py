@@ -27,9 +27,10 @@ def _no_flag(value: Any) -> Any:
 Lam = Annotated[float, Field(ge=0.0, le=MAX_LAM, allow_inf_nan=False), BeforeValidator(_no_flag)]
 NAMED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 """A function of the user, as `module:function`."""
-OwnMetric = Literal["exact_match", "choice", "ranking", "nll"]
+OwnMetric = Literal["exact_match", "choice", "ranking", "nll", "chrf"]
 METRICS: tuple[str, ...] = get_args(OwnMetric)
-"""How a set of held-out rows is measured: right final answers; options ranked by likelihood; the rank of an item; NLL."""
+"""How a set of held-out rows is measured: right final answers; options ranked by likelihood; the rank of an item; NLL;
+letters that text has in common with the gold completion."""
 
 
 def is_named(value: Any) -> bool:

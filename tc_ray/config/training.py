@@ -57,6 +57,11 @@ class PilotSection(Section):
 
     method: Literal["lora", "full"] = Field("lora", description=_METHOD)
     lora: LoraSection = Field(default_factory=LoraSection)
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: the frozen weights under the adapters in 4 bits (QLoRA), for method lora and zero_stage below 3; needs "
+        "bitsandbytes (pip install tc-ray[qlora]). What is exported are the weights that were trained on, in full",
+    )
     learning_rate: float = Field(3e-4, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.0, ge=0, description=_DECAY)
     warmup_ratio: Fraction = Field(0.03, description=_WARMUP)
@@ -66,6 +71,11 @@ class PilotSection(Section):
     batch_size: Positive = Field(16, description="examples per round, over all workers")
     micro_batch_size: MayChange[Positive] = Field(
         16, description="most examples of one forward pass; a worker's share of a round is cut as evenly as it can be"
+    )
+    packing: bool = Field(
+        False,
+        description="put several short examples of a forward pass into one row of data.cutoff_tokens at most, where each sees itself "
+        "alone: less padding; decoder-only Pilots with attention sdpa or eager",
     )
     zero_stage: MayChange[Literal[0, 1, 2, 3]] = Field(
         1,
@@ -100,6 +110,14 @@ class PilotSection(Section):
         description="weights that are evaluated and exported: of the last round, or of the round with the lowest NLL on validation "
         "rows, whose checkpoint is then made and kept",
     )
+
+    @model_validator(mode="after")
+    def _quantizes_what_is_frozen(self) -> PilotSection:
+        if self.quantization and self.method == "full":
+            raise ValueError("quantization nf4 is for weights that stay as they are: set method to lora")
+        if self.quantization and self.zero_stage == 3:
+            raise ValueError("quantization nf4 cannot be divided among workers: set zero_stage to 2, 1 or 0")
+        return self
 
     @model_validator(mode="after")
     def _measures_what_it_ends_by(self) -> PilotSection:

@@ -2,7 +2,7 @@
 
 One teacher-forced pass gives every lambda. For choice and nll its scores are the metric, and decide. Else the two best and
 lambda 0 are decoded, and the metric decides among these three. The two best: for exact_match by the share of rows whose gold
-tokens are all ranked first, then by NLL; for ranking, and for a function of the user, by NLL. The rule itself is `statistics.choose`. Called by `procedure`.
+tokens are all ranked first, then by NLL; for ranking, chrf and a function of the user, by NLL. The rule itself is `statistics.choose`. Called by `procedure`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _hint(validation: RowSet, results: Mapping[Choice, Sequence[RowResult]]) -> 
     """Where no answer is exactly right, as of free text, all choices tie and lambda is 0: what to do."""
     if validation.metric != "exact_match" or any(one.right for rows in results.values() for one in rows):
         return ""
-    return "; no answer was right with any lambda: for free text choose by fusion.metric nll, or a metric of your own"
+    return "; no answer was right with any lambda: for free text choose by fusion.metric chrf or nll, or a metric of your own"
 
 
 def _best(

@@ -2,8 +2,8 @@
 
 exact_match: is the final answer the gold answer? choice: is the right option the likeliest, by its log-likelihood as it is
 (sum), per token or per character? ranking: Hit@K = 1 if the item is among the first K, NDCG@K = 1 / log2(rank + 1) if it is,
-else 0 (one relevant item per row, so the ideal DCG is 1). nll: nats per gold token. module:function: what the user's function gives for
-the decoded text and its row. Called by `procedure`.
+else 0 (one relevant item per row, so the ideal DCG is 1). nll: nats per gold token. chrf: likeness of the decoded text to the gold
+completion. module:function: what the user's function gives for the decoded text and its row. Called by `procedure`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tc_ray.config.named import load_named
 from tc_ray.config.section import Metric, is_named
+from tc_ray.evaluation.answers.likeness import chrf
 from tc_ray.evaluation.answers.scoring import matches
 from tc_ray.evaluation.rows import HeldOut, RowResult, RowSet
 from tc_ray.text import first_line
@@ -29,6 +30,7 @@ _VALUE_NAMES = {
     "choice": "accuracy",
     "ranking": f"NDCG@{RIGHT_WITHIN}",
     "nll": "NLL",
+    "chrf": "chrF",
 }
 KNOWS_RIGHT = ("exact_match", "choice", "ranking")
 """Metrics by which a row is right or wrong; their values are shares of 1."""
@@ -73,6 +75,11 @@ def gold_option(row: HeldOut) -> int | None:
     return stating[0] if len(stating) == 1 else None
 
 
+def gold_text(row: HeldOut) -> str:
+    """The text that a free one is compared with: the row's completion, else its answer."""
+    return row.completion or row.answer
+
+
 def check_gold(rows: RowSet, labels: Collection[str] = ()) -> None:
     """Raise NoGoldError for a row that lacks what the set's metric compares with. labels: the items of a ranking.
 
@@ -88,6 +95,8 @@ def check_gold(rows: RowSet, labels: Collection[str] = ()) -> None:
             fix = "give each row the completions to choose from, or name the task whose form makes them (--task, data.task)"
         elif rows.metric == "nll" and len(row.input_ids) == row.target_start:
             why, fix = "it has no completion", "give each row one (completion, output, or an assistant's message)"
+        elif rows.metric == "chrf" and not gold_text(row).strip():
+            why, fix = "it has neither completion nor answer", "give each row a text to compare with"
         else:
             continue
         raise NoGoldError(f"{rows.name} ({rows.source}), row {number}: metric {rows.metric}: {why}; {fix}")
@@ -129,6 +138,8 @@ def _scored(row: HeldOut, rows: RowSet, forced: Any, said: Any, choice: int, nll
     if rows.metric == "nll":
         assert nll is not None
         return None, -nll, "", {}
+    if rows.metric == "chrf":
+        return None, chrf(said, gold_text(row)), said, {}
     return None, _own_score(said, row, rows), said, {}
 
 

@@ -20,7 +20,7 @@ from tc_ray.config.redact import redact
 from tc_ray.config.schema import RunConfig
 from tc_ray.config.section import Metric
 from tc_ray.evaluation.report import number, percent
-from tc_ray.evaluation.scores import value_name
+from tc_ray.evaluation.scores import KNOWS_RIGHT, value_name
 from tc_ray.export.check import ExportError
 from tc_ray.export.licence import CARD, Licence, is_hub_id, licence_of
 from tc_ray.files import read_json, write_file
@@ -152,7 +152,7 @@ def _line(label: str, dataset: str, line: Mapping[str, Any]) -> dict[str, str]:
     metric = cast(Metric, line["metric"])
     ends: Sequence[Any] = (line["value"], line["low"], line["high"])
     digits = 2 if metric == "ranking" else 1
-    value, low, high = (number(end, "%.4f") if metric == "nll" else percent(end, digits) for end in ends)
+    value, low, high = (percent(end, digits) if metric in KNOWS_RIGHT else number(end, "%.4f") for end in ends)
     interval = f"{low} to {high}"
     cells = {"model": label, "set": dataset, "rows": str(line["rows"]), "measure": value_name(metric)}
     return cells | {"value": value, "interval": interval, "nll": number(line.get("nll"), "%.4f")}

@@ -110,6 +110,7 @@ def _gguf(source: PilotSource) -> Callable[[Path], None]:
 
 def _adapter(source: PilotSource) -> Callable[[Path], None]:
     from tc_ray.models.hub import resolve_model
+    from tc_ray.models.pilot.load import check_quantization
 
     if source.config.pilot.method != "lora":
         raise ExportError(f"{source.run} trained all weights (pilot.method: full): it has no adapters; use --to merged")
@@ -120,6 +121,10 @@ def _adapter(source: PilotSource) -> Callable[[Path], None]:
     adapter = source.run / PILOT / ADAPTER
     if not is_whole(adapter):
         raise ExportError(f"{adapter} is missing or not whole: adapters were not kept by this run; use --to merged")
+    try:
+        check_quantization(source.config)
+    except ValueError as error:
+        raise ExportError(str(error)) from None
     base = resolve_model(source.config.model.pilot, source.config.model.cache)
 
     def write(folder: Path) -> None:
@@ -143,9 +148,9 @@ def _check_adapter(folder: Path, base: Path | str, source: PilotSource) -> None:
     from tc_ray.export.compare import compare_weights
     from tc_ray.models.pilot.load import DTYPES
 
-    dtype = source.config.pilot.dtype
+    dtype, nf4 = source.config.pilot.dtype, source.config.pilot.quantization == "nf4"
     # in training the base had the run's type, and the products were added to it in fp32
-    found = PeftModel.from_pretrained(_load(base, dtype).float(), folder).merge_and_unload()
+    found = PeftModel.from_pretrained(_load(base, dtype, nf4=nf4).float(), folder).merge_and_unload()
     compare_weights(
         found.to(DTYPES[dtype]), _load(source.model, dtype), _ROUNDING[dtype], "the base with these adapters"
     )
@@ -159,10 +164,12 @@ _WRITERS: dict[Form, Callable[[PilotSource], Callable[[Path], None]]] = {
 """Of each form: what checks the run, before anything is written, and returns what writes the folder and reads it back."""
 
 
-def _load(model: Path | str, dtype: str = "fp32") -> Any:
+def _load(model: Path | str, dtype: str = "fp32", *, nf4: bool = False) -> Any:
+    """nf4: with the weights that a run of `pilot.quantization` computed with, in full again."""
     from tc_ray.models.pilot.load import DTYPES, load_pilot
 
-    return load_pilot(model, dtype=DTYPES[dtype]).eval()
+    pilot = load_pilot(model, dtype=DTYPES[dtype], nf4=nf4).eval()
+    return pilot.dequantize(DTYPES[dtype]) if nf4 else pilot
 
 
 def _copy(source: Path, target: Path, wanted: Callable[[str], bool]) -> None:

@@ -15,18 +15,29 @@ import torch
 
 from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.conversations import EARLIER
+from tc_ray.data.prepared.packing import packed
 from tc_ray.models.families import family_of
 from tc_ray.models.pilot.load import DTYPES, add_adapters, load_pilot
-from tc_ray.models.pilot.step import PilotStep
+from tc_ray.models.pilot.step import Packed, PilotStep
 from tc_ray.models.pilot.taps import log_pooling, tapped_layers
 from tc_ray.models.schedule import rate_factor
 from tc_ray.pilot.split import split_over_ranks
 
 
-def step_inputs(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch of `TrainTable` as the arguments of `PilotStep`, all but `loss_scale`, int64 on the device."""
+def step_inputs(
+    batch: Mapping[str, np.ndarray], device: torch.device, *, row_tokens: int | None = None
+) -> dict[str, Any]:
+    """A batch of `TrainTable` as the arguments of `PilotStep`, all but `loss_scale`, int64 on the device.
+
+    row_tokens: sequences share rows of so many tokens; None: each has its own.
+    """
     names = {"input_ids": "input_ids", "lengths": "lengths", "target_start": "target_start", EARLIER: "earlier"}
-    return {name: torch.from_numpy(batch[key]).to(device, torch.int64) for key, name in names.items() if key in batch}
+    made: dict[str, Any] = {
+        name: torch.from_numpy(batch[key]).to(device, torch.int64) for key, name in names.items() if key in batch
+    }
+    if row_tokens is not None:
+        made["packed"] = Packed(*(torch.from_numpy(array).to(device) for array in packed(batch, row_tokens)))
+    return made
 
 
 def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
@@ -40,6 +51,7 @@ def build_engine(config: RunConfig, model_path: Path | str, rounds: int) -> Any:
         dtype=None if split else dtype,
         random_weights=config.model.random_weights,
         attention=config.model.attn_implementation,
+        nf4=config.pilot.quantization == "nf4",
     )
     model.config.use_cache = False
     if config.pilot.gradient_checkpointing:

@@ -20,7 +20,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.prompts import serving_template
 from tc_ray.files import publish_folder
 from tc_ray.models.folder import ADAPTER
-from tc_ray.models.pilot.load import DTYPES, load_pilot
+from tc_ray.models.pilot.load import DTYPES, load_pilot, whole_shape, whole_weight
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.shards import digest, write_shards
 from tc_ray.models.weights import ExportMismatchError, check_finite
@@ -137,7 +137,7 @@ def _gathered(unit: Unit, *, keep: bool = True) -> dict[str, torch.Tensor]:
 
     with deepspeed.zero.GatheredParameters(list(unit.values()), modifier_rank=None):
         cpu = torch.device("cpu")
-        return {name: p.detach().to(cpu, torch.float32, copy=True) for name, p in unit.items()} if keep else {}
+        return {name: whole_weight(p).to(cpu, torch.float32, copy=True) for name, p in unit.items()} if keep else {}
 
 
 def _write(
@@ -163,8 +163,7 @@ def _write(
     other = parameters.keys() - {name for name, _ in shell.named_parameters(remove_duplicate=False)}
     if other:
         raise ExportMismatchError(f"the exported Pilot would have other weights than the trained one: {min(other)}")
-    # under ZeRO-3 a parameter is empty while it is split
-    shapes = {_plain(n): getattr(p, "ds_shape", p.shape) for n, p in parameters.items() if "lora_" not in n}
+    shapes = {_plain(n): whole_shape(p) for n, p in parameters.items() if "lora_" not in n}
     kept: dict[str, torch.Tensor] = {}
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:

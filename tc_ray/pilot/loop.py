@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from tc_ray.cluster.measure import peak_memory, timed
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.prepared.batches import RoundOrder, TrainTable
+from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.data.prepared.split import micro_batches
 from tc_ray.mistakelog.commit.ledger_actor import submit_to
 from tc_ray.mistakelog.table.errors import may_pass
@@ -87,7 +87,7 @@ class Worker:
         self.checkpoints = self.config.run.path / "pilot" / "checkpoints"
         self.table = TrainTable(job.train_file)
         pilot = self.config.pilot
-        self.order = RoundOrder(len(self.table), pilot.batch_size, pilot.epochs, self.config.run.seed)
+        self.order = self.table.order(self.config)
         self.validation: ValidationRows | None = None
         if pilot.validate_every is not None:
             self.validation = ValidationRows(
@@ -269,7 +269,8 @@ class Worker:
             # collectives need every rank in every pass: one without rows left repeats a row, which counts nothing
             part = slice(places.start, places.stop) if places else slice(places.start - 1, places.start)
             batch = self.table.batch(rows[part])
-            loss, record = self.engine(loss_scale=scale if places else 0.0, **step_inputs(batch, self.device))
+            inputs = step_inputs(batch, self.device, row_tokens=self.config.row_tokens)
+            loss, record = self.engine(loss_scale=scale if places else 0.0, **inputs)
             if self.recorder is not None and record is not None and places:
                 # before the backward pass, so that a copy from a device runs beside it
                 self.recorder.record(record, batch, seen[part], number)

@@ -95,11 +95,12 @@ def _read_model(name: str, path: Any) -> tuple[Any, Any]:
 
 
 def _check_models(run: Run, model_config: Any, pilot_path: Any, base_path: Any) -> None:
-    from tc_ray.models.pilot.load import check_folders
+    from tc_ray.models.pilot.load import check_folders, check_packing
     from tc_ray.pilot.record import check_log
 
     try:
         check_folders(run.config, pilot_path, base_path)
+        check_packing(run.config, model_config)
         if run.config.log.enabled:
             check_log(run.config, model_config)
     except (ValueError, OSError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tc_ray.config.schema import RunConfig
-from tc_ray.data.prepared.batches import RoundOrder, TrainTable
+from tc_ray.data.prepared.batches import TrainTable
 from tc_ray.files import publish_folder, read_json, write_json
 from tc_ray.mistakelog.commit.ledger import Ledger
 from tc_ray.mistakelog.table.location import Location
@@ -59,7 +59,7 @@ def _record(config: RunConfig, run: Path, writer: RecordWriter, rounds: int) -> 
     pilot = load_pilot(run / "pilot" / "final", dtype=DTYPES[config.pilot.dtype]).to(device)
     step = pilot_step(pilot, config).eval()
     table, micro = TrainTable(run / "data" / "train.parquet"), config.pilot.micro_batch_size
-    order = RoundOrder(len(table), config.pilot.batch_size, config.pilot.epochs, config.run.seed)
+    order = table.order(config)
     recorder = Recorder(writer, config.log, seed=config.run.seed, device=device)
     for number in range(1, rounds + 1):
         rows, seen = order.sample_rows(number), order.seen(number)

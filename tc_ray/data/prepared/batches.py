@@ -1,7 +1,7 @@
 """Which rows each round trains on, and how rows become one padded batch; the training rows in memory.
 
-Invariant: the rows of a round depend on (rows, batch size, epochs, seed) and the round's number alone, so a restart needs
-only that number. Every row is used once per epoch and never twice in one round. Used by the Pilot's loop; no torch, no Ray.
+Invariant: the rows of a round depend on (rows and their lengths, batch size, epochs, seed) and the round's number alone, so a
+restart needs only that number. Every row is used once per epoch and never twice in one round. Used by the Pilot's loop; no torch, no Ray.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.conversations import EARLIER
 from tc_ray.data.source.records import DataError, read_prepared
+
+GROUPED_ROUNDS = 50
+"""Rounds whose rows are sorted together by `data.group_by_length`: more of them leave less padding and less chance."""
 
 
 class RoundOrder:
     """Order of the training rows over all epochs, cut into rounds (1-based).
 
     Each epoch is a fresh seeded permutation. A round can span two epochs; only the rows after the last whole round are
-    dropped.
+    dropped. lengths: int [rows]; where given, rows of a round are of like length, but those of a round over two epochs.
     """
 
-    def __init__(self, rows: int, batch_size: int, epochs: int, seed: int) -> None:
+    def __init__(
+        self, rows: int, batch_size: int, epochs: int, seed: int, *, lengths: NDArray[np.int64] | None = None
+    ) -> None:
         if rows < batch_size:
             raise DataError(
                 f"{rows} training rows cannot fill a round of pilot.batch_size {batch_size}; lower it or give more data"
@@ -35,10 +41,15 @@ class RoundOrder:
         self.rounds = epochs * rows // batch_size
         self._order = np.empty(epochs * rows, dtype=np.int64)
         for epoch in range(epochs):
-            order = np.random.default_rng([seed, epoch]).permutation(rows)
+            draw = np.random.default_rng([seed, epoch])
+            order = draw.permutation(rows)
             begun = epoch * rows % batch_size  # rows of the last epoch in the round that this epoch completes
+            missing = -begun % batch_size
             if begun:
-                order = _keep_apart(order, self._order[epoch * rows - begun : epoch * rows], batch_size - begun)
+                order = _keep_apart(order, self._order[epoch * rows - begun : epoch * rows], missing)
+            if lengths is not None:
+                whole = slice(missing, rows - (rows - missing) % batch_size)
+                order[whole] = _grouped(order[whole], lengths, batch_size, draw)
             self._order[epoch * rows : (epoch + 1) * rows] = order
 
     def sample_rows(self, round: int) -> NDArray[np.int64]:
@@ -65,6 +76,15 @@ def _keep_apart(order: NDArray[np.int64], begun: NDArray[np.int64], count: int) 
             other = next(spare)
             order[place], order[other] = order[other], order[place]
     return order
+
+
+def _grouped(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], batch_size: int, draw: np.random.Generator
+) -> NDArray[np.int64]:
+    """The same rows, as whole rounds of like lengths: sorted within each GROUPED_ROUNDS rounds, the rounds then drawn anew."""
+    group = np.arange(order.size) // (GROUPED_ROUNDS * batch_size)
+    rounds = order[np.lexsort((lengths[order], group))].reshape(-1, batch_size)
+    return draw.permutation(rounds).ravel()
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, NDArray[np.int64]]:
@@ -143,6 +163,11 @@ class TrainTable:
     def with_target(self) -> NDArray[np.int64]:
         """Indices of the rows that have a target token."""
         return np.flatnonzero(self._target_start < self._lengths)
+
+    def order(self, config: RunConfig) -> RoundOrder:
+        """Which of these rows each round of a run trains on."""
+        pilot, lengths = config.pilot, self._lengths if config.data.group_by_length else None
+        return RoundOrder(len(self), pilot.batch_size, pilot.epochs, config.run.seed, lengths=lengths)
 
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of each of these rows, prompt and completion."""

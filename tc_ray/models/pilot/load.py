@@ -6,6 +6,7 @@ reading a weight (`check_folders`). Called by the driver, the workers, export an
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def load_pilot(
     safetensors: bool | None = None,
     names_only: bool = False,
     attention: str | None = None,
+    nf4: bool = False,
 ) -> Any:
     """Load a language model from a folder or hub id. Code that comes with it is never run.
 
@@ -35,6 +37,7 @@ def load_pilot(
     random_weights: read only its config. safetensors: True: weights in no other format.
     names_only: on the meta device, without reading a weight: to check the folder or the model's shape.
     attention: transformers' name of how attention is computed; None: its choice.
+    nf4: linear layers but the head in 4 bits, by bitsandbytes; they are computed in `dtype`.
     Raises UnknownFamilyError: a family without an adapter, refused before any weight is read.
     OSError: no weights of the format. WeightsError, NotFiniteError: see `load_whole`.
     """
@@ -43,11 +46,32 @@ def load_pilot(
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     auto = AutoModelForSeq2SeqLM if family_of(config).encoder_decoder else AutoModelForCausalLM
     how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if nf4:
+        from transformers import BitsAndBytesConfig
+
+        kind: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        how["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)
     if random_weights:
         return auto.from_config(config, dtype=dtype, **how)
     how |= {"device_map": "meta"} if names_only else {}
     how |= {"mapped": True} if dtype is None else {"dtype": dtype}
     return load_whole(auto, path, use_safetensors=safetensors, **how)
+
+
+def whole_weight(parameter: torch.Tensor) -> torch.Tensor:
+    """A weight, detached; of one in 4 bits the numbers that it is computed with, in the type of computing."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.detach(), state)
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """A weight's shape, also while ZeRO-3 has split it (its tensor is empty then) and where it is packed in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape)
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
@@ -96,15 +120,34 @@ def check_attention(config: RunConfig) -> None:
         raise ValueError(f"model.attn_implementation {name} computes on GPUs: set resources.pilot_gpus=1, or use sdpa")
 
 
+def check_packing(config: RunConfig, pilot_config: Any) -> None:
+    """Raise ValueError if `pilot.packing` is set for a model that it does not fit."""
+    if config.pilot.packing and family_of(pilot_config).encoder_decoder:
+        raise ValueError(
+            f"pilot.packing is for decoder-only Pilots, and {config.model.pilot} is an encoder-decoder: leave it out, and "
+            "set data.group_by_length=true for less padding"
+        )
+
+
+def check_quantization(config: RunConfig) -> None:
+    """Raise ValueError if `pilot.quantization` is set and its package is not installed."""
+    if config.pilot.quantization and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"pilot.quantization {config.pilot.quantization} needs the package bitsandbytes, on every node: "
+            "pip install tc-ray[qlora]"
+        )
+
+
 def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> None:
     """Refuse, before a worker starts, folders that the workers would refuse to load. Reads no weight; hub ids are left to them.
 
     Raises WeightsError: missing or unexpected tensors, or of another shape. OSError: a folder has no weights at all.
-    ValueError: `model.attn_implementation` is unknown, or the model cannot be computed so.
+    ValueError: `model.attn_implementation` is unknown, or the model cannot be computed so; bitsandbytes is absent.
     """
     from transformers import AutoModel
 
     check_attention(config)
+    check_quantization(config)
     if config.model.random_weights or not isinstance(pilot, Path):
         return
     attention = config.model.attn_implementation

@@ -47,6 +47,15 @@ class StepRecord(NamedTuple):
     question: torch.Tensor | None = None
 
 
+class Packed(NamedTuple):
+    """The same sequences in fewer rows: ids, positions int64 [R, W], positions beginning at 0 with each sequence; places int64
+    [B, S], the index into the R * W tokens of each token of the batch."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    places: torch.Tensor
+
+
 class Measured(NamedTuple):
     """One forward pass: log_probs fp32 [N, V] and targets int64 [N] of the target rows, token_loss fp32 [N] with
     gradient, and the record (None when not recording)."""
@@ -93,14 +102,16 @@ class PilotStep(nn.Module):
         target_start: torch.Tensor,
         loss_scale: float,
         earlier: torch.Tensor | None = None,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, StepRecord | None]:
         """Summed cross-entropy of the completion tokens times `loss_scale`, and the record.
 
         input_ids: int64 [B, S], right padded: prompt and completion (encoder-decoder: source and target). lengths: int64 [B].
         target_start: int64 [B]; targets are input_ids[b, target_start[b]:lengths[b]]. loss_scale: 1 / target tokens of the round.
         earlier: int64 [B, K, 2], decoder-only: start and end of further targets of each row, 0 and 0 for none.
+        packed: decoder-only: the rows that are computed in place of these, see `tc_ray.data.prepared.packing`.
         """
-        measured = self.measure(input_ids, lengths, target_start, earlier)
+        measured = self.measure(input_ids, lengths, target_start, earlier, packed)
         return measured.token_loss.sum() * loss_scale, measured.record
 
     def close(self) -> None:
@@ -114,16 +125,19 @@ class PilotStep(nn.Module):
         lengths: torch.Tensor,
         target_start: torch.Tensor,
         earlier: torch.Tensor | None = None,
+        packed: Packed | None = None,
     ) -> Measured:
         """The forward pass itself: log-probabilities and targets of the N target rows, and the record. Arguments: of `forward`."""
-        run = self._encoder_decoder if self._family.encoder_decoder else self._decoder_only
         position = torch.arange(input_ids.shape[1] - 1, device=lengths.device)
         # position j predicts a target token if target_start - 1 <= j < length - 1
         rows = (position >= (target_start - 1)[:, None]) & (position < (lengths - 1)[:, None])
         if earlier is not None:
             within = (position + 1 >= earlier[..., :1]) & (position + 1 < earlier[..., 1:])
             rows = rows | within.any(1)
-        final, rationale, question = run(input_ids, lengths, target_start, rows)
+        if self._family.encoder_decoder:
+            final, rationale, question = self._encoder_decoder(input_ids, lengths, target_start, rows)
+        else:
+            final, rationale, question = self._decoder_only(input_ids, rows, packed)
         targets = input_ids[:, 1:][rows]
         log_probs = self._family.logits(self.model, final).float().log_softmax(-1)
         token_loss = -log_probs.gather(1, targets[:, None])[:, 0]
@@ -137,18 +151,24 @@ class PilotStep(nn.Module):
         record = StepRecord(errors, rationale, token_loss.detach(), correct, question)
         return Measured(log_probs, targets, token_loss, record)
 
-    def _decoder_only(
-        self, input_ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
-    ) -> _Pass:
-        # a causal model needs no mask for padding on the right
-        final = self._decode(input_ids=input_ids)[:, :-1][rows]
+    def _decoder_only(self, input_ids: torch.Tensor, rows: torch.Tensor, packed: Packed | None) -> _Pass:
+        if packed is None:
+            # a causal model needs no mask for padding on the right
+            final = self._decode(input_ids=input_ids)[:, :-1][rows]
+        else:
+            # without a mask the library makes one by the positions: a sequence sees itself alone
+            states = self._decode(input_ids=packed.ids, position_ids=packed.positions)
+            final = states.flatten(0, 1)[packed.places[:, :-1][rows]]
         if self._tap is None:
             return final, None, None
+        rationale = self._tap.take()
+        if packed is not None:
+            rationale = rationale.flatten(0, 1)[packed.places]
         question = None
         if self._question:
             with torch.no_grad():  # looked up once more: that is no pass through the model
                 question = unwrapped(self.model).get_input_embeddings()(input_ids).float()
-        return final, self._tap.take(), question
+        return final, rationale, question
 
     def _encoder_decoder(
         self, input_ids: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor

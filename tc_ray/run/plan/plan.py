@@ -205,11 +205,12 @@ def _missing(needs: Sequence[Need], gpus: Sequence[int], who: str, *, known: boo
 
 def _check_models(config: RunConfig, pilot: ModelConfig, base: ModelConfig | None, refusals: list[str]) -> None:
     """As the job does. A folder on this machine that has a config alone can be planned with."""
-    from tc_ray.models.pilot.load import check_folders
+    from tc_ray.models.pilot.load import check_folders, check_packing
     from tc_ray.pilot.record import check_log
 
     try:
         check_folders(config, pilot.place, pilot.place if base is None else base.place)
+        check_packing(config, pilot.config)
         if config.log.enabled:
             check_log(config, pilot.config)
     except OSError as error:

@@ -118,6 +118,13 @@ def test_two_workers_at_stage_3_leave_the_records_of_one_at_stage_0(runs: Runs) 
 
 
 @pytest.mark.slow
+def test_packed_rows_leave_the_same_records(runs: Runs) -> None:
+    """Two workers under ZeRO-3 whose micro-batches are each one row or two, against a row for each example."""
+    other = runs.of(3, pilot__packing=True, pilot__micro_batch_size=4)
+    assert_same_training(runs.of(0, workers=1), other)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [

@@ -110,7 +110,7 @@ def test_bad_words_are_refused(folder: Path, tmp_path: Path) -> None:
     fused, sums = f"a={folder / 'fused'}", f"sums={folder / 'sums.jsonl'}"
     for words, said in (
         ([fused, "--data", "sums"], "write NAME=VALUE"),
-        ([fused, "--data", sums, "--metric", "sums=taste"], "exact_match, choice, ranking, nll, or a function"),
+        ([fused, "--data", sums, "--metric", "sums=taste"], "exact_match, choice, ranking, nll, chrf, or a function"),
         ([fused, "--data", sums, "--metric", "other=nll"], "there is no set other; the sets are sums"),
         ([fused, fused, "--data", sums], "two models have one name"),
         ([fused], "give --data NAME=FILE"),

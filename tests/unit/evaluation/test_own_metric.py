@@ -1,18 +1,22 @@
-"""Free text: a metric of the user chooses lambda and is reported as it is; what is said where exact match finds nothing."""
+"""Free text: chrF or a metric of the user chooses lambda and is reported as it is; what is said where exact match finds nothing."""
 
 from __future__ import annotations
 
+import string
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tc_ray.config.fusion import FusionSection
 from tc_ray.evaluation.choose import Passes, choose_lambda
 from tc_ray.evaluation.compare import POOLED
 from tc_ray.evaluation.procedure import CHOICE_FILE, Task, evaluate
+from tc_ray.evaluation.rows import read_results, results_file
+from tc_ray.evaluation.statistics import sign_flip_p
 from tc_ray.models.fusion import FusedModel
 from tests.support.evaluation_samples import HerePool, held_out, row_set, source, tiny_fused
 from tests.support.tiny_model import make_tokenizer
@@ -63,6 +67,25 @@ def test_it_decides_among_what_is_decoded_and_is_reported(fused: FusedModel, tmp
     assert (tmp_path / "kept" / CHOICE_FILE).read_text() != kept
 
 
+def test_chrf_chooses_lambda_and_is_tested_in_pairs(fused: FusedModel, tmp_path: Path) -> None:
+    """A measure by degrees: no wins and losses, p by chance signs, the interval by resampling rows."""
+    rows = [replace(row, completion=string.ascii_letters + string.digits) for row in held_out(16, seed=4)]
+    task = Task(source(), [row_set(rows[8:], "chrf")], row_set(rows[:8], "chrf", name="validation"), tmp_path / "kept")
+    report = evaluate([task], FUSION, HerePool(m=(fused, make_tokenizer())).at(tmp_path), tmp_path)
+    chosen = report.chosen["m"]
+    decoded = {row["lam"]: row["score"] for row in chosen.grid if row["score"] is not None}
+    assert len(decoded) == 3 and decoded[chosen.lam] == max(decoded.values()) > 0
+    (pair,) = report.pairs
+    before, after = (
+        np.array([one.score for one in read_results(results_file(tmp_path, model, "test"))])
+        for model in (pair.a, pair.b)
+    )
+    differences = after - before
+    assert pair.difference == pytest.approx(differences.mean()) and (pair.wins, pair.losses) == (None, None)
+    assert pair.p == sign_flip_p(differences) and pair.low <= pair.difference <= pair.high
+    assert any("chrF" in line for line in report.lines())
+
+
 def test_sets_of_one_own_metric_are_pooled_and_others_are_not(fused: FusedModel, tmp_path: Path) -> None:
     pool, rows = HerePool(m=(fused, make_tokenizer()), n=(fused, make_tokenizer())), held_out(6, seed=4)
     for other, pooled in ((METRIC, True), ("nll", False)):
@@ -79,6 +102,6 @@ def test_where_no_answer_is_right_the_report_says_what_to_do(fused: FusedModel, 
     chosen = choose_lambda(passes, row_set(rows))
     assert chosen.lam == 0
     assert chosen.how.endswith(
-        "no answer was right with any lambda: for free text choose by fusion.metric nll, or a metric of your own"
+        "no answer was right with any lambda: for free text choose by fusion.metric chrf or nll, or a metric of your own"
     )
     assert "free text" not in choose_lambda(passes, row_set(rows, "nll")).how

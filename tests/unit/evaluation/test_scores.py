@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,38 @@ def test_exact_match_compares_final_answers() -> None:
 def test_nll_knows_no_right_and_wrong() -> None:
     found = result(0, row_set([row()], "nll"), FORCED, 1, None)
     assert (found.right, found.score, found.nll, found.tokens, found.said) == (None, -0.5, 0.5, 2, "")
+
+
+def slow_chrf(said: str, gold: str) -> float:
+    """Popovic 2015 by its definition: precision and recall of character n-grams, averaged over n, recall counted twice."""
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        mine, wanted = (
+            Counter(text[at : at + n] for at in range(len(text) - n + 1))
+            for text in ("".join(said.split()), "".join(gold.split()))
+        )
+        if mine and wanted:
+            common = (mine & wanted).total()
+            precisions.append(common / mine.total())
+            recalls.append(common / wanted.total())
+    if not sum(precisions):
+        return 0.0
+    precision, recall = (sum(found) / len(found) for found in (precisions, recalls))
+    return 100 * 5 * precision * recall / (4 * precision + recall)
+
+
+def test_chrf_is_that_of_its_definition_against_the_completion_else_the_answer() -> None:
+    gold = "The cat sat on the mat."
+    texts = (gold, "A cat is on a mat", "the  cat sat", "Katze", "", "猫 on the mat, 猫")
+    for said in texts:
+        found = result(0, row_set([row(completion=gold)], "chrf"), FORCED, 1, said)
+        assert (found.right, found.said, found.nll) == (None, said, 0.5)
+        assert found.score == pytest.approx(slow_chrf(said, gold))
+    assert result(0, row_set([row(completion=gold)], "chrf"), FORCED, 1, gold).score == 100
+    bare = row_set([row(answer="on the mat")], "chrf")
+    assert result(0, bare, FORCED, 1, "the mat").score == pytest.approx(slow_chrf("the mat", "on the mat"))
+    with pytest.raises(NoGoldError, match="row 1: metric chrf: it has neither completion nor answer"):
+        check_gold(row_set([row(), row(answer=" ")], "chrf"))
 
 
 def test_options_are_ranked_by_sum_token_and_character() -> None:

@@ -56,6 +56,14 @@ def test_the_hub_reads_the_front_matter(kind: str, source: CardSource, run: Path
     assert ("dtype=torch.bfloat16" in text) == (kind == "adapter")
 
 
+def test_values_that_are_no_shares_are_not_shown_in_percent(source: CardSource) -> None:
+    line = {"metric": "chrf", "rows": 12, "value": 54.25, "low": 50.0, "high": 58.5, "nll": 0.81}
+    report = dict(source.report) | {"results": {"trial/pilot": {"test": line}}}
+    assert "| Pilot | test | 12 | chrF | 54.2500 | 50.0000 to 58.5000 | 0.8100 |" in card(
+        "merged", replace(source, report=report)
+    )
+
+
 @pytest.mark.parametrize("no_copilot", [None, "it failed"])
 def test_a_run_writes_one(no_copilot: str | None, tmp_path: Path) -> None:
     """Beside the fused model, with the numbers of the report that it is exported by."""

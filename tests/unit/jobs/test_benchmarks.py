@@ -47,6 +47,19 @@ def test_logging_overhead(tmp_path: Path, options: tuple[str, ...], least_bytes:
         assert words in printed
 
 
+def test_padding(tmp_path: Path) -> None:
+    """The same rows in four ways: grouped and packed rounds have less padding, counted exactly."""
+    texts = [{"prompt": "What is " + "one and " * (n % 9) + "two?", "completion": f"{n}."} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in texts))
+    model = make_tiny_llama(tmp_path / "tiny")
+    options = ["--model", str(model), "--rounds", "2", "--batch-size", "8", "--dtype", "fp32", "--cutoff", "128"]
+    printed, result = in_this_process("padding.py", tmp_path, str(tmp_path / "rows.jsonl"), *options)
+    shares = result["padding"]
+    assert result["examples"] == 40 and 0 <= shares["both"] <= shares["grouped"] < shares["neither"]
+    assert shares["packed"] < shares["neither"] and f"{100 * shares['packed']:.1f}%" in printed
+    assert all(len(found["wall"]) == 2 for found in result["seconds"].values())
+
+
 @pytest.mark.slow
 def test_copilot_workers(tmp_path: Path) -> None:
     size = "--hidden 64 --layers 10 --vocab 300 --target-ids 50 --rounds 2 --batch-size 4 --tokens 24 --targets 6 --dtype fp32"

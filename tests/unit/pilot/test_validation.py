@@ -6,7 +6,6 @@ Real engines of one worker, without Ray.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,20 +29,11 @@ from tests.support.tiny_run import tiny_config
 
 ROUNDS = 6
 
+pytestmark = pytest.mark.usefixtures("group")
+
 
 class Killed(Exception):
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The process group of one worker; DeepSpeed wants one."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        yield
-    dist.destroy_process_group()
 
 
 def write_rows(file: Path, texts: list[tuple[str, str]], end: tuple[int, ...] = (1,)) -> Path:
