@@ -28,16 +28,23 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"pilot__method": "lora", "pilot__dtype": "fp32", "pilot__lora": {"rank": 3, "dropout": 0.0}},
     "bf16": {"pilot__method": "full", "pilot__dtype": "bf16"},
 }
-CHANGES = [
-    ("full", 1, 3),
-    ("full", 3, 1),
-    ("full", 0, 2),
-    ("full", 2, 2),
-    ("lora", 1, 3),
-    ("lora", 3, 0),
-    ("bf16", 2, 0),
-    ("bf16", 0, 1),
-    ("bf16", 3, 2),
+CHANGES = {
+    "quick": [("full", 1, 3), ("lora", 3, 0), ("bf16", 0, 2), ("bf16", 2, 1)],
+    "rest": [
+        ("full", 3, 1),
+        ("full", 0, 2),
+        ("full", 2, 2),
+        ("lora", 1, 3),
+        ("bf16", 2, 0),
+        ("bf16", 3, 2),
+        ("bf16", 1, 3),
+    ],
+}
+"""Kind, ZeRO stage of the checkpoint, and the one that it is loaded at. In the quick ones each stage is left and entered."""
+CASES = [
+    pytest.param(part, *change, marks=[pytest.mark.slow] if part == "rest" else [])
+    for part, changes in CHANGES.items()
+    for change in changes
 ]
 BEFORE, AFTER = 3, 6
 """Rounds up to the checkpoint, and up to the end."""
@@ -115,9 +122,9 @@ def rounds_of(worker: Worker, first: int, last: int) -> list[float]:
     return [worker._round(number)["loss"] for number in range(first, last + 1)]
 
 
-def three(folder: Path, made: dict[Any, Any]) -> None:
+def three(folder: Path, made: dict[Any, Any], part: str) -> None:
     """Every kind and stage: three rounds and a checkpoint, and then, as a run without a change, three more."""
-    for kind, stage in sorted({(kind, stage) for kind, stage, _ in CHANGES}):
+    for kind, stage in sorted({(kind, stage) for kind, stage, _ in CHANGES[part]}):
         worker = run_of(folder, kind, stage, stage, 3)
         rounds_of(worker, 1, BEFORE)
         worker._checkpoint(BEFORE, wait=True)
@@ -126,9 +133,9 @@ def three(folder: Path, made: dict[Any, Any]) -> None:
         made[kind, stage] = (*at, losses, state_of(worker.engine))
 
 
-def two(folder: Path, made: dict[Any, Any]) -> None:
+def two(folder: Path, made: dict[Any, Any], part: str) -> None:
     """Every change: load and go on."""
-    for kind, old, stage in CHANGES:
+    for kind, old, stage in CHANGES[part]:
         worker = run_of(folder, kind, stage, old, 2)
         assert worker._restore() == BEFORE
         at = state_of(worker.engine), model_of(worker.engine)
@@ -160,26 +167,28 @@ def alone(folder: Path, made: dict[Any, Any]) -> None:
     made["end"] = state_of(worker.engine)
 
 
-def rank_of(work: Any, rank: int, workers: int, folder: Path) -> None:
+def rank_of(work: Any, rank: int, workers: int, folder: Path, *more: str) -> None:
     """In a process of its own."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     meeting = folder / f"meeting-{workers}"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
     made: dict[Any, Any] = {}
-    work(folder, made)
+    work(folder, made, *more)
     if rank == 0:
         torch.save(made, folder / f"{work.__name__}.pt")
     dist.destroy_process_group()
 
 
-def group(work: Any, workers: int, folder: Path) -> dict[Any, Any]:
+def group(work: Any, workers: int, folder: Path, *more: str) -> dict[Any, Any]:
     """What `work` left in the first of so many ranks."""
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(
         ["deepspeed", "transformers.models.llama", "tc_ray.pilot.loop"]
     )  # once, not by each rank
-    ranks = [fork.Process(target=rank_of, args=(work, rank, workers, folder), daemon=True) for rank in range(workers)]
+    ranks = [
+        fork.Process(target=rank_of, args=(work, rank, workers, folder, *more), daemon=True) for rank in range(workers)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -200,17 +209,20 @@ def write_inputs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], dict[Any, Any]]:
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """What three workers made, then what two made of it."""
     folder = tmp_path_factory.mktemp("reshard")
     write_inputs(folder)
-    found = group(three, 3, folder), group(two, 2, folder)
-    whole = latest_checkpoint(folder / "full-1" / "pilot" / "checkpoints")
-    assert whole is not None and (whole.world_size, whole.zero_stage) == (3, 1), "loading wrote nothing"
+    found = group(three, 3, folder, request.param), group(two, 2, folder, request.param)
+    kind, stage, _ = CHANGES[request.param][0]
+    whole = latest_checkpoint(folder / f"{kind}-{stage}" / "pilot" / "checkpoints")
+    assert whole is not None and (whole.world_size, whole.zero_stage) == (3, stage), "loading wrote nothing"
     return found
 
 
-@pytest.mark.parametrize(("kind", "old", "stage"), CHANGES)
+@pytest.mark.parametrize(("made", "kind", "old", "stage"), CASES, indirect=["made"])
 def test_what_is_loaded_is_what_was_saved(
     kind: str, old: int, stage: int, made: tuple[dict[Any, Any], dict[Any, Any]]
 ) -> None:
@@ -226,7 +238,7 @@ def test_what_is_loaded_is_what_was_saved(
     ]
 
 
-@pytest.mark.parametrize(("kind", "old", "stage"), CHANGES)
+@pytest.mark.parametrize(("made", "kind", "old", "stage"), CASES, indirect=["made"])
 def test_the_rounds_after_it_are_those_of_a_run_without_the_change(
     kind: str, old: int, stage: int, made: tuple[dict[Any, Any], dict[Any, Any]]
 ) -> None:
