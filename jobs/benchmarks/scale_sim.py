@@ -245,22 +245,22 @@ def change(setup: Setup, part: str) -> tuple[str, str, Setup] | None:
 
 @dataclass(frozen=True)
 class Advice:
-    """Settings by name that bring every load to SAFE or below. loads: with them. stuck: the part for which no setting is left."""
+    """Settings by name, and the loads with them. stuck: parts above SAFE for which no setting is left, the worst first."""
 
     settings: dict[str, str]
     loads: dict[str, float]
-    stuck: str | None
+    stuck: str
 
 
 def advise(setup: Setup, at: Machine, commits: Commits, gpus: int) -> Advice:
-    """Change one setting after the other, each time for the largest load."""
+    """Change one setting after the other, each time for the largest load that a setting can lower."""
     settings: dict[str, str] = {}
     while True:
         found = loads(setup, at, commits, gpus)
-        worst = max(found, key=lambda part: found[part])
-        step = None if found[worst] <= SAFE else change(setup, worst)
+        high = sorted((part for part in found if found[part] > SAFE), key=lambda part: -found[part])
+        step = next((made for part in high if (made := change(setup, part)) is not None), None)
         if step is None:
-            return Advice(settings, found, worst if found[worst] > SAFE else None)
+            return Advice(settings, found, ", ".join(high))
         name, value, setup = step
         settings[name] = value
         if setup.file_bytes > LogSection().file_bytes:

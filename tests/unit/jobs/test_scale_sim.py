@@ -70,7 +70,7 @@ def test_advice_ends_below_the_limit_or_says_for_what_no_setting_is_left(sim: An
     at = sim.Machine(store=1000.0, read=500.0, memory=1.0, learner_gigabytes=64.0)
     commits = sim.Commits(1000, 0.01, 0.005, (0.1, 0.2), 0.0, 0.1, 0.1, 1000)
     advice = sim.advise(setup, at, commits, 1024)
-    assert advice.stuck is None and max(advice.loads.values()) <= sim.SAFE
+    assert not advice.stuck and max(advice.loads.values()) <= sim.SAFE
     assert {"log.flush_rounds", "log.positions"} <= set(advice.settings)
     slow = replace(commits, seconds=1.0)
     assert sim.advise(setup, at, slow, 1024).stuck == "Ledger"
