@@ -183,9 +183,8 @@ def rank_of(work: Any, rank: int, workers: int, folder: Path, *more: str) -> Non
 def group(work: Any, workers: int, folder: Path, *more: str) -> dict[Any, Any]:
     """What `work` left in the first of so many ranks."""
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(
-        ["deepspeed", "transformers.models.llama", "tc_ray.pilot.loop"]
-    )  # once, not by each rank
+    # imported once, not by each rank
+    fork.set_forkserver_preload(["deepspeed", "transformers.models.llama", "tc_ray.pilot.loop"])
     ranks = [
         fork.Process(target=rank_of, args=(work, rank, workers, folder, *more), daemon=True) for rank in range(workers)
     ]
@@ -208,25 +207,33 @@ def write_inputs(folder: Path) -> None:
     pq.write_table(pa.table(table), folder / "train.parquet")
 
 
+class Runs:
+    """What three workers made, then what two made of it: of each part of CHANGES once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {}
+
+    def of(self, part: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        if part not in self._made:
+            folder = self._root / part
+            write_inputs(folder)
+            self._made[part] = group(three, 3, folder, part), group(two, 2, folder, part)
+            kind, stage, _ = CHANGES[part][0]
+            whole = latest_checkpoint(folder / f"{kind}-{stage}" / "pilot" / "checkpoints")
+            assert whole is not None and (whole.world_size, whole.zero_stage) == (3, stage), "loading wrote nothing"
+        return self._made[part]
+
+
 @pytest.fixture(scope="module")
-def made(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """What three workers made, then what two made of it."""
-    folder = tmp_path_factory.mktemp("reshard")
-    write_inputs(folder)
-    found = group(three, 3, folder, request.param), group(two, 2, folder, request.param)
-    kind, stage, _ = CHANGES[request.param][0]
-    whole = latest_checkpoint(folder / f"{kind}-{stage}" / "pilot" / "checkpoints")
-    assert whole is not None and (whole.world_size, whole.zero_stage) == (3, stage), "loading wrote nothing"
-    return found
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("reshard"))
 
 
-@pytest.mark.parametrize(("made", "kind", "old", "stage"), CASES, indirect=["made"])
-def test_what_is_loaded_is_what_was_saved(
-    kind: str, old: int, stage: int, made: tuple[dict[Any, Any], dict[Any, Any]]
-) -> None:
+@pytest.mark.parametrize(("part", "kind", "old", "stage"), CASES)
+def test_what_is_loaded_is_what_was_saved(part: str, kind: str, old: int, stage: int, runs: Runs) -> None:
     """Bit for bit: weights, moments and steps, each as a whole; and the weights that the forward pass reads."""
+    made = runs.of(part)
     (saved, model, *_), (loaded, read, *_, events) = made[0][kind, old], made[1][kind, old, stage]
     assert loaded.keys() == saved.keys() and len(saved) >= 10
     for name, values in saved.items():
@@ -238,11 +245,12 @@ def test_what_is_loaded_is_what_was_saved(
     ]
 
 
-@pytest.mark.parametrize(("made", "kind", "old", "stage"), CASES, indirect=["made"])
+@pytest.mark.parametrize(("part", "kind", "old", "stage"), CASES)
 def test_the_rounds_after_it_are_those_of_a_run_without_the_change(
-    kind: str, old: int, stage: int, made: tuple[dict[Any, Any], dict[Any, Any]]
+    part: str, kind: str, old: int, stage: int, runs: Runs
 ) -> None:
     """Up to the order in which gradients are added, which in bf16 is a part in 256."""
+    made = runs.of(part)
     (at, _, losses, end), (*_, new_losses, new_end, _) = made[0][kind, old], made[1][kind, old, stage]
     exact = kind != "bf16"
     assert new_losses == pytest.approx(losses, rel=1e-5 if exact else 2e-2)
