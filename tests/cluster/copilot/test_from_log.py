@@ -91,25 +91,6 @@ def test_files_of_other_lengths_make_no_difference(run: RunConfig, tmp_path: Pat
     assert_equal(trained.folder, run.run.path / "copilot" / "final")
 
 
-@pytest.mark.slow
-def test_smaller_logs_are_compared(run: RunConfig, tmp_path: Path) -> None:
-    """jobs/benchmarks/log_forms.py: what it prints and writes; each form is smaller than the one before."""
-    forms = ["as-it-is", "states=int8", "top-k=2,positions=target,states=int8"]
-    words = [str(run.run.path), "--test-rounds", "2", "--seeds", "3", "4", "--forms", *forms]
-    words += ["--json", str(tmp_path / "out.json"), "--folder", str(tmp_path)]
-    script = ROOT / "jobs" / "benchmarks" / "log_forms.py"
-    command = [sys.executable, str(script), *words]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert list(result["forms"]) == forms and result["test_records"] > 0
-    sizes = [row["bytes_per_row"] for row in result["forms"].values()]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
-    assert all(len(row["error_ratio"]) == 2 for row in result["forms"].values())
-    assert result["forms"]["as-it-is"]["difference_interval"] == [0.0, 0.0]
-    assert "error ratio" in done.stdout
-
-
 class Cut(Exception):
     pass
 

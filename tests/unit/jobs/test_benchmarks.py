@@ -223,19 +223,3 @@ def test_gpu_check_on_a_processor(tmp_path: Path) -> None:
     for part in ("logging", "copilot_step", "decoding", "prefill", "serving"):
         assert json.loads((tmp_path / f"{part}.json").read_text())["machine"]
     assert (tmp_path / "run" / "export").is_dir()
-
-
-@pytest.mark.slow
-def test_log_writers(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    sizes = ["--writers", "1", "2", "--megabytes", "7", "--repeats", "1", "--folder", str(disk)]
-    printed, result = alone("log_writers.py", tmp_path, *sizes)
-    assert result["rows_per_writer"] == 16 * 4
-    assert set(result["runs"]) == {"1", "2"} and result["runs"]["1"]["linear"] == 1.0
-    for count, run in result["runs"].items():
-        for side in ("log", "bare"):
-            rate = int(count) * result["rows_per_writer"] / run[side]["seconds"]["median"]
-            assert run[side]["rows_per_second"] == pytest.approx(rate)
-    assert result["machine"] in printed and "of the limit" in printed
-    assert not list(disk.iterdir()), "the records are left on the disk"
