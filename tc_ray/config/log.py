@@ -30,6 +30,11 @@ class LogSection(Section):
     pooling: Literal["mean", "max", "sum"] = Field(
         "mean", description="how the hidden states of a token are pooled over the layers (table 19)"
     )
+    states: Literal["bf16", "int8"] = Field(
+        "bf16",
+        description="how a stored hidden state is kept: its numbers in 16 bits each, or in 8 bits with one scale per state, "
+        "an error of at most 1/254 of the state's largest number; the Copilot reads bf16 in each case",
+    )
     positions: Literal["all", "target"] = Field(
         "all",
         description="positions whose hidden states are kept: every one, or only those that predict a target token "

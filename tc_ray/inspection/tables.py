@@ -47,7 +47,10 @@ def facts(stats: LogStats, texts: TokenTexts) -> list[tuple[str, str]]:
         ("examples", rows if stats.rows else "none"),
         ("rounds", f"{stats.first_round:,} to {stats.last_round:,}"),
         ("errors kept", f"{kept}, besides the true one, for each target token"),
-        ("hidden states", f"{meta.tap}; {meta.rationale_layers} x {meta.rationale_dim} numbers per position"),
+        (
+            "hidden states",
+            f"{meta.tap}; {meta.rationale_layers} x {meta.rationale_dim} {meta.rationale_dtype} numbers per position",
+        ),
         ("token texts", texts.note),
     ]
 

@@ -143,6 +143,7 @@ def to_records(
         rationale_dim=step.rationale.shape[-1],
         target_offsets=offsets_of((end - start)[taken]),
         error=log.error,
+        rationale_dtype=log.states,
         **arrays,
     )
     return records, wait
@@ -218,6 +219,7 @@ def log_metadata(
         question="states" if family.encoder_decoder else log.question,
         layers="all" if layers is None else ",".join(map(str, layers)),
         error=log.error,
+        rationale_dtype=log.states,
         **hashes,
     )
 

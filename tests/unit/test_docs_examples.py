@@ -5,6 +5,7 @@ The examples stand on `make demo`; here they run on a tiny export and a tiny log
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import textwrap
@@ -13,12 +14,14 @@ from typing import Any
 
 import click
 import matplotlib
+import numpy as np
 import pytest
 import typer
 
 from tc_ray.cli.main import app
 from tc_ray.config.log import LogSection
 from tc_ray.mistakelog.commit.ledger import Ledger
+from tc_ray.mistakelog.read.reader import MistakeLog
 from tc_ray.mistakelog.table.store import LogStore
 from tc_ray.mistakelog.write.writer import RecordWriter
 from tests.support.family_samples import folder_of, make_copilot, new_pilot, quiet
@@ -62,17 +65,18 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a log of 20 rounds in outputs/demo/log."""
-    folder = tmp_path / "outputs/demo/log"
-    LogStore.create(folder, metadata())
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """A current folder with a log of 20 rounds in outputs/demo/log; parameter: `log.states`."""
+    folder, kind = tmp_path / "outputs/demo/log", getattr(request, "param", "bf16")
+    LogStore.create(folder, metadata(rationale_dtype=kind))
     ledger = Ledger(folder, writers=1, run="test")
     options: dict[str, Any] = {"flush_rounds": 4, "file_bytes": 2**30, "queue_rounds": 8}
     writer = RecordWriter(
         folder, ledger.commit, LogSection(**options), run="test", rank=0, attempt=ledger.begin_attempt(0, 1)
     )
     for number in range(1, 21):
-        writer.put(random_records(6, round=number, first_sample=10 * number), number)
+        records = random_records(6, round=number, first_sample=10 * number)
+        writer.put(dataclasses.replace(records, rationale_dtype=kind), number)
         writer.end_round(number)
     writer.close()
     monkeypatch.chdir(tmp_path)
@@ -105,6 +109,7 @@ def test_the_examples_of_the_readme_run(demo: Path, log: Path, capsys: pytest.Ca
     run([reading], {})
 
 
+@pytest.mark.parametrize("log", ["bf16", "int8"], indirect=True)
 def test_the_examples_of_reading_a_log_run(log: Path) -> None:
     """With Polars, DuckDB, deltalake and NumPy, and with tc-ray's own readers."""
     blocks = python_of("docs/mistake-log.md")
@@ -113,7 +118,10 @@ def test_the_examples_of_reading_a_log_run(log: Path) -> None:
     row = found["row"]
     targets = len(row["input_ids"]) - row["target_start"]
     assert found["ids"].shape == found["errors"].shape == (targets, metadata().top_k + 1)
-    assert found["states"].shape[2] == metadata().rationale_dim
+    records = MistakeLog(log).records()
+    one = records.select(np.flatnonzero(records.sample_id == row["sample_id"]))
+    bits = one.rationale.astype(np.uint32) << 16
+    np.testing.assert_allclose(found["states"], bits.view(np.float32), rtol=2.0**-8)
     assert len(found["records"]) == 6 * 8 and len(found["update"].new) == 5
 
 

@@ -49,6 +49,14 @@ def list_arrays(values: Sequence[Array], offsets: Array) -> list[pa.ListArray]:
     return [pa.ListArray.from_arrays(counted, pa.array(flat[first:last])) for flat in values]
 
 
+def plain_column(table: pa.Table, name: str, dtype: type[np.generic]) -> Array:
+    """Values [N] of a column of single values; LogSchemaError: there are nulls."""
+    column = table.column(name)
+    if column.null_count:
+        raise LogSchemaError(f"column {name}: {column.null_count} null values")
+    return np.asarray(column.to_numpy()).astype(dtype, copy=False)
+
+
 def flat_column(column: pa.ChunkedArray) -> tuple[Array, Array]:
     """Flat values and int64 offsets [N+1] of a list or binary column; with one chunk the values are a view."""
     if column.null_count:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PREFIX = "tc_ray."
 
 ROW_SCHEMA = pa.schema(
@@ -29,8 +29,10 @@ ROW_SCHEMA = pa.schema(
         ("target_start", pa.int32()),
         # bf16 bits [target_start, dim], the encoder's output; null where X~ follows from the ids (decoder-only)
         ("question", pa.binary()),
-        # bf16 bits, C order [positions, layers, dim]; the last position is len(input_ids) - 2
+        # bf16 bits (or int8), C order [positions, layers, dim]; the last position is len(input_ids) - 2
         ("rationale", pa.binary()),
+        # int8: a number is its int8 times the scale of its state [positions, layers]; null with bf16
+        ("rationale_scale", pa.list_(pa.float32())),
         ("rationale_layers", pa.int16()),
         # top_k + 1 entries per target token, row after row; dense errors: no ids, and V values in vocabulary order
         ("error_ids", pa.list_(pa.int32())),
@@ -88,7 +90,8 @@ class LogMetadata:
     """Hash of the weights that the Pilot starts from."""
     copilot_weights: str = ""
     """Hash of the weights that the Copilot's layers start from."""
-    rationale_dtype: str = "bfloat16"
+    rationale_dtype: Literal["bf16", "int8"] = "bf16"
+    """How the column `rationale` holds states: bf16 bits, or int8 with a scale for each state in `rationale_scale`."""
     schema_version: int = SCHEMA_VERSION
 
     def to_configuration(self) -> dict[str, str]:

@@ -22,8 +22,8 @@ from tc_ray.mistakelog.table.location import Location
 
 TEMPORARY_SUFFIX = ".tmp"
 """Added to a local file's name while it is written."""
-# rows wait in memory until a row group has this size: small ones read slowly
-_ROW_GROUP_BYTES = 16 << 20
+ROW_GROUP_BYTES = 16 << 20
+"""Rows wait in memory until a row group has this size: small ones read slowly."""
 _PIECE_BYTES = 6 << 20
 
 Compression = Literal["none", "zstd"]
@@ -141,7 +141,7 @@ class ParquetPart:
         self._waiting.append(table)
         self._waiting_bytes += table.get_total_buffer_size() if size is None else size
         self.rows += table.num_rows
-        if self._waiting_bytes >= _ROW_GROUP_BYTES:
+        if self._waiting_bytes >= ROW_GROUP_BYTES:
             self._write_row_group().sync_so_far()
 
     def _write_row_group(self) -> _Output:

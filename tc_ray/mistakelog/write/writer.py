@@ -54,7 +54,7 @@ class RecordWriter:
         start_round: int = 0,
     ) -> None:
         self.rank, self.attempt = rank, attempt
-        self._location, self._submit, self._settings, self._run = Location(location), submit, settings, run
+        self._location, self._submit, self._settings = Location(location), submit, settings
         self._blocks = settings.full_policy == "block"
 
         self._changed = threading.Condition()
@@ -71,7 +71,7 @@ class RecordWriter:
         self._records = 0
         self._blocked_seconds = 0.0
         # the thread's side
-        self._file = OpenFile(self._location, settings.compression)
+        self._file = OpenFile(self._location, settings.compression, run)
         # batches of the round that has not ended: kept out of the file, which may be cut before they are complete
         self._unfinished: list[Batch] = []
         self._sequence = 0
@@ -257,7 +257,7 @@ class RecordWriter:
         with self._changed:
             ready = self._queue.without_left_out(batch for batch in self._unfinished if batch.round <= round)
         for batch in ready:
-            self._file.add(batch.records.to_arrow(self._run))
+            self._file.add(batch.records)
         self._unfinished = [batch for batch in self._unfinished if batch.round > round]
         if self._file.rows:
             self._until_written(lambda: self._file.write(self._name()))

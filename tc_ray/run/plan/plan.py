@@ -131,9 +131,10 @@ def make_plan(config: RunConfig) -> Plan:
             notes.append("the log's bytes are predicted with every record")
     total = per_round * rounds if per_round is not None and rounds is not None else None
     free = shutil.disk_usage(next(p for p in (config.run.path, *config.run.path.parents) if p.exists())).free
-    if total is not None and total > free:
+    if total is not None and min(total, config.log.max_bytes or total) > free:
         notes.append(
-            "the predicted log does not fit on the disk: free space, lower pilot.epochs or log.top_k, or set log.positions=target"
+            "the predicted log does not fit on the disk: free space, set log.states=int8, log.positions=target or a smaller "
+            "log.top_k, or let old rounds go with log.max_bytes"
         )
     steps = rounds * config.copilot.steps_per_round if rounds is not None and config.log.enabled else None
     return Plan(config, sizes, data, rounds, steps, per_round, total, free, notes, refusals)
@@ -196,17 +197,19 @@ def log_bytes_per_round(
 ) -> int:
     """Bytes that one round of all workers adds to the log's data files, uncompressed.
 
-    A record is bf16 states, one or several a position (of an encoder-decoder or with log.question: states also one for
-    each source position: the question), int32 token ids, and a target token's k + 1 errors (int32 + fp32; dense: V fp32), rest, loss and a bit; the
-    share of a file's own bytes follows from how often files are cut.
+    A record is states (bf16, or int8 with an fp32 scale), one or several a position (of an encoder-decoder or with
+    log.question: states also one in bf16 for each source position: the question), int32 token ids, and a target token's
+    k + 1 errors (int32 + fp32; dense: V fp32), rest, loss and a bit; the share of a file's own bytes follows from how
+    often files are cut.
     """
     log = config.log
     layers = {"pooled": 1, "all": sizes.layers}[log.rationale] if isinstance(log.rationale, str) else len(log.rationale)
     states = layers * (mean_tokens - 1 if log.positions == "all" else mean_targets)
+    state_bytes = states * (sizes.hidden_size + 4 if log.states == "int8" else 2 * sizes.hidden_size)
     if sizes.encoder_decoder or log.question == "states":
-        states += mean_tokens - mean_targets
+        state_bytes += (mean_tokens - mean_targets) * 2 * sizes.hidden_size
     errors = 4 * sizes.vocab_size if log.error == "dense" else 8 * (min(log.top_k, sizes.vocab_size - 1) + 1)
-    record = states * sizes.hidden_size * 2 + mean_tokens * 4 + mean_targets * (errors + 4 + 4 + 1 / 8) + _ROW_BYTES
+    record = state_bytes + mean_tokens * 4 + mean_targets * (errors + 4 + 4 + 1 / 8) + _ROW_BYTES
     rows = config.pilot.batch_size * records_per_row
     records = record * rows * (log.sampling_fraction if log.sampling == "fraction" else 1.0)
     workers = config.resources.pilot_workers

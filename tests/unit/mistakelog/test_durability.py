@@ -207,7 +207,7 @@ def test_a_data_file_whose_sync_failed_is_written_anew(
     """Fault 4, kind: the records are still in memory, so the file is made again, under another name."""
     ledger = Ledger(folder, writers=1, run="test")
     attempt = ledger.begin_attempt(2, 1)
-    monkeypatch.setattr("tc_ray.mistakelog.table.data_file._ROW_GROUP_BYTES", 1 if call == "fdatasync" else 16 << 20)
+    monkeypatch.setattr("tc_ray.mistakelog.table.data_file.ROW_GROUP_BYTES", 1 if call == "fdatasync" else 16 << 20)
     writer = RecordWriter(
         folder,
         ledger.commit,

@@ -48,7 +48,7 @@ def write_file(folder: Path, rounds: range, rank: int = 0) -> DataFile:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A log of rounds 1 to 12: files of 4, 3 and 5 rounds of one rank, one of rounds 3 to 9 of another. Pieces are small."""
-    monkeypatch.setattr(datafile, "_ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr(datafile, "ROW_GROUP_BYTES", 1)
     store = LogStore.create(tmp_path, metadata())
     files = [write_file(tmp_path, rounds) for rounds in (range(1, 5), range(5, 8), range(8, 13))]
     files.append(write_file(tmp_path, range(3, 10), rank=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +45,26 @@ def test_large_columns_are_views_of_the_arrays() -> None:
     chunk = records.to_arrow("r").column("rationale").chunk(0)
     assert chunk.buffers()[2].address == records.rationale.ctypes.data
     assert Records.from_arrow(records.to_arrow("r")).rationale.ctypes.data == records.rationale.ctypes.data
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("question", [False, True])
+def test_joined_parts_are_the_rows_of_their_concatenation(question: bool, kind: Literal["bf16", "int8"]) -> None:
+    parts = [
+        dataclasses.replace(random_records(rows, round=rows + 1, layers=2, question=question), rationale_dtype=kind)
+        for rows in (4, 0, 7)
+    ]
+    table, expected = Records.join_to_arrow(parts, "r"), Records.concat(parts).to_arrow("r")
+    assert table.schema.equals(expected.schema, check_metadata=True)
+    assert table.equals(expected)
+    assert_same(Records.from_arrow(table), Records.from_arrow(expected))
+    if kind == "bf16":
+        chunks = table.column("rationale").chunks
+        assert [chunk.buffers()[2].address for chunk in chunks if len(chunk)] == [
+            part.rationale.ctypes.data for part in parts if len(part)
+        ]
+    with pytest.raises(ValueError, match="rationale_layers"):
+        Records.join_to_arrow([parts[0], random_records(2)], "r")
 
 
 def test_sliced_and_chunked_tables() -> None:

@@ -123,7 +123,7 @@ def test_a_file_of_an_unknown_schema_version_is_named_and_passed_over(
     monkeypatch.setattr(Records, "arrow_metadata", later)
     written(tmp_path, rounds=ROUNDS)
     victim = LogStore(tmp_path).files()[2].name
-    reason = "Mistake Log schema version 9, but this tc-ray reads version 2"
+    reason = "Mistake Log schema version 9, but this tc-ray reads version 3"
     result = verify_log(tmp_path)
     assert [(bad.name, bad.reason) for bad in result.bad] == [(victim, reason)]
     log = MistakeLog(tmp_path)

@@ -190,7 +190,7 @@ def test_a_blocked_put_ends_when_the_thread_fails(tmp_path: Path) -> None:
 
 
 def test_a_fenced_writer_stops_and_its_leftovers_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tc_ray.mistakelog.table.data_file._ROW_GROUP_BYTES", 1)  # to the disk at once
+    monkeypatch.setattr("tc_ray.mistakelog.table.data_file.ROW_GROUP_BYTES", 1)  # to the disk at once
     ledger, _ = begin(tmp_path)
     old = make_writer(tmp_path, ledger.commit)
     for number in (1, 2):
@@ -237,7 +237,7 @@ def test_wrong_rounds_are_refused(tmp_path: Path) -> None:
 
 
 def test_zstd_and_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tc_ray.mistakelog.table.data_file._ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr("tc_ray.mistakelog.table.data_file.ROW_GROUP_BYTES", 1)
     ledger, _ = begin(tmp_path)
     writer = make_writer(tmp_path, ledger.commit, compression="zstd")
     put = [batch(1), batch(1)]

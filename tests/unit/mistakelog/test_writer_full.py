@@ -136,7 +136,7 @@ def test_block_keeps_what_was_written_before_the_disk_was_full(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row groups of the file are on the disk already when it fails: they are written again from memory."""
-    monkeypatch.setattr("tc_ray.mistakelog.table.data_file._ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr("tc_ray.mistakelog.table.data_file.ROW_GROUP_BYTES", 1)
     pilot = Pilot(tmp_path, flush_rounds=100, queue_rounds=8)
     for _ in range(3):
         pilot.train()

@@ -201,6 +201,8 @@ def test_what_no_run_could_start_with_is_refused(tiny: Path, data: Path, tmp_pat
 def test_a_log_that_does_not_fit_is_told(tiny: Path, data: Path, tmp_path: Path) -> None:
     config = config_of(tiny, str(data), tmp_path / "run", pilot={"epochs": 10**9})
     assert "does not fit on the disk" in str(make_plan(config))
+    config.log.max_bytes = 10**6  # then old rounds go
+    assert "does not fit on the disk" not in str(make_plan(config))
 
 
 def test_plain_fine_tuning_has_no_log(tiny: Path, data: Path, tmp_path: Path) -> None:

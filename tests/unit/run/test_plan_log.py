@@ -84,6 +84,8 @@ def written(config: RunConfig, data: Path, family: str) -> tuple[float, int]:
         ("llama", {"rationale": "all"}),
         ("llama", {"rationale": [0, 3], "positions": "target"}),
         ("flan_t5", {"rationale": "all"}),
+        ("llama", {"states": "int8"}),
+        ("flan_t5", {"states": "int8"}),
         ("llama", {"error": "dense"}),
         ("flan_t5", {"error": "dense"}),
         ("llama", {"sampling": "fraction", "sampling_fraction": 0.5}),
