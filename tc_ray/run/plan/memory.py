@@ -2,7 +2,7 @@
 
 Invariant: `kept` is what a process cannot do without, whatever the rows are (weights, gradients, optimizer, the programs
 themselves); `passing` is what long rows need besides. A run is refused for the first alone. The formulas follow what
-DeepSpeed 0.19, torch's AdamW and this package allocate; `jobs/benchmarks/memory.py` measures them. Called by `run.plan.plan`.
+DeepSpeed 0.19, torch's AdamW and this package allocate; `jobs/benchmarks/memory.py` compares. Called by `run.plan.plan`.
 """
 
 from __future__ import annotations
