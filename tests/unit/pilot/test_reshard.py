@@ -266,6 +266,7 @@ def test_the_rounds_after_it_are_those_of_a_run_without_the_change(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_four_then_two_then_three_workers_train_what_one_does(tmp_path: Path) -> None:
     """At ZeRO stages 1, 3 and 0, with uneven micro-batches where the rows do not divide."""
     write_inputs(tmp_path)
