@@ -109,7 +109,8 @@ def test_a_ray_that_is_too_small_is_refused_before_anything_starts(tmp_path: Pat
     """Fault 12: 8 CPUs asked on a smaller Ray showed "train" without end."""
     config = tiny_config(tmp_path, resources__pilot_cpus=7)
     with pytest.raises(
-        CapacityError, match=r"asks for 8 CPUs .*1 node \(2 CPUs\), no autoscaler\. Missing: 6 CPU\. Lower resources\.pilot"
+        CapacityError,
+        match=r"asks for 8 CPUs .*1 node \(2 CPUs\), no autoscaler\. Missing: 6 CPU\. Lower resources\.pilot",
     ):
         run_job(config)
     assert {path.name for path in config.run.path.iterdir()} == {"run.lock", "status.json"}
