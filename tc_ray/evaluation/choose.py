@@ -2,7 +2,8 @@
 
 One teacher-forced pass gives every lambda. For choice and nll its scores are the metric, and decide. Else the two best and
 lambda 0 are decoded, and the metric decides among these three. The two best: for exact_match by the share of rows whose gold
-tokens are all ranked first, then by NLL; for ranking, chrf and a function of the user, by NLL. The rule itself is `statistics.choose`. Called by `procedure`.
+tokens are all ranked first, near ties by NLL; for ranking, chrf and a function of the user, by NLL. The rule itself is
+`statistics.choose`. Called by `procedure`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tc_ray.evaluation.pool import Pool
 from tc_ray.evaluation.rows import RowResult, RowSet
 from tc_ray.evaluation.scores import decoded_as, forced_result, result
 from tc_ray.evaluation.sources import ModelSource
-from tc_ray.evaluation.statistics import Choice, Comparison, choose
+from tc_ray.evaluation.statistics import Choice, Comparison, choose, preferred
 from tc_ray.models.folder import SPACES
 
 DECODED = 2
@@ -87,8 +88,8 @@ def choose_lambda(passes: Passes, validation: RowSet) -> Chosen:
     grid = [_forced_row(choice, number, validation, forced) for number, choice in enumerate(choices)]
     decided = list(choices)
     if decoded_as(validation.metric) is not None and grid[0]["nll"] is not None:
-        best = sorted(range(1, len(choices)), key=lambda i: _rank(grid[i], validation.metric))[:DECODED]
-        decided = [choices[0], *(choices[i] for i in sorted(best))]
+        best = _to_decode(validation, choices, forced, [row["nll"] for row in grid])
+        decided = [choice for number, choice in enumerate(choices) if number == 0 or choice in best]
     said = passes.said(validation, decided)
     results = {
         choice: results_of(validation, forced, choices.index(choice), said, number)
@@ -133,8 +134,20 @@ def _best(
     return choose(scores, {choice: row["nll"] for choice, row in grid.items() if row["nll"] is not None})
 
 
-def _rank(row: Mapping[str, Any], metric: str) -> tuple[float, float]:
-    return (-row["forced"] if metric == "exact_match" else 0.0, row["nll"])
+def _to_decode(
+    rows: RowSet, choices: Sequence[Choice], forced: Sequence[Any], nll: Sequence[float]
+) -> Sequence[Choice]:
+    """The corrections that teacher forcing prefers: for exact_match by rows whose gold tokens are all ranked first, else by NLL."""
+    likely = dict(zip(choices, nll, strict=True))
+    if rows.metric != "exact_match":
+        return sorted(choices[1:], key=likely.__getitem__)[:DECODED]
+    found = {
+        choice: [forced_result(row, rows, of_row, number) for row, of_row in enumerate(forced)]
+        for number, choice in enumerate(choices)
+        if number
+    }
+    first = {choice: [float(0 < one.tokens == one.first) for one in results] for choice, results in found.items()}
+    return preferred(first, likely)[:DECODED]
 
 
 def _forced_row(choice: Choice, number: int, rows: RowSet, found: Sequence[Any]) -> dict[str, Any]:

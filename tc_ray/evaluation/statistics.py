@@ -182,11 +182,31 @@ class Comparison:
 
 
 def choose(scores: Mapping[Choice, Sequence[float]], nll: Mapping[Choice, float]) -> Choice:
-    """The choice with the highest mean score on validation rows; a tie goes to the lower teacher-forced NLL.
+    """The choice for validation rows: of those with a higher mean score than the Pilot, the first of `preferred`.
 
     lam 0 is among the choices and wins every tie, because a correction must prove itself.
     """
-    total = {choice: math.fsum(row_scores) for choice, row_scores in scores.items()}  # exact: ties are ties
     pilot = next(choice for choice in scores if choice[1] == 0)
-    best = max(scores, key=lambda choice: (total[choice], -nll.get(choice, 0.0)))
-    return best if total[best] > total[pilot] else pilot
+    total = math.fsum(scores[pilot])
+    ahead = {choice: of_rows for choice, of_rows in scores.items() if math.fsum(of_rows) > total}
+    return preferred(ahead, nll)[0] if ahead else pilot
+
+
+def preferred(scores: Mapping[Choice, Sequence[float]], nll: Mapping[Choice, float]) -> list[Choice]:
+    """Choices, best first: those near the highest mean score by teacher-forced NLL, then the others by score.
+
+    Near: behind by one standard error of the paired difference at most. A few rows more of a few hundred are chance, while the
+    NLL of the same rows tells the two apart.
+    """
+    total = {choice: math.fsum(of_rows) for choice, of_rows in scores.items()}  # exact: ties are ties
+    best = max(scores, key=lambda choice: total[choice])
+
+    def near(choice: Choice) -> bool:
+        error = math.sqrt(math.fsum((b - a) ** 2 for a, b in zip(scores[choice], scores[best], strict=True)))
+        return total[best] - total[choice] <= error
+
+    def order(choice: Choice) -> tuple[bool, float, float]:
+        likely = nll.get(choice, 0.0)
+        return (False, likely, -total[choice]) if near(choice) else (True, -total[choice], likely)
+
+    return sorted(scores, key=order)

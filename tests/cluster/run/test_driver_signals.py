@@ -15,7 +15,8 @@ STATUS_SECONDS = 3.0
 """`ray job stop` kills after this time."""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_says_so_and_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     """Fault 11: SIGINT as it comes to a job of a background shell, where it is switched off at the start."""
     run, output = tmp_path / "run", tmp_path / "driver.log"

@@ -202,6 +202,7 @@ def computed_rows(monkeypatch: pytest.MonkeyPatch, record: Path) -> Callable[[],
     return lambda: sum(map(int, record.read_text().split())) if record.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_driver_s_work_is_kept(
     folder: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,8 @@ from tc_ray.tracking.statusfile import line, read_status
 from tests.support.command_line import tc_ray
 from tests.support.tiny_run import assert_log_is_exact, tiny_config
 
+pytestmark = pytest.mark.slow
+
 PLANNED = 40
 MODULE = """
 import json

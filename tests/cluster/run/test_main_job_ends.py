@@ -26,6 +26,7 @@ ROUNDS = 4
 cluster = local_ray(cpus=2)
 
 
+@pytest.mark.slow
 def test_a_copilot_that_fails_for_good_leaves_the_pilots_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def needs_cpus(cells: Cells, name: str) -> int:
     return 2 if cell.kind == "run" else 1  # Pilot and Copilot; a Pilot or a task alone
 
 
+@pytest.mark.slow
 def test_a_failed_cell_takes_down_those_that_need_it_and_is_tried_again(
     study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = """
-import sys, time
+import signal, sys, time
 from tc_ray.cli.command import run_command
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests started by nohup pass on that it is switched off
 def command():
     try:
         print("ready", flush=True)

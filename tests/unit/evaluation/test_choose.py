@@ -17,7 +17,7 @@ from tc_ray.evaluation.choose import Passes, choose_lambda, grid_of
 from tc_ray.evaluation.decode import completions
 from tc_ray.evaluation.procedure import CHOICE_FILE, NoValidationError, Task, evaluate
 from tc_ray.evaluation.rows import HeldOut, read_results, results_file
-from tc_ray.evaluation.statistics import Choice, Comparison, choose
+from tc_ray.evaluation.statistics import Choice, Comparison, choose, preferred
 from tc_ray.evaluation.teacher_forced import Text, text_measures
 from tc_ray.models.folder import FusionSettings
 from tc_ray.models.fusion import FusedModel
@@ -56,6 +56,22 @@ def test_tie_of_two_lambdas_goes_to_the_better_likelihood() -> None:
     for better, worse in ((0.5, 1.0), (1.0, 0.5)):
         nll = {PILOT: 0.0, ("probability", better): 1.0, ("probability", worse): 1.5}
         assert choose(correct, nll) == ("probability", better)
+
+
+def test_a_near_tie_goes_to_the_better_likelihood() -> None:
+    """Three rows of a few hundred are chance. One row more than another that has no row of its own is near, two are not."""
+    best, near, far = ("probability", 0.8), ("logits", 1.0), ("logits", 0.1)
+    nll = {PILOT: 0.32, best: 0.34, near: 0.31, far: 0.30}
+    pilot = [0.0] * 9
+    correct = {PILOT: pilot, best: [1.0] * 4 + [0.0] * 5, near: [1.0] * 3 + [0.0] * 6, far: [1.0] * 2 + [0.0] * 7}
+    assert choose(correct, nll) == near
+    assert preferred({c: correct[c] for c in (best, near, far)}, nll) == [near, best, far]
+    # five rows against three others are near too: sqrt(8) is more than 2
+    correct |= {best: [1.0] * 5 + [0.0] * 4, near: [0.0] * 6 + [1.0] * 3}
+    assert choose(correct, nll) == near
+    # what is near the best but no better than the Pilot is not chosen
+    correct |= {PILOT: [0.0] * 8 + [1.0], best: [1.0] * 2 + [0.0] * 7, near: [0.0] * 2 + [1.0] + [0.0] * 6, far: pilot}
+    assert choose(correct, nll) == best
 
 
 def test_scores_tie_exactly() -> None:
@@ -112,8 +128,9 @@ def test_only_the_two_best_and_zero_are_decoded(fused: FusedModel, tmp_path: Pat
         assert row["forced"] == pytest.approx(sum(sums[:, number, 2] == tokens) / len(rows))
     decoded = [row for row in chosen.grid if row["score"] is not None]
     assert len(decoded) == 3 and decoded[0]["lam"] == 0
-    others = sorted(chosen.grid[1:], key=lambda row: (-row["forced"], row["nll"]))
-    assert {(row["space"], row["lam"]) for row in decoded[1:]} == {(row["space"], row["lam"]) for row in others[:2]}
+    first = {choice: (sums[:, number, 2] == tokens).tolist() for number, choice in enumerate(choices) if number}
+    nll = {choice: sums[:, number, 1].sum() for number, choice in enumerate(choices)}
+    assert {(row["space"], row["lam"]) for row in decoded[1:]} == set(preferred(first, nll)[:2])
     said = next(job for job in pool.passes if job.kind == "said")
     assert len(said.choices) == 3
     assert chosen.choice == ("logits", 0.8) and chosen.rows == 10
