@@ -322,7 +322,8 @@ CASES = [
     Case(
         "bom_crlf",
         text(
-            "\ufeff" + "\r\n\r\n".join([*map(json.dumps, SUMS[1:]), '{"prompt": "a\u2028b", "completion": "c"}']), "t.jsonl"
+            "\ufeff" + "\r\n\r\n".join([*map(json.dumps, SUMS[1:]), '{"prompt": "a\u2028b", "completion": "c"}']),
+            "t.jsonl",
         ),
         ROWS,
     ),

@@ -69,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._download():
             return
         if not (match := re.match(r"/api/models/([^/?]+/[^/?]+)(/revision/main)?(\?|$)", self.path)):
-            return self._answer(404, {"error": self.path})
+            return self._answer(404, {"error": self.path}, {"X-Error-Code": "RepoNotFound"})
         name = match.group(1)
         if name not in self.server.repositories:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -79,7 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _download(self) -> bool:
         """Answer calls about `commits`."""
-        found = re.match(r"/(api/models/|api/datasets/|datasets/|)([^/]+/[^/]+)/?(.*)", unquote(self.path.partition("?")[0]))
+        found = re.match(
+            r"/(api/models/|api/datasets/|datasets/|)([^/]+/[^/]+)/?(.*)", unquote(self.path.partition("?")[0])
+        )
         name = f"{'datasets/' if 'datasets' in found[1] else ''}{found[2]}" if found else ""
         if found is None or name not in self.server.commits:
             return False

@@ -76,7 +76,7 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
-    """Wrap with LoRA if `config.method` is lora. ValueError: `lora.first_layer` does not fit, or adapters on a shared matrix."""
+    """Wrap with LoRA if `config.method` is lora. ValueError: `lora` does not fit the model."""
     if config.method == "full":
         return model
     from peft import get_peft_model
@@ -88,7 +88,10 @@ def add_adapters(model: Any, config: PilotSection) -> Any:
     if lora.first_layer and family.encoder_decoder:
         raise ValueError("pilot.lora.first_layer must be 0 for an encoder-decoder: it would name layers of both stacks")
     task = "SEQ_2_SEQ_LM" if family.encoder_decoder else "CAUSAL_LM"
-    adapted = get_peft_model(model, lora_config(lora, family, count if lora.first_layer else None, task_type=task))
+    try:
+        adapted = get_peft_model(model, lora_config(lora, family, count if lora.first_layer else None, task_type=task))
+    except ValueError as error:  # modules that are not there, or of a kind that peft cannot adapt
+        raise ValueError(f"pilot.lora.target_modules: {first_line(error)}") from None
     if shared := shared_adapted(adapted.get_base_model()):
         raise ValueError(
             f"pilot.lora.target_modules: {shared} are one matrix of this model, so adapters cannot be merged into one of them "

@@ -36,7 +36,9 @@ configs:
 - config_name: main
   data_files: [{split: train, path: main/train.jsonl}, {split: test, path: main/test.jsonl}]
 - config_name: other
-  data_files: [{split: validation, path: other/rows.csv}, {split: train, path: main/train.jsonl}]
+  data_files: [{split: validation, path: main/test.jsonl}, {split: train, path: main/train.jsonl}]
+- config_name: broken
+  data_files: broken.jsonl
 ---
 # Rows
 """
@@ -59,11 +61,14 @@ def hub(tmp_path: Path) -> Iterator[Callable[[str], Any]]:
         "README.md": CARD.encode(),
         "main/train.jsonl": lines(tmp_path / "a.jsonl", SUMS).read_bytes(),
         "main/test.jsonl": lines(tmp_path / "b.jsonl", HELD).read_bytes(),
-        "other/rows.csv": b"prompt,completion\nHELD,T\n",
+        "broken.jsonl": b'{"prompt": \n',
     }
     plain = {name.removeprefix("main/"): content for name, content in files.items() if name.startswith("main/")}
     with hub_server() as server:
-        server.commits["datasets/owner/rows"] = {OLD: files | {"main/train.jsonl": b'{"prompt": "old"}\n'}, NEW: files}
+        server.commits["datasets/owner/rows"] = {
+            OLD: files | {"main/train.jsonl": b'{"prompt": "old", "completion": "x"}\n'},
+            NEW: files,
+        }
         server.commits["datasets/owner/plain"] = {NEW: plain}
         own = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
         environment = {**os.environ, **own, "PYTHONPATH": str(ROOT)}
@@ -80,12 +85,15 @@ def test_splits_are_the_parts(hub: Callable[[str], Any]) -> None:
     """By name, configuration and revision; a set without a card has them by its files' names."""
     rows = {"train": SUMS, "validation": [], "test": HELD}
     assert hub("hf://datasets/owner/plain") == hub("hf://datasets/owner/rows/main") == rows
-    other = hub("hf://datasets/owner/rows/other")
-    assert other == {"train": SUMS, "validation": [{"prompt": "HELD", "completion": "T"}], "test": []}
-    assert hub(f"hf://datasets/owner/rows@{OLD}/main")["train"] == [{"prompt": "old"}]
-    for place, why in (("owner/none", "doesn't exist on the Hub"), ("owner/rows", "Config name is missing")):
+    assert hub("hf://datasets/owner/rows/other") == {"train": SUMS, "validation": HELD, "test": []}
+    assert hub(f"hf://datasets/owner/rows@{OLD}/main")["train"] == [{"prompt": "old", "completion": "x"}]
+    for place, why in (
+        ("owner/none", "DatasetNotFoundError: Dataset 'owner/none' doesn't exist on the Hub"),
+        ("owner/rows", "Config name is missing"),
+        ("owner/rows/broken", "(JSON parse error"),
+    ):
         said = hub(f"hf://datasets/{place}")
-        assert f"DataError: hf://datasets/{place}: `datasets` cannot load it: " in said and why in said
+        assert f"DataError: hf://datasets/{place}: `datasets` cannot load it: " in said and why in said, said
 
 
 def test_what_datasets_saves_is_read_without_it(tmp_path: Path) -> None:
