@@ -20,7 +20,7 @@ from tc_ray.config.schema import RunConfig
 from tc_ray.data.encode.prompts import serving_template
 from tc_ray.files import publish_folder
 from tc_ray.models.folder import ADAPTER
-from tc_ray.models.pilot.load import DTYPES, load_pilot, whole_shape, whole_weight
+from tc_ray.models.pilot.load import DTYPES, load_pilot, shared_adapted, whole_shape, whole_weight
 from tc_ray.models.pilot.step import PilotStep
 from tc_ray.models.shards import digest, write_shards
 from tc_ray.models.weights import ExportMismatchError, check_finite
@@ -114,20 +114,15 @@ def _units(model: Any) -> Mapping[str, Unit]:
     from peft.tuners.lora import LoraLayer
 
     adapted = [f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    owners: dict[str, str] = {}
-    places: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[name] = next((one[:-1] for one in adapted if name.startswith(one)), name.rpartition(".")[0])
-        places.setdefault(id(parameter), []).append(name)
-    for names in places.values():
-        if len(names) > 1 and any(f"{owners[name]}." in adapted for name in names):
-            raise ExportMismatchError(
-                f"the exported Pilot is not the trained one, and was not published: {' and '.join(names)} are one matrix, so "
-                "adapters cannot be merged into one of them alone. Choose pilot.lora.target_modules without it"
-            )
+    if shared := shared_adapted(model):
+        raise ExportMismatchError(
+            f"the exported Pilot is not the trained one, and was not published: {shared} are one matrix, so adapters cannot be "
+            "merged into one of them alone. Choose pilot.lora.target_modules without it"
+        )
     units: dict[str, dict[str, torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        units.setdefault(owners[name], {})[name] = parameter
+        owner = next((one[:-1] for one in adapted if name.startswith(one)), name.rpartition(".")[0])
+        units.setdefault(owner, {})[name] = parameter
     return units
 
 

@@ -319,7 +319,14 @@ CASES = [
     Case(
         "nan_prompt", one_file(with_odd('{"prompt": NaN, "completion": "c"}')), ROWS, bad=((4, "prompt", "is missing"),)
     ),
-    Case("bom_crlf", text("\ufeff" + "\r\n\r\n".join(map(json.dumps, SUMS)), "t.jsonl"), ROWS),
+    Case(
+        "bom_crlf",
+        text(
+            "\ufeff" + "\r\n\r\n".join([*map(json.dumps, SUMS[1:]), '{"prompt": "a\u2028b", "completion": "c"}']),
+            "t.jsonl",
+        ),
+        ROWS,
+    ),
     Case(
         "parquet_both",
         parquet(

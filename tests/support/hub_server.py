@@ -13,13 +13,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 
 class HubServer(ThreadingHTTPServer):
     """repositories: name -> whether it is private. files: name -> path -> content. lose: paths that are not kept.
 
-    commits: name -> commit -> path -> content, the newest last, for downloads."""
+    commits: name -> commit -> path -> content, the newest last, for downloads; that of a data set begins with datasets/."""
 
     daemon_threads = True
 
@@ -67,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._download():
             return
         if not (match := re.match(r"/api/models/([^/?]+/[^/?]+)(/revision/main)?(\?|$)", self.path)):
-            return self._answer(404, {"error": self.path})
+            return self._answer(404, {"error": self.path}, {"X-Error-Code": "RepoNotFound"})
         name = match.group(1)
         if name not in self.server.repositories:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -77,25 +79,43 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _download(self) -> bool:
         """Answer calls about `commits`."""
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        api = parts[:2] == ["api", "models"]
-        name = "/".join(parts[2:4] if api else parts[:2])
-        commits = self.server.commits.get(name)
-        if commits is None:
+        found = re.match(
+            r"/(api/models/|api/datasets/|datasets/|)([^/]+/[^/]+)/?(.*)", unquote(self.path.partition("?")[0])
+        )
+        name = f"{'datasets/' if 'datasets' in found[1] else ''}{found[2]}" if found else ""
+        if found is None or name not in self.server.commits:
             return False
-        parts = parts[4:] if api else parts[2:]
-        commit = parts[1] if len(parts) > 1 and parts[1] != "main" else next(reversed(commits))
-        if parts[:1] == ["tree"]:
-            files = commits[commit].items()
-            oid = {path: hashlib.sha1(content).hexdigest() for path, content in files}
-            listed = [{"type": "file", "path": path, "size": len(content), "oid": oid[path]} for path, content in files]
-            self._answer(200, listed)
-        elif parts[:1] == ["resolve"]:
-            content = commits[commit][parts[2]]
+        commits = self.server.commits[name]
+        what, commit, inside = [*found[3].split("/", 2), "", ""][:3]
+        commit = next(reversed(commits)) if commit in ("", "main") else commit
+        if commit not in commits:
+            self._answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+        elif what == "tree":
+            self._list(commits[commit], inside)
+        elif what == "resolve" and inside not in commits[commit]:
+            self._answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        elif what == "resolve":
+            content = commits[commit][inside]
             self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit})
         else:
-            self._answer(200, {"id": name, "sha": commit, "siblings": [], "tags": [], "downloads": 0, "likes": 0})
+            about = {"id": found[2], "sha": commit, "siblings": [], "tags": [], "downloads": 0, "likes": 0}
+            self._answer(200, about | {"private": False, "gated": False, "disabled": False})
         return True
+
+    def _list(self, files: dict[str, bytes], inside: str) -> None:
+        """The files below a folder and, as the hub does, the folders they are in."""
+        below = {path: content for path, content in files.items() if not inside or path.startswith(f"{inside}/")}
+        if not below:
+            return self._answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+        listed = [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in below.items()
+        ]
+        folders = {str(one) for path in below for one in PurePosixPath(path).parents} - {".", inside}
+        listed += [{"type": "directory", "path": one, "size": 0, "oid": "0" * 40} for one in sorted(folders)]
+        if "recursive=true" not in self.path.lower():
+            listed = [one for one in listed if str(PurePosixPath(str(one["path"])).parent) == (inside or ".")]
+        self._answer(200, listed)
 
     def do_PUT(self) -> None:
         self.server.objects[self.path.rpartition("/")[2]] = self._body()

@@ -24,6 +24,8 @@ PYTHON = {
     "guidellm": "0.8.1",
 }
 """Clients and the versions that docs/serving.md says were tried."""
+OPTIONAL = {"bitsandbytes": "0.50.2", "datasets": "5.2.0"}
+"""Packages that a user adds to tc-ray for one thing that it can do."""
 NODE = {"openai": "7.59.0", "ai": "7.0.173", "@ai-sdk/openai-compatible": "3.0.92", "zod": "4.6.7"}
 
 
@@ -36,12 +38,12 @@ def run(*command: str | Path, folder: Path | None = None, **variables: str) -> s
 
 
 def installed(folder: Path, name: str, extra: str = "") -> Path:
-    """Interpreter of a new environment in `folder` with a client of PYTHON. Skips the test where no registry has it."""
+    """Interpreter of a new environment in `folder` with a package of PYTHON or OPTIONAL. Skips the test where no registry has it."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
-    asked = f"{name}{extra}=={PYTHON[name]}"
+    asked = f"{name}{extra}=={(PYTHON | OPTIONAL)[name]}"
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
     done = run(*pip, "install", "-q", "--no-warn-conflicts", asked)
     if done.returncode:

@@ -42,8 +42,9 @@ def test_answers_are_judged_as_the_table_says() -> None:
         assert not any(matches(text, answer) for text in re.findall(r"`([^`]+)`", wrong)), (answer, wrong)
 
 
-def test_the_recipe_is_one_of_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = block(PAGE, "yaml")
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md"])
+def test_the_recipe_is_one_of_ten_lines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = block((ROOT / name).read_text(), "yaml")
     assert len(text.splitlines()) == 10
     (tmp_path / "recipe.yaml").write_text(text)
     (tmp_path / "rows.jsonl").touch()

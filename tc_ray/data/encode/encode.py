@@ -22,6 +22,7 @@ from tc_ray.config.data import DataSection
 from tc_ray.config.named import load_named
 from tc_ray.config.yaml_file import ConfigError
 from tc_ray.data.encode.prompts import readable_prompt
+from tc_ray.data.encode.special_text import named_ids
 from tc_ray.data.encode.tokenize import TemplateLacksError, encode
 from tc_ray.data.source.files import DataFile
 from tc_ray.data.source.records import BadRow, DataError, Record, quarantined
@@ -192,7 +193,23 @@ class Encoder:
             )
         if example.whole and self.config.completion_pattern:
             return BadRow("text", "has no completion for data.completion_pattern", "leave the pattern out")
+        texts = [text for turn in example.turns if (text := turn.content)]
+        if self._not_embedded and (
+            named := named_ids([*texts, example.completion or ""], self.tokenizer) & self._not_embedded
+        ):
+            name, fix = self.tokenizer.convert_ids_to_tokens(min(named)), "resize the model's embedding"
+            return BadRow(
+                "",
+                f"names the special token {name!r}, whose id {min(named)} the model does not embed",
+                f"{fix} (model.resize_token_embeddings(len(tokenizer))) and save both again, or leave the name out",
+            )
         return None
+
+    @cached_property
+    def _not_embedded(self) -> set[int]:
+        """Special tokens beyond the embedding. Their names would be read as plain text, like those of all special tokens."""
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return {i for i in special if self.vocab_size is not None and i >= self.vocab_size}
 
     def _row(self, example: Example) -> dict[str, Any] | BadRow:
         if self.config.completion_pattern and example.completion is not None:

@@ -36,8 +36,9 @@ def list_hub(place: str) -> Listing:
         splits: Any = datasets.load_dataset(name, configuration, revision=revision)
     except Exception as error:
         # its errors have many types: of the hub, of the network, of the data set's own files
+        cause = f" ({first_line(error.__cause__, 300)})" if error.__cause__ else ""
         raise DataError(
-            f"{place}: `datasets` cannot load it: {type(error).__name__}: {first_line(error, 300)}"
+            f"{place}: `datasets` cannot load it: {type(error).__name__}: {first_line(error, 300)}{cause}"
         ) from error
     return Listing(
         place,

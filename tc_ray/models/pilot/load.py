@@ -6,6 +6,7 @@ reading a weight (`check_folders`). Called by the driver, the workers, export an
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 def add_adapters(model: Any, config: PilotSection) -> Any:
-    """Wrap with LoRA if `config.method` is lora. ValueError: `lora.first_layer` does not fit."""
+    """Wrap with LoRA if `config.method` is lora. ValueError: `lora` does not fit the model."""
     if config.method == "full":
         return model
     from peft import get_peft_model
@@ -87,7 +88,28 @@ def add_adapters(model: Any, config: PilotSection) -> Any:
     if lora.first_layer and family.encoder_decoder:
         raise ValueError("pilot.lora.first_layer must be 0 for an encoder-decoder: it would name layers of both stacks")
     task = "SEQ_2_SEQ_LM" if family.encoder_decoder else "CAUSAL_LM"
-    return get_peft_model(model, lora_config(lora, family, count if lora.first_layer else None, task_type=task))
+    try:
+        adapted = get_peft_model(model, lora_config(lora, family, count if lora.first_layer else None, task_type=task))
+    except ValueError as error:  # modules that are not there, or of a kind that peft cannot adapt
+        raise ValueError(f"pilot.lora.target_modules: {first_line(error)}") from None
+    if shared := shared_adapted(adapted.get_base_model()):
+        raise ValueError(
+            f"pilot.lora.target_modules: {shared} are one matrix of this model, so adapters cannot be merged into one of them "
+            "alone; leave them out"
+        )
+    return adapted
+
+
+def shared_adapted(model: Any) -> str:
+    """Names of an adapted matrix that another module uses as well (a tied head), joined by "and"; "" if there is none."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    shared = (names for names in places.values() if len(names) > 1 and any(name.startswith(adapted) for name in names))
+    return " and ".join(next(shared, []))
 
 
 def lora_config(lora: LoraSection, family: Family, layers: int | None, **more: Any) -> Any:
@@ -142,7 +164,8 @@ def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> Non
     """Refuse, before a worker starts, folders that the workers would refuse to load. Reads no weight; hub ids are left to them.
 
     Raises WeightsError: missing or unexpected tensors, or of another shape. OSError: a folder has no weights at all.
-    ValueError: `model.attn_implementation` is unknown, or the model cannot be computed so; bitsandbytes is absent.
+    ValueError: `model.attn_implementation` is unknown, or the model cannot be computed so; bitsandbytes is absent; adapters
+    that the model cannot have.
     """
     from transformers import AutoModel
 
@@ -154,10 +177,13 @@ def check_folders(config: RunConfig, pilot: Path | str, base: Path | str) -> Non
     try:
         # whether a flash implementation is installed is for the workers' machines to say
         own = None if attention is None or attention.startswith("flash") else attention
-        load_pilot(pilot, dtype=torch.float32, names_only=True, attention=own)
+        model = load_pilot(pilot, dtype=torch.float32, names_only=True, attention=own)
     except (ValueError, ImportError) as error:
         if own is None or type(error).__module__.startswith("tc_ray."):
             raise
         raise ValueError(f"model.attn_implementation {own}: {first_line(error)}") from None
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, about shared matrices too: refused below, by name
+        add_adapters(model, config.pilot)
     if config.log.enabled and isinstance(base, Path) and base != pilot:
         load_whole(AutoModel, base, leave_out=HEADS, device_map="meta")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tc_ray.config.data import DataSection
 from tc_ray.data.encode.conversations import chains
-from tc_ray.data.encode.encode import Encoder
+from tc_ray.data.encode.encode import Encoder, cut
 from tc_ray.data.encode.sizes import check_sizes, cut_sizes
 from tc_ray.data.source.embedded import for_fallback, write_generated_set
 from tc_ray.data.source.files import DataFile
@@ -86,9 +86,12 @@ def estimate(
     good = [row for rows in train.good for row in rows]
     encoder.check_id(max(max(row["input_ids"]) for row in good))
     readable = round(train.total * len(train.good) / train.sampled)
-    cut = [part for part in PARTS[1:] if not found.files[part]] if config.format == "examples" else []
-    check_sizes(config, readable, cut)
-    records_left = readable - sum(cut_sizes(config, readable, cut).values())
+    parts = [part for part in PARTS[1:] if not found.files[part]] if config.format == "examples" else []
+    check_sizes(config, readable, parts)
+    sizes = cut_sizes(config, readable, parts)
+    if train.sampled == train.total:  # all rows are known: copies of one prompt may leave nothing to train on
+        cut([rows[-1]["key"] for rows in train.good], sizes.get("validation", 0), sizes.get("test", 0))
+    records_left = readable - sum(sizes.values())
     weights = [found.weights.get(place, 1.0) for place in train.places]
     joined = [rows if encoder_decoder else _joined(rows) for rows in train.good]
 

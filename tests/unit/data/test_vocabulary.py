@@ -46,6 +46,17 @@ def test_a_token_that_the_embedding_lacks_is_refused_where_the_data_have_it(tmp_
     assert prepare(Encoder(unused, tokenizer, 1, vocab_size=258), tmp_path / "out2").rows["train"] == 52
 
 
+def test_the_name_of_a_special_token_that_is_not_embedded_is_refused_too(tmp_path: Path) -> None:
+    """`newtoken`: it would be read as plain text, without a word. Control: without its name nothing is wrong."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    refused = "line 1: names the special token '<tool>', whose id 258 the model does not embed; resize"
+    with pytest.raises(DataError, match=f"60 of 60 rows are bad(.|\n)*{refused}"):
+        prepare(Encoder(section(tmp_path, ROWS), tokenizer, 1, vocab_size=258), tmp_path / "out")
+    assert not prepare(Encoder(section(tmp_path, ROWS), tokenizer, 1, vocab_size=259), tmp_path / "out").quarantined
+    assert not prepare(Encoder(section(tmp_path, SUMS), tokenizer, 1, vocab_size=258), tmp_path / "out").quarantined
+
+
 def test_in_test_rows_too(tmp_path: Path) -> None:
     config = section(tmp_path, SUMS).model_copy(update={"test": str(lines(tmp_path / "x.jsonl", ROWS))})
     with pytest.raises(DataError, match=REFUSED):

@@ -21,9 +21,10 @@ from tc_ray.models.copilot import Copilot
 from tc_ray.models.copilot.probe import check_answers
 from tc_ray.models.folder import FusionSettings
 from tc_ray.models.fusion import FusedModel
-from tc_ray.models.pilot.load import check_folders, load_pilot
+from tc_ray.models.pilot.load import add_adapters, check_folders, load_pilot
 from tc_ray.models.weights import HEADS, NotFiniteError, WeightsError, load_whole
 from tc_ray.run.plan.plan import make_plan
+from tc_ray.run.state import JobError
 from tests.support.tiny_families import FAMILIES, make_pilot
 from tests.unit.export.test_join import exported
 
@@ -144,6 +145,24 @@ def test_names_and_shapes_are_refused_before_workers_start(
         make_plan(config_of(export / "pilot"))
     check_folders(config_of(other, log={"enabled": False}), other, export / "pilot")
     check_folders(config_of(other, model={"random_weights": True, "pilot": str(other)}), export / "pilot", other)
+
+
+def test_adapters_on_a_matrix_that_is_shared_are_refused_before_workers_start(tmp_path: Path) -> None:
+    """Fault 16 (`lora_tied`): only the export saw it, after the whole training. Control: a head of its own."""
+    lora = {"target_modules": ["q_proj", "v_proj", "embed_tokens", "lm_head"]}
+    tied, untied = (make_pilot(family, tmp_path / family) for family in ("llama", "mistral"))
+    refused = r"target_modules: model\.embed_tokens\.\S+ and lm_head\.\S+ are one matrix of this model"
+    config = config_of(tied, pilot={"lora": lora})
+    with pytest.raises(ValueError, match=refused):
+        check_folders(config, tied, tied)
+    with pytest.raises(JobError, match=refused):
+        make_plan(config)
+    with pytest.raises(ValueError, match=refused):  # a hub id and random weights are first loaded by a worker
+        add_adapters(load_pilot(tied, dtype=torch.float32), config.pilot)
+    check_folders(config_of(untied, pilot={"lora": lora}), untied, untied)
+    check_folders(config_of(tied), tied, tied)
+    with pytest.raises(ValueError, match=r"lora\.target_modules: Target modules .*q_prj.* not found"):
+        check_folders(config_of(tied, pilot={"lora": {"target_modules": ["q_prj"]}}), tied, tied)
 
 
 def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:

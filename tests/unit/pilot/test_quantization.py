@@ -49,7 +49,8 @@ class Points:
         self.losses: dict[int, float] = {}
         self._die_at = die_at
         self.pilot = SimpleNamespace(remote=self._pilot)
-        self.process = self.event = self.waiting = SimpleNamespace(remote=lambda *_: None)
+        quiet = SimpleNamespace(remote=lambda *_: None)
+        self.process = self.event = self.waiting = self.spent = self.memory = quiet
 
     def _pilot(self, number: int, metrics: dict[str, Any]) -> None:
         if number == self._die_at:

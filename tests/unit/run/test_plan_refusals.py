@@ -54,6 +54,8 @@ def test_what_the_run_would_refuse_stands_in_the_plan(
         f"data.validation_size 200 + data.test_size 300 is 500 rows, more than the {ROWS} usable rows of data.train"
     )
     assert arithmetic in refusals(data=sizes)
+    same = write(tmp_path / "same.jsonl", [{"prompt": "Write a haiku", "completion": f"h{i}"} for i in range(60)])
+    assert "60 rows with 1 different prompts leave nothing to train on after the cut" in refusals(same)
     assert "no test rows to measure with" in refusals(data={"test_size": 0})
     assert refusals(data={"test_size": 0}, log={"enabled": False}) == ""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
