@@ -138,8 +138,8 @@ def test_sizes_are_those_of_the_models_that_are_trained(
 
 def test_the_sample_obeys_pattern_cutoff_and_bad_rows(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    good = {"prompt": "p", "completion": "x = 1+1\nThe answer is 2"}
-    lines = [json.dumps(good)] * 60 + ["{broken"] * 20 + [json.dumps({"prompt": "long " * 99, "completion": "y"})] * 20
+    good = [json.dumps({"prompt": f"p{i}", "completion": "x = 1+1\nThe answer is 2"}) for i in range(60)]
+    lines = good + ["{broken"] * 20 + [json.dumps({"prompt": "long " * 99, "completion": "y"})] * 20
     file.write_text("\n".join(lines))
     section = config_of(tiny, str(file), tmp_path / "run").data
     section.completion_pattern = r"x = [^\n]*"
