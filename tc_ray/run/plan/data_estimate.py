@@ -90,8 +90,8 @@ def estimate(
     check_sizes(config, readable, parts)
     sizes = cut_sizes(config, readable, parts)
     if train.sampled == train.total:  # all rows are known: copies of one prompt may leave nothing to train on
-        given = [getattr(config, f"{part}_size") if part in parts else 0 for part in PARTS[1:]]
-        cut([rows[-1]["key"] for rows in train.good], *given)
+        asked = [getattr(config, f"{part}_size") if part in parts else 0 for part in PARTS[1:]]
+        cut([rows[-1]["key"] for rows in train.good], *asked)
     records_left = readable - sum(sizes.values())
     weights = [found.weights.get(place, 1.0) for place in train.places]
     joined = [rows if encoder_decoder else _joined(rows) for rows in train.good]

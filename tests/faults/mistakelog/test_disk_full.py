@@ -83,7 +83,8 @@ def pilot(root: Path, policy: str) -> None:
                 assert time.monotonic() < began + 60, "the readers do not look"
                 time.sleep(0.05)
             ballast.unlink()
-            while is_full(writer):  # it looks by itself: on a busy machine the rounds that are left could all be over before
+            # on a busy machine the rounds that are left could all be over before the writer looks
+            while is_full(writer):
                 assert time.monotonic() < began + 60, "recording does not go on by itself"
             started += time.monotonic() - began
         for part in range(2):
