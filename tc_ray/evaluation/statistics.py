@@ -196,7 +196,7 @@ def preferred(scores: Mapping[Choice, Sequence[float]], nll: Mapping[Choice, flo
     """Choices, best first: those near the highest mean score by teacher-forced NLL, then the others by score.
 
     Near: behind by one standard error of the paired difference at most. A few rows more of a few hundred are chance, while the
-    NLL of the same rows tells the two apart.
+    NLL of the same rows separates the two.
     """
     total = {choice: math.fsum(of_rows) for choice, of_rows in scores.items()}  # exact: ties are ties
     best = max(scores, key=lambda choice: total[choice])
