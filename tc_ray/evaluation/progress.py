@@ -68,7 +68,7 @@ class Progress:
 
 
 class TrackedProgress(Progress):
-    """Tells a run's Tracker: what goes on is its waiting text, a pass that is complete an event."""
+    """For a run's Tracker: what goes on is its waiting text, a pass that is complete an event."""
 
     def __init__(self, tracker: Any) -> None:
         super().__init__(Console(quiet=True, force_terminal=False))
